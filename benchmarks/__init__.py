@@ -1,0 +1,1 @@
+"""Protocols, measured and published numbers, and speed comparisons; imported as ``condense.benchmarks``."""

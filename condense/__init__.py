@@ -1,0 +1,42 @@
+"""condense: make, judge and use distilled datasets.
+
+The public names load on first use, so ``import condense`` pulls in neither torch nor any method.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import TYPE_CHECKING, Any
+
+from condense.errors import CondenseError
+from condense.version import __version__
+
+# In a checkout `methods/` and `benchmarks/` lie beside this folder, in an installation inside it: these lines let
+# `condense.methods` work when nothing is installed and when a checkout shadows the installation.
+_checkout = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+if not os.path.isdir(os.path.join(os.path.dirname(__file__), "methods")) and os.path.isfile(
+    os.path.join(_checkout, "methods", "__init__.py")
+):
+    __path__.append(_checkout)
+
+if TYPE_CHECKING:
+    from condense.api import distill, evaluate, fit, load, task
+    from condense.distilled import DistilledSet
+
+_PUBLIC = {
+    "task": "condense.api",
+    "distill": "condense.api",
+    "evaluate": "condense.api",
+    "load": "condense.api",
+    "fit": "condense.api",
+    "DistilledSet": "condense.distilled",
+}
+
+__all__ = ["CondenseError", "DistilledSet", "__version__", "distill", "evaluate", "fit", "load", "task"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'condense' has no attribute '{name}'")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)

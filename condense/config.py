@@ -1,0 +1,169 @@
+"""``key=value`` settings and recipes, checked against typed dataclasses; all faults are reported at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.resources
+import inspect
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from condense.errors import CondenseError, did_you_mean
+
+C = TypeVar("C")
+
+
+def parse(overrides: Iterable[str]) -> dict[str, str]:
+    """``["steps=100", "init=noise"]`` as a dict of strings.
+
+    Raises:
+        CondenseError: an entry has no ``=``.
+    """
+    settings = {}
+    for entry in overrides:
+        key, equals, value = entry.partition("=")
+        if not equals or not key:
+            raise CondenseError(f"'{entry}' is not a setting; write key=value, e.g. steps=100")
+        settings[key] = value
+    return settings
+
+
+def build(config: type[C], settings: Mapping[str, Any], where: str) -> C:
+    """An instance of the dataclass ``config`` with ``settings`` (strings as typed, or values) over its defaults.
+
+    Raises:
+        CondenseError: every unknown key (with the nearest known one) and every value of a wrong type, in one line.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    known = [field.name for field in dataclasses.fields(config)]  # type: ignore[arg-type]
+    merged = OmegaConf.structured(config)
+    faults = []
+    for key, value in settings.items():
+        if key not in known:
+            faults.append(f"{key}={value}: no such setting of {where}{did_you_mean(key, known)}")
+            continue
+        try:
+            given = OmegaConf.from_dotlist([f"{key}={value}"]) if isinstance(value, str) else {key: value}
+            merged = OmegaConf.merge(merged, given)
+        except (OmegaConfBaseException, ValueError) as fault:
+            expected = _type_name(config, key)
+            faults.append(f"{key}={value}: must be {expected} ({str(fault).splitlines()[0]})")
+    if faults:
+        raise CondenseError("; ".join(faults))
+    values = OmegaConf.to_container(merged)
+    return config(**values)  # type: ignore[arg-type]
+
+
+def _type_name(config: type, key: str) -> str:
+    kind = next(field.type for field in dataclasses.fields(config) if field.name == key)
+    return kind if isinstance(kind, str) else kind.__name__
+
+
+@functools.cache
+def field_docs(config: type) -> dict[str, str]:
+    """The string literal that follows each field of a dataclass, base classes included, on one line."""
+    import ast
+    import textwrap
+
+    docs: dict[str, str] = {}
+    for base in reversed(config.__mro__):
+        if not dataclasses.is_dataclass(base):
+            continue
+        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body  # type: ignore[attr-defined]
+        for statement, following in zip(body, body[1:]):
+            if (
+                isinstance(statement, ast.AnnAssign)
+                and isinstance(statement.target, ast.Name)
+                and isinstance(following, ast.Expr)
+                and isinstance(following.value, ast.Constant)
+            ):
+                docs[statement.target.id] = " ".join(str(following.value.value).split())
+    return docs
+
+
+def describe(config: type) -> list[tuple[str, str, str, str]]:
+    """(name, type, default, meaning) of every field of a dataclass."""
+    docs = field_docs(config)
+    rows = []
+    for field in dataclasses.fields(config):
+        default = "required" if field.default is dataclasses.MISSING else str(field.default)
+        rows.append((field.name, _type_name(config, field.name), default, docs.get(field.name, "")))
+    return rows
+
+
+# -- recipes ----------------------------------------------------------------------------------------------------------
+
+RUN_KEYS = ("method", "data", "ipc", "network", "protocol")
+"""Keys of a recipe that are not hyper-parameters of its method."""
+
+
+def packaged(folder: str) -> list[Any]:
+    """The YAML files of ``condense.methods/recipes`` or ``condense.benchmarks/protocols``, sorted by name."""
+    package, _, sub = folder.partition("/")
+    root = importlib.resources.files(f"condense.{package}") / sub
+    return sorted((entry for entry in root.iterdir() if entry.name.endswith(".yaml")), key=lambda entry: entry.name)
+
+
+def read_yaml(text: str, where: str) -> dict[str, Any]:
+    """A YAML mapping as plain Python.
+
+    Raises:
+        CondenseError: it does not parse or is no mapping.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as fault:
+        raise CondenseError(f"{where}: not valid YAML ({' '.join(str(fault).split())})") from fault
+    if not isinstance(content, dict):
+        raise CondenseError(f"{where}: must be a mapping of keys to values")
+    return content
+
+
+@functools.cache
+def recipe_names() -> list[str]:
+    """``method/cell`` of every packaged recipe."""
+    return list(_recipes())
+
+
+@functools.cache
+def _recipes() -> dict[str, dict[str, Any]]:
+    found = {}
+    for entry in packaged("methods/recipes"):
+        content = read_yaml(entry.read_text(), entry.name)
+        for cell, settings in content["cells"].items():
+            found[f"{content['method']}/{cell}"] = {
+                "method": content["method"],
+                **content.get("defaults", {}),
+                **(settings or {}),
+            }
+    return found
+
+
+def recipe(name: str) -> dict[str, Any]:
+    """A recipe's keys: ``method``, ``data``, ``ipc``, perhaps ``network`` and ``protocol``, and hyper-parameters.
+
+    Args:
+        name: ``dm/cifar10-ipc10``, or the path of a flat YAML file with the same keys.
+
+    Raises:
+        CondenseError: no such recipe or file, or it lacks a key.
+    """
+    if name.endswith((".yaml", ".yml")):
+        path = Path(name)
+        if not path.is_file():
+            raise CondenseError(f"--recipe {name}: no such file")
+        found = read_yaml(path.read_text(), name)
+    elif name in _recipes():
+        found = dict(_recipes()[name])
+    else:
+        raise CondenseError(f"unknown recipe '{name}'{did_you_mean(name, recipe_names())}")
+    missing = [key for key in ("method", "data", "ipc") if key not in found]
+    if missing:
+        raise CondenseError(f"--recipe {name}: lacks {', '.join(missing)}")
+    return found

@@ -1,0 +1,358 @@
+"""DistilledSet: the file that the whole toolkit makes, judges and uses. One HDF5 file, checked on load, never a pickle."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from condense import rng
+from condense.augment import Standardise, ZCA, transform_from_arrays
+from condense.errors import CondenseError
+from condense.labels import PROVIDERS, Labels
+from condense.synthetic import Stage, decode, stages_from
+
+FORMAT = "condense.distilled"
+VERSION = 1
+IMAGE_TYPES = (np.uint8, np.float16, np.float32)
+ARRAY_TYPES = (*IMAGE_TYPES, np.int64)
+MANIFEST_LIMIT = 64 * 1024 * 1024
+
+
+class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
+    """A distilled set: stored images, labels, the map to training space and the manifest.
+
+    As a ``torch.utils.data.Dataset`` it serves decoded images in pixel space, float32 in about [0,1] (learned pixels are
+    neither clamped nor rounded), and the target of each. ``set.transform`` maps pixel space to training space, for these
+    images and for real test images alike::
+
+        distilled = condense.load("set.h5")
+        images, targets = next(iter(DataLoader(distilled, batch_size=256, shuffle=True)))
+        loss = distilled.loss(network(distilled.transform(images)), targets)
+
+    Attributes:
+        stored: (N,C,H,W) uint8, float16 or float32 as in the file, in the space that ``manifest["space"]`` names.
+        labels: the label provider, indexed by stored image.
+        transform: pixel space to training space.
+        manifest: everything known of the set.
+    """
+
+    def __init__(
+        self, stored: Tensor, labels: Labels, transform: Standardise | ZCA, manifest: Mapping[str, Any]
+    ) -> None:
+        self.stored, self.labels, self.transform = stored, labels, transform
+        self.manifest: dict[str, Any] = dict(manifest)
+        self._decoded: tuple[Tensor, Tensor] | None = None
+        self._pixels: Tensor | None = None
+
+    # -- what it says of itself -------------------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        """``dataset/method-ipcN.tag``."""
+        return self.manifest["name"]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names; a target c means ``classes[c]``."""
+        return tuple(self.manifest["classes"])
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C,H,W) of a decoded image."""
+        channels, height, width = self.stored.shape[1:]
+        return channels, height, width
+
+    @property
+    def stages(self) -> list[Stage]:
+        """The decode stages applied when the set is used."""
+        return stages_from(self.manifest.get("decode", []))
+
+    def nbytes(self) -> dict[str, int]:
+        """Bytes of ``images``, ``labels``, ``auxiliary`` (the transform) and their ``total``."""
+        parts = {
+            "images": self.stored.numel() * self.stored.element_size(),
+            "labels": self.labels.nbytes(),
+            "auxiliary": sum(array.nbytes for array in self.transform.arrays().values()),
+        }
+        return {**parts, "total": sum(parts.values())}
+
+    def sha256(self) -> str:
+        """Digest of all arrays and of what gives them meaning (decode, space, classes), however they were made."""
+        meaning = {key: self.manifest.get(key) for key in ("classes", "decode", "space", "transform", "label_kind")}
+        text = json.dumps([sorted(checksums(self.arrays()).items()), meaning], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def pictures(self, decoded: bool = False) -> tuple[Tensor, int]:
+        """Images for viewing (N,C,H,W) in pixel space, sorted by class, and how many there are of each class."""
+        if decoded:
+            order = torch.argsort(self.training_images()[1], stable=True)
+            return self.images[order], len(order) // len(self.classes)
+        stored = self.stored.float() / 255 if self.stored.dtype == torch.uint8 else self.stored.float()
+        pixels = stored if self.manifest["space"] == "pixel" else self.transform.inverse(stored)
+        return pixels, self.manifest["ipc"]
+
+    # -- images and targets -----------------------------------------------------------------------------------------
+
+    def training_images(self) -> tuple[Tensor, Tensor]:
+        """Decoded images (M,C,H,W) float32 in training space, and the stored index (M,) of each. What students see."""
+        if self._decoded is None:
+            stored = self.stored.float() / 255 if self.stored.dtype == torch.uint8 else self.stored.float()
+            images, ids = decode(stored, self.stages)
+            self._decoded = (self.transform(images) if self.manifest["space"] == "pixel" else images), ids
+        return self._decoded
+
+    @property
+    def images(self) -> Tensor:
+        """Decoded images (M,C,H,W) float32 in pixel space; ``transform(images)`` is training space."""
+        if self._pixels is None:
+            if self.transform.kind == "zca":
+                warnings.warn(
+                    f"{self.name} was made on ZCA-whitened images: feed networks `set.transform(images)`, and give the same "
+                    "transform to real test images",
+                    stacklevel=3,
+                )
+            self._pixels = self.transform.inverse(self.training_images()[0])
+        return self._pixels
+
+    def __len__(self) -> int:
+        return len(self.training_images()[0])
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        if self.labels.per_view:
+            raise CondenseError(
+                f"{self.name} has {self.labels.kind} labels, which belong to augmented views, not to images: iterate "
+                "`for images, targets in set.batches(epoch, batch_size)` and use `set.loss(logits, targets)`"
+            )
+        return self.images[index], self.labels.targets(self.training_images()[1][index])
+
+    def batches(self, epoch: int, batch_size: int, seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Shuffled batches of one epoch: images (B,C,H,W) in pixel space and their targets. The same for the same epoch."""
+        order = rng.Draws(seed, "batches", epoch).permutation(len(self))
+        ids = self.training_images()[1]
+        for chunk in order.split(batch_size):
+            yield self.images[chunk], self.labels.targets(ids[chunk])
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Mean loss that goes with this set's targets, for logits (B, classes)."""
+        return self.labels.loss(logits, targets)
+
+    # -- the file ---------------------------------------------------------------------------------------------------
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Every array of the file by its path in it."""
+        arrays = {"images": self.stored.detach().cpu().numpy()}
+        arrays |= {f"labels/{name}": array for name, array in self.labels.arrays().items()}
+        arrays |= {f"transform/{name}": array for name, array in self.transform.arrays().items()}
+        return arrays
+
+    def save(self, path: str | Path, *, force: bool = False) -> Path:
+        """Writes the file atomically; a kill leaves either the old file or the whole new one.
+
+        Raises:
+            CondenseError: the file exists and ``force`` is False, or the place cannot be written.
+        """
+        path = Path(path)
+        check_writable(path, force=force, size=self.nbytes()["total"])
+        arrays = self.arrays()
+        self.manifest |= {
+            "label_kind": self.labels.kind,
+            "transform": self.transform.kind,
+            "image_shape": list(self.shape),
+            "bytes": self.nbytes(),
+            "checksums": checksums(arrays),
+        }
+        manifest = json.dumps(self.manifest, sort_keys=True)
+        with _replacing(path) as temporary:
+            import h5py
+
+            # The oldest file layout keeps attributes under 64 KiB; the class names of a large set alone may outgrow that.
+            with h5py.File(temporary, "w", libver=("v110", "v110")) as file:
+                file.attrs["format"], file.attrs["version"] = FORMAT, VERSION
+                file.attrs["manifest_sha256"] = hashlib.sha256(manifest.encode()).hexdigest()
+                file.attrs["manifest"] = np.bytes_(manifest)
+                for name, array in arrays.items():
+                    file.create_dataset(name, data=array)
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> DistilledSet:
+        """Reads and verifies a file.
+
+        Raises:
+            CondenseError: one line per fault: not our format, newer version, truncated, or which array is damaged.
+        """
+        path = Path(path)
+        arrays, manifest = _read(path)
+        labels = {name[7:]: array for name, array in arrays.items() if name.startswith("labels/")}
+        transform = {name[10:]: array for name, array in arrays.items() if name.startswith("transform/")}
+        try:
+            provider = PROVIDERS.get(manifest["label_kind"]).from_arrays(labels, len(manifest["classes"]))
+            shape = tuple(arrays["images"].shape[1:])
+            restored = transform_from_arrays(manifest["transform"], transform, shape)
+            loaded = cls(torch.from_numpy(arrays["images"]), provider, restored, manifest)
+            loaded.stages  # noqa: B018 - an unknown stage is a fault of the file
+        except KeyError as fault:
+            raise CondenseError(f"{path}: the manifest or the file lacks {fault}; it was not written by this toolkit") from fault
+        except CondenseError as fault:
+            raise CondenseError(f"{path}: {fault}") from fault
+        return loaded
+
+
+def packaged_sets() -> dict[str, Path]:
+    """The ready-made sets that come with the toolkit, by name."""
+    folder = Path(__file__).parent / "distilled_sets"
+    if not folder.is_dir():  # a checkout
+        folder = Path(__file__).parent.parent / "distilled_sets"
+    return {str(path.relative_to(folder).with_suffix("")): path for path in sorted(folder.glob("*/*.h5"))}
+
+
+def checksums(arrays: Mapping[str, np.ndarray]) -> dict[str, str]:
+    """SHA-256 of each array's type, shape and bytes."""
+    return {name: _digest(array) for name, array in arrays.items()}
+
+
+def _digest(array: np.ndarray) -> str:
+    head = f"{array.dtype.str}{array.shape}".encode()
+    return hashlib.sha256(head + np.ascontiguousarray(array).tobytes()).hexdigest()
+
+
+def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """All arrays and the manifest of a file from anywhere: types, sizes and links are checked before anything is read."""
+    import h5py
+
+    if not path.is_file():
+        raise CondenseError(f"{path}: no such file")
+    try:
+        file = h5py.File(path, "r")
+    except OSError as fault:
+        with path.open("rb") as raw:
+            kind = "truncated or damaged" if raw.read(8) == b"\x89HDF\r\n\x1a\n" else "not an HDF5 file"
+        raise CondenseError(f"{path}: {kind}; a distilled set is the .h5 that `condense distill` writes") from fault
+    with file:
+        try:
+            manifest = _read_manifest(path, file)
+            arrays = {}
+            for name, expected in sorted(manifest["checksums"].items()):
+                arrays[name] = _read_array(path, file, name, path.stat().st_size)
+                if _digest(arrays[name]) != expected:
+                    raise CondenseError(f"{path}: the array '{name}' is damaged (its checksum differs)")
+        except (OSError, RuntimeError, KeyError, ValueError, TypeError) as fault:
+            raise CondenseError(f"{path}: truncated or damaged ({str(fault).splitlines()[0]})") from fault
+        if "images" not in arrays or arrays["images"].ndim != 4 or arrays["images"].dtype.type not in IMAGE_TYPES:
+            raise CondenseError(f"{path}: no array 'images' of uint8, float16 or float32 with four dimensions")
+    return arrays, manifest
+
+
+def _read_manifest(path: Path, file: Any) -> dict[str, Any]:
+    marker = file.attrs.get("format")
+    if marker != FORMAT:
+        raise CondenseError(f"{path}: an HDF5 file of another format ({marker or 'no format named'}), not a distilled set")
+    if int(file.attrs["version"]) > VERSION:
+        raise CondenseError(f"{path}: written by a newer version (format {file.attrs['version']}); update condense-toolkit")
+    if file.attrs.get_id("manifest").get_storage_size() > MANIFEST_LIMIT:
+        raise CondenseError(f"{path}: its manifest is larger than {MANIFEST_LIMIT} bytes")
+    text = bytes(file.attrs["manifest"])
+    if hashlib.sha256(text).hexdigest() != file.attrs["manifest_sha256"]:
+        raise CondenseError(f"{path}: the manifest is damaged (its checksum differs)")
+    manifest = json.loads(text)
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("checksums"), dict):
+        raise CondenseError(f"{path}: the manifest names no arrays")
+    return manifest
+
+
+def _read_array(path: Path, file: Any, name: str, file_size: int) -> np.ndarray:
+    """One array, refused before allocation where it links elsewhere, is of a foreign type or claims more than is stored."""
+    import h5py
+
+    parts = name.split("/")
+    for depth in range(len(parts)):
+        link = file.get("/".join(parts[: depth + 1]), getlink=True)
+        if not isinstance(link, h5py.HardLink):
+            raise CondenseError(f"{path}: the array '{name}' is missing or links to another file")
+    array = file[name]
+    if not isinstance(array, h5py.Dataset) or array.is_virtual or array.external:
+        raise CondenseError(f"{path}: '{name}' is not an array stored in this file")
+    if array.dtype.type not in ARRAY_TYPES:
+        raise CondenseError(f"{path}: the array '{name}' has the type {array.dtype}, which no distilled set uses")
+    nbytes = math.prod(array.shape) * array.dtype.itemsize
+    if nbytes > file_size:
+        raise CondenseError(f"{path}: the array '{name}' claims {nbytes} bytes, more than the file holds")
+    return array[()]
+
+
+def check_writable(path: Path, *, force: bool, size: int = 0) -> None:
+    """Finds before any work that ``path`` cannot be written.
+
+    Raises:
+        CondenseError: it exists (and not ``force``), its folder is missing or read-only, or the disk is full.
+    """
+    if path.exists() and not force:
+        raise CondenseError(f"{path} exists; choose another name or give --force")
+    folder = path.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".write-test-"):
+            pass
+        usage = os.statvfs(folder) if hasattr(os, "statvfs") else None
+    except OSError as fault:
+        raise CondenseError(f"{path}: cannot be written ({fault.strerror}); choose another place") from fault
+    if path.is_dir():
+        raise CondenseError(f"{path} is a folder; name a file")
+    if usage is not None and usage.f_bavail * usage.f_frsize < size + 1024 * 1024:
+        free = usage.f_bavail * usage.f_frsize
+        raise CondenseError(f"{path}: the disk has {free} bytes left, {size} are needed; free some or choose another place")
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside ``path`` that takes its place, synced, when the block succeeds."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as fault:
+        raise CondenseError(f"{path}: writing failed ({fault.strerror or fault})") from fault
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_grid(images: Tensor, path: Path, columns: int, limit: int = 50, scale: int | None = None) -> Path:
+    """A PNG of images (N,C,H,W) in pixel space, clipped to [0,1] for viewing: one class a row, ``columns`` images wide.
+
+    Args:
+        limit: at most so many columns are shown.
+        scale: enlargement by whole pixels; the default makes an image at least 32 pixels wide.
+    """
+    from PIL import Image
+
+    count, channels, height, width = images.shape
+    rows = count // columns
+    shown = min(columns, limit)
+    scale = scale or max(1, 32 // width)
+    values = (images.detach().float().cpu().clamp(0, 1) * 255).round().byte()
+    values = values[: rows * columns].view(rows, columns, channels, height, width)[:, :shown]
+    values = values.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
+    height, width = height * scale, width * scale
+    canvas = torch.full((rows * (height + 2) + 2, shown * (width + 2) + 2, 3), 255, dtype=torch.uint8)
+    for r in range(rows):
+        for c in range(shown):
+            tile = values[r, c].expand(3, height, width) if channels == 1 else values[r, c, :3]
+            canvas[2 + r * (height + 2) :, 2 + c * (width + 2) :][:height, :width] = tile.permute(1, 2, 0)
+    with _replacing(path) as temporary:
+        Image.fromarray(canvas.numpy()).save(temporary, format="PNG")
+    return path

@@ -1,0 +1,99 @@
+"""One generic registry. Names are strings until first use, so that listing and help never import torch or a method."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from condense.errors import CondenseError, did_you_mean
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """Names to entries of one kind. ``lazy`` maps a name to the module that registers it when imported."""
+
+    def __init__(self, kind: str, lazy: dict[str, str] | None = None) -> None:
+        self.kind = kind
+        self._lazy = dict(lazy or {})
+        self._entries: dict[str, T] = {}
+
+    def add(self, name: str, entry: T) -> T:
+        """Registers ``entry``; a second, different entry under one name is a programming error."""
+        if name in self._entries:
+            raise ValueError(f"{self.kind} '{name}' is registered twice")
+        self._entries[name] = entry
+        return entry
+
+    def names(self) -> list[str]:
+        """Every known name, in the order in which they were listed."""
+        return list(dict.fromkeys([*self._lazy, *self._entries]))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._lazy or name in self._entries
+
+    def get(self, name: str) -> T:
+        """The entry, importing its module on first use.
+
+        Raises:
+            CondenseError: the name is unknown; the message suggests the nearest one.
+        """
+        if name not in self._entries and name in self._lazy:
+            importlib.import_module(self._lazy[name])
+        if name not in self._entries:
+            raise CondenseError(f"unknown {self.kind} '{name}'{did_you_mean(name, self.names())}")
+        return self._entries[name]
+
+
+@dataclass(frozen=True)
+class Method:
+    """What the toolkit knows of a method besides its code; tables, help and generic tests are made from this."""
+
+    name: str
+    function: Callable[..., Any]
+    """``function(task, config, run) -> SyntheticSet``: the visible outer loop."""
+    config: type
+    """Frozen dataclass of hyper-parameters with the paper's defaults."""
+    paper: str
+    year: int
+    labels: str
+    """Label kind of the sets it makes: hard, soft, per-view, ..."""
+    order: int
+    """Highest derivative taken through the network: 0 selection, 1 first order, 2 double backward."""
+    protocol: str
+    """Evaluation protocol that the method's published numbers use."""
+    network: str
+    """Default network, e.g. ``convnet-d3-w128-in``."""
+
+    @property
+    def summary(self) -> str:
+        """First line of the driver's docstring."""
+        return (self.function.__doc__ or "").strip().split("\n")[0]
+
+
+_DISTRIBUTION = "condense.methods.distribution_matching"
+_SELECTION = "condense.methods.selection"
+
+METHODS: Registry[Method] = Registry("method", {"random": _SELECTION, "dm": _DISTRIBUTION})
+
+
+def method(
+    name: str,
+    *,
+    config: type,
+    paper: str,
+    year: int,
+    labels: str = "hard",
+    order: int = 1,
+    protocol: str = "dc-v1",
+    network: str = "convnet-d3-w128-in",
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers ``function(task, config, run) -> SyntheticSet`` as a method; see :class:`Method` for the fields."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        METHODS.add(name, Method(name, function, config, paper, year, labels, order, protocol, network))
+        return function
+
+    return register

@@ -1,0 +1,479 @@
+"""Run: everything a method needs besides its maths – device, precision, seeds, checkpoints, progress, time limit, ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import pickle
+import platform
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from condense import networks, rng
+from condense.errors import CondenseError
+from condense.optimizer import Group, SyntheticOptimizer
+from condense.synthetic import SyntheticSet
+from condense.tasks import Task
+from condense.tracking import Log, Progress, open_tracker
+
+CHECKPOINT = "checkpoint.pt"
+PREVIOUS = "checkpoint.previous.pt"
+CHECKPOINT_SECONDS = 20.0
+PREVIEW_SECONDS = 60.0
+LOG_SECONDS = 2.0
+CHUNK_PIXELS = 1024 * 1024
+"""Real pixels (height x width x images) that a class-separable method handles at once: 1,024 images of 32x32."""
+
+FORWARD_PIXELS = 64 * 1024
+"""Pixels in one forward pass without gradients on a CPU: 64 images of 32x32."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """The run was asked to stop; its state is saved. The message says how to go on."""
+
+
+class Diverged(CondenseError):
+    """The loss or the images stopped being finite; the set holds the last good state."""
+
+
+class Keepable(Protocol):
+    """State that joins the checkpoint: networks, optimisers, queues."""
+
+    def state_dict(self) -> Mapping[str, Any]: ...
+
+    def load_state_dict(self, state: Any) -> Any: ...
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` is CUDA where there is one, else the CPU; any other name is torch's.
+
+    Raises:
+        CondenseError: the device does not exist here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as fault:
+        raise CondenseError(f"--device {name}: not available here; use --device cpu or leave it out") from fault
+    return device
+
+
+@functools.cache
+def cpu_has_bf16() -> bool:
+    """Whether the CPU multiplies bf16 in hardware (AVX512-BF16, AMX or Arm's BF16), told by its flags, never by timing."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(errors="ignore")
+    except OSError:
+        return False
+    return any(flag in flags for flag in ("avx512_bf16", "amx_bf16", " bf16"))
+
+
+def pick_precision(name: str, device: torch.device) -> str:
+    """``fp32`` or ``bf16`` for matrix work that needs no second derivative; ``auto`` is bf16 where hardware has it."""
+    if name not in ("auto", "fp32", "bf16"):
+        raise CondenseError(f"precision={name}: use auto, fp32 or bf16")
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp32"
+    return "bf16" if device.type == "cpu" and cpu_has_bf16() else "fp32"
+
+
+def fast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
+    """The context for matrix work that tolerates ``precision``: autocast to bf16, or nothing."""
+    if precision == "bf16":
+        return torch.autocast(device.type, torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def peak_memory(device: torch.device) -> dict[str, int]:
+    """Peak bytes so far: ``host`` (resident set of the process) and, on CUDA, ``device``."""
+    peak = {}
+    with contextlib.suppress(ImportError):  # no `resource` on Windows
+        import resource
+
+        scale = 1 if platform.system() == "Darwin" else 1024
+        peak["host"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+    if device.type == "cuda":
+        peak["device"] = torch.cuda.max_memory_allocated(device)
+    return peak
+
+
+def device_name(device: torch.device) -> str:
+    """The device in words, e.g. ``NVIDIA H200`` or ``2-thread x86_64 CPU (bf16)``."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.get_num_threads()}-thread {platform.machine()} CPU" + (" (bf16)" if cpu_has_bf16() else "")
+
+
+class Ranks:
+    """This process among those that ``torchrun`` started; one process alone is rank 0 of 1."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.world = int(os.environ.get("WORLD_SIZE", "1"))
+        self.rank = int(os.environ.get("RANK", "0"))
+        if self.world > 1 and not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank writes files and talks."""
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> None:
+        """Adds ``tensor`` over the ranks, in place."""
+        if self.world > 1:
+            torch.distributed.all_reduce(tensor)
+
+    def agree(self, stop: bool, device: torch.device) -> bool:
+        """Rank 0's answer on every rank, so that all leave a loop at the same step."""
+        if self.world == 1:
+            return stop
+        answer = torch.tensor([int(stop)], device=device)
+        torch.distributed.broadcast(answer, 0)
+        return bool(answer.item())
+
+
+class Step:
+    """One outer step: its index, its keyed draws, its network, and the update of the synthetic set."""
+
+    def __init__(self, run: Run, index: int, optimizer: SyntheticOptimizer) -> None:
+        self.run, self.index, self.optimizer = run, index, optimizer
+        self.accumulate = optimizer.accumulate
+        self.minimise = optimizer.minimise
+        self.update = optimizer.step
+        self.apply = optimizer.apply
+
+    def key(self, purpose: str) -> tuple[int | str, ...]:
+        """Key parts of this step's draws for ``purpose``."""
+        return (self.run.seed, purpose, self.index)
+
+    def draws(self, purpose: str) -> rng.Draws:
+        """This step's stream of draws for ``purpose``."""
+        return rng.Draws(*self.key(purpose))
+
+    def network(self) -> nn.Module:
+        """A new random, frozen network of the run's architecture, in train mode, on the device."""
+        return self.run.random_network(self.index)
+
+
+class Run:
+    """The one service object of a method.
+
+    Args:
+        task: the real data.
+        ipc: stored images per class.
+        network: architecture that the method matches with; a name or an ``nn.Module`` factory.
+        seed: every draw of the run derives from it.
+        device: where to compute.
+        precision: ``fp32`` or ``bf16``, for matrix work without second derivatives.
+        directory: where checkpoints, log and previews go; None keeps nothing on disk.
+        minutes: stop cleanly after so many minutes, counted from here and over resumptions.
+        resume: go on from the directory's checkpoint, where it has one.
+        config_key: digest of the resolved configuration; a checkpoint of another one is refused.
+        name: what progress lines call the run.
+        quiet: no progress.
+        track: auto, tensorboard, trackio or none.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        ipc: int,
+        network: str | Callable[..., nn.Module],
+        *,
+        seed: int = 0,
+        device: torch.device | None = None,
+        precision: str = "fp32",
+        directory: Path | None = None,
+        minutes: float | None = None,
+        resume: bool = False,
+        config_key: str = "",
+        name: str = "distill",
+        quiet: bool = False,
+        track: str = "auto",
+    ) -> None:
+        self.device = device or torch.device("cpu")
+        self.task, self.ipc, self.network, self.seed = task.to(self.device), ipc, network, seed
+        self.precision, self.directory, self.minutes = precision, directory, minutes
+        self.name, self.quiet, self.track, self.config_key = name, quiet, track, config_key
+        self.ranks = Ranks(self.device)
+        self.steps_done = 0
+        self.stopped_early = False
+        self.synthetic: SyntheticSet | None = None
+        self._kept: dict[str, Keepable] = {}
+        self._stop = False
+        self._net: nn.Module | None = None
+        self._device_net: nn.Module | None = None
+        self._saved = load_checkpoint(directory, config_key) if resume and directory else None
+        self._elapsed_before = float(self._saved["elapsed"]) if self._saved else 0.0
+        self._began = time.monotonic()
+
+    # -- what methods use -------------------------------------------------------------------------------------------
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds of work so far, over all resumptions."""
+        return self._elapsed_before + time.monotonic() - self._began
+
+    @property
+    def classes(self) -> list[int]:
+        """The classes that this rank works on."""
+        return list(range(self.task.num_classes))[self.ranks.rank :: self.ranks.world]
+
+    def class_chunks(self, images_per_class: int) -> Iterator[list[int]]:
+        """This rank's classes in groups of at most ``CHUNK_PIXELS`` real pixels, so that memory does not grow with classes.
+
+        Only for methods whose classes do not couple; the sum over chunks equals one pass to rounding.
+        """
+        height, width = self.task.shape[1:]
+        size = max(1, CHUNK_PIXELS // (images_per_class * height * width))
+        for start in range(0, len(self.classes), size):
+            yield self.classes[start : start + size]
+
+    def forward_chunk(self) -> int | None:
+        """Images in one forward pass without gradients: few on a CPU, so that feature maps stay in its cache; else all."""
+        if self.device.type != "cpu":
+            return None
+        height, width = self.task.shape[1:]
+        return max(1, FORWARD_PIXELS // (height * width))
+
+    def fast(self) -> contextlib.AbstractContextManager[Any]:
+        """Autocast to the run's precision, for work that needs no second derivative."""
+        return fast(self.device, self.precision)
+
+    def seeded(self, purpose: str, step: int = 0) -> contextlib.AbstractContextManager[None]:
+        """Forks and seeds the global generator, for constructors and dropout."""
+        return rng.seeded(self.seed, purpose, step)
+
+    def random_network(self, index: int) -> nn.Module:
+        """Random weights number ``index`` of the run's network, frozen; the same module object every time."""
+        with self.seeded("network", index):
+            if self._net is None:
+                self._net = networks.build(self.network, self.task.shape, self.task.num_classes)
+                self._net.requires_grad_(False)
+            else:
+                networks.reset(self._net)
+        if self.device.type == "cpu":
+            return self._net
+        # Weights are drawn on the CPU, so that every device sees the same network.
+        if self._device_net is None:
+            with self.seeded("scratch"):
+                self._device_net = networks.build(self.network, self.task.shape, self.task.num_classes)
+            self._device_net.to(self.device).requires_grad_(False)
+        self._device_net.load_state_dict(self._net.state_dict())
+        return self._device_net
+
+    def keep(self, name: str, state: Keepable) -> None:
+        """Adds ``state`` (a live network, a queue) to the checkpoint; a resumed run restores it here."""
+        self._kept[name] = state
+        if self._saved is not None:
+            state.load_state_dict(self._saved["kept"][name])
+
+    def optimise(
+        self, synthetic: SyntheticSet, steps: int, *, sharded: bool = False, **groups: Group
+    ) -> Iterator[Step]:
+        """The outer loop: yields each step; between steps it logs, checkpoints, previews, and stops when time is up.
+
+        Args:
+            synthetic: the set whose ``tensors`` named by ``groups`` are learned.
+            steps: number of outer steps of the whole run; schedules follow it.
+            sharded: the method works on ``run.classes`` only, so gradients are summed over ranks.
+            groups: one :class:`Group` per learned tensor.
+
+        Raises:
+            Diverged: a loss was NaN or infinite; ``synthetic`` is put back to the last good state.
+            Interrupted: SIGINT or SIGTERM; the state is saved first.
+        """
+        reduce = self.ranks.sum if sharded else None
+        optimizer = SyntheticOptimizer(synthetic.tensors, groups, synthetic.classes, reduce)
+        self.synthetic = synthetic
+        start = 0
+        if self._saved is not None:
+            optimizer.load_state_dict(self._saved["optimizer"])
+            start = int(self._saved["step"])
+        keeper = _Keeper(self, synthetic, optimizer, start, steps)
+        self.steps_done = start
+        try:
+            with self._stop_on_signal():
+                for index in range(start, steps):
+                    if self.ranks.agree(self._time_is_up(), self.device):
+                        self.stopped_early = True
+                        break
+                    optimizer.progress = index / steps
+                    yield Step(self, index, optimizer)
+                    self.steps_done = index + 1
+                    keeper.after_step(index + 1, stop=self._stop)
+                keeper.finish()
+        finally:
+            keeper.close()
+
+    # -- what surrounds them ----------------------------------------------------------------------------------------
+
+    def _time_is_up(self) -> bool:
+        return self.minutes is not None and self.elapsed >= self.minutes * 60
+
+    @contextlib.contextmanager
+    def _stop_on_signal(self) -> Iterator[None]:
+        """The first SIGINT or SIGTERM asks the loop to save and stop; a second one stops at once."""
+        handled = []
+
+        def ask(number: int, frame: Any) -> None:
+            if self._stop:
+                raise KeyboardInterrupt
+            self._stop = True
+
+        if self.directory is not None:
+            with contextlib.suppress(ValueError):  # not in the main thread: signals are the caller's business
+                for number in (signal.SIGINT, signal.SIGTERM):
+                    handled.append((number, signal.signal(number, ask)))
+        try:
+            yield
+        finally:
+            for number, handler in handled:
+                signal.signal(number, handler)
+
+    def save_checkpoint(self, step: int, optimizer: SyntheticOptimizer) -> None:
+        """Writes the state after ``step`` steps; the previous checkpoint stays until the new one is whole."""
+        if self.directory is None or not self.ranks.leads:
+            return
+        state = {
+            "config_key": self.config_key,
+            "step": step,
+            "elapsed": self.elapsed,
+            "optimizer": optimizer.state_dict(),
+            "kept": {name: dict(kept.state_dict()) for name, kept in self._kept.items()},
+        }
+        path, temporary = self.directory / CHECKPOINT, self.directory / (CHECKPOINT + ".tmp")
+        with temporary.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists():
+            os.replace(path, self.directory / PREVIOUS)
+        os.replace(temporary, path)
+
+
+def load_checkpoint(directory: Path, config_key: str) -> dict[str, Any] | None:
+    """The newest whole checkpoint of a run directory, None where it has none yet.
+
+    Raises:
+        CondenseError: the checkpoint belongs to another configuration.
+    """
+    for name in (CHECKPOINT, PREVIOUS):
+        path = directory / name
+        if not path.exists():
+            continue
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError):
+            continue  # damaged; the previous one is kept for this case
+        if state["config_key"] != config_key:
+            raise CondenseError(f"{directory}: the checkpoint was made with another config.json; start anew with --force")
+        return state
+    return None
+
+
+class _Keeper:
+    """What happens between steps: log lines, checkpoints, previews, the check for NaN, and stopping."""
+
+    def __init__(
+        self, run: Run, synthetic: SyntheticSet, optimizer: SyntheticOptimizer, start: int, steps: int
+    ) -> None:
+        self.run, self.synthetic, self.optimizer, self.steps = run, synthetic, optimizer, steps
+        self.good = (start, optimizer.state_dict())
+        self.checked = self.step = start
+        self.check_every = 1 if run.device.type == "cpu" else 20  # reading the flag waits for the GPU
+        leads = run.ranks.leads
+        self.progress = Progress(run.name, steps, start, run.quiet or not leads)
+        self.log = Log(run.directory / "log.jsonl", start if run._saved else None) if run.directory and leads else None
+        self.tracker = open_tracker(run.track, run.directory if leads else None)
+        self.logged = self.saved = self.previewed = time.monotonic()
+        self.text = ""
+
+    def after_step(self, step: int, stop: bool) -> None:
+        self.step = step
+        now = time.monotonic()
+        last = step == self.steps
+        logging, saving = now - self.logged >= LOG_SECONDS, now - self.saved >= CHECKPOINT_SECONDS
+        if step - self.checked >= self.check_every or logging or saving or last or stop:
+            self.checked = step
+            self._check(step)
+        loss = self.optimizer.take_loss()
+        if logging or last or step == 1:
+            self.logged = now
+            self._write(step, float(loss))
+        if saving or stop:
+            self._save(step)
+        if now - self.previewed >= PREVIEW_SECONDS:
+            self.previewed = now
+            self._preview(step)
+        self.progress.update(step, self.text)
+        if self.run.ranks.agree(stop, self.run.device):
+            where = self.run.directory
+            raise Interrupted(f"stopped at step {step} of {self.steps}; go on with: condense resume {where}")
+
+    def finish(self) -> None:
+        """The last checkpoint and preview, so that a kill while the set is written loses nothing."""
+        self._check(self.step)
+        self._save(self.step)
+        self._preview(self.step)
+
+    def close(self) -> None:
+        self.progress.close()
+        if self.log is not None:
+            self.log.close()
+        if self.tracker is not None:
+            self.tracker.close()
+
+    def _check(self, step: int) -> None:
+        if bool(self.optimizer.finite):
+            return
+        good, state = self.good
+        self.optimizer.load_state_dict(state)
+        self.run.steps_done = good
+        rates = ", ".join(
+            f"{'lr_img' if name == 'images' else 'lr of ' + name}={group.lr:g}"
+            for name, group in self.optimizer.groups.items()
+        )
+        raise Diverged(f"the loss stopped being finite at step {step} ({rates}): lower the learning rate; kept step {good}")
+
+    def _write(self, step: int, loss: float) -> None:
+        self.text = f"loss {loss:.4g}"
+        values = {"loss": loss}
+        if self.log is not None:
+            self.log.write(step=step, seconds=round(self.run.elapsed, 2), **values)
+        if self.tracker is not None:
+            self.tracker.log(step, values)
+
+    def _save(self, step: int) -> None:
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in self.optimizer.tensors.values()):
+            self.optimizer.finite.fill_(False)
+            self._check(step)
+        self.good = (step, self.optimizer.state_dict())
+        self.run.save_checkpoint(step, self.optimizer)
+        self.saved = time.monotonic()
+
+    def _preview(self, step: int) -> None:
+        if self.run.directory is None or not self.run.ranks.leads:
+            return
+        from condense.distilled import save_grid
+
+        folder = self.run.directory / "previews"
+        folder.mkdir(exist_ok=True)
+        path = folder / f"step-{step:06d}.png"
+        images = self.synthetic.images.detach()
+        if self.synthetic.space == "training":
+            images = self.run.task.transform.to(images.device).inverse(images)
+        save_grid(images, path, columns=self.run.ipc)
+        if self.tracker is not None:
+            self.tracker.image(step, path)

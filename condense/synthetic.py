@@ -1,0 +1,228 @@
+"""The learnable set: pixels behind decode stages, labels, and the ways to initialise them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from condense import rng
+from condense.errors import CondenseError
+from condense.labels import HardLabels, Labels
+from condense.tasks import Task
+
+Space = Literal["training", "pixel"]
+
+
+@dataclass(frozen=True)
+class Formation:
+    """Multi-formation (IDC): each stored image holds factor x factor tiles, each upsampled to a full image.
+
+    The image is cut into tiles (right and bottom edges padded with ``pad`` where the size does not divide) and every tile is
+    enlarged to the full size, bilinear with align_corners=False. Order: tile (0, 0) of all images, then (0, 1), ...
+    """
+
+    factor: int
+    pad: float = 0.0
+    at_load: bool = dataclasses.field(default=True, init=False)
+
+    def __call__(self, images: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        f, (height, width) = self.factor, images.shape[-2:]
+        images = F.pad(images, (0, -width % f, 0, -height % f), value=self.pad)
+        h, w = images.shape[-2] // f, images.shape[-1] // f
+        tiles = [images[..., r * h : (r + 1) * h, c * w : (c + 1) * w] for r in range(f) for c in range(f)]
+        decoded = F.interpolate(torch.cat(tiles), size=(height, width), mode="bilinear", align_corners=False)
+        return decoded, ids.repeat(f * f)
+
+    def describe(self) -> dict[str, Any]:
+        return {"stage": "formation", "factor": self.factor, "pad": self.pad}
+
+
+@dataclass(frozen=True)
+class FlipUnion:
+    """FYI: the set together with its mirror images, originals first. Acts while distilling only; flips are not stored."""
+
+    at_load: bool = dataclasses.field(default=False, init=False)
+
+    def __call__(self, images: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.cat([images, images.flip(-1)]), ids.repeat(2)
+
+    def describe(self) -> dict[str, Any]:
+        return {"stage": "flip-union"}
+
+
+Stage = Formation | FlipUnion
+
+
+def stages_from(description: Sequence[dict[str, Any]]) -> list[Stage]:
+    """The decode stages that a manifest describes.
+
+    Raises:
+        CondenseError: a stage that this version does not know.
+    """
+    stages: list[Stage] = []
+    for entry in description:
+        if entry.get("stage") == "formation":
+            stages.append(Formation(int(entry["factor"]), float(entry.get("pad", 0.0))))
+        elif entry.get("stage") == "flip-union":
+            stages.append(FlipUnion())
+        else:
+            raise CondenseError(f"the set uses the decode stage {entry.get('stage')!r}, which this version does not know")
+    return stages
+
+
+def decode(images: Tensor, stages: Sequence[Stage]) -> tuple[Tensor, Tensor]:
+    """Stored images (N,C,H,W) through ``stages``: decoded images (M,C,H,W) and the stored index (M,) of each."""
+    ids = torch.arange(len(images), device=images.device)
+    for stage in stages:
+        images, ids = stage(images, ids)
+    return images, ids
+
+
+@dataclass(frozen=True)
+class SyntheticOptions:
+    """Settings of the synthetic set that every method shares."""
+
+    init: str = "real"
+    """How images start: real (random real images), noise (N(0,1) in training space), kmeans (the real image nearest to each
+    of ipc centroids of its class), collage (factor x factor shrunken real images in each; real where factor is 1)."""
+    factor: int = 1
+    """Multi-formation: every stored image is decoded into factor x factor training images, also when the set is used."""
+    fyi: bool = False
+    """Distil the union of the set and its mirror images (FYI); needs data whose classes survive mirroring."""
+
+
+class SyntheticSet:
+    """Images, labels and decode stages while they are being made.
+
+    Attributes:
+        tensors: the leaves that may be learned; ``tensors["images"]`` is (N,C,H,W), sorted by class.
+        classes: int64 (N,), the class of each stored image.
+        labels: the label provider that the finished set will carry.
+        space: ``training`` (pixels after the task's transform, unclamped) or ``pixel`` ([0,1], or uint8 for selections).
+        stages: the decode stages, in order.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        images: Tensor,
+        classes: Tensor,
+        *,
+        space: Space = "training",
+        stages: Sequence[Stage] = (),
+        labels: Labels | None = None,
+    ) -> None:
+        device = images.device
+        self.task, self.space, self.stages = task, space, list(stages)
+        self.classes = classes.to(device)
+        self.labels = labels or HardLabels(self.classes, task.num_classes)
+        self.tensors = {"images": images.requires_grad_(images.is_floating_point())}
+        self._rows = [(self.classes == c).nonzero().squeeze(1) for c in range(task.num_classes)]
+
+    @property
+    def images(self) -> Tensor:
+        """The stored images (N,C,H,W)."""
+        return self.tensors["images"]
+
+    @classmethod
+    def create(
+        cls, task: Task, ipc: int, options: SyntheticOptions, *, seed: int, device: torch.device, space: Space = "training"
+    ) -> SyntheticSet:
+        """A set of ``ipc`` images per class, initialised and decoded as ``options`` say."""
+        stages: list[Stage] = []
+        if options.factor > 1:
+            stages.append(Formation(options.factor, 0.5 if space == "pixel" else 0.0))
+        if options.fyi:
+            if not task.mirror:
+                raise CondenseError(f"fyi=true: a mirror image of '{task.name}' may belong to another class; leave fyi off")
+            stages.append(FlipUnion())
+        images, classes = initial_images(task, ipc, options, seed)
+        images = images.to(device)
+        if space == "training" and options.init != "noise":
+            images = task.transform.to(device)(images)
+        return cls(task, images.float().contiguous(), classes, space=space, stages=stages)
+
+    @classmethod
+    def select(cls, task: Task, ids: Tensor) -> SyntheticSet:
+        """Real training images kept exactly as they are (uint8 where the data is), sorted by class."""
+        classes = torch.as_tensor(task.train.labels[ids.numpy()])
+        order = torch.argsort(classes, stable=True)
+        return cls(task, torch.as_tensor(task.raw(ids[order])), classes[order], space="pixel")
+
+    def decode(self, classes: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        """The training images that the set stands for while distilling, with gradients to the stored tensors.
+
+        Args:
+            classes: only these classes, in this order; all of them when None.
+
+        Returns:
+            images (M,C,H,W) in training space and their classes, int64 (M,).
+        """
+        rows = None if classes is None else torch.cat([self._rows[c] for c in classes])
+        stored = self.images if rows is None else self.images[rows]
+        images, ids = decode(stored, self.stages)
+        if self.space == "pixel":
+            images = self.task.transform.to(images.device)(images)
+        return images, (self.classes if rows is None else self.classes[rows])[ids]
+
+
+def initial_images(task: Task, ipc: int, options: SyntheticOptions, seed: int) -> tuple[Tensor, Tensor]:
+    """Starting images (classes * ipc, C,H,W) on the CPU and their classes.
+
+    Pixel space [0,1], except ``noise``, which is N(0,1) and meant for training space.
+
+    Raises:
+        CondenseError: unknown ``init``.
+    """
+    classes = torch.arange(task.num_classes).repeat_interleave(ipc)
+    shape = (len(classes), *task.shape)
+    if options.init == "noise":
+        return torch.randn(shape, generator=rng.generator(seed, "init", "noise")), classes
+    if options.init == "real" or (options.init == "collage" and options.factor == 1):
+        return task.pixels(_sample_per_class(task, ipc, seed)), classes
+    if options.init == "collage":
+        return _collages(task, ipc, options.factor, seed), classes
+    if options.init == "kmeans":
+        return task.pixels(torch.cat([_representatives(task, c, ipc, seed) for c in range(task.num_classes)])), classes
+    raise CondenseError(f"init={options.init}: unknown; use real, noise, kmeans or collage")
+
+
+def _sample_per_class(task: Task, count: int, seed: int) -> Tensor:
+    """Ids of ``count`` random training images of each class, class by class; repeats only where a class has too few."""
+    ids = []
+    for c in range(task.num_classes):
+        members = torch.from_numpy(task.class_ids(c))
+        order = rng.Draws(seed, "init", "real", c).permutation(len(members))
+        ids.append(members[order[torch.arange(count) % len(members)]])
+    return torch.cat(ids)
+
+
+def _collages(task: Task, ipc: int, factor: int, seed: int) -> Tensor:
+    """IDC's start: every image is factor x factor nearest-neighbour-shrunken real images of its class."""
+    height, width = task.shape[1:]
+    h, w = -(-height // factor), -(-width // factor)
+    small = F.interpolate(task.pixels(_sample_per_class(task, ipc * factor * factor, seed)), size=(h, w))
+    grid = small.view(-1, factor, factor, task.shape[0], h, w).permute(0, 3, 1, 4, 2, 5)
+    return grid.reshape(-1, task.shape[0], factor * h, factor * w)[..., :height, :width].contiguous()
+
+
+def _representatives(task: Task, c: int, ipc: int, seed: int) -> Tensor:
+    """Ids of the training images of class ``c`` nearest to its ``ipc`` k-means centroids in pixel space, without repeats."""
+    from sklearn.cluster import KMeans
+
+    members = torch.from_numpy(task.class_ids(c))
+    pixels = task.pixels(members).flatten(1)
+    state = rng.key(seed, "init", "kmeans", c) % 2**31
+    centroids = torch.from_numpy(KMeans(ipc, n_init=1, random_state=state).fit(pixels.numpy()).cluster_centers_)
+    distances = torch.cdist(centroids.float(), pixels)
+    chosen: list[int] = []
+    for row in distances:
+        row[chosen] = torch.inf
+        chosen.append(int(row.argmin()))
+    return members[torch.tensor(chosen)]

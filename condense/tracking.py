@@ -1,0 +1,141 @@
+"""Where a run reports: a JSONL log always, TensorBoard or trackio where installed, a bar or plain lines for people."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+from condense.errors import need
+
+
+class Tracker(Protocol):
+    """Where numbers of a run go besides the log."""
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Values of one step."""
+
+    def image(self, step: int, path: Path) -> None:
+        """A preview picture of the step, a PNG file."""
+
+    def close(self) -> None:
+        """Flushes and ends."""
+
+
+class TensorBoard:
+    """Event files below ``directory/tensorboard``."""
+
+    def __init__(self, directory: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(directory / "tensorboard"))
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def image(self, step: int, path: Path) -> None:
+        import numpy as np
+        from PIL import Image
+
+        self.writer.add_image("preview", np.asarray(Image.open(path).convert("RGB")), step, dataformats="HWC")
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class Trackio:
+    """A local trackio project named after the run directory."""
+
+    def __init__(self, directory: Path) -> None:
+        import trackio
+
+        self.trackio = trackio
+        trackio.init(project="condense", name=directory.name)
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        self.trackio.log(values, step=step)
+
+    def image(self, step: int, path: Path) -> None:
+        self.trackio.log({"preview": self.trackio.Image(str(path))}, step=step)
+
+    def close(self) -> None:
+        self.trackio.finish()
+
+
+def open_tracker(kind: str, directory: Path | None) -> Tracker | None:
+    """The tracker called ``kind``: auto (TensorBoard where installed), tensorboard, trackio or none.
+
+    Raises:
+        CondenseError: the tracker was asked for by name and is not installed.
+    """
+    if directory is None or kind == "none":
+        return None
+    if kind == "trackio":
+        if importlib.util.find_spec("trackio") is None:
+            raise need("trackio", "track", "--track trackio")
+        return Trackio(directory)
+    if importlib.util.find_spec("tensorboard") is None:
+        if kind == "tensorboard":
+            raise need("tensorboard", "track", "--track tensorboard")
+        return None
+    return TensorBoard(directory)
+
+
+class Log:
+    """``log.jsonl``: one JSON object a line. Opening it for a resumed run drops lines later than the resumed step."""
+
+    def __init__(self, path: Path, resumed_step: int | None) -> None:
+        if resumed_step is not None and path.exists():
+            lines = [line for line in path.read_text().splitlines() if _step_of(line) <= resumed_step]
+            path.write_text("".join(line + "\n" for line in lines))
+        self.file = path.open("w" if resumed_step is None else "a")
+
+    def write(self, **values: Any) -> None:
+        self.file.write(json.dumps(values) + "\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line).get("step", 0)
+    except ValueError:  # a line cut short by a kill
+        return float("inf")
+
+
+class Progress:
+    """Step, loss and time left: a tqdm bar on a terminal, a plain line every ``every`` seconds elsewhere."""
+
+    def __init__(self, name: str, total: int, start: int = 0, quiet: bool = False, every: float = 30.0) -> None:
+        self.name, self.total, self.start, self.every = name, total, start, every
+        self.quiet = quiet
+        self.bar: Any = None
+        self.began = self.last = time.monotonic()
+        if not quiet and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=total, initial=start, desc=name, unit="step", file=sys.stderr, dynamic_ncols=True)
+
+    def update(self, done: int, text: str = "") -> None:
+        """``done`` steps of the total are finished; ``text`` is shown behind."""
+        if self.bar is not None:
+            self.bar.set_postfix_str(text, refresh=False)
+            self.bar.update(done - self.bar.n)
+            return
+        now = time.monotonic()
+        if self.quiet or now - self.last < self.every or done <= self.start:
+            return
+        self.last = now
+        left = (now - self.began) / (done - self.start) * (self.total - done)
+        minutes, seconds = divmod(round(left), 60)
+        print(f"{self.name}: step {done}/{self.total} {text} about {minutes}:{seconds:02d} left", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()

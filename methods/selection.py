@@ -1,0 +1,27 @@
+"""Selection: sets made of real images. The yardstick for everything that is learned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from condense.registry import method
+from condense.run import Run
+from condense.synthetic import SyntheticSet
+from condense.tasks import Task
+
+
+@dataclass(frozen=True)
+class Random:
+    """Random selection has nothing to set."""
+
+
+@method("random", config=Random, paper="Random real images, the control of every distillation paper", year=2018, order=0)
+def random(task: Task, config: Random, run: Run) -> SyntheticSet:
+    """Keeps ipc random real images of each class, exactly as they are (uint8).
+
+    When to use: as the control that a distilled set must beat, or as a first small set. Cost: none.
+    """
+    chosen = [task.sample_ids(run.ipc, (run.seed, "random"), [c]) for c in range(task.num_classes)]
+    return SyntheticSet.select(task, torch.cat(chosen))

@@ -1,0 +1,45 @@
+"""A tiny task and an isolated cache, so that default tests are offline, small and leave nothing behind."""
+
+import os
+
+import numpy as np
+import pytest
+
+# A developer's own settings must not reach the tests.
+for _name in ("WORLD_SIZE", "RANK"):
+    os.environ.pop(_name, None)
+
+
+@pytest.fixture(autouse=True)
+def isolated_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("CONDENSE_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+def tiny_arrays(classes=3, train=12, test=6, channels=1, size=8, seed=0):
+    """Images whose class is told by a bright block: easy to learn, different in every image."""
+    random = np.random.default_rng(seed)
+
+    def part(count):
+        labels = np.repeat(np.arange(classes), count)
+        images = random.integers(0, 90, (len(labels), channels, size, size))
+        for image, label in zip(images, labels):
+            image[:, 2 * label : 2 * label + 3, 1:6] += 120
+        return images.astype(np.uint8), labels.astype(np.int64)
+
+    return (*part(train), *part(test))
+
+
+@pytest.fixture
+def tiny():
+    """3 classes of 12 train and 6 test grey images of 8x8."""
+    import condense
+
+    return condense.task(tiny_arrays(), name="tiny")
+
+
+@pytest.fixture
+def tiny_colour():
+    """As ``tiny`` with three channels."""
+    import condense
+
+    return condense.task(tiny_arrays(channels=3), name="tiny")

@@ -1,0 +1,94 @@
+"""Settings: types, did you mean, and all faults at once; every packaged recipe and protocol parses."""
+
+from dataclasses import dataclass
+
+import pytest
+
+from condense import config
+from condense.errors import CondenseError
+from condense.registry import METHODS
+
+
+@dataclass(frozen=True)
+class Example:
+    """For the tests."""
+
+    steps: int = 10
+    """Number of
+    steps."""
+    lr_img: float = 1.0
+    """Learning rate."""
+    init: str = "real"
+    """Start."""
+    fyi: bool = False
+    """Flip."""
+
+
+def test_strings_become_types():
+    built = config.build(Example, {"steps": "20", "lr_img": "1e-3", "fyi": "true", "init": "noise"}, "x")
+    assert built == Example(20, 0.001, "noise", True)
+
+
+def test_defaults_stay():
+    assert config.build(Example, {}, "x") == Example()
+
+
+def test_all_faults_are_reported_at_once():
+    with pytest.raises(CondenseError) as fault:
+        config.build(Example, {"step": "5", "lr_img": "fast", "fyi": "7.5"}, "the method 'x'")
+    text = str(fault.value)
+    assert "step=5: no such setting of the method 'x'; did you mean 'steps'?" in text
+    assert "lr_img=fast: must be float" in text
+    assert "fyi=7.5: must be bool" in text
+    assert "\n" not in text
+
+
+def test_a_word_without_equals():
+    with pytest.raises(CondenseError, match="'steps' is not a setting"):
+        config.parse(["steps"])
+
+
+def test_field_docs_come_from_the_source():
+    assert config.field_docs(Example) == {"steps": "Number of steps.", "lr_img": "Learning rate.", "init": "Start.", "fyi": "Flip."}
+
+
+@pytest.mark.parametrize("name", config.recipe_names())
+def test_every_recipe_parses(name):
+    recipe = config.recipe(name)
+    entry = METHODS.get(recipe["method"])
+    settings = {key: value for key, value in recipe.items() if key not in config.RUN_KEYS}
+    config.build(entry.config, settings, name)
+
+    from condense import networks
+    from condense.evaluation import get_protocol
+    from condense.tasks import datasets
+
+    assert recipe["data"] in datasets()
+    assert recipe["ipc"] >= 1
+    networks.check(recipe.get("network", entry.network))
+    get_protocol(recipe.get("protocol", entry.protocol))
+
+
+def test_unknown_recipe():
+    with pytest.raises(CondenseError, match="did you mean 'dm/cifar10-ipc10'"):
+        config.recipe("dm/cifar10-ipc11")
+
+
+def test_recipe_files(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("method: dm\ndata: digits\nipc: 2\nsteps: 5\n")
+    assert config.recipe(str(path))["steps"] == 5
+    path.write_text("method: dm\n")
+    with pytest.raises(CondenseError, match="lacks data, ipc"):
+        config.recipe(str(path))
+    path.write_text("method: [dm\n")
+    with pytest.raises(CondenseError, match="not valid YAML"):
+        config.recipe(str(path))
+
+
+def test_every_setting_of_every_method_is_documented():
+    for name in METHODS.names():
+        entry = METHODS.get(name)
+        for key, _, _, meaning in config.describe(entry.config):
+            assert meaning, f"{name}: {key} has no docstring"
+        assert entry.summary and entry.paper

@@ -1,0 +1,256 @@
+"""The file: round trips, and every way in which a file can be wrong."""
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+import condense
+from condense.augment import ZCA, Standardise
+from condense.distilled import DistilledSet, save_grid
+from condense.errors import CondenseError
+from condense.labels import HardLabels, SoftLabels
+
+
+def make(stored=None, labels=None, transform=None, **manifest):
+    stored = torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(0)) if stored is None else stored
+    labels = labels or HardLabels(torch.tensor([0, 0, 1, 1, 2, 2]), 3)
+    transform = transform or Standardise(torch.tensor([0.4]), torch.tensor([0.2]))
+    base = {
+        "name": "tiny/dm-ipc2",
+        "dataset": "tiny",
+        "classes": ["a", "b", "c"],
+        "ipc": 2,
+        "space": "training",
+        "decode": [],
+        "method": "dm",
+        "network": "mlp",
+        "cost": {},
+    }
+    return DistilledSet(stored, labels, transform, {**base, **manifest})
+
+
+def test_round_trip(tmp_path):
+    original = make()
+    original.save(tmp_path / "a.h5")
+    loaded = condense.load(tmp_path / "a.h5")
+    assert torch.equal(loaded.stored, original.stored)
+    assert torch.equal(loaded.labels.labels, original.labels.labels)
+    assert loaded.manifest == original.manifest
+    assert loaded.sha256() == original.sha256()
+
+
+def test_pixel_view_and_transform_invert_each_other():
+    made = make()
+    torch.testing.assert_close(made.images, made.stored * 0.2 + 0.4)
+    torch.testing.assert_close(made.transform(made.images), made.stored)
+    image, target = made[3]
+    assert image.shape == (1, 8, 8) and target == 1
+    assert made.images.max() > 1 or made.images.min() < 0  # neither clamped nor rounded
+
+
+def test_it_is_a_torch_dataset():
+    made = make()
+    images, targets = next(iter(torch.utils.data.DataLoader(made, batch_size=4)))
+    assert images.shape == (4, 1, 8, 8)
+    assert float(made.loss(torch.zeros(4, 3), targets)) == pytest.approx(np.log(3))
+
+
+def test_batches_repeat_by_epoch_and_cover_the_set():
+    made = make()
+    first = [images for images, _ in made.batches(0, 4)]
+    again = [images for images, _ in made.batches(0, 4)]
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
+    assert sum(len(images) for images in first) == len(made)
+    assert not torch.equal(first[0], next(iter(made.batches(1, 4)))[0])
+
+
+def test_uint8_in_pixel_space():
+    stored = torch.randint(0, 256, (6, 1, 8, 8), dtype=torch.uint8)
+    made = make(stored, space="pixel")
+    torch.testing.assert_close(made.images, stored / 255)
+    torch.testing.assert_close(made.training_images()[0], (stored / 255 - 0.4) / 0.2)
+
+
+def test_decoding_happens_at_load_and_keeps_labels(tmp_path):
+    made = make(decode=[{"stage": "formation", "factor": 2, "pad": 0.0}])
+    made.save(tmp_path / "a.h5")
+    loaded = condense.load(tmp_path / "a.h5")
+    assert len(loaded) == 24 and len(loaded.stored) == 6
+    images, ids = loaded.training_images()
+    assert images.shape == (24, 1, 8, 8)
+    # Tile (0, 0) of all images first.
+    assert ids.tolist() == list(range(6)) * 4
+    corner = torch.nn.functional.interpolate(made.stored[3:4, :, :4, :4], size=(8, 8), mode="bilinear")
+    torch.testing.assert_close(images[3:4], corner)
+    assert loaded[9][1] == loaded.labels.labels[3]
+
+
+def test_soft_labels(tmp_path):
+    logits = torch.randn(6, 3)
+    make(labels=SoftLabels(logits)).save(tmp_path / "a.h5")
+    loaded = condense.load(tmp_path / "a.h5")
+    torch.testing.assert_close(loaded[2][1], logits[2].softmax(0))
+    assert loaded.nbytes()["labels"] == 6 * 3 * 4
+
+
+def test_zca_travels_with_the_set_and_says_so(tmp_path):
+    pixels = torch.rand(40, 1, 4, 4)
+    zca = ZCA.fit(pixels)
+    make(zca(pixels[:6]), transform=zca).save(tmp_path / "a.h5")
+    loaded = condense.load(tmp_path / "a.h5")
+    with pytest.warns(UserWarning, match="ZCA"):
+        images = loaded.images
+    torch.testing.assert_close(images, pixels[:6], atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(loaded.transform(pixels[:6]), zca(pixels[:6]))
+    assert loaded.nbytes()["auxiliary"] >= 2 * 16 * 16 * 4
+
+
+def test_bytes_are_counted():
+    assert make().nbytes() == {"images": 6 * 64 * 4, "labels": 2, "auxiliary": 8, "total": 6 * 64 * 4 + 10}
+
+
+def test_a_large_manifest_fits(tmp_path):
+    make(note="x" * 300_000).save(tmp_path / "a.h5")
+    assert len(condense.load(tmp_path / "a.h5").manifest["note"]) == 300_000
+
+
+def test_saving_refuses_to_overwrite(tmp_path):
+    make().save(tmp_path / "a.h5")
+    with pytest.raises(CondenseError, match="exists.*--force"):
+        make().save(tmp_path / "a.h5")
+    make().save(tmp_path / "a.h5", force=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.h5"]
+
+
+# -- files that are wrong ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def file(tmp_path):
+    return make().save(tmp_path / "a.h5")
+
+
+def refused(path, words):
+    with pytest.raises(CondenseError, match=words) as fault:
+        condense.load(path)
+    assert "\n" not in str(fault.value)
+    assert str(path) in str(fault.value)
+
+
+def test_a_damaged_array_is_named(file):
+    with h5py.File(file, "r+") as opened:
+        opened["images"][1, 0, 2, 2] += 1
+    refused(file, "'images' is damaged")
+
+
+def test_damaged_labels_are_named(file):
+    with h5py.File(file, "r+") as opened:
+        opened["labels/hard"][0] = 2
+    refused(file, "'labels/hard' is damaged")
+
+
+def test_a_damaged_manifest(file):
+    with h5py.File(file, "r+") as opened:
+        opened.attrs["manifest"] = np.bytes_(bytes(opened.attrs["manifest"]).replace(b"tiny", b"tint"))
+    refused(file, "manifest is damaged")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.95])
+def test_truncated(file, share):
+    content = file.read_bytes()
+    file.write_bytes(content[: int(len(content) * share)])
+    refused(file, "truncated|damaged|not an HDF5")
+
+
+def test_any_flipped_bit_is_noticed_or_harmless(file):
+    content = bytearray(file.read_bytes())
+    original = condense.load(file)
+    random = np.random.default_rng(0)
+    for position in random.choice(len(content), 120, replace=False):
+        damaged = bytearray(content)
+        damaged[position] ^= 1 << int(random.integers(8))
+        file.write_bytes(damaged)
+        try:
+            loaded = condense.load(file)
+        except CondenseError:
+            continue
+        assert loaded.sha256() == original.sha256() and loaded.manifest == original.manifest
+
+
+def test_other_formats(tmp_path):
+    text = tmp_path / "a.h5"
+    text.write_text("hello")
+    refused(text, "not an HDF5 file")
+    with h5py.File(tmp_path / "b.h5", "w") as opened:
+        opened["images"] = np.zeros((2, 1, 8, 8))
+    refused(tmp_path / "b.h5", "another format")
+    refused(tmp_path / "missing.h5", "no such file")
+
+
+def test_a_newer_version(file):
+    with h5py.File(file, "r+") as opened:
+        opened.attrs["version"] = 99
+    refused(file, "newer version")
+
+
+def hostile(file, change):
+    """A file whose checksums are right but whose arrays were changed by a stranger."""
+    import hashlib
+    import json
+
+    with h5py.File(file, "r+") as opened:
+        manifest = json.loads(bytes(opened.attrs["manifest"]))
+        change(opened, manifest)
+        text = json.dumps(manifest, sort_keys=True)
+        opened.attrs["manifest"] = np.bytes_(text)
+        opened.attrs["manifest_sha256"] = hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_an_array_that_claims_more_than_the_file_holds(file):
+    def change(opened, manifest):
+        del opened["images"]
+        opened.create_dataset("images", (1_000_000, 3, 1024, 1024), dtype="f4", chunks=(1, 3, 64, 64))
+
+    hostile(file, change)
+    refused(file, "claims .* bytes, more than the file holds")
+
+
+def test_an_array_in_another_file(file, tmp_path):
+    def change(opened, manifest):
+        del opened["images"]
+        opened["images"] = h5py.ExternalLink(str(tmp_path / "secret.h5"), "x")
+
+    hostile(file, change)
+    refused(file, "'images' is missing or links to another file")
+
+
+def test_a_foreign_type(file):
+    def change(opened, manifest):
+        del opened["images"]
+        opened["images"] = np.array([b"abc"])
+
+    hostile(file, change)
+    refused(file, "has the type")
+
+
+def test_an_unknown_decode_stage(file):
+    hostile(file, lambda opened, manifest: manifest.update(decode=[{"stage": "hologram"}]))
+    refused(file, "hologram")
+
+
+def test_labels_outside_the_classes(file):
+    hostile(file, lambda opened, manifest: manifest.update(classes=["a", "b"]))
+    refused(file, "outside 0..1")
+
+
+def test_a_manifest_without_classes(file):
+    hostile(file, lambda opened, manifest: manifest.pop("classes"))
+    refused(file, "classes")
+
+
+def test_preview_is_a_picture(tmp_path):
+    from PIL import Image
+
+    path = save_grid(make().images, tmp_path / "grid.png", columns=2)
+    assert Image.open(path).size == (2 * 34 + 2, 3 * 34 + 2)
