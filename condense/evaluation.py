@@ -27,7 +27,7 @@ from condense.distilled import DistilledSet
 from condense.errors import CondenseError, did_you_mean
 from condense.labels import HardLabels
 from condense.run import device_name, peak_memory, pick_device, pick_precision
-from condense.students import FixedSource, Recipe, Source, Student, TaskSource, test_accuracy, train
+from condense.students import FixedSource, Recipe, Source, Student, TaskSource, accuracy, train
 from condense.tasks import Task, cache_dir
 from condense.tracking import Progress
 
@@ -157,9 +157,9 @@ def evaluate(
     where = pick_device(device)
     precision = pick_precision(precision, where)
     names = list(networks or [distilled.manifest["network"]])
-    runs = runs or chosen.runs
+    runs = chosen.runs if runs is None else runs
     _check(distilled, task, names, runs, controls)
-    task = dataclasses.replace(task, transform=distilled.transform).to(where)
+    task = task.to(where, transform=distilled.transform)
     judge = _Judge(task, chosen, runs, seed, where, precision, cache, quiet)
     arms = [_distilled_arm(judge, distilled)]
     missing = []
@@ -262,7 +262,7 @@ class _Judge:
         train(students, arm.recipe, device=self.device, precision=self.precision, report=progress.update)
         progress.close()
         accuracies = [
-            test_accuracy(s.network, self.task, device=self.device, precision=self.precision) for s in students
+            accuracy(s.network, self.task, device=self.device, precision=self.precision) for s in students
         ]
         seconds = (time.monotonic() - began) / len(students)
         return [{"accuracy": accuracy, "seconds": round(seconds, 3)} for accuracy in accuracies]

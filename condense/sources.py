@@ -3,7 +3,7 @@
 DATA is a registered name, an image folder, an ``.npz`` or ``.h5`` of arrays, or Python objects (arrays, tensors, torch
 datasets). Importing this module pulls in neither torch nor PIL, so that names can be listed quickly.
 
-Decoded folders are kept under :func:`cache_dir` as uint8 ``.npy`` files and memory-mapped on reuse; they are found again by
+Decoded folders are kept under :func:`cache_dir` as uint8 ``.npy`` files and memory-mapped on reuse. They are found by
 the names, sizes and modification times of the files, and known by their content (:attr:`Loaded.fingerprint`).
 """
 
@@ -54,9 +54,9 @@ class DataOptions:
     """How images are read; the same for every kind of data."""
 
     resize: int | None = None
-    """Side of the images in pixels: the shorter side is scaled to it (bilinear, antialiased), then the centre is cut out."""
+    """Side in pixels: the shorter side is scaled to it (bilinear, antialiased), then the centre square is cut out."""
     grey: bool | None = None
-    """True makes one grey channel, false makes RGB; left out, image folders follow the majority of their train files."""
+    """True makes one grey channel, false RGB; left out, image folders follow the majority of their train files."""
     mirror: bool | None = None
     """Whether a mirror image keeps its class; left out, false for digits, mnist and svhn, true for everything else."""
     zca: bool = False
@@ -116,7 +116,7 @@ def cache_dir() -> Path:
 
 
 def data_root() -> Path:
-    """Where registered data sets are looked for and downloaded to: ``CONDENSE_DATA``, else ``~/.cache/condense/data``."""
+    """Where registered data sets are looked for and fetched to: ``CONDENSE_DATA``, else ``~/.cache/condense/data``."""
     return Path(os.environ.get("CONDENSE_DATA") or Path.home() / ".cache" / "condense" / "data")
 
 
@@ -159,8 +159,8 @@ def read(data: str, options: DataOptions, *, download: bool = False) -> Loaded:
 
 
 def read_objects(data: Any, options: DataOptions) -> Loaded:
-    """Loads Python objects: ``(train_images, train_labels, test_images, test_labels)`` of arrays or tensors, a mapping of
-    those names, ``(train_dataset, test_dataset)`` of map-style torch datasets, or the train part of either alone.
+    """Loads Python objects: ``(train_images, train_labels, test_images, test_labels)`` of arrays or tensors, a mapping
+    of those names, ``(train_dataset, test_dataset)`` of map-style torch datasets, or the train part of either alone.
 
     Raises:
         CondenseError: the objects cannot be used; one line that says why.
@@ -174,8 +174,8 @@ def read_objects(data: Any, options: DataOptions) -> Loaded:
     if len(parts) <= 2 and all(hasattr(part, "__getitem__") and hasattr(part, "__len__") for part in parts):
         return _read_datasets(parts, options)
     raise CondenseError(
-        f"data of type {type(data).__name__} cannot be used: give (train_images, train_labels, test_images, test_labels), "
-        "a dict of these, or one or two map-style torch datasets (train, test)"
+        f"data of type {type(data).__name__} cannot be used: give (train_images, train_labels, test_images, "
+        "test_labels), a dict of these, or one or two map-style torch datasets (train, test)"
     )
 
 
@@ -186,7 +186,7 @@ def check_name(name: str) -> str:
     return name
 
 
-# --- What every kind of data shares ------------------------------------------------------------------------------------
+# --- What every kind of data shares -----------------------------------------------------------------------------------
 
 
 def _measure(
@@ -202,12 +202,12 @@ def _measure(
         digest.update(json.dumps([list(shape), dtype.name]).encode())
         total, squares = np.zeros(shape[1]), np.zeros(shape[1])
         for chunk in chunks:
-            digest.update(chunk)
+            digest.update(chunk.data)
             if index == 0:
                 values = chunk.astype(np.float64)
                 total += values.sum(axis=(0, 2, 3))
                 squares += np.multiply(values, values, out=values).sum(axis=(0, 2, 3))
-        digest.update(labels.astype("<i8"))
+        digest.update(labels.astype("<i8").data)
         if index == 0:
             unit = 255.0 if dtype == np.uint8 else 1.0
             pixels = shape[0] * shape[2] * shape[3]
@@ -270,8 +270,8 @@ def _adapt(images: np.ndarray, options: DataOptions) -> np.ndarray:
 
 
 def _stratified(labels: np.ndarray, classes: Sequence[str], where: str, purpose: str) -> tuple[np.ndarray, np.ndarray]:
-    """Row numbers of the train and of the test part, each ascending: of every class, in an order drawn for its number and
-    ``purpose``, the last ``TEST_SHARE`` (rounded, at least one image) is the test part."""
+    """Row numbers of the train and of the test part, each ascending: of every class, in an order drawn for its number
+    and ``purpose``, the last ``TEST_SHARE`` (rounded, at least one image) is the test part."""
     from condense.rng import Draws
 
     train, test = [], []
@@ -301,7 +301,7 @@ def _progress(chunks: Iterable[np.ndarray], total: int, what: str) -> Iterator[n
             bar.update(len(chunk))
 
 
-# --- Arrays ------------------------------------------------------------------------------------------------------------
+# --- Arrays -----------------------------------------------------------------------------------------------------------
 
 _KEYS = {
     "train_images": "x_train",
@@ -352,9 +352,8 @@ def _read_mapping(arrays: Mapping[str, Any], where: str, options: DataOptions) -
     else:
         test_labels = _labels(found["test_labels"], len(test_images), "test", where)
         if test_images.shape[1:] != train_images.shape[1:]:
-            raise CondenseError(
-                f"{where}: train images are {_size(train_images.shape[1:])} but test images {_size(test_images.shape[1:])}"
-            )
+            sizes = [_size(images.shape[1:]) for images in (train_images, test_images)]
+            raise CondenseError(f"{where}: train images are {sizes[0]} but test images {sizes[1]}")
     classes = _class_names(arrays.get("classes"), train_labels, test_labels, where)
     if test_images is None:
         rows = _stratified(train_labels, classes, where, "data")
@@ -375,8 +374,8 @@ def _images(given: Sequence[Any], where: str) -> list[Any]:
     """Arrays as (N,C,H,W), uint8 or float32 in [0,1]; ``None`` stays.
 
     (N,H,W) is grey. With four axes the channel axis is the one of size 1 or 3, and the second axis where both could be.
-    Floats that are all k/255 (as torchvision's ToTensor makes them) become the uint8 that they came from: the same values in
-    a quarter of the memory.
+    Floats that are all k/255 (as torchvision's ToTensor makes them) become the uint8 that they came from: the same
+    values in a quarter of the memory.
     """
     arrays = [None if values is None else _array(values) for values in given]
     for index, (images, part) in enumerate(zip(arrays, ("train", "test"))):
@@ -388,7 +387,7 @@ def _images(given: Sequence[Any], where: str) -> list[Any]:
             images = images.transpose(0, 3, 1, 2)
         if images.ndim != 4 or images.shape[1] not in (1, 3) or 0 in images.shape:
             raise CondenseError(
-                f"{where}: {part} images of shape {images.shape}: give (N,C,H,W), (N,H,W,C) or (N,H,W) with 1 or 3 channels"
+                f"{where}: {part} images of shape {images.shape}: give (N,C,H,W), (N,H,W,C) or (N,H,W), 1 or 3 channels"
             )
         if images.dtype.kind == "f":
             low, high = float(images.min()), float(images.max())
@@ -472,7 +471,7 @@ def _size(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape))
 
 
-# --- torch datasets ----------------------------------------------------------------------------------------------------
+# --- torch datasets ---------------------------------------------------------------------------------------------------
 
 
 def _read_datasets(parts: Sequence[Any], options: DataOptions) -> Loaded:
@@ -491,7 +490,7 @@ def _read_datasets(parts: Sequence[Any], options: DataOptions) -> Loaded:
 def _collect(
     dataset: Any, part: str, mode: str | None, resize: int | None
 ) -> tuple[np.ndarray, np.ndarray, str | None]:
-    """Every image and label of a dataset. PIL images are all converted to ``mode``, left out to that of the first one."""
+    """Every image and label of a dataset, and ``mode``, to which PIL images are converted (None: that of the first)."""
     from tqdm import tqdm
 
     count = len(dataset)
@@ -517,15 +516,15 @@ def _collect(
             images = np.empty((count, *image.shape), image.dtype)
         if image.shape != images.shape[1:] or image.dtype != images.dtype:
             raise CondenseError(
-                f"{where} is {image.dtype} {_size(image.shape)}, the first one {images.dtype} {_size(images.shape[1:])}; "
-                "resize them in the dataset's transform"
+                f"{where} is {image.dtype} {_size(image.shape)}, the first one {images.dtype} "
+                f"{_size(images.shape[1:])}; resize them in the dataset's transform"
             )
         images[index] = image
     assert images is not None
     return images, labels, mode
 
 
-# --- Image folders -----------------------------------------------------------------------------------------------------
+# --- Image folders ----------------------------------------------------------------------------------------------------
 
 
 class _File(NamedTuple):
@@ -578,7 +577,7 @@ def _class_files(folder: Path, classes: Sequence[str]) -> list[_File]:
 
 def _list_folder(root: Path) -> _Listing:
     """Lists an image folder: ``train/<class>/*`` with ``test/`` (or ``val/``, ``valid/``, ``validation/``) of the same
-    classes; without a test folder, or with the class folders directly inside, every class is split. Classes are numbered in
+    classes; without a test folder, or with class folders directly inside, every class is split. Classes are numbered in
     sorted order. Tiny ImageNet's own layout (its validation labels are in a text file) is known too.
     """
     what = f"data folder '{root}'"
@@ -682,9 +681,9 @@ def _cores() -> int:
 def _decode(paths: Sequence[str], shape: tuple[int, ...], mode: str, resize: int | None) -> Iterator[np.ndarray]:
     """Chunks of decoded images in order, uint8 (n, *shape).
 
-    Measured on two cores, CIFAR-10 as JPEG, µs an image: one process 97, two threads 145 (at 32x32 PIL holds the GIL for
-    most of the time), two forked processes 65. Threads win from about 128x128 on (167 against 218; 512x512: 858 against
-    1806). So processes are forked where that is safe (they touch neither torch nor a GPU), and threads used elsewhere.
+    Measured on two cores, CIFAR-10 as JPEG, µs an image: one process 97, two threads 145 (at 32x32 PIL holds the GIL
+    for most of the time), two forked processes 65. Threads win from about 128x128 on (167 against 218; 512x512: 858
+    against 1806). So processes are forked where that is safe (they touch neither torch nor a GPU), else threads used.
 
     Raises:
         CondenseError: a file is corrupt, or its size is not ``shape``.
@@ -715,8 +714,8 @@ def _decode(paths: Sequence[str], shape: tuple[int, ...], mode: str, resize: int
 
 
 def _forked(work: Callable[[range], np.ndarray], spans: Sequence[range], workers: int) -> Iterator[np.ndarray]:
-    """``map(work, spans)`` in forked processes: worker w takes every ``workers``-th span and sends results down its own pipe,
-    so they arrive in order, no worker runs far ahead, and all end when the parent is gone, even killed."""
+    """``map(work, spans)`` in forked processes: worker w takes every ``workers``-th span and sends results down its own
+    pipe, so they arrive in order, no worker runs far ahead, and all end when the parent is gone, even killed."""
     context = multiprocessing.get_context("fork")
     readers: list[Connection] = []
     processes = []
@@ -852,8 +851,8 @@ def _open_cache(directory: Path, listing: _Listing) -> Loaded | None:
 
 
 def _fill_cache(directory: Path, listing: _Listing, shape: tuple[int, ...], mode: str, resize: int | None) -> None:
-    """Decodes into a temporary folder that is renamed when it is whole, so that neither a kill nor a second process that does
-    the same ever leaves half a cache.
+    """Decodes into a temporary folder that is renamed when it is whole, so that neither a kill nor a second process
+    doing the same ever leaves half a cache.
 
     Raises:
         OSError: the cache cannot be written, or the disk is full.
@@ -874,7 +873,7 @@ def _fill_cache(directory: Path, listing: _Listing, shape: tuple[int, ...], mode
             header = {"descr": "|u1", "fortran_order": False, "shape": (count, *shape)}
             np.lib.format.write_array_header_1_0(file, header)
             for chunk in chunks:
-                file.write(chunk)
+                file.write(chunk.data)
                 yield chunk
             _sync(file)
 
@@ -904,7 +903,7 @@ def _sync(file: Any) -> None:
     os.fsync(file.fileno())
 
 
-# --- Registered data sets ----------------------------------------------------------------------------------------------
+# --- Registered data sets ---------------------------------------------------------------------------------------------
 
 
 def _read_named(entry: Named, options: DataOptions, download: bool) -> Loaded:
@@ -951,7 +950,8 @@ def _torchvision(name: str, class_name: str, folder: str) -> Callable[[DataOptio
                     raise CondenseError(f"data '{name}' could not be downloaded to {root}: {reason}") from error
                 if isinstance(error, (RuntimeError, OSError)):  # what torchvision raises for absent or damaged files
                     raise CondenseError(
-                        f"data '{name}' is not, or not whole, in {root} (CONDENSE_DATA sets the place); --download fetches it"
+                        f"data '{name}' is not, or not whole, in {root} (CONDENSE_DATA sets the place); "
+                        "--download fetches it"
                     ) from error
                 raise
         images = _images([part.data for part in parts], f"data '{name}'")

@@ -221,7 +221,7 @@ def _train_stacked(
 
 
 @torch.no_grad()
-def test_accuracy(network: nn.Module, task: Task, *, device: torch.device, precision: str = "fp32") -> float:
+def accuracy(network: nn.Module, task: Task, *, device: torch.device, precision: str = "fp32") -> float:
     """Fraction of the task's test images that the network, put into eval mode, gets right."""
     network.to(device).eval()
     labels = torch.as_tensor(task.test.labels).to(device)

@@ -71,7 +71,7 @@ def test_every_recipe_parses(name):
 
 def test_unknown_recipe():
     with pytest.raises(CondenseError, match="did you mean 'dm/cifar10-ipc10'"):
-        config.recipe("dm/cifar10-ipc11")
+        config.recipe("dm/cifar10-ip10")
 
 
 def test_recipe_files(tmp_path):

@@ -1,0 +1,499 @@
+"""Transforms against closed forms, and every augmentation against loops written from the card."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from condense import augment
+from condense.augment import OPERATIONS, ZCA, Augmentation, Parameters, Standardise, dsa, transform_from_arrays
+from condense.errors import CondenseError
+from condense.rng import Draws, generator
+
+ALL = "color_crop_cutout_flip_scale_rotate"
+
+
+def noise(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=generator("test", *shape), dtype=torch.float64).to(dtype)
+
+
+def only(op: str, p: Parameters) -> Parameters:
+    """The same parameters with ``op`` as the drawn operation of every row."""
+    return dataclasses.replace(p, operation=torch.full((len(p),), OPERATIONS.index(op)))
+
+
+def same(a: Parameters, b: Parameters) -> bool:
+    return all(torch.equal(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(a)[1:])
+
+
+# Transforms -----------------------------------------------------------------------------------------------------------
+
+
+def test_standardise() -> None:
+    mean, std = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.25, 0.3])
+    transform = Standardise(mean, std)
+    x = torch.rand(2, 4, 3, 5, 6, generator=generator("pixels"))
+    z = transform(x)
+    for c in range(3):
+        torch.testing.assert_close(z[:, :, c], (x[:, :, c] - mean[c]) / std[c])
+    torch.testing.assert_close(transform.inverse(z), x)
+    assert transform(x.bfloat16()).dtype == torch.bfloat16 and transform(x.double()).dtype == torch.float64
+    loaded = transform_from_arrays("standardise", transform.arrays(), (3, 5, 6))
+    assert torch.equal(loaded(x), z) and torch.equal(transform.to("cpu")(x), z)
+
+
+def test_zca_is_the_closed_form() -> None:
+    # Correlated pixels, so that whitening has something to do.
+    x = (noise(60, 18) @ noise(18, 18) / 12 + 0.5).reshape(60, 2, 3, 3)
+    transform = ZCA.fit(x)
+    flat = x.reshape(60, 18).numpy()
+    mean = flat.mean(0)
+    s, u = np.linalg.eigh(np.cov(flat, rowvar=False))  # np.cov is the unbiased one
+    whitening = u @ np.diag((s + 0.1) ** -0.5) @ u.T
+    expected = ((flat - mean) @ whitening).reshape(60, 2, 3, 3)
+    np.testing.assert_allclose(transform(x).numpy(), expected, atol=2e-6)
+    np.testing.assert_allclose(transform.inverse_matrix.numpy(), u @ np.diag((s + 0.1) ** 0.5) @ u.T, atol=2e-6)
+    torch.testing.assert_close(transform.inverse(transform(x)), x, atol=2e-6, rtol=0)
+    assert np.cov(transform(x).reshape(60, 18).numpy(), rowvar=False).max() < 1
+
+
+def test_zca_round_trip_shapes_and_file() -> None:
+    x = torch.rand(40, 3, 4, 4, generator=generator("pixels"))
+    transform = ZCA.fit(x)
+    z = transform(x)
+    torch.testing.assert_close(transform.inverse(z), x, atol=1e-5, rtol=0)
+    torch.testing.assert_close(transform(x.reshape(2, 20, 3, 4, 4)), z.reshape(2, 20, 3, 4, 4))
+    torch.testing.assert_close(transform(x[0]), z[0])
+    assert transform(x.bfloat16()).dtype == torch.bfloat16
+    arrays = transform.arrays()
+    assert {name: (a.shape, a.dtype) for name, a in arrays.items()} == {
+        "mean": ((48,), np.float32),
+        "matrix": ((48, 48), np.float32),
+        "inverse": ((48, 48), np.float32),
+    }
+    loaded = transform_from_arrays("zca", arrays, (3, 4, 4))
+    assert isinstance(loaded, ZCA) and loaded.shape == (3, 4, 4)
+    assert torch.equal(loaded(x), z) and torch.equal(transform.to("cpu").inverse(z), transform.inverse(z))
+
+
+def test_transform_errors() -> None:
+    good = {"mean": np.zeros(3, np.float32), "std": np.ones(3, np.float32)}
+    with pytest.raises(CondenseError, match="did you mean 'zca'"):
+        transform_from_arrays("zcaa", good, (3, 4, 4))
+    with pytest.raises(CondenseError, match="lacks its array 'std'"):
+        transform_from_arrays("standardise", {"mean": good["mean"]}, (3, 4, 4))
+    for bad in (np.ones(2, np.float32), np.ones(3, np.int64), np.full(3, np.nan, np.float32), np.zeros(3, np.float32)):
+        with pytest.raises(CondenseError, match="'std' must be"):
+            transform_from_arrays("standardise", {**good, "std": bad}, (3, 4, 4))
+    with pytest.raises(ValueError, match="std above 0"):
+        Standardise(torch.zeros(3), torch.zeros(3))
+    with pytest.raises(ValueError, match="matrices"):
+        ZCA(torch.zeros(12), torch.eye(12), torch.eye(11), (3, 2, 2))
+    with pytest.raises(TypeError, match="divide uint8 pixels by 255"):
+        Standardise(torch.zeros(3), torch.ones(3))(torch.zeros(3, 4, 4, dtype=torch.uint8))
+
+
+def test_import_does_not_pull_in_kornia() -> None:
+    code = "import sys, condense.augment; assert 'kornia' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# One operation at a time, against loops -------------------------------------------------------------------------------
+
+
+def bilinear(image: Tensor, matrix: list[list[float]], align_corners: bool) -> Tensor:
+    """Output pixel -> [-1, 1]^2 -> matrix -> input pixel -> its four neighbours, zeros outside."""
+    h, w = image.shape[1:]
+    out = torch.zeros_like(image)
+    for y in range(h):
+        for x in range(w):
+            if align_corners:
+                nx, ny = 2 * x / (w - 1) - 1, 2 * y / (h - 1) - 1
+            else:
+                nx, ny = (2 * x + 1) / w - 1, (2 * y + 1) / h - 1
+            sx = matrix[0][0] * nx + matrix[0][1] * ny
+            sy = matrix[1][0] * nx + matrix[1][1] * ny
+            if align_corners:
+                px, py = (sx + 1) / 2 * (w - 1), (sy + 1) / 2 * (h - 1)
+            else:
+                px, py = ((sx + 1) * w - 1) / 2, ((sy + 1) * h - 1) / 2
+            for i in (math.floor(py), math.floor(py) + 1):
+                for j in (math.floor(px), math.floor(px) + 1):
+                    if 0 <= i < h and 0 <= j < w:
+                        out[:, y, x] += (1 - abs(py - i)) * (1 - abs(px - j)) * image[:, i, j]
+    return out
+
+
+def literal(op: str, image: Tensor, p: Parameters, row: int, align_corners: bool = True) -> Tensor:
+    """The card's table for one image (C,H,W)."""
+    h, w = image.shape[1:]
+    out = torch.zeros_like(image)
+    if op == "color":
+        x = image + p.brightness[row].double()
+        m = x.mean(0, keepdim=True)
+        x = (x - m) * p.saturation[row].double() + m
+        m = x.mean()
+        return (x - m) * p.contrast[row].double() + m
+    if op == "crop":
+        dy, dx = p.shift[row].tolist()
+        for i in range(h):
+            for j in range(w):
+                if 0 <= i + dy < h and 0 <= j + dx < w:
+                    out[:, i, j] = image[:, i + dy, j + dx]
+        return out
+    if op == "cutout":
+        out = image.clone()
+        tall, wide = int(0.5 * h + 0.5), int(0.5 * w + 0.5)
+        cy, cx = p.centre[row].tolist()
+        for i in range(tall):
+            for j in range(wide):
+                out[:, min(max(i + cy - tall // 2, 0), h - 1), min(max(j + cx - wide // 2, 0), w - 1)] = 0
+        return out
+    if op == "flip":
+        return image[:, :, list(range(w - 1, -1, -1))] if p.mirrored[row] else image
+    if op == "scale":
+        sx, sy = p.zoom[row].tolist()
+        return bilinear(image, [[sx, 0], [0, sy]], align_corners)
+    theta = float(p.angle[row]) * math.pi / 180
+    return bilinear(image, [[math.cos(theta), -math.sin(theta)], [math.sin(theta), math.cos(theta)]], align_corners)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (9, 12), (14, 10)])
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_operation_is_the_cards(op: str, size: tuple[int, int]) -> None:
+    x = noise(5, 3, *size)
+    for align_corners in (True, False) if op in ("scale", "rotate") else (True,):
+        augmentation = dsa(op, align_corners=align_corners)
+        p = augmentation.draw(Draws("card", op), 5, size)
+        expected = torch.stack([literal(op, x[i], p, i, align_corners) for i in range(5)])
+        torch.testing.assert_close(augmentation.apply(x, p), expected, atol=1e-12, rtol=0)
+        # All images on one row take the short cuts.
+        rows = torch.full((5,), 3)
+        expected = torch.stack([literal(op, x[i], p, 3, align_corners) for i in range(5)])
+        torch.testing.assert_close(augmentation.apply(x, p, rows), expected, atol=1e-12, rtol=0)
+
+
+def test_color_of_grey_images() -> None:
+    x = noise(2, 1, 6, 6)
+    p = dsa("color").draw(Draws("grey"), 2, (6, 6))
+    expected = torch.stack([literal("color", x[i], p, i) for i in range(2)])
+    torch.testing.assert_close(dsa("color").apply(x, p), expected)
+
+
+def test_cutout_at_the_borders() -> None:
+    x, augmentation = torch.ones(3, 1, 8, 8), dsa("cutout")
+    p = augmentation.draw(Draws("border"), 3, (8, 8))
+    p = dataclasses.replace(p, centre=torch.tensor([[0, 0], [8, 8], [4, 4]]))
+    assert (augmentation.apply(x, p) == 0).sum((1, 2, 3)).tolist() == [4, 4, 16]
+
+
+def test_align_corners_matters_only_to_rotate_where_not_square() -> None:
+    for op, size, equal in (("scale", (8, 16), True), ("rotate", (8, 8), True), ("rotate", (8, 16), False)):
+        x = noise(2, 3, *size)
+        p = dsa(op).draw(Draws("corners"), 2, size)
+        one, other = (dsa(op, align_corners=choice).apply(x, p) for choice in (True, False))
+        assert torch.allclose(one, other, atol=1e-12) == equal
+
+
+# Draws ----------------------------------------------------------------------------------------------------------------
+
+
+def test_ranges() -> None:
+    p = dsa(ALL).draw(Draws("ranges"), 20_000, (32, 28))
+    for values, low, high in (
+        (p.brightness, -0.5, 0.5),
+        (p.saturation, 0, 2),
+        (p.contrast, 0.5, 1.5),
+        (p.zoom[:, 0], 1 / 1.2, 1.2),
+        (p.zoom[:, 1], 1 / 1.2, 1.2),
+        (p.angle, -15, 15),
+    ):
+        width = high - low
+        assert low <= values.min() < low + 0.01 * width and high - 0.01 * width < values.max() <= high
+        assert abs(values.mean() - (low + high) / 2) < 0.02 * width
+    for axis, size in enumerate((32, 28)):
+        assert p.shift[:, axis].unique().tolist() == list(range(-4, 5))
+        assert p.centre[:, axis].unique().tolist() == list(range(size + 1))
+    assert abs(p.mirrored.double().mean() - 0.5) < 0.02
+    # 18 pixels: a square of odd side 9 has its centre on a pixel.
+    odd = dsa("cutout").draw(Draws("odd"), 2000, (18, 64))
+    assert odd.centre[:, 0].unique().tolist() == list(range(18))
+    assert odd.shift[:, 1].unique().tolist() == list(range(-8, 9))
+    columns = torch.stack([p.brightness, p.saturation, p.contrast, *p.zoom.T, p.angle, *p.shift.T, *p.centre.T])
+    assert (torch.corrcoef(columns) - torch.eye(len(columns))).abs().max() < 0.04
+
+
+@pytest.mark.parametrize("ops", [ALL, "crop_cutout_rotate"])
+def test_lottery_is_uniform(ops: str) -> None:
+    augmentation = dsa(ops)
+    drawn = augmentation.draw(Draws("lottery"), 6000, (8, 8)).operation
+    counts = [(drawn == OPERATIONS.index(op)).sum().item() for op in augmentation.ops]
+    share = 1 / len(counts)
+    assert sum(counts) == 6000
+    assert all(abs(count - 6000 * share) < 5 * math.sqrt(6000 * share * (1 - share)) for count in counts)
+
+
+def test_draws_replay_and_do_not_depend_on_the_number_of_rows() -> None:
+    augmentation, before = dsa(ALL), torch.random.get_rng_state()
+    p = augmentation.draw(Draws(0, "augment", 7), 10, (32, 32))
+    assert same(p, augmentation.draw(Draws(0, "augment", 7), 10, (32, 32)))
+    assert same(p[:4], augmentation.draw(Draws(0, "augment", 7), 4, (32, 32)))
+    assert not same(p, augmentation.draw(Draws(0, "augment", 8), 10, (32, 32)))
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_golden_draws() -> None:
+    """Runs are only resumed to the bit while these stay."""
+    p = dsa(ALL).draw(Draws(0, "golden"), 3, (32, 32))
+    assert p.operation.tolist() == [4, 3, 4]
+    assert p.shift.tolist() == [[4, -4], [-1, -4], [-4, 4]]
+    assert p.centre.tolist() == [[25, 3], [31, 13], [30, 8]]
+    assert p.mirrored.tolist() == [True, False, True]
+    for name, expected in (
+        ("brightness", [-0.0064, 0.4631, -0.3626]),
+        ("saturation", [0.0737, 1.0213, 1.7703]),
+        ("contrast", [0.6843, 0.7182, 0.9900]),
+        ("zoom", [[0.9341, 1.1570], [0.9819, 1.0789], [0.9189, 0.9648]]),
+        ("angle", [4.7555, -8.2965, -6.7322]),
+    ):
+        np.testing.assert_allclose(getattr(p, name).numpy(), expected, atol=6e-5)
+
+
+def test_groups_share_the_operation_and_nothing_else() -> None:
+    augmentation = dsa(ALL)
+    one = augmentation.draw(Draws("groups"), 24, (8, 8), groups=1)
+    assert len(one.operation.unique()) == 1 and len(one.angle.unique()) == 24
+    blocks = augmentation.draw(Draws("groups"), 24, (8, 8), groups=6).operation.reshape(6, 4)
+    assert (blocks == blocks[:, :1]).all() and len(blocks.unique()) > 1
+    each = augmentation.draw(Draws("groups"), 24, (8, 8))
+    assert torch.equal(each.operation[::4], blocks[:, 0]) and torch.equal(each.angle, one.angle)
+    firsts = [augmentation.draw(Draws(step), 8, (8, 8), groups=1).operation[0].item() for step in range(60)]
+    assert set(firsts) == set(range(6))
+    for groups in (0, 5):
+        with pytest.raises(ValueError, match="24 rows"):
+            augmentation.draw(Draws("groups"), 24, (8, 8), groups=groups)
+
+
+# Batches --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["dsa", "flip-always", "idc"])
+def test_siamese_branches_get_the_same(variant: str) -> None:
+    augmentation = dsa(ALL, variant)
+    x = noise(12, 3, 8, 8)
+    real_labels, labels = torch.arange(12) // 2, torch.tensor([5, 0, 3])
+    p = augmentation.draw(Draws("siamese", variant), 6, (8, 8))
+    real = augmentation.apply(x, p, real_labels)
+    synthetic = augmentation.apply(x[[11, 0, 6]], p, labels)
+    torch.testing.assert_close(synthetic, real[[11, 0, 6]], atol=1e-12, rtol=0)
+    # Every image of a class gets what any other would: two equal images stay equal.
+    twins = x[::2].repeat_interleave(2, 0)
+    changed = augmentation.apply(twins, p, real_labels)
+    torch.testing.assert_close(changed[::2], changed[1::2], atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("variant", ["dsa", "flip-always", "idc"])
+def test_chunks_and_order_do_not_matter(variant: str) -> None:
+    augmentation = dsa(ALL, variant)
+    x = noise(40, 3, 8, 8, dtype=torch.float32)
+    labels = Draws("labels").integers(10, 40)
+    p = augmentation.draw(Draws("chunks"), 10, (8, 8))
+    whole = augmentation.apply(x, p, labels)
+    for chunk in (slice(0, 7), slice(7, 40), slice(3, 4), torch.tensor([30, 2, 17])):
+        torch.testing.assert_close(augmentation.apply(x[chunk], p, labels[chunk]), whole[chunk], atol=1e-6, rtol=0)
+    for i in range(10):
+        mine = labels == i
+        torch.testing.assert_close(augmentation.apply(x[mine], p, labels[mine]), whole[mine], atol=1e-6, rtol=0)
+    assert torch.equal(augmentation.apply(x, p, labels), whole)
+    assert torch.equal(augmentation.apply(x[:10], p, torch.arange(10)), augmentation.apply(x[:10], p))
+
+
+def test_mixed_batch_is_each_images_own_operation() -> None:
+    augmentation = dsa(ALL)
+    x = noise(24, 3, 8, 8)
+    p = augmentation.draw(Draws("mixed"), 24, (8, 8))
+    assert len(p.operation.unique()) == 6
+    expected = torch.stack([literal(OPERATIONS[p.operation[i]], x[i], p, i) for i in range(24)])
+    torch.testing.assert_close(augmentation.apply(x, p), expected, atol=1e-12, rtol=0)
+
+
+def test_flip_always_flips_first() -> None:
+    augmentation = dsa(ALL, "flip-always")
+    x = noise(64, 3, 8, 8)
+    p = augmentation.draw(Draws("flip-always"), 64, (8, 8))
+    assert set(p.operation.tolist()) == {0, 1, 2, 4, 5}
+    expected = dsa(ALL).apply(dsa("flip").apply(x, only("flip", p)), p)
+    torch.testing.assert_close(augmentation.apply(x, p), expected)
+    flips = dsa("flip", "flip-always")
+    p = flips.draw(Draws("flip-always"), 64, (8, 8))
+    assert torch.equal(flips.apply(x, p)[p.mirrored], x[p.mirrored].flip(3))
+    assert torch.equal(flips.apply(x, p)[~p.mirrored], x[~p.mirrored])
+
+
+def test_idc_order() -> None:
+    augmentation = dsa(ALL, "idc")
+    x = noise(32, 3, 8, 8)
+    p = augmentation.draw(Draws("idc"), 32, (8, 8))
+    assert set(p.operation.tolist()) == {OPERATIONS.index(op) for op in ("crop", "scale", "rotate")}
+    expected = dsa("color").apply(dsa("flip").apply(x, only("flip", p)), only("color", p))
+    expected = dsa("cutout").apply(dsa(ALL).apply(expected, p), only("cutout", p))
+    torch.testing.assert_close(augmentation.apply(x, p), expected)
+
+    matching = dsa("color_crop_cutout", "idc")  # IDC's own string
+    p = matching.draw(Draws("idc"), 32, (8, 8))
+    expected = dsa("crop").apply(dsa("color").apply(x, only("color", p)), only("crop", p))
+    torch.testing.assert_close(matching.apply(x, p), dsa("cutout").apply(expected, only("cutout", p)))
+
+    always = dsa("color_cutout", "idc")
+    p = always.draw(Draws("idc"), 32, (8, 8))
+    expected = dsa("cutout").apply(dsa("color").apply(x, only("color", p)), only("cutout", p))
+    assert torch.equal(always.apply(x, p), expected)
+
+
+@pytest.mark.parametrize("variant", ["dsa", "flip-always", "idc"])
+def test_mirror_false_never_flips(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    augmentation = dsa(ALL, variant, mirror=False)
+    assert "flip" not in augmentation.ops
+    p = augmentation.draw(Draws("mirror"), 500, (8, 8))
+    assert OPERATIONS.index("flip") not in p.operation
+    monkeypatch.setattr(augment, "_flip", None)
+    augmentation.apply(noise(500, 1, 8, 8), p)
+
+
+def test_no_augmentation_is_the_identity() -> None:
+    x = noise(2, 3, 8, 8)
+    for augmentation in (dsa(""), dsa("none"), dsa("None", "idc"), dsa("flip", mirror=False)):
+        assert augmentation.ops == ()
+        assert augmentation.apply(x, augmentation.draw(Draws("identity"), 2, (8, 8))) is x
+    assert dsa(ALL).apply(x[:0], dsa(ALL).draw(Draws("empty"), 0, (8, 8))).shape == (0, 3, 8, 8)
+
+
+def test_mistakes_are_named() -> None:
+    with pytest.raises(CondenseError, match="unknown augmentation 'colour'; did you mean 'color'"):
+        dsa("colour_crop")
+    with pytest.raises(CondenseError, match="unknown augmentation variant 'flip_always'; did you mean 'flip-always'"):
+        dsa(ALL, "flip_always")
+    with pytest.raises(CondenseError, match="'crop' is listed twice"):
+        Augmentation(("crop", "crop"))
+    p = dsa(ALL).draw(Draws("mistakes"), 4, (8, 8))
+    with pytest.raises(ValueError, match="5 images need as many rows, not 4"):
+        dsa(ALL).apply(noise(5, 3, 8, 8), p)
+    with pytest.raises(ValueError, match="drawn for"):
+        dsa(ALL).apply(noise(4, 3, 8, 9), p)
+
+
+# Derivatives ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ops", [*OPERATIONS, ALL])
+def test_gradient(ops: str) -> None:
+    augmentation = dsa(ops)
+    p = augmentation.draw(Draws("gradient", 2), 2, (8, 8))
+    x = noise(2, 3, 8, 8).requires_grad_()
+    for rows in (None, torch.tensor([1, 1])):
+        assert torch.autograd.gradcheck(lambda x, rows=rows: augmentation.apply(x, p, rows), (x,), fast_mode=True)
+
+
+@pytest.mark.parametrize("variant", ["flip-always", "idc"])
+def test_gradient_of_variants(variant: str) -> None:
+    augmentation = dsa(ALL, variant)
+    p = augmentation.draw(Draws("gradient"), 6, (8, 8))
+    x = noise(6, 3, 8, 8).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: augmentation.apply(x, p), (x,), fast_mode=True)
+
+
+@pytest.mark.parametrize("align_corners", [True, False])
+@pytest.mark.parametrize("size", [(8, 8), (7, 12)])
+def test_gathered_adjoint_of_resampling(size: tuple[int, int], align_corners: bool) -> None:
+    """What runs on a GPU, against torch's own derivative of grid_sample."""
+    p = dsa("scale_rotate").draw(Draws("adjoint"), 6, size)
+    theta = torch.deg2rad(p.angle.double())
+    turn = torch.stack([theta.cos(), -theta.sin(), theta.sin(), theta.cos()], 1).reshape(6, 2, 2)
+    for matrix in (turn, torch.diag_embed(p.zoom.double()), turn @ torch.diag_embed(p.zoom.double())):
+        x = noise(6, 3, *size).requires_grad_()
+        grid = F.affine_grid(F.pad(matrix, (0, 1)), list(x.shape), align_corners=align_corners)
+        y = F.grid_sample(x, grid, align_corners=align_corners)
+        g = noise(6, 3, *size).flip(0)
+        (expected,) = torch.autograd.grad(y, x, g)
+        torch.testing.assert_close(augment._resample_adjoint(g, matrix, align_corners), expected, atol=1e-11, rtol=0)
+
+
+def test_gpu_route_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    augmentation = dsa("crop_scale_rotate")
+    p = augmentation.draw(Draws("route"), 8, (8, 8))
+    x = noise(8, 3, 8, 8).requires_grad_()
+    y = augmentation.apply(x, p)
+    (expected,) = torch.autograd.grad(y, x, y.detach())
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(augment, "_send", lambda x, images, dtype=None: x if dtype is None else x.to(dtype))
+    z = augmentation.apply(x, p)
+    assert torch.equal(z, y)
+    torch.testing.assert_close(torch.autograd.grad(z, x, y.detach())[0], expected, atol=1e-11, rtol=0)
+    assert torch.autograd.gradgradcheck(lambda x: augmentation.apply(x, p) ** 2, (x,), fast_mode=True)
+
+
+def test_second_derivatives_where_torch_has_them() -> None:
+    augmentation = dsa("color_crop_cutout_flip")
+    p = augmentation.draw(Draws("second"), 8, (6, 6))
+    x = noise(8, 3, 6, 6).requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda x: augmentation.apply(x, p) ** 2, (x,), fast_mode=True)
+
+
+def test_functional_gradient_agrees() -> None:
+    augmentation = dsa(ALL)
+    p = augmentation.draw(Draws("functional"), 12, (8, 8))
+    x = noise(12, 3, 8, 8)
+
+    def loss(x: Tensor) -> Tensor:
+        return augmentation.apply(x, p).square().sum()
+
+    (expected,) = torch.autograd.grad(loss(y := x.clone().requires_grad_()), y)
+    torch.testing.assert_close(torch.func.grad(loss)(x), expected)
+
+
+def test_forward_and_backward_repeat_to_the_bit() -> None:
+    augmentation = dsa(ALL)
+    p = augmentation.draw(Draws("repeat"), 64, (16, 16))
+    x = noise(64, 3, 16, 16, dtype=torch.float32).requires_grad_()
+    g = noise(64, 3, 16, 16, dtype=torch.float32).flip(0)
+    results = []
+    for _ in range(3):
+        y = augmentation.apply(x, p)
+        results.append((y, torch.autograd.grad(y, x, g)[0]))
+    assert all(torch.equal(a, b) for later in results[1:] for a, b in zip(results[0], later))
+
+
+@pytest.mark.parametrize("dtype,atol", [(torch.float32, 2e-5), (torch.bfloat16, 0.04), (torch.float16, 5e-3)])
+def test_dtypes(dtype: torch.dtype, atol: float) -> None:
+    x = noise(24, 3, 16, 16).to(dtype)
+    for variant in ("dsa", "idc"):
+        augmentation = dsa(ALL, variant)
+        p = augmentation.draw(Draws("dtype"), 24, (16, 16))
+        y = augmentation.apply(x, p)
+        assert y.dtype == dtype and y.shape == x.shape
+        torch.testing.assert_close(y.double(), augmentation.apply(x.double(), p), atol=atol, rtol=0)
+
+
+@pytest.mark.gpu
+def test_gpu_agrees_and_repeats() -> None:
+    augmentation = dsa(ALL)
+    p = augmentation.draw(Draws("gpu"), 96, (32, 32))
+    x = noise(96, 3, 32, 32, dtype=torch.float32)
+    g = x.flip(0)
+    expected = torch.autograd.grad(augmentation.apply(y := x.clone().requires_grad_(), p), y, g)[0]
+    torch.use_deterministic_algorithms(True)
+    try:
+        there = x.cuda().requires_grad_()
+        results = [torch.autograd.grad(augmentation.apply(there, p), there, g.cuda())[0] for _ in range(3)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    torch.testing.assert_close(results[0].cpu(), expected, atol=1e-4, rtol=0)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])

@@ -1,0 +1,93 @@
+"""Training many students: the same maths whether stacked or one after the other, and exactly the stated recipe."""
+
+import pytest
+import torch
+
+from condense import networks, rng
+from condense.augment import dsa
+from condense.labels import HardLabels, SoftLabels
+from condense.students import FixedSource, Recipe, Student, TaskSource, batch_ids, accuracy, train
+
+CPU = torch.device("cpu")
+
+
+def students(network, count, shape=(1, 8, 8), size=10, labels=None):
+    made = []
+    for k in range(count):
+        with rng.seeded("student", k):
+            net = networks.build(network, shape, 3)
+        images = torch.randn(size, *shape, generator=rng.generator("images", k))
+        source = FixedSource(images, labels or HardLabels(torch.arange(size) % 3, 3))
+        made.append(Student(net, source, rng.key("seed", k)))
+    return made
+
+
+def recipe(**changes):
+    base = {"steps": 6, "batch": 4, "lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4, "augment": dsa("color_crop_cutout")}
+    return Recipe(**{**base, **changes})
+
+
+@pytest.mark.parametrize("network", ["convnet-d2-w8-in", "convnet-d2-w8-bn", "mlp"])
+def test_stacked_equals_one_after_the_other(network):
+    together, apart = students(network, 3), students(network, 3)
+    train(together, recipe(), device=CPU, together=True)
+    train(apart, recipe(), device=CPU, together=False)
+    for one, other in zip(together, apart):
+        for (name, a), b in zip(one.network.state_dict().items(), other.network.state_dict().values()):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_a_student_does_not_depend_on_its_neighbours():
+    alone, among = students("convnet-d2-w8-in", 1), students("convnet-d2-w8-in", 3)
+    train(alone, recipe(), device=CPU)
+    train(among, recipe(), device=CPU)
+    for a, b in zip(alone[0].network.parameters(), among[0].network.parameters()):
+        assert torch.equal(a, b)
+
+
+def test_equals_plain_sgd_with_the_drop():
+    """Against torch written out: full batches, no augmentation, lr / 10 from the middle step on, momentum kept."""
+    (student,) = students("mlp", 1)
+    (other,) = students("mlp", 1)
+    train([student], recipe(batch=10, augment=None), device=CPU)
+    optimizer = torch.optim.SGD(other.network.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+    for step in range(6):
+        if step == 3:
+            optimizer.param_groups[0]["lr"] = 0.005
+        optimizer.zero_grad()
+        logits = other.network(other.source.images)
+        torch.nn.functional.cross_entropy(logits, torch.arange(10) % 3).backward()
+        optimizer.step()
+    for a, b in zip(student.network.parameters(), other.network.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_batches_cover_each_pass_once():
+    seen = torch.cat([batch_ids(7, 10, 4, step) for step in range(3)])
+    assert sorted(seen.tolist()) == list(range(10))
+    assert [len(batch_ids(7, 10, 4, step)) for step in range(3)] == [4, 4, 2]
+    following = torch.cat([batch_ids(7, 10, 4, step) for step in range(3, 6)])
+    assert sorted(following.tolist()) == list(range(10)) and following.tolist() != seen.tolist()
+    assert sorted(batch_ids(7, 3, 256, 5).tolist()) == [0, 1, 2]
+
+
+def test_soft_labels_are_learned():
+    logits = torch.randn(10, 3, generator=rng.generator("soft"))
+    (student,) = students("mlp", 1, labels=SoftLabels(logits))
+    train([student], recipe(steps=300, batch=10, augment=None, weight_decay=0.0), device=CPU)
+    got = student.network(student.source.images).softmax(1)
+    assert (got - logits.softmax(1)).abs().max() < 0.05
+
+
+def test_progress_counts_every_student():
+    reports = []
+    train(students("mlp", 2), recipe(), device=CPU, together=False, report=reports.append)
+    assert reports == list(range(1, 13))
+
+
+def test_learns_the_real_task(tiny):
+    with rng.seeded("net"):
+        net = networks.build("convnet-d2-w8-in", tiny.shape, tiny.num_classes)
+    student = Student(net, TaskSource(tiny, CPU), 0)
+    train([student], recipe(steps=60, batch=12, augment=None), device=CPU)
+    assert accuracy(net, tiny, device=CPU) > 0.9
