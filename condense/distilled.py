@@ -1,4 +1,5 @@
-"""DistilledSet: the file that the whole toolkit makes, judges and uses. One HDF5 file, checked on load, never a pickle."""
+"""DistilledSet: the file that the whole toolkit makes, judges and uses. One HDF5 file, checked on load, never a
+pickle."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from condense import rng
-from condense.augment import Standardise, ZCA, transform_from_arrays
+from condense.augment import ZCA, Standardise, transform_from_arrays
 from condense.errors import CondenseError
 from condense.labels import PROVIDERS, Labels
 from condense.synthetic import Stage, decode, stages_from
@@ -34,9 +35,9 @@ MANIFEST_LIMIT = 64 * 1024 * 1024
 class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
     """A distilled set: stored images, labels, the map to training space and the manifest.
 
-    As a ``torch.utils.data.Dataset`` it serves decoded images in pixel space, float32 in about [0,1] (learned pixels are
-    neither clamped nor rounded), and the target of each. ``set.transform`` maps pixel space to training space, for these
-    images and for real test images alike::
+    As a ``torch.utils.data.Dataset`` it serves decoded images in pixel space, float32 in about [0,1] (learned pixels
+    are neither clamped nor rounded), and the target of each. ``set.transform`` maps pixel space to training space, for
+    these images and for real test images alike::
 
         distilled = condense.load("set.h5")
         images, targets = next(iter(DataLoader(distilled, batch_size=256, shuffle=True)))
@@ -120,8 +121,8 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
         if self._pixels is None:
             if self.transform.kind == "zca":
                 warnings.warn(
-                    f"{self.name} was made on ZCA-whitened images: feed networks `set.transform(images)`, and give the same "
-                    "transform to real test images",
+                    f"{self.name} was made on ZCA-whitened images: feed networks `set.transform(images)`, and give the "
+                    "same transform to real test images",
                     stacklevel=3,
                 )
             self._pixels = self.transform.inverse(self.training_images()[0])
@@ -139,7 +140,8 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
         return self.images[index], self.labels.targets(self.training_images()[1][index])
 
     def batches(self, epoch: int, batch_size: int, seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Shuffled batches of one epoch: images (B,C,H,W) in pixel space and their targets. The same for the same epoch."""
+        """Shuffled batches of one epoch: images (B,C,H,W) in pixel space and their targets. The same for the same
+        epoch."""
         order = rng.Draws(seed, "batches", epoch).permutation(len(self))
         ids = self.training_images()[1]
         for chunk in order.split(batch_size):
@@ -178,7 +180,7 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
         with _replacing(path) as temporary:
             import h5py
 
-            # The oldest file layout keeps attributes under 64 KiB; the class names of a large set alone may outgrow that.
+            # The oldest file layout keeps attributes under 64 KiB; the class names of a large set may outgrow that.
             with h5py.File(temporary, "w", libver=("v110", "v110")) as file:
                 file.attrs["format"], file.attrs["version"] = FORMAT, VERSION
                 file.attrs["manifest_sha256"] = hashlib.sha256(manifest.encode()).hexdigest()
@@ -205,7 +207,9 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
             loaded = cls(torch.from_numpy(arrays["images"]), provider, restored, manifest)
             loaded.stages  # noqa: B018 - an unknown stage is a fault of the file
         except KeyError as fault:
-            raise CondenseError(f"{path}: the manifest or the file lacks {fault}; it was not written by this toolkit") from fault
+            raise CondenseError(
+                f"{path}: the manifest or the file lacks {fault}; it was not written by this toolkit"
+            ) from fault
         except CondenseError as fault:
             raise CondenseError(f"{path}: {fault}") from fault
         return loaded
@@ -230,7 +234,8 @@ def _digest(array: np.ndarray) -> str:
 
 
 def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """All arrays and the manifest of a file from anywhere: types, sizes and links are checked before anything is read."""
+    """All arrays and the manifest of a file from anywhere: types, sizes and links are checked before anything is
+    read."""
     import h5py
 
     if not path.is_file():
@@ -259,9 +264,13 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 def _read_manifest(path: Path, file: Any) -> dict[str, Any]:
     marker = file.attrs.get("format")
     if marker != FORMAT:
-        raise CondenseError(f"{path}: an HDF5 file of another format ({marker or 'no format named'}), not a distilled set")
+        raise CondenseError(
+            f"{path}: an HDF5 file of another format ({marker or 'no format named'}), not a distilled set"
+        )
     if int(file.attrs["version"]) > VERSION:
-        raise CondenseError(f"{path}: written by a newer version (format {file.attrs['version']}); update condense-toolkit")
+        raise CondenseError(
+            f"{path}: written by a newer version (format {file.attrs['version']}); update condense-toolkit"
+        )
     if file.attrs.get_id("manifest").get_storage_size() > MANIFEST_LIMIT:
         raise CondenseError(f"{path}: its manifest is larger than {MANIFEST_LIMIT} bytes")
     text = bytes(file.attrs["manifest"])
@@ -274,7 +283,8 @@ def _read_manifest(path: Path, file: Any) -> dict[str, Any]:
 
 
 def _read_array(path: Path, file: Any, name: str, file_size: int) -> np.ndarray:
-    """One array, refused before allocation where it links elsewhere, is of a foreign type or claims more than is stored."""
+    """One array, refused before allocation where it links elsewhere, is of a foreign type or claims more than is
+    stored."""
     import h5py
 
     parts = name.split("/")
@@ -313,7 +323,9 @@ def check_writable(path: Path, *, force: bool, size: int = 0) -> None:
         raise CondenseError(f"{path} is a folder; name a file")
     if usage is not None and usage.f_bavail * usage.f_frsize < size + 1024 * 1024:
         free = usage.f_bavail * usage.f_frsize
-        raise CondenseError(f"{path}: the disk has {free} bytes left, {size} are needed; free some or choose another place")
+        raise CondenseError(
+            f"{path}: the disk has {free} bytes left, {size} are needed; free some or choose another place"
+        )
 
 
 @contextlib.contextmanager

@@ -21,4 +21,6 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 def need(package: str, extra: str, purpose: str) -> CondenseError:
     """The error for a missing optional package, with the exact line that installs it."""
-    return CondenseError(f"{purpose} needs the package '{package}'; install it with: pip install 'condense-toolkit[{extra}]'")
+    return CondenseError(
+        f"{purpose} needs the package '{package}'; install it with: pip install 'condense-toolkit[{extra}]'"
+    )

@@ -133,9 +133,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Trains students on the set and on control arms under one protocol and returns the record.
 
-    Every arm uses the same student recipe and, run by run, the same initial weights. Accuracy is that of the last step on
-    the real test images. Control arms, and the set itself, are kept by content under the cache directory and never trained
-    twice.
+    Every arm uses the same student recipe and, run by run, the same initial weights. Accuracy is that of the last step
+    on the real test images. Control arms, and the set itself, are kept by content under the cache directory and never
+    trained twice.
 
     Args:
         distilled: the set to judge; its own transform is applied to the real images too.
@@ -193,7 +193,9 @@ def evaluate(
     }
 
 
-def fit(distilled: DistilledSet, network: str, *, seed: int = 0, device: str = "auto", protocol: str | None = None) -> Any:
+def fit(
+    distilled: DistilledSet, network: str, *, seed: int = 0, device: str = "auto", protocol: str | None = None
+) -> Any:
     """Trains one network on the set by the recipe in its manifest and returns it in eval mode.
 
     The network works in training space: give it ``distilled.transform(images)`` for images in [0,1].
@@ -205,7 +207,9 @@ def fit(distilled: DistilledSet, network: str, *, seed: int = 0, device: str = "
     images, ids = distilled.training_images()
     source = FixedSource(images.to(where), distilled.labels.to(where), ids)
     recipe = chosen.recipe(len(images), mirror=distilled.manifest.get("mirror", True), lr=_learned_lr(distilled))
-    train([Student(net, source, rng.key(seed, "run", 0))], recipe, device=where, precision=pick_precision("auto", where))
+    train(
+        [Student(net, source, rng.key(seed, "run", 0))], recipe, device=where, precision=pick_precision("auto", where)
+    )
     return net.eval()
 
 
@@ -261,9 +265,7 @@ class _Judge:
         began = time.monotonic()
         train(students, arm.recipe, device=self.device, precision=self.precision, report=progress.update)
         progress.close()
-        accuracies = [
-            accuracy(s.network, self.task, device=self.device, precision=self.precision) for s in students
-        ]
+        accuracies = [accuracy(s.network, self.task, device=self.device, precision=self.precision) for s in students]
         seconds = (time.monotonic() - began) / len(students)
         return [{"accuracy": accuracy, "seconds": round(seconds, 3)} for accuracy in accuracies]
 
@@ -273,8 +275,8 @@ class _Judge:
         protocol = {key: value for key, value in protocol.items() if key not in ("summary", "runs")}
         recipe = {**dataclasses.asdict(arm.recipe), "augment": str(arm.recipe.augment)}
         parts = [
-            arm.identity, protocol, recipe, network, run, self.seed, self.task.fingerprint, _digest(self.task.transform),
-            self.precision, self.device.type, rng.HASH_VERSION,
+            arm.identity, protocol, recipe, network, run, self.seed, self.task.fingerprint,
+            _digest(self.task.transform), self.precision, self.device.type, rng.HASH_VERSION,
         ]  # fmt: skip
         digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
         return cache_dir() / "students" / digest[:2] / f"{digest}.json"
@@ -310,7 +312,9 @@ def _check(distilled: DistilledSet, task: Task, names: Sequence[str], runs: int,
             f"--data {task.name}: has the classes {_few(task.classes)}, the set was made for {_few(distilled.classes)}"
         )
     if task.shape != distilled.shape:
-        raise CondenseError(f"--data {task.name}: images are {task.shape}, those of the set {distilled.shape}; give resize=")
+        raise CondenseError(
+            f"--data {task.name}: images are {task.shape}, those of the set {distilled.shape}; give resize="
+        )
     if runs < 1:
         raise CondenseError(f"--runs {runs}: must be at least 1")
     for control in controls:
@@ -384,7 +388,8 @@ def summary(accuracies: Sequence[float]) -> dict[str, Any]:
 def scores(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """DD-Ranking's scores per network, on fractions, from the arms that were run.
 
-    IOR = distilled - random; HLR = full - distilled (hard labels); LRS = (e^a - e^-1) / (e - e^-1), a = (IOR - HLR) / 2.
+    IOR = distilled - random; HLR = full - distilled (hard labels); LRS = (e^a - e^-1) / (e - e^-1), a = (IOR - HLR) /
+    2.
     """
     found: dict[str, Any] = {}
     for network in dict.fromkeys(entry["network"] for entry in results):
@@ -446,4 +451,3 @@ def table(record: dict[str, Any]) -> str:
 def write_record(record: dict[str, Any], path: Path) -> None:
     """Writes the record as indented JSON."""
     path.write_text(json.dumps(record, indent=1) + "\n")
-

@@ -1,8 +1,8 @@
 """Label providers: what a student is asked to predict for each distilled image, and what storing that costs.
 
 A provider answers ``targets(ids)`` for stored images, knows the loss that goes with its targets, writes itself as plain
-arrays and counts its bytes. Two live here now; providers whose targets depend on the augmented view (stored per-view logits,
-live teachers, projectors) take it as ``view`` and set ``per_view = True``.
+arrays and counts its bytes. Two live here now; providers whose targets depend on the augmented view (stored per-view
+logits, live teachers, projectors) take it as ``view`` and set ``per_view = True``.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ class HardLabels:
 
 
 class SoftLabels:
-    """One distribution per image, stored as logits float32 (N, C); the target is their softmax, the loss cross-entropy."""
+    """One distribution per image, stored as logits float32 (N, C); the target is their softmax, the loss
+    cross-entropy."""
 
     kind = "soft"
     per_view = False

@@ -45,8 +45,9 @@ class Group:
 class SyntheticOptimizer:
     """Steps the leaf tensors of a synthetic set, each by its :class:`Group`.
 
-    A method calls ``minimise(loss)``; or ``accumulate(loss)`` per chunk and then ``step()``; or ``apply(gradients)`` with
-    gradients made by hand. ``classes`` restricts a step to the rows of those classes, whose momentum is then their own.
+    A method calls ``minimise(loss)``; or ``accumulate(loss)`` per chunk and then ``step()``; or ``apply(gradients)``
+    with gradients made by hand. ``classes`` restricts a step to the rows of those classes, whose momentum is then
+    their own.
 
     Args:
         tensors: name to leaf tensor that requires grad; the first axis is one row per image where ``classes`` is used.
@@ -71,7 +72,9 @@ class SyntheticOptimizer:
         self.reduce = reduce
         self.progress = 0.0
         self.state: dict[str, dict[str, Tensor]] = {name: self._fresh(name) for name in groups}
-        self.averages = {name: tensors[name].detach().clone() for name, group in groups.items() if group.ema is not None}
+        self.averages = {
+            name: tensors[name].detach().clone() for name, group in groups.items() if group.ema is not None
+        }
         self.loss = torch.zeros((), device=row_classes.device)
         """Sum of the losses since the last step, kept on the device."""
         self.finite = torch.ones((), dtype=torch.bool, device=row_classes.device)
@@ -137,7 +140,9 @@ class SyntheticOptimizer:
             old = {key: value[rows] for key, value in old.items()}
             gradient = gradient[rows]
             mask = mask[rows] if mask is not None and len(mask) == len(tensor) else mask
-        new = _sgd(old, gradient, group, lr, mask) if group.optimizer == "sgd" else _adam(old, gradient, group, lr, mask)
+        new = (
+            _sgd(old, gradient, group, lr, mask) if group.optimizer == "sgd" else _adam(old, gradient, group, lr, mask)
+        )
         if group.clamp is not None:
             low, high = (torch.as_tensor(bound, dtype=tensor.dtype, device=tensor.device) for bound in group.clamp)
             new["value"] = new["value"].clamp(low, high)

@@ -1,10 +1,10 @@
 """Random draws keyed by (seed, purpose, step): no global state, no clock.
 
-Every draw in the toolkit is named by what it is for, so a run that is killed and resumed, or split over ranks, draws the
-same numbers. Indices, views and augmentation parameters come from :class:`Draws`, a counter-based integer hash that gives
-the same bits on every device and torch version (golden values in ``tests/test_rng.py``); stored labels depend on it, so any
-change of its output raises ``HASH_VERSION``. Gaussian noise and network weights come from torch's own generators, seeded by
-:func:`key`, which only promise to repeat on one torch version.
+Every draw in the toolkit is named by what it is for, so a run that is killed and resumed, or split over ranks, draws
+the same numbers. Indices, views and augmentation parameters come from :class:`Draws`, a counter-based integer hash that
+gives the same bits on every device and torch version (golden values in ``tests/test_rng.py``); stored labels depend on
+it, so any change of its output raises ``HASH_VERSION``. Gaussian noise and network weights come from torch's own
+generators, seeded by :func:`key`, which only promise to repeat on one torch version.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def hash64(counters: Tensor, stream: int) -> Tensor:
 class Draws:
     """A stream of draws named by its key: ``Draws(seed, "real-batch", step).integers(10, (3,))``.
 
-    Each call continues the stream, so the order of calls matters and the device does not. All results are made on the CPU
-    unless ``device`` is given.
+    Each call continues the stream, so the order of calls matters and the device does not. All results are made on the
+    CPU unless ``device`` is given.
     """
 
     def __init__(self, *parts: int | str, device: torch.device | str = "cpu") -> None:
@@ -85,7 +85,7 @@ class Draws:
         return unit * (high - low) + low
 
     def integers(self, high: int, shape: tuple[int, ...] | int) -> Tensor:
-        """int64 in {0, ..., high - 1} (high at most 2**31: the bias of the multiplication method stays under 2**-31)."""
+        """int64 in {0, ..., high - 1}; high is at most 2**31, so that the bias stays under one in 2**31 draws."""
         return ((self.bits(shape) >> 31) * high) >> 32
 
     def permutation(self, n: int) -> Tensor:

@@ -1,4 +1,5 @@
-"""Run: everything a method needs besides its maths – device, precision, seeds, checkpoints, progress, time limit, ranks."""
+"""Run: everything a method needs besides its maths – device, precision, seeds, checkpoints, progress, time limit,
+ranks."""
 
 from __future__ import annotations
 
@@ -69,7 +70,8 @@ def pick_device(name: str) -> torch.device:
 
 @functools.cache
 def cpu_has_bf16() -> bool:
-    """Whether the CPU multiplies bf16 in hardware (AVX512-BF16, AMX or Arm's BF16), told by its flags, never by timing."""
+    """Whether the CPU multiplies bf16 in hardware (AVX512-BF16, AMX or Arm's BF16), told by its flags, never by
+    timing."""
     try:
         flags = Path("/proc/cpuinfo").read_text(errors="ignore")
     except OSError:
@@ -231,7 +233,8 @@ class Run:
         return list(range(self.task.num_classes))[self.ranks.rank :: self.ranks.world]
 
     def class_chunks(self, images_per_class: int) -> Iterator[list[int]]:
-        """This rank's classes in groups of at most ``CHUNK_PIXELS`` real pixels, so that memory does not grow with classes.
+        """This rank's classes in groups of at most ``CHUNK_PIXELS`` real pixels, so that memory does not grow with
+        classes.
 
         Only for methods whose classes do not couple; the sum over chunks equals one pass to rounding.
         """
@@ -241,7 +244,8 @@ class Run:
             yield self.classes[start : start + size]
 
     def forward_chunk(self) -> int | None:
-        """Images in one forward pass without gradients: few on a CPU, so that feature maps stay in its cache; else all."""
+        """Images in one forward pass without gradients: few on a CPU, so that feature maps stay in its cache; else
+        all."""
         if self.device.type != "cpu":
             return None
         height, width = self.task.shape[1:]
@@ -378,7 +382,7 @@ def load_checkpoint(directory: Path, config_key: str) -> dict[str, Any] | None:
         except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError):
             continue  # damaged; the previous one is kept for this case
         if state["config_key"] != config_key:
-            raise CondenseError(f"{directory}: the checkpoint was made with another config.json; start anew with --force")
+            raise CondenseError(f"{directory}: its checkpoint belongs to another config.json; start anew with --force")
         return state
     return None
 
@@ -445,7 +449,7 @@ class _Keeper:
             f"{'lr_img' if name == 'images' else 'lr of ' + name}={group.lr:g}"
             for name, group in self.optimizer.groups.items()
         )
-        raise Diverged(f"the loss stopped being finite at step {step} ({rates}): lower the learning rate; kept step {good}")
+        raise Diverged(f"the loss is not finite at step {step} ({rates}): lower the learning rate; kept step {good}")
 
     def _write(self, step: int, loss: float) -> None:
         self.text = f"loss {loss:.4g}"

@@ -1,8 +1,9 @@
 """The loop that trains networks on a small or a large set: evaluated students, and later experts and teachers.
 
-Students of one architecture are trained either in lock-step as one stacked network (``torch.func``), which fills a GPU with
-many small steps, or one after the other. The maths is the same; ``pick_together`` says which is faster where. Every draw is
-keyed by the student's own seed and step, so neither the number of students nor the way they are batched changes any.
+Students of one architecture are trained either in lock-step as one stacked network (``torch.func``), which fills a GPU
+with many small steps, or one after the other. The maths is the same; ``pick_together`` says which is faster where.
+Every draw is keyed by the student's own seed and step, so neither the number of students nor the way they are batched
+changes any.
 """
 
 from __future__ import annotations

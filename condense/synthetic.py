@@ -23,8 +23,9 @@ Space = Literal["training", "pixel"]
 class Formation:
     """Multi-formation (IDC): each stored image holds factor x factor tiles, each upsampled to a full image.
 
-    The image is cut into tiles (right and bottom edges padded with ``pad`` where the size does not divide) and every tile is
-    enlarged to the full size, bilinear with align_corners=False. Order: tile (0, 0) of all images, then (0, 1), ...
+    The image is cut into tiles (right and bottom edges padded with ``pad`` where the size does not divide) and every
+    tile is enlarged to the full size, bilinear with align_corners=False. Order: tile (0, 0) of all images,
+    then (0, 1), and so on.
     """
 
     factor: int
@@ -45,7 +46,7 @@ class Formation:
 
 @dataclass(frozen=True)
 class FlipUnion:
-    """FYI: the set together with its mirror images, originals first. Acts while distilling only; flips are not stored."""
+    """FYI: the set and its mirror images, originals first. Acts while distilling only; flips are not stored."""
 
     at_load: bool = dataclasses.field(default=False, init=False)
 
@@ -72,7 +73,9 @@ def stages_from(description: Sequence[dict[str, Any]]) -> list[Stage]:
         elif entry.get("stage") == "flip-union":
             stages.append(FlipUnion())
         else:
-            raise CondenseError(f"the set uses the decode stage {entry.get('stage')!r}, which this version does not know")
+            raise CondenseError(
+                f"the set uses the decode stage {entry.get('stage')!r}, which this version does not know"
+            )
     return stages
 
 
@@ -89,10 +92,11 @@ class SyntheticOptions:
     """Settings of the synthetic set that every method shares."""
 
     init: str = "real"
-    """How images start: real (random real images), noise (N(0,1) in training space), kmeans (the real image nearest to each
-    of ipc centroids of its class), collage (factor x factor shrunken real images in each; real where factor is 1)."""
+    """How images start: real (random real images), noise (N(0,1) in training space), kmeans (the real image nearest to
+    each of ipc centroids of its class), collage (factor x factor shrunken real images in each; real where factor is
+    1)."""
     factor: int = 1
-    """Multi-formation: every stored image is decoded into factor x factor training images, also when the set is used."""
+    """Multi-formation: each stored image is decoded into factor x factor training images, also when the set is used."""
     fyi: bool = False
     """Distil the union of the set and its mirror images (FYI); needs data whose classes survive mirroring."""
 
@@ -104,7 +108,8 @@ class SyntheticSet:
         tensors: the leaves that may be learned; ``tensors["images"]`` is (N,C,H,W), sorted by class.
         classes: int64 (N,), the class of each stored image.
         labels: the label provider that the finished set will carry.
-        space: ``training`` (pixels after the task's transform, unclamped) or ``pixel`` ([0,1], or uint8 for selections).
+        space: ``training`` (pixels after the task's transform, unclamped) or ``pixel`` ([0,1], or uint8 for
+            selections).
         stages: the decode stages, in order.
     """
 
@@ -132,7 +137,14 @@ class SyntheticSet:
 
     @classmethod
     def create(
-        cls, task: Task, ipc: int, options: SyntheticOptions, *, seed: int, device: torch.device, space: Space = "training"
+        cls,
+        task: Task,
+        ipc: int,
+        options: SyntheticOptions,
+        *,
+        seed: int,
+        device: torch.device,
+        space: Space = "training",
     ) -> SyntheticSet:
         """A set of ``ipc`` images per class, initialised and decoded as ``options`` say."""
         stages: list[Stage] = []
@@ -140,7 +152,9 @@ class SyntheticSet:
             stages.append(Formation(options.factor, 0.5 if space == "pixel" else 0.0))
         if options.fyi:
             if not task.mirror:
-                raise CondenseError(f"fyi=true: a mirror image of '{task.name}' may belong to another class; leave fyi off")
+                raise CondenseError(
+                    f"fyi=true: a mirror image of '{task.name}' may belong to another class; leave fyi off"
+                )
             stages.append(FlipUnion())
         images, classes = initial_images(task, ipc, options, seed)
         images = images.to(device)
@@ -213,7 +227,8 @@ def _collages(task: Task, ipc: int, factor: int, seed: int) -> Tensor:
 
 
 def _representatives(task: Task, c: int, ipc: int, seed: int) -> Tensor:
-    """Ids of the training images of class ``c`` nearest to its ``ipc`` k-means centroids in pixel space, without repeats."""
+    """Ids of the training images of class ``c`` nearest to its ``ipc`` k-means centroids in pixel space, without
+    repeats."""
     from sklearn.cluster import KMeans
 
     members = torch.from_numpy(task.class_ids(c))

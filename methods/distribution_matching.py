@@ -15,6 +15,7 @@ from condense.run import Run
 from condense.synthetic import SyntheticOptions, SyntheticSet
 from condense.tasks import Task
 
+
 def class_means(features: Tensor, labels: Tensor, classes: list[int]) -> Tensor:
     """Mean feature of each class.
 
@@ -39,7 +40,8 @@ def distribution_loss(real_means: Tensor, synthetic_means: Tensor) -> Tensor:
 def real_class_means(
     net: nn.Module, images: Tensor, labels: Tensor, classes: list[int], run: Run, chunk: int | None
 ) -> Tensor:
-    """Class means of real features (len(classes), D) in the run's precision, ``chunk`` images at a time (None: at once)."""
+    """Class means of real features (len(classes), D) in the run's precision, ``chunk`` images at a time (None: at
+    once)."""
     with run.fast():
         parts = [net.embed(part).float() for part in images.split(chunk or len(images))]
     return class_means(torch.cat(parts), labels, classes)
@@ -52,7 +54,8 @@ class DM(SyntheticOptions):
     steps: int = 20000
     """Outer steps, each with a new random network (the released loop makes one more)."""
     lr_img: float = 1.0
-    """Learning rate of the pixels; 10 from 100 images per class on, because a class mean's gradient falls with 1/ipc."""
+    """Learning rate of the pixels; 10 from 100 images per class on, because a class mean's gradient falls with
+    1/ipc."""
     momentum: float = 0.5
     """Momentum of the pixels."""
     batch_real: int = 256

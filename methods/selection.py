@@ -17,7 +17,9 @@ class Random:
     """Random selection has nothing to set."""
 
 
-@method("random", config=Random, paper="Random real images, the control of every distillation paper", year=2018, order=0)
+@method(
+    "random", config=Random, paper="Random real images, the control of every distillation paper", year=2018, order=0
+)
 def random(task: Task, config: Random, run: Run) -> SyntheticSet:
     """Keeps ipc random real images of each class, exactly as they are (uint8).
 

@@ -49,7 +49,12 @@ def test_a_word_without_equals():
 
 
 def test_field_docs_come_from_the_source():
-    assert config.field_docs(Example) == {"steps": "Number of steps.", "lr_img": "Learning rate.", "init": "Start.", "fyi": "Flip."}
+    assert config.field_docs(Example) == {
+        "steps": "Number of steps.",
+        "lr_img": "Learning rate.",
+        "init": "Start.",
+        "fyi": "Flip.",
+    }
 
 
 @pytest.mark.parametrize("name", config.recipe_names())

@@ -117,7 +117,7 @@ def test_a_large_manifest_fits(tmp_path):
 
 def test_saving_refuses_to_overwrite(tmp_path):
     make().save(tmp_path / "a.h5")
-    with pytest.raises(CondenseError, match="exists.*--force"):
+    with pytest.raises(CondenseError, match=r"exists.*--force"):
         make().save(tmp_path / "a.h5")
     make().save(tmp_path / "a.h5", force=True)
     assert [path.name for path in tmp_path.iterdir()] == ["a.h5"]

@@ -1,7 +1,7 @@
 """What every registered method must do, whatever it is; and the maths of each."""
 
-import torch
 import pytest
+import torch
 
 import condense
 from condense.api import resume
@@ -64,9 +64,8 @@ def test_resumed_equals_uninterrupted(name, tiny, tmp_path, monkeypatch):
     whole = run(name, task)
     for stop in range(1, steps):
         directory = tmp_path / f"run{stop}"
-        with pytest.raises(Killed):
-            with killed_after(stop, monkeypatch):
-                run(name, task, run_dir=directory, out=tmp_path / f"{stop}.h5")
+        with pytest.raises(Killed), killed_after(stop, monkeypatch):
+            run(name, task, run_dir=directory, out=tmp_path / f"{stop}.h5")
         assert not (tmp_path / f"{stop}.h5").exists()
         assert torch.equal(resume(directory).stored, whole.stored)
         assert torch.equal(condense.load(tmp_path / f"{stop}.h5").stored, whole.stored)
@@ -159,7 +158,7 @@ def test_class_means_equal_a_loop():
     labels = torch.tensor([2, 0, 2, 2, 1, 0, 1])
     got = class_means(features, labels, [2, 0])
     for row, c in zip(got, (2, 0)):
-        torch.testing.assert_close(row, torch.stack([f for f, l in zip(features, labels) if l == c]).mean(0))
+        torch.testing.assert_close(row, torch.stack([f for f, label in zip(features, labels) if label == c]).mean(0))
 
 
 def test_dm_loss_is_the_squared_mean_distance_and_its_pixel_gradient_the_closed_form():
@@ -228,6 +227,7 @@ def test_dm_through_batch_norm(tiny):
 def test_dm_fyi_on_mirror_symmetric_images_changes_nothing(tiny):
     """Their union with the mirror images has the same class means, so loss and gradient agree without augmentation."""
     from condense.methods.distribution_matching import class_means, distribution_loss
+
     from condense.synthetic import FlipUnion, SyntheticSet
 
     half = torch.randn(6, 1, 8, 4)
@@ -242,7 +242,9 @@ def test_dm_fyi_on_mirror_symmetric_images_changes_nothing(tiny):
     torch.testing.assert_close(losses[0], losses[1])
 
 
-@pytest.mark.parametrize("changes", [{"factor": 2, "init": "collage"}, {"fyi": True}, {"init": "kmeans"}, {"init": "noise"}])
+@pytest.mark.parametrize(
+    "changes", [{"factor": 2, "init": "collage"}, {"fyi": True}, {"init": "kmeans"}, {"init": "noise"}]
+)
 def test_dm_with_decode_stages_and_initialisers(tiny, tmp_path, changes):
     made = run("dm", tiny, out=tmp_path / "a.h5", **changes)
     loaded = condense.load(tmp_path / "a.h5")

@@ -45,7 +45,7 @@ def test_a_users_own_methods_folder_does_not_shadow_ours(tmp_path):
 
 def test_importing_condense_is_light():
     code = (
-        "import sys, condense; heavy = {'torch', 'torchvision', 'kornia', 'h5py', 'higher', 'sklearn'} & set(sys.modules);"
+        "import sys, condense; heavy = {'torch', 'torchvision', 'kornia', 'h5py', 'sklearn'} & set(sys.modules);"
         "print(sorted(heavy), [m for m in sys.modules if m.startswith('condense.methods')])"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -80,7 +80,18 @@ def wheel(tmp_path_factory):
     ignore = shutil.ignore_patterns(".venv", ".git", "runs", "demo", "*.egg-info", "build", "__pycache__")
     shutil.copytree(ROOT, copy, ignore=ignore)
     out = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(out), str(copy)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(out),
+        str(copy),
+    ]
     subprocess.run(command, check=True, capture_output=True, text=True)
     return next(out.glob("*.whl"))
 
@@ -98,7 +109,9 @@ def test_the_wheel_has_code_and_data_and_no_tests(wheel):
 def test_the_wheel_works_elsewhere_and_inside_the_checkout(wheel, tmp_path):
     target = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(target)
-    code = "import condense.methods.selection, condense.benchmarks, condense.config as c; print(len(c.recipe_names()) > 5)"
+    code = (
+        "import condense.methods.selection, condense.benchmarks, condense.config as c; print(len(c.recipe_names()) > 5)"
+    )
     for folder in (tmp_path, ROOT):
         environment = {**os.environ, "PYTHONPATH": str(target)}
         result = subprocess.run(

@@ -7,7 +7,13 @@ from condense.rng import Draws, hash64, key, seeded
 
 def test_splitmix64_reference_values():
     # The published splitmix64 sequence for seed 1234567 (its state advances by the golden ratio before each output).
-    expected = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821]
+    expected = [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+        4593380528125082431,
+        16408922859458223821,
+    ]
     got = hash64(torch.arange(1, 6), 1234567)
     assert [int(value) % 2**64 for value in got] == expected
 

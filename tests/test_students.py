@@ -6,7 +6,7 @@ import torch
 from condense import networks, rng
 from condense.augment import dsa
 from condense.labels import HardLabels, SoftLabels
-from condense.students import FixedSource, Recipe, Student, TaskSource, batch_ids, accuracy, train
+from condense.students import FixedSource, Recipe, Student, TaskSource, accuracy, batch_ids, train
 
 CPU = torch.device("cpu")
 
@@ -23,7 +23,14 @@ def students(network, count, shape=(1, 8, 8), size=10, labels=None):
 
 
 def recipe(**changes):
-    base = {"steps": 6, "batch": 4, "lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4, "augment": dsa("color_crop_cutout")}
+    base = {
+        "steps": 6,
+        "batch": 4,
+        "lr": 0.05,
+        "momentum": 0.9,
+        "weight_decay": 5e-4,
+        "augment": dsa("color_crop_cutout"),
+    }
     return Recipe(**{**base, **changes})
 
 

@@ -1,4 +1,4 @@
-"""Loading DATA (condense.sources) and serving it (condense.task), on tiny generated images."""
+"""Loading DATA (condense.sources) and serving it (condense.tasks), on tiny generated images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from PIL import Image
 from condense import sources
 from condense.errors import CondenseError
 from condense.rng import Draws
-from condense.task import DataOptions, Task, _Rows, datasets, load
+from condense.tasks import DataOptions, Task, _Rows, datasets, load
 
 CLASSES = ("ant", "bee", "cat")
 
@@ -62,7 +62,7 @@ def test_import_is_light_and_names_are_listed():
     heavy = "('torchvision', 'kornia', 'sklearn', 'PIL', 'h5py')"
     code = (
         "import sys, condense.sources as s; assert 'torch' not in sys.modules; assert len(s.datasets()) == 7;"
-        f"import condense.task; assert not [m for m in {heavy} if m in sys.modules]"
+        f"import condense.tasks; assert not [m for m in {heavy} if m in sys.modules]"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
     assert list(datasets()) == ["digits", "mnist", "fashion-mnist", "svhn", "cifar10", "cifar100", "tiny-imagenet"]
@@ -714,7 +714,7 @@ def test_per_class_draws_without_replacement():
 def test_per_class_of_a_huge_class_needs_no_huge_table(monkeypatch):
     task = uneven()
     expected = task.sample_ids(16, (0, "real", 3))
-    monkeypatch.setattr("condense.task._TABLE", 600)
+    monkeypatch.setattr("condense.tasks._TABLE", 600)
     assert torch.equal(task.sample_ids(16, (0, "real", 3)), expected)
 
 
@@ -730,7 +730,7 @@ def test_rows_are_streamed_where_they_do_not_fit(monkeypatch):
     """The meta device stands in for an accelerator: placement and shapes without memory."""
     images = picture("rows", size=(10, 1, 2, 2))
     for free, kept in ((4 * images.nbytes, "meta"), (4 * images.nbytes - 4, "cpu")):
-        monkeypatch.setattr("condense.task._free_memory", lambda device, free=free: free)
+        monkeypatch.setattr("condense.tasks._free_memory", lambda device, free=free: free)
         rows = _Rows(images, torch.device("meta"))
         taken = rows.take(torch.tensor([3, 3, 9]))
         assert taken.device.type == "meta" and taken.shape == (3, 1, 2, 2) and taken.dtype == torch.uint8
@@ -743,7 +743,7 @@ def test_a_gpu_serves_what_the_cpu_serves(monkeypatch):
     task = uneven()
     expected = task.per_class(16, (0, "real", 1))
     for free in (2**40, 0):
-        monkeypatch.setattr("condense.task._free_memory", lambda device, free=free: free)
+        monkeypatch.setattr("condense.tasks._free_memory", lambda device, free=free: free)
         images, labels = task.to("cuda").per_class(16, (0, "real", 1))
         assert images.is_cuda and labels.is_cuda
         torch.testing.assert_close(images.cpu(), expected[0], rtol=1e-6, atol=1e-6)
@@ -772,7 +772,7 @@ _REAL = Path(os.environ.get("CONDENSE_DATA", ""), "cifar10")
 )
 def test_second_start_on_60000_files_is_quick(tmp_path):
     code = (
-        "import json, sys, time, condense.task as t, condense.augment; start = time.perf_counter();"
+        "import json, sys, time, condense.tasks as t, condense.augment; start = time.perf_counter();"
         "task = t.load('cifar10-jpeg=' + sys.argv[1]);"
         "print(json.dumps([time.perf_counter() - start, task.fingerprint]))"
     )

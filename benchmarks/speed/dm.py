@@ -1,0 +1,40 @@
+"""DM: ``python -m condense.benchmarks.speed.dm`` times the published step against ours; see ``--help``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from condense.augment import dsa
+from condense.benchmarks.speed import published
+from condense.benchmarks.speed.measure import Case, StepBenchmark, main
+from condense.rng import Draws
+from condense.run import Run
+
+
+def _published(case: Case, config: Any) -> published.DM:
+    return published.DM(
+        case.task,
+        case.start(config),
+        device=case.device,
+        lr_img=config.lr_img,
+        momentum=config.momentum,
+        batch_real=config.batch_real,
+        operations=dsa(config.augment, mirror=case.task.mirror).ops,
+        depth=case.depth,
+        width=case.width,
+        seed=case.seed,
+    )
+
+
+def _draws(case: Case, config: Any, run: Run, index: int) -> published.Draws:
+    task = case.task
+    ids = [task.sample_ids(config.batch_real, (run.seed, "real", index), [c]) for c in range(task.num_classes)]
+    augment = dsa(config.augment, mirror=task.mirror)
+    views = augment.draw(Draws(run.seed, "augment", index), task.num_classes, task.shape[1:])
+    return published.Draws(run.random_network(index), [part.numpy() for part in ids], views)
+
+
+BENCHMARK = StepBenchmark("dm", _published, _draws)
+
+if __name__ == "__main__":
+    main(BENCHMARK)

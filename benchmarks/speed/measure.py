@@ -1,0 +1,469 @@
+"""Timing the product's own steps against published ones: pairs in one run, peak memory, and whether they agree.
+
+A method is added by a file as small as ``dm.py``: its published step in ``published.py`` and a :class:`StepBenchmark`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+from typing import Protocol as Interface
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import condense
+from condense import networks, rng, tasks
+from condense.augment import Standardise
+from condense.errors import CondenseError
+from condense.evaluation import environment
+from condense.optimizer import Group
+from condense.registry import METHODS
+from condense.run import Run, Step, peak_memory, pick_device, pick_precision
+from condense.synthetic import SyntheticOptions, SyntheticSet
+from condense.tasks import Split, Task
+
+SCHEMA = "condense.speed/1"
+PRODUCT, PUBLISHED = "condense", "published"
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a step is measured on."""
+
+    task: Task
+    """The real data, served from the CPU."""
+    ipc: int
+    width: int
+    """Channels of the ConvNet."""
+    device: torch.device
+    depth: int = 3
+    """Blocks of the ConvNet."""
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Hyper-parameters of the method that are not its defaults."""
+    precision: str = "fp32"
+    """Of the product's matrix work; the published step is always fp32."""
+    seed: int = 0
+
+    @property
+    def network(self) -> str:
+        return f"convnet-d{self.depth}-w{self.width}-in"
+
+    def start(self, options: SyntheticOptions) -> Tensor:
+        """The images that the product begins with, on the device."""
+        synthetic = SyntheticSet.create(self.task, self.ipc, options, seed=self.seed, device=self.device)
+        return synthetic.images.detach()
+
+
+class Published(Interface):
+    """A published loop that makes one outer step at a time."""
+
+    images: Tensor
+
+    def step(self, draws: Any = None) -> None: ...
+
+
+@dataclass(frozen=True)
+class StepBenchmark:
+    """A method's published step beside the product's."""
+
+    method: str
+    """Name in the registry, and of the file in this folder."""
+    published: Callable[[Case, Any], Published]
+    """The published loop on a case, for a configuration of the method."""
+    draws: Callable[[Case, Any, Run, int], Any]
+    """``draws(case, config, run, index)``: the draws of the run's step ``index``, for the published step to repeat."""
+
+    def config(self, case: Case, **changes: Any) -> Any:
+        """The method's configuration on ``case``."""
+        return METHODS.get(self.method).config(**{**case.settings, **changes})
+
+
+class WatchedRun(Run):
+    """A run that calls ``between(index)`` before each outer step and, with the number of steps, after the last.
+
+    From one call's return to the next one's beginning lies a whole step of the product's own loop: draws, network,
+    losses, update, checks, log. ``change`` may alter the run's network in place when it is first made.
+    """
+
+    def __init__(
+        self, *arguments: Any, between: Callable[[int], None], change: Callable[[torch.nn.Module], None], **options: Any
+    ) -> None:
+        super().__init__(*arguments, **options)
+        self.between, self.change = between, change
+        self._changed: torch.nn.Module | None = None
+
+    def optimise(
+        self, synthetic: SyntheticSet, steps: int, *, sharded: bool = False, **groups: Group
+    ) -> Iterator[Step]:
+        for step in super().optimise(synthetic, steps, sharded=sharded, **groups):
+            self.between(step.index)
+            yield step
+        self.between(self.steps_done)
+
+    def random_network(self, index: int) -> torch.nn.Module:
+        net = super().random_network(index)
+        if self._changed is not net:  # the same module every time, so this happens once
+            self.change(net)
+            self._changed = net
+        return net
+
+
+def drive(
+    method: str,
+    config: Any,
+    case: Case,
+    between: Callable[[int], None] = lambda index: None,
+    change: Callable[[torch.nn.Module], None] = lambda net: None,
+    network: str | None = None,
+    **options: Any,
+) -> SyntheticSet:
+    """Runs the product's own loop of ``method`` through a :class:`WatchedRun`; ``options`` are those of ``Run``."""
+    run = WatchedRun(
+        case.task,
+        case.ipc,
+        network or case.network,
+        seed=case.seed,
+        device=case.device,
+        precision=case.precision,
+        quiet=True,
+        track="none",
+        between=between,
+        change=change,
+        **options,
+    )
+    return METHODS.get(method).function(case.task, config, run)
+
+
+def random_task(
+    classes: int = 10, per_class: int = 5000, shape: tuple[int, int, int] = (3, 32, 32), test_per_class: int = 10
+) -> Task:
+    """Random uint8 images; by default as many and as large as those of CIFAR-10's train split.
+
+    Made without the loader, whose checks need memory that would hide in the baseline of a peak.
+    """
+    random = np.random.default_rng(0)
+    splits = [
+        Split(random.integers(0, 256, (count * classes, *shape), dtype=np.uint8), np.repeat(np.arange(classes), count))
+        for count in (per_class, test_per_class)
+    ]
+    spread = torch.full((shape[0],), 0.25)
+    names = tuple(f"class{c}" for c in range(classes))
+    transform = Standardise(2 * spread, spread)
+    return Task("random", names, *splits, mirror=True, fingerprint="random", transform=transform)
+
+
+def synchronise(device: torch.device) -> None:
+    """Waits for the device, so that a clock read after it tells the truth."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextlib.contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Whether fp32 products may be rounded to TF32 on CUDA; torch's own setting comes back after."""
+    backends = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [backend.allow_tf32 for backend in backends]
+    for backend in backends:
+        backend.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        for backend, value in zip(backends, before):
+            backend.allow_tf32 = value
+
+
+# -- what is measured -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Seconds of A and B, measured in turn: A, B, A, B, ..."""
+
+    a: list[float]
+    b: list[float]
+
+    @property
+    def ratios(self) -> list[float]:
+        """How many times longer A took than the B right after it."""
+        return [a / b for a, b in zip(self.a, self.b)]
+
+    @property
+    def ratio(self) -> float:
+        """Median of :attr:`ratios`."""
+        return statistics.median(self.ratios)
+
+    def summary(self, name_a: str, name_b: str) -> dict[str, Any]:
+        """JSON-ready: all seconds, their medians, and the ratios."""
+        return {
+            "seconds": {name_a: self.a, name_b: self.b},
+            "median_seconds": {name_a: statistics.median(self.a), name_b: statistics.median(self.b)},
+            "ratios": self.ratios,
+            "ratio": self.ratio,
+        }
+
+
+def alternate(a: Callable[[], object], b: Callable[[], object], count: int, device: torch.device) -> Pairs:
+    """Seconds of ``count`` calls of each, in turn."""
+    pairs = Pairs([], [])
+    for _ in range(count):
+        for call, seconds in ((a, pairs.a), (b, pairs.b)):
+            synchronise(device)
+            began = time.perf_counter()
+            call()
+            synchronise(device)
+            seconds.append(time.perf_counter() - began)
+    return pairs
+
+
+def time_steps(benchmark: StepBenchmark, case: Case, steps: int, warm_up: int = 1) -> Pairs:
+    """Seconds of published (A) and product (B) steps in turn; ``warm_up`` further steps of each are made first."""
+    published = benchmark.published(case, benchmark.config(case))
+    pairs = Pairs([], [])
+    began = 0.0
+
+    def between(index: int) -> None:
+        nonlocal began
+        synchronise(case.device)
+        if index > 0:
+            pairs.b.append(time.perf_counter() - began)
+        if index < steps + warm_up:
+            began = time.perf_counter()
+            published.step()
+            synchronise(case.device)
+            pairs.a.append(time.perf_counter() - began)
+        began = time.perf_counter()
+
+    drive(benchmark.method, benchmark.config(case, steps=steps + warm_up), case, between)
+    return Pairs(pairs.a[warm_up:], pairs.b[warm_up:])
+
+
+def difference(benchmark: StepBenchmark, case: Case, precision: str) -> float:
+    """After one step with the same draws: ||product's update - published update|| / ||published update|| of the pixels.
+
+    TF32 is off, so the published update is that of true fp32.
+    """
+    config = benchmark.config(case, steps=1)
+    case = dataclasses.replace(case, precision=precision)
+    published = benchmark.published(case, config)
+    start = published.images.detach().clone()
+    with tf32(False):
+        run = Run(case.task, case.ipc, case.network, seed=case.seed, device=case.device)
+        published.step(benchmark.draws(case, config, run, 0))
+        made = drive(benchmark.method, config, case)
+    return distance(made.images - start, published.images - start)
+
+
+def distance(value: Tensor, reference: Tensor) -> float:
+    """||value - reference|| / ||reference||, in float64 on the CPU; 0 where both are all zero."""
+    value, reference = (x.detach().double().cpu() for x in (value, reference))
+    gap = float((value - reference).norm())
+    return gap / float(reference.norm()) if gap else 0.0
+
+
+def peak_resident() -> int:
+    """Peak resident bytes of this process.
+
+    From /proc where there is one: what getrusage tells includes the peak of the process that started this one.
+    """
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return peak_memory(torch.device("cpu")).get("host", 0)
+
+
+def run_alone(benchmark: StepBenchmark, case: Case, variant: str, steps: int) -> dict[str, int]:
+    """Peak bytes of ``steps`` steps of one variant: ``host`` of this process (which should have done nothing else),
+    ``baseline`` of it before the first step, and on CUDA ``device``, what the variant allocated there."""
+    cuda = case.device.type == "cuda"
+    found = {"baseline": peak_resident()}
+    held = 0
+    if cuda:
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(case.device)
+        held = torch.cuda.memory_allocated(case.device)
+    if variant == PRODUCT:
+        drive(benchmark.method, benchmark.config(case, steps=steps), case)
+    else:
+        published = benchmark.published(case, benchmark.config(case))
+        for _ in range(steps):
+            published.step()
+    synchronise(case.device)
+    found["host"] = peak_resident()
+    if cuda:
+        found["device"] = torch.cuda.max_memory_allocated(case.device) - held
+    return found
+
+
+# -- the command line of a step benchmark -----------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports mistakes as the product does: one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise CondenseError(f"{message}; --help lists the options")
+
+
+def guarded(body: Callable[[Sequence[str]], int], arguments: Sequence[str] | None) -> NoReturn:
+    """Runs a script's ``body`` and exits with its code; with 2 and one line on stderr for a user's mistake."""
+    try:
+        code = body(sys.argv[1:] if arguments is None else arguments)
+    except CondenseError as fault:
+        print(f"condense: {fault}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        code = 130
+    sys.exit(code)
+
+
+def positive(text: str) -> int:
+    """An integer above 0, for a parser."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+def write(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    except OSError as fault:
+        raise CondenseError(f"{path}: cannot be written ({fault.strerror})") from fault
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as lines with columns as wide as their widest cell."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+
+
+def gibibytes(size: int | None) -> str:
+    return "" if size is None else f"{size / 2**30:.2f} GiB"
+
+
+def main(benchmark: StepBenchmark, arguments: Sequence[str] | None = None) -> NoReturn:
+    """``python -m condense.benchmarks.speed.METHOD``: times a method's step, prints a table and exits."""
+    guarded(lambda words: _compare(benchmark, words), arguments)
+
+
+def _parser(benchmark: StepBenchmark) -> Parser:
+    name = benchmark.method
+    parser = Parser(
+        prog=f"python -m condense.benchmarks.speed.{name}",
+        description=f"Times the published step of {name} (a plain transcription) against this toolkit's, in turn.",
+    )
+    parser.add_argument("--data", help="a name, folder, .npz or .h5; random images shaped like CIFAR-10 when left out")
+    parser.add_argument("--ipc", type=positive, default=10)
+    parser.add_argument("--width", type=positive, default=128, help="channels of the ConvNet")
+    parser.add_argument("--depth", type=positive, default=3, help="blocks of the ConvNet")
+    parser.add_argument("--batch-real", type=positive, default=256, help="real images of each class in a step")
+    parser.add_argument("--steps", type=positive, default=5, help="pairs of steps that count, after one that does not")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", default="auto", help="of the product: auto, fp32 or bf16")
+    parser.add_argument("--json", type=Path, help="file to write the numbers to")
+    parser.add_argument("--alone", choices=(PRODUCT, PUBLISHED), help=argparse.SUPPRESS)
+    return parser
+
+
+def _compare(benchmark: StepBenchmark, words: Sequence[str]) -> int:
+    options = _parser(benchmark).parse_args(words)
+    device = pick_device(options.device)
+    precision = pick_precision(options.precision, device)
+    if options.alone:
+        print(json.dumps(run_alone(benchmark, _case(options, device, precision), options.alone, options.steps)))
+        return 0
+    # The children first: later this process would hold memory that they do not need.
+    peaks = {variant: _in_child(benchmark, words, variant) for variant in (PUBLISHED, PRODUCT)}
+    case = _case(options, device, precision)
+    pairs = time_steps(benchmark, case, options.steps)
+    differences = {kind: difference(benchmark, case, kind) for kind in ("fp32", "bf16")}
+    record = {
+        "schema": SCHEMA,
+        "method": benchmark.method,
+        "data": _data(case.task),
+        "ipc": case.ipc,
+        "network": case.network,
+        "batch_real": options.batch_real,
+        **pairs.summary(PUBLISHED, PRODUCT),
+        "peak_memory": peaks,
+        "update_difference": differences,
+        "environment": environment(device, precision),
+    }
+    print(_report(record))
+    if options.json:
+        write(options.json, json.dumps(record, indent=1) + "\n")
+    return 0
+
+
+def _case(options: argparse.Namespace, device: torch.device, precision: str) -> Case:
+    task = tasks.load(options.data) if options.data else random_task()
+    settings = {"batch_real": options.batch_real}
+    case = Case(task, options.ipc, options.width, device, options.depth, settings, precision)
+    with rng.seeded("check"):  # refuses a network that does not fit the images
+        networks.build(case.network, task.shape, task.num_classes)
+    return case
+
+
+def _data(task: Task) -> str:
+    shape = "x".join(map(str, task.shape))
+    what = "random uint8 images" if task.fingerprint == "random" else task.name
+    return f"{what}, {len(task.train):,} of {shape} in {task.num_classes} classes"
+
+
+def _in_child(benchmark: StepBenchmark, words: Sequence[str], variant: str) -> dict[str, int]:
+    """:func:`run_alone` in a process of its own."""
+    command = [sys.executable, "-m", f"condense.benchmarks.speed.{benchmark.method}", *words, "--alone", variant]
+    paths = [str(Path(condense.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    done = subprocess.run(command, capture_output=True, text=True, env=environ)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise CondenseError(last.removeprefix("condense: ") if done.returncode == 2 else f"{variant} alone failed: {last}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _report(record: dict[str, Any]) -> str:
+    device = record["environment"]["device"]
+    precision = {PUBLISHED: "fp32", PRODUCT: record["environment"]["precision"]}
+    cuda = "device" in record["peak_memory"][PRODUCT]
+    rows = [["step", "median seconds", "peak memory", "before the first step", "on the device"]]
+    for name, peak in record["peak_memory"].items():
+        seconds = record["median_seconds"][name]
+        row = [f"{name} ({precision[name]})", f"{seconds:.4f}", gibibytes(peak["host"]), gibibytes(peak["baseline"])]
+        rows.append([*row, gibibytes(peak.get("device"))])
+    low, high = min(record["ratios"]), max(record["ratios"])
+    return "\n".join(
+        [
+            f"{record['method']}: {record['data']}; ipc {record['ipc']}, {record['network']}, "
+            f"{record['batch_real']} real images a class; {device}",
+            aligned(rows if cuda else [row[:-1] for row in rows]),
+            f"published / condense, median of {len(record['ratios'])} pairs: {record['ratio']:.2f} "
+            f"({low:.2f} to {high:.2f})",
+            "update of the pixels after one step with the same draws differs from the published one by "
+            + ", ".join(f"{value:.1e} in {kind}" for kind, value in record["update_difference"].items()),
+        ]
+    )
+
+
+def random_images(size: int, shape: Sequence[int], *parts: int | str) -> Tensor:
+    """Standard normal images (size, *shape) on the CPU, drawn by the key ``parts``."""
+    return torch.randn((size, *shape), generator=rng.generator(*parts))

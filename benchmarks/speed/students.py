@@ -1,0 +1,150 @@
+"""Evaluation: ``python -m condense.benchmarks.speed.students`` times K students trained together against one by one."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from condense import networks, rng
+from condense.augment import dsa
+from condense.benchmarks.speed.measure import (
+    SCHEMA,
+    Parser,
+    aligned,
+    alternate,
+    gibibytes,
+    guarded,
+    positive,
+    random_images,
+    write,
+)
+from condense.evaluation import environment
+from condense.labels import HardLabels
+from condense.run import pick_device, pick_precision
+from condense.students import FixedSource, Recipe, Student, pick_together, train
+
+TOGETHER, APART = "together", "one by one"
+AUGMENT = "color_crop_cutout_flip_scale_rotate"
+
+
+def make(
+    network: str, count: int, ipc: int, shape: tuple[int, int, int], classes: int, device: torch.device
+) -> list[Student]:
+    """Fresh students of random images, ``ipc`` of each class; all of them learn from the same set."""
+    labels = HardLabels(torch.arange(classes, device=device).repeat_interleave(ipc), classes)
+    source = FixedSource(random_images(ipc * classes, shape, "images").to(device), labels)
+    students = []
+    for k in range(count):
+        with rng.seeded("student", k):
+            students.append(Student(networks.build(network, shape, classes), source, rng.key("run", k)))
+    return students
+
+
+def compare(
+    network: str,
+    count: int,
+    ipc: int,
+    shape: tuple[int, int, int],
+    classes: int,
+    device: torch.device,
+    precision: str,
+    steps: int,
+    pairs: int,
+) -> dict[str, Any]:
+    """Seconds for ``steps`` steps of ``count`` students, one by one and together in turn, and the ratio.
+
+    The recipe is that of the protocol dc-v1. A few steps of each way go first, uncounted. On CUDA also the peak of
+    allocated device bytes of each way.
+    """
+    settings = {"batch": 256, "lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4, "augment": dsa(AUGMENT)}
+    students = make(network, count, ipc, shape, classes, device)
+    peaks: dict[str, int] = {}
+
+    def trained(name: str, steps: int) -> None:
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        recipe = Recipe(steps=steps, **settings)
+        train(students, recipe, device=device, precision=precision, together=name == TOGETHER)
+        if device.type == "cuda":
+            peaks[name] = torch.cuda.max_memory_allocated(device)
+
+    for name in (APART, TOGETHER):
+        trained(name, min(steps, 3))
+    timed = alternate(lambda: trained(APART, steps), lambda: trained(TOGETHER, steps), pairs, device)
+    chosen = TOGETHER if pick_together(device) else APART
+    return {**timed.summary(APART, TOGETHER), "device_peak_memory": peaks, "steps": steps, "product_chooses": chosen}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parses the options, measures, prints a table and exits."""
+    guarded(_compare, arguments)
+
+
+def _compare(words: Sequence[str]) -> int:
+    parser = Parser(prog="python -m condense.benchmarks.speed.students", description=__doc__)
+    parser.add_argument("--network", default="convnet-d3-w128-in")
+    parser.add_argument("--count", type=positive, default=5, help="students")
+    parser.add_argument("--ipc", type=positive, default=10)
+    parser.add_argument("--classes", type=positive, default=10)
+    parser.add_argument("--size", type=positive, default=32, help="height and width of the images")
+    parser.add_argument("--channels", type=positive, default=3)
+    parser.add_argument("--steps", type=positive, default=10, help="SGD steps of each student in one measurement")
+    parser.add_argument("--pairs", type=positive, default=3, help="measurements of each way")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", default="auto", help="auto, fp32 or bf16")
+    parser.add_argument("--json", type=Path, help="file to write the numbers to")
+    options: argparse.Namespace = parser.parse_args(words)
+    device = pick_device(options.device)
+    precision = pick_precision(options.precision, device)
+    shape = (options.channels, options.size, options.size)
+    found = compare(
+        options.network,
+        options.count,
+        options.ipc,
+        shape,
+        options.classes,
+        device,
+        precision,
+        options.steps,
+        options.pairs,
+    )
+    record = {
+        "schema": SCHEMA,
+        "benchmark": "students",
+        "network": options.network,
+        "count": options.count,
+        "ipc": options.ipc,
+        "classes": options.classes,
+        "shape": list(shape),
+        **found,
+        "environment": environment(device, precision),
+    }
+    print(_report(record))
+    if options.json:
+        write(options.json, json.dumps(record, indent=1) + "\n")
+    return 0
+
+
+def _report(record: dict[str, Any]) -> str:
+    environment, size = record["environment"], "x".join(map(str, record["shape"]))
+    rows = [["students", "median seconds", "peak on the device"]]
+    for name, seconds in record["median_seconds"].items():
+        rows.append([name, f"{seconds:.3f}", gibibytes(record["device_peak_memory"].get(name))])
+    return "\n".join(
+        [
+            f"{record['count']} students {record['network']}, {record['steps']} steps each; random images {size}, "
+            f"ipc {record['ipc']}, {record['classes']} classes; {environment['precision']} on {environment['device']}",
+            aligned(rows if record["device_peak_memory"] else [row[:-1] for row in rows]),
+            f"one by one / together, median of {len(record['ratios'])} pairs: {record['ratio']:.2f}; "
+            f"on this device the product trains them {record['product_chooses']}",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()
