@@ -19,7 +19,7 @@ DEMO := demo
 
 demo: .venv/installed
 	$(BIN)/condense distill --recipe dm/digits-ipc10 --out $(DEMO)/digits-dm-ipc10.h5 --run-dir $(DEMO)/run --force
-	$(BIN)/condense evaluate $(DEMO)/digits-dm-ipc10.h5 --data digits --networks lenet,vgg11-in --runs 3 \
+	$(BIN)/condense evaluate $(DEMO)/digits-dm-ipc10.h5 --data digits --networks mlp,convnet-d3-w64-bn --runs 3 \
 		--protocol quick-v1 --controls random,full --json $(DEMO)/digits-dm-ipc10.json --force
 	$(BIN)/condense preview $(DEMO)/digits-dm-ipc10.h5 --out $(DEMO)/digits-dm-ipc10.png --force
 

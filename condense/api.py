@@ -1,31 +1,47 @@
-"""The public functions behind ``condense.task``, ``condense.distill``, ``condense.evaluate``, ``condense.load``, ``condense.fit``."""
+"""The functions behind the public names: ``condense.task``, ``distill``, ``evaluate``, ``load`` and ``fit``."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from condense import networks, rng, tasks
 from condense.config import build
 from condense.distilled import DistilledSet, check_writable, packaged_sets
 from condense.errors import CondenseError, did_you_mean
-from condense.evaluation import evaluate, fit
+from condense.evaluation import evaluate, fit, get_protocol
 from condense.registry import METHODS, Method
-from condense.run import CHECKPOINT, PREVIOUS, Diverged, Run, device_name, peak_memory, pick_device, pick_precision
+from condense.run import (
+    CHECKPOINT,
+    PREVIOUS,
+    Diverged,
+    Run,
+    Step,
+    device_name,
+    peak_memory,
+    pick_device,
+    pick_precision,
+)
 from condense.synthetic import SyntheticSet
 from condense.tasks import DataOptions, Task
+from condense.tracking import check_tracker
 from condense.version import __version__
 
 __all__ = ["distill", "evaluate", "fit", "load", "resume", "task"]
 
 CONFIG, RESULT = "config.json", "result.json"
+FACTORY = "python:"
+"""Begins the recorded name of a network that was given as a function, and cannot be built from its name."""
 
 
 def task(data: Any, *, name: str | None = None, download: bool = False, **options: Any) -> Task:
@@ -49,7 +65,8 @@ def load(source: str | Path) -> DistilledSet:
     if str(source) in packaged_sets():
         source = packaged_sets()[str(source)]
     elif not Path(source).exists() and not str(source).endswith(".h5"):
-        raise CondenseError(f"'{source}' is no file and no ready-made set{did_you_mean(str(source), packaged_sets())}")
+        hint = did_you_mean(str(source), packaged_sets()) or "; give the .h5 that `condense distill` writes"
+        raise CondenseError(f"'{source}' is no file and no ready-made set{hint}")
     return DistilledSet.load(source)
 
 
@@ -96,15 +113,19 @@ def distill(
         CondenseError: anything wrong with what was given, found before work starts; or the run diverged, in which case
             the last good set is written to ``out`` first.
     """
+    check(
+        method, settings, network=network, protocol=protocol, device=device, precision=precision, minutes=minutes,
+        track=track,
+    )  # fmt: skip
     entry = METHODS.get(method)
-    config = build(entry.config, settings, f"the method '{method}'")
+    config = _config(entry, settings)
     real = data if isinstance(data, Task) else task(data)
     job = Job(
         method=method,
         data={"source": real.source, "name": real.name, "options": dataclasses.asdict(real.options)},
         fingerprint=real.fingerprint,
         ipc=ipc,
-        network=network if isinstance(network, str) else entry.network,
+        network=_network_name(network or entry.network),
         seed=seed,
         device=str(pick_device(device)),
         precision=pick_precision(precision, pick_device(device)),
@@ -115,29 +136,145 @@ def distill(
         track=track,
         settings=dataclasses.asdict(config),
     )
-    job.check(real, network or job.network)
+    _check_fit(real, ipc, network or entry.network)
     if out is not None:
         check_writable(Path(out), force=force, size=_estimated_bytes(real, ipc))
-    directory = _prepare(Path(run_dir), job, force) if run_dir is not None else None
-    return _execute(job, entry, config, real, network or job.network, directory, quiet=quiet, resume=False)
+    directory = Path(run_dir) if run_dir is not None else None
+    if directory is not None:
+        if (directory / CONFIG).exists() and not force:
+            finished = (directory / RESULT).exists()
+            other = "take another --run-dir" if finished else f"go on with `condense resume {directory}`"
+            raise CondenseError(f"{directory} holds a {'finished ' * finished}run; {other}, or replace it with --force")
+        check_writable(directory / CONFIG, force=True, size=3 * _estimated_bytes(real, ipc))
+    return _execute(job, entry, config, real, network or entry.network, directory, quiet=quiet, resume=False)
 
 
-def resume(run_dir: str | Path, *, quiet: bool = True) -> DistilledSet:
+def resume(run_dir: str | Path, *, minutes: float | None = None, quiet: bool = True) -> DistilledSet:
     """Goes on with a run that was killed, interrupted or stopped, and ends with the same set, bit for bit.
+
+    The set of a finished run is only loaded.
+
+    Args:
+        run_dir: the run's folder.
+        minutes: new limit for a run with a limit; it counts the time already spent.
+        quiet: no progress on stderr.
 
     Raises:
         CondenseError: the folder is no run, its data have changed, or its config differs from the checkpoint's.
     """
     directory, job = Path(run_dir), read_job(run_dir)
+    if minutes is None and job.out is not None and is_finished(directory):
+        return DistilledSet.load(job.out)
+    if job.data["source"] is None or job.network.startswith(FACTORY):
+        what = "data were" if job.data["source"] is None else "network was"
+        raise CondenseError(f"{directory}: its {what} given in Python; such a run cannot be resumed from its folder")
+    try:
+        check(
+            job.method, job.settings, job.data["options"], network=job.network, protocol=job.protocol,
+            precision=job.precision, minutes=job.minutes if minutes is None else minutes, track=job.track,
+        )  # fmt: skip
+        pick_device(job.device)
+    except CondenseError as fault:
+        raise CondenseError(f"{directory}: {fault}") from fault
     entry = METHODS.get(job.method)
-    config = build(entry.config, job.settings, f"the method '{job.method}'")
-    if job.data["source"] is None:
-        raise CondenseError(f"{directory}: its data were given in Python; a run on them cannot be resumed from its folder")
+    config = _config(entry, job.settings)
     real = tasks.load(job.data["source"], DataOptions(**job.data["options"]), name=job.data["name"])
     if real.fingerprint != job.fingerprint:
-        raise CondenseError(f"{directory}: the data at {job.data['source']} have changed since the run began")
-    pick_device(job.device)
+        raise CondenseError(
+            f"{directory}: the data at {job.data['source']} changed since the run began; restore them or start anew"
+        )
+    _check_fit(real, job.ipc, job.network)
+    if minutes is not None:
+        job = dataclasses.replace(job, minutes=minutes)
+        (directory / RESULT).unlink(missing_ok=True)
+        _write_config(directory, job)
     return _execute(job, entry, config, real, job.network, directory, quiet=quiet, resume=True)
+
+
+def is_finished(run_dir: str | Path) -> bool:
+    """Whether the run ended and the set that it wrote is still there."""
+    try:
+        out = json.loads((Path(run_dir) / RESULT).read_text())["out"]
+        return out is not None and Path(out).is_file()
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def check(
+    method: str,
+    settings: Mapping[str, Any],
+    options: Mapping[str, Any] | None = None,
+    *,
+    network: str | Callable[..., nn.Module] | None = None,
+    protocol: str | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+    minutes: float | None = None,
+    track: str = "none",
+) -> None:
+    """Finds all mistakes that can be found without the real data; arguments as in :func:`distill`.
+
+    Args:
+        options: of the data (see :class:`condense.tasks.DataOptions`).
+
+    Raises:
+        CondenseError: every mistake, in one line.
+    """
+    entry = METHODS.get(method)
+    all_at_once(
+        lambda: _config(entry, settings),
+        lambda: build(DataOptions, options or {}, "the data"),
+        lambda: networks.check(network or entry.network),
+        lambda: get_protocol(protocol or entry.protocol),
+        lambda: pick_precision(precision, pick_device(device)),
+        lambda: _check_minutes(minutes),
+        lambda: check_tracker(track),
+    )
+
+
+def all_at_once(*checks: Callable[[], Any]) -> list[Any]:
+    """What the functions return; the mistakes that they find are raised together, in one line."""
+    results, faults = [], []
+    for run_check in checks:
+        try:
+            results.append(run_check())
+        except CondenseError as fault:
+            faults.append(str(fault))
+    if faults:
+        raise CondenseError("; ".join(faults))
+    return results
+
+
+def _config(entry: Method, settings: Mapping[str, Any]) -> Any:
+    config: Any = build(entry.config, settings, f"the method '{entry.name}'")
+    if getattr(config, "steps", 1) < 1:
+        raise CondenseError(f"steps={config.steps}: must be at least 1")
+    return config
+
+
+def _check_minutes(minutes: float | None) -> None:
+    if minutes is not None and not minutes > 0:
+        raise CondenseError(f"--minutes {minutes:g}: must be more than 0")
+
+
+def _check_fit(real: Task, ipc: int, network: str | Callable[..., nn.Module]) -> None:
+    """Refuses what the real data cannot give, before any work: more images than a class has, a network too deep."""
+    smallest = int(real.counts.argmin())
+    if ipc < 1:
+        raise CondenseError(f"--ipc {ipc}: must be at least 1")
+    if ipc > real.counts[smallest]:
+        raise CondenseError(
+            f"--ipc {ipc}: class '{real.classes[smallest]}' of {real.name} has only {real.counts[smallest]} images; "
+            f"give at most {real.counts[smallest]}"
+        )
+    with rng.seeded("check"):
+        networks.build(network, real.shape, real.num_classes)
+
+
+def _network_name(network: str | Callable[..., nn.Module]) -> str:
+    return (
+        network if isinstance(network, str) else f"{FACTORY}{getattr(network, '__qualname__', type(network).__name__)}"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,24 +300,10 @@ class Job:
     def key(self) -> str:
         """Digest of all that decides the result; where it is written, how long it may take and who watches do not."""
         parts = dataclasses.asdict(self)
-        for free in ("out", "tag", "protocol", "track", "minutes", "version", "data"):
+        parts["data"] = self.data["options"]  # the pixels are known by their fingerprint
+        for free in ("out", "tag", "protocol", "track", "minutes", "version"):
             del parts[free]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-    def check(self, real: Task, network: str | Callable[..., nn.Module]) -> None:
-        smallest = int(real.counts.argmin())
-        if self.ipc < 1:
-            raise CondenseError(f"--ipc {self.ipc}: must be at least 1")
-        if self.ipc > real.counts[smallest]:
-            raise CondenseError(
-                f"--ipc {self.ipc}: class '{real.classes[smallest]}' of {real.name} has only {real.counts[smallest]} images"
-            )
-        if self.minutes is not None and not self.minutes > 0:
-            raise CondenseError(f"--minutes {self.minutes}: must be positive")
-        if self.settings.get("steps", 1) < 1:
-            raise CondenseError(f"steps={self.settings['steps']}: must be at least 1")
-        with rng.seeded("check"):  # a network too deep for the images is refused here, before any work
-            networks.build(network, real.shape, real.num_classes)
 
 
 def read_job(run_dir: str | Path) -> Job:
@@ -192,7 +315,9 @@ def read_job(run_dir: str | Path) -> Job:
     try:
         return Job(**json.loads((Path(run_dir) / CONFIG).read_text()))
     except (OSError, ValueError, TypeError) as fault:
-        raise CondenseError(f"{run_dir}: not a run directory (no readable {CONFIG}); start one with condense distill") from fault
+        raise CondenseError(
+            f"{run_dir}: not a run directory (no readable {CONFIG}); give the --run-dir of a `condense distill`"
+        ) from fault
 
 
 def _estimated_bytes(real: Task, ipc: int) -> int:
@@ -200,16 +325,19 @@ def _estimated_bytes(real: Task, ipc: int) -> int:
     return 4 * ipc * real.num_classes * channels * height * width
 
 
-def _prepare(directory: Path, job: Job, force: bool) -> Path:
-    """The run directory with the resolved config in it; an earlier run there is refused, or cleared with ``force``."""
+def _prepare(directory: Path, job: Job) -> None:
+    """Makes the run directory and writes the resolved config; what an earlier run left there goes."""
+    directory.mkdir(parents=True, exist_ok=True)
     if (directory / CONFIG).exists():
-        if not force:
-            raise CondenseError(f"{directory} holds a run; go on with `condense resume {directory}` or give --force")
-        for name in (CONFIG, RESULT, CHECKPOINT, PREVIOUS, "log.jsonl"):
+        for name in (RESULT, CHECKPOINT, PREVIOUS, "log.jsonl"):
             (directory / name).unlink(missing_ok=True)
-    check_writable(directory / CONFIG, force=True, size=3 * 4096)
+        for name in ("previews", "tensorboard"):
+            shutil.rmtree(directory / name, ignore_errors=True)
+    _write_config(directory, job)
+
+
+def _write_config(directory: Path, job: Job) -> None:
     (directory / CONFIG).write_text(json.dumps(dataclasses.asdict(job), indent=1) + "\n")
-    return directory
 
 
 def _execute(
@@ -224,6 +352,12 @@ def _execute(
     resume: bool,
 ) -> DistilledSet:
     """Runs the method, then writes the set and the run's result."""
+
+    @functools.cache
+    def begin() -> None:
+        if directory is not None and not resume:
+            _prepare(directory, job)
+
     run = Run(
         real,
         job.ipc,
@@ -238,20 +372,38 @@ def _execute(
         name=job.method,
         quiet=quiet,
         track=job.track,
+        begin=begin,
     )
     try:
         synthetic = entry.function(real, config, run)
+        distilled = _finished(job, entry, real, run, synthetic)
+        if run.ranks.leads:
+            begin()  # a method without steps has not
+            if job.out is not None:
+                distilled.save(job.out, force=True)
+            if directory is not None:
+                result = {
+                    "out": job.out,
+                    "steps": run.steps_done,
+                    "seconds": round(run.elapsed, 2),
+                    "sha256": distilled.sha256(),
+                }
+                (directory / RESULT).write_text(json.dumps(result, indent=1) + "\n")
     except Diverged as fault:
         if run.synthetic is None or job.out is None or not run.ranks.leads:
             raise
         _finished(job, entry, real, run, run.synthetic).save(job.out, force=True)
         raise CondenseError(f"{fault}, written to {job.out}") from fault
-    distilled = _finished(job, entry, real, run, synthetic)
-    if job.out is not None and run.ranks.leads:
-        distilled.save(job.out, force=True)
-    if directory is not None and run.ranks.leads:
-        result = {"out": job.out, "steps": run.steps_done, "seconds": round(run.elapsed, 2), "sha256": distilled.sha256()}
-        (directory / RESULT).write_text(json.dumps(result, indent=1) + "\n")
+    except OSError as fault:
+        if directory is None:
+            raise
+        raise CondenseError(
+            f"{fault.filename or directory}: {fault.strerror or fault}; mend that, then: condense resume {directory}"
+        ) from fault
+    except (torch.OutOfMemoryError, MemoryError) as fault:
+        raise CondenseError(
+            f"out of memory on {run.device}: lower --ipc or batch_real, or take a smaller --network"
+        ) from fault
     return distilled
 
 
@@ -289,21 +441,50 @@ def _finished(job: Job, entry: Method, real: Task, run: Run, synthetic: Syntheti
     return DistilledSet(stored, synthetic.labels.to(stored.device), real.transform.to(stored.device), manifest)
 
 
-def measure(method: str, real: Task, ipc: int, network: str | None, device: str, **settings: Any) -> dict[str, Any]:
+class _Trial(Run):
+    """Makes the first steps of a run and notes when each ended; stops after ``SECONDS``, but not before the third."""
+
+    SECONDS = 3.0
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.ends: list[float] = []
+
+    def optimise(self, synthetic: SyntheticSet, steps: int, **options: Any) -> Iterator[Step]:
+        for step in super().optimise(synthetic, steps, **options):
+            yield step
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            self.ends.append(time.monotonic())
+            if len(self.ends) > 2 and self.ends[-1] - self.ends[0] > self.SECONDS:
+                return
+
+
+def measure(
+    method: str,
+    real: Task,
+    ipc: int,
+    *,
+    network: str | Callable[..., nn.Module] | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+    **settings: Any,
+) -> dict[str, Any]:
     """What a run would cost, from a few of its own steps: seconds a step, all steps, peak memory, bytes of the set."""
+    check(method, settings, network=network, device=device, precision=precision)
     entry = METHODS.get(method)
-    config = build(entry.config, settings, f"the method '{method}'")
-    steps = getattr(config, "steps", None)
-    options = {"network": network, "device": device, **settings}
-    if steps is None:
-        seconds, made = _timed(method, real, ipc, options)
-        per_step = None
-    else:
-        short, _ = _timed(method, real, ipc, {**options, "steps": 2})  # the first step warms up; it is in both
-        long, made = _timed(method, real, ipc, {**options, "steps": 5})
-        per_step = max(long - short, 1e-6) / 3
-        seconds = per_step * steps
+    config = _config(entry, settings)
+    _check_fit(real, ipc, network or entry.network)
     where = pick_device(device)
+    began = time.monotonic()
+    trial = _Trial(real, ipc, network or entry.network, device=where, precision=pick_precision(precision, where))
+    synthetic = entry.function(real, config, trial)
+    seconds, per_step, steps = time.monotonic() - began, None, getattr(config, "steps", None)
+    if steps is not None and trial.ends:
+        warm = len(trial.ends) - 1  # the first step warms up
+        per_step = (trial.ends[-1] - trial.ends[0]) / warm if warm else seconds
+        seconds = trial.ends[0] - began + per_step * (steps - 1)
+    made = DistilledSet(synthetic.images.detach(), synthetic.labels, real.transform, {})
     return {
         "seconds_per_step": per_step,
         "steps": steps,
@@ -314,9 +495,3 @@ def measure(method: str, real: Task, ipc: int, network: str | None, device: str,
         "real_bytes": int(real.train.images.nbytes + real.test.images.nbytes),
         "device": device_name(where),
     }
-
-
-def _timed(method: str, real: Task, ipc: int, options: dict[str, Any]) -> tuple[float, DistilledSet]:
-    began = time.monotonic()
-    made = distill(method, real, ipc, **options)
-    return time.monotonic() - began, made

@@ -1,51 +1,78 @@
 """The command line: one function per verb. Torch is imported inside the verbs, so that help stays fast.
 
-Exit codes of every verb: 0 done, 2 the user's mistake (one line on stderr), 1 ours, 130 interrupted with the state saved.
+A mistake ends in one line on stderr that begins with ``condense:``. The exit codes are in :data:`EXIT_CODES`.
 """
 
 from __future__ import annotations
 
+import difflib
 import json
+import os
+import shlex
 import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
-from condense.errors import CondenseError
+from condense.errors import CondenseError, did_you_mean
 from condense.version import __version__
+
+EXIT_CODES = (
+    "Exit codes: 0 done, 1 a fault of ours, 2 a mistake in what was given, 130 interrupted (a run saves its state)."
+)
+"""Ends the help of every verb."""
 
 app = typer.Typer(
     add_completion=False,
-    no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    help="Make, judge and use distilled datasets. Exit codes: 0 done, 2 a mistake in what was given, 1 a fault of ours, "
-    "130 interrupted (state saved).",
+    help="Make, judge and use distilled datasets.",
+    epilog=EXIT_CODES,
 )
 
-Data = Annotated[
-    str, typer.Option("--data", help="digits, cifar10, ...; a folder, .npz or .h5; NAME=PATH names a folder in the records")
-]
+
+def _number(flag: str, kind: Callable[[str], Any], meaning: str) -> Any:
+    """A numeric option; what is no number is refused by a line that names flag and value."""
+
+    def parse(text: str) -> Any:
+        try:
+            return kind(text)
+        except ValueError:
+            raise CondenseError(f"{flag} {text}: must be a {'whole ' if kind is int else ''}number") from None
+
+    return typer.Option(flag, parser=parse, metavar="N" if kind is int else "X", help=meaning)
+
+
+_DATA = "real data: a name of `condense ls datasets`, a folder, .npz or .h5; NAME=PATH names a folder in the records"
+Method = Annotated[str | None, typer.Argument(metavar="METHOD", help="a name of `condense ls methods`")]
+Settings = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="settings; see condense show")]
+Data = Annotated[str, typer.Option("--data", help=_DATA)]
+DataOrRecipe = Annotated[str | None, typer.Option("--data", help=_DATA)]
+Ipc = Annotated[int | None, _number("--ipc", int, "stored images per class")]
+Network = Annotated[str | None, typer.Option(help="network to match with; the method's own by default")]
+Recipe = Annotated[str | None, typer.Option(help="a name of `condense ls recipes`, or a YAML file")]
+SetFile = Annotated[str, typer.Argument(metavar="SET.h5", help="file of a set, or a name of `condense ls sets`")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
-Seed = Annotated[int, typer.Option(help="the same seed gives the same result")]
+Precision = Annotated[str, typer.Option(help="auto, fp32 or bf16, for work without second derivatives")]
+Seed = Annotated[int, _number("--seed", int, "the same seed gives the same result")]
 Force = Annotated[bool, typer.Option("--force", help="overwrite what exists")]
 Download = Annotated[bool, typer.Option("--download", help="fetch a registered dataset that is not on disk")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
-Settings = Annotated[Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...", help="settings; see condense show")]  # noqa: UP045
 
 KINDS = ("methods", "datasets", "networks", "recipes", "protocols", "sets")
 
 
 @app.command("ls")
 def ls(
-    kind: Annotated[Optional[str], typer.Argument(help=", ".join(KINDS))] = None,  # noqa: UP045
+    kind: Annotated[str | None, typer.Argument(metavar="[KIND]", help=", ".join(KINDS))] = None,
     as_json: AsJson = False,
 ) -> None:
     """Lists what exists."""
     if kind is not None and kind not in KINDS:
-        from condense.errors import did_you_mean
-
         raise CondenseError(f"'{kind}' cannot be listed{did_you_mean(kind, KINDS)}")
     listing = {name: _listing(name) for name in ([kind] if kind else KINDS)}
     if as_json:
@@ -53,7 +80,7 @@ def ls(
         return
     for name, rows in listing.items():
         if kind is None:
-            print(f"{name}:")
+            print(f"{name}:" if rows else f"{name}: none")
         width = max((len(row["name"]) for row in rows), default=0)
         for row in rows:
             print(("  " if kind is None else "") + f"{row['name']:<{width}}  {row['about']}".rstrip())
@@ -71,7 +98,7 @@ def _listing(kind: str) -> list[dict[str, Any]]:
             for e in entries
         ]
     if kind == "datasets":
-        from condense.tasks import datasets
+        from condense.sources import datasets
 
         return [{"name": name, "about": about} for name, about in datasets().items()]
     if kind == "networks":
@@ -98,27 +125,45 @@ def show(
     name: Annotated[str, typer.Argument(metavar="METHOD|RECIPE|SET.h5", help="what to show")],
     as_json: AsJson = False,
 ) -> None:
-    """Shows a method's settings with meaning and default, a recipe, or the manifest of a set."""
+    """Shows a method with its settings, a recipe, or a set's manifest."""
     from condense import config
-    from condense.errors import did_you_mean
+    from condense.distilled import packaged_sets
     from condense.registry import METHODS
 
     if name in METHODS:
         _show_method(name, as_json)
     elif name in config.recipe_names() or name.endswith((".yaml", ".yml")):
         recipe = config.recipe(name)
-        print(json.dumps(recipe, indent=1) if as_json else "\n".join(f"{key}: {value}" for key, value in recipe.items()))
-        if not as_json:
-            print(f"run it: condense distill --recipe {name}")
-    elif name.endswith(".h5"):
-        from condense.distilled import DistilledSet
-
-        manifest = DistilledSet.load(name).manifest
-        shown = manifest if as_json else {key: value for key, value in manifest.items() if key != "checksums"}
-        print(json.dumps(manifest, indent=1) if as_json else "\n".join(f"{key}: {value}" for key, value in shown.items()))
+        if as_json:
+            print(json.dumps(recipe, indent=1))
+        else:
+            _print_keys(recipe)
+            print(f"run it: condense distill --recipe {shlex.quote(name)}")
+    elif name in packaged_sets() or name.endswith(".h5") or Path(name).exists():
+        manifest = _set(name).manifest
+        if as_json:
+            print(json.dumps(manifest, indent=1))
+        else:
+            _print_keys({key: value for key, value in manifest.items() if key != "checksums"})
     else:
-        known = [*METHODS.names(), *config.recipe_names()]
+        known = [*METHODS.names(), *config.recipe_names(), *packaged_sets()]
         raise CondenseError(f"'{name}' is no method, recipe or .h5 file{did_you_mean(name, known)}")
+
+
+def _print_keys(content: dict[str, Any]) -> None:
+    for key, value in content.items():
+        print(f"{key}: {_plain(value)}")
+
+
+def _plain(value: Any) -> str:
+    """JSON-like content in one readable line: ``key=value`` pairs and lists without quotes and braces."""
+    if isinstance(value, dict):
+        return ", ".join(
+            f"{key}=({_plain(v)})" if isinstance(v, dict) else f"{key}={_plain(v)}" for key, v in value.items()
+        )
+    if isinstance(value, list):
+        return ", ".join(map(_plain, value)) or "none"
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _show_method(name: str, as_json: bool) -> None:
@@ -147,55 +192,51 @@ def _show_method(name: str, as_json: bool) -> None:
 
 @app.command()
 def distill(
-    method: Annotated[Optional[str], typer.Argument(help="a name of `condense ls methods`")] = None,  # noqa: UP045
+    method: Method = None,
     settings: Settings = None,
-    data: Annotated[Optional[str], typer.Option("--data", help="real data: a name, folder, .npz, .h5 or NAME=PATH")] = None,  # noqa: UP045
-    ipc: Annotated[Optional[int], typer.Option("--ipc", help="stored images per class")] = None,  # noqa: UP045
-    network: Annotated[Optional[str], typer.Option(help="network to match with; the method's own by default")] = None,  # noqa: UP045
-    recipe: Annotated[Optional[str], typer.Option(help="a name of `condense ls recipes`, or a YAML file")] = None,  # noqa: UP045
-    out: Annotated[Optional[Path], typer.Option(help="file to write; DATASET-METHOD-ipcN.h5 by default")] = None,  # noqa: UP045
-    run_dir: Annotated[Optional[Path], typer.Option(help="checkpoints, log, previews; below runs/ by default")] = None,  # noqa: UP045
+    data: DataOrRecipe = None,
+    ipc: Ipc = None,
+    network: Network = None,
+    recipe: Recipe = None,
+    out: Annotated[Path | None, typer.Option(help="file to write; DATASET-METHOD-ipcN.h5 by default")] = None,
+    run_dir: Annotated[Path | None, typer.Option(help="checkpoints, log, previews; below runs/ by default")] = None,
     seed: Seed = 0,
     device: Device = "auto",
-    precision: Annotated[str, typer.Option(help="auto, fp32 or bf16, for work without second derivatives")] = "auto",
-    minutes: Annotated[Optional[float], typer.Option(help="stop cleanly after so long and keep what there is")] = None,  # noqa: UP045
-    tag: Annotated[Optional[str], typer.Option(help="ends the set's name: dataset/method-ipcN.TAG")] = None,  # noqa: UP045
-    track: Annotated[str, typer.Option(help="auto (TensorBoard where installed), tensorboard, trackio or none")] = "auto",
+    precision: Precision = "auto",
+    minutes: Annotated[
+        float | None, _number("--minutes", float, "stop cleanly after so long and keep what there is")
+    ] = None,
+    tag: Annotated[str | None, typer.Option(help="ends the set's name: dataset/method-ipcN.TAG")] = None,
+    track: Annotated[
+        str, typer.Option(help="auto (TensorBoard where installed), tensorboard, trackio or none")
+    ] = "auto",
     download: Download = False,
     force: Force = False,
 ) -> None:
     """Makes a distilled set from real data."""
-    request = _request(method, settings, data, ipc, network, recipe)
     from condense import api
 
-    real = _load(request.data, request.data_options, download)
-    out = out or Path(f"{real.name}-{request.method}-ipc{request.ipc}.h5")
-    run_dir = run_dir or Path("runs") / f"{real.name}-{request.method}-ipc{request.ipc}-seed{seed}"
+    watched: dict[str, Any] = {"device": device, "precision": precision, "minutes": minutes, "track": track}
+    asked, options, values = _request(method, settings, data, ipc, network, recipe, **watched)
+    real = api.task(asked.data, download=download, **options)
+    out = out or Path(f"{real.name}-{asked.method}-ipc{asked.ipc}.h5")
+    run_dir = run_dir or Path("runs") / f"{real.name}-{asked.method}-ipc{asked.ipc}-seed{seed}"
     made = api.distill(
-        request.method, real, request.ipc, network=request.network, seed=seed, device=device, precision=precision,
-        minutes=minutes, out=out, run_dir=run_dir, tag=tag, protocol=request.protocol, force=force, quiet=False, track=track,
-        **request.settings,
+        asked.method, real, asked.ipc, network=asked.network, protocol=asked.protocol, seed=seed, out=out,
+        run_dir=run_dir, tag=tag, force=force, quiet=False, **watched, **values,
     )  # fmt: skip
-    _report(made, out, run_dir, request.data)
+    _report(made, out, run_dir, asked.data)
 
 
-class _Request:
-    """What `distill` and `plan` were asked for: a recipe's keys with the command line's own words over them."""
+@dataclass(frozen=True)
+class _Asked:
+    """What `distill` and `plan` were asked for besides settings of the data and of the method."""
 
-    def __init__(self, method: str, keys: dict[str, Any]) -> None:
-        from dataclasses import fields
-
-        from condense.tasks import DataOptions
-
-        self.method = method
-        self.data: str = keys.pop("data")
-        self.ipc: int = keys.pop("ipc")
-        self.network: str | None = keys.pop("network", None)
-        self.protocol: str | None = keys.pop("protocol", None)
-        keys.pop("published", None)
-        data_keys = [field.name for field in fields(DataOptions)]
-        self.data_options = {key: keys.pop(key) for key in data_keys if key in keys}
-        self.settings = keys
+    method: str
+    data: str
+    ipc: int
+    network: str | None = None
+    protocol: str | None = None
 
 
 def _request(
@@ -205,84 +246,118 @@ def _request(
     ipc: int | None,
     network: str | None,
     recipe: str | None,
-) -> _Request:
-    from condense import config
+    **watched: Any,
+) -> tuple[_Asked, dict[str, Any], dict[str, Any]]:
+    """The recipe's keys with the command line's own words over them, checked: the run's, the data's, the method's."""
+    from condense import api, config
     from condense.registry import METHODS
+    from condense.tasks import DataOptions
 
     words = list(settings or [])
     if method is not None and "=" in method:  # with --recipe the first word may already be a setting
         words.insert(0, method)
         method = None
     keys = config.recipe(recipe) if recipe else {}
-    named = keys.pop("method", None)
-    if method is not None and named is not None and method != named:
-        raise CondenseError(f"--recipe {recipe} is for the method '{named}', not '{method}'")
-    method = method or named
-    given = {"data": data, "ipc": ipc, "network": network}
-    keys |= {key: value for key, value in given.items() if value is not None}
-    keys |= config.parse(words)
-    if method is None:
-        raise CondenseError("no method given; name one of `condense ls methods`, or give --recipe")
-    METHODS.get(method)
-    for key in ("data", "ipc"):
-        if key not in keys:
-            raise CondenseError(f"--{key} is missing; give it, or a --recipe that has it")
-    return _Request(method, keys)
+    named = keys.get("method")
+    if None not in (method, named) and method != named:
+        raise CondenseError(f"--recipe {recipe} is for the method '{named}', not '{method}'; leave one of them out")
+    flags = {"method": method, "data": data, "ipc": ipc, "network": network}
+    keys |= {key: value for key, value in flags.items() if value is not None} | config.parse(words)
+    keys.pop("published", None)
+    missing = [word for key, word in (("method", "METHOD"), ("data", "--data"), ("ipc", "--ipc")) if key not in keys]
+    if missing:
+        raise CondenseError(f"{', '.join(missing)} missing; give METHOD --data DATA --ipc N, or --recipe NAME")
+    entry = METHODS.get(str(keys["method"]))
+    run, options, values = _sorted(keys, _Asked, DataOptions, entry.config)
+    asked, _ = api.all_at_once(
+        lambda: config.build(_Asked, run, "the run"),
+        lambda: api.check(
+            entry.name, values, options, network=run.get("network"), protocol=run.get("protocol"), **watched
+        ),
+    )
+    return asked, options, values
 
 
-def _load(data: str, options: dict[str, Any], download: bool) -> Any:
-    from condense import api
-
-    return api.task(data, download=download, **options)
+def _sorted(keys: dict[str, Any], *groups: type) -> list[dict[str, Any]]:
+    """``keys`` by the dataclass that has the key, or the one most like it (the last where none is)."""
+    owners = {field.name: number for number, group in enumerate(groups) for field in fields(group)}
+    found: list[dict[str, Any]] = [{} for _ in groups]
+    for key, value in keys.items():
+        like = difflib.get_close_matches(key, owners, n=1, cutoff=0.5)
+        found[owners[like[0]] if like else -1][key] = value
+    return found
 
 
 def _report(made: Any, out: Path, run_dir: Path, data: str) -> None:
     """What was made, where, and what to do next."""
-    size, cost = made.nbytes(), made.manifest["cost"]
-    early = " (stopped by --minutes)" if made.manifest["stopped_early"] else ""
-    print(
-        f"made {made.name}: {len(made.stored)} images, {size['images']} bytes of images, "
-        f"{made.manifest['steps_done']} steps{early} in {cost['seconds']:.0f} s"
-    )
+    if not _leads():
+        return
+    manifest = made.manifest
+    images = f"{len(made.stored)} images of {_size(made.nbytes()['images'])}"
+    total = manifest["settings"].get("steps")
+    steps = f", {manifest['steps_done']} of {total} steps" if total else ""
+    print(f"made {made.name}: {images}{steps} in {_duration(manifest['cost']['seconds'])}")
+    if manifest["stopped_early"]:
+        print(f"  stopped by --minutes; go on with: condense resume {shlex.quote(str(run_dir))} --minutes M")
+    file = shlex.quote(str(out))
     print(f"  set:  {out}\n  run:  {run_dir} (config, log, previews)")
-    print(f"  next: condense evaluate {out} --data {data}\n        condense preview {out} --out {out.with_suffix('.png')}")
+    print(f"  next: condense evaluate {file} --data {shlex.quote(data)}")
+    print(f"        condense preview {file} --out {shlex.quote(str(out.with_suffix('.png')))}")
+
+
+def _leads() -> bool:
+    """Whether this process talks: among those that ``torchrun`` started, the first."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 @app.command()
-def resume(run_dir: Annotated[Path, typer.Argument(help="the run's directory")]) -> None:
-    """Goes on with a run that was killed or interrupted; the result is the same as without the stop."""
+def resume(
+    run_dir: Annotated[Path, typer.Argument(help="the run's directory")],
+    minutes: Annotated[
+        float | None,
+        _number("--minutes", float, "new limit for a run with --minutes, which counts the time already spent"),
+    ] = None,
+) -> None:
+    """Goes on with a killed or interrupted run. The result is the same as without the stop."""
     from condense import api
 
+    if minutes is None and api.is_finished(run_dir) and _leads():
+        print(f"{run_dir} is finished; nothing was left to do")
+    made = api.resume(run_dir, minutes=minutes, quiet=False)
     job = api.read_job(run_dir)
-    made = api.resume(run_dir, quiet=False)
     _report(made, Path(job.out or "-"), run_dir, job.data["source"])
 
 
 @app.command()
 def evaluate(
-    file: Annotated[Path, typer.Argument(metavar="SET.h5", help="the set to judge")],
+    file: SetFile,
     data: Data,
-    networks: Annotated[Optional[str], typer.Option(help="A,B,...; the set's own network by default")] = None,  # noqa: UP045
-    runs: Annotated[Optional[int], typer.Option(help="students per arm; the protocol's number by default")] = None,  # noqa: UP045
-    protocol: Annotated[Optional[str], typer.Option(help="a name of `condense ls protocols`; the set's own by default")] = None,  # noqa: UP045
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="settings of the data; as for the set by default")
+    ] = None,
+    networks: Annotated[str | None, typer.Option(help="A,B,...; the set's own network by default")] = None,
+    runs: Annotated[int | None, _number("--runs", int, "students per arm; the protocol's number by default")] = None,
+    protocol: Annotated[
+        str | None, typer.Option(help="a name of `condense ls protocols`; the set's own by default")
+    ] = None,
     controls: Annotated[str, typer.Option(help="random,noise,full,full-equal or none")] = "random",
     seed: Seed = 0,
     device: Device = "auto",
-    precision: Annotated[str, typer.Option(help="auto, fp32 or bf16")] = "auto",
-    out: Annotated[Optional[Path], typer.Option("--json", help="file to write the record to")] = None,  # noqa: UP045
+    precision: Precision = "auto",
+    out: Annotated[Path | None, typer.Option("--json", help="file to write the record to")] = None,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="train every arm anew")] = False,
     download: Download = False,
     force: Force = False,
 ) -> None:
-    """Judges a set against control arms under one protocol, and writes the record."""
-    from condense import evaluation
-    from condense.distilled import DistilledSet, check_writable
+    """Judges a set against control arms under one protocol. With --json it writes the record."""
+    from condense import api, config, evaluation
+    from condense.distilled import check_writable
 
-    distilled = DistilledSet.load(file)
+    distilled = _set(file)
     if out is not None:
         check_writable(out, force=force)
-    options = {**distilled.manifest.get("data", {}).get("options", {}), "zca": False}  # the set brings its own transform
-    real = _load(data, {key: value for key, value in options.items() if value is not None}, download)
+    options = {**distilled.manifest.get("data", {}).get("options", {}), "zca": False}  # the set has its own transform
+    real = api.task(data, download=download, **options | config.parse(settings or []))
     record = evaluation.evaluate(
         distilled, real, networks=networks.split(",") if networks else None, runs=runs, protocol=protocol,
         controls=[] if controls == "none" else controls.split(","), seed=seed, device=device, precision=precision,
@@ -291,76 +366,97 @@ def evaluate(
     print(f"{distilled.name} on {real.name}, {record['protocol']['name']}, {record['environment']['device']}")
     print(evaluation.table(record))
     if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
         evaluation.write_record(record, out)
         print(f"record: {out}")
 
 
 @app.command()
-def verify(file: Annotated[Path, typer.Argument(metavar="SET.h5")]) -> None:
-    """Checks a file: checksums, shapes and manifest; exits with 2 where anything is off."""
-    from condense.distilled import DistilledSet, checksums
+def verify(file: SetFile) -> None:
+    """Checks a file: checksums, shapes and manifest. Exits with 2 where anything is off."""
+    from condense.distilled import checksums
 
-    loaded = DistilledSet.load(file)
+    loaded = _set(file)
     count, expected = len(loaded.stored), loaded.manifest["ipc"] * len(loaded.classes)
     if count != expected:
         raise CondenseError(f"{file}: holds {count} images, but its manifest says {expected}")
     if not bool(loaded.training_images()[0].isfinite().all()):
         raise CondenseError(f"{file}: some pixels are not finite")
-    print(f"{file}: good; {loaded.name}, {count} images {loaded.shape}, labels {loaded.labels.kind}")
+    size = "x".join(map(str, loaded.shape))
+    print(f"{file}: good; {loaded.name}, {count} images {size}, {loaded.labels.kind} labels")
     for name, digest in checksums(loaded.arrays()).items():
         print(f"  {name}  sha256 {digest}")
 
 
 @app.command()
 def preview(
-    file: Annotated[Path, typer.Argument(metavar="SET.h5")],
+    file: SetFile,
     out: Annotated[Path, typer.Option("--out", help="PNG to write")],
-    decoded: Annotated[bool, typer.Option("--decoded", help="show decoded images where the set stores several in one")] = False,
+    decoded: Annotated[
+        bool, typer.Option("--decoded", help="show decoded images where the set stores several in one")
+    ] = False,
     force: Force = False,
 ) -> None:
     """Draws the images of a set as a PNG: one class a row."""
-    from condense.distilled import DistilledSet, check_writable, save_grid
+    from condense.distilled import check_writable, save_grid
 
-    loaded = DistilledSet.load(file)
+    loaded = _set(file)
     check_writable(out, force=force)
     images, per_class = loaded.pictures(decoded)
     save_grid(images, out, columns=per_class)
     print(f"wrote {out}: {len(loaded.classes)} classes, one a row")
 
 
+def _set(name: str) -> Any:
+    from condense import api
+
+    return api.load(name)
+
+
 @app.command()
 def plan(
-    method: Annotated[Optional[str], typer.Argument(help="a name of `condense ls methods`")] = None,  # noqa: UP045
+    method: Method = None,
     settings: Settings = None,
-    data: Annotated[Optional[str], typer.Option("--data", help="real data: a name, folder, .npz, .h5 or NAME=PATH")] = None,  # noqa: UP045
-    ipc: Annotated[Optional[int], typer.Option("--ipc", help="stored images per class")] = None,  # noqa: UP045
-    network: Annotated[Optional[str], typer.Option(help="network to match with")] = None,  # noqa: UP045
-    recipe: Annotated[Optional[str], typer.Option(help="a recipe, by name or file")] = None,  # noqa: UP045
+    data: DataOrRecipe = None,
+    ipc: Ipc = None,
+    network: Network = None,
+    recipe: Recipe = None,
     device: Device = "auto",
+    precision: Precision = "auto",
     download: Download = False,
     as_json: AsJson = False,
 ) -> None:
-    """Says what a run would need – time, memory, disk – by making a few of its steps."""
-    request = _request(method, settings, data, ipc, network, recipe)
+    """Says what time, memory and disk a run would need. It makes a few of the run's steps."""
     from condense import api
 
-    real = _load(request.data, request.data_options, download)
-    needs = api.measure(request.method, real, request.ipc, request.network, device, **request.settings)
+    asked, options, values = _request(method, settings, data, ipc, network, recipe, device=device, precision=precision)
+    real = api.task(asked.data, download=download, **options)
+    needs = api.measure(
+        asked.method, real, asked.ipc, network=asked.network, device=device, precision=precision, **values
+    )
     if as_json:
         print(json.dumps(needs, indent=1))
         return
-    per_step = "" if needs["seconds_per_step"] is None else f" ({needs['steps']} steps of {needs['seconds_per_step']:.3f} s)"
-    memory = ", ".join(f"{size / 2**30:.2f} GiB {where}" for where, size in needs["peak_memory"].items())
-    print(f"{request.method} on {real.name}, ipc {request.ipc}, {needs['device']}")
+    per_step = f" ({needs['steps']} steps of {_duration(needs['seconds_per_step'])})" if needs["steps"] else ""
+    memory = ", ".join(f"{_size(size)} {where}" for where, size in needs["peak_memory"].items())
+    print(f"{asked.method} on {real.name}, ipc {asked.ipc}, {needs['device']}")
     print(f"  time:   {_duration(needs['seconds'])}{per_step}")
     print(f"  memory: {memory} at peak")
-    print(f"  disk:   {needs['set_bytes']['total'] / 1e6:.2f} MB set, {needs['checkpoint_bytes'] / 1e6:.2f} MB checkpoints")
+    print(f"  disk:   {_size(needs['set_bytes']['total'])} set, {_size(needs['checkpoint_bytes'])} checkpoints")
 
 
 def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    for unit, size, least in (("days", 86400, 172800), ("h", 3600, 7200), ("min", 60, 120), ("s", 1, 1)):
+        if seconds >= least:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{1000 * seconds:.3g} ms"
+
+
+def _size(count: int) -> str:
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} bytes"
 
 
 def _version(wanted: bool) -> None:
@@ -371,36 +467,50 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def options(
-    debug: Annotated[bool, typer.Option("--debug", help="show tracebacks of mistakes too")] = False,
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of a mistake too")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
+    ] = False,
 ) -> None:
     """Options before the verb."""
 
 
+for _command in app.registered_commands:
+    _command.epilog = EXIT_CODES
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line and exits with the documented code."""
-    words = sys.argv[1:] if arguments is None else arguments
+    words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]  # accepted anywhere
-    import click
-
+    code = 0
     try:
-        code = app(words, standalone_mode=False)
-    except CondenseError as fault:
+        command = typer.main.get_command(app)
+        with command.make_context("condense", words) as context:
+            command.invoke(context)
+        sys.stdout.flush()
+    except typer.Exit as done:
+        code = done.exit_code
+    except BrokenPipeError:  # `condense ls | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (Exception, KeyboardInterrupt) as fault:
         if debug:
-            raise
-        print(f"condense: {fault}", file=sys.stderr)
-        sys.exit(2)
-    except click.ClickException as fault:
-        message = " ".join(fault.format_message().split())
-        print(f"condense: {message}", file=sys.stderr)
-        sys.exit(2)
-    except (KeyboardInterrupt, click.Abort) as fault:
-        print(f"condense: {fault}" if str(fault) else "condense: interrupted", file=sys.stderr)
-        sys.exit(130)
-    except Exception as fault:
-        if debug:
-            raise
-        print(f"condense: a fault of ours: {type(fault).__name__}: {fault}; --debug shows where", file=sys.stderr)
-        sys.exit(1)
-    sys.exit(code if isinstance(code, int) else 0)
+            traceback.print_exc()
+        code, line = _verdict(fault)
+        print(f"condense: {' '.join(line.splitlines())}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _verdict(fault: BaseException) -> tuple[int, str]:
+    """The exit code of what ended the program, and what to say of it."""
+    if isinstance(fault, CondenseError):
+        return 2, str(fault)
+    if isinstance(fault, (KeyboardInterrupt, typer.Abort)):
+        return 130, str(fault) or "interrupted"
+    if hasattr(
+        fault, "format_message"
+    ):  # words that typer cannot parse; the class of these errors moves between versions
+        context = getattr(fault, "ctx", None)
+        return 2, f"{fault.format_message().rstrip('.')} (see {context.command_path if context else 'condense'} --help)"
+    return 1, f"a fault of ours: {type(fault).__name__}: {fault}; --debug shows where"

@@ -4,6 +4,7 @@ pickle."""
 from __future__ import annotations
 
 import contextlib
+import difflib
 import hashlib
 import json
 import math
@@ -21,7 +22,7 @@ from torch.utils.data import Dataset
 
 from condense import rng
 from condense.augment import ZCA, Standardise, transform_from_arrays
-from condense.errors import CondenseError
+from condense.errors import CondenseError, did_you_mean
 from condense.labels import PROVIDERS, Labels
 from condense.synthetic import Stage, decode, stages_from
 
@@ -30,6 +31,7 @@ VERSION = 1
 IMAGE_TYPES = (np.uint8, np.float16, np.float32)
 ARRAY_TYPES = (*IMAGE_TYPES, np.int64)
 MANIFEST_LIMIT = 64 * 1024 * 1024
+AGAIN = "copy or make it again"
 
 
 class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
@@ -239,13 +241,15 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     import h5py
 
     if not path.is_file():
-        raise CondenseError(f"{path}: no such file")
+        near = difflib.get_close_matches(path.name, [other.name for other in path.parent.glob("*.h5")], n=1)
+        raise CondenseError(f"{path}: no such file{did_you_mean(path.name, near) or '; `condense distill` makes one'}")
     try:
         file = h5py.File(path, "r")
     except OSError as fault:
         with path.open("rb") as raw:
-            kind = "truncated or damaged" if raw.read(8) == b"\x89HDF\r\n\x1a\n" else "not an HDF5 file"
-        raise CondenseError(f"{path}: {kind}; a distilled set is the .h5 that `condense distill` writes") from fault
+            if raw.read(8) == b"\x89HDF\r\n\x1a\n":
+                raise CondenseError(f"{path}: truncated or damaged; {AGAIN}") from fault
+        raise CondenseError(f"{path}: not an HDF5 file; give one that `condense distill` writes") from fault
     with file:
         try:
             manifest = _read_manifest(path, file)
@@ -253,9 +257,9 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
             for name, expected in sorted(manifest["checksums"].items()):
                 arrays[name] = _read_array(path, file, name, path.stat().st_size)
                 if _digest(arrays[name]) != expected:
-                    raise CondenseError(f"{path}: the array '{name}' is damaged (its checksum differs)")
+                    raise CondenseError(f"{path}: the array '{name}' is damaged (its checksum differs); {AGAIN}")
         except (OSError, RuntimeError, KeyError, ValueError, TypeError) as fault:
-            raise CondenseError(f"{path}: truncated or damaged ({str(fault).splitlines()[0]})") from fault
+            raise CondenseError(f"{path}: truncated or damaged ({str(fault).splitlines()[0]}); {AGAIN}") from fault
         if "images" not in arrays or arrays["images"].ndim != 4 or arrays["images"].dtype.type not in IMAGE_TYPES:
             raise CondenseError(f"{path}: no array 'images' of uint8, float16 or float32 with four dimensions")
     return arrays, manifest
@@ -265,7 +269,7 @@ def _read_manifest(path: Path, file: Any) -> dict[str, Any]:
     marker = file.attrs.get("format")
     if marker != FORMAT:
         raise CondenseError(
-            f"{path}: an HDF5 file of another format ({marker or 'no format named'}), not a distilled set"
+            f"{path}: an HDF5 file of another format ({marker or 'unnamed'}); give one that `condense distill` writes"
         )
     if int(file.attrs["version"]) > VERSION:
         raise CondenseError(
@@ -275,7 +279,7 @@ def _read_manifest(path: Path, file: Any) -> dict[str, Any]:
         raise CondenseError(f"{path}: its manifest is larger than {MANIFEST_LIMIT} bytes")
     text = bytes(file.attrs["manifest"])
     if hashlib.sha256(text).hexdigest() != file.attrs["manifest_sha256"]:
-        raise CondenseError(f"{path}: the manifest is damaged (its checksum differs)")
+        raise CondenseError(f"{path}: the manifest is damaged (its checksum differs); {AGAIN}")
     manifest = json.loads(text)
     if not isinstance(manifest, dict) or not isinstance(manifest.get("checksums"), dict):
         raise CondenseError(f"{path}: the manifest names no arrays")
@@ -309,22 +313,22 @@ def check_writable(path: Path, *, force: bool, size: int = 0) -> None:
     Raises:
         CondenseError: it exists (and not ``force``), its folder is missing or read-only, or the disk is full.
     """
-    if path.exists() and not force:
-        raise CondenseError(f"{path} exists; choose another name or give --force")
-    folder = path.parent
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise CondenseError(f"{path} is a folder; name a file")
+        if path.exists() and not force:
+            raise CondenseError(f"{path} exists; choose another name or give --force")
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".write-test-"):
             pass
         usage = os.statvfs(folder) if hasattr(os, "statvfs") else None
     except OSError as fault:
         raise CondenseError(f"{path}: cannot be written ({fault.strerror}); choose another place") from fault
-    if path.is_dir():
-        raise CondenseError(f"{path} is a folder; name a file")
-    if usage is not None and usage.f_bavail * usage.f_frsize < size + 1024 * 1024:
+    needed = size + 1024 * 1024
+    if usage is not None and usage.f_bavail * usage.f_frsize < needed:
         free = usage.f_bavail * usage.f_frsize
         raise CondenseError(
-            f"{path}: the disk has {free} bytes left, {size} are needed; free some or choose another place"
+            f"{path}: the disk has {free} bytes left, {needed} are needed; free some or choose another place"
         )
 
 
@@ -333,6 +337,7 @@ def _replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside ``path`` that takes its place, synced, when the block succeeds."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())

@@ -66,7 +66,7 @@ class Protocol:
     augment: str
     """DSA operations joined by _, or none."""
     full_epochs: int
-    """Passes over the real data for the `full` arm."""
+    """Passes over the real data for the `full` arm, which never makes fewer steps than the distilled arm."""
     runs: int
     """Networks trained per arm unless told otherwise."""
 
@@ -347,8 +347,9 @@ def _control_arm(judge: _Judge, distilled: DistilledSet, control: str) -> Arm | 
     size = len(distilled)
     if control in ("full", "full-equal"):
         source = TaskSource(task, judge.device)
-        full = judge.protocol.full_epochs * math.ceil(source.size / judge.protocol.batch)
-        steps = full if control == "full" else judge.recipe(size).steps
+        equal = judge.recipe(size).steps
+        epochs = judge.protocol.full_epochs * math.ceil(source.size / judge.protocol.batch)
+        steps = max(epochs, equal) if control == "full" else equal
         return Arm(control, "hard", control, judge.recipe(source.size, steps=steps), [source] * judge.runs)
     if distilled.labels.kind != "hard":
         return f"no source of {distilled.labels.kind} labels for these images"

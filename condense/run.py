@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
-import pickle
 import platform
 import signal
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,16 +25,20 @@ from condense.synthetic import SyntheticSet
 from condense.tasks import Task
 from condense.tracking import Log, Progress, open_tracker
 
+_log = logging.getLogger(__name__)
+
 CHECKPOINT = "checkpoint.pt"
 PREVIOUS = "checkpoint.previous.pt"
-CHECKPOINT_SECONDS = 20.0
+CHECKPOINT_SECONDS = float(os.environ.get("CONDENSE_CHECKPOINT_SECONDS", "20"))
+"""Least time between two checkpoints; the environment variable is for tests that kill runs."""
+
 PREVIEW_SECONDS = 60.0
 LOG_SECONDS = 2.0
 CHUNK_PIXELS = 1024 * 1024
 """Real pixels (height x width x images) that a class-separable method handles at once: 1,024 images of 32x32."""
 
-FORWARD_PIXELS = 64 * 1024
-"""Pixels in one forward pass without gradients on a CPU: 64 images of 32x32."""
+FORWARD_PIXELS = 32 * 1024
+"""Pixels in one forward pass without gradients on a CPU: 32 images of 32x32, whose maps stay in its cache."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -62,7 +67,7 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # refuses `meta` too, which has no values
     except (RuntimeError, AssertionError, NotImplementedError) as fault:
         raise CondenseError(f"--device {name}: not available here; use --device cpu or leave it out") from fault
     return device
@@ -82,7 +87,7 @@ def cpu_has_bf16() -> bool:
 def pick_precision(name: str, device: torch.device) -> str:
     """``fp32`` or ``bf16`` for matrix work that needs no second derivative; ``auto`` is bf16 where hardware has it."""
     if name not in ("auto", "fp32", "bf16"):
-        raise CondenseError(f"precision={name}: use auto, fp32 or bf16")
+        raise CondenseError(f"--precision {name}: use auto, fp32 or bf16")
     if name != "auto":
         return name
     if device.type == "cuda":
@@ -185,6 +190,7 @@ class Run:
         name: what progress lines call the run.
         quiet: no progress.
         track: auto, tensorboard, trackio or none.
+        begin: called before the first step, when the method has accepted its settings; makes the directory.
     """
 
     def __init__(
@@ -203,11 +209,13 @@ class Run:
         name: str = "distill",
         quiet: bool = False,
         track: str = "auto",
+        begin: Callable[[], None] = lambda: None,
     ) -> None:
         self.device = device or torch.device("cpu")
         self.task, self.ipc, self.network, self.seed = task.to(self.device), ipc, network, seed
         self.precision, self.directory, self.minutes = precision, directory, minutes
         self.name, self.quiet, self.track, self.config_key = name, quiet, track, config_key
+        self.begin = begin
         self.ranks = Ranks(self.device)
         self.steps_done = 0
         self.stopped_early = False
@@ -305,6 +313,8 @@ class Run:
         if self._saved is not None:
             optimizer.load_state_dict(self._saved["optimizer"])
             start = int(self._saved["step"])
+        if self.ranks.leads:
+            self.begin()
         keeper = _Keeper(self, synthetic, optimizer, start, steps)
         self.steps_done = start
         try:
@@ -328,11 +338,14 @@ class Run:
 
     @contextlib.contextmanager
     def _stop_on_signal(self) -> Iterator[None]:
-        """The first SIGINT or SIGTERM asks the loop to save and stop; a second one stops at once."""
+        """The first SIGINT or SIGTERM asks the loop to save and stop; a second one stops a single process at once.
+
+        Under torchrun every rank gets Ctrl-C twice, from the terminal and from torchrun.
+        """
         handled = []
 
         def ask(number: int, frame: Any) -> None:
-            if self._stop:
+            if self._stop and self.ranks.world == 1:
                 raise KeyboardInterrupt
             self._stop = True
 
@@ -378,11 +391,18 @@ def load_checkpoint(directory: Path, config_key: str) -> dict[str, Any] | None:
         if not path.exists():
             continue
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError):
-            continue  # damaged; the previous one is kept for this case
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()  # torch.load compares no checksums
+            state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+        except Exception:  # a damaged file raises anything
+            state = None
+        if state is None:
+            _log.warning("condense: %s is damaged; going on from what was saved before it", path)
+            continue
         if state["config_key"] != config_key:
-            raise CondenseError(f"{directory}: its checkpoint belongs to another config.json; start anew with --force")
+            raise CondenseError(
+                f"{directory}: config.json was changed after the checkpoint; undo that, or start anew with --force"
+            )
         return state
     return None
 
@@ -400,7 +420,7 @@ class _Keeper:
         leads = run.ranks.leads
         self.progress = Progress(run.name, steps, start, run.quiet or not leads)
         self.log = Log(run.directory / "log.jsonl", start if run._saved else None) if run.directory and leads else None
-        self.tracker = open_tracker(run.track, run.directory if leads else None)
+        self.tracker = open_tracker(run.track, run.directory if leads else None, start)
         self.logged = self.saved = self.previewed = time.monotonic()
         self.text = ""
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import importlib.util
 import json
+import os
 import sys
 import time
 from pathlib import Path
 from typing import Any, Protocol
 
-from condense.errors import need
+from condense.errors import CondenseError, did_you_mean, need
+
+KINDS = ("auto", "tensorboard", "trackio", "none")
+LINE_SECONDS = 30.0
+"""Time between two lines of progress where there is no terminal."""
 
 
 class Tracker(Protocol):
@@ -26,12 +33,12 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """Event files below ``directory/tensorboard``."""
+    """Event files below ``directory/tensorboard``; what an earlier life of the run wrote after ``step`` is hidden."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(directory / "tensorboard"))
+        self.writer = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
@@ -66,23 +73,34 @@ class Trackio:
         self.trackio.finish()
 
 
-def open_tracker(kind: str, directory: Path | None) -> Tracker | None:
+def check_tracker(kind: str) -> None:
+    """Finds before any work that a tracker asked for by name cannot be had.
+
+    Raises:
+        CondenseError: no such tracker, or it is not installed.
+    """
+    if kind not in KINDS:
+        raise CondenseError(f"--track {kind}: unknown{did_you_mean(kind, KINDS)}")
+    if kind in ("tensorboard", "trackio") and importlib.util.find_spec(kind) is None:
+        raise need(kind, "track", f"--track {kind}")
+
+
+def open_tracker(kind: str, directory: Path | None, step: int) -> Tracker | None:
     """The tracker called ``kind``: auto (TensorBoard where installed), tensorboard, trackio or none.
+
+    Args:
+        directory: of the run; None tracks nothing.
+        step: the run goes on after this step.
 
     Raises:
         CondenseError: the tracker was asked for by name and is not installed.
     """
+    check_tracker(kind)
     if directory is None or kind == "none":
         return None
     if kind == "trackio":
-        if importlib.util.find_spec("trackio") is None:
-            raise need("trackio", "track", "--track trackio")
         return Trackio(directory)
-    if importlib.util.find_spec("tensorboard") is None:
-        if kind == "tensorboard":
-            raise need("tensorboard", "track", "--track tensorboard")
-        return None
-    return TensorBoard(directory)
+    return TensorBoard(directory, step) if importlib.util.find_spec("tensorboard") else None
 
 
 class Log:
@@ -91,7 +109,9 @@ class Log:
     def __init__(self, path: Path, resumed_step: int | None) -> None:
         if resumed_step is not None and path.exists():
             lines = [line for line in path.read_text().splitlines() if _step_of(line) <= resumed_step]
-            path.write_text("".join(line + "\n" for line in lines))
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text("".join(line + "\n" for line in lines))
+            os.replace(temporary, path)
         self.file = path.open("w" if resumed_step is None else "a")
 
     def write(self, **values: Any) -> None:
@@ -110,11 +130,10 @@ def _step_of(line: str) -> float:
 
 
 class Progress:
-    """Step, loss and time left: a tqdm bar on a terminal, a plain line every ``every`` seconds elsewhere."""
+    """Step, loss and time left: a tqdm bar on a terminal, elsewhere a plain line every ``LINE_SECONDS``."""
 
-    def __init__(self, name: str, total: int, start: int = 0, quiet: bool = False, every: float = 30.0) -> None:
-        self.name, self.total, self.start, self.every = name, total, start, every
-        self.quiet = quiet
+    def __init__(self, name: str, total: int, start: int = 0, quiet: bool = False) -> None:
+        self.name, self.total, self.start, self.quiet = name, total, start, quiet
         self.bar: Any = None
         self.began = self.last = time.monotonic()
         if not quiet and sys.stderr.isatty():
@@ -129,12 +148,13 @@ class Progress:
             self.bar.update(done - self.bar.n)
             return
         now = time.monotonic()
-        if self.quiet or now - self.last < self.every or done <= self.start:
+        if self.quiet or now - self.last < LINE_SECONDS or done <= self.start:
             return
         self.last = now
-        left = (now - self.began) / (done - self.start) * (self.total - done)
-        minutes, seconds = divmod(round(left), 60)
-        print(f"{self.name}: step {done}/{self.total} {text} about {minutes}:{seconds:02d} left", file=sys.stderr, flush=True)
+        left = datetime.timedelta(seconds=round((now - self.began) / (done - self.start) * (self.total - done)))
+        line = ", ".join(filter(None, [f"{self.name}: step {done} of {self.total}", text, f"about {left} left"]))
+        with contextlib.suppress(OSError):  # whoever read the lines is gone; the work goes on
+            print(line, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self.bar is not None:

@@ -43,3 +43,11 @@ def tiny_colour():
     import condense
 
     return condense.task(tiny_arrays(channels=3), name="tiny")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny tensors gain nothing from threads, and lose much on a machine that is busy with something else."""
+    import torch
+
+    torch.set_num_threads(1)

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 from typing import Protocol as Interface
 
 import numpy as np
@@ -38,6 +38,8 @@ from condense.tasks import Split, Task
 
 SCHEMA = "condense.speed/1"
 PRODUCT, PUBLISHED = "condense", "published"
+QUIET = 0.05
+"""Largest share of the processors that others may use while steps are timed, without a warning."""
 
 
 @dataclass(frozen=True)
@@ -92,16 +94,18 @@ class StepBenchmark:
         return METHODS.get(self.method).config(**{**case.settings, **changes})
 
 
+Between: TypeAlias = Callable[[Run, int], None]
+Change: TypeAlias = Callable[[Any], None]
+
+
 class WatchedRun(Run):
-    """A run that calls ``between(index)`` before each outer step and, with the number of steps, after the last.
+    """A run that calls ``between(run, index)`` before each outer step and, with the number of steps, after the last.
 
     From one call's return to the next one's beginning lies a whole step of the product's own loop: draws, network,
     losses, update, checks, log. ``change`` may alter the run's network in place when it is first made.
     """
 
-    def __init__(
-        self, *arguments: Any, between: Callable[[int], None], change: Callable[[torch.nn.Module], None], **options: Any
-    ) -> None:
+    def __init__(self, *arguments: Any, between: Between, change: Change, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.between, self.change = between, change
         self._changed: torch.nn.Module | None = None
@@ -110,9 +114,9 @@ class WatchedRun(Run):
         self, synthetic: SyntheticSet, steps: int, *, sharded: bool = False, **groups: Group
     ) -> Iterator[Step]:
         for step in super().optimise(synthetic, steps, sharded=sharded, **groups):
-            self.between(step.index)
+            self.between(self, step.index)
             yield step
-        self.between(self.steps_done)
+        self.between(self, self.steps_done)
 
     def random_network(self, index: int) -> torch.nn.Module:
         net = super().random_network(index)
@@ -126,8 +130,8 @@ def drive(
     method: str,
     config: Any,
     case: Case,
-    between: Callable[[int], None] = lambda index: None,
-    change: Callable[[torch.nn.Module], None] = lambda net: None,
+    between: Between = lambda run, index: None,
+    change: Change = lambda net: None,
     network: str | None = None,
     **options: Any,
 ) -> SyntheticSet:
@@ -166,6 +170,35 @@ def random_task(
     return Task("random", names, *splits, mirror=True, fingerprint="random", transform=transform)
 
 
+class Others:
+    """How much of the machine's processors other processes use from here on, by /proc/stat."""
+
+    def __init__(self) -> None:
+        self.busy, self.own, self.wall = self._busy(), time.process_time(), time.perf_counter()
+
+    @staticmethod
+    def _busy() -> float | None:
+        """Seconds that all processors have worked, those that the host took away included."""
+        try:
+            words = Path("/proc/stat").read_text().splitlines()[0].split()[1:]
+        except OSError:
+            return None
+        user, nice, system, _idle, _waiting, *interrupts = map(int, words[:8])
+        return (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
+
+    def share(self) -> float | None:
+        """Fraction of all processor time since the start; None where the system does not tell.
+
+        Two threads that compete for a processor slow a step with many short parallel parts far more than one with few
+        long ones, so a ratio taken while others work says little.
+        """
+        busy = self._busy()
+        if busy is None or self.busy is None:
+            return None
+        theirs = busy - self.busy - (time.process_time() - self.own)
+        return max(0.0, theirs) / ((os.cpu_count() or 1) * (time.perf_counter() - self.wall))
+
+
 def synchronise(device: torch.device) -> None:
     """Waits for the device, so that a clock read after it tells the truth."""
     if device.type == "cuda":
@@ -175,7 +208,7 @@ def synchronise(device: torch.device) -> None:
 @contextlib.contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
     """Whether fp32 products may be rounded to TF32 on CUDA; torch's own setting comes back after."""
-    backends = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    backends: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
     before = [backend.allow_tf32 for backend in backends]
     for backend in backends:
         backend.allow_tf32 = allowed
@@ -235,7 +268,7 @@ def time_steps(benchmark: StepBenchmark, case: Case, steps: int, warm_up: int = 
     pairs = Pairs([], [])
     began = 0.0
 
-    def between(index: int) -> None:
+    def between(run: Run, index: int) -> None:
         nonlocal began
         synchronise(case.device)
         if index > 0:
@@ -251,10 +284,12 @@ def time_steps(benchmark: StepBenchmark, case: Case, steps: int, warm_up: int = 
     return Pairs(pairs.a[warm_up:], pairs.b[warm_up:])
 
 
-def difference(benchmark: StepBenchmark, case: Case, precision: str) -> float:
+def difference(benchmark: StepBenchmark, case: Case, precision: str) -> dict[str, float]:
     """After one step with the same draws: ||product's update - published update|| / ||published update|| of the pixels.
 
-    TF32 is off, so the published update is that of true fp32.
+    ``all`` is over all images together, ``median_image`` the median over images taken one by one. In fp32 the two
+    tell different things: sums added in another order turn a few ReLUs whose input is next to 0, and each moves the
+    gradient of one image by far more than rounding does (so do the two fp32 forms against float64, alike). TF32 is off.
     """
     config = benchmark.config(case, steps=1)
     case = dataclasses.replace(case, precision=precision)
@@ -264,7 +299,9 @@ def difference(benchmark: StepBenchmark, case: Case, precision: str) -> float:
         run = Run(case.task, case.ipc, case.network, seed=case.seed, device=case.device)
         published.step(benchmark.draws(case, config, run, 0))
         made = drive(benchmark.method, config, case)
-    return distance(made.images - start, published.images - start)
+    ours, theirs = made.images - start, published.images - start
+    each = [distance(a, b) for a, b in zip(ours, theirs)]
+    return {"all": distance(ours, theirs), "median_image": statistics.median(each)}
 
 
 def distance(value: Tensor, reference: Tensor) -> float:
@@ -293,6 +330,7 @@ def run_alone(benchmark: StepBenchmark, case: Case, variant: str, steps: int) ->
     found = {"baseline": peak_resident()}
     held = 0
     if cuda:
+        torch.cuda.init()  # the allocator has no statistics before
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(case.device)
@@ -394,8 +432,11 @@ def _compare(benchmark: StepBenchmark, words: Sequence[str]) -> int:
     # The children first: later this process would hold memory that they do not need.
     peaks = {variant: _in_child(benchmark, words, variant) for variant in (PUBLISHED, PRODUCT)}
     case = _case(options, device, precision)
+    others = Others()
     pairs = time_steps(benchmark, case, options.steps)
-    differences = {kind: difference(benchmark, case, kind) for kind in ("fp32", "bf16")}
+    share = others.share()
+    kinds = dict.fromkeys(("fp32", pick_precision("auto", device), precision))  # bf16 where hardware has it
+    differences = {kind: difference(benchmark, case, kind) for kind in kinds}
     record = {
         "schema": SCHEMA,
         "method": benchmark.method,
@@ -406,6 +447,7 @@ def _compare(benchmark: StepBenchmark, words: Sequence[str]) -> int:
         **pairs.summary(PUBLISHED, PRODUCT),
         "peak_memory": peaks,
         "update_difference": differences,
+        "others_share": share,
         "environment": environment(device, precision),
     }
     print(_report(record))
@@ -437,7 +479,9 @@ def _in_child(benchmark: StepBenchmark, words: Sequence[str], variant: str) -> d
     done = subprocess.run(command, capture_output=True, text=True, env=environ)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise CondenseError(last.removeprefix("condense: ") if done.returncode == 2 else f"{variant} alone failed: {last}")
+        raise CondenseError(
+            last.removeprefix("condense: ") if done.returncode == 2 else f"{variant} alone failed: {last}"
+        )
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -459,9 +503,19 @@ def _report(record: dict[str, Any]) -> str:
             f"published / condense, median of {len(record['ratios'])} pairs: {record['ratio']:.2f} "
             f"({low:.2f} to {high:.2f})",
             "update of the pixels after one step with the same draws differs from the published one by "
-            + ", ".join(f"{value:.1e} in {kind}" for kind, value in record["update_difference"].items()),
+            + ", ".join(f"{gap['all']:.1e} in {kind}" for kind, gap in record["update_difference"].items())
+            + "; that of the median image by "
+            + ", ".join(f"{gap['median_image']:.1e} in {kind}" for kind, gap in record["update_difference"].items()),
+            *_disturbance(record["others_share"]),
         ]
     )
+
+
+def _disturbance(share: float | None) -> list[str]:
+    if share is None:
+        return []
+    warning = "; the times are not to be trusted" if share > QUIET else ""
+    return [f"other processes used {100 * share:.0f} % of the processors while this was timed{warning}"]
 
 
 def random_images(size: int, shape: Sequence[int], *parts: int | str) -> Tensor:

@@ -26,7 +26,7 @@ View = tuple[str, tuple[float, ...]]
 
 
 def convnet(shape: tuple[int, int, int], classes: int, *, depth: int = 3, width: int = 128) -> nn.Sequential:
-    """The family's ConvNet with one-channel GroupNorm and PyTorch's default weights, drawn from torch's global generator.
+    """The family's ConvNet with one-channel GroupNorm and torch's default weights, drawn from its global generator.
 
     Without its last layer, ``net[:-1]``, it gives the embedding (N, width * (H / 2^depth) * (W / 2^depth)).
     """
@@ -42,7 +42,7 @@ def convnet(shape: tuple[int, int, int], classes: int, *, depth: int = 3, width:
 
 
 def copy_weights(source: nn.Module, target: nn.Module) -> None:
-    """Gives ``target`` the weights of ``source``: convolution by convolution, norm by norm, linear layer by linear layer."""
+    """Gives ``target`` the weights of ``source``, a network of the same convolutions, norms and linear layers."""
     for kind in (nn.Conv2d, nn.GroupNorm, nn.Linear):
         pairs = ([layer for layer in net.modules() if isinstance(layer, kind)] for net in (source, target))
         for old, new in zip(*pairs, strict=True):
@@ -51,7 +51,7 @@ def copy_weights(source: nn.Module, target: nn.Module) -> None:
 
 def random_view(random: np.random.Generator, operations: Sequence[str], size: tuple[int, int]) -> View:
     """One of ``operations``, drawn uniformly, with numbers drawn for images of ``size`` (H, W)."""
-    operation = operations[random.integers(len(operations))]
+    operation = operations[int(random.integers(len(operations)))]
     if operation == "color":
         return operation, (random.random() - 0.5, 2 * random.random(), random.random() + 0.5)
     if operation == "crop":
@@ -135,7 +135,7 @@ class DM:
     """The published loop of distribution matching (Zhao & Bilen, WACV 2023), one :meth:`step` at a time.
 
     Args:
-        task: the real data; all its train images are normalised and put on ``device`` at once.
+        task: the real data, served from the CPU; its normalised train images are put on ``device`` at once.
         images: the start, (classes * ipc, C, H, W) in training space, ordered by class.
         operations: DSA operations in the lottery.
         depth: blocks of the ConvNet; ``width`` its channels.
@@ -160,7 +160,7 @@ class DM:
     ) -> None:
         self.shape, self.classes, self.device = task.shape, task.num_classes, device
         self.batch_real, self.operations, self.depth, self.width = batch_real, operations, depth, width
-        self.data = task.to(device).batch(torch.arange(len(task.train)))
+        self.data = task.batch(torch.arange(len(task.train))).to(device)
         self.class_ids = [np.flatnonzero(task.train.labels == c) for c in range(task.num_classes)]
         self.images = images.detach().to(device).clone().requires_grad_()
         self.ipc = len(images) // task.num_classes

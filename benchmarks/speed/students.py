@@ -9,9 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-from condense import networks, rng
-from condense.augment import dsa
 from condense.benchmarks.speed.measure import (
     SCHEMA,
     Parser,
@@ -23,13 +20,15 @@ from condense.benchmarks.speed.measure import (
     random_images,
     write,
 )
+
+from condense import networks, rng
+from condense.augment import OPERATIONS, dsa
 from condense.evaluation import environment
 from condense.labels import HardLabels
 from condense.run import pick_device, pick_precision
 from condense.students import FixedSource, Recipe, Student, pick_together, train
 
 TOGETHER, APART = "together", "one by one"
-AUGMENT = "color_crop_cutout_flip_scale_rotate"
 
 
 def make(
@@ -45,6 +44,12 @@ def make(
     return students
 
 
+def recipe(steps: int, mirror: bool = True) -> Recipe:
+    """The protocol dc-v1's recipe with another number of steps."""
+    augment = dsa("_".join(OPERATIONS), mirror=mirror)
+    return Recipe(steps, batch=256, lr=0.01, momentum=0.9, weight_decay=5e-4, augment=augment)
+
+
 def compare(
     network: str,
     count: int,
@@ -58,18 +63,16 @@ def compare(
 ) -> dict[str, Any]:
     """Seconds for ``steps`` steps of ``count`` students, one by one and together in turn, and the ratio.
 
-    The recipe is that of the protocol dc-v1. A few steps of each way go first, uncounted. On CUDA also the peak of
+    A few steps of each way go first, uncounted. On CUDA also the peak of
     allocated device bytes of each way.
     """
-    settings = {"batch": 256, "lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4, "augment": dsa(AUGMENT)}
     students = make(network, count, ipc, shape, classes, device)
     peaks: dict[str, int] = {}
 
     def trained(name: str, steps: int) -> None:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        recipe = Recipe(steps=steps, **settings)
-        train(students, recipe, device=device, precision=precision, together=name == TOGETHER)
+        train(students, recipe(steps), device=device, precision=precision, together=name == TOGETHER)
         if device.type == "cuda":
             peaks[name] = torch.cuda.max_memory_allocated(device)
 

@@ -1,0 +1,319 @@
+"""The published steps equal ours where they must, and the scripts run; nothing here is a matter of time."""
+
+import functools
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from condense import networks, rng
+from condense.augment import OPERATIONS, dsa
+from condense.run import Run
+
+CPU = torch.device("cpu")
+
+
+def ended(main, *arguments):
+    """The exit code of a script's ``main``."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    return stop.value.code
+
+
+@pytest.fixture
+def npz(tiny_colour, tmp_path):
+    """The tiny colour task as a file."""
+    path = tmp_path / "tiny.npz"
+    task = tiny_colour
+    np.savez(
+        path,
+        train_images=task.train.images,
+        train_labels=task.train.labels,
+        test_images=task.test.images,
+        test_labels=task.test.labels,
+    )
+    return path
+
+
+# -- the published transcriptions -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_the_published_augmentation_equals_ours(operation):
+    from condense.benchmarks.speed.published import same_view, siamese
+
+    augment = dsa(operation)
+    images = torch.randn(4, 3, 32, 32, generator=rng.generator("images"))
+    for i in range(8):
+        views = augment.draw(rng.Draws("views", i), 2, (32, 32))
+        ours = augment.apply(images, views, torch.ones(4, dtype=torch.int64))
+        torch.testing.assert_close(siamese(images, same_view(views, 1)), ours, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_the_published_augmentation_draws_from_the_range_of_ours(operation):
+    """The smallest and largest numbers of 4,000 draws agree to a fiftieth of their spread; whole numbers exactly."""
+    from condense.benchmarks.speed.published import random_view, same_view
+
+    random, views = np.random.default_rng(0), dsa(operation).draw(rng.Draws("range"), 4000, (9, 32))
+    theirs = np.array([random_view(random, (operation,), (9, 32))[1] for _ in range(4000)])
+    ours = np.array([same_view(views, i)[1] for i in range(4000)], dtype=float)
+    for a, b in ((theirs.min(0), ours.min(0)), (theirs.max(0), ours.max(0))):
+        slack = 0 if operation in ("crop", "cutout", "flip") else 0.02 * np.ptp(ours, 0)
+        assert (np.abs(a - b) <= slack).all()
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 28, 28)])
+def test_the_published_network_is_ours(shape):
+    """Under one seed they even draw the same weights."""
+    from condense.benchmarks.speed.published import convnet, copy_weights
+
+    with rng.seeded("net"):
+        theirs = convnet(shape, 10, depth=3, width=16)
+    with rng.seeded("net"):
+        ours = networks.build("convnet-d3-w16-in", shape, 10)
+    images = torch.randn(4, *shape, generator=rng.generator("images"))
+    torch.testing.assert_close(theirs(images), ours(images), rtol=1e-5, atol=1e-5)
+    with rng.seeded("another"):
+        other = networks.build("convnet-d3-w16-in", shape, 10)
+    copy_weights(other, theirs)
+    torch.testing.assert_close(theirs[:-1](images), other.embed(images), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-4), ("bf16", 0.1)])
+def test_the_published_dm_step_equals_ours(tiny_colour, precision, tolerance):
+    """The pixels' update of one step with the same draws: its relative difference is that of rounding.
+
+    The median image is held to it; a ReLU that rounding turns may move another by more. In bf16 the real features are
+    rounded to 8 bits; with few images their means keep much of that.
+    """
+    from condense.benchmarks.speed.dm import BENCHMARK
+    from condense.benchmarks.speed.measure import Case, difference
+
+    case = Case(tiny_colour, 2, 8, CPU, depth=2, settings={"batch_real": 8}, seed=3)
+    gap = difference(BENCHMARK, case, precision)
+    assert 0 < gap["median_image"] < tolerance and gap["all"] < 0.1
+
+
+def test_several_published_dm_steps_equal_ours(tiny_colour):
+    """With momentum, given the product's draws step by step; and other draws do not agree."""
+    from condense.benchmarks.speed.dm import BENCHMARK
+    from condense.benchmarks.speed.measure import Case, distance, drive
+
+    case = Case(tiny_colour, 2, 8, CPU, depth=2, settings={"batch_real": 8, "lr_img": 0.5})
+    config = BENCHMARK.config(case, steps=4)
+    published, other = (BENCHMARK.published(case, config) for _ in range(2))
+    start = published.images.detach().clone()
+    run = Run(case.task, case.ipc, case.network, seed=case.seed)
+    for index in range(4):
+        published.step(BENCHMARK.draws(case, config, run, index))
+        other.step()
+    update = drive("dm", config, case).images - start
+    assert distance(published.images - start, update) < 0.02
+    assert distance(other.images - start, update) > 0.1
+
+
+def test_a_published_dm_step_makes_its_own_draws(tiny_colour):
+    from condense.benchmarks.speed.dm import BENCHMARK
+    from condense.benchmarks.speed.measure import Case
+
+    case = Case(tiny_colour, 2, 8, CPU, depth=2, settings={"batch_real": 8})
+    published = BENCHMARK.published(case, BENCHMARK.config(case))
+    before = published.images.detach().clone()
+    published.step()
+    assert published.loss > 0
+    assert torch.isfinite(published.images).all() and not torch.equal(published.images, before)
+
+
+# -- measuring --------------------------------------------------------------------------------------------------------
+
+
+def test_a_watched_run_makes_the_products_own_set(tiny):
+    """Watching changes nothing, and every step is seen once, with one call after the last."""
+    from condense.benchmarks.speed.measure import Case, drive
+
+    import condense
+    from condense.registry import METHODS
+
+    case = Case(tiny, 2, 8, CPU, depth=2)
+    settings = {"steps": 3, "batch_real": 6}
+    seen = []
+    config = METHODS.get("dm").config(**settings)
+    watched = drive("dm", config, case, lambda run, index: seen.append((index, run.steps_done)))
+    assert seen == [(0, 0), (1, 1), (2, 2), (3, 3)]
+    made = condense.distill("dm", tiny, 2, network=case.network, precision="fp32", **settings)
+    assert torch.equal(watched.images.detach(), made.stored)
+
+
+def test_pairs():
+    from condense.benchmarks.speed.measure import Pairs
+
+    pairs = Pairs([2.0, 9.0, 4.0], [1.0, 3.0, 1.0])
+    assert pairs.ratios == [2.0, 3.0, 4.0] and pairs.ratio == 3.0
+    assert pairs.summary("a", "b")["median_seconds"] == {"a": 4.0, "b": 1.0}
+
+
+def test_a_peak_is_not_that_of_the_parent():
+    """What getrusage tells in a child includes its parent's peak on Linux."""
+    import subprocess
+    import sys
+
+    from condense.benchmarks.speed.measure import peak_resident
+
+    held = bytearray(peak_resident() + 2**28)  # more than the child will need
+    code = "from condense.benchmarks.speed.measure import peak_resident; print(peak_resident())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 0 < int(done.stdout) < len(held)
+
+
+# -- scripts ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_dm_script(npz, tmp_path, capsys):
+    from condense.benchmarks.speed import dm, measure
+
+    out = tmp_path / "dm.json"
+    sizes = ("--ipc", 1, "--width", 8, "--depth", 2, "--batch-real", 6, "--steps", 2)
+    main = functools.partial(measure.main, dm.BENCHMARK)
+    assert ended(main, "--data", npz, *sizes, "--device", "cpu", "--json", out) == 0
+    shown, record = capsys.readouterr().out, json.loads(out.read_text())
+    assert "published / condense, median of 2 pairs" in shown and "tiny" in shown
+    assert record["schema"] == "condense.speed/1" and len(record["ratios"]) == 2
+    assert record["update_difference"]["fp32"]["median_image"] < 1e-4
+    for peak in record["peak_memory"].values():
+        assert 0 < peak["baseline"] <= peak["host"]
+
+
+def test_random_images_are_called_so():
+    from condense.benchmarks.speed.measure import _data, random_task
+
+    assert _data(random_task(2, 3)) == "random uint8 images, 6 of 3x32x32 in 2 classes"
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--ipc", "0"], "--ipc: must be at least 1"),
+        (["--steps", "many"], "--steps: invalid"),
+        (["--device", "nonsense"], "--device nonsense: not available"),
+        (["--depth", "5"], "too deep"),
+    ],
+)
+def test_mistakes_are_one_line(npz, words, message, capsys):
+    from condense.benchmarks.speed import dm, measure
+
+    assert ended(functools.partial(measure.main, dm.BENCHMARK), "--data", npz, "--alone", "condense", *words) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("condense: ") and error.count("\n") == 1
+
+
+def test_the_students_script(tmp_path, capsys):
+    from condense.benchmarks.speed.students import main
+
+    out = tmp_path / "students.json"
+    sizes = ("--network", "mlp", "--count", 2, "--ipc", 2, "--classes", 3, "--size", 8, "--steps", 2, "--pairs", 2)
+    assert ended(main, *sizes, "--device", "cpu", "--json", out) == 0
+    assert "one by one / together" in capsys.readouterr().out
+    assert len(json.loads(out.read_text())["ratios"]) == 2
+
+
+# -- gpu_check --------------------------------------------------------------------------------------------------------
+
+
+def test_gpu_check_on_a_cpu(npz, tmp_path, capsys):
+    from condense.benchmarks.gpu_check import STAGES, main
+
+    out = tmp_path / "out"
+    assert ended(main, "--device", "cpu", "--tiny", "--out", out, "--data", npz) == 0, capsys.readouterr()
+    record = json.loads((out / "gpu_check.json").read_text())
+    assert record["schema"] == "condense.gpu-check/1" and record["finished"] and not record["failures"]
+    assert {name: entry["status"] for name, entry in record["stages"].items()} == {s.name: "passed" for s in STAGES}
+    assert all(entry["why"] for entry in record["skipped"])
+    table = (out / "gpu_check.txt").read_text()
+    assert all(stage.name in table for stage in STAGES)
+
+
+def check_on(tmp_path, minutes=5.0):
+    from condense.benchmarks.gpu_check import Check
+
+    return Check(CPU, minutes, tmp_path, True, None)
+
+
+def saved(tmp_path):
+    return json.loads((tmp_path / "gpu_check.json").read_text())
+
+
+def test_gpu_check_goes_on_after_failures(tmp_path):
+    from condense.benchmarks.gpu_check import Stage, run_stage, table
+
+    def fail():
+        raise RuntimeError("a kernel is missing\nand more")
+
+    def parts(check):
+        results = check.each({"bad": fail, "off": lambda: {"error": 1.0, "passed": False}, "good": lambda: {"x": 1}})
+        return "three parts", results
+
+    check = check_on(tmp_path)
+    run_stage(check, Stage("whole", 1, lambda check: fail()))
+    assert saved(tmp_path)["stages"]["whole"]["status"] == "failed"
+    run_stage(check, Stage("parts", 1, parts))
+    record = saved(tmp_path)
+    assert record["stages"]["parts"]["results"]["good"] == {"x": 1}
+    assert [(fault["stage"], fault["part"]) for fault in record["failures"]] == [
+        ("whole", ""),
+        ("parts", "bad"),
+        ("parts", "off"),
+    ]
+    assert record["failures"][0]["message"] == "RuntimeError: a kernel is missing"
+    assert "failed: parts, off: outside its tolerance" in table(record)
+
+
+def test_gpu_check_stops_in_time_and_keeps_what_is_done(tmp_path):
+    import time
+
+    from condense.benchmarks.gpu_check import Stage, run_stage
+
+    check = check_on(tmp_path, minutes=1.2 / 60)
+
+    def slow(check):
+        return "never", check.each({"done": lambda: {"x": 1}, "slow": lambda: time.sleep(60)})
+
+    run_stage(check, Stage("slow", 1, slow))
+    entry = saved(tmp_path)["stages"]["slow"]
+    assert entry["status"] == "stopped" and entry["results"] == {"done": {"x": 1}} and entry["seconds"] < 30
+    check.tiny = False
+    run_stage(check, Stage("late", 20, slow))
+    assert saved(tmp_path)["stages"]["late"]["status"] == "skipped"
+    assert "needs about 20 s and 0 s are left" in saved(tmp_path)["skipped"][-1]["why"]
+
+
+def test_gpu_check_records_the_running_stage_before_it_runs(tmp_path):
+    from condense.benchmarks.gpu_check import Stage, run_stage
+
+    def body(check):
+        return saved(tmp_path)["stages"]["now"]["status"], None
+
+    check = check_on(tmp_path)
+    run_stage(check, Stage("now", 1, body))
+    assert check.record["stages"]["now"]["summary"] == "running"
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
+def test_gpu_check_without_a_gpu_is_one_clear_line(tmp_path, capsys):
+    from condense.benchmarks.gpu_check import main
+
+    assert ended(main, "--out", tmp_path) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("condense: --device cuda: there is no CUDA device here") and error.count("\n") == 1
+
+
+@pytest.mark.gpu
+def test_gpu_check_on_cuda(tmp_path):
+    from condense.benchmarks.gpu_check import main
+
+    code = ended(main, "--minutes", 1, "--out", tmp_path)
+    record = saved(tmp_path)
+    assert code == 0, record["failures"]
+    assert record["finished"] and record["stages"]["networks: device = CPU"]["status"] == "passed"

@@ -1,0 +1,477 @@
+"""The command line as a user meets it: every mistake is one line that helps, and costs nothing."""
+
+import importlib.util
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_arrays
+from PIL import Image
+
+import condense
+from condense import cli
+from condense.cli import EXIT_CODES, main
+from condense.run import CHECKPOINT
+
+NETWORK = "convnet-d2-w8-in"
+DM = f"distill dm --data digits --ipc 1 --network {NETWORK} steps=2 batch_real=8"
+VERBS = ("ls", "show", "distill", "resume", "evaluate", "verify", "preview", "plan")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny tensors are slower on two threads, and much slower where others use the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch, capsys):
+    """``call(words)`` runs the command line in an empty folder: its exit code and what it printed."""
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+
+    def run(words):
+        with pytest.raises(SystemExit) as end:
+            main(shlex.split(words))
+        out, err = capsys.readouterr()
+        return SimpleNamespace(code=end.value.code, out=out, err=err)
+
+    return run
+
+
+@pytest.fixture
+def done(call):
+    """``done(words)`` is what a command prints that must succeed."""
+
+    def run(words):
+        result = call(words)
+        assert result.code == 0, result.err
+        return result.out
+
+    return run
+
+
+def content(folder):
+    """Every file and folder below ``folder``, with the bytes of the files."""
+    return {str(path): path.is_file() and path.read_bytes() for path in sorted(folder.rglob("*"))}
+
+
+@pytest.fixture
+def refused(call, material, tmp_path):
+    """``refused(words, *expected)``: code 2, one line with all of ``expected``, nothing written and nothing lost."""
+
+    def check(words, *expected):
+        before = content(material), content(tmp_path / "here")
+        result = call(words.format(m=material))
+        assert result.code == 2, result.err
+        assert result.out == ""
+        assert result.err.startswith("condense: ") and result.err.count("\n") == 1, result.err
+        for part in expected:
+            assert part.format(m=material) in result.err
+        assert (content(material), content(tmp_path / "here")) == before
+
+    return check
+
+
+def write_images(folder, sizes):
+    """A folder of images: class name to the sizes of its images."""
+    random = np.random.default_rng(0)
+    for name, sides in sizes.items():
+        (folder / name).mkdir(parents=True)
+        for number, side in enumerate(sides):
+            pixels = random.integers(0, 256, (side, side), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{number}.png")
+
+
+def write_arrays(path, arrays):
+    keys = ("train_images", "train_labels", "test_images", "test_labels")
+    np.savez(path, **dict(zip(keys, arrays)))
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    """Sets, data and runs, good and bad, that the commands below are given."""
+    m = tmp_path_factory.mktemp("material")
+    cache = pytest.MonkeyPatch()
+    cache.setenv("CONDENSE_CACHE", str(tmp_path_factory.mktemp("cache")))
+    condense.distill("random", "digits", 2, network=NETWORK, protocol="quick-v1", out=m / "set.h5")
+    whole = (m / "set.h5").read_bytes()
+    (m / "truncated.h5").write_bytes(whole[: len(whole) // 2])
+    (m / "flipped.h5").write_bytes(whole)
+    with h5py.File(m / "flipped.h5", "r+") as file:
+        file["images"][3, 0, 2, 2] ^= 1
+    with h5py.File(m / "foreign.h5", "w") as file:
+        file["images"] = np.zeros((2, 1, 8, 8))
+    (m / "text.h5").write_text("hello")
+    (m / "notes.txt").write_text("hello")
+    (m / "folder.h5").mkdir()
+
+    (m / "empty").mkdir()
+    write_images(m / "single" / "train", {"cat": [8, 8]})
+    write_images(m / "corrupt" / "train", {"cat": [8] * 4, "dog": [8] * 4})
+    (m / "corrupt" / "train" / "dog" / "2.png").write_bytes(b"no image")
+    write_images(m / "mixed" / "train", {"cat": [8, 9, 8, 9], "dog": [8, 8, 8, 8]})
+    write_arrays(m / "three.npz", tiny_arrays(classes=3))
+    write_arrays(m / "large.npz", [np.kron(part, np.ones((2, 2), np.uint8)) if part.ndim == 4 else part
+                                   for part in tiny_arrays(classes=2, size=8)])  # fmt: skip
+    images, labels = np.zeros((20, 1, 16, 16), np.uint8), np.arange(20) % 10
+    write_arrays(m / "sixteen.npz", (images, labels, images, labels))
+
+    (m / "lacks.yaml").write_text("method: dm\nsteps: 3\n")
+    (m / "broken.yaml").write_text("method: [dm\n")
+    (m / "words.yaml").write_text("method: dm\ndata: digits\nipc: ten\n")
+
+    (m / "data.npz").write_bytes((m / "three.npz").read_bytes())
+    settings = {"network": NETWORK, "steps": 2, "batch_real": 4, "track": "none"}
+    condense.distill("dm", str(m / "data.npz"), 1, run_dir=m / "changed", **settings)
+    (m / "changed" / "result.json").unlink()
+    write_arrays(m / "data.npz", tiny_arrays(classes=3, seed=1))
+    condense.distill("dm", str(m / "three.npz"), 1, run_dir=m / "edited", **settings)
+    (m / "edited" / "result.json").unlink()
+    shutil.copytree(m / "edited", m / "run")
+    edit_config(m / "edited", seed=7)
+    shutil.copytree(m / "run", m / "unknown")
+    edit_config(m / "unknown", settings={"stepz": 3})
+    condense.distill("dm", condense.task(tiny_arrays()), 1, run_dir=m / "python", **settings)
+    yield m
+    cache.undo()
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+# -- mistakes ---------------------------------------------------------------------------------------------------------
+
+EVALUATE = "evaluate {m}/set.h5 --data digits --runs 1"
+
+MISTAKES = {
+    "unknown method": ("distill dn --data digits --ipc 1", "'dn'", "did you mean 'dm'?"),
+    "unknown method to plan": ("plan dn --data digits --ipc 1", "'dn'", "did you mean 'dm'?"),
+    "unknown dataset": ("distill dm --data digit --ipc 1", "'digit'", "did you mean 'digits'?"),
+    "unknown dataset to evaluate": ("evaluate {m}/set.h5 --data digit", "'digit'", "did you mean 'digits'?"),
+    "unknown network": (f"{DM} --network lenat", "'lenat'", "did you mean 'lenet'?"),
+    "unknown networks": (f"{EVALUATE} --networks lenet,lenat", "'lenat'", "did you mean 'lenet'?"),
+    "unknown setting": (f"{DM} stepz=1", "stepz=1", "did you mean 'steps'?"),
+    "unknown setting of the data": (f"{DM} reszie=8", "reszie=8", "did you mean 'resize'?"),
+    "unknown setting of the run": (f"{DM} netwerk=lenet", "netwerk=lenet", "did you mean 'network'?"),
+    "unknown setting like nothing": (f"{DM} xyzzy=8", "xyzzy=8", "known:", "lr_img"),
+    "unknown recipe": ("distill --recipe dm/digits-ip1", "'dm/digits-ip1'", "did you mean 'dm/digits-ipc1'?"),
+    "unknown protocol": (f"{EVALUATE} --protocol quick-v2", "'quick-v2'", "did you mean 'quick-v1'?"),
+    "unknown protocol to distill": (f"{DM} protocol=quick-v2", "'quick-v2'", "did you mean 'quick-v1'?"),
+    "unknown control": (f"{EVALUATE} --controls rendom", "--controls rendom", "did you mean 'random'?"),
+    "unknown kind": ("ls method", "'method'", "did you mean 'methods'?"),
+    "unknown thing to show": ("show dmm", "'dmm'", "did you mean 'dm'?"),
+    "unknown set": ("verify {m}/sett.h5", "{m}/sett.h5: no such file", "did you mean 'set.h5'?"),
+    "unknown ready-made set": ("verify digits/nothing", "'digits/nothing'", "condense distill"),
+    "unknown tracker": (f"{DM} --track tensorbord", "--track tensorbord", "did you mean 'tensorboard'?"),
+    "unknown initialisation": (f"{DM} init=rael", "init=rael", "use real, noise"),
+    "unknown augmentation": (f"{DM} augment=blur", "blur"),
+    "unknown verb": ("distil dm", "'distil'", "'distill'", "condense --help"),
+    "unknown option": ("distill dm --dat digits", "--dat", "--data", "condense distill --help"),
+    "unknown option before the verb": ("--nope ls", "--nope", "condense --help"),
+    "several faults": (
+        "distill dm --data digits ipc=ten stepz=1 lr_img=fast reszie=8 --network lenat",
+        "ipc=ten", "stepz=1", "lr_img=fast", "reszie=8", "'lenat'",
+    ),
+    "several faulty options": (f"{DM} fyi=maybe --device warp --minutes -1 --track x", "fyi=maybe", "warp", "-1", "x"),
+    "mirror images that are other classes": (f"{DM} fyi=true", "fyi=true", "digits", "leave fyi off"),
+    "ipc zero": (f"{DM} --ipc 0", "--ipc 0", "at least 1"),
+    "ipc negative": (f"{DM} --ipc -3", "--ipc -3", "at least 1"),
+    "ipc no number": (f"{DM} --ipc x", "--ipc x", "whole number"),
+    "ipc more than a class has": (f"{DM} --ipc 1000", "--ipc 1000", "class '8'", "at most 139"),
+    "ipc as a word": (f"{DM} ipc=0", "--ipc 0", "at least 1"),
+    "steps zero": (f"{DM} steps=0", "steps=0", "at least 1"),
+    "no data": ("distill dm --ipc 1", "--data", "--data DATA"),
+    "no ipc": ("distill dm --data digits", "--ipc", "--ipc N"),
+    "no method": ("distill --data digits --ipc 1", "METHOD", "--recipe"),
+    "nothing": ("distill", "METHOD, --data, --ipc", "--recipe"),
+    "no set": ("verify", "SET.h5", "condense verify --help"),
+    "no data to evaluate": ("evaluate {m}/set.h5", "--data", "condense evaluate --help"),
+    "no picture": ("preview {m}/set.h5", "--out", "condense preview --help"),
+    "an option without its value": ("distill dm --ipc", "--ipc", "--help"),
+    "a word that is no setting": (f"{DM} fast", "'fast'", "key=value"),
+    "a recipe of another method": ("distill random --recipe dm/digits-ipc1", "'dm'", "'random'", "leave one"),
+    "a recipe that is missing": ("distill --recipe {m}/none.yaml", "{m}/none.yaml", "no such file"),
+    "a recipe that lacks keys": ("distill --recipe {m}/lacks.yaml", "{m}/lacks.yaml", "data, ipc"),
+    "a recipe that is no YAML": ("distill --recipe {m}/broken.yaml", "{m}/broken.yaml", "YAML"),
+    "a recipe with words for numbers": ("distill --recipe {m}/words.yaml", "ipc=ten", "must be int"),
+    "an empty folder": ("distill dm --data {m}/empty --ipc 1", "{m}/empty", "is empty", "train/<class>"),
+    "a folder with one class": ("distill dm --data {m}/single --ipc 1", "{m}/single", "'cat'", "at least two"),
+    "a corrupt image": ("distill dm --data {m}/corrupt --ipc 1", "{m}/corrupt/train/dog/2.png"),
+    "images of mixed sizes": ("distill dm --data {m}/mixed --ipc 1", "8x8", "9x9", "resize="),
+    "data of another kind": ("distill dm --data {m}/notes.txt --ipc 1", "{m}/notes.txt", "folder of images"),
+    "a set as data": ("distill dm --data {m}/set.h5 --ipc 1", "{m}/set.h5", "is a distilled set"),
+    "an output that exists": (f"{DM} --out {{m}}/set.h5", "{m}/set.h5 exists", "--force"),
+    "an output below a file": (f"{DM} --out {{m}}/notes.txt/a.h5", "notes.txt/a.h5", "Not a directory"),
+    "an output that is a folder": (f"{DM} --out {{m}}/folder.h5", "{m}/folder.h5 is a folder", "name a file"),
+    "a folder even with force": (f"{DM} --out {{m}}/folder.h5 --force", "{m}/folder.h5 is a folder", "name a file"),
+    "an output with too long a name": (f"{DM} --out {'x' * 300}.h5", "File name too long"),
+    "a run directory with a run": (f"{DM} --run-dir {{m}}/run", "{m}/run holds a run", "condense resume", "--force"),
+    "a run directory with a finished run": (f"{DM} --run-dir {{m}}/python", "a finished run", "another --run-dir"),
+    "a run directory below a file": (f"{DM} --run-dir {{m}}/notes.txt/run", "notes.txt/run", "Not a directory"),
+    "a record that exists": (f"{EVALUATE} --json {{m}}/notes.txt", "{m}/notes.txt exists", "--force"),
+    "a record below a file": (f"{EVALUATE} --json {{m}}/notes.txt/a.json", "notes.txt/a.json", "Not a directory"),
+    "a picture that exists": ("preview {m}/set.h5 --out {m}/notes.txt", "{m}/notes.txt exists", "--force"),
+    "data of other classes": ("evaluate {m}/set.h5 --data {m}/three.npz", "three", "3 (0, 1, 2)", "10 (0, 1, 2, ...)"),
+    "data of another size": ("evaluate {m}/set.h5 --data {m}/sixteen.npz", "16", "8", "resize="),
+    "an unknown setting of data to evaluate": (f"{EVALUATE} reszie=8", "reszie=8", "did you mean 'resize'?"),
+    "no runs": (f"{EVALUATE} --runs 0", "--runs 0", "at least 1"),
+    "runs in words": (f"{EVALUATE} --runs two", "--runs two", "whole number"),
+    "no such device": (f"{DM} --device nonsense", "--device nonsense", "--device cpu"),
+    "a device without values": (f"{DM} --device meta", "--device meta", "--device cpu"),
+    "no such device to evaluate": (f"{EVALUATE} --device nonsense", "--device nonsense", "--device cpu"),
+    "minutes negative": (f"{DM} --minutes -1", "--minutes -1", "more than 0"),
+    "minutes that are no number": (f"{DM} --minutes nan", "--minutes nan", "more than 0"),
+    "minutes in words": (f"{DM} --minutes ten", "--minutes ten", "a number"),
+    "precision": (f"{DM} --precision fp8", "--precision fp8", "auto, fp32 or bf16"),
+    "precision to evaluate": (f"{EVALUATE} --precision fp8", "--precision fp8", "auto, fp32 or bf16"),
+    "a network too deep": (f"{DM} --network convnet-d6-w8-in", "convnet-d6", "8x8", "the largest depth that fits is 3"),
+    "a network too deep to plan": (f"plan{DM[7:]} --network convnet-d6-w8-in", "convnet-d6", "fits is 3"),
+    "a folder that is no run": ("resume {m}/empty", "{m}/empty: not a run directory", "--run-dir"),
+    "a run that is missing": ("resume {m}/nowhere", "{m}/nowhere: not a run directory", "--run-dir"),
+    "a run whose config was edited": ("resume {m}/edited", "{m}/edited: config.json", "--force"),
+    "a run with an unknown setting": ("resume {m}/unknown", "{m}/unknown: stepz=3", "did you mean 'steps'?"),
+    "a run whose data changed": ("resume {m}/changed", "{m}/changed", "{m}/data.npz changed", "start anew"),
+    "a run on data from Python": ("resume {m}/python", "{m}/python", "data were given in Python"),
+    "a run resumed for no time": ("resume {m}/run --minutes 0", "{m}/run: --minutes 0", "more than 0"),
+}  # fmt: skip
+READERS = ("verify {set}", "evaluate {set} --data digits", "preview {set} --out a.png", "show {set}")
+SETS = {
+    "truncated": ("{m}/truncated.h5: truncated or damaged", "make it again"),
+    "flipped": ("{m}/flipped.h5: the array 'images' is damaged", "make it again"),
+    "foreign": ("{m}/foreign.h5: an HDF5 file of another format", "condense distill"),
+    "text": ("{m}/text.h5: not an HDF5 file", "condense distill"),
+    "missing": ("{m}/missing.h5: no such file", "condense distill"),
+}
+MISTAKES |= {
+    f"{reader.split()[0]} a set that is {kind}": (reader.format(set=f"{{m}}/{kind}.h5"), *expected)
+    for reader in READERS
+    for kind, expected in SETS.items()
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line_that_helps(name, refused):
+    refused(*MISTAKES[name])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")
+def test_cuda_where_there_is_none(refused):
+    refused(f"{DM} --device cuda", "--device cuda", "--device cpu")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("trackio") is not None, reason="has trackio")
+def test_a_tracker_that_is_not_installed(refused):
+    refused(f"{DM} --track trackio", "--track trackio", "pip install 'condense-toolkit[track]'")
+
+
+@pytest.mark.parametrize("words", [DM, f"{DM} --out elsewhere/a.h5 --run-dir b"])
+def test_a_full_disk_is_found_before_the_work(words, refused, monkeypatch):
+    full = SimpleNamespace(f_bavail=3, f_frsize=4096)
+    monkeypatch.setattr(os, "statvfs", lambda path: full)
+    refused(words, "the disk has 12288 bytes left", "free some")
+
+
+def test_a_refused_method_keeps_the_run_that_force_would_replace(refused, material):
+    refused(f"{DM} init=rael --force --run-dir {{m}}/run", "init=rael")
+    assert (material / "run" / CHECKPOINT).exists()
+
+
+# -- faults and interruptions -----------------------------------------------------------------------------------------
+
+
+def test_debug_shows_the_traceback(call):
+    result = call("--debug show dmm")
+    assert result.code == 2
+    assert "Traceback" in result.err and result.err.splitlines()[-1].startswith("condense: 'dmm'")
+    assert call("show dmm --debug").err.startswith("Traceback")
+
+
+def test_a_fault_of_ours_is_one_line_too(call, monkeypatch):
+    def broken(kind):
+        raise RuntimeError("two\nlines")
+
+    monkeypatch.setattr(cli, "_listing", broken)
+    result = call("ls methods")
+    assert result.code == 1
+    assert result.err == "condense: a fault of ours: RuntimeError: two lines; --debug shows where\n"
+    assert "in broken" in call("ls methods --debug").err
+
+
+def test_ctrl_c_outside_a_run(call, monkeypatch):
+    def interrupted(kind):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_listing", interrupted)
+    result = call("ls")
+    assert (result.code, result.err) == (130, "condense: interrupted\n")
+
+
+def test_a_reader_that_has_seen_enough_is_no_fault():
+    program = f"{shlex.quote(sys.executable)} -m condense ls datasets; echo $? >&2"
+    result = subprocess.run(["bash", "-c", f"({program}) | true"], capture_output=True, text=True)
+    assert result.stderr == "0\n"
+
+
+# -- what works -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", cli.KINDS)
+def test_ls(kind, done):
+    rows = json.loads(done(f"ls {kind} --json"))[kind]
+    assert [line.split()[0] for line in done(f"ls {kind}").splitlines()] == [row["name"] for row in rows]
+    assert rows or kind == "sets"
+
+
+def test_ls_everything(done):
+    assert list(json.loads(done("ls --json"))) == list(cli.KINDS)
+    assert all(f"{kind}:" in done("ls") for kind in cli.KINDS)
+
+
+def test_show_a_method(done):
+    text = done("show dm")
+    assert "lr_img=1.0\n      Learning rate" in text and "resize=None" in text
+    shown = json.loads(done("show dm --json"))
+    assert {"name": "steps", "type": "int", "default": "20000"}.items() <= shown["settings"][3].items()
+
+
+def test_show_a_recipe(done, tmp_path):
+    assert "condense distill --recipe dm/digits-ipc1" in done("show dm/digits-ipc1")
+    assert json.loads(done("show dm/digits-ipc1 --json"))["data"] == "digits"
+    (tmp_path / "mine.yaml").write_text("method: dm\ndata: digits\nipc: 2\nfyi: false\n")
+    assert "fyi: false" in done(f"show {tmp_path}/mine.yaml")
+
+
+def test_show_a_set(done, material):
+    text = done(f"show {material}/set.h5")
+    assert "classes: 0, 1, 2, 3" in text and "bytes: auxiliary=8, images=1280" in text
+    assert json.loads(done(f"show {material}/set.h5 --json"))["name"] == "digits/random-ipc2"
+
+
+def test_verify(done, material):
+    assert "good; digits/random-ipc2, 20 images 1x8x8, hard labels" in done(f"verify {material}/set.h5")
+
+
+def test_preview(done, material):
+    assert "wrote new/a.png: 10 classes" in done(f"preview {material}/set.h5 --out new/a.png")
+    assert Image.open("new/a.png").size == (2 * 34 + 2, 10 * 34 + 2)
+    done(f"preview {material}/set.h5 --out new/a.png --force")
+
+
+def test_a_ready_made_set_goes_by_its_name(done, material, monkeypatch):
+    monkeypatch.setattr("condense.api.packaged_sets", lambda: {"digits/ready": material / "set.h5"})
+    monkeypatch.setattr("condense.distilled.packaged_sets", lambda: {"digits/ready": material / "set.h5"})
+    assert "good" in done("verify digits/ready")
+    assert "digits/random-ipc2" in done("show digits/ready")
+
+
+def test_distill_says_what_it_made_and_what_to_do_next(done):
+    text = done(f"{DM} --out 'new place/a.h5'")
+    assert text.startswith("made digits/dm-ipc1: 10 images of 2.6 kB, 2 of 2 steps in ")
+    assert "set:  new place/a.h5" in text and "run:  runs/digits-dm-ipc1-seed0" in text
+    assert "wrote new place/a.png" in done(text.split("condense ")[-1])
+
+
+def test_distill_by_a_recipe_with_words_of_ones_own(done):
+    network = f"network={NETWORK}"
+    done(f"distill --recipe dm/digits-ipc1 steps=3 batch_real=8 {network} --out a.h5")
+    made = condense.load("a.h5").manifest
+    assert (made["steps_done"], made["settings"]["batch_real"], made["protocol"]) == (3, 8, "quick-v1")
+    done(f"distill dm --recipe dm/digits-ipc1 steps=2 ipc=2 {network} --seed 1 --out b.h5 --tag mine")
+    assert condense.load("b.h5").name == "digits/dm-ipc2.mine"
+
+
+def test_force_replaces_a_run_and_all_that_it_left(done):
+    done(f"{DM} steps=3 --out a.h5 --run-dir run")
+    done(f"{DM} --out a.h5 --run-dir run --force")
+    assert condense.load("a.h5").manifest["steps_done"] == 2
+    assert os.listdir("run/previews") == ["step-000002.png"]
+
+
+def test_minutes_stop_cleanly_and_resume_goes_on(done):
+    text = done(f"{DM} steps=100000 --minutes 0.01 --out a.h5 --run-dir run")
+    assert "of 100000 steps" in text and "stopped by --minutes; go on with: condense resume run --minutes" in text
+    first = condense.load("a.h5").manifest
+    assert first["stopped_early"] and 0 < first["steps_done"] < 100000
+    assert "run is finished" in done("resume run")
+    assert "stopped by --minutes" in done("resume run --minutes 0.02")
+    assert first["steps_done"] < condense.load("a.h5").manifest["steps_done"] < 100000
+
+
+def test_evaluate_writes_a_record(done, material):
+    text = done(f"evaluate {material}/set.h5 --data digits --runs 1 --controls none --json new/record.json")
+    record = json.loads(Path("new/record.json").read_text())
+    assert record["schema"] == "condense.record/1" and record["results"][0]["arm"] == "distilled"
+    assert text.startswith("digits/random-ipc2 on digits, quick-v1") and "record: new/record.json" in text
+
+
+def test_evaluate_on_data_of_another_size(done, material):
+    assert "on sixteen" in done(
+        f"evaluate {material}/set.h5 --data {material}/sixteen.npz resize=8 --runs 1 --controls none"
+    )
+
+
+def test_plan(done, monkeypatch):
+    monkeypatch.setattr("condense.api._Trial.SECONDS", 0.2)
+    text = done(f"plan{DM[7:]} steps=5000")
+    assert "5000 steps of" in text and "B host at peak" in text and "2.6 kB set" in text
+    needs = json.loads(done(f"plan{DM[7:]} steps=5000 --json"))
+    assert needs["steps"] == 5000 and needs["seconds"] > 4999 * 1e-4
+    assert needs["set_bytes"]["images"] == 10 * 64 * 4
+    assert "time:" in done("plan random --data digits --ipc 1")
+    assert os.listdir() == []
+
+
+def test_plan_tells_the_time_of_the_run(monkeypatch, done):
+    """Each step is made to last 10 ms: 1,000 of them last 10 s and a little more."""
+    from condense.optimizer import SyntheticOptimizer
+
+    original = SyntheticOptimizer.step
+    monkeypatch.setattr(SyntheticOptimizer, "step", lambda *a, **k: (time.sleep(0.01), original(*a, **k))[1])
+    monkeypatch.setattr("condense.api._Trial.SECONDS", 0.3)
+    needs = json.loads(done(f"plan{DM[7:]} steps=1000 --json"))
+    assert needs["seconds_per_step"] > 0.01
+    assert needs["seconds"] == pytest.approx(1000 * needs["seconds_per_step"], rel=0.3)
+
+
+def test_version(done):
+    assert done("--version") == f"condense {condense.__version__}\n"
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_every_verb_tells_the_exit_codes(verb, done):
+    text = " ".join(done(f"{verb} --help").split())
+    assert text.endswith(EXIT_CODES)
+
+
+def test_help(done):
+    text = done("--help")
+    assert all(f"\n  {verb} " in text for verb in VERBS) and "..." not in text.split("Commands:")[1]
+    assert done("") == text
+
+
+def test_help_is_fast():
+    """Below 1.5 s; the best of three, because other programs may use the cores."""
+    times = []
+    for _ in range(3):
+        began = time.monotonic()
+        result = subprocess.run([sys.executable, "-m", "condense", "--help"], capture_output=True, text=True)
+        times.append(time.monotonic() - began)
+        assert result.returncode == 0 and "distill" in result.stdout and result.stderr == ""
+    assert min(times) < 1.5

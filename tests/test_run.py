@@ -1,0 +1,421 @@
+"""Runs that are killed, interrupted, damaged or diverge: what was computed stays, and resuming ends the same."""
+
+import importlib.util
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_arrays
+from PIL import Image
+
+import condense
+from condense import api, run, tracking
+from condense.cli import main
+from condense.distilled import checksums
+from condense.errors import CondenseError
+from condense.run import CHECKPOINT, PREVIOUS, Run
+
+ROOT = Path(__file__).parent.parent
+NETWORK = "convnet-d2-w8-in"
+SETTINGS = {"network": NETWORK, "steps": 6, "batch_real": 4, "precision": "fp32"}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As in the subprocesses: the same bits, and no fight over the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# -- real processes ---------------------------------------------------------------------------------------------------
+
+
+def start(words, folder, launcher=()):
+    """``condense`` with ``words`` as a process in ``folder``, which checkpoints after every step."""
+    environment = {
+        **os.environ, "CONDENSE_CHECKPOINT_SECONDS": "0", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
+    }  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, *launcher, "-m", "condense", *shlex.split(words)],
+        cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def distill(steps):
+    return (
+        f"distill dm --data digits --ipc 2 --network {NETWORK} steps={steps} batch_real=8 --precision fp32 "
+        "--track none --out a.h5 --run-dir run"
+    )
+
+
+def arrays_of(path):
+    return checksums(condense.load(path).arrays())
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """The arrays' checksums of a run of so many steps that nothing stopped, and its folder."""
+    known = {}
+
+    def get(steps):
+        if steps not in known:
+            folder = tmp_path_factory.mktemp("uninterrupted")
+            process = start(distill(steps), folder)
+            _, err = process.communicate(timeout=300)
+            assert process.returncode == 0 and err == "", err
+            known[steps] = SimpleNamespace(arrays=arrays_of(folder / "a.h5"), folder=folder)
+        return known[steps]
+
+    return get
+
+
+def written(path):
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
+
+
+def wait_for_change(path, process):
+    """Waits until ``path`` is written anew."""
+    before, limit = written(path), time.monotonic() + 120
+    while written(path) in (None, before):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < limit
+        time.sleep(0.0002)
+
+
+def kill_and_resume(folder, steps, kills, seed):
+    """Starts a run and kills it ``kills`` times: at a random moment, every other time while a checkpoint is written."""
+    random = np.random.default_rng(seed)
+    words = distill(steps)
+    for number in range(kills):
+        process = start(words, folder)
+        wait_for_change(folder / "run" / CHECKPOINT, process)
+        if number % 2:
+            wait_for_change(folder / "run" / f"{CHECKPOINT}.tmp", process)
+        else:
+            time.sleep(random.uniform(0, 0.03))
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        words = "resume run"
+    process = start(words, folder)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0 and err == "", err
+    assert out.startswith(f"made digits/dm-ipc2: 20 images of 5.1 kB, {steps} of {steps} steps")
+
+
+def steps_logged(folder):
+    return [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def check_same(folder, reference):
+    assert arrays_of(folder / "a.h5") == reference.arrays
+    steps = steps_logged(folder / "run")
+    assert steps == sorted(set(steps))
+    left = {path.name for path in (folder / "run").iterdir()} | {path.name for path in folder.iterdir()}
+    assert not [name for name in left if name.endswith(".tmp")]
+
+
+def test_killed_three_times(tmp_path, uninterrupted):
+    kill_and_resume(tmp_path, steps=60, kills=3, seed=0)
+    check_same(tmp_path, uninterrupted(60))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2])
+def test_killed_ten_times(tmp_path, uninterrupted, seed):
+    kill_and_resume(tmp_path, steps=300, kills=10, seed=seed)
+    check_same(tmp_path, uninterrupted(300))
+
+
+def test_ctrl_c(tmp_path, uninterrupted):
+    process = start(distill(60), tmp_path)
+    wait_for_change(tmp_path / "run" / CHECKPOINT, process)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and out == ""
+    found = re.fullmatch(r"condense: stopped at step (\d+) of 60; go on with: condense resume run\n", err)
+    assert found, err
+    assert saved_step(tmp_path / "run") == int(found[1])
+    assert not (tmp_path / "a.h5").exists()
+    api.resume(tmp_path / "run")
+    check_same(tmp_path, uninterrupted(60))
+
+
+def saved_step(folder):
+    return torch.load(folder / CHECKPOINT, weights_only=True)["step"]
+
+
+def test_two_ranks_make_the_set_of_one(tmp_path, uninterrupted):
+    """Gradients of the classes are summed over ranks: the same draws, and pixels equal within 1e-5."""
+    process = start(distill(60), tmp_path, ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"))
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert out.count("made digits/dm-ipc2") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.h5", "run"]
+    assert steps_logged(tmp_path / "run") == sorted(set(steps_logged(tmp_path / "run")))
+    one, two = condense.load(uninterrupted(60).folder / "a.h5"), condense.load(tmp_path / "a.h5")
+    torch.testing.assert_close(two.stored, one.stored, rtol=0, atol=1e-5)
+
+
+# -- in this process --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A file of tiny real data."""
+    keys = ("train_images", "train_labels", "test_images", "test_labels")
+    np.savez(tmp_path / "data.npz", **dict(zip(keys, tiny_arrays())))
+    return tmp_path / "data.npz"
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch, capsys):
+    """``call(words)`` runs the command line in ``tmp_path``: its exit code and what it printed."""
+    monkeypatch.chdir(tmp_path)
+
+    def run_line(words):
+        with pytest.raises(SystemExit) as end:
+            main(shlex.split(words))
+        out, err = capsys.readouterr()
+        return SimpleNamespace(code=end.value.code, out=out, err=err)
+
+    return run_line
+
+
+TINY = (
+    f"distill dm --data data.npz --ipc 1 --network {NETWORK} steps=6 batch_real=4 --precision fp32 "
+    "--out a.h5 --run-dir run"
+)
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing in the product catches it."""
+
+
+def killed_run(data, folder, at, checkpoints, monkeypatch):
+    """A run of 6 steps that dies after step ``at``, with checkpoints only after the steps ``checkpoints``."""
+    after_step, save = run._Keeper.after_step, Run.save_checkpoint
+
+    def dying(keeper, step, stop):
+        after_step(keeper, step, stop)
+        if step == at:
+            raise Killed
+
+    def saving(this, step, optimizer):
+        if step in checkpoints:
+            save(this, step, optimizer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "CHECKPOINT_SECONDS", 0.0)
+        patch.setattr(run, "LOG_SECONDS", 0.0)
+        patch.setattr(run._Keeper, "after_step", dying)
+        patch.setattr(Run, "save_checkpoint", saving)
+        with pytest.raises(Killed):
+            condense.distill("dm", str(data), 1, run_dir=folder, out=folder.with_suffix(".h5"), **SETTINGS)
+
+
+@pytest.fixture
+def whole(data):
+    return checksums(condense.distill("dm", str(data), 1, **SETTINGS).arrays())
+
+
+@pytest.mark.parametrize("fault", ["truncated", "flipped", "empty", "nonsense", "missing"])
+def test_a_damaged_checkpoint_falls_back_to_the_previous_one(fault, data, tmp_path, whole, monkeypatch, caplog):
+    folder = tmp_path / "run"
+    killed_run(data, folder, at=4, checkpoints={2, 3, 4}, monkeypatch=monkeypatch)
+    assert saved_step(folder) == 4
+    damage(folder / CHECKPOINT, fault)
+    assert checksums(api.resume(folder).arrays()) == whole
+    assert (f"{folder / CHECKPOINT} is damaged" in caplog.text) == (fault != "missing")
+
+
+def damage(path, fault):
+    content = bytearray(path.read_bytes())
+    if fault == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    elif fault == "flipped":
+        content[content.find(b"momentum")] ^= 1
+        path.write_bytes(content)
+    elif fault == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(b"" if fault == "empty" else b"nonsense" * 100)
+
+
+def test_without_any_whole_checkpoint_the_run_starts_over(data, tmp_path, whole, monkeypatch):
+    folder = tmp_path / "run"
+    killed_run(data, folder, at=4, checkpoints={2, 3}, monkeypatch=monkeypatch)
+    for name in (CHECKPOINT, PREVIOUS):
+        damage(folder / name, "truncated")
+    assert checksums(api.resume(folder).arrays()) == whole
+    killed_run(data, tmp_path / "early", at=2, checkpoints=(), monkeypatch=monkeypatch)
+    assert checksums(api.resume(tmp_path / "early").arrays()) == whole
+
+
+def test_the_log_has_each_step_once(data, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    killed_run(data, folder, at=5, checkpoints={3}, monkeypatch=monkeypatch)
+    assert steps_logged(folder) == [1, 2, 3, 4, 5]
+    with (folder / "log.jsonl").open("a") as log:
+        log.write('{"step": 6, "se')  # cut short by the kill
+    monkeypatch.setattr(run, "LOG_SECONDS", 0.0)
+    api.resume(folder)
+    assert steps_logged(folder) == [1, 2, 3, 4, 5, 6]
+    assert sorted(path.name for path in folder.glob("*log*")) == ["log.jsonl"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="needs tensorboard")
+def test_tensorboard_has_each_step_once(data, tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = tmp_path / "run"
+    killed_run(data, folder, at=5, checkpoints={3}, monkeypatch=monkeypatch)
+    monkeypatch.setattr(run, "LOG_SECONDS", 0.0)
+    api.resume(folder)
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
+    assert [event.step for event in events.Images("preview")] == [6]
+
+
+def test_no_tracker(data, call, tmp_path):
+    assert call(f"{TINY} --track none").code == 0
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        CHECKPOINT, "config.json", "log.jsonl", "previews", "result.json",
+    ]  # fmt: skip
+
+
+def test_previews_show_the_set(data, call, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "PREVIEW_SECONDS", 0.0)
+    assert call(TINY).code == 0
+    names = sorted(path.name for path in (tmp_path / "run" / "previews").iterdir())
+    assert names == [f"step-{step:06d}.png" for step in range(1, 7)]
+    assert Image.open(tmp_path / "run" / "previews" / names[-1]).size == (34 + 2, 3 * 34 + 2)
+
+
+def test_divergence_keeps_the_last_good_set(data, call, tmp_path):
+    result = call(f"{TINY} lr_img=1e30")
+    assert result.code == 2 and result.err.count("\n") == 1
+    assert re.match(r"condense: the loss .* finite at step \d+ \(lr_img=1e\+30\): lower the learning rate", result.err)
+    assert str(tmp_path / "a.h5") in result.err
+    assert "good" in call("verify a.h5").out
+    made = condense.load(tmp_path / "a.h5")
+    assert torch.isfinite(made.stored).all()
+    assert f"kept step {made.manifest['steps_done']}" in result.err
+    assert call("resume run").code == 2  # it diverges again, and says so again
+
+
+def test_a_finished_run_is_not_computed_again(data, call, tmp_path, monkeypatch):
+    assert call(TINY).code == 0
+    made = arrays_of(tmp_path / "a.h5")
+    with monkeypatch.context() as patch:
+        patch.setattr(api, "_execute", None)
+        result = call("resume run")
+        assert result.code == 0 and result.err == ""
+        assert result.out.startswith("run is finished; nothing was left to do\nmade data/dm-ipc1")
+    (tmp_path / "a.h5").unlink()
+    assert "made data/dm-ipc1" in call("resume run").out  # only the set is missing: it is made from the checkpoint
+    assert arrays_of(tmp_path / "a.h5") == made
+
+
+def test_a_disk_that_fills_up_in_the_run(data, call, tmp_path, whole, monkeypatch):
+    def full(state, file):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run, "CHECKPOINT_SECONDS", 0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        result = call(TINY)
+    assert result.code == 2
+    assert result.err == "condense: run: No space left on device; mend that, then: condense resume run\n"
+    assert call("resume run").code == 0
+    assert arrays_of(tmp_path / "a.h5") == whole
+
+
+@pytest.mark.parametrize("fault", [MemoryError, torch.OutOfMemoryError])
+def test_out_of_memory_names_the_knobs(fault, data, call, monkeypatch):
+    def step(*arguments, **options):
+        raise fault
+
+    monkeypatch.setattr("condense.optimizer.SyntheticOptimizer.step", step)
+    result = call(TINY)
+    assert result.code == 2
+    assert result.err == "condense: out of memory on cpu: lower --ipc or batch_real, or take a smaller --network\n"
+
+
+def test_sigterm_saves_too(data, call, tmp_path, whole, monkeypatch):
+    after_step = run._Keeper.after_step
+
+    def terminated(keeper, step, stop):
+        after_step(keeper, step, stop)
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run._Keeper, "after_step", terminated)
+        result = call(TINY)
+    assert result.code == 130
+    assert result.err == "condense: stopped at step 4 of 6; go on with: condense resume run\n"
+    assert call("resume run").code == 0
+    assert arrays_of(tmp_path / "a.h5") == whole
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_second_ctrl_c_stops_one_process_at_once(world, tiny, tmp_path):
+    """Torchrun sends every rank a second one anyway."""
+    running = Run(tiny, 1, NETWORK, directory=tmp_path)
+    running.ranks.world = world
+    with running._stop_on_signal():
+        signal.raise_signal(signal.SIGINT)
+        assert running._stop
+        if world == 1:
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        else:
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_progress_without_a_terminal_is_plain_lines(data, call, monkeypatch):
+    monkeypatch.setattr(tracking, "LINE_SECONDS", 0.0)
+    lines = call(TINY).err.splitlines()
+    assert len(lines) == 6
+    assert re.fullmatch(r"dm: step 3 of 6, loss \S+, about \d:\d\d:\d\d left", lines[2]), lines[2]
+    lines = call("evaluate a.h5 --data data.npz --runs 1 --controls none --protocol quick-v1").err.splitlines()
+    assert re.fullmatch(r"distilled on convnet-d2-w8-in: step 7 of 300, about \d:\d\d:\d\d left", lines[6]), lines[6]
+
+
+def test_a_network_given_in_python_is_not_mistaken_for_another(data, tmp_path):
+    from condense.networks import build
+
+    def mine(shape, classes):
+        return build("convnet-d1-w8-in", shape, classes)
+
+    settings = {**SETTINGS, "network": mine}
+    made = condense.distill("dm", str(data), 1, run_dir=tmp_path / "run", **settings)
+    assert made.manifest["network"].startswith("python:")
+    with pytest.raises(CondenseError, match="its network was given in Python"):
+        api.resume(tmp_path / "run")
+
+
+def test_a_run_without_a_file_resumes_too(data, tmp_path, whole):
+    condense.distill("dm", str(data), 1, run_dir=tmp_path / "run", **SETTINGS)
+    assert checksums(api.resume(tmp_path / "run").arrays()) == whole
+
+
+def test_all_mistakes_are_found_before_the_data_are_read():
+    with pytest.raises(CondenseError, match=r"stepz=1.*; unknown network 'lenat'.*; .*; --track x"):
+        condense.distill("dm", "/nowhere", 1, network="lenat", device="warp", track="x", stepz=1)
