@@ -40,8 +40,6 @@ from condense.version import __version__
 __all__ = ["distill", "evaluate", "fit", "load", "resume", "task"]
 
 CONFIG, RESULT = "config.json", "result.json"
-FACTORY = "python:"
-"""Begins the recorded name of a network that was given as a function, and cannot be built from its name."""
 
 
 def task(data: Any, *, name: str | None = None, download: bool = False, **options: Any) -> Task:
@@ -165,7 +163,7 @@ def resume(run_dir: str | Path, *, minutes: float | None = None, quiet: bool = T
     directory, job = Path(run_dir), read_job(run_dir)
     if minutes is None and job.out is not None and is_finished(directory):
         return DistilledSet.load(job.out)
-    if job.data["source"] is None or job.network.startswith(FACTORY):
+    if job.data["source"] is None or job.network.startswith(networks.FACTORY):
         what = "data were" if job.data["source"] is None else "network was"
         raise CondenseError(f"{directory}: its {what} given in Python; such a run cannot be resumed from its folder")
     try:
@@ -273,7 +271,9 @@ def _check_fit(real: Task, ipc: int, network: str | Callable[..., nn.Module]) ->
 
 def _network_name(network: str | Callable[..., nn.Module]) -> str:
     return (
-        network if isinstance(network, str) else f"{FACTORY}{getattr(network, '__qualname__', type(network).__name__)}"
+        network
+        if isinstance(network, str)
+        else f"{networks.FACTORY}{getattr(network, '__qualname__', type(network).__name__)}"
     )
 
 

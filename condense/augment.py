@@ -233,11 +233,11 @@ class Augmentation:
     def __post_init__(self) -> None:
         for op in self.ops:
             if op not in OPERATIONS:
-                raise CondenseError(f"unknown augmentation '{op}'{did_you_mean(op, OPERATIONS)}")
+                raise CondenseError(f"augment={'_'.join(self.ops)}: unknown '{op}'{did_you_mean(op, OPERATIONS)}")
             if self.ops.count(op) > 1:
                 raise CondenseError(f"augmentation '{op}' is listed twice; list it once")
         if self.variant not in VARIANTS:
-            raise CondenseError(f"unknown augmentation variant '{self.variant}'{did_you_mean(self.variant, VARIANTS)}")
+            raise CondenseError(f"augment_variant={self.variant}: unknown{did_you_mean(self.variant, VARIANTS)}")
 
     @property
     def stages(self) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:

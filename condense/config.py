@@ -50,13 +50,16 @@ def build(config: type[C], settings: Mapping[str, Any], where: str) -> C:
         try:
             given = OmegaConf.from_dotlist([f"{key}={value}"]) if isinstance(value, str) else {key: value}
             merged = OmegaConf.merge(merged, given)
-        except (OmegaConfBaseException, ValueError) as fault:
-            expected = _type_name(config, key)
-            faults.append(f"{key}={value}: must be {expected} ({str(fault).splitlines()[0]})")
+        except (OmegaConfBaseException, ValueError):
+            expected = _WORDS.get(_type_name(config, key), _type_name(config, key))
+            faults.append(f"{key}={value}: must be {expected}")
     if faults:
         raise CondenseError("; ".join(faults))
     values = OmegaConf.to_container(merged)
     return config(**values)  # type: ignore[arg-type]
+
+
+_WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
 
 
 def _type_name(config: type, key: str) -> str:

@@ -179,7 +179,7 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
             "checksums": checksums(arrays),
         }
         manifest = json.dumps(self.manifest, sort_keys=True)
-        with _replacing(path) as temporary:
+        with replacing(path) as temporary:
             import h5py
 
             # The oldest file layout keeps attributes under 64 KiB; the class names of a large set may outgrow that.
@@ -333,7 +333,7 @@ def check_writable(path: Path, *, force: bool, size: int = 0) -> None:
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside ``path`` that takes its place, synced, when the block succeeds."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -370,6 +370,6 @@ def save_grid(images: Tensor, path: Path, columns: int, limit: int = 50, scale: 
         for c in range(shown):
             tile = values[r, c].expand(3, height, width) if channels == 1 else values[r, c, :3]
             canvas[2 + r * (height + 2) :, 2 + c * (width + 2) :][:height, :width] = tile.permute(1, 2, 0)
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         Image.fromarray(canvas.numpy()).save(temporary, format="PNG")
     return path

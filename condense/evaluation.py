@@ -23,7 +23,7 @@ import condense
 from condense import networks, rng
 from condense.augment import dsa
 from condense.config import build, packaged, read_yaml
-from condense.distilled import DistilledSet
+from condense.distilled import DistilledSet, replacing
 from condense.errors import CondenseError, did_you_mean
 from condense.labels import HardLabels
 from condense.run import device_name, peak_memory, pick_device, pick_precision
@@ -309,11 +309,13 @@ def _write_score(path: Path, entry: dict[str, float]) -> None:
 def _check(distilled: DistilledSet, task: Task, names: Sequence[str], runs: int, controls: Sequence[str]) -> None:
     if tuple(task.classes) != distilled.classes:
         raise CondenseError(
-            f"--data {task.name}: has the classes {_few(task.classes)}, the set was made for {_few(distilled.classes)}"
+            f"--data {task.name}: has the classes {_few(task.classes)}, the set was made for "
+            f"{_few(distilled.classes)}; give the data that it was made from"
         )
     if task.shape != distilled.shape:
         raise CondenseError(
-            f"--data {task.name}: images are {task.shape}, those of the set {distilled.shape}; give resize="
+            f"--data {task.name}: images are {_size(task.shape)}, those of the set {_size(distilled.shape)}; "
+            "give the data that it was made from, or resize="
         )
     if runs < 1:
         raise CondenseError(f"--runs {runs}: must be at least 1")
@@ -321,7 +323,15 @@ def _check(distilled: DistilledSet, task: Task, names: Sequence[str], runs: int,
         if control not in CONTROLS:
             raise CondenseError(f"--controls {control}: unknown{did_you_mean(control, CONTROLS)}")
     for name in names:
+        if name.startswith(networks.FACTORY):
+            raise CondenseError(
+                f"{distilled.name} was made with a network given in Python; name others with --networks"
+            )
         networks.check(name)
+
+
+def _size(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
 
 
 def _few(names: Sequence[str]) -> str:
@@ -450,5 +460,6 @@ def table(record: dict[str, Any]) -> str:
 
 
 def write_record(record: dict[str, Any], path: Path) -> None:
-    """Writes the record as indented JSON."""
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    """Writes the record as indented JSON, atomically."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(record, indent=1) + "\n")

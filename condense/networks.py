@@ -56,6 +56,10 @@ _POOLS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+FACTORY = "python:"
+"""Begins the recorded name of a network that was given as a function, and cannot be built from its name."""
+
+
 class Network(nn.Module):
     """What every network offers: ``classify(embed(x)) == net(x)``, and the maps on the way."""
 

@@ -154,6 +154,15 @@ def test_pairs():
     assert pairs.summary("a", "b")["median_seconds"] == {"a": 4.0, "b": 1.0}
 
 
+def test_a_disturbed_timing_says_so():
+    from condense.benchmarks.speed.measure import Others, disturbance
+
+    share = Others().share()
+    assert share is None or share >= 0
+    assert disturbance(None) == [] and "trusted" not in disturbance(0.02)[0]
+    assert "50 %" in disturbance(0.5)[0] and "not to be trusted" in disturbance(0.5)[0]
+
+
 def test_a_peak_is_not_that_of_the_parent():
     """What getrusage tells in a child includes its parent's peak on Linux."""
     import subprocess

@@ -210,7 +210,7 @@ MISTAKES = {
     "a recipe that is missing": ("distill --recipe {m}/none.yaml", "{m}/none.yaml", "no such file"),
     "a recipe that lacks keys": ("distill --recipe {m}/lacks.yaml", "{m}/lacks.yaml", "data, ipc"),
     "a recipe that is no YAML": ("distill --recipe {m}/broken.yaml", "{m}/broken.yaml", "YAML"),
-    "a recipe with words for numbers": ("distill --recipe {m}/words.yaml", "ipc=ten", "must be int"),
+    "a recipe with words for numbers": ("distill --recipe {m}/words.yaml", "ipc=ten", "must be a whole number"),
     "an empty folder": ("distill dm --data {m}/empty --ipc 1", "{m}/empty", "is empty", "train/<class>"),
     "a folder with one class": ("distill dm --data {m}/single --ipc 1", "{m}/single", "'cat'", "at least two"),
     "a corrupt image": ("distill dm --data {m}/corrupt --ipc 1", "{m}/corrupt/train/dog/2.png"),

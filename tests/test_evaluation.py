@@ -116,7 +116,7 @@ def test_protocol_budgets():
 
 
 def test_data_that_do_not_fit(made, tiny_colour):
-    with pytest.raises(CondenseError, match=r"--data tiny: images are \(3, 8, 8\), those of the set \(1, 8, 8\)"):
+    with pytest.raises(CondenseError, match=r"--data tiny: images are 3x8x8, those of the set 1x8x8"):
         condense.evaluate(made, tiny_colour)
     with pytest.raises(CondenseError, match="--data digits: has the classes 10"):
         condense.evaluate(made, condense.task("digits"))

@@ -366,6 +366,7 @@ def guarded(body: Callable[[Sequence[str]], int], arguments: Sequence[str] | Non
         print(f"condense: {fault}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
+        print("condense: interrupted", file=sys.stderr)
         code = 130
     sys.exit(code)
 
@@ -506,12 +507,13 @@ def _report(record: dict[str, Any]) -> str:
             + ", ".join(f"{gap['all']:.1e} in {kind}" for kind, gap in record["update_difference"].items())
             + "; that of the median image by "
             + ", ".join(f"{gap['median_image']:.1e} in {kind}" for kind, gap in record["update_difference"].items()),
-            *_disturbance(record["others_share"]),
+            *disturbance(record["others_share"]),
         ]
     )
 
 
-def _disturbance(share: float | None) -> list[str]:
+def disturbance(share: float | None) -> list[str]:
+    """The line of a report that says how far other processes disturbed the times; none where that is unknown."""
     if share is None:
         return []
     warning = "; the times are not to be trusted" if share > QUIET else ""

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from condense.benchmarks.speed.measure import (
     SCHEMA,
+    Others,
     Parser,
     aligned,
     alternate,
+    disturbance,
     gibibytes,
     guarded,
     positive,
@@ -78,9 +80,12 @@ def compare(
 
     for name in (APART, TOGETHER):
         trained(name, min(steps, 3))
+    others = Others()
     timed = alternate(lambda: trained(APART, steps), lambda: trained(TOGETHER, steps), pairs, device)
+    share = others.share()
     chosen = TOGETHER if pick_together(device) else APART
-    return {**timed.summary(APART, TOGETHER), "device_peak_memory": peaks, "steps": steps, "product_chooses": chosen}
+    facts = {"device_peak_memory": peaks, "steps": steps, "product_chooses": chosen, "others_share": share}
+    return {**timed.summary(APART, TOGETHER), **facts}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -145,6 +150,7 @@ def _report(record: dict[str, Any]) -> str:
             aligned(rows if record["device_peak_memory"] else [row[:-1] for row in rows]),
             f"one by one / together, median of {len(record['ratios'])} pairs: {record['ratio']:.2f}; "
             f"on this device the product trains them {record['product_chooses']}",
+            *disturbance(record["others_share"]),
         ]
     )
 
