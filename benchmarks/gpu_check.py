@@ -31,6 +31,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from torch import Tensor, nn
+
+import condense
+from condense import networks, rng, tasks
+from condense import run as run_module
+from condense.augment import OPERATIONS, VARIANTS, dsa
 from condense.benchmarks.speed import dm, students
 from condense.benchmarks.speed.measure import (
     PRODUCT,
@@ -53,16 +59,10 @@ from condense.benchmarks.speed.measure import (
     time_steps,
     write,
 )
-from torch import Tensor, nn
-
-import condense
-from condense import networks, rng, tasks
-from condense import run as run_module
-from condense.augment import OPERATIONS, VARIANTS, dsa
 from condense.errors import CondenseError
 from condense.labels import HardLabels
 from condense.registry import METHODS
-from condense.run import Run, device_name, peak_memory, pick_device, pick_precision
+from condense.run import Run, deterministic_kernels, device_name, peak_memory, pick_device, pick_precision
 from condense.students import FixedSource, Student, accuracy, train
 from condense.synthetic import SyntheticSet
 from condense.tasks import Task
@@ -203,19 +203,6 @@ def versions() -> dict[str, Any]:
         "cudnn": torch.backends.cudnn.version(),
         "numpy": numpy.__version__,
     }
-
-
-@contextlib.contextmanager
-def deterministic() -> Iterator[None]:
-    """Only deterministic kernels; one that has none raises an error."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0])
-        torch.backends.cudnn.benchmark = before[1]
 
 
 def _worst(results: Mapping[str, dict[str, Any]], key: str) -> str:
@@ -371,7 +358,7 @@ def check_determinism(check: Check) -> tuple[str, Any]:
 
     def twice(make: Callable[[], Tensor]) -> dict[str, Any]:
         without = torch.equal(make(), make())
-        with deterministic():
+        with deterministic_kernels():
             return {"passed": torch.equal(make(), make()), "without": without}
 
     def distilled(name: str) -> Tensor:
@@ -412,7 +399,7 @@ def check_resume(check: Check) -> tuple[str, Any]:
     seconds = run_module.CHECKPOINT_SECONDS
     run_module.CHECKPOINT_SECONDS = 0.0  # a checkpoint after every step
     try:
-        with deterministic():
+        with deterministic_kernels():
             results = check.each({name: functools.partial(compare, name) for name in _with_steps(check)})
     finally:
         run_module.CHECKPOINT_SECONDS = seconds

@@ -27,6 +27,7 @@ from condense.run import (
     Diverged,
     Run,
     Step,
+    deterministic_kernels,
     device_name,
     peak_memory,
     pick_device,
@@ -85,6 +86,7 @@ def distill(
     force: bool = False,
     quiet: bool = True,
     track: str = "auto",
+    deterministic: bool = False,
     **settings: Any,
 ) -> DistilledSet:
     """Makes a distilled set.
@@ -105,6 +107,7 @@ def distill(
         force: overwrite ``out`` and an earlier run in ``run_dir``.
         quiet: no progress on stderr.
         track: auto (TensorBoard where installed), tensorboard, trackio or none.
+        deterministic: only deterministic kernels; on CUDA, equal seeds then give equal bits. CPUs always do.
         settings: hyper-parameters, checked against the method's config.
 
     Raises:
@@ -133,6 +136,7 @@ def distill(
         protocol=protocol or entry.protocol,
         track=track,
         settings=dataclasses.asdict(config),
+        deterministic=deterministic,
     )
     _check_fit(real, ipc, network or entry.network)
     if out is not None:
@@ -295,6 +299,7 @@ class Job:
     protocol: str
     track: str
     settings: dict[str, Any]
+    deterministic: bool = False
     version: str = __version__
 
     def key(self) -> str:
@@ -375,7 +380,8 @@ def _execute(
         begin=begin,
     )
     try:
-        synthetic = entry.function(real, config, run)
+        with deterministic_kernels(job.deterministic):
+            synthetic = entry.function(real, config, run)
         distilled = _finished(job, entry, real, run, synthetic)
         if run.ranks.leads:
             begin()  # a method without steps has not

@@ -223,7 +223,7 @@ def distill(
     run_dir = run_dir or Path("runs") / f"{real.name}-{asked.method}-ipc{asked.ipc}-seed{seed}"
     made = api.distill(
         asked.method, real, asked.ipc, network=asked.network, protocol=asked.protocol, seed=seed, out=out,
-        run_dir=run_dir, tag=tag, force=force, quiet=False, **watched, **values,
+        deterministic=asked.deterministic, run_dir=run_dir, tag=tag, force=force, quiet=False, **watched, **values,
     )  # fmt: skip
     _report(made, out, run_dir, asked.data)
 
@@ -237,6 +237,7 @@ class _Asked:
     ipc: int
     network: str | None = None
     protocol: str | None = None
+    deterministic: bool = False
 
 
 def _request(

@@ -104,15 +104,44 @@ def fast(device: torch.device, precision: str) -> contextlib.AbstractContextMana
 
 def peak_memory(device: torch.device) -> dict[str, int]:
     """Peak bytes so far: ``host`` (resident set of the process) and, on CUDA, ``device``."""
-    peak = {}
+    peak = {"host": _peak_resident()}
+    if device.type == "cuda":
+        peak["device"] = torch.cuda.max_memory_allocated(device)
+    return peak
+
+
+def _peak_resident() -> int:
+    """Peak resident bytes of this process; 0 where the system does not tell.
+
+    From /proc where there is one: what getrusage tells includes the peak of the process that started this one.
+    """
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     with contextlib.suppress(ImportError):  # no `resource` on Windows
         import resource
 
         scale = 1 if platform.system() == "Darwin" else 1024
-        peak["host"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
-    if device.type == "cuda":
-        peak["device"] = torch.cuda.max_memory_allocated(device)
-    return peak
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+    return 0
+
+
+@contextlib.contextmanager
+def deterministic_kernels(wanted: bool = True) -> Iterator[None]:
+    """Only deterministic kernels inside, where ``wanted``; an operation that has none raises an error."""
+    if not wanted:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts its first matrix product
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.benchmark = before[1]
 
 
 def device_name(device: torch.device) -> str:
@@ -168,7 +197,7 @@ class Step:
         """This step's stream of draws for ``purpose``."""
         return rng.Draws(*self.key(purpose))
 
-    def network(self) -> nn.Module:
+    def network(self) -> networks.Network:
         """A new random, frozen network of the run's architecture, in train mode, on the device."""
         return self.run.random_network(self.index)
 
@@ -222,8 +251,8 @@ class Run:
         self.synthetic: SyntheticSet | None = None
         self._kept: dict[str, Keepable] = {}
         self._stop = False
-        self._net: nn.Module | None = None
-        self._device_net: nn.Module | None = None
+        self._net: networks.Network | None = None
+        self._device_net: networks.Network | None = None
         self._saved = load_checkpoint(directory, config_key) if resume and directory else None
         self._elapsed_before = float(self._saved["elapsed"]) if self._saved else 0.0
         self._began = time.monotonic()
@@ -267,7 +296,7 @@ class Run:
         """Forks and seeds the global generator, for constructors and dropout."""
         return rng.seeded(self.seed, purpose, step)
 
-    def random_network(self, index: int) -> nn.Module:
+    def random_network(self, index: int) -> networks.Network:
         """Random weights number ``index`` of the run's network, frozen; the same module object every time."""
         with self.seeded("network", index):
             if self._net is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from condense import networks
 from condense.augment import dsa
@@ -38,7 +38,7 @@ def distribution_loss(real_means: Tensor, synthetic_means: Tensor) -> Tensor:
 
 @torch.no_grad()
 def real_class_means(
-    net: nn.Module, images: Tensor, labels: Tensor, classes: list[int], run: Run, chunk: int | None
+    net: networks.Network, images: Tensor, labels: Tensor, classes: list[int], run: Run, chunk: int | None
 ) -> Tensor:
     """Class means of real features (len(classes), D) in the run's precision, ``chunk`` images at a time (None: at
     once)."""

@@ -131,9 +131,8 @@ def test_a_published_dm_step_makes_its_own_draws(tiny_colour):
 
 def test_a_watched_run_makes_the_products_own_set(tiny):
     """Watching changes nothing, and every step is seen once, with one call after the last."""
-    from condense.benchmarks.speed.measure import Case, drive
-
     import condense
+    from condense.benchmarks.speed.measure import Case, drive
     from condense.registry import METHODS
 
     case = Case(tiny, 2, 8, CPU, depth=2)

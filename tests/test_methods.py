@@ -227,7 +227,6 @@ def test_dm_through_batch_norm(tiny):
 def test_dm_fyi_on_mirror_symmetric_images_changes_nothing(tiny):
     """Their union with the mirror images has the same class means, so loss and gradient agree without augmentation."""
     from condense.methods.distribution_matching import class_means, distribution_loss
-
     from condense.synthetic import FlipUnion, SyntheticSet
 
     half = torch.randn(6, 1, 8, 4)

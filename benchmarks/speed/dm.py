@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from condense.augment import dsa
 from condense.benchmarks.speed import published
 from condense.benchmarks.speed.measure import Case, StepBenchmark, main
-
-from condense.augment import dsa
 from condense.rng import Draws
 from condense.run import Run
 

@@ -30,6 +30,7 @@ from condense import networks, rng, tasks
 from condense.augment import Standardise
 from condense.errors import CondenseError
 from condense.evaluation import environment
+from condense.networks import Network
 from condense.optimizer import Group
 from condense.registry import METHODS
 from condense.run import Run, Step, peak_memory, pick_device, pick_precision
@@ -118,7 +119,7 @@ class WatchedRun(Run):
             yield step
         self.between(self, self.steps_done)
 
-    def random_network(self, index: int) -> torch.nn.Module:
+    def random_network(self, index: int) -> Network:
         net = super().random_network(index)
         if self._changed is not net:  # the same module every time, so this happens once
             self.change(net)
@@ -311,23 +312,11 @@ def distance(value: Tensor, reference: Tensor) -> float:
     return gap / float(reference.norm()) if gap else 0.0
 
 
-def peak_resident() -> int:
-    """Peak resident bytes of this process.
-
-    From /proc where there is one: what getrusage tells includes the peak of the process that started this one.
-    """
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return peak_memory(torch.device("cpu")).get("host", 0)
-
-
 def run_alone(benchmark: StepBenchmark, case: Case, variant: str, steps: int) -> dict[str, int]:
     """Peak bytes of ``steps`` steps of one variant: ``host`` of this process (which should have done nothing else),
     ``baseline`` of it before the first step, and on CUDA ``device``, what the variant allocated there."""
     cuda = case.device.type == "cuda"
-    found = {"baseline": peak_resident()}
+    found = {"baseline": peak_memory(torch.device("cpu"))["host"]}
     held = 0
     if cuda:
         torch.cuda.init()  # the allocator has no statistics before
@@ -342,7 +331,7 @@ def run_alone(benchmark: StepBenchmark, case: Case, variant: str, steps: int) ->
         for _ in range(steps):
             published.step()
     synchronise(case.device)
-    found["host"] = peak_resident()
+    found["host"] = peak_memory(torch.device("cpu"))["host"]
     if cuda:
         found["device"] = torch.cuda.max_memory_allocated(case.device) - held
     return found

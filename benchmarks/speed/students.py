@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from condense import networks, rng
+from condense.augment import OPERATIONS, dsa
 from condense.benchmarks.speed.measure import (
     SCHEMA,
     Others,
@@ -22,9 +25,6 @@ from condense.benchmarks.speed.measure import (
     random_images,
     write,
 )
-
-from condense import networks, rng
-from condense.augment import OPERATIONS, dsa
 from condense.evaluation import environment
 from condense.labels import HardLabels
 from condense.run import pick_device, pick_precision
