@@ -126,7 +126,7 @@ def distill(
         data={"source": real.source, "name": real.name, "options": dataclasses.asdict(real.options)},
         fingerprint=real.fingerprint,
         ipc=ipc,
-        network=_network_name(network or entry.network),
+        network=networks.name_of(network or entry.network),
         seed=seed,
         device=str(pick_device(device)),
         precision=pick_precision(precision, pick_device(device)),
@@ -271,14 +271,6 @@ def _check_fit(real: Task, ipc: int, network: str | Callable[..., nn.Module]) ->
         )
     with rng.seeded("check"):
         networks.build(network, real.shape, real.num_classes)
-
-
-def _network_name(network: str | Callable[..., nn.Module]) -> str:
-    return (
-        network
-        if isinstance(network, str)
-        else f"{networks.FACTORY}{getattr(network, '__qualname__', type(network).__name__)}"
-    )
 
 
 @dataclasses.dataclass(frozen=True)

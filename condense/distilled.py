@@ -31,6 +31,11 @@ VERSION = 1
 IMAGE_TYPES = (np.uint8, np.float16, np.float32)
 ARRAY_TYPES = (*IMAGE_TYPES, np.int64)
 MANIFEST_LIMIT = 64 * 1024 * 1024
+REQUIRED = {
+    "name": str, "dataset": str, "method": str, "network": str, "classes": list, "ipc": int, "space": str,
+    "decode": list, "label_kind": str, "transform": str, "checksums": dict,
+}  # fmt: skip
+"""What every manifest says, and of which type."""
 AGAIN = "copy or make it again"
 
 
@@ -56,7 +61,12 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
         self, stored: Tensor, labels: Labels, transform: Standardise | ZCA, manifest: Mapping[str, Any]
     ) -> None:
         self.stored, self.labels, self.transform = stored, labels, transform
-        self.manifest: dict[str, Any] = dict(manifest)
+        self.manifest: dict[str, Any] = {
+            **manifest,
+            "label_kind": labels.kind,
+            "transform": transform.kind,
+            "image_shape": list(stored.shape[1:]),
+        }
         self._decoded: tuple[Tensor, Tensor] | None = None
         self._pixels: Tensor | None = None
 
@@ -171,13 +181,7 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
         path = Path(path)
         check_writable(path, force=force, size=self.nbytes()["total"])
         arrays = self.arrays()
-        self.manifest |= {
-            "label_kind": self.labels.kind,
-            "transform": self.transform.kind,
-            "image_shape": list(self.shape),
-            "bytes": self.nbytes(),
-            "checksums": checksums(arrays),
-        }
+        self.manifest |= {"bytes": self.nbytes(), "checksums": checksums(arrays)}
         manifest = json.dumps(self.manifest, sort_keys=True)
         with replacing(path) as temporary:
             import h5py
@@ -208,6 +212,8 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
             restored = transform_from_arrays(manifest["transform"], transform, shape)
             loaded = cls(torch.from_numpy(arrays["images"]), provider, restored, manifest)
             loaded.stages  # noqa: B018 - an unknown stage is a fault of the file
+            if len(provider) != len(loaded.stored):
+                raise CondenseError(f"{len(loaded.stored)} images but {len(provider)} labels")
         except KeyError as fault:
             raise CondenseError(
                 f"{path}: the manifest or the file lacks {fault}; it was not written by this toolkit"
@@ -281,8 +287,9 @@ def _read_manifest(path: Path, file: Any) -> dict[str, Any]:
     if hashlib.sha256(text).hexdigest() != file.attrs["manifest_sha256"]:
         raise CondenseError(f"{path}: the manifest is damaged (its checksum differs); {AGAIN}")
     manifest = json.loads(text)
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("checksums"), dict):
-        raise CondenseError(f"{path}: the manifest names no arrays")
+    for key, kind in REQUIRED.items():
+        if not isinstance(manifest, dict) or not isinstance(manifest.get(key), kind):
+            raise CondenseError(f"{path}: the manifest has no proper '{key}'; it was not written by this toolkit")
     return manifest
 
 
@@ -348,19 +355,18 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def save_grid(images: Tensor, path: Path, columns: int, limit: int = 50, scale: int | None = None) -> Path:
+def save_grid(images: Tensor, path: Path, columns: int, limit: int = 50) -> Path:
     """A PNG of images (N,C,H,W) in pixel space, clipped to [0,1] for viewing: one class a row, ``columns`` images wide.
 
     Args:
         limit: at most so many columns are shown.
-        scale: enlargement by whole pixels; the default makes an image at least 32 pixels wide.
     """
     from PIL import Image
 
     count, channels, height, width = images.shape
     rows = count // columns
     shown = min(columns, limit)
-    scale = scale or max(1, 32 // width)
+    scale = max(1, 32 // width)  # small images are enlarged to at least 32 pixels
     values = (images.detach().float().cpu().clamp(0, 1) * 255).round().byte()
     values = values[: rows * columns].view(rows, columns, channels, height, width)[:, :shown]
     values = values.repeat_interleave(scale, -1).repeat_interleave(scale, -2)

@@ -9,15 +9,17 @@ import json
 import math
 import os
 import platform
+import shlex
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import condense
 from condense import networks, rng
@@ -27,11 +29,14 @@ from condense.distilled import DistilledSet, replacing
 from condense.errors import CondenseError, did_you_mean
 from condense.labels import HardLabels
 from condense.run import device_name, peak_memory, pick_device, pick_precision
-from condense.students import FixedSource, Recipe, Source, Student, TaskSource, accuracy, train
-from condense.tasks import Task, cache_dir
+from condense.students import FixedSource, Recipe, Source, Student, TaskSource, accuracy, pick_together, train
+from condense.tasks import DataOptions, Task, cache_dir, load
 from condense.tracking import Progress
 
 SCHEMA = "condense.record/1"
+STUDENT_VERSION = 1
+"""Raised by every change of networks, augmentation or training that alters a student; cached scores depend on it."""
+Architecture = Callable[..., nn.Module]
 CONTROLS = ("random", "noise", "full", "full-equal")
 
 
@@ -114,14 +119,15 @@ class Arm:
     identity: str
     """Digest of what the students see; with protocol, network and seed it keys the cache."""
     recipe: Recipe
-    sources: Sequence[Source]
+    source: Callable[[int], Source]
+    """What run number k learns from; made when it is trained."""
 
 
 def evaluate(
     distilled: DistilledSet,
-    task: Task,
+    task: Task | Any,
     *,
-    networks: Sequence[str] | None = None,
+    networks: str | Architecture | Sequence[str | Architecture] | None = None,
     runs: int | None = None,
     protocol: str | None = None,
     controls: Sequence[str] = ("random",),
@@ -133,14 +139,15 @@ def evaluate(
 ) -> dict[str, Any]:
     """Trains students on the set and on control arms under one protocol and returns the record.
 
-    Every arm uses the same student recipe and, run by run, the same initial weights. Accuracy is that of the last step
-    on the real test images. Control arms, and the set itself, are kept by content under the cache directory and never
-    trained twice.
+    Every arm gets the same recipe and number of steps (`full` its own) and, run by run, the same initial weights.
+    Accuracy is that of the last step on the real test images. Control arms, and the set itself, are kept by content
+    under the cache directory and never trained twice.
 
     Args:
         distilled: the set to judge; its own transform is applied to the real images too.
-        task: the real data, with the set's classes and image shape.
-        networks: architectures; the one it was made with when None.
+        task: the real data, with the set's classes and image shape; or what ``condense.task`` takes.
+        networks: one or several architectures, names or ``nn.Module`` factories (whose scores are not cached); the one
+            that the set was made with when None.
         runs: students per arm; the protocol's number when None.
         protocol: name; the one in the manifest, else dc-v1, when None.
         controls: any of random, noise, full, full-equal.
@@ -148,7 +155,7 @@ def evaluate(
         cache: False trains everything anew and stores nothing.
 
     Returns:
-        The record of DESIGN's schema ``condense.record/1``, JSON-ready.
+        The record, schema ``condense.record/1``, JSON-ready.
 
     Raises:
         CondenseError: data that do not fit the set, unknown network, protocol or control.
@@ -156,11 +163,15 @@ def evaluate(
     chosen = get_protocol(protocol or distilled.manifest.get("protocol") or "dc-v1")
     where = pick_device(device)
     precision = pick_precision(precision, where)
-    names = list(networks or [distilled.manifest["network"]])
+    wanted = [networks] if isinstance(networks, str) or callable(networks) else networks
+    architectures = list(wanted or [distilled.manifest["network"]])
     runs = chosen.runs if runs is None else runs
-    _check(distilled, task, names, runs, controls)
+    if not isinstance(task, Task):
+        task = load(task, _options(distilled))
+    _check(distilled, task, architectures, runs, controls)
     task = task.to(where, transform=distilled.transform)
-    judge = _Judge(task, chosen, runs, seed, where, precision, cache, quiet)
+    mirror = distilled.manifest.get("mirror", task.mirror)
+    judge = _Judge(task, chosen, mirror, runs, seed, where, precision, cache, quiet)
     arms = [_distilled_arm(judge, distilled)]
     missing = []
     for control in dict.fromkeys(controls):
@@ -169,7 +180,7 @@ def evaluate(
             arms.append(arm)
         else:
             missing.append({"arm": control, "why": arm})
-    results = [judge.score(arm, network) for network in names for arm in arms]
+    results = [judge.score(arm, network) for network in architectures for arm in arms]
     return {
         "schema": SCHEMA,
         "set": {
@@ -181,6 +192,11 @@ def evaluate(
             "label_kind": distilled.labels.kind,
             "bytes": distilled.nbytes(),
         },
+        "data": {
+            "name": task.name,
+            "fingerprint": task.fingerprint,
+            "same": task.fingerprint == distilled.manifest.get("data", {}).get("fingerprint"),
+        },
         "protocol": {"name": chosen.name, "version": chosen.version},
         "runs": runs,
         "seed": seed,
@@ -189,14 +205,19 @@ def evaluate(
         "scores": scores(results),
         "cost": distilled.manifest.get("cost", {}),
         "environment": environment(where, precision),
-        "command": " ".join([os.path.basename(sys.argv[0]), *sys.argv[1:]]),
+        "command": shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]),
     }
 
 
 def fit(
-    distilled: DistilledSet, network: str, *, seed: int = 0, device: str = "auto", protocol: str | None = None
-) -> Any:
-    """Trains one network on the set by the recipe in its manifest and returns it in eval mode.
+    distilled: DistilledSet,
+    network: str | Architecture,
+    *,
+    seed: int = 0,
+    device: str = "auto",
+    protocol: str | None = None,
+) -> networks.Network:
+    """Trains one network on the set by the recipe in its manifest and returns it on the CPU, in eval mode.
 
     The network works in training space: give it ``distilled.transform(images)`` for images in [0,1].
     """
@@ -210,7 +231,7 @@ def fit(
     train(
         [Student(net, source, rng.key(seed, "run", 0))], recipe, device=where, precision=pick_precision("auto", where)
     )
-    return net.eval()
+    return net.cpu().eval()
 
 
 # -- arms -------------------------------------------------------------------------------------------------------------
@@ -222,6 +243,7 @@ class _Judge:
 
     task: Task
     protocol: Protocol
+    mirror: bool
     runs: int
     seed: int
     device: torch.device
@@ -230,17 +252,18 @@ class _Judge:
     quiet: bool
 
     def recipe(self, size: int, **changes: Any) -> Recipe:
-        return self.protocol.recipe(size, mirror=self.task.mirror, **changes)
+        return self.protocol.recipe(size, mirror=self.mirror, **changes)
 
-    def score(self, arm: Arm, network: str) -> dict[str, Any]:
+    def score(self, arm: Arm, network: str | Architecture) -> dict[str, Any]:
         """Accuracies of all runs of an arm on one architecture, as an entry of the record's ``results``."""
         paths = [self._path(arm, network, run) for run in range(self.runs)]
-        known = [_read_score(path) if self.cache else None for path in paths]
+        cache = self.cache and isinstance(network, str)  # a factory's name does not say what it builds
+        known = [_read_score(path) if cache else None for path in paths]
         todo = [run for run, entry in enumerate(known) if entry is None]
-        if todo:
-            for run, entry in zip(todo, self._train(arm, network, todo)):
+        for runs in [todo] if pick_together(self.device) and todo else [[run] for run in todo]:
+            for run, entry in zip(runs, self._train(arm, network, runs)):
                 known[run] = entry
-                if self.cache:
+                if cache:
                     _write_score(paths[run], entry)
         done = [entry for entry in known if entry is not None]
         accuracies = [entry["accuracy"] for entry in done]
@@ -248,20 +271,23 @@ class _Judge:
             "arm": arm.name,
             "labels": arm.labels,
             "augment": arm.recipe.augment is not None,
-            "network": network,
+            "network": networks.name_of(network),
             "steps": arm.recipe.steps,
             "accuracies": accuracies,
             **summary(accuracies),
             "seconds": round(sum(entry["seconds"] for entry in done), 2),
         }
 
-    def _train(self, arm: Arm, network: str, runs: list[int]) -> list[dict[str, float]]:
+    def _train(self, arm: Arm, network: str | Architecture, runs: list[int]) -> list[dict[str, float]]:
         students = []
         for run in runs:
             with rng.seeded(self.seed, "student", run):
                 net = networks.build(network, self.task.shape, self.task.num_classes)
-            students.append(Student(net, arm.sources[run], rng.key(self.seed, "run", run)))
-        progress = Progress(f"{arm.name} on {network}", len(students) * arm.recipe.steps, quiet=self.quiet)
+            students.append(Student(net, arm.source(run), rng.key(self.seed, "run", run)))
+        which = f"run {runs[0] + 1} of {self.runs}" if len(runs) == 1 else f"{len(runs)} runs"
+        progress = Progress(
+            f"{arm.name} on {networks.name_of(network)}, {which}", len(students) * arm.recipe.steps, quiet=self.quiet
+        )
         began = time.monotonic()
         train(students, arm.recipe, device=self.device, precision=self.precision, report=progress.update)
         progress.close()
@@ -269,14 +295,15 @@ class _Judge:
         seconds = (time.monotonic() - began) / len(students)
         return [{"accuracy": accuracy, "seconds": round(seconds, 3)} for accuracy in accuracies]
 
-    def _path(self, arm: Arm, network: str, run: int) -> Path:
+    def _path(self, arm: Arm, network: str | Architecture, run: int) -> Path:
         """Where the score of one student is kept; everything that can change it is in the name."""
         protocol = dataclasses.asdict(self.protocol)
         protocol = {key: value for key, value in protocol.items() if key not in ("summary", "runs")}
         recipe = {**dataclasses.asdict(arm.recipe), "augment": str(arm.recipe.augment)}
         parts = [
-            arm.identity, protocol, recipe, network, run, self.seed, self.task.fingerprint,
-            _digest(self.task.transform), self.precision, self.device.type, rng.HASH_VERSION,
+            arm.identity, protocol, recipe, networks.name_of(network), run, self.seed, self.task.fingerprint,
+            _digest(self.task.transform), self.precision, self.device.type, pick_together(self.device),
+            rng.HASH_VERSION, STUDENT_VERSION, torch.__version__,
         ]  # fmt: skip
         digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
         return cache_dir() / "students" / digest[:2] / f"{digest}.json"
@@ -306,7 +333,19 @@ def _write_score(path: Path, entry: dict[str, float]) -> None:
         print(f"condense: the score cache cannot be written ({fault}); going on without it", file=sys.stderr)
 
 
-def _check(distilled: DistilledSet, task: Task, names: Sequence[str], runs: int, controls: Sequence[str]) -> None:
+def _options(distilled: DistilledSet) -> DataOptions:
+    """How the set's own data were loaded; the set brings its own transform, so whitening is not fitted again."""
+    options = distilled.manifest.get("data", {}).get("options", {})
+    return build(DataOptions, {**options, "zca": False}, "the data")
+
+
+def _check(
+    distilled: DistilledSet,
+    task: Task,
+    architectures: Sequence[str | Architecture],
+    runs: int,
+    controls: Sequence[str],
+) -> None:
     if tuple(task.classes) != distilled.classes:
         raise CondenseError(
             f"--data {task.name}: has the classes {_few(task.classes)}, the set was made for "
@@ -322,12 +361,14 @@ def _check(distilled: DistilledSet, task: Task, names: Sequence[str], runs: int,
     for control in controls:
         if control not in CONTROLS:
             raise CondenseError(f"--controls {control}: unknown{did_you_mean(control, CONTROLS)}")
-    for name in names:
-        if name.startswith(networks.FACTORY):
+    for network in architectures:
+        if isinstance(network, str) and network.startswith(networks.FACTORY):
             raise CondenseError(
                 f"{distilled.name} was made with a network given in Python; name others with --networks"
             )
-        networks.check(name)
+        networks.check(network)
+        with rng.seeded("check"):  # one that does not fit the images is refused before any arm is trained
+            networks.build(network, task.shape, task.num_classes)
 
 
 def _size(shape: Sequence[int]) -> str:
@@ -348,25 +389,23 @@ def _distilled_arm(judge: _Judge, distilled: DistilledSet) -> Arm:
     labels = distilled.labels.to(judge.device)
     source = FixedSource(images.to(judge.device), labels, ids)
     recipe = judge.recipe(len(images), lr=_learned_lr(distilled))
-    return Arm("distilled", "own", distilled.sha256(), recipe, [source] * judge.runs)
+    return Arm("distilled", "own", distilled.sha256(), recipe, lambda run: source)
 
 
 def _control_arm(judge: _Judge, distilled: DistilledSet, control: str) -> Arm | str:
     """A control arm, or why it cannot be had. Arms with the set's labels need a source of such labels."""
     task, ipc = judge.task, int(distilled.manifest["ipc"])
-    size = len(distilled)
+    equal = judge.recipe(len(distilled)).steps
     if control in ("full", "full-equal"):
         source = TaskSource(task, judge.device)
-        equal = judge.recipe(size).steps
         epochs = judge.protocol.full_epochs * math.ceil(source.size / judge.protocol.batch)
         steps = max(epochs, equal) if control == "full" else equal
-        return Arm(control, "hard", control, judge.recipe(source.size, steps=steps), [source] * judge.runs)
+        return Arm(control, "hard", control, judge.recipe(source.size, steps=steps), lambda run: source)
     if distilled.labels.kind != "hard":
         return f"no source of {distilled.labels.kind} labels for these images"
     make = _random_source if control == "random" else _noise_source
-    sources = [make(judge, ipc, run) for run in range(judge.runs)]
-    # Lazily trained sources of every run are small: ipc images a class.
-    return Arm(control, "own", f"{control}-{ipc}", judge.recipe(sources[0].size), sources)
+    recipe = judge.recipe(ipc * task.num_classes, steps=equal)
+    return Arm(control, "own", f"{control}-{ipc}", recipe, lambda run: make(judge, ipc, run))
 
 
 def _random_source(judge: _Judge, ipc: int, run: int) -> FixedSource:
@@ -399,8 +438,8 @@ def summary(accuracies: Sequence[float]) -> dict[str, Any]:
 def scores(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """DD-Ranking's scores per network, on fractions, from the arms that were run.
 
-    IOR = distilled - random; HLR = full - distilled (hard labels); LRS = (e^a - e^-1) / (e - e^-1), a = (IOR - HLR) /
-    2.
+    IOR = distilled - random; HLR = full - distilled (hard labels); LRS = (e^a - e^-1) / (e - e^-1),
+    a = (IOR - HLR) / 2.
     """
     found: dict[str, Any] = {}
     for network in dict.fromkeys(entry["network"] for entry in results):
@@ -427,6 +466,7 @@ def environment(device: torch.device, precision: str) -> dict[str, Any]:
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "precision": precision,
+        "tf32": device.type == "cuda" and torch.backends.cudnn.allow_tf32,
         "peak_memory": peak_memory(device),
     }
 

@@ -27,6 +27,9 @@ class Labels(Protocol):
     per_view: bool
     """True where the target depends on the augmented view, so that no target exists for an image by itself."""
 
+    def __len__(self) -> int:
+        """Number of stored images that have labels."""
+
     def targets(self, ids: Tensor, view: Any = None, mix: Any = None) -> Tensor:
         """Targets of the stored images ``ids`` (any shape), on their device."""
 
@@ -51,6 +54,9 @@ class HardLabels:
 
     def __init__(self, labels: Tensor, classes: int) -> None:
         self.labels, self.classes = labels.long(), classes
+
+    def __len__(self) -> int:
+        return len(self.labels)
 
     def targets(self, ids: Tensor, view: Any = None, mix: Any = None) -> Tensor:
         return self.labels[ids]
@@ -87,6 +93,9 @@ class SoftLabels:
 
     def __init__(self, logits: Tensor) -> None:
         self.logits = logits
+
+    def __len__(self) -> int:
+        return len(self.logits)
 
     def targets(self, ids: Tensor, view: Any = None, mix: Any = None) -> Tensor:
         return self.logits[ids].softmax(-1)

@@ -60,6 +60,13 @@ FACTORY = "python:"
 """Begins the recorded name of a network that was given as a function, and cannot be built from its name."""
 
 
+def name_of(network: str | Callable[..., nn.Module]) -> str:
+    """What records call an architecture: its name, or ``python:`` and the name of the function that makes it."""
+    if isinstance(network, str):
+        return network
+    return f"{FACTORY}{getattr(network, '__qualname__', type(network).__name__)}"
+
+
 class Network(nn.Module):
     """What every network offers: ``classify(embed(x)) == net(x)``, and the maps on the way."""
 

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from condense import rng
 from condense.augment import Augmentation
 from condense.labels import HardLabels, Labels
+from condense.networks import Network
 from condense.run import fast
 from condense.tasks import Task
 
@@ -99,7 +100,7 @@ class Recipe:
 class Student:
     """A network with what it learns from and the seed of its shuffles and augmentations."""
 
-    network: nn.Module
+    network: Network
     source: Source
     seed: int
 
@@ -125,8 +126,11 @@ def train(
         together = pick_together(device)
     equal = len({student.source.size for student in students}) == 1
     if together and equal and len(students) > 1:
-        _train_stacked(students, recipe, device, precision, report)
-        return
+        try:
+            _train_stacked(students, recipe, device, precision, report)
+            return
+        except torch.OutOfMemoryError:  # the students themselves are untouched until the end
+            torch.cuda.empty_cache()
     for k, student in enumerate(students):
         _train_one(student, recipe, device, precision, report and functools.partial(_shift, report, k * recipe.steps))
 
@@ -222,13 +226,14 @@ def _train_stacked(
 
 
 @torch.no_grad()
-def accuracy(network: nn.Module, task: Task, *, device: torch.device, precision: str = "fp32") -> float:
+def accuracy(network: Network, task: Task, *, device: torch.device, precision: str = "fp32") -> float:
     """Fraction of the task's test images that the network, put into eval mode, gets right."""
     network.to(device).eval()
     labels = torch.as_tensor(task.test.labels).to(device)
     right = torch.zeros((), dtype=torch.int64, device=device)
     for ids in torch.arange(len(labels)).split(TEST_CHUNK):
         with fast(device, precision):
-            guesses = network(task.test_batch(ids)).argmax(1)
+            embedding = network.embed(task.test_batch(ids))
+        guesses = network.classify(embedding.float()).argmax(1)  # bf16 logits would tie, in favour of low classes
         right += (guesses == labels[ids.to(device)]).sum()
     return float(right) / len(labels)

@@ -244,9 +244,29 @@ def test_labels_outside_the_classes(file):
     refused(file, "outside 0..1")
 
 
-def test_a_manifest_without_classes(file):
-    hostile(file, lambda opened, manifest: manifest.pop("classes"))
-    refused(file, "classes")
+@pytest.mark.parametrize("key", ["classes", "name", "space", "ipc", "network", "checksums"])
+def test_a_manifest_without_a_key(file, key):
+    hostile(file, lambda opened, manifest: manifest.pop(key))
+    refused(file, f"no proper '{key}'")
+
+
+def test_fewer_labels_than_images(file):
+    from condense.distilled import checksums
+
+    def change(opened, manifest):
+        del opened["labels/hard"]
+        opened["labels/hard"] = np.zeros(3, dtype=np.int64)
+        manifest["checksums"]["labels/hard"] = checksums({"x": np.zeros(3, dtype=np.int64)})["x"]
+
+    hostile(file, change)
+    refused(file, "6 images but 3 labels")
+
+
+def test_the_digest_does_not_change_by_saving(tmp_path):
+    made = make()
+    before = made.sha256()
+    made.save(tmp_path / "a.h5")
+    assert made.sha256() == before == condense.load(tmp_path / "a.h5").sha256()
 
 
 def test_preview_is_a_picture(tmp_path):

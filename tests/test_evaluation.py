@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+import torch
 
 import condense
 from condense import evaluation
@@ -61,15 +62,15 @@ def test_the_record_has_the_contracts_fields(made, tiny):
 def test_an_identical_evaluation_trains_nothing_and_a_second_set_only_its_own_arm(made, tiny, monkeypatch):
     counted = count_trainings(monkeypatch)
     first = condense.evaluate(made, tiny, runs=2)
-    assert counted == [2, 2]
+    assert len(counted) == 4
     again = condense.evaluate(made, tiny, runs=2)
-    assert counted == [2, 2]
+    assert len(counted) == 4
     assert [entry["accuracies"] for entry in first["results"]] == [entry["accuracies"] for entry in again["results"]]
     other = condense.distill("dm", tiny, 2, network=NETWORK, steps=1, seed=5, batch_real=6)
     condense.evaluate(other, tiny, runs=2)
-    assert counted == [2, 2, 2]
+    assert len(counted) == 6
     condense.evaluate(other, tiny, runs=3)  # one more run of each arm
-    assert counted == [2, 2, 2, 1, 1]
+    assert len(counted) == 8
 
 
 def test_the_cache_is_never_needed(made, tiny, monkeypatch):
@@ -131,6 +132,29 @@ def test_unknown_words(made, tiny):
         condense.evaluate(made, tiny, networks=["mpl"])
     with pytest.raises(CondenseError, match="--runs 0"):
         condense.evaluate(made, tiny, runs=0)
+
+
+def test_control_arms_get_the_steps_of_the_decoded_set(tiny):
+    packed = condense.distill("dm", tiny, 12, network=NETWORK, steps=1, batch_real=6, factor=3, init="collage")
+    record = condense.evaluate(packed, tiny, runs=1, controls=["random", "noise", "full-equal"])
+    assert len(packed) == 3 * 12 * 9  # 324 images: two started 256
+    assert [entry["steps"] for entry in record["results"]] == [40] * 4
+
+
+def test_factories_and_single_names(made, tiny):
+    def small():
+        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))
+
+    record = condense.evaluate(made, tiny, networks=small, runs=1, controls=[])
+    assert record["results"][0]["network"].startswith("python:")
+    assert condense.evaluate(made, tiny, networks="mlp", runs=1, controls=[])["results"][0]["network"] == "mlp"
+
+
+def test_a_network_that_does_not_fit_is_found_before_any_training(made, tiny, monkeypatch):
+    counted = count_trainings(monkeypatch)
+    with pytest.raises(CondenseError, match="too deep"):
+        condense.evaluate(made, tiny, networks=["mlp", "convnet-d6-w8-in"])
+    assert counted == []
 
 
 def test_fit_returns_a_trained_network(made, tiny):
