@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import condense
 from condense import networks, rng, tasks
@@ -595,7 +595,7 @@ def distil_data(check: Check) -> tuple[str, Any]:
     random = [served.per_class(ipc, ("gpu-check", "random", k)) for k in range(count)]
     arms = {"distilled": [(made.images.detach(), made.classes)] * count, "random": random}
 
-    def trained(arm: str, steps: int) -> list[nn.Module]:
+    def trained(arm: str, steps: int) -> list[networks.Network]:
         pupils = []
         for k, (images, labels) in enumerate(arms[arm]):
             with rng.seeded("gpu-check", "student", k):
@@ -606,7 +606,7 @@ def distil_data(check: Check) -> tuple[str, Any]:
         synchronise(check.device)
         return [pupil.network for pupil in pupils]
 
-    def accuracies(nets: list[nn.Module]) -> list[float]:
+    def accuracies(nets: list[networks.Network]) -> list[float]:
         return [accuracy(net, served, device=check.device, precision=precision) for net in nets]
 
     accuracies(trained("random", 2))  # what only the first call costs

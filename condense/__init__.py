@@ -36,6 +36,10 @@ _PUBLIC = {
 __all__ = ["CondenseError", "DistilledSet", "__version__", "distill", "evaluate", "fit", "load", "task"]
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'condense' has no attribute '{name}'")

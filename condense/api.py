@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -17,7 +18,7 @@ from torch import nn
 
 from condense import networks, rng, tasks
 from condense.config import build
-from condense.distilled import DistilledSet, check_writable, packaged_sets
+from condense.distilled import DistilledSet, check_writable, packaged_sets, replacing
 from condense.errors import CondenseError, did_you_mean
 from condense.evaluation import evaluate, fit, get_protocol
 from condense.registry import METHODS, Method
@@ -137,6 +138,7 @@ def distill(
         track=track,
         settings=dataclasses.asdict(config),
         deterministic=deterministic,
+        force=force,
     )
     _check_fit(real, ipc, network or entry.network)
     if out is not None:
@@ -147,7 +149,7 @@ def distill(
             finished = (directory / RESULT).exists()
             other = "take another --run-dir" if finished else f"go on with `condense resume {directory}`"
             raise CondenseError(f"{directory} holds a {'finished ' * finished}run; {other}, or replace it with --force")
-        check_writable(directory / CONFIG, force=True, size=3 * _estimated_bytes(real, ipc))
+        check_writable(directory / CONFIG, force=True, size=6 * _estimated_bytes(real, ipc))
     return _execute(job, entry, config, real, network or entry.network, directory, quiet=quiet, resume=False)
 
 
@@ -187,18 +189,18 @@ def resume(run_dir: str | Path, *, minutes: float | None = None, quiet: bool = T
         )
     _check_fit(real, job.ipc, job.network)
     if minutes is not None:
-        job = dataclasses.replace(job, minutes=minutes)
-        (directory / RESULT).unlink(missing_ok=True)
+        job = dataclasses.replace(job, minutes=minutes, force=job.force or is_finished(directory))
         _write_config(directory, job)
+        (directory / RESULT).unlink(missing_ok=True)
     return _execute(job, entry, config, real, job.network, directory, quiet=quiet, resume=True)
 
 
 def is_finished(run_dir: str | Path) -> bool:
-    """Whether the run ended and the set that it wrote is still there."""
+    """Whether the run ended and the set that it wrote is still there, and still that set."""
     try:
-        out = json.loads((Path(run_dir) / RESULT).read_text())["out"]
-        return out is not None and Path(out).is_file()
-    except (OSError, ValueError, KeyError, TypeError):
+        result = json.loads((Path(run_dir) / RESULT).read_text())
+        return result["out"] is not None and DistilledSet.load(result["out"]).sha256() == result["sha256"]
+    except (OSError, ValueError, KeyError, TypeError, CondenseError):
         return False
 
 
@@ -292,13 +294,14 @@ class Job:
     track: str
     settings: dict[str, Any]
     deterministic: bool = False
+    force: bool = False
     version: str = __version__
 
     def key(self) -> str:
         """Digest of all that decides the result; where it is written, how long it may take and who watches do not."""
         parts = dataclasses.asdict(self)
         parts["data"] = self.data["options"]  # the pixels are known by their fingerprint
-        for free in ("out", "tag", "protocol", "track", "minutes", "version"):
+        for free in ("out", "tag", "protocol", "track", "minutes", "force", "version"):
             del parts[free]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -319,7 +322,8 @@ def read_job(run_dir: str | Path) -> Job:
 
 def _estimated_bytes(real: Task, ipc: int) -> int:
     channels, height, width = real.shape
-    return 4 * ipc * real.num_classes * channels * height * width
+    auxiliary = sum(array.nbytes for array in real.transform.arrays().values())
+    return 4 * ipc * real.num_classes * channels * height * width + auxiliary
 
 
 def _prepare(directory: Path, job: Job) -> None:
@@ -334,7 +338,12 @@ def _prepare(directory: Path, job: Job) -> None:
 
 
 def _write_config(directory: Path, job: Job) -> None:
-    (directory / CONFIG).write_text(json.dumps(dataclasses.asdict(job), indent=1) + "\n")
+    _write_json(directory / CONFIG, dataclasses.asdict(job))
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def _execute(
@@ -372,12 +381,13 @@ def _execute(
         begin=begin,
     )
     try:
-        with deterministic_kernels(job.deterministic):
+        with deterministic_kernels(job.deterministic), run.stop_on_signal():
             synthetic = entry.function(real, config, run)
         distilled = _finished(job, entry, real, run, synthetic)
         if run.ranks.leads:
             begin()  # a method without steps has not
             if job.out is not None:
+                _refuse_foreign(job, directory, distilled, resume)
                 distilled.save(job.out, force=True)
             if directory is not None:
                 result = {
@@ -386,7 +396,7 @@ def _execute(
                     "seconds": round(run.elapsed, 2),
                     "sha256": distilled.sha256(),
                 }
-                (directory / RESULT).write_text(json.dumps(result, indent=1) + "\n")
+                _write_json(directory / RESULT, result)
     except Diverged as fault:
         if run.synthetic is None or job.out is None or not run.ranks.leads:
             raise
@@ -403,6 +413,16 @@ def _execute(
             f"out of memory on {run.device}: lower --ipc or batch_real, or take a smaller --network"
         ) from fault
     return distilled
+
+
+def _refuse_foreign(job: Job, directory: Path | None, distilled: DistilledSet, resume: bool) -> None:
+    """A resumed run does not replace a set that another run wrote to its file in the meantime."""
+    if not resume or job.force or job.out is None or not Path(job.out).exists():
+        return
+    with contextlib.suppress(CondenseError):
+        if DistilledSet.load(job.out).sha256() == distilled.sha256():
+            return
+    raise CondenseError(f"{job.out}: another set lies there now; move it away, then: condense resume {directory}")
 
 
 def _finished(job: Job, entry: Method, real: Task, run: Run, synthetic: SyntheticSet) -> DistilledSet:
@@ -475,7 +495,8 @@ def measure(
     _check_fit(real, ipc, network or entry.network)
     where = pick_device(device)
     began = time.monotonic()
-    trial = _Trial(real, ipc, network or entry.network, device=where, precision=pick_precision(precision, where))
+    precision = pick_precision(precision, where)
+    trial = _Trial(real, ipc, network or entry.network, device=where, precision=precision, quiet=True)
     synthetic = entry.function(real, config, trial)
     seconds, per_step, steps = time.monotonic() - began, None, getattr(config, "steps", None)
     if steps is not None and trial.ends:

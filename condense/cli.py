@@ -102,9 +102,9 @@ def _listing(kind: str) -> list[dict[str, Any]]:
 
         return [{"name": name, "about": about} for name, about in datasets().items()]
     if kind == "networks":
-        from condense.networks import names
+        from condense.networks import CONVNET_GRAMMAR, names
 
-        return [{"name": name, "about": ""} for name in names()]
+        return [{"name": CONVNET_GRAMMAR, "about": ""}, *({"name": name, "about": ""} for name in names())]
     if kind == "protocols":
         from condense.evaluation import protocols
 
@@ -198,7 +198,7 @@ def distill(
     ipc: Ipc = None,
     network: Network = None,
     recipe: Recipe = None,
-    out: Annotated[Path | None, typer.Option(help="file to write; DATASET-METHOD-ipcN.h5 by default")] = None,
+    out: Annotated[Path | None, typer.Option(help="file to write; DATASET-METHOD-ipcN.h5 here by default")] = None,
     run_dir: Annotated[Path | None, typer.Option(help="checkpoints, log, previews; below runs/ by default")] = None,
     seed: Seed = 0,
     device: Device = "auto",
@@ -215,12 +215,16 @@ def distill(
 ) -> None:
     """Makes a distilled set from real data."""
     from condense import api
+    from condense.distilled import check_writable
 
     watched: dict[str, Any] = {"device": device, "precision": precision, "minutes": minutes, "track": track}
     asked, options, values = _request(method, settings, data, ipc, network, recipe, **watched)
+    if out is not None:
+        check_writable(out, force=force)
     real = api.task(asked.data, download=download, **options)
-    out = out or Path(f"{real.name}-{asked.method}-ipc{asked.ipc}.h5")
-    run_dir = run_dir or Path("runs") / f"{real.name}-{asked.method}-ipc{asked.ipc}-seed{seed}"
+    name = f"{real.name}-{asked.method}-ipc{asked.ipc}" + (f"-{tag}" if tag else "")
+    out = out or Path(name + (f"-seed{seed}" if seed else "") + ".h5")
+    run_dir = run_dir or Path("runs") / f"{name}-seed{seed}"
     made = api.distill(
         asked.method, real, asked.ipc, network=asked.network, protocol=asked.protocol, seed=seed, out=out,
         deterministic=asked.deterministic, run_dir=run_dir, tag=tag, force=force, quiet=False, **watched, **values,

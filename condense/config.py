@@ -7,6 +7,7 @@ import functools
 import importlib.resources
 import inspect
 import itertools
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,6 +38,7 @@ def build(config: type[C], settings: Mapping[str, Any], where: str) -> C:
     Raises:
         CondenseError: every unknown key (with the nearest known one) and every value of a wrong type, in one line.
     """
+    import yaml
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -48,10 +50,11 @@ def build(config: type[C], settings: Mapping[str, Any], where: str) -> C:
             faults.append(f"{key}={value}: no such setting of {where}{did_you_mean(key, known)}")
             continue
         try:
-            given = OmegaConf.from_dotlist([f"{key}={value}"]) if isinstance(value, str) else {key: value}
-            merged = OmegaConf.merge(merged, given)
-        except (OmegaConfBaseException, ValueError):
-            expected = _WORDS.get(_type_name(config, key), _type_name(config, key))
+            # Numbers and switches are read as YAML; text is taken as it was typed.
+            text = _plain_type(config, key) == "str" or not isinstance(value, str)
+            merged = OmegaConf.merge(merged, {key: value} if text else OmegaConf.from_dotlist([f"{key}={value}"]))
+        except (OmegaConfBaseException, ValueError, yaml.YAMLError):
+            expected = _WORDS.get(_plain_type(config, key), _type_name(config, key))
             faults.append(f"{key}={value}: must be {expected}")
     if faults:
         raise CondenseError("; ".join(faults))
@@ -62,9 +65,29 @@ def build(config: type[C], settings: Mapping[str, Any], where: str) -> C:
 _WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
 
 
+def require(config: Any, **ranges: tuple[float, float]) -> None:
+    """For a config's ``__post_init__``: each named field lies in its closed range (low, high) and is a number.
+
+    Raises:
+        CondenseError: every field that does not, in one line.
+    """
+    faults = []
+    for key, (low, high) in ranges.items():
+        value = getattr(config, key)
+        if not low <= value <= high:
+            faults.append(f"{key}={value}: must be " + (f"at least {low}" if math.isinf(high) else f"{low} to {high}"))
+    if faults:
+        raise CondenseError("; ".join(faults))
+
+
 def _type_name(config: type, key: str) -> str:
     kind = next(field.type for field in dataclasses.fields(config) if field.name == key)
     return kind if isinstance(kind, str) else kind.__name__
+
+
+def _plain_type(config: type, key: str) -> str:
+    """The field's type without ``| None``."""
+    return _type_name(config, key).removesuffix(" | None")
 
 
 @functools.cache

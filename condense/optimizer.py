@@ -122,7 +122,8 @@ class SyntheticOptimizer:
         if classes is not None:
             wanted = torch.as_tensor(classes, device=self.row_classes.device)
             rows = torch.isin(self.row_classes, wanted).nonzero().squeeze(1)
-        gate = torch.as_tensor(gate, device=self.row_classes.device)
+        if gate is False:
+            gate = torch.zeros((), dtype=torch.bool, device=self.row_classes.device)
         for name, tensor in self.tensors.items():
             gradient = tensor.grad if tensor.grad is not None else torch.zeros_like(tensor)
             if self.reduce is not None:
@@ -132,7 +133,9 @@ class SyntheticOptimizer:
             self._update(name, gradient, select, mask if name == "images" else None, gate)
             tensor.grad = None
 
-    def _update(self, name: str, gradient: Tensor, rows: Tensor | None, mask: Tensor | None, gate: Tensor) -> None:
+    def _update(
+        self, name: str, gradient: Tensor, rows: Tensor | None, mask: Tensor | None, gate: Tensor | bool
+    ) -> None:
         tensor, group = self.tensors[name], self.groups[name]
         lr = group.lr * (group.schedule(self.progress) if group.schedule else 1.0)
         old = {"value": tensor, **self.state[name]}
@@ -148,14 +151,16 @@ class SyntheticOptimizer:
             new["value"] = new["value"].clamp(low, high)
         for key, value in new.items():
             target = tensor if key == "value" else self.state[name][key]
-            value = torch.where(gate, value, old[key])
+            if isinstance(gate, Tensor):
+                value = torch.where(gate, value, old[key])
             if rows is None:
                 target.copy_(value)
             else:
                 target[rows] = value
         if name in self.averages and group.ema is not None:
             average = self.averages[name]
-            average.copy_(torch.where(gate, average * group.ema + tensor * (1 - group.ema), average))
+            moved = average * group.ema + tensor * (1 - group.ema)
+            average.copy_(torch.where(gate, moved, average) if isinstance(gate, Tensor) else moved)
 
     def take_loss(self) -> Tensor:
         """The loss summed since the last call, on the device; clears it."""

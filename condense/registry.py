@@ -21,8 +21,9 @@ class Registry(Generic[T]):
         self._entries: dict[str, T] = {}
 
     def add(self, name: str, entry: T) -> T:
-        """Registers ``entry``; a second, different entry under one name is a programming error."""
-        if name in self._entries:
+        """Registers ``entry``. A second one under its name is an error, unless it is the same code run again."""
+        known = self._entries.get(name)
+        if known is not None and _origin(known) != _origin(entry):
             raise ValueError(f"{self.kind} '{name}' is registered twice")
         self._entries[name] = entry
         return entry
@@ -45,6 +46,12 @@ class Registry(Generic[T]):
         if name not in self._entries:
             raise CondenseError(f"unknown {self.kind} '{name}'{did_you_mean(name, self.names())}")
         return self._entries[name]
+
+
+def _origin(entry: Any) -> tuple[str, str] | int:
+    """Where an entry's code lives, so that a notebook cell may be run twice."""
+    code = getattr(entry, "function", entry)
+    return (code.__module__, code.__qualname__) if hasattr(code, "__qualname__") else id(entry)
 
 
 @dataclass(frozen=True)

@@ -36,13 +36,17 @@ def generator(*parts: int | str) -> torch.Generator:
 
 
 @contextlib.contextmanager
-def seeded(*parts: int | str) -> Iterator[None]:
-    """Forks and seeds torch's global CPU generator, for code that cannot be handed one (module constructors, dropout).
+def seeded(*parts: int | str, device: torch.device | None = None) -> Iterator[None]:
+    """Forks and seeds torch's global generators of the CPU and of ``device``, for code that cannot be handed one
+    (module constructors, dropout).
 
     Tensors made inside should be made on the CPU: then the same key gives the same values on every device.
     """
-    with torch.random.fork_rng(devices=[]):
+    cuda = device is not None and device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if cuda else []):
         torch.random.default_generator.manual_seed(key(*parts))
+        if cuda:
+            torch.cuda.manual_seed(key(*parts))
         yield
 
 

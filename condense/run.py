@@ -145,7 +145,7 @@ def deterministic_kernels(wanted: bool = True) -> Iterator[None]:
 
 
 def device_name(device: torch.device) -> str:
-    """The device in words, e.g. ``NVIDIA H200`` or ``2-thread x86_64 CPU (bf16)``."""
+    """The device in words, e.g. ``NVIDIA A100`` or ``2-thread x86_64 CPU (bf16)``."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{torch.get_num_threads()}-thread {platform.machine()} CPU" + (" (bf16)" if cpu_has_bf16() else "")
@@ -157,6 +157,8 @@ class Ranks:
     def __init__(self, device: torch.device) -> None:
         self.world = int(os.environ.get("WORLD_SIZE", "1"))
         self.rank = int(os.environ.get("RANK", "0"))
+        if self.world > 1 and device.type == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # what "cuda" means on this rank
         if self.world > 1 and not torch.distributed.is_initialized():
             torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
@@ -170,12 +172,19 @@ class Ranks:
         if self.world > 1:
             torch.distributed.all_reduce(tensor)
 
-    def agree(self, stop: bool, device: torch.device) -> bool:
-        """Rank 0's answer on every rank, so that all leave a loop at the same step."""
+    def agree(self, wish: int, device: torch.device) -> int:
+        """Rank 0's answer on every rank, so that all stop, save and log at the same step."""
         if self.world == 1:
-            return stop
-        answer = torch.tensor([int(stop)], device=device)
+            return wish
+        answer = torch.tensor([wish], device=device)
         torch.distributed.broadcast(answer, 0)
+        return int(answer.item())
+
+    def all(self, fine: Tensor) -> bool:
+        """Whether the device scalar ``fine`` is true on every rank."""
+        answer = fine.float().reshape(1).clone()
+        if self.world > 1:
+            torch.distributed.all_reduce(answer, torch.distributed.ReduceOp.MIN)
         return bool(answer.item())
 
 
@@ -241,11 +250,11 @@ class Run:
         begin: Callable[[], None] = lambda: None,
     ) -> None:
         self.device = device or torch.device("cpu")
+        self.ranks = Ranks(self.device)
         self.task, self.ipc, self.network, self.seed = task.to(self.device), ipc, network, seed
         self.precision, self.directory, self.minutes = precision, directory, minutes
         self.name, self.quiet, self.track, self.config_key = name, quiet, track, config_key
         self.begin = begin
-        self.ranks = Ranks(self.device)
         self.steps_done = 0
         self.stopped_early = False
         self.synthetic: SyntheticSet | None = None
@@ -254,6 +263,10 @@ class Run:
         self._net: networks.Network | None = None
         self._device_net: networks.Network | None = None
         self._saved = load_checkpoint(directory, config_key) if resume and directory else None
+        self.resumed = self._saved is not None
+        self._kept_before: dict[str, Any] = self._saved["kept"] if self._saved else {}
+        self.phase = 0
+        self._finished: list[dict[str, Tensor]] = self._saved["finished"] if self._saved else []
         self._elapsed_before = float(self._saved["elapsed"]) if self._saved else 0.0
         self._began = time.monotonic()
 
@@ -317,13 +330,15 @@ class Run:
     def keep(self, name: str, state: Keepable) -> None:
         """Adds ``state`` (a live network, a queue) to the checkpoint; a resumed run restores it here."""
         self._kept[name] = state
-        if self._saved is not None:
-            state.load_state_dict(self._saved["kept"][name])
+        if name in self._kept_before:
+            state.load_state_dict(self._kept_before[name])
 
     def optimise(
         self, synthetic: SyntheticSet, steps: int, *, sharded: bool = False, **groups: Group
     ) -> Iterator[Step]:
         """The outer loop: yields each step; between steps it logs, checkpoints, previews, and stops when time is up.
+
+        A method may loop several times, one set after the other: a resumed run passes over the loops that were done.
 
         Args:
             synthetic: the set whose ``tensors`` named by ``groups`` are learned.
@@ -338,25 +353,33 @@ class Run:
         reduce = self.ranks.sum if sharded else None
         optimizer = SyntheticOptimizer(synthetic.tensors, groups, synthetic.classes, reduce)
         self.synthetic = synthetic
+        if self.phase < len(self._finished):
+            with torch.no_grad():
+                for name, tensor in optimizer.tensors.items():
+                    tensor.copy_(self._finished[self.phase][name])
+            self.phase += 1
+            return
         start = 0
         if self._saved is not None:
             optimizer.load_state_dict(self._saved["optimizer"])
             start = int(self._saved["step"])
+            self._saved = None
         if self.ranks.leads:
             self.begin()
         keeper = _Keeper(self, synthetic, optimizer, start, steps)
         self.steps_done = start
         try:
-            with self._stop_on_signal():
-                for index in range(start, steps):
-                    if self.ranks.agree(self._time_is_up(), self.device):
-                        self.stopped_early = True
-                        break
-                    optimizer.progress = index / steps
-                    yield Step(self, index, optimizer)
-                    self.steps_done = index + 1
-                    keeper.after_step(index + 1, stop=self._stop)
-                keeper.finish()
+            for index in range(start, steps):
+                if self.ranks.agree(self._time_is_up(), self.device):
+                    self.stopped_early = True
+                    break
+                optimizer.progress = index / steps
+                yield Step(self, index, optimizer)
+                self.steps_done = index + 1
+                keeper.after_step(index + 1, stop=self._stop)
+            keeper.finish()
+            self._finished.append({name: tensor.detach().clone() for name, tensor in optimizer.tensors.items()})
+            self.phase += 1
         finally:
             keeper.close()
 
@@ -366,8 +389,8 @@ class Run:
         return self.minutes is not None and self.elapsed >= self.minutes * 60
 
     @contextlib.contextmanager
-    def _stop_on_signal(self) -> Iterator[None]:
-        """The first SIGINT or SIGTERM asks the loop to save and stop; a second one stops a single process at once.
+    def stop_on_signal(self) -> Iterator[None]:
+        """While a method runs, the first SIGINT or SIGTERM asks the loop to save and stop; a second one stops at once.
 
         Under torchrun every rank gets Ctrl-C twice, from the terminal and from torchrun.
         """
@@ -397,6 +420,7 @@ class Run:
             "step": step,
             "elapsed": self.elapsed,
             "optimizer": optimizer.state_dict(),
+            "finished": self._finished,
             "kept": {name: dict(kept.state_dict()) for name, kept in self._kept.items()},
         }
         path, temporary = self.directory / CHECKPOINT, self.directory / (CHECKPOINT + ".tmp")
@@ -448,30 +472,39 @@ class _Keeper:
         self.check_every = 1 if run.device.type == "cpu" else 20  # reading the flag waits for the GPU
         leads = run.ranks.leads
         self.progress = Progress(run.name, steps, start, run.quiet or not leads)
-        self.log = Log(run.directory / "log.jsonl", start if run._saved else None) if run.directory and leads else None
+        again = start if run.resumed or run.phase else None  # the log goes on
+        self.log = Log(run.directory / "log.jsonl", again) if run.directory and leads else None
         self.tracker = open_tracker(run.track, run.directory if leads else None, start)
         self.logged = self.saved = self.previewed = time.monotonic()
+        self.save_seconds = 0.0
         self.text = ""
 
     def after_step(self, step: int, stop: bool) -> None:
         self.step = step
         now = time.monotonic()
         last = step == self.steps
-        logging, saving = now - self.logged >= LOG_SECONDS, now - self.saved >= CHECKPOINT_SECONDS
+        # Checkpoints that take more than a second to write take at most a twentieth of the time.
+        slow = 20 * self.save_seconds if self.save_seconds > 1 else 0.0
+        saving = now - self.saved >= max(CHECKPOINT_SECONDS, slow)
+        wish = now - self.logged >= LOG_SECONDS, saving, now - self.previewed >= PREVIEW_SECONDS, stop
+        agreed = self.run.ranks.agree(sum(bit << i for i, bit in enumerate(wish)), self.run.device)
+        logging, saving, previewing, stop = (bool(agreed >> i & 1) for i in range(4))
         if step - self.checked >= self.check_every or logging or saving or last or stop:
             self.checked = step
             self._check(step)
         loss = self.optimizer.take_loss()
         if logging or last or step == 1:
             self.logged = now
+            if self.optimizer.reduce is not None:
+                self.optimizer.reduce(loss)
             self._write(step, float(loss))
         if saving or stop:
             self._save(step)
-        if now - self.previewed >= PREVIEW_SECONDS:
+        if previewing:
             self.previewed = now
             self._preview(step)
         self.progress.update(step, self.text)
-        if self.run.ranks.agree(stop, self.run.device):
+        if stop:
             where = self.run.directory
             raise Interrupted(f"stopped at step {step} of {self.steps}; go on with: condense resume {where}")
 
@@ -489,7 +522,7 @@ class _Keeper:
             self.tracker.close()
 
     def _check(self, step: int) -> None:
-        if bool(self.optimizer.finite):
+        if self.run.ranks.all(self.optimizer.finite):
             return
         good, state = self.good
         self.optimizer.load_state_dict(state)
@@ -512,9 +545,11 @@ class _Keeper:
         if not all(bool(torch.isfinite(tensor).all()) for tensor in self.optimizer.tensors.values()):
             self.optimizer.finite.fill_(False)
             self._check(step)
+        began = time.monotonic()
         self.good = (step, self.optimizer.state_dict())
         self.run.save_checkpoint(step, self.optimizer)
         self.saved = time.monotonic()
+        self.save_seconds = self.saved - began
 
     def _preview(self, step: int) -> None:
         if self.run.directory is None or not self.run.ranks.leads:

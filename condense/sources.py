@@ -155,7 +155,7 @@ def read(data: str, options: DataOptions, *, download: bool = False) -> Loaded:
             raise CondenseError(f"data '{data}': no such file or folder{hint}")
     except OSError as error:
         raise CondenseError(f"data '{data}': {error.strerror or error}: {error.filename or path}") from error
-    return replace(loaded, name=re.sub(r"[^A-Za-z0-9._-]+", "-", name) or "data", source=str(path))
+    return replace(loaded, name=re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._") or "data", source=str(path))
 
 
 def read_objects(data: Any, options: DataOptions) -> Loaded:
@@ -531,8 +531,8 @@ class _File(NamedTuple):
     path: str
     label: int
     size: int
-    changed: int
-    """Modification time in ns."""
+    changed: tuple[int, int]
+    """Times of modification and of the last change of anything about the file, in ns: some archives fix the first."""
 
 
 @dataclass(frozen=True)
@@ -558,7 +558,7 @@ def _files(folder: str, label: int) -> list[_File]:
                 continue
             if entry.name.lower().endswith(SUFFIXES):
                 status = entry.stat()
-                found.append(_File(entry.path, label, status.st_size, status.st_mtime_ns))
+                found.append(_File(entry.path, label, status.st_size, (status.st_mtime_ns, status.st_ctime_ns)))
             elif entry.is_dir():
                 found += _files(entry.path, label)
     found.sort()

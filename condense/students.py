@@ -125,7 +125,8 @@ def train(
     if together is None:
         together = pick_together(device)
     equal = len({student.source.size for student in students}) == 1
-    if together and equal and len(students) > 1:
+    drops = any("drop" in type(module).__name__.lower() for module in students[0].network.modules())
+    if together and equal and not drops and len(students) > 1:  # dropout is keyed by student, so these go one by one
         try:
             _train_stacked(students, recipe, device, precision, report)
             return
@@ -172,7 +173,7 @@ def _train_one(
     student: Student, recipe: Recipe, device: torch.device, precision: str, report: Callable[[int], None] | None
 ) -> None:
     optimizer = _optimizer(list(student.network.parameters()), recipe)
-    with rng.seeded(student.seed, "dropout"):
+    with rng.seeded(student.seed, "dropout", device=device):
         for step in range(recipe.steps):
             images, targets = student.source.batch(batch_ids(student.seed, student.source.size, recipe.batch, step))
             images = _augmented(images, student, recipe, step)
@@ -203,20 +204,19 @@ def _train_stacked(
     def forward(weights: dict[str, Tensor], state: dict[str, Tensor], images: Tensor) -> Tensor:
         return torch.func.functional_call(shell, (weights, state), (images,))
 
-    stacked = torch.func.vmap(forward, randomness="different")
-    with rng.seeded(students[0].seed, "dropout"):
-        for step in range(recipe.steps):
-            pairs = [s.source.batch(batch_ids(s.seed, s.source.size, recipe.batch, step)) for s in students]
-            images = torch.stack([_augmented(pair[0], s, recipe, step) for pair, s in zip(pairs, students)])
-            with fast(device, precision):
-                logits = stacked(leaves, buffers, images)
-            losses = [s.source.loss(logits[k].float(), pairs[k][1]) for k, s in enumerate(students)]
-            optimizer.zero_grad()
-            torch.stack(losses).sum().backward()
-            optimizer.param_groups[0]["lr"] = recipe.rate(step)
-            optimizer.step()
-            if report is not None:
-                report((step + 1) * len(students))
+    stacked = torch.func.vmap(forward)
+    for step in range(recipe.steps):
+        pairs = [s.source.batch(batch_ids(s.seed, s.source.size, recipe.batch, step)) for s in students]
+        images = torch.stack([_augmented(pair[0], s, recipe, step) for pair, s in zip(pairs, students)])
+        with fast(device, precision):
+            logits = stacked(leaves, buffers, images)
+        losses = [s.source.loss(logits[k].float(), pairs[k][1]) for k, s in enumerate(students)]
+        optimizer.zero_grad()
+        torch.stack(losses).sum().backward()
+        optimizer.param_groups[0]["lr"] = recipe.rate(step)
+        optimizer.step()
+        if report is not None:
+            report((step + 1) * len(students))
     with torch.no_grad():
         for k, net in enumerate(nets):
             for name, parameter in net.named_parameters():

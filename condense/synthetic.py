@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,10 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from condense import rng
-from condense.errors import CondenseError
+from condense.config import require
+from condense.errors import CondenseError, did_you_mean
 from condense.labels import HardLabels, Labels
 from condense.tasks import Task
 
+INITS = ("real", "noise", "kmeans", "collage")
 Space = Literal["training", "pixel"]
 
 
@@ -100,6 +103,11 @@ class SyntheticOptions:
     fyi: bool = False
     """Distil the union of the set and its mirror images (FYI); needs data whose classes survive mirroring."""
 
+    def __post_init__(self) -> None:
+        if self.init not in INITS:
+            raise CondenseError(f"init={self.init}: unknown{did_you_mean(self.init, INITS)}")
+        require(self, factor=(1, math.inf))
+
 
 class SyntheticSet:
     """Images, labels and decode stages while they are being made.
@@ -148,6 +156,10 @@ class SyntheticSet:
     ) -> SyntheticSet:
         """A set of ``ipc`` images per class, initialised and decoded as ``options`` say."""
         stages: list[Stage] = []
+        if options.factor > min(task.shape[1:]):
+            raise CondenseError(
+                f"factor={options.factor}: images of {task.name} have only {min(task.shape[1:])} pixels"
+            )
         if options.factor > 1:
             stages.append(Formation(options.factor, 0.5 if space == "pixel" else 0.0))
         if options.fyi:
@@ -190,9 +202,6 @@ def initial_images(task: Task, ipc: int, options: SyntheticOptions, seed: int) -
     """Starting images (classes * ipc, C,H,W) on the CPU and their classes.
 
     Pixel space [0,1], except ``noise``, which is N(0,1) and meant for training space.
-
-    Raises:
-        CondenseError: unknown ``init``.
     """
     classes = torch.arange(task.num_classes).repeat_interleave(ipc)
     shape = (len(classes), *task.shape)
@@ -202,9 +211,7 @@ def initial_images(task: Task, ipc: int, options: SyntheticOptions, seed: int) -
         return task.pixels(_sample_per_class(task, ipc, seed)), classes
     if options.init == "collage":
         return _collages(task, ipc, options.factor, seed), classes
-    if options.init == "kmeans":
-        return task.pixels(torch.cat([_representatives(task, c, ipc, seed) for c in range(task.num_classes)])), classes
-    raise CondenseError(f"init={options.init}: unknown; use real, noise, kmeans or collage")
+    return task.pixels(torch.cat([_representatives(task, c, ipc, seed) for c in range(task.num_classes)])), classes
 
 
 def _sample_per_class(task: Task, count: int, seed: int) -> Tensor:

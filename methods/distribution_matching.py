@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from condense import networks
 from condense.augment import dsa
+from condense.config import require
 from condense.optimizer import Group
 from condense.registry import method
 from condense.run import Run
@@ -64,6 +67,10 @@ class DM(SyntheticOptions):
     """Siamese DSA operations joined by _, or none; flip is dropped where mirror images change class."""
     augment_variant: str = "dsa"
     """dsa (one operation a step), flip-always (FYI's released forks) or idc (colour, flip and cutout always)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, steps=(1, math.inf), lr_img=(0, sys.float_info.max), momentum=(0, 1), batch_real=(1, math.inf))
 
 
 @method("dm", config=DM, paper="Dataset Condensation with Distribution Matching", year=2023)

@@ -1,4 +1,4 @@
-"""Transforms against closed forms, and every augmentation against loops written from the card."""
+"""Transforms against closed forms, and every augmentation against loops written from the published table."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def bilinear(image: Tensor, matrix: list[list[float]], align_corners: bool) -> T
 
 
 def literal(op: str, image: Tensor, p: Parameters, row: int, align_corners: bool = True) -> Tensor:
-    """The card's table for one image (C,H,W)."""
+    """The published table for one image (C,H,W)."""
     h, w = image.shape[1:]
     out = torch.zeros_like(image)
     if op == "color":
@@ -168,11 +168,11 @@ def literal(op: str, image: Tensor, p: Parameters, row: int, align_corners: bool
 
 @pytest.mark.parametrize("size", [(8, 8), (9, 12), (14, 10)])
 @pytest.mark.parametrize("op", OPERATIONS)
-def test_operation_is_the_cards(op: str, size: tuple[int, int]) -> None:
+def test_operation_is_the_published_one(op: str, size: tuple[int, int]) -> None:
     x = noise(5, 3, *size)
     for align_corners in (True, False) if op in ("scale", "rotate") else (True,):
         augmentation = dsa(op, align_corners=align_corners)
-        p = augmentation.draw(Draws("card", op), 5, size)
+        p = augmentation.draw(Draws("table", op), 5, size)
         expected = torch.stack([literal(op, x[i], p, i, align_corners) for i in range(5)])
         torch.testing.assert_close(augmentation.apply(x, p), expected, atol=1e-12, rtol=0)
         # All images on one row take the short cuts.

@@ -162,19 +162,6 @@ def test_a_disturbed_timing_says_so():
     assert "50 %" in disturbance(0.5)[0] and "not to be trusted" in disturbance(0.5)[0]
 
 
-def test_a_peak_is_not_that_of_the_parent():
-    """What getrusage tells in a child includes its parent's peak on Linux."""
-    import subprocess
-    import sys
-
-    from condense.benchmarks.speed.measure import peak_resident
-
-    held = bytearray(peak_resident() + 2**28)  # more than the child will need
-    code = "from condense.benchmarks.speed.measure import peak_resident; print(peak_resident())"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert 0 < int(done.stdout) < len(held)
-
-
 # -- scripts ----------------------------------------------------------------------------------------------------------
 
 

@@ -180,7 +180,7 @@ MISTAKES = {
     "unknown set": ("verify {m}/sett.h5", "{m}/sett.h5: no such file", "did you mean 'set.h5'?"),
     "unknown ready-made set": ("verify digits/nothing", "'digits/nothing'", "condense distill"),
     "unknown tracker": (f"{DM} --track tensorbord", "--track tensorbord", "did you mean 'tensorboard'?"),
-    "unknown initialisation": (f"{DM} init=rael", "init=rael", "use real, noise"),
+    "unknown initialisation": (f"{DM} init=rael", "init=rael", "did you mean 'real'"),
     "unknown augmentation": (f"{DM} augment=blur", "blur"),
     "unknown verb": ("distil dm", "'distil'", "'distill'", "condense --help"),
     "unknown option": ("distill dm --dat digits", "--dat", "--data", "condense distill --help"),

@@ -29,6 +29,11 @@ def test_strings_become_types():
     assert built == Example(20, 0.001, "noise", True)
 
 
+@pytest.mark.parametrize("text", ["2024_01_05", "010", "[old] photos", "a #b", "@x", "null"])
+def test_text_is_taken_as_typed(text):
+    assert config.build(Example, {"init": text}, "x").init == text
+
+
 def test_defaults_stay():
     assert config.build(Example, {}, "x") == Example()
 

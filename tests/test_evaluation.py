@@ -96,7 +96,7 @@ def test_summary_by_hand():
     assert evaluation.summary([0.5]) == {"mean": 0.5, "std": None, "ci95": None}
 
 
-def test_scores_equal_the_cards_worked_values():
+def test_scores_equal_worked_values():
     def entries(distilled, random, full):
         return [{"arm": arm, "network": "n", "mean": mean} for arm, mean in
                 (("distilled", distilled), ("random", random), ("full", full))]  # fmt: skip

@@ -255,3 +255,43 @@ def test_dm_with_decode_stages_and_initialisers(tiny, tmp_path, changes):
 def test_fyi_is_refused_where_mirroring_changes_the_class():
     with pytest.raises(CondenseError, match="fyi=true: a mirror image of 'digits'"):
         condense.distill("dm", "digits", 1, network=NETWORK, steps=1, fyi=True)
+
+
+# -- methods that loop more than once ---------------------------------------------------------------------------------
+
+
+def two_loops(task, config, run):
+    """Learns a first set, then a second one that starts from it: what squeeze-and-recover methods do."""
+    from condense.optimizer import Group
+    from condense.synthetic import SyntheticOptions, SyntheticSet
+
+    start = 0.0
+    for part in range(2):
+        made = SyntheticSet.create(task, run.ipc, SyntheticOptions(), seed=part, device=run.device)
+        with torch.no_grad():
+            made.images.add_(start)
+        for step in run.optimise(made, 3, images=Group(lr=0.1, momentum=0.5)):
+            step.minimise((made.images * step.draws("weight").uniform(1)).square().sum())
+        start = made.images.detach().clone()
+    return made
+
+
+@pytest.mark.parametrize("stop", range(1, 7))
+def test_a_method_with_two_loops_resumes(tiny, tmp_path, monkeypatch, stop):
+    monkeypatch.setattr("condense.run.CHECKPOINT_SECONDS", 0.0)
+    whole = two_loops(tiny, None, Run(tiny, 2, NETWORK, quiet=True))
+    saves = []
+    original = Run.save_checkpoint
+
+    def save(run, step, optimizer):
+        original(run, step, optimizer)
+        saves.append(step)
+        if len(saves) == stop:
+            raise Killed
+
+    monkeypatch.setattr(Run, "save_checkpoint", save)
+    with pytest.raises(Killed):
+        two_loops(tiny, None, Run(tiny, 2, NETWORK, quiet=True, directory=tmp_path, track="none"))
+    monkeypatch.setattr(Run, "save_checkpoint", original)
+    resumed = Run(tiny, 2, NETWORK, quiet=True, directory=tmp_path, track="none", resume=True)
+    assert torch.equal(two_loops(tiny, None, resumed).images, whole.images)

@@ -102,7 +102,7 @@ def test_counts_from_the_layer_definitions(channels):
 
 
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32)])
-def test_convnet_is_the_sequence_of_layers_on_the_card(shape):
+def test_convnet_is_the_sequence_of_published_layers(shape):
     with rng.seeded(0, "network"):
         layers: list[nn.Module] = []
         for i in range(3):

@@ -23,7 +23,7 @@ from condense import api, run, tracking
 from condense.cli import main
 from condense.distilled import checksums
 from condense.errors import CondenseError
-from condense.run import CHECKPOINT, PREVIOUS, Run
+from condense.run import CHECKPOINT, PREVIOUS, Run, peak_memory
 
 ROOT = Path(__file__).parent.parent
 NETWORK = "convnet-d2-w8-in"
@@ -379,7 +379,7 @@ def test_a_second_ctrl_c_stops_one_process_at_once(world, tiny, tmp_path):
     """Torchrun sends every rank a second one anyway."""
     running = Run(tiny, 1, NETWORK, directory=tmp_path)
     running.ranks.world = world
-    with running._stop_on_signal():
+    with running.stop_on_signal():
         signal.raise_signal(signal.SIGINT)
         assert running._stop
         if world == 1:
@@ -395,7 +395,9 @@ def test_progress_without_a_terminal_is_plain_lines(data, call, monkeypatch):
     assert len(lines) == 6
     assert re.fullmatch(r"dm: step 3 of 6, loss \S+, about \d:\d\d:\d\d left", lines[2]), lines[2]
     lines = call("evaluate a.h5 --data data.npz --runs 1 --controls none --protocol quick-v1").err.splitlines()
-    assert re.fullmatch(r"distilled on convnet-d2-w8-in: step 7 of 300, about \d:\d\d:\d\d left", lines[6]), lines[6]
+    assert re.fullmatch(
+        r"distilled on convnet-d2-w8-in, run 1 of 1: step 7 of 300, about \d:\d\d:\d\d left", lines[6]
+    ), lines[6]
 
 
 def test_a_network_given_in_python_is_not_mistaken_for_another(data, tmp_path):
@@ -419,3 +421,11 @@ def test_a_run_without_a_file_resumes_too(data, tmp_path, whole):
 def test_all_mistakes_are_found_before_the_data_are_read():
     with pytest.raises(CondenseError, match=r"stepz=1.*; unknown network 'lenat'.*; .*; --track x"):
         condense.distill("dm", "/nowhere", 1, network="lenat", device="warp", track="x", stepz=1)
+
+
+def test_the_peak_of_memory_is_not_that_of_the_parent():
+    """What getrusage tells in a child includes its parent's peak on Linux."""
+    code = "import torch; from condense.run import peak_memory; print(peak_memory(torch.device('cpu'))['host'])"
+    held = bytearray(peak_memory(torch.device("cpu"))["host"] + 2**28)  # more than the child will need
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 0 < int(done.stdout) < len(held)
