@@ -327,7 +327,7 @@ def resume(
     from condense import api
 
     if minutes is None and api.is_finished(run_dir) and _leads():
-        print(f"{run_dir} is finished; nothing was left to do")
+        print(f"{run_dir} has ended; its set is:")
     made = api.resume(run_dir, minutes=minutes, quiet=False)
     job = api.read_job(run_dir)
     _report(made, Path(job.out or "-"), run_dir, job.data["source"])

@@ -326,7 +326,7 @@ def test_a_finished_run_is_not_computed_again(data, call, tmp_path, monkeypatch)
         patch.setattr(api, "_execute", None)
         result = call("resume run")
         assert result.code == 0 and result.err == ""
-        assert result.out.startswith("run is finished; nothing was left to do\nmade data/dm-ipc1")
+        assert result.out.startswith("run has ended; its set is:\nmade data/dm-ipc1")
     (tmp_path / "a.h5").unlink()
     assert "made data/dm-ipc1" in call("resume run").out  # only the set is missing: it is made from the checkpoint
     assert arrays_of(tmp_path / "a.h5") == made
