@@ -412,6 +412,7 @@ def _execute(
         raise CondenseError(
             f"out of memory on {run.device}: lower --ipc or batch_real, or take a smaller --network"
         ) from fault
+    run.ranks.close()
     return distilled
 
 

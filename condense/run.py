@@ -188,6 +188,13 @@ class Ranks:
         return bool(answer.item())
 
 
+    def close(self) -> None:
+        """Leaves the group once all ranks are here, so that none ends while another still talks to it."""
+        if self.world > 1:
+            torch.distributed.barrier()
+            torch.distributed.destroy_process_group()
+
+
 class Step:
     """One outer step: its index, its keyed draws, its network, and the update of the synthetic set."""
 
