@@ -187,7 +187,6 @@ class Ranks:
             torch.distributed.all_reduce(answer, torch.distributed.ReduceOp.MIN)
         return bool(answer.item())
 
-
     def close(self) -> None:
         """Leaves the group once all ranks are here, so that none ends while another still talks to it."""
         if self.world > 1:

@@ -409,7 +409,7 @@ def test_minutes_stop_cleanly_and_resume_goes_on(done):
     assert "of 100000 steps" in text and "stopped by --minutes; go on with: condense resume run --minutes" in text
     first = condense.load("a.h5").manifest
     assert first["stopped_early"] and 0 < first["steps_done"] < 100000
-    assert "run is finished" in done("resume run")
+    assert "run has ended" in done("resume run")
     assert "stopped by --minutes" in done("resume run --minutes 0.02")
     assert first["steps_done"] < condense.load("a.h5").manifest["steps_done"] < 100000
 
