@@ -117,7 +117,7 @@ def _listing(kind: str) -> list[dict[str, Any]]:
 
 
 def _recipe_line(recipe: dict[str, Any]) -> str:
-    return ", ".join(f"{key}={value}" for key, value in recipe.items() if key not in ("method", "published"))
+    return ", ".join(f"{key}={value}" for key, value in recipe.items() if key != "method")
 
 
 @app.command()
@@ -268,7 +268,6 @@ def _request(
         raise CondenseError(f"--recipe {recipe} is for the method '{named}', not '{method}'; leave one of them out")
     flags = {"method": method, "data": data, "ipc": ipc, "network": network}
     keys |= {key: value for key, value in flags.items() if value is not None} | config.parse(words)
-    keys.pop("published", None)
     missing = [word for key, word in (("method", "METHOD"), ("data", "--data"), ("ipc", "--ipc")) if key not in keys]
     if missing:
         raise CondenseError(f"{', '.join(missing)} missing; give METHOD --data DATA --ipc N, or --recipe NAME")

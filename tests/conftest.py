@@ -1,6 +1,8 @@
 """A tiny task and an isolated cache, so that default tests are offline, small and leave nothing behind."""
 
 import os
+import shlex
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +15,16 @@ for _name in ("WORLD_SIZE", "RANK"):
 @pytest.fixture(autouse=True)
 def isolated_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("CONDENSE_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+def command_line(words, capsys):
+    """Runs the command line in this process: its exit code and what it printed."""
+    from condense.cli import main
+
+    with pytest.raises(SystemExit) as end:
+        main(shlex.split(words))
+    out, err = capsys.readouterr()
+    return SimpleNamespace(code=end.value.code, out=out, err=err)
 
 
 def tiny_arrays(classes=3, train=12, test=6, channels=1, size=8, seed=0):

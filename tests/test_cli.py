@@ -15,26 +15,17 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_arrays
+from conftest import command_line, tiny_arrays
 from PIL import Image
 
 import condense
 from condense import cli
-from condense.cli import EXIT_CODES, main
+from condense.cli import EXIT_CODES
 from condense.run import CHECKPOINT
 
 NETWORK = "convnet-d2-w8-in"
 DM = f"distill dm --data digits --ipc 1 --network {NETWORK} steps=2 batch_real=8"
 VERBS = ("ls", "show", "distill", "resume", "evaluate", "verify", "preview", "plan")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny tensors are slower on two threads, and much slower where others use the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -44,13 +35,7 @@ def call(tmp_path, monkeypatch, capsys):
     here.mkdir()
     monkeypatch.chdir(here)
 
-    def run(words):
-        with pytest.raises(SystemExit) as end:
-            main(shlex.split(words))
-        out, err = capsys.readouterr()
-        return SimpleNamespace(code=end.value.code, out=out, err=err)
-
-    return run
+    return lambda words: command_line(words, capsys)
 
 
 @pytest.fixture

@@ -15,12 +15,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_arrays
+from conftest import command_line, tiny_arrays
 from PIL import Image
 
 import condense
 from condense import api, run, tracking
-from condense.cli import main
 from condense.distilled import checksums
 from condense.errors import CondenseError
 from condense.run import CHECKPOINT, PREVIOUS, Run, peak_memory
@@ -28,15 +27,6 @@ from condense.run import CHECKPOINT, PREVIOUS, Run, peak_memory
 ROOT = Path(__file__).parent.parent
 NETWORK = "convnet-d2-w8-in"
 SETTINGS = {"network": NETWORK, "steps": 6, "batch_real": 4, "precision": "fp32"}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As in the subprocesses: the same bits, and no fight over the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # -- real processes ---------------------------------------------------------------------------------------------------
@@ -188,13 +178,7 @@ def call(tmp_path, monkeypatch, capsys):
     """``call(words)`` runs the command line in ``tmp_path``: its exit code and what it printed."""
     monkeypatch.chdir(tmp_path)
 
-    def run_line(words):
-        with pytest.raises(SystemExit) as end:
-            main(shlex.split(words))
-        out, err = capsys.readouterr()
-        return SimpleNamespace(code=end.value.code, out=out, err=err)
-
-    return run_line
+    return lambda words: command_line(words, capsys)
 
 
 TINY = (
