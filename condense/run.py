@@ -478,7 +478,7 @@ class _Keeper:
         self.check_every = 1 if run.device.type == "cpu" else 20  # reading the flag waits for the GPU
         leads = run.ranks.leads
         self.progress = Progress(run.name, steps, start, run.quiet or not leads)
-        again = start if run.resumed or run.phase else None  # the log goes on
+        again = (run.phase, start) if run.resumed or run.phase else None  # the log goes on
         self.log = Log(run.directory / "log.jsonl", again) if run.directory and leads else None
         self.tracker = open_tracker(run.track, run.directory if leads else None, start)
         self.logged = self.saved = self.previewed = time.monotonic()
@@ -543,7 +543,7 @@ class _Keeper:
         self.text = f"loss {loss:.4g}"
         values = {"loss": loss}
         if self.log is not None:
-            self.log.write(step=step, seconds=round(self.run.elapsed, 2), **values)
+            self.log.write(loop=self.run.phase, step=step, seconds=round(self.run.elapsed, 2), **values)
         if self.tracker is not None:
             self.tracker.log(step, values)
 

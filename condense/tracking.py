@@ -104,15 +104,16 @@ def open_tracker(kind: str, directory: Path | None, step: int) -> Tracker | None
 
 
 class Log:
-    """``log.jsonl``: one JSON object a line. Opening it for a resumed run drops lines later than the resumed step."""
+    """``log.jsonl``: one JSON object a line. Going on ``after`` (loop, step) drops lines later than that; None is a new
+    log."""
 
-    def __init__(self, path: Path, resumed_step: int | None) -> None:
-        if resumed_step is not None and path.exists():
-            lines = [line for line in path.read_text().splitlines() if _step_of(line) <= resumed_step]
+    def __init__(self, path: Path, after: tuple[int, int] | None) -> None:
+        if after is not None and path.exists():
+            lines = [line for line in path.read_text().splitlines() if _position(line) <= after]
             temporary = path.with_suffix(".tmp")
             temporary.write_text("".join(line + "\n" for line in lines))
             os.replace(temporary, path)
-        self.file = path.open("w" if resumed_step is None else "a")
+        self.file = path.open("w" if after is None else "a")
 
     def write(self, **values: Any) -> None:
         self.file.write(json.dumps(values) + "\n")
@@ -122,11 +123,12 @@ class Log:
         self.file.close()
 
 
-def _step_of(line: str) -> float:
+def _position(line: str) -> tuple[float, float]:
     try:
-        return json.loads(line).get("step", 0)
-    except ValueError:  # a line cut short by a kill
-        return float("inf")
+        entry = json.loads(line)
+        return entry["loop"], entry["step"]
+    except (ValueError, KeyError):  # a line cut short by a kill
+        return float("inf"), 0
 
 
 class Progress:

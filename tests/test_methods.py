@@ -1,5 +1,7 @@
 """What every registered method must do, whatever it is; and the maths of each."""
 
+import json
+
 import pytest
 import torch
 
@@ -295,3 +297,6 @@ def test_a_method_with_two_loops_resumes(tiny, tmp_path, monkeypatch, stop):
     monkeypatch.setattr(Run, "save_checkpoint", original)
     resumed = Run(tiny, 2, NETWORK, quiet=True, directory=tmp_path, track="none", resume=True)
     assert torch.equal(two_loops(tiny, None, resumed).images, whole.images)
+    logged = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    places = [(entry["loop"], entry["step"]) for entry in logged]
+    assert places == sorted(set(places)) and {(0, 3), (1, 3)} <= set(places)
