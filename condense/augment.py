@@ -1,8 +1,12 @@
-"""Maps between pixel space and training space, and differentiable augmentation. The one room that touches kornia."""
+"""Maps between pixel space and training space, differentiable augmentation, and the views that stored labels belong to.
+
+The one room that touches kornia.
+"""
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, TypeAlias
@@ -500,3 +504,119 @@ def _resample_adjoint(gradient: Tensor, matrix: Tensor, align_corners: bool) -> 
         source = (y.clamp(0, h - 1) * w + x.clamp(0, w - 1)).long().reshape(n, 1, h * w).expand(n, c, h * w)
         total = total + weight[:, None] * flat.gather(2, source).reshape(gradient.shape)
     return total
+
+
+# Views of stored labels -----------------------------------------------------------------------------------------------
+
+ASPECT = (3 / 4, 4 / 3)
+TRIES = 10
+
+
+@dataclass(frozen=True, eq=False)
+class Views:
+    """R drawn views, one per row: a crop box and a mirror. ``views[rows]`` picks rows."""
+
+    image_size: tuple[int, int]
+    """(H, W) that the boxes were drawn for."""
+    box: Tensor
+    """(R, 4) int64 (top, left, height, width) in pixels, inside the image."""
+    mirrored: Tensor
+    """(R,) bool."""
+
+    def __len__(self) -> int:
+        return len(self.box)
+
+    def __getitem__(self, rows: Tensor | slice) -> Views:
+        return Views(self.image_size, self.box[rows], self.mirrored[rows])
+
+    def to(self, device: torch.device) -> Views:
+        """The same views on ``device``."""
+        return Views(self.image_size, self.box.to(device), self.mirrored.to(device))
+
+
+@dataclass(frozen=True)
+class CropViews:
+    """A random crop at full size and a mirror flip: torchvision's RandomResizedCrop with draws that can be replayed.
+
+    The scales are kept as their float32 neighbours print, so that a file gives back exactly what was drawn with.
+
+    Raises:
+        CondenseError: the scales are not 0 < min_scale <= max_scale <= 1.
+    """
+
+    min_scale: float = 0.08
+    """Least share of the image's area."""
+    max_scale: float = 1.0
+    """Largest share of the image's area."""
+    flip: bool = True
+    """Mirror half of the views."""
+
+    def __post_init__(self) -> None:
+        for name in ("min_scale", "max_scale"):
+            object.__setattr__(self, name, single(getattr(self, name)))
+        if not 0 < self.min_scale <= self.max_scale <= 1:
+            raise CondenseError(f"views of scale {self.min_scale} to {self.max_scale}: must be 0 < min <= max <= 1")
+
+    def draw(self, draws: Draws, rows: int, image_size: tuple[int, int]) -> Views:
+        """Views for ``rows`` images of ``image_size`` (H, W), on the CPU; row i of a fresh stream depends on i alone.
+
+        The area is uniform, the aspect ratio log-uniform in 3/4..4/3. As in torchvision, the first of ten tries that
+        lies inside the image counts, else the largest centred crop of a permitted ratio.
+        """
+        h, w = image_size
+        integers = draws.integers(1 << 24, (rows, 2 * TRIES + 3)).cpu()
+        # float64: a last bit that differs between versions of exp cannot show in whole pixels.
+        unit = integers[:, : 2 * TRIES].double() * 2.0**-24
+        area = h * w * (self.min_scale + unit[:, :TRIES] * (self.max_scale - self.min_scale))
+        low, high = (math.log(ratio) for ratio in ASPECT)
+        ratio = (low + unit[:, TRIES:] * (high - low)).exp()
+        heights, widths = (area / ratio).sqrt().round().long(), (area * ratio).sqrt().round().long()
+        inside = (heights > 0) & (heights <= h) & (widths > 0) & (widths <= w)
+        first, found = inside.byte().argmax(1, keepdim=True), inside.any(1)
+        centred = min(h, round(w / ASPECT[0])), min(w, round(h * ASPECT[1]))
+        height, width = (
+            torch.where(found, sizes.gather(1, first)[:, 0], fallback)
+            for sizes, fallback in zip((heights, widths), centred)
+        )
+
+        def place(column: int, free: Tensor) -> Tensor:
+            return torch.where(found, (integers[:, column] * (free + 1)) >> 24, free // 2)
+
+        box = torch.stack([place(-3, h - height), place(-2, w - width), height, width], 1)
+        return Views((h, w), box, (integers[:, -1] < 1 << 23) & self.flip)
+
+    def apply(self, images: Tensor, views: Views) -> Tensor:
+        """``images`` (N,C,H,W), each changed by its row of ``views`` on the same device; same shape and dtype.
+
+        Bilinear without antialiasing, as ``resized_crop(..., antialias=False)`` followed by ``hflip``. Positions are
+        exact fractions, so that a box of the whole image changes no bit.
+
+        Raises:
+            ValueError: the views do not match the images, or were drawn for another image size.
+        """
+        size = (images.shape[2], images.shape[3])
+        if len(views) != len(images) or size != views.image_size:
+            raise ValueError(f"{len(views)} views of {views.image_size} cannot serve {len(images)} images of {size}")
+        columns = torch.arange(size[1], device=images.device).expand(len(images), -1)
+        columns = torch.where(views.mirrored[:, None], columns.flip(1), columns)
+        rows = torch.arange(size[0], device=images.device).expand(len(images), -1)
+        top, left, height, width = views.box[:, :, None].unbind(1)
+        return _stretch(_stretch(images, 2, rows, top, height), 3, columns, left, width)
+
+
+def single(x: float) -> float:
+    """The shortest decimal with the float32 value of ``x``: what can be stored as float32 and read back exactly."""
+    return float(str(np.float32(x)))
+
+
+def _stretch(x: Tensor, axis: int, outputs: Tensor, start: Tensor, length: Tensor) -> Tensor:
+    """Positions ``outputs`` (N, size) of the ``length`` (N, 1) pixels from ``start``, drawn out to the whole axis."""
+    size = x.shape[axis]
+    # Output o lies at (2o + 1) * length / 2 size - 1/2 in the stretch, kept inside; here in units of 1 / 2 size.
+    position = ((2 * outputs + 1) * length - size).clamp(min=0).minimum(2 * size * (length - 1))
+    below = position // (2 * size)
+    above = (below + 1).minimum(length - 1)
+    share = (position % (2 * size)).to(_working(x)) / (2 * size)
+    shape = (len(x), 1, size, 1) if axis == 2 else (len(x), 1, 1, size)
+    low, high = (x.gather(axis, (start + i).reshape(shape).expand_as(x)) for i in (below, above))
+    return torch.lerp(low.to(share.dtype), high.to(share.dtype), share.reshape(shape)).to(x.dtype)

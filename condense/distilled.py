@@ -94,11 +94,13 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
         return stages_from(self.manifest.get("decode", []))
 
     def nbytes(self) -> dict[str, int]:
-        """Bytes of ``images``, ``labels``, ``auxiliary`` (the transform) and their ``total``."""
+        """Bytes of ``images``, ``labels``, ``auxiliary`` (the transform), ``external`` (what training needs beside the
+        file) and their ``total``."""
         parts = {
             "images": self.stored.numel() * self.stored.element_size(),
             "labels": self.labels.nbytes(),
             "auxiliary": sum(array.nbytes for array in self.transform.arrays().values()),
+            "external": self.labels.external_nbytes(),
         }
         return {**parts, "total": sum(parts.values())}
 
@@ -153,11 +155,18 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
 
     def batches(self, epoch: int, batch_size: int, seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Shuffled batches of one epoch: images (B,C,H,W) in pixel space and their targets. The same for the same
-        epoch."""
+        epoch.
+
+        Per-view labels come with the epoch's augmented images; leave out augmentation of your own. These views are made
+        in training space, as the teacher saw them, and mapped back: whitening and cropping do not commute.
+        """
         order = rng.Draws(seed, "batches", epoch).permutation(len(self))
-        ids = self.training_images()[1]
+        pixels, (images, ids) = self.images, self.training_images()
         for chunk in order.split(batch_size):
-            yield self.images[chunk], self.labels.targets(ids[chunk])
+            shown = pixels[chunk]
+            if self.labels.per_view:
+                shown = self.transform.inverse(self.labels.view(images[chunk], ids[chunk], epoch))
+            yield shown, self.labels.targets(ids[chunk], epoch)
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Mean loss that goes with this set's targets, for logits (B, classes)."""

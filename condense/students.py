@@ -8,32 +8,45 @@ changes any.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
+import logging
+import time
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from condense import rng
 from condense.augment import Augmentation
-from condense.labels import HardLabels, Labels
+from condense.distilled import replacing
+from condense.errors import CondenseError
+from condense.labels import HardLabels, Labels, content
 from condense.networks import Network
 from condense.run import fast
 from condense.tasks import Task
 
+_log = logging.getLogger(__name__)
+
 TEST_CHUNK = 256
+CHECKPOINT_SECONDS = 30.0
+"""Least time between two checkpoints of a training."""
 
 
 class Source(Protocol):
     """What a student learns from: ``size`` images in training space with targets and the loss that goes with them."""
 
     size: int
+    per_view: bool
+    """True where the images come augmented, as the targets need them, so that the recipe's augmentation is left out."""
 
-    def batch(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B,C,H,W) and targets of positions ``ids``, on the device."""
+    def batch(self, ids: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+        """Images (B,C,H,W) and targets of positions ``ids`` in pass ``epoch`` over the set, on the device."""
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Mean loss of a batch."""
@@ -45,11 +58,12 @@ class FixedSource:
     def __init__(self, images: Tensor, labels: Labels, ids: Tensor | None = None) -> None:
         self.images, self.labels = images, labels
         self.ids = torch.arange(len(images), device=images.device) if ids is None else ids.to(images.device)
-        self.size = len(images)
+        self.size, self.per_view = len(images), labels.per_view
 
-    def batch(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+    def batch(self, ids: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
         ids = ids.to(self.images.device)
-        return self.images[ids], self.labels.targets(self.ids[ids])
+        stored = self.ids[ids]
+        return self.labels.view(self.images[ids], stored, epoch), self.labels.targets(stored, epoch)
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         return self.labels.loss(logits, targets)
@@ -58,12 +72,14 @@ class FixedSource:
 class TaskSource:
     """All real training images, hard labels, served by the task."""
 
+    per_view = False
+
     def __init__(self, task: Task, device: torch.device) -> None:
         self.task = task
         self.labels = HardLabels(torch.as_tensor(task.train.labels).to(device), task.num_classes)
         self.size = len(task.train.labels)
 
-    def batch(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+    def batch(self, ids: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
         return self.task.batch(ids), self.labels.targets(ids.to(self.labels.labels.device))
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -89,7 +105,7 @@ class Recipe:
     drop_factor: float = 0.1
     """Factor of each drop."""
     augment: Augmentation | None = None
-    """Drawn per step: one operation for the batch, parameters for each image."""
+    """Drawn per step: one operation for the batch, parameters for each image. Left out for per-view labels."""
 
     def rate(self, step: int) -> float:
         """Learning rate at ``step``."""
@@ -113,12 +129,16 @@ def train(
     precision: str = "fp32",
     together: bool | None = None,
     report: Callable[[int], None] | None = None,
+    checkpoint: Path | None = None,
 ) -> None:
     """Trains all students in place, on ``device``, and leaves them in train mode.
 
     Args:
         together: stacked in lock-step (needs equal architectures and sources of equal size); None picks by device.
         report: called with the number of student steps that are done, of ``len(students) * recipe.steps``.
+        checkpoint: a file for the state in mid-training, written every ``CHECKPOINT_SECONDS`` and removed at the end
+            (students trained one by one have one each, numbered). The same call after a kill goes on from it and ends
+            with the same bits. A file that is damaged or of another training is ignored.
     """
     for student in students:
         student.network.to(device).train()
@@ -127,13 +147,22 @@ def train(
     equal = len({student.source.size for student in students}) == 1
     drops = any("drop" in type(module).__name__.lower() for module in students[0].network.modules())
     if together and equal and not drops and len(students) > 1:  # dropout is keyed by student, so these go one by one
+        keeper = _Keeper(checkpoint, students, recipe, device, precision)
         try:
-            _train_stacked(students, recipe, device, precision, report)
+            _train_stacked(students, recipe, device, precision, report, keeper)
+            keeper.remove()
             return
         except torch.OutOfMemoryError:  # the students themselves are untouched until the end
             torch.cuda.empty_cache()
+            keeper.remove()
+    keepers = []
     for k, student in enumerate(students):
-        _train_one(student, recipe, device, precision, report and functools.partial(_shift, report, k * recipe.steps))
+        path = checkpoint and (checkpoint.with_name(f"{checkpoint.name}.{k}") if len(students) > 1 else checkpoint)
+        keepers.append(_Keeper(path, [student], recipe, device, precision, keep_end=len(students) > 1))
+        shifted = report and functools.partial(_shift, report, k * recipe.steps)
+        _train_one(student, recipe, device, precision, shifted, keepers[k])
+    for keeper in keepers:  # only now, so that the first students need no second training when the last one is killed
+        keeper.remove()
 
 
 def pick_together(device: torch.device) -> bool:
@@ -157,12 +186,73 @@ def _pass_order(seed: int, size: int, epoch: int) -> Tensor:
     return rng.Draws(seed, "shuffle", epoch).permutation(size)
 
 
-def _augmented(images: Tensor, student: Student, recipe: Recipe, step: int) -> Tensor:
-    if recipe.augment is None:
-        return images
+def _batch(student: Student, recipe: Recipe, step: int) -> tuple[Tensor, Tensor]:
+    """Images and targets of ``step``, augmented by the recipe or as the labels' own views."""
+    source = student.source
+    ids = batch_ids(student.seed, source.size, recipe.batch, step)
+    images, targets = source.batch(ids, step // -(-source.size // recipe.batch))
+    if recipe.augment is None or source.per_view:
+        return images, targets
     height, width = images.shape[-2:]
     draws = rng.Draws(student.seed, "augment", step)
-    return recipe.augment.apply(images, recipe.augment.draw(draws, len(images), (height, width), groups=1))
+    return recipe.augment.apply(images, recipe.augment.draw(draws, len(images), (height, width), groups=1)), targets
+
+
+class _Keeper:
+    """The checkpoint of one training; does nothing where there is no ``path``.
+
+    It is known by its students' seeds, initial weights and first batches, the recipe, and where and how it runs.
+    ``keep_end``: the state after the last step is written too.
+    """
+
+    def __init__(
+        self,
+        path: Path | None,
+        students: Sequence[Student],
+        recipe: Recipe,
+        device: torch.device,
+        precision: str,
+        keep_end: bool = False,
+    ) -> None:
+        self.path, self.steps, self.keep_end, self.saved = path, recipe.steps, keep_end, time.monotonic()
+        if path is None:
+            return
+        known = [str(recipe), str(device.type), precision, torch.__version__]
+        for student in students:
+            first = batch_ids(student.seed, student.source.size, recipe.batch, 0)
+            images, targets = student.source.batch(first, epoch=0)
+            state = {**student.network.state_dict(), "first images": images, "first targets": targets}
+            known += [str(student.seed), str(student.source.size), content(state)]
+        self.key = " ".join(known)
+
+    def read(self) -> dict[str, Any] | None:
+        """What :meth:`after` wrote for this same training; None where there is nothing of use."""
+        if self.path is None or not self.path.exists():
+            return None
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                damaged = archive.testzip()  # torch.load compares no checksums
+            state = {} if damaged else torch.load(self.path, map_location="cpu", weights_only=True)
+            return state if state["key"] == self.key else None
+        except Exception:  # a damaged or foreign file raises anything
+            return None
+
+    def after(self, step: int, state: Callable[[], dict[str, Any]]) -> None:
+        """Writes ``state()`` after ``step`` steps if it is time; a failure costs safety, not the result."""
+        end = self.keep_end and step == self.steps
+        if self.path is None or (time.monotonic() - self.saved < CHECKPOINT_SECONDS and not end):
+            return
+        try:
+            with replacing(self.path) as temporary, temporary.open("wb") as file:
+                torch.save({"key": self.key, "step": step, **state()}, file)
+        except (CondenseError, OSError, RuntimeError) as fault:
+            _log.warning("condense: the training goes on without a checkpoint: %s", fault)
+        self.saved = time.monotonic()
+
+    def remove(self) -> None:
+        if self.path is not None:
+            with contextlib.suppress(OSError):
+                self.path.unlink()
 
 
 def _optimizer(parameters: Sequence[Tensor], recipe: Recipe) -> torch.optim.SGD:
@@ -170,21 +260,48 @@ def _optimizer(parameters: Sequence[Tensor], recipe: Recipe) -> torch.optim.SGD:
 
 
 def _train_one(
-    student: Student, recipe: Recipe, device: torch.device, precision: str, report: Callable[[int], None] | None
+    student: Student,
+    recipe: Recipe,
+    device: torch.device,
+    precision: str,
+    report: Callable[[int], None] | None,
+    keeper: _Keeper,
 ) -> None:
-    optimizer = _optimizer(list(student.network.parameters()), recipe)
+    network, start = student.network, 0
+    optimizer = _optimizer(list(network.parameters()), recipe)
+
+    def state() -> dict[str, Any]:
+        return {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "random": _random_state(device)}
+
     with rng.seeded(student.seed, "dropout", device=device):
-        for step in range(recipe.steps):
-            images, targets = student.source.batch(batch_ids(student.seed, student.source.size, recipe.batch, step))
-            images = _augmented(images, student, recipe, step)
+        saved = keeper.read()
+        if saved is not None:
+            network.load_state_dict(saved["network"])
+            optimizer.load_state_dict(saved["optimizer"])
+            _set_random_state(saved["random"], device)
+            start = saved["step"]
+        for step in range(start, recipe.steps):
+            images, targets = _batch(student, recipe, step)
             with fast(device, precision):
-                logits = student.network(images)
+                logits = network(images)
             optimizer.zero_grad()
             student.source.loss(logits.float(), targets).backward()
             optimizer.param_groups[0]["lr"] = recipe.rate(step)
             optimizer.step()
+            keeper.after(step + 1, state)
             if report is not None:
                 report(step + 1)
+
+
+def _random_state(device: torch.device) -> list[Tensor]:
+    """The global generators that dropout draws from."""
+    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+
+
+def _set_random_state(state: Sequence[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state[1], device)
 
 
 def _train_stacked(
@@ -193,9 +310,10 @@ def _train_stacked(
     device: torch.device,
     precision: str,
     report: Callable[[int], None] | None,
+    keeper: _Keeper,
 ) -> None:
     """K networks as one: parameters (K, ...), batches (K, B, ...), the sum of K losses has K separate gradients."""
-    nets = [student.network for student in students]
+    nets, start = [student.network for student in students], 0
     parameters, buffers = torch.func.stack_module_state(nets)
     shell = copy.deepcopy(nets[0])
     leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
@@ -204,10 +322,21 @@ def _train_stacked(
     def forward(weights: dict[str, Tensor], state: dict[str, Tensor], images: Tensor) -> Tensor:
         return torch.func.functional_call(shell, (weights, state), (images,))
 
+    def state() -> dict[str, Any]:
+        weights = {name: leaf.detach() for name, leaf in leaves.items()}
+        return {"weights": weights, "buffers": buffers, "optimizer": optimizer.state_dict()}
+
     stacked = torch.func.vmap(forward)
-    for step in range(recipe.steps):
-        pairs = [s.source.batch(batch_ids(s.seed, s.source.size, recipe.batch, step)) for s in students]
-        images = torch.stack([_augmented(pair[0], s, recipe, step) for pair, s in zip(pairs, students)])
+    saved = keeper.read()
+    if saved is not None:
+        with torch.no_grad():
+            for name, value in (saved["weights"] | saved["buffers"]).items():
+                (leaves | buffers)[name].copy_(value)
+        optimizer.load_state_dict(saved["optimizer"])
+        start = saved["step"]
+    for step in range(start, recipe.steps):
+        pairs = [_batch(student, recipe, step) for student in students]
+        images = torch.stack([pair[0] for pair in pairs])
         with fast(device, precision):
             logits = stacked(leaves, buffers, images)
         losses = [s.source.loss(logits[k].float(), pairs[k][1]) for k, s in enumerate(students)]
@@ -215,6 +344,7 @@ def _train_stacked(
         torch.stack(losses).sum().backward()
         optimizer.param_groups[0]["lr"] = recipe.rate(step)
         optimizer.step()
+        keeper.after(step + 1, state)
         if report is not None:
             report((step + 1) * len(students))
     with torch.no_grad():

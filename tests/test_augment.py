@@ -14,9 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from condense import augment
-from condense.augment import OPERATIONS, ZCA, Augmentation, Parameters, Standardise, dsa, transform_from_arrays
+from condense.augment import (
+    OPERATIONS,
+    ZCA,
+    Augmentation,
+    CropViews,
+    Parameters,
+    Standardise,
+    dsa,
+    transform_from_arrays,
+)
 from condense.errors import CondenseError
-from condense.rng import Draws, generator
+from condense.rng import Draws, generator, seeded
 
 ALL = "color_crop_cutout_flip_scale_rotate"
 
@@ -498,3 +507,88 @@ def test_gpu_agrees_and_repeats() -> None:
         torch.use_deterministic_algorithms(False)
     torch.testing.assert_close(results[0].cpu(), expected, atol=1e-4, rtol=0)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+# Views of stored labels -----------------------------------------------------------------------------------------------
+
+
+def drawn(rows: int, size: tuple[int, int], **settings: float) -> augment.Views:
+    return CropViews(**settings).draw(Draws(7, "view", 3), rows, size)
+
+
+def test_golden_views() -> None:
+    # Stored labels depend on these: they may never change.
+    views = drawn(9, (32, 32))
+    assert views.box[:3].tolist() == [[2, 2, 29, 30], [11, 16, 9, 11], [3, 0, 27, 21]]
+    assert views.mirrored.tolist() == [True] * 7 + [False, True]
+    assert drawn(3, (24, 60), min_scale=0.5, max_scale=0.9).box.tolist() == [[0, 14, 24, 32]] * 3
+
+
+def test_a_view_does_not_depend_on_the_number_of_rows() -> None:
+    few, many = drawn(5, (20, 24)), drawn(50, (20, 24))
+    assert torch.equal(few.box, many.box[:5]) and torch.equal(few.mirrored, many.mirrored[:5])
+    assert not drawn(50, (20, 24), flip=False).mirrored.any()
+    assert torch.equal(drawn(50, (20, 24), flip=False).box, many.box)
+
+
+def test_views_are_distributed_as_torchvisions() -> None:
+    from torchvision.transforms import RandomResizedCrop
+
+    boxes = drawn(8000, (32, 40)).box.double()
+    assert (boxes[:, 2:] >= 1).all() and (boxes[:, :2] >= 0).all()
+    assert (boxes[:, 0] + boxes[:, 2] <= 32).all() and (boxes[:, 1] + boxes[:, 3] <= 40).all()
+    with seeded("torchvision"):
+        image = torch.zeros(1, 32, 40)
+        theirs = [RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(8000)]
+    expected = torch.tensor(theirs, dtype=torch.float64)
+    error = (boxes.var(0) + expected.var(0)).div(8000).sqrt()
+    assert ((boxes.mean(0) - expected.mean(0)).abs() < 4 * error).all()
+    torch.testing.assert_close(boxes.std(0), expected.std(0), rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize("size", [(30, 9), (9, 30), (12, 14)])
+def test_a_crop_that_never_fits_is_torchvisions_centred_one(size: tuple[int, int]) -> None:
+    from torchvision.transforms import RandomResizedCrop
+
+    # Shares of up to 1e-6 of the image are no pixel at all, so that every try fails.
+    expected = RandomResizedCrop.get_params(torch.zeros(1, *size), [1e-6, 1e-6], [3 / 4, 4 / 3])
+    assert drawn(2, size, min_scale=1e-6, max_scale=1e-6).box.tolist() == [list(expected)] * 2
+
+
+@pytest.mark.parametrize("size", [(8, 8), (17, 12), (32, 32)])
+def test_views_are_torchvisions_resized_crops(size: tuple[int, int]) -> None:
+    from torchvision.transforms.functional import hflip, resized_crop
+
+    images, views = noise(20, 3, *size), drawn(20, size)
+    shown = CropViews().apply(images, views)
+    for image, got, box, mirrored in zip(images, shown, views.box.tolist(), views.mirrored):
+        expected = resized_crop(image, *box, list(size), antialias=False)
+        torch.testing.assert_close(got, hflip(expected) if mirrored else expected)
+    torch.testing.assert_close(CropViews().apply(images.float(), views), shown.float(), atol=1e-6, rtol=0)
+    alone = CropViews().apply(images[4:5], views[4:5])
+    assert torch.equal(alone, shown[4:5]) and alone.dtype == images.dtype
+
+
+def test_a_view_of_the_whole_image_changes_no_bit() -> None:
+    images = noise(2, 3, 9, 7, dtype=torch.float32)
+    whole = augment.Views((9, 7), torch.tensor([[0, 0, 9, 7]] * 2), torch.tensor([False, True]))
+    shown = CropViews().apply(images, whole)
+    assert torch.equal(shown[0], images[0]) and torch.equal(shown[1], images[1].flip(-1))
+
+
+def test_views_that_cannot_be() -> None:
+    for low, high in ((0.0, 1.0), (0.5, 0.4), (0.5, 1.1), (math.nan, 1.0)):
+        with pytest.raises(CondenseError, match="views of scale"):
+            CropViews(low, high)
+    with pytest.raises(ValueError, match="2 views of"):
+        CropViews().apply(torch.zeros(3, 1, 8, 8), drawn(2, (8, 8)))
+    with pytest.raises(ValueError, match="cannot serve"):
+        CropViews().apply(torch.zeros(2, 1, 8, 9), drawn(2, (8, 8)))
+
+
+@pytest.mark.gpu
+def test_views_on_a_gpu() -> None:
+    images, views = noise(20, 3, 16, 16, dtype=torch.float32), drawn(20, (16, 16))
+    device = torch.device("cuda")
+    shown = CropViews().apply(images.to(device), views.to(device)).cpu()
+    torch.testing.assert_close(shown, CropViews().apply(images, views), atol=1e-6, rtol=0)

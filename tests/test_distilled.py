@@ -107,7 +107,8 @@ def test_zca_travels_with_the_set_and_says_so(tmp_path):
 
 
 def test_bytes_are_counted():
-    assert make().nbytes() == {"images": 6 * 64 * 4, "labels": 2, "auxiliary": 8, "total": 6 * 64 * 4 + 10}
+    parts = {"images": 6 * 64 * 4, "labels": 2, "auxiliary": 8, "external": 0}
+    assert make().nbytes() == {**parts, "total": 6 * 64 * 4 + 10}
 
 
 def test_a_large_manifest_fits(tmp_path):

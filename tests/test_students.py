@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from condense import networks, rng
+from condense import students as module
 from condense.augment import dsa
 from condense.labels import HardLabels, SoftLabels
 from condense.students import FixedSource, Recipe, Student, TaskSource, accuracy, batch_ids, train
@@ -98,3 +99,132 @@ def test_learns_the_real_task(tiny):
     student = Student(net, TaskSource(tiny, CPU), 0)
     train([student], recipe(steps=60, batch=12, augment=None), device=CPU)
     assert accuracy(net, tiny, device=CPU) > 0.9
+
+
+# -- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def dropping(shape, classes):
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(0.5), torch.nn.Linear(64, classes))
+
+
+class Kill(Exception):
+    pass
+
+
+def killing(at):
+    def report(done):
+        if done == at:
+            raise Kill
+
+    return report
+
+
+def weights(trained):
+    return [{name: value.clone() for name, value in s.network.state_dict().items()} for s in trained]
+
+
+def equal(one, other):
+    return all(torch.equal(a[name], b[name]) for a, b in zip(one, other) for name in a)
+
+
+@pytest.fixture
+def always(monkeypatch):
+    monkeypatch.setattr(module, "CHECKPOINT_SECONDS", 0.0)
+
+
+@pytest.mark.parametrize(
+    "network, count, together, kills",
+    [
+        ("convnet-d2-w8-bn", 1, False, (1, 4)),
+        (dropping, 1, False, (3,)),
+        ("convnet-d2-w8-bn", 3, False, (2, 6, 9, 18)),
+        (dropping, 2, True, (8, 11)),
+        ("convnet-d2-w8-bn", 3, True, (3, 12)),
+    ],
+)
+def test_a_killed_training_goes_on_bit_for_bit(network, count, together, kills, tmp_path, always):
+    whole = students(network, count)
+    train(whole, recipe(), device=CPU, together=together)
+    file = tmp_path / "training.pt"
+    seen = [0]
+    for at in kills:
+        reports = []
+
+        def report(done, at=at, reports=reports):
+            reports.append(done)
+            killing(at)(done)
+
+        with pytest.raises(Kill):
+            train(students(network, count), recipe(), device=CPU, together=together, report=report, checkpoint=file)
+        assert reports[0] > seen[-1]  # nothing was done twice
+        seen = reports
+        assert list(tmp_path.iterdir())
+    after = students(network, count)
+    train(after, recipe(), device=CPU, together=together, checkpoint=file)
+    assert equal(weights(after), weights(whole))
+    assert not list(tmp_path.iterdir())
+
+
+def stopped(file, **changes):
+    """What a training killed after two of six steps leaves."""
+    with pytest.raises(Kill):
+        train(students("mlp", 1), recipe(**changes), device=CPU, report=killing(2), checkpoint=file)
+    assert file.exists()
+    return file
+
+
+def first_step(file, made=None, **changes):
+    reports = []
+    made = made or students("mlp", 1)
+    train(made, recipe(**changes), device=CPU, report=reports.append, checkpoint=file)
+    assert not file.exists()
+    return reports[0], weights(made)
+
+
+def test_files_of_other_trainings_are_ignored(tmp_path, always):
+    file = tmp_path / "training.pt"
+    assert first_step(stopped(file))[0] == 3
+    assert first_step(stopped(file), lr=0.1)[0] == 1
+    others = students("mlp", 1)
+    others[0].source.images[:] += 1  # other data
+    assert first_step(stopped(file), others)[0] == 1
+    others = students("mlp", 1)
+    others[0].seed += 1
+    assert first_step(stopped(file), others)[0] == 1
+    others = students("mlp", 2)[1:]  # other initial weights
+    assert first_step(stopped(file), others)[0] == 1
+
+
+@pytest.mark.parametrize("damage", ["cut", "bit", "text", "pickle", "foreign"])
+def test_damaged_and_foreign_files_are_ignored(damage, tmp_path, always):
+    whole = students("mlp", 1)
+    train(whole, recipe(), device=CPU)
+    file = stopped(tmp_path / "training.pt")
+    content = bytearray(file.read_bytes())
+    if damage == "cut":
+        file.write_bytes(content[: len(content) // 2])
+    elif damage == "bit":
+        content[len(content) // 2] ^= 4
+        file.write_bytes(content)
+    elif damage == "text":
+        file.write_text("hello")
+    elif damage == "pickle":
+        torch.save(module.Recipe, file)
+    else:
+        torch.save({"weights": torch.zeros(3)}, file)
+    done, after = first_step(file)
+    assert done == 1 and equal(after, weights(whole))
+
+
+def test_checkpoints_keep_their_distance(tmp_path):
+    file = tmp_path / "training.pt"
+    with pytest.raises(Kill):
+        train(students("mlp", 1), recipe(), device=CPU, report=killing(5), checkpoint=file)
+    assert not file.exists()
+
+
+def test_a_place_that_cannot_be_written_costs_no_training(tmp_path, always, caplog):
+    (tmp_path / "file").write_text("")
+    train(students("mlp", 1), recipe(), device=CPU, checkpoint=tmp_path / "file" / "training.pt")
+    assert "without a checkpoint" in caplog.text
