@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +21,8 @@ from condense import networks, rng, tasks
 from condense.config import build
 from condense.distilled import DistilledSet, check_writable, packaged_sets, replacing
 from condense.errors import CondenseError, did_you_mean
-from condense.evaluation import evaluate, fit, get_protocol
+from condense.evaluation import data_word, evaluate, fit
+from condense.protocols import get_protocol
 from condense.registry import METHODS, Method
 from condense.run import (
     CHECKPOINT,
@@ -122,24 +124,10 @@ def distill(
     entry = METHODS.get(method)
     config = _config(entry, settings)
     real = data if isinstance(data, Task) else task(data)
-    job = Job(
-        method=method,
-        data={"source": real.source, "name": real.name, "options": dataclasses.asdict(real.options)},
-        fingerprint=real.fingerprint,
-        ipc=ipc,
-        network=networks.name_of(network or entry.network),
-        seed=seed,
-        device=str(pick_device(device)),
-        precision=pick_precision(precision, pick_device(device)),
-        minutes=minutes,
-        out=str(Path(out).resolve()) if out else None,
-        tag=tag,
-        protocol=protocol or entry.protocol,
-        track=track,
-        settings=dataclasses.asdict(config),
-        deterministic=deterministic,
-        force=force,
-    )
+    job = _job(
+        entry, config, real, ipc, network, seed, device, precision, minutes=minutes, tag=tag, track=track, force=force,
+        out=str(Path(out).resolve()) if out else None, protocol=protocol or entry.protocol, deterministic=deterministic,
+    )  # fmt: skip
     _check_fit(real, ipc, network or entry.network)
     if out is not None:
         check_writable(Path(out), force=force, size=_estimated_bytes(real, ipc))
@@ -151,6 +139,84 @@ def distill(
             raise CondenseError(f"{directory} holds a {'finished ' * finished}run; {other}, or replace it with --force")
         check_writable(directory / CONFIG, force=True, size=6 * _estimated_bytes(real, ipc))
     return _execute(job, entry, config, real, network or entry.network, directory, quiet=quiet, resume=False)
+
+
+def _job(
+    entry: Method,
+    config: Any,
+    real: Task,
+    ipc: int,
+    network: str | Callable[..., nn.Module] | None,
+    seed: int,
+    device: str,
+    precision: str,
+    **rest: Any,
+) -> Job:
+    """The resolved configuration of what was asked for."""
+    return Job(
+        method=entry.name,
+        data={"source": real.source, "name": real.name, "options": dataclasses.asdict(real.options)},
+        fingerprint=real.fingerprint,
+        ipc=ipc,
+        network=networks.name_of(network or entry.network),
+        seed=seed,
+        device=str(pick_device(device)),
+        precision=pick_precision(precision, pick_device(device)),
+        settings=dataclasses.asdict(config),
+        **rest,
+    )
+
+
+def distill_or_resume(
+    method: str,
+    real: Task,
+    ipc: int,
+    *,
+    out: Path,
+    run_dir: Path,
+    network: str | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    precision: str = "auto",
+    protocol: str | None = None,
+    quiet: bool = True,
+    **settings: Any,
+) -> DistilledSet:
+    """What :func:`distill` makes, from wherever an earlier call with the same arguments was stopped.
+
+    A run of other settings in ``run_dir``, or on other data, is replaced.
+    """
+    watched: dict[str, Any] = {"device": device, "precision": precision, "track": "none"}
+    check(method, settings, network=network, protocol=protocol, **watched)
+    entry = METHODS.get(method)
+    job = _job(
+        entry, _config(entry, settings), real, ipc, network, seed, device, precision, minutes=None, out=None, tag=None,
+        protocol=protocol or entry.protocol, track="none",
+    )  # fmt: skip
+    with contextlib.suppress(CondenseError):
+        earlier = read_job(run_dir)
+        if earlier.key() == job.key() and earlier.out == str(out.resolve()):
+            return resume(run_dir, quiet=quiet)
+    return distill(
+        method, real, ipc, network=network, seed=seed, protocol=protocol, out=out, run_dir=run_dir, force=True,
+        quiet=quiet, **watched, **settings,
+    )  # fmt: skip
+
+
+def command(
+    method: str,
+    real: Task,
+    ipc: int,
+    *,
+    network: str | None = None,
+    seed: int = 0,
+    protocol: str | None = None,
+    **settings: Any,
+) -> str:
+    """The command line of ``condense distill`` that these arguments stand for, as the manifest states it."""
+    entry = METHODS.get(method)
+    rest = {"minutes": None, "out": None, "tag": None, "protocol": protocol or entry.protocol, "track": "none"}
+    return _command(_job(entry, _config(entry, settings), real, ipc, network, seed, "cpu", "fp32", **rest), entry, real)
 
 
 def resume(run_dir: str | Path, *, minutes: float | None = None, quiet: bool = True) -> DistilledSet:
@@ -440,6 +506,7 @@ def _finished(job: Job, entry: Method, real: Task, run: Run, synthetic: Syntheti
         "mirror": real.mirror,
         "method": job.method,
         "paper": entry.paper,
+        "command": _command(job, entry, real),
         "settings": job.settings,
         "network": job.network,
         "seed": job.seed,
@@ -458,6 +525,24 @@ def _finished(job: Job, entry: Method, real: Task, run: Run, synthetic: Syntheti
         },
     }
     return DistilledSet(stored, synthetic.labels.to(stored.device), real.transform.to(stored.device), manifest)
+
+
+def _command(job: Job, entry: Method, real: Task) -> str:
+    """The command line that makes this set again; what is as by default is left out."""
+    words = ["condense", "distill", job.method, "--data", data_word(real), "--ipc", str(job.ipc)]
+    words += ["--network", job.network] * (job.network != entry.network)
+    words += ["--seed", str(job.seed)] * (job.seed != 0)
+    words += ["--minutes", f"{job.minutes:g}"] if job.minutes is not None else []
+    for given, config in ((job.settings, entry.config), (job.data["options"], DataOptions)):
+        defaults = {field.name: field.default for field in dataclasses.fields(config)}
+        words += [f"{key}={_word(value)}" for key, value in given.items() if value != defaults[key]]
+    words += ["deterministic=true"] * job.deterministic
+    words += [f"protocol={job.protocol}"] * (job.protocol != entry.protocol)
+    return shlex.join(words)
+
+
+def _word(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, (bool, list)) else str(value)
 
 
 class _Trial(Run):

@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 from condense import rng
 from condense.augment import ZCA, Standardise, transform_from_arrays
 from condense.errors import CondenseError, did_you_mean
-from condense.labels import PROVIDERS, Labels
+from condense.labels import PROVIDERS, HardLabels, Labels
 from condense.synthetic import Stage, decode, stages_from
 
 FORMAT = "condense.distilled"
@@ -142,6 +142,19 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
             self._pixels = self.transform.inverse(self.training_images()[0])
         return self._pixels
 
+    def hard_labels(self) -> Tensor:
+        """Class of each stored image, int64 (N,): its hard label, else its place, because images are sorted by class.
+
+        Raises:
+            CondenseError: the set has no equal number of images per class.
+        """
+        if isinstance(self.labels, HardLabels):
+            return self.labels.labels
+        ipc, classes = self.manifest["ipc"], len(self.classes)
+        if len(self.stored) != ipc * classes:
+            raise CondenseError(f"{self.name}: {len(self.stored)} images are not {ipc} of each of {classes} classes")
+        return torch.arange(classes).repeat_interleave(ipc)
+
     def __len__(self) -> int:
         return len(self.training_images()[0])
 
@@ -221,6 +234,8 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
             restored = transform_from_arrays(manifest["transform"], transform, shape)
             loaded = cls(torch.from_numpy(arrays["images"]), provider, restored, manifest)
             loaded.stages  # noqa: B018 - an unknown stage is a fault of the file
+            if provider.per_view and loaded.stages:
+                raise CondenseError(f"{provider.kind} labels belong to stored images, which its decode stages cut up")
             if len(provider) != len(loaded.stored):
                 raise CondenseError(f"{len(loaded.stored)} images but {len(provider)} labels")
         except KeyError as fault:

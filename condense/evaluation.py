@@ -1,4 +1,4 @@
-"""The fair judge: protocols, control arms under the same budget and labels, and the record of what came out."""
+"""The fair judge: students trained on a set and on control arms under one protocol, and the record of what came out."""
 
 from __future__ import annotations
 
@@ -8,12 +8,9 @@ import hashlib
 import json
 import math
 import os
-import platform
 import shlex
-import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,106 +18,44 @@ from typing import Any
 import torch
 from torch import nn
 
-import condense
 from condense import networks, rng
-from condense.augment import dsa
-from condense.config import build, packaged, read_yaml
-from condense.distilled import DistilledSet, replacing
+from condense.config import build
+from condense.distilled import DistilledSet
 from condense.errors import CondenseError, did_you_mean
 from condense.labels import HardLabels
-from condense.run import device_name, peak_memory, pick_device, pick_precision
+from condense.protocols import OWN, Protocol, get_protocol
+from condense.records import SCHEMA, cross_architecture, environment, scores, summary, time_to_accuracy
+from condense.run import Ranks, pick_device, pick_precision
 from condense.students import FixedSource, Recipe, Source, Student, TaskSource, accuracy, pick_together, train
-from condense.tasks import DataOptions, Task, cache_dir, load
+from condense.tasks import DATASETS, DataOptions, Task, cache_dir, load
 from condense.tracking import Progress
 
-SCHEMA = "condense.record/1"
 STUDENT_VERSION = 1
 """Raised by every change of networks, augmentation or training that alters a student; cached scores depend on it."""
 Architecture = Callable[..., nn.Module]
-CONTROLS = ("random", "noise", "full", "full-equal")
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """How students are trained and judged; a versioned YAML file in ``benchmarks/protocols``."""
-
-    name: str
-    """Name with its version, e.g. dc-v1."""
-    version: int
-    """Raised by every change that alters scores."""
-    summary: str
-    """One line for people."""
-    labels: str
-    """Label track: hard or soft."""
-    steps: int
-    """Optimizer steps for every started ``per_images`` training images."""
-    per_images: int
-    """See ``steps``."""
-    batch: int
-    """Images per step."""
-    lr: float
-    """Learning rate of SGD, unless the set carries a learned one."""
-    momentum: float
-    """Momentum of SGD."""
-    weight_decay: float
-    """L2 penalty."""
-    drops: list[float]
-    """Fractions of the budget after which the learning rate drops."""
-    drop_factor: float
-    """Factor of each drop."""
-    augment: str
-    """DSA operations joined by _, or none."""
-    full_epochs: int
-    """Passes over the real data for the `full` arm, which never makes fewer steps than the distilled arm."""
-    runs: int
-    """Networks trained per arm unless told otherwise."""
-
-    def recipe(self, size: int, *, mirror: bool, steps: int | None = None, lr: float | None = None) -> Recipe:
-        """The student recipe for a set of ``size`` images; ``steps`` and ``lr`` replace the protocol's own."""
-        return Recipe(
-            steps=steps or self.steps * math.ceil(size / self.per_images),
-            batch=self.batch,
-            lr=lr or self.lr,
-            momentum=self.momentum,
-            weight_decay=self.weight_decay,
-            drops=tuple(self.drops),
-            drop_factor=self.drop_factor,
-            augment=dsa(self.augment, mirror=mirror),
-        )
-
-
-@functools.cache
-def protocols() -> dict[str, Protocol]:
-    """Every packaged protocol by name."""
-    found = {}
-    for entry in packaged("benchmarks/protocols"):
-        protocol = build(Protocol, read_yaml(entry.read_text(), entry.name), entry.name)
-        found[protocol.name] = protocol
-    return found
-
-
-def get_protocol(name: str) -> Protocol:
-    """The protocol called ``name``.
-
-    Raises:
-        CondenseError: unknown; suggests the nearest.
-    """
-    if name not in protocols():
-        raise CondenseError(f"unknown protocol '{name}'{did_you_mean(name, protocols())}")
-    return protocols()[name]
+CONTROLS = ("random", "random-bytes", "noise", "full", "full-equal")
+SEARCH = -1
+"""Stands for the run's number in the draws of the student that tries a learning rate."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One thing that students are trained on: what it is called, what identifies it, and its source per run."""
+    """One thing that students are trained on: what it is called, what identifies it, its budget, its source per run."""
 
     name: str
     labels: str
+    """own (what the set brings) or hard."""
     identity: str
-    """Digest of what the students see; with protocol, network and seed it keys the cache."""
-    recipe: Recipe
-    source: Callable[[int], Source]
-    """What run number k learns from; made when it is trained."""
+    """Digest of what the students see; with recipe, network and seed it keys the cache."""
+    steps: int
+    rates: tuple[float, ...]
+    """Learning rates; of several, held-out real training images decide."""
+    source: Callable[[Task, int], Source]
+    """What run number k learns from, of this real data; made when it is trained."""
+    learned: bool = False
+    """Whether its learning rate is the one that was learned with the set."""
+    augment: bool = True
+    """Whether the protocol's augmentation is applied."""
 
 
 def evaluate(
@@ -131,6 +66,7 @@ def evaluate(
     runs: int | None = None,
     protocol: str | None = None,
     controls: Sequence[str] = ("random",),
+    without_augmentation: bool = False,
     seed: int = 0,
     device: str = "auto",
     precision: str = "auto",
@@ -140,17 +76,23 @@ def evaluate(
     """Trains students on the set and on control arms under one protocol and returns the record.
 
     Every arm gets the same recipe and number of steps (`full` its own) and, run by run, the same initial weights.
-    Accuracy is that of the last step on the real test images. Control arms, and the set itself, are kept by content
-    under the cache directory and never trained twice.
+    Accuracy is that of the last step on the real test images. A learning rate that was learned with the set goes to
+    the distilled arm; the controls of its size get the better of that one and the protocol's, on held-out real training
+    images, as every arm does where the protocol names several. Each student is kept by content under the cache
+    directory and never trained twice; a killed evaluation goes on where it was. Ranks that ``torchrun`` started share
+    the students out.
 
     Args:
         distilled: the set to judge; its own transform is applied to the real images too.
         task: the real data, with the set's classes and image shape; or what ``condense.task`` takes.
-        networks: one or several architectures, names or ``nn.Module`` factories (whose scores are not cached); the one
-            that the set was made with when None.
+        networks: one or several architectures, names or ``nn.Module`` factories (whose scores are not cached); the
+            protocol's when None, where "own" is the one that the set was made with.
         runs: students per arm; the protocol's number when None.
-        protocol: name; the one in the manifest, else dc-v1, when None.
-        controls: any of random, noise, full, full-equal.
+        protocol: name; the one in the manifest, else dc-v1 (dc-soft-v1 for labels that are not hard), when None.
+        controls: any of random (equal images per class), random-bytes (hard-labelled 8-bit real images of the set's
+            total bytes), noise, full, full-equal (full data for the distilled arm's number of steps). The first and
+            third get the set's kind of labels.
+        without_augmentation: also train the distilled and random arms without augmentation, for ARS.
         seed: of the students' weights, shuffles, augmentation and of the random images.
         cache: False trains everything anew and stores nothing.
 
@@ -158,29 +100,29 @@ def evaluate(
         The record, schema ``condense.record/1``, JSON-ready.
 
     Raises:
-        CondenseError: data that do not fit the set, unknown network, protocol or control.
+        CondenseError: data that do not fit the set, unknown network, protocol or control, or out of memory.
     """
-    chosen = get_protocol(protocol or distilled.manifest.get("protocol") or "dc-v1")
+    chosen = get_protocol(protocol or _protocol(distilled))
     where = pick_device(device)
     precision = pick_precision(precision, where)
     wanted = [networks] if isinstance(networks, str) or callable(networks) else networks
-    architectures = list(wanted or [distilled.manifest["network"]])
+    own = distilled.manifest["network"]
+    architectures = list(dict.fromkeys(own if name == OWN else name for name in wanted or chosen.networks))
     runs = chosen.runs if runs is None else runs
     if not isinstance(task, Task):
         task = load(task, _options(distilled))
     _check(distilled, task, architectures, runs, controls)
     task = task.to(where, transform=distilled.transform)
     mirror = distilled.manifest.get("mirror", task.mirror)
-    judge = _Judge(task, chosen, mirror, runs, seed, where, precision, cache, quiet)
-    arms = [_distilled_arm(judge, distilled)]
-    missing = []
-    for control in dict.fromkeys(controls):
-        arm = _control_arm(judge, distilled, control)
-        if isinstance(arm, Arm):
-            arms.append(arm)
-        else:
-            missing.append({"arm": control, "why": arm})
-    results = [judge.score(arm, network) for network in architectures for arm in arms]
+    ranks = Ranks(where)
+    judge = _Judge(task, chosen, mirror, runs, seed, where, precision, cache, quiet, ranks)
+    arms, missing = _arms(judge, distilled, dict.fromkeys(controls), without_augmentation)
+    try:
+        results = judge.results([(arm, network) for network in architectures for arm in arms])
+    except (torch.OutOfMemoryError, MemoryError) as fault:
+        raise CondenseError(f"out of memory on {where}: take smaller --networks, or another --device") from fault
+    ranks.close()
+    cost = distilled.manifest.get("cost", {})
     return {
         "schema": SCHEMA,
         "set": {
@@ -189,24 +131,54 @@ def evaluate(
             "method": distilled.manifest["method"],
             "dataset": distilled.manifest["dataset"],
             "ipc": distilled.manifest["ipc"],
+            "seed": distilled.manifest.get("seed"),
             "label_kind": distilled.labels.kind,
+            "network": own,
             "bytes": distilled.nbytes(),
+            "command": distilled.manifest.get("command"),
         },
         "data": {
             "name": task.name,
             "fingerprint": task.fingerprint,
             "same": task.fingerprint == distilled.manifest.get("data", {}).get("fingerprint"),
         },
-        "protocol": {"name": chosen.name, "version": chosen.version},
+        "protocol": {"name": chosen.name, "version": chosen.version, "labels": chosen.labels},
         "runs": runs,
         "seed": seed,
         "results": results,
         "missing": missing,
-        "scores": scores(results),
-        "cost": distilled.manifest.get("cost", {}),
+        "scores": scores(results, distilled.labels.kind),
+        "cross_architecture": cross_architecture(results, own),
+        "time": time_to_accuracy(results, cost),
+        "cost": cost,
         "environment": environment(where, precision),
-        "command": shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]),
+        "command": command(
+            distilled, task, architectures, runs, chosen.name, list(controls), without_augmentation, seed
+        ),
     }
+
+
+def command(
+    distilled: DistilledSet,
+    task: Task,
+    architectures: Sequence[str | Architecture],
+    runs: int,
+    protocol: str,
+    controls: Sequence[str],
+    without_augmentation: bool = False,
+    seed: int = 0,
+) -> str:
+    """The command line that gives this record, however it was asked for."""
+    words = ["condense", "evaluate", f"{distilled.name.replace('/', '-')}.h5", "--data", data_word(task)]
+    words += ["--networks", ",".join(networks.name_of(network) for network in architectures), "--runs", str(runs)]
+    words += ["--protocol", protocol, "--controls", ",".join(controls) or "none"]
+    words += ["--without-augmentation"] * without_augmentation + ["--seed", str(seed)] * (seed != 0)
+    return shlex.join(words)
+
+
+def data_word(task: Task) -> str:
+    """What ``--data`` is given for this data: a registered name, or its name and a place to fill in."""
+    return task.name if task.name in DATASETS else f"{task.name}=PATH"
 
 
 def fit(
@@ -219,27 +191,44 @@ def fit(
 ) -> networks.Network:
     """Trains one network on the set by the recipe in its manifest and returns it on the CPU, in eval mode.
 
-    The network works in training space: give it ``distilled.transform(images)`` for images in [0,1].
+    The network works in training space: give it ``distilled.transform(images)`` for images in [0,1]. Of a protocol with
+    several learning rates it takes the first, because choosing needs real data.
     """
-    chosen = get_protocol(protocol or distilled.manifest.get("protocol") or "dc-v1")
+    chosen = get_protocol(protocol or _protocol(distilled))
     where = pick_device(device)
     with rng.seeded(seed, "student", 0):
         net = networks.build(network, distilled.shape, len(distilled.classes))
-    images, ids = distilled.training_images()
-    source = FixedSource(images.to(where), distilled.labels.to(where), ids)
-    recipe = chosen.recipe(len(images), mirror=distilled.manifest.get("mirror", True), lr=_learned_lr(distilled))
+    source = _own_source(distilled, where)
+    recipe = chosen.recipe(source.size, mirror=distilled.manifest.get("mirror", True), lr=_learned_lr(distilled))
     train(
         [Student(net, source, rng.key(seed, "run", 0))], recipe, device=where, precision=pick_precision("auto", where)
     )
     return net.cpu().eval()
 
 
-# -- arms -------------------------------------------------------------------------------------------------------------
+def _protocol(distilled: DistilledSet) -> str:
+    """The set's own protocol, else the usual one of its label track."""
+    return distilled.manifest.get("protocol") or ("dc-v1" if distilled.labels.kind == "hard" else "dc-soft-v1")
+
+
+# -- training and keeping ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One student: the arm that it learns from, its network and learning rate, and the task that tests it."""
+
+    arm: Arm
+    network: str | Architecture
+    rate: float
+    run: int
+    task: Task
+    """The real data; for a search, with held-out training images in place of the test images."""
 
 
 @dataclass
 class _Judge:
-    """Trains arms run by run, through the cache."""
+    """Trains students through the cache, shared out over the ranks."""
 
     task: Task
     protocol: Protocol
@@ -250,60 +239,136 @@ class _Judge:
     precision: str
     cache: bool
     quiet: bool
+    ranks: Ranks
 
-    def recipe(self, size: int, **changes: Any) -> Recipe:
-        return self.protocol.recipe(size, mirror=self.mirror, **changes)
+    def results(self, cells: Sequence[tuple[Arm, str | Architecture]]) -> list[dict[str, Any]]:
+        """Accuracies of all runs of each arm on each network, as entries of the record's ``results``."""
+        rates = self.rates(cells)
+        jobs = [
+            _Job(arm, network, rate, run, self.task)
+            for (arm, network), rate in zip(cells, rates)
+            for run in range(self.runs)
+        ]
+        scored = self.scored(jobs)
+        found = []
+        for number, ((arm, network), rate) in enumerate(zip(cells, rates)):
+            accuracies, seconds = zip(*scored[number * self.runs : (number + 1) * self.runs])
+            found.append(
+                {
+                    "arm": arm.name,
+                    "labels": arm.labels,
+                    "augment": self.recipe(arm, rate).augment is not None,
+                    "network": networks.name_of(network),
+                    "steps": arm.steps,
+                    "lr": rate,
+                    "lr_from": "held-out" if len(arm.rates) > 1 else "learned" if arm.learned else "protocol",
+                    "accuracies": list(accuracies),
+                    **summary(accuracies),
+                    "seconds": round(sum(seconds), 2),
+                }
+            )
+        return found
 
-    def score(self, arm: Arm, network: str | Architecture) -> dict[str, Any]:
-        """Accuracies of all runs of an arm on one architecture, as an entry of the record's ``results``."""
-        paths = [self._path(arm, network, run) for run in range(self.runs)]
-        cache = self.cache and isinstance(network, str)  # a factory's name does not say what it builds
-        known = [_read_score(path) if cache else None for path in paths]
-        todo = [run for run, entry in enumerate(known) if entry is None]
-        for runs in [todo] if pick_together(self.device) and todo else [[run] for run in todo]:
-            for run, entry in zip(runs, self._train(arm, network, runs)):
-                known[run] = entry
-                if cache:
-                    _write_score(paths[run], entry)
-        done = [entry for entry in known if entry is not None]
-        accuracies = [entry["accuracy"] for entry in done]
-        return {
-            "arm": arm.name,
-            "labels": arm.labels,
-            "augment": arm.recipe.augment is not None,
-            "network": networks.name_of(network),
-            "steps": arm.recipe.steps,
-            "accuracies": accuracies,
-            **summary(accuracies),
-            "seconds": round(sum(entry["seconds"] for entry in done), 2),
-        }
+    def rates(self, cells: Sequence[tuple[Arm, str | Architecture]]) -> list[float]:
+        """Each cell's learning rate; of several, the one whose student does best on held-out training images.
 
-    def _train(self, arm: Arm, network: str | Architecture, runs: list[int]) -> list[dict[str, float]]:
+        Neither the choice nor the student that is trained for it sees a test image.
+        """
+        if all(len(arm.rates) == 1 for arm, _ in cells):
+            return [arm.rates[0] for arm, _ in cells]
+        inner = self.task.hold_out(self.protocol.held_out, (self.seed, "held-out"))
+        jobs = [
+            _Job(arm, network, rate, SEARCH, inner)
+            for arm, network in cells
+            if len(arm.rates) > 1
+            for rate in arm.rates
+        ]
+        scored = iter(self.scored(jobs))
+        chosen = []
+        for arm, _ in cells:
+            tried = [next(scored)[0] for _ in arm.rates] if len(arm.rates) > 1 else [0.0]
+            chosen.append(arm.rates[tried.index(max(tried))])
+        return chosen
+
+    def recipe(self, arm: Arm, rate: float) -> Recipe:
+        recipe = self.protocol.recipe(0, mirror=self.mirror, steps=arm.steps, lr=rate)
+        return recipe if arm.augment else dataclasses.replace(recipe, augment=None)
+
+    def scored(self, jobs: Sequence[_Job]) -> list[tuple[float, float]]:
+        """Accuracy and training seconds of each job: from the cache, else trained, each by one rank."""
+        known = torch.zeros(len(jobs), 3, dtype=torch.float64)
+        if self.ranks.leads:  # one rank looks, so that all agree on what is to be done
+            for row, job in zip(known, jobs):
+                entry = _read_score(self._path(job)) if self._cached(job) else None
+                if entry is not None:
+                    row[:] = torch.tensor([*entry, 1.0])
+        known = self._shared(known)
+        trained = torch.zeros_like(known)
+        todo = [number for number in range(len(jobs)) if not known[number, 2]]
+        for turn, unit in enumerate(self._units(jobs, todo)):
+            if turn % self.ranks.world != self.ranks.rank:
+                continue
+            for number, entry in zip(unit, self._train([jobs[number] for number in unit])):
+                trained[number] = torch.tensor([*entry, 1.0])
+                if self._cached(jobs[number]):
+                    _write_score(self._path(jobs[number]), entry)
+        return [(row[0], row[1]) for row in (known + self._shared(trained)).tolist()]
+
+    def _shared(self, table: torch.Tensor) -> torch.Tensor:
+        """The sum of the ranks' tables."""
+        table = table.to(self.device)
+        self.ranks.sum(table)
+        return table.cpu()
+
+    def _units(self, jobs: Sequence[_Job], todo: Sequence[int]) -> list[list[int]]:
+        """Jobs that are trained at once: one by one on a CPU; else the runs of a cell, in as many parts as ranks."""
+        if not pick_together(self.device):
+            return [[number] for number in todo]
+        cells: dict[Any, list[int]] = {}
+        for number in todo:
+            job = jobs[number]
+            cells.setdefault((job.arm, job.network, job.rate, id(job.task)), []).append(number)
+        parts = [cell[rank :: self.ranks.world] for cell in cells.values() for rank in range(self.ranks.world)]
+        return [part for part in parts if part]
+
+    def _train(self, jobs: Sequence[_Job]) -> list[tuple[float, float]]:
+        """Jobs of one arm and network with one learning rate: accuracy and training seconds of each."""
+        first = jobs[0]
+        recipe = self.recipe(first.arm, first.rate)
         students = []
-        for run in runs:
-            with rng.seeded(self.seed, "student", run):
-                net = networks.build(network, self.task.shape, self.task.num_classes)
-            students.append(Student(net, arm.source(run), rng.key(self.seed, "run", run)))
-        which = f"run {runs[0] + 1} of {self.runs}" if len(runs) == 1 else f"{len(runs)} runs"
+        for job in jobs:
+            with rng.seeded(self.seed, "student", job.run):
+                net = networks.build(job.network, self.task.shape, self.task.num_classes)
+            students.append(Student(net, job.arm.source(job.task, job.run), rng.key(self.seed, "run", job.run)))
+        which = f"run {first.run + 1} of {self.runs}" if len(jobs) == 1 else f"{len(jobs)} runs"
+        which = f"trying lr {first.rate:g}" if first.run == SEARCH else which
         progress = Progress(
-            f"{arm.name} on {networks.name_of(network)}, {which}", len(students) * arm.recipe.steps, quiet=self.quiet
+            f"{first.arm.name} on {networks.name_of(first.network)}, {which}",
+            len(students) * recipe.steps,
+            quiet=self.quiet or not self.ranks.leads,
         )
-        began = time.monotonic()
-        train(students, arm.recipe, device=self.device, precision=self.precision, report=progress.update)
+        checkpoint = self._path(first).with_suffix(".part") if self._cached(first) else None
+        seconds = train(
+            students, recipe, device=self.device, precision=self.precision, checkpoint=checkpoint,
+            report=progress.update,
+        )  # fmt: skip
         progress.close()
-        accuracies = [accuracy(s.network, self.task, device=self.device, precision=self.precision) for s in students]
-        seconds = (time.monotonic() - began) / len(students)
-        return [{"accuracy": accuracy, "seconds": round(seconds, 3)} for accuracy in accuracies]
+        return [
+            (accuracy(s.network, job.task, device=self.device, precision=self.precision), round(seconds / len(jobs), 3))
+            for s, job in zip(students, jobs)
+        ]
 
-    def _path(self, arm: Arm, network: str | Architecture, run: int) -> Path:
+    def _cached(self, job: _Job) -> bool:
+        return self.cache and isinstance(job.network, str)  # a factory's name does not say what it builds
+
+    def _path(self, job: _Job) -> Path:
         """Where the score of one student is kept; everything that can change it is in the name."""
-        protocol = dataclasses.asdict(self.protocol)
-        protocol = {key: value for key, value in protocol.items() if key not in ("summary", "runs")}
-        recipe = {**dataclasses.asdict(arm.recipe), "augment": str(arm.recipe.augment)}
+        recipe = self.recipe(job.arm, job.rate)
         parts = [
-            arm.identity, protocol, recipe, networks.name_of(network), run, self.seed, self.task.fingerprint,
-            _digest(self.task.transform), self.precision, self.device.type, pick_together(self.device),
-            rng.HASH_VERSION, STUDENT_VERSION, torch.__version__,
+            job.arm.identity, {**dataclasses.asdict(recipe), "augment": str(recipe.augment)},
+            networks.name_of(job.network), job.run, self.protocol.held_out if job.run == SEARCH else None, self.seed,
+            self.task.fingerprint, _digest(self.task.transform), self.precision, self.device.type,
+            pick_together(self.device), rng.HASH_VERSION, STUDENT_VERSION, torch.__version__,
         ]  # fmt: skip
         digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
         return cache_dir() / "students" / digest[:2] / f"{digest}.json"
@@ -314,23 +379,121 @@ def _digest(transform: Any) -> str:
     return hashlib.sha256(b"".join(arrays[name].tobytes() for name in sorted(arrays))).hexdigest()
 
 
-def _read_score(path: Path) -> dict[str, float] | None:
+def _read_score(path: Path) -> tuple[float, float] | None:
     try:
         entry = json.loads(path.read_text())
-        return {"accuracy": float(entry["accuracy"]), "seconds": float(entry["seconds"])}
+        return float(entry["accuracy"]), float(entry["seconds"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def _write_score(path: Path, entry: dict[str, float]) -> None:
+def _write_score(path: Path, entry: tuple[float, float]) -> None:
     """Atomic; a cache that cannot be written costs time, not the result."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(entry))
+        temporary.write_text(json.dumps(dict(zip(("accuracy", "seconds"), entry))))
         os.replace(temporary, path)
     except OSError as fault:
         print(f"condense: the score cache cannot be written ({fault}); going on without it", file=sys.stderr)
+
+
+# -- arms -------------------------------------------------------------------------------------------------------------
+
+
+def _learned_lr(distilled: DistilledSet) -> float | None:
+    return distilled.manifest.get("learned_lr")
+
+
+def _own_source(distilled: DistilledSet, device: torch.device) -> FixedSource:
+    images, ids = distilled.training_images()
+    return FixedSource(images.to(device), distilled.labels.to(device), ids)
+
+
+def _hard_source(distilled: DistilledSet, device: torch.device) -> FixedSource:
+    """The set's images with the class of each in place of its labels."""
+    images, ids = distilled.training_images()
+    labels = HardLabels(distilled.hard_labels(), len(distilled.classes)).to(device)
+    return FixedSource(images.to(device), labels, ids)
+
+
+def _arms(
+    judge: _Judge, distilled: DistilledSet, controls: Iterable[str], without_augmentation: bool
+) -> tuple[list[Arm], list[dict[str, str]]]:
+    """The arms to train, the distilled ones first, and which cannot be had and why."""
+    controls, kind, protocol = list(controls), distilled.labels.kind, judge.protocol
+    ipc, learned = int(distilled.manifest["ipc"]), _learned_lr(distilled)
+    steps, rates = protocol.budget(len(distilled)), tuple(protocol.lr)
+    both = rates if learned is None or learned in rates else (*rates, learned)
+    taught = rates if learned is None else (learned,)
+    own_source = _own_source(distilled, judge.device)
+    own = Arm("distilled", "own", distilled.sha256(), steps, taught, lambda *_: own_source, learned is not None)
+    hard = own
+    if kind != "hard":
+        hard_source = _hard_source(distilled, judge.device)
+        identity = f"{distilled.sha256()}-hard"
+        hard = dataclasses.replace(own, labels="hard", identity=identity, source=lambda *_: hard_source)
+    missing = []
+    dropped = kind != "hard" and protocol.labels == "hard"
+    main = hard if dropped else own
+    arms = [main]
+    if dropped:
+        why = f"{protocol.name} judges hard labels; take a protocol of the soft track, e.g. dc-soft-v1"
+        missing.append({"arm": f"distilled with its {kind} labels", "why": why})
+    elif kind != "hard" and "full" in controls:
+        arms.append(hard)  # HLR compares hard labels with hard labels
+    label = main.labels
+    for control in controls:
+        if control in ("random", "noise") and label == "own" and kind != "hard":
+            missing.append({"arm": control, "why": f"no source of {kind} labels for these images"})
+        elif control in ("random", "noise"):
+            make = functools.partial(_random_source if control == "random" else _noise_source, judge.seed, ipc)
+            arms.append(Arm(control, label, f"{control}-{ipc}", steps, both, make))
+        elif control == "random-bytes":
+            count = _equal_count(distilled)
+            make = functools.partial(_random_bytes_source, judge.seed, count)
+            arms.append(Arm(control, "hard", f"{control}-{count}", steps, both, make))
+        else:
+            epochs = protocol.full_epochs * math.ceil(len(judge.task.train) / protocol.batch)
+            budget = max(epochs, steps) if control == "full" else steps
+            arms.append(Arm(control, "hard", control, budget, rates, lambda task, run: TaskSource(task, judge.device)))
+    if without_augmentation:
+        arms += [
+            dataclasses.replace(arm, augment=False)
+            for arm in arms
+            if arm.name in ("distilled", "random") and arm.labels == label
+        ]
+    return arms, missing
+
+
+def _random_source(seed: int, ipc: int, task: Task, run: int) -> FixedSource:
+    images, classes = task.per_class(ipc, (seed, "random-arm", run))
+    return FixedSource(images, HardLabels(classes, task.num_classes))
+
+
+def _noise_source(seed: int, ipc: int, task: Task, run: int) -> FixedSource:
+    classes = torch.arange(task.num_classes).repeat_interleave(ipc)
+    noise = torch.randn((len(classes), *task.shape), generator=rng.generator(seed, "noise-arm", run))
+    return FixedSource(noise.to(task.device), HardLabels(classes.to(task.device), task.num_classes))
+
+
+def _equal_count(distilled: DistilledSet) -> int:
+    """How many hard-labelled 8-bit images of the set's shape fit into its bytes."""
+    label_bits = math.ceil(math.log2(len(distilled.classes)))
+    return max(1, 8 * distilled.nbytes()["total"] // (8 * math.prod(distilled.shape) + label_bits))
+
+
+def _random_bytes_source(seed: int, count: int, task: Task, run: int) -> FixedSource:
+    """``count`` real images, as evenly over the classes as they go; all of them where there are not so many."""
+    share, rest = divmod(count, task.num_classes)
+    more = set(rng.Draws(seed, "random-bytes-classes", run).permutation(task.num_classes)[:rest].tolist())
+    parts = (seed, "random-bytes-arm", run)
+    ids = torch.cat([task.sample_ids(share + (c in more), parts, [c]) for c in range(task.num_classes)])
+    labels = torch.from_numpy(task.train.labels[ids.numpy()]).to(task.device)
+    return FixedSource(task.batch(ids), HardLabels(labels, task.num_classes))
+
+
+# -- checks -----------------------------------------------------------------------------------------------------------
 
 
 def _options(distilled: DistilledSet) -> DataOptions:
@@ -378,128 +541,3 @@ def _size(shape: Sequence[int]) -> str:
 def _few(names: Sequence[str]) -> str:
     shown = ", ".join(names[:3])
     return f"{len(names)} ({shown}{', ...' if len(names) > 3 else ''})"
-
-
-def _learned_lr(distilled: DistilledSet) -> float | None:
-    return distilled.manifest.get("learned_lr")
-
-
-def _distilled_arm(judge: _Judge, distilled: DistilledSet) -> Arm:
-    images, ids = distilled.training_images()
-    labels = distilled.labels.to(judge.device)
-    source = FixedSource(images.to(judge.device), labels, ids)
-    recipe = judge.recipe(len(images), lr=_learned_lr(distilled))
-    return Arm("distilled", "own", distilled.sha256(), recipe, lambda run: source)
-
-
-def _control_arm(judge: _Judge, distilled: DistilledSet, control: str) -> Arm | str:
-    """A control arm, or why it cannot be had. Arms with the set's labels need a source of such labels."""
-    task, ipc = judge.task, int(distilled.manifest["ipc"])
-    equal = judge.recipe(len(distilled)).steps
-    if control in ("full", "full-equal"):
-        source = TaskSource(task, judge.device)
-        epochs = judge.protocol.full_epochs * math.ceil(source.size / judge.protocol.batch)
-        steps = max(epochs, equal) if control == "full" else equal
-        return Arm(control, "hard", control, judge.recipe(source.size, steps=steps), lambda run: source)
-    if distilled.labels.kind != "hard":
-        return f"no source of {distilled.labels.kind} labels for these images"
-    make = _random_source if control == "random" else _noise_source
-    recipe = judge.recipe(ipc * task.num_classes, steps=equal)
-    return Arm(control, "own", f"{control}-{ipc}", recipe, lambda run: make(judge, ipc, run))
-
-
-def _random_source(judge: _Judge, ipc: int, run: int) -> FixedSource:
-    images, classes = judge.task.per_class(ipc, (judge.seed, "random-arm", run))
-    classes = classes.to(judge.device)
-    return FixedSource(images, HardLabels(classes, judge.task.num_classes))
-
-
-def _noise_source(judge: _Judge, ipc: int, run: int) -> FixedSource:
-    classes = torch.arange(judge.task.num_classes).repeat_interleave(ipc)
-    noise = torch.randn((len(classes), *judge.task.shape), generator=rng.generator(judge.seed, "noise-arm", run))
-    return FixedSource(noise.to(judge.device), HardLabels(classes.to(judge.device), judge.task.num_classes))
-
-
-# -- numbers ----------------------------------------------------------------------------------------------------------
-
-
-def summary(accuracies: Sequence[float]) -> dict[str, Any]:
-    """Mean, sample standard deviation and 95 % t-interval of the mean (None for both with a single run)."""
-    mean = statistics.fmean(accuracies)
-    if len(accuracies) < 2:
-        return {"mean": mean, "std": None, "ci95": None}
-    from scipy.stats import t
-
-    std = statistics.stdev(accuracies)
-    half = float(t.ppf(0.975, len(accuracies) - 1)) * std / math.sqrt(len(accuracies))
-    return {"mean": mean, "std": std, "ci95": [mean - half, mean + half]}
-
-
-def scores(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """DD-Ranking's scores per network, on fractions, from the arms that were run.
-
-    IOR = distilled - random; HLR = full - distilled (hard labels); LRS = (e^a - e^-1) / (e - e^-1),
-    a = (IOR - HLR) / 2.
-    """
-    found: dict[str, Any] = {}
-    for network in dict.fromkeys(entry["network"] for entry in results):
-        means = {entry["arm"]: entry["mean"] for entry in results if entry["network"] == network}
-        values = {}
-        if "random" in means:
-            values["IOR"] = means["distilled"] - means["random"]
-        if "full" in means:
-            values["HLR"] = means["full"] - means["distilled"]
-        if len(values) == 2:
-            alpha = 0.5 * values["IOR"] - 0.5 * values["HLR"]
-            values["LRS"] = (math.exp(alpha) - math.exp(-1)) / (math.e - math.exp(-1))
-        found[network] = values
-    return found
-
-
-def environment(device: torch.device, precision: str) -> dict[str, Any]:
-    """Versions and machine, for the record."""
-    return {
-        "condense": condense.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "platform": f"{platform.system()} {platform.machine()}",
-        "device": device_name(device),
-        "threads": torch.get_num_threads(),
-        "precision": precision,
-        "tf32": device.type == "cuda" and torch.backends.cudnn.allow_tf32,
-        "peak_memory": peak_memory(device),
-    }
-
-
-def table(record: dict[str, Any]) -> str:
-    """The record's results as lines for a terminal."""
-    rows = [("network", "arm", "runs", "accuracy", "95 % interval", "steps", "seconds")]
-    for entry in record["results"]:
-        std = "" if entry["std"] is None else f" ± {100 * entry['std']:.1f}"
-        interval = "" if entry["ci95"] is None else "{:.1f} to {:.1f}".format(*(100 * bound for bound in entry["ci95"]))
-        rows.append(
-            (
-                entry["network"],
-                entry["arm"],
-                str(len(entry["accuracies"])),
-                f"{100 * entry['mean']:.1f} %{std}",
-                interval,
-                str(entry["steps"]),
-                f"{entry['seconds']:.1f}",
-            )
-        )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    for network, values in record["scores"].items():
-        if values:
-            lines.append(f"{network}: " + ", ".join(f"{name} {value:+.3f}" for name, value in values.items()))
-    for entry in record["missing"]:
-        lines.append(f"arm {entry['arm']} is missing: {entry['why']}")
-    return "\n".join(lines)
-
-
-def write_record(record: dict[str, Any], path: Path) -> None:
-    """Writes the record as indented JSON, atomically."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(record, indent=1) + "\n")

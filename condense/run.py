@@ -439,6 +439,17 @@ class Run:
         os.replace(temporary, path)
 
 
+def read_state(path: Path) -> dict[str, Any] | None:
+    """What ``torch.save`` wrote, on the CPU; None where the file is damaged or holds anything but plain state."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load compares no checksums
+        state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # a damaged file raises anything
+        return None
+    return state if isinstance(state, dict) else None
+
+
 def load_checkpoint(directory: Path, config_key: str) -> dict[str, Any] | None:
     """The newest whole checkpoint of a run directory, None where it has none yet.
 
@@ -449,12 +460,7 @@ def load_checkpoint(directory: Path, config_key: str) -> dict[str, Any] | None:
         path = directory / name
         if not path.exists():
             continue
-        try:
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()  # torch.load compares no checksums
-            state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
-        except Exception:  # a damaged file raises anything
-            state = None
+        state = read_state(path)
         if state is None:
             _log.warning("condense: %s is damaged; going on from what was saved before it", path)
             continue

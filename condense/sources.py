@@ -73,9 +73,15 @@ class Split:
 
     images: np.ndarray
     labels: np.ndarray
+    rows: np.ndarray | None = None
+    """Where the split has only some of ``images``: which, int64, one for each label."""
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def at(self, ids: np.ndarray) -> Split:
+        """The part of the split with these row numbers; images are not copied."""
+        return Split(self.images, self.labels[ids], ids if self.rows is None else self.rows[ids])
 
 
 @dataclass(frozen=True)
@@ -612,6 +618,29 @@ def _list_folder(root: Path) -> _Listing:
         return _Listing(root, classes, train, _class_files(test_folder, classes))
     rows = _stratified(np.array([file.label for file in train]), classes, what, "data")
     return _Listing(root, classes, [train[row] for row in rows[0]], [train[row] for row in rows[1]])
+
+
+def read_images(folder: Path, options: DataOptions) -> tuple[tuple[str, ...], Split]:
+    """Every image of ``<class>/*`` or ``train/<class>/*`` as one split, uint8, and the names of the class folders.
+
+    For a distilled set in a folder: no class is cut into train and test, and nothing is kept in the cache.
+
+    Raises:
+        CondenseError: no class folders, or one of the files is no image or of another size.
+    """
+    if not folder.is_dir():
+        raise CondenseError(f"'{folder}' is no folder; give one with <class>/* or train/<class>/*")
+    inside = folder / "train"
+    if not inside.is_dir() or not _folders(inside):  # a class may be called train
+        inside = folder
+    classes = tuple(_folders(inside))
+    if not classes:
+        raise CondenseError(f"'{folder}' holds no class folders; expected <class>/* or train/<class>/*")
+    files = _class_files(inside, classes)
+    mode = "L" if options.grey else "RGB" if options.grey is False else _majority(files)
+    shape = _open(files[0].path, lambda image: _pixels(image, mode, options.resize)).shape
+    chunks = list(_decode([file.path for file in files], shape, mode, options.resize))
+    return classes, Split(np.concatenate(chunks), _labels_of(files))
 
 
 def _annotated(folder: Path, classes: Sequence[str]) -> list[_File]:

@@ -13,7 +13,6 @@ import copy
 import functools
 import logging
 import time
-import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from condense.distilled import replacing
 from condense.errors import CondenseError
 from condense.labels import HardLabels, Labels, content
 from condense.networks import Network
-from condense.run import fast
+from condense.run import fast, read_state
 from condense.tasks import Task
 
 _log = logging.getLogger(__name__)
@@ -130,8 +129,10 @@ def train(
     together: bool | None = None,
     report: Callable[[int], None] | None = None,
     checkpoint: Path | None = None,
-) -> None:
+) -> float:
     """Trains all students in place, on ``device``, and leaves them in train mode.
+
+    Returns the seconds that it took, over all resumptions.
 
     Args:
         together: stacked in lock-step (needs equal architectures and sources of equal size); None picks by device.
@@ -151,18 +152,20 @@ def train(
         try:
             _train_stacked(students, recipe, device, precision, report, keeper)
             keeper.remove()
-            return
+            return keeper.seconds
         except torch.OutOfMemoryError:  # the students themselves are untouched until the end
             torch.cuda.empty_cache()
             keeper.remove()
-    keepers = []
+    keepers, seconds = [], 0.0
     for k, student in enumerate(students):
         path = checkpoint and (checkpoint.with_name(f"{checkpoint.name}.{k}") if len(students) > 1 else checkpoint)
         keepers.append(_Keeper(path, [student], recipe, device, precision, keep_end=len(students) > 1))
         shifted = report and functools.partial(_shift, report, k * recipe.steps)
         _train_one(student, recipe, device, precision, shifted, keepers[k])
+        seconds += keepers[k].seconds
     for keeper in keepers:  # only now, so that the first students need no second training when the last one is killed
         keeper.remove()
+    return seconds
 
 
 def pick_together(device: torch.device) -> bool:
@@ -214,7 +217,8 @@ class _Keeper:
         precision: str,
         keep_end: bool = False,
     ) -> None:
-        self.path, self.steps, self.keep_end, self.saved = path, recipe.steps, keep_end, time.monotonic()
+        self.path, self.steps, self.keep_end = path, recipe.steps, keep_end
+        self.began = self.saved = time.monotonic()
         if path is None:
             return
         known = [str(recipe), str(device.type), precision, torch.__version__]
@@ -225,17 +229,20 @@ class _Keeper:
             known += [str(student.seed), str(student.source.size), content(state)]
         self.key = " ".join(known)
 
+    @property
+    def seconds(self) -> float:
+        """Of training so far, over all resumptions."""
+        return time.monotonic() - self.began
+
     def read(self) -> dict[str, Any] | None:
         """What :meth:`after` wrote for this same training; None where there is nothing of use."""
         if self.path is None or not self.path.exists():
             return None
-        try:
-            with zipfile.ZipFile(self.path) as archive:
-                damaged = archive.testzip()  # torch.load compares no checksums
-            state = {} if damaged else torch.load(self.path, map_location="cpu", weights_only=True)
-            return state if state["key"] == self.key else None
-        except Exception:  # a damaged or foreign file raises anything
+        state = read_state(self.path)
+        if state is None or state.get("key") != self.key:
             return None
+        self.began -= state["seconds"]
+        return state
 
     def after(self, step: int, state: Callable[[], dict[str, Any]]) -> None:
         """Writes ``state()`` after ``step`` steps if it is time; a failure costs safety, not the result."""
@@ -244,7 +251,7 @@ class _Keeper:
             return
         try:
             with replacing(self.path) as temporary, temporary.open("wb") as file:
-                torch.save({"key": self.key, "step": step, **state()}, file)
+                torch.save({"key": self.key, "step": step, "seconds": self.seconds, **state()}, file)
         except (CondenseError, OSError, RuntimeError) as fault:
             _log.warning("condense: the training goes on without a checkpoint: %s", fault)
         self.saved = time.monotonic()

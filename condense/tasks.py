@@ -13,7 +13,7 @@ from torch import Tensor
 
 from condense import sources
 from condense.errors import CondenseError
-from condense.rng import hash64, key
+from condense.rng import Draws, hash64, key
 from condense.sources import DATASETS, DataOptions, Loaded, Split, cache_dir, data_root, datasets
 
 if TYPE_CHECKING:
@@ -78,8 +78,8 @@ class Task:
         self.options = options or DataOptions()
         self.device = torch.device(device)
         self.transform = transform.to(self.device)
-        self._train_rows = _Rows(train.images, self.device)
-        self._test_rows = _Rows(test.images, self.device)
+        self._train_rows = _Rows(train, self.device)
+        self._test_rows = _Rows(test, self.device)
         self._by_class = np.argsort(train.labels, kind="stable")
         self._starts = np.concatenate([[0], np.cumsum(self.counts)])
 
@@ -104,17 +104,26 @@ class Task:
 
     def to(self, device: torch.device | str, transform: Standardise | ZCA | None = None) -> Task:
         """The same task with batches served on ``device``, in another training space where a ``transform`` is given."""
+        return self._with(self.train, self.test, device=device, transform=transform)
+
+    def _with(
+        self,
+        train: Split,
+        test: Split,
+        device: torch.device | str | None = None,
+        transform: Standardise | ZCA | None = None,
+    ) -> Task:
         return Task(
             self.name,
             self.classes,
-            self.train,
-            self.test,
+            train,
+            test,
             mirror=self.mirror,
             fingerprint=self.fingerprint,
             transform=transform or self.transform,
             source=self.source,
             options=self.options,
-            device=device,
+            device=device or self.device,
         )
 
     def batch(self, ids: Tensor) -> Tensor:
@@ -127,7 +136,7 @@ class Task:
 
     def raw(self, ids: Tensor) -> Tensor:
         """Train images as stored, uint8 (or float32 in [0,1]) (len(ids), C, H, W) on the CPU."""
-        return self._train_rows.host.index_select(0, ids.cpu())
+        return self._train_rows.stored(ids)
 
     def test_batch(self, ids: Tensor) -> Tensor:
         """Test images in the training space, float32 (len(ids), C, H, W) on the device."""
@@ -191,19 +200,45 @@ class Task:
         """Ids of all train images of class ``c``, int64, ascending."""
         return self._by_class[self._starts[c] : self._starts[c + 1]]
 
+    def hold_out(self, share: float, parts: tuple[int | str, ...]) -> Task:
+        """A task that tests on a random ``share`` of the train images of each class and trains on the others.
+
+        This task's test images are not in it, and images are not copied. A class with one image only trains.
+
+        Args:
+            share: of each class, rounded, at least one image.
+            parts: key of the draw.
+        """
+        held = []
+        for c in range(self.num_classes):
+            ids = self.class_ids(c)
+            count = min(max(1, round(share * len(ids))), len(ids) - 1)
+            held.append(ids[Draws(*parts, c).sample(len(ids), max(count, 0)).numpy()])
+        test = np.sort(np.concatenate(held))
+        return self._with(self.train.at(np.setdiff1d(np.arange(len(self.train)), test)), self.train.at(test))
+
 
 class _Rows:
     """Rows of one split, served on a device by the rule that :class:`Task` states."""
 
-    def __init__(self, images: np.ndarray, device: torch.device) -> None:
+    def __init__(self, split: Split, device: torch.device) -> None:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*not writable")  # a memory map; nothing here writes
-            self.host = torch.from_numpy(images)
+            self.host = torch.from_numpy(split.images)
+        self._numbers = None if split.rows is None else torch.from_numpy(split.rows)
         self._device = device
         self._served: Tensor | None = self.host if device.type == "cpu" else None
 
+    def stored(self, ids: Tensor) -> Tensor:
+        """Rows ``ids`` as stored, on the CPU."""
+        return self.host.index_select(0, self._number(ids.cpu()))
+
+    def _number(self, ids: Tensor) -> Tensor:
+        return ids if self._numbers is None else self._numbers[ids.cpu()]
+
     def take(self, ids: Tensor) -> Tensor:
         """Rows ``ids`` as stored, on the device."""
+        ids = self._number(ids)
         if self._served is None:
             fits = self.host.nbytes <= _free_memory(self._device) // 4
             self._served = self.host.to(self._device) if fits else self.host
@@ -273,5 +308,5 @@ def _transform(loaded: Loaded, zca: bool) -> Standardise | ZCA:
     from condense.augment import ZCA, Standardise
 
     if zca:
-        return ZCA.fit(_unit(_Rows(loaded.train.images, torch.device("cpu")).host))
+        return ZCA.fit(_unit(_Rows(loaded.train, torch.device("cpu")).host))
     return Standardise(torch.from_numpy(loaded.mean), torch.from_numpy(loaded.std))

@@ -19,6 +19,11 @@ LINE_SECONDS = 30.0
 """Time between two lines of progress where there is no terminal."""
 
 
+def leads() -> bool:
+    """Whether this process talks and writes: among those that ``torchrun`` started, the first."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 class Tracker(Protocol):
     """Where numbers of a run go besides the log."""
 

@@ -345,7 +345,7 @@ def test_show_a_recipe(done, tmp_path):
 
 def test_show_a_set(done, material):
     text = done(f"show {material}/set.h5")
-    assert "classes: 0, 1, 2, 3" in text and "bytes: auxiliary=8, images=1280" in text
+    assert "classes: 0, 1, 2, 3" in text and "bytes: auxiliary=8, external=0, images=1280" in text
     assert json.loads(done(f"show {material}/set.h5 --json"))["name"] == "digits/random-ipc2"
 
 

@@ -1,14 +1,17 @@
 """The judge: arms under one budget, numbers by hand, the cache, and the record."""
 
+import dataclasses
 import json
-import math
 
+import numpy as np
 import pytest
 import torch
+from conftest import tiny_arrays
 
 import condense
-from condense import evaluation
+from condense import evaluation, protocols, records
 from condense.errors import CondenseError
+from condense.labels import SoftLabels
 
 NETWORK = "convnet-d2-w8-in"
 
@@ -19,12 +22,14 @@ def made(tiny):
 
 
 @pytest.fixture(autouse=True)
-def short_protocol(monkeypatch):
-    """quick-v1 with 20 steps and two runs."""
-    import dataclasses
-
-    quick = dataclasses.replace(evaluation.get_protocol("quick-v1"), steps=20, full_epochs=2, runs=2)
-    monkeypatch.setattr(evaluation, "protocols", lambda: {"quick-v1": quick, "dc-v1": quick})
+def short_protocols(monkeypatch):
+    """Every protocol with 20 steps, two passes over the full data and two runs."""
+    short = {
+        name: dataclasses.replace(protocol, steps=20, full_epochs=2, runs=2)
+        for name, protocol in protocols.protocols().items()
+    }
+    monkeypatch.setattr(protocols, "protocols", lambda: short)
+    return short
 
 
 def count_trainings(monkeypatch):
@@ -40,14 +45,15 @@ def count_trainings(monkeypatch):
 
 
 def test_the_record_has_the_contracts_fields(made, tiny):
-    controls = ["random", "noise", "full", "full-equal"]
+    controls = ["random", "random-bytes", "noise", "full", "full-equal"]
     record = condense.evaluate(made, tiny, networks=[NETWORK, "mlp"], runs=2, protocol="quick-v1", controls=controls)
     assert record["schema"] == "condense.record/1"
     assert set(record) >= {"set", "protocol", "runs", "seed", "results", "scores", "cost", "environment", "command"}
     assert set(record["set"]) >= {"name", "sha256", "method", "dataset", "ipc", "label_kind", "bytes"}
-    assert set(record["set"]["bytes"]) == {"images", "labels", "auxiliary", "total"}
-    assert record["protocol"] == {"name": "quick-v1", "version": 1}
-    assert len(record["results"]) == 2 * 5
+    assert set(record["set"]["bytes"]) == {"images", "labels", "auxiliary", "external", "total"}
+    assert record["protocol"] == {"name": "quick-v1", "version": 1, "labels": "hard"}
+    assert len(record["results"]) == 2 * 6
+    assert records.check_record(json.loads(json.dumps(record))) == []
     for entry in record["results"]:
         assert set(entry) >= {"arm", "labels", "augment", "network", "accuracies", "mean", "std", "ci95", "seconds"}
         assert len(entry["accuracies"]) == 2
@@ -55,8 +61,12 @@ def test_the_record_has_the_contracts_fields(made, tiny):
     by_arm = {entry["arm"]: entry for entry in record["results"] if entry["network"] == NETWORK}
     assert by_arm["full-equal"]["steps"] == by_arm["distilled"]["steps"] == by_arm["random"]["steps"] == 20
     assert by_arm["full"]["steps"] == 20  # two passes over 36 images are 2 steps: fewer than the distilled arm's
-    json.dumps(record)
-    assert "random" in evaluation.table(record)
+    assert "random" in records.table(record)
+    assert record["cross_architecture"]["others"] == ["mlp"]
+    made_in = record["cost"]["seconds"]
+    first = record["time"][0]
+    assert first["arm"] == "distilled" and first["made_seconds"] == made_in
+    assert first["total_seconds"]["10"] == pytest.approx(made_in / 10 + first["train_seconds"], abs=2e-3)
 
 
 def test_an_identical_evaluation_trains_nothing_and_a_second_set_only_its_own_arm(made, tiny, monkeypatch):
@@ -81,39 +91,198 @@ def test_the_cache_is_never_needed(made, tiny, monkeypatch):
 
 def test_a_random_set_is_worth_a_random_set(tiny):
     chosen = condense.distill("random", tiny, 2, network=NETWORK)
-    record = condense.evaluate(chosen, tiny, runs=3)
-    low, high = record["results"][0]["ci95"]
-    margin = (high - low) / 2 + (record["results"][1]["ci95"][1] - record["results"][1]["ci95"][0]) / 2
-    assert abs(record["scores"][NETWORK]["IOR"]) <= margin
+    record = condense.evaluate(chosen, tiny, runs=5)
+    low, high = record["scores"][NETWORK]["IOR"]["ci95"]
+    assert low <= 0 <= high
 
 
-def test_summary_by_hand():
-    got = evaluation.summary([0.5, 0.6, 0.7])
-    assert got["mean"] == pytest.approx(0.6)
-    assert got["std"] == pytest.approx(0.1)
-    half = 4.302653 * 0.1 / math.sqrt(3)  # t for 2 degrees of freedom, 97.5 %
-    assert got["ci95"] == pytest.approx([0.6 - half, 0.6 + half])
-    assert evaluation.summary([0.5]) == {"mean": 0.5, "std": None, "ci95": None}
+def test_the_very_images_of_the_random_arm_have_no_improvement_over_it(made, tiny):
+    """The set is what the random arm of run 0 draws, so its only run gives the same student, and 0 exactly."""
+    images, labels = tiny.per_class(2, (0, "random-arm", 0))
+    assert torch.equal(labels, made.labels.labels)
+    same = condense.DistilledSet(images, made.labels, made.transform, {**made.manifest, "space": "training"})
+    record = condense.evaluate(same, tiny, runs=1)
+    assert record["scores"][NETWORK]["IOR"] == {"value": 0.0, "ci95": None}
 
 
-def test_scores_equal_worked_values():
-    def entries(distilled, random, full):
-        return [{"arm": arm, "network": "n", "mean": mean} for arm, mean in
-                (("distilled", distilled), ("random", random), ("full", full))]  # fmt: skip
-
-    for hlr, ior, lrs in ((0.40, 0.10, 0.2097), (0.20, 0.05, 0.2382), (0.30, -0.05, 0.2006)):
-        got = evaluation.scores(entries(0.5, 0.5 - ior, 0.5 + hlr))["n"]
-        assert got["HLR"] == pytest.approx(hlr) and got["IOR"] == pytest.approx(ior)
-        assert got["LRS"] == pytest.approx(lrs, abs=5e-5)
+# -- random images of equal bytes -------------------------------------------------------------------------------------
 
 
-def test_protocol_budgets():
-    from condense.evaluation import Protocol
+def test_equal_bytes_are_counted_with_labels_and_transform(made, tiny):
+    stored = 6 * 64 * 4 + 2 + 8  # six float32 images, six labels of two bits, mean and std
+    assert made.nbytes()["total"] == stored
+    count = evaluation._equal_count(made)
+    assert count == stored * 8 // (64 * 8 + 2) == 24
+    source = evaluation._random_bytes_source(0, 26, tiny, 0)
+    counts = torch.bincount(source.labels.labels, minlength=3).tolist()
+    assert sum(counts) == 26 and sorted(counts) == [8, 9, 9]
+    assert sum(evaluation._random_bytes_source(0, 2, tiny, 0).labels.labels.bincount(minlength=3)) == 2
+    assert evaluation._random_bytes_source(0, 1000, tiny, 0).size == 36  # all there are
 
-    protocol = Protocol("x", 1, "", "hard", 1000, 256, 256, 0.01, 0.9, 5e-4, [0.5], 0.1, "none", 60, 5)
-    assert [protocol.recipe(size, mirror=True).steps for size in (10, 256, 257, 500)] == [1000, 1000, 2000, 2000]
-    assert protocol.recipe(10, mirror=True).rate(499) == 0.01
-    assert protocol.recipe(10, mirror=True).rate(500) == pytest.approx(0.001)
+
+# -- learning rates ---------------------------------------------------------------------------------------------------
+
+
+def test_the_rate_is_chosen_on_held_out_training_images_never_on_test_images(made, tiny):
+    """Poisoned test labels change accuracies, but no choice."""
+    train_images, train_labels, test_images, test_labels = tiny_arrays()
+    poisoned = condense.task((train_images, train_labels, test_images, (test_labels + 1) % 3), name="tiny")
+    controls = ["random", "noise", "full"]
+    good, bad = (
+        condense.evaluate(made, task, networks="mlp", runs=2, protocol="dc-tuned-v1", controls=controls)
+        for task in (tiny, poisoned)
+    )
+    assert [entry["lr_from"] for entry in good["results"]] == ["held-out"] * 4
+    assert [entry["lr"] for entry in good["results"]] == [entry["lr"] for entry in bad["results"]]
+    assert good["results"][3]["mean"] > 0.6 > 0.4 > bad["results"][3]["mean"]
+
+
+def test_the_search_follows_the_held_out_images(made, tiny, monkeypatch):
+    """The rate with the best student on the held-out images wins; the students are those of the inner task."""
+    seen = []
+    original = evaluation.accuracy
+
+    def watch(network, task, **options):
+        seen.append((task.test.rows is not None, len(task.train), original(network, task, **options)))
+        return seen[-1][2]
+
+    monkeypatch.setattr(evaluation, "accuracy", watch)
+    record = condense.evaluate(made, tiny, networks="mlp", runs=1, protocol="dc-tuned-v1", controls=[])
+    tried = [value for held_out, size, value in seen if held_out and size == 33]
+    assert len(tried) == 5 and len(seen) == 6
+    rates = protocols.get_protocol("dc-tuned-v1").lr
+    assert record["results"][0]["lr"] == rates[tried.index(max(tried))]
+
+
+def test_a_learned_rate_is_the_sets_own_and_the_controls_may_take_it_too(made, tiny):
+    taught = condense.DistilledSet(made.stored, made.labels, made.transform, {**made.manifest, "learned_lr": 0.3})
+    record = condense.evaluate(taught, tiny, networks="mlp", runs=1, protocol="quick-v1", controls=["random", "full"])
+    distilled, control, full = record["results"]
+    assert (distilled["lr"], distilled["lr_from"]) == (0.3, "learned")
+    assert control["lr"] in (0.01, 0.3) and control["lr_from"] == "held-out"
+    assert (full["lr"], full["lr_from"]) == (0.01, "protocol")
+
+
+def test_held_out_images_leave_training(tiny):
+    inner = tiny.hold_out(0.25, ("x",))
+    assert inner.counts.tolist() == [9, 9, 9] and np.bincount(inner.test.labels).tolist() == [3, 3, 3]
+    parts = [inner.batch(torch.arange(27)), inner.test_batch(torch.arange(9))]
+    everything = tiny.batch(torch.arange(36))
+    together = {tuple(image.flatten().tolist()) for image in torch.cat(parts)}
+    assert together == {tuple(image.flatten().tolist()) for image in everything} and len(together) == 36
+    images, labels = inner.per_class(9, ("y",))
+    rows = [int((everything == image).flatten(1).all(1).nonzero()[0, 0]) for image in images]
+    assert [int(tiny.train.labels[row]) for row in rows] == labels.tolist()
+    again = inner.hold_out(0.3, ("z",))  # rows of rows
+    assert torch.equal(again.batch(torch.tensor([0])), everything[torch.from_numpy(again.train.rows[:1])])
+
+
+# -- label tracks -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def soft(made):
+    return condense.DistilledSet(
+        made.stored, SoftLabels(torch.randn(6, 3)), made.transform, {**made.manifest, "protocol": None}
+    )
+
+
+def test_the_hard_track_judges_images_with_their_classes(soft, made, tiny):
+    record = condense.evaluate(soft, tiny, protocol="quick-v1", runs=2, controls=["random", "full"])
+    hard = condense.evaluate(made, tiny, protocol="quick-v1", runs=2, controls=["random", "full"])
+    assert [entry["labels"] for entry in record["results"]] == ["hard", "hard", "hard"]
+    assert [e["accuracies"] for e in record["results"]] == [e["accuracies"] for e in hard["results"]]
+    assert "quick-v1 judges hard labels" in record["missing"][0]["why"]
+    assert set(record["scores"][NETWORK]) == {"IOR", "HLR", "LRS"}
+
+
+def test_the_soft_track_judges_own_labels_and_never_replaces_them(soft, tiny):
+    record = condense.evaluate(soft, tiny, runs=1, controls=["random", "noise", "full", "random-bytes"])
+    assert record["protocol"]["name"] == "dc-soft-v1"
+    arms = [(entry["arm"], entry["labels"]) for entry in record["results"]]
+    assert arms == [("distilled", "own"), ("distilled", "hard"), ("full", "hard"), ("random-bytes", "hard")]
+    assert [entry["arm"] for entry in record["missing"]] == ["random", "noise"]
+    assert set(record["scores"][NETWORK]) == {"HLR"}
+
+
+def test_without_augmentation(made, tiny):
+    record = condense.evaluate(made, tiny, runs=2, controls=["random", "full"], without_augmentation=True)
+    kinds = [(entry["arm"], entry["augment"]) for entry in record["results"]]
+    assert kinds == [("distilled", True), ("random", True), ("full", True), ("distilled", False), ("random", False)]
+    assert set(record["scores"][NETWORK]) == {"IOR", "HLR", "LRS", "ARS"}
+    assert "distilled (not augmented)" in records.table(record)
+
+
+# -- killed and shared out --------------------------------------------------------------------------------------------
+
+
+def numbers(record):
+    """What must be the same however a record came about."""
+    timed = ("seconds",)
+    return [{key: value for key, value in entry.items() if key not in timed} for entry in record["results"]], record[
+        "scores"
+    ]
+
+
+def test_killed_and_called_again_gives_the_same_record_and_trains_only_the_rest(made, tiny, monkeypatch):
+    whole = condense.evaluate(made, tiny, runs=2, cache=False)
+    original = evaluation.train
+    calls = []
+
+    def dying(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(evaluation, "train", dying)
+    with pytest.raises(KeyboardInterrupt):
+        condense.evaluate(made, tiny, runs=2)
+    again = condense.evaluate(made, tiny, runs=2)
+    assert len(calls) == 3 + 2
+    assert numbers(again) == numbers(whole)
+
+
+RANK = """
+import json, sys
+import numpy, torch, condense
+from condense import protocols
+import dataclasses
+torch.set_num_threads(1)
+short = {n: dataclasses.replace(p, steps=10) for n, p in protocols.protocols().items()}
+protocols.protocols = lambda: short
+task = condense.task(sys.argv[1], name="tiny")
+made = condense.load(sys.argv[2])
+record = condense.evaluate(made, task, networks=["mlp"], runs=3, protocol="dc-tuned-v1", device="cpu",
+                           precision="fp32", controls=["random", "full"])
+import os
+if os.environ.get("RANK", "0") == "0":
+    json.dump(record, open(sys.argv[3], "w"))
+"""
+
+
+def test_two_ranks_give_the_record_of_one(made, tmp_path):
+    import os
+    import subprocess
+    import sys
+
+    np.savez(tmp_path / "tiny.npz", **dict(zip(("train_images", "train_labels", "test_images", "test_labels"),
+                                               tiny_arrays())))  # fmt: skip
+    made.save(tmp_path / "set.h5")
+    (tmp_path / "rank.py").write_text(RANK)
+    found = []
+    for ranks in (1, 2):
+        out = tmp_path / f"{ranks}.json"
+        cache = {"CONDENSE_CACHE": str(tmp_path / f"cache{ranks}")}
+        words = [tmp_path / "rank.py", tmp_path / "tiny.npz", tmp_path / "set.h5", out]
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        subprocess.run([*start, *map(str, words)], check=True, env={**os.environ, **cache}, capture_output=True)
+        found.append(json.loads(out.read_text()))
+    assert numbers(found[0]) == numbers(found[1])
+    assert [entry["lr_from"] for entry in found[1]["results"]] == ["held-out"] * 3
+
+
+# -- what was given ---------------------------------------------------------------------------------------------------
 
 
 def test_data_that_do_not_fit(made, tiny_colour):

@@ -12,7 +12,12 @@ import pytest
 ROOT = Path(__file__).parent.parent
 CONFIG = configparser.ConfigParser()
 CONFIG.read(ROOT / "setup.cfg")
-MAPPED = {"condense": "condense", "methods": "condense.methods", "benchmarks": "condense.benchmarks"}
+MAPPED = {
+    "condense": "condense",
+    "methods": "condense.methods",
+    "benchmarks": "condense.benchmarks",
+    "distilled_sets": "condense.distilled_sets",
+}
 
 
 def listed_packages():
@@ -100,6 +105,8 @@ def test_the_wheel_has_code_and_data_and_no_tests(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert "condense/methods/recipes/dm.yaml" in names
     assert "condense/benchmarks/protocols/dc-v1.yaml" in names
+    assert "condense/benchmarks/suites/small.yaml" in names
+    assert "condense/record.schema.json" in names
     assert "condense/py.typed" in names
     top = {name.split("/")[0] for name in names}
     assert all(entry == "condense" or entry.endswith(".dist-info") for entry in top)
@@ -124,6 +131,8 @@ def test_the_core_never_imports_a_method():
     import ast
 
     for path in (ROOT / "condense").rglob("*.py"):
+        if path.name == "cli.py":  # the one room that may name anything
+            continue
         for node in ast.walk(ast.parse(path.read_text())):
             names = []
             if isinstance(node, ast.Import):

@@ -29,9 +29,9 @@ import condense
 from condense import networks, rng, tasks
 from condense.augment import Standardise
 from condense.errors import CondenseError
-from condense.evaluation import environment
 from condense.networks import Network
 from condense.optimizer import Group
+from condense.records import environment
 from condense.registry import METHODS
 from condense.run import Run, Step, peak_memory, pick_device, pick_precision
 from condense.synthetic import SyntheticOptions, SyntheticSet

@@ -25,8 +25,8 @@ from condense.benchmarks.speed.measure import (
     random_images,
     write,
 )
-from condense.evaluation import environment
 from condense.labels import HardLabels
+from condense.records import environment
 from condense.run import pick_device, pick_precision
 from condense.students import FixedSource, Recipe, Student, pick_together, train
 

@@ -1,0 +1,262 @@
+"""``condense suite NAME``: a whole table, method x dataset x ipc x seed, made, judged and put on a page; resumable."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from condense import api, evaluation, records
+from condense.benchmarks import leaderboard
+from condense.config import build, packaged, read_yaml
+from condense.distilled import DistilledSet, save_grid
+from condense.errors import CondenseError, did_you_mean
+from condense.protocols import OWN, get_protocol
+from condense.tasks import DATASETS, Task
+from condense.tracking import leads
+
+RECORDS, SETS, RUNS, PAGE = "records", "sets", "runs", "page"
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A table to fill; a YAML file in ``benchmarks/suites``, or the user's own."""
+
+    name: str
+    """Begins the names of its records."""
+    summary: str
+    """One line for people."""
+    protocol: str
+    """What every set is judged under."""
+    runs: int
+    """Students per arm."""
+    seeds: list[int]
+    """Seeds of the distilling, each a row of its own."""
+    network: str
+    """Architecture that methods match with."""
+    networks: list[str]
+    """Architectures judged on; "own" is ``network``."""
+    controls: list[str]
+    """Arms beside the sets."""
+    tasks: dict[str, list[int]]
+    """Data by name, with the images per class."""
+    methods: dict[str, Any]
+    """Method, with settings by ``DATA-ipcN``."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row to be: a method on some data with some images per class and a seed."""
+
+    suite: str
+    method: str
+    data: str
+    ipc: int
+    seed: int
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def stem(self) -> str:
+        """Name of its files."""
+        return f"{self.suite}-{self.data}-{self.method}-ipc{self.ipc}-seed{self.seed}"
+
+
+@dataclass
+class Outcome:
+    """What came of a suite: records that are there, cells that are not and why, and the page."""
+
+    made: list[Path] = field(default_factory=list)
+    kept: list[Path] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    page: Path | None = None
+
+
+@functools.cache
+def suites() -> dict[str, Suite]:
+    """Every packaged suite by name."""
+    found = [_suite(entry.read_text(), entry.name) for entry in packaged("benchmarks/suites")]
+    return {suite.name: suite for suite in found}
+
+
+def get_suite(name: str) -> Suite:
+    """A packaged suite, or the one in a YAML file.
+
+    Raises:
+        CondenseError: no such name or file, or its content is wrong.
+    """
+    if name.endswith((".yaml", ".yml")):
+        if not Path(name).is_file():
+            raise CondenseError(f"{name}: no such file")
+        return _suite(Path(name).read_text(), name)
+    if name not in suites():
+        raise CondenseError(f"unknown suite '{name}'{did_you_mean(name, suites()) or '; or give a .yaml file'}")
+    return suites()[name]
+
+
+def _suite(text: str, where: str) -> Suite:
+    suite = build(Suite, read_yaml(text, where), where)
+    get_protocol(suite.protocol)
+    known = [f"{data}-ipc{ipc}" for data, sizes in suite.tasks.items() for ipc in sizes]
+    faults = []
+    for method, settings in suite.methods.items():
+        for name, values in (settings or {}).items():
+            if name not in known:
+                faults.append(f"{where}: {method} has settings for '{name}', which is none of its cells"
+                              f"{did_you_mean(name, known)}")  # fmt: skip
+                continue
+            try:
+                api.check(method, values or {}, network=suite.network)
+            except CondenseError as fault:
+                faults.append(f"{where}: {method}, {name}: {fault}")
+    if faults:
+        raise CondenseError("; ".join(faults))
+    return suite
+
+
+def cells(suite: Suite, methods: Sequence[str] = (), datasets: Sequence[str] = ()) -> list[Cell]:
+    """The suite's cells, data by data, so that control arms are trained once and found in the cache by the rest.
+
+    Args:
+        suite: the table.
+        methods: only these, where given.
+        datasets: only these, where given.
+
+    Raises:
+        CondenseError: a method or dataset that the suite does not have.
+    """
+    for flag, asked, known in (("--methods", methods, suite.methods), ("--datasets", datasets, suite.tasks)):
+        for name in asked:
+            if name not in known:
+                raise CondenseError(f"{flag} {name}: not in the suite '{suite.name}'{did_you_mean(name, known)}")
+    return [
+        Cell(suite.name, method, data, ipc, seed, ((suite.methods[method] or {}).get(f"{data}-ipc{ipc}")) or {})
+        for data, sizes in suite.tasks.items()
+        if not datasets or data in datasets
+        for ipc in sizes
+        for method in suite.methods
+        if not methods or method in methods
+        for seed in suite.seeds
+    ]
+
+
+def run(
+    suite: Suite,
+    out: Path,
+    *,
+    data: Mapping[str, str] | None = None,
+    methods: Sequence[str] = (),
+    datasets: Sequence[str] = (),
+    device: str = "auto",
+    precision: str = "auto",
+    download: bool = False,
+    quiet: bool = True,
+) -> Outcome:
+    """Fills the table: distils and judges every cell, writes records and pictures, and builds the page.
+
+    A cell whose record is there and says the same settings, protocol and networks is kept; one that was stopped goes on
+    where it was. A cell that fails is reported and the others are made.
+
+    Args:
+        suite: the table.
+        out: folder for ``records`` (JSON and PNG), ``sets``, ``runs`` and ``page``.
+        data: where named data are that are not registered, e.g. ``{"cifar10-jpeg": "./cifar10"}``.
+        methods: only these.
+        datasets: only these.
+        download: fetch registered data that are not on disk.
+    """
+    wanted = cells(suite, methods, datasets)
+    outcome = Outcome()
+    tasks: dict[str, Task | str] = {}
+    began, spent = time.monotonic(), 0
+    for number, cell in enumerate(wanted, 1):
+        if cell.data not in tasks:
+            tasks[cell.data] = _task(cell.data, data or {}, download)
+        real, path = tasks[cell.data], out / RECORDS / f"{cell.stem}.json"
+        try:
+            if isinstance(real, str):
+                raise CondenseError(real)
+            if _is_current(path, suite, cell, real):
+                outcome.kept.append(path)
+                line = "is there"
+            else:
+                spent += 1
+                line = _fill(suite, cell, real, out, device, precision, quiet or not leads())
+                outcome.made.append(path)
+        except CondenseError as fault:
+            outcome.failed[cell.stem] = str(fault)
+            line = f"not made: {fault}"
+        if leads() and not quiet:
+            left = (time.monotonic() - began) / max(spent, 1) * (len(wanted) - number) / 60
+            rest = f"; about {left:.0f} min left" if spent and number < len(wanted) else ""
+            print(f"[{number}/{len(wanted)}] {cell.stem}: {line}{rest}", file=sys.stderr, flush=True)
+    if leads() and any((out / RECORDS).glob("*.json")):
+        outcome.page = leaderboard.build(out / RECORDS, out / PAGE).index
+    return outcome
+
+
+def _task(name: str, data: Mapping[str, str], download: bool) -> Task | str:
+    """The data, or why they cannot be had."""
+    if name not in data and name not in DATASETS:
+        return f"no data called {name}; give --data {name}=PATH"
+    try:
+        return api.task(data.get(name, name), name=name, download=download)
+    except CondenseError as fault:
+        return str(fault)
+
+
+def _is_current(path: Path, suite: Suite, cell: Cell, real: Task) -> bool:
+    """Whether the cell's record is there and is of these settings."""
+    try:
+        record = records.read_record(path)
+    except CondenseError:
+        return False
+    protocol = get_protocol(suite.protocol)
+    judged = dict.fromkeys(entry["network"] for entry in record["results"])
+    asked = {suite.network if name == OWN else name for name in suite.networks}
+    arms = {entry["arm"] for entry in [*record["results"], *record["missing"]]}
+    return (
+        record["set"]["command"] == api.command(**_asked(suite, cell, real))
+        and record["data"]["fingerprint"] == real.fingerprint
+        and (record["protocol"]["name"], record["protocol"]["version"]) == (protocol.name, protocol.version)
+        and record["runs"] == suite.runs
+        and asked <= set(judged)
+        and set(suite.controls) <= arms
+    )
+
+
+def _asked(suite: Suite, cell: Cell, real: Task) -> dict[str, Any]:
+    """The cell as arguments of ``api``."""
+    return {
+        "method": cell.method, "real": real, "ipc": cell.ipc, "network": suite.network, "seed": cell.seed,
+        "protocol": suite.protocol, **cell.settings,
+    }  # fmt: skip
+
+
+def _fill(suite: Suite, cell: Cell, real: Task, out: Path, device: str, precision: str, quiet: bool) -> str:
+    """Makes, judges and draws one cell; a line on what came out."""
+    began = time.monotonic()
+    made = api.distill_or_resume(
+        **_asked(suite, cell, real), out=out / SETS / f"{cell.stem}.h5", run_dir=out / RUNS / cell.stem, device=device,
+        precision=precision, quiet=quiet,
+    )  # fmt: skip
+    record = judge(suite, made, real, device=device, precision=precision, quiet=quiet)
+    path = out / RECORDS / f"{cell.stem}.json"
+    if leads():
+        images, per_class = made.pictures()
+        save_grid(images, path.with_suffix(".png"), columns=per_class)
+        records.write_record(record, path)
+    means = {entry["arm"]: entry["mean"] for entry in reversed(record["results"])}
+    compared = f" (random {100 * means['random']:.1f} %)" if "random" in means else ""
+    return f"{100 * means['distilled']:.1f} %{compared} in {(time.monotonic() - began) / 60:.1f} min"
+
+
+def judge(suite: Suite, made: DistilledSet, real: Task, **options: Any) -> dict[str, Any]:
+    """The record of a set under the suite's rules."""
+    return evaluation.evaluate(
+        made, real, networks=suite.networks, runs=suite.runs, protocol=suite.protocol, controls=suite.controls,
+        **options,
+    )  # fmt: skip

@@ -1,0 +1,172 @@
+"""A whole table: made, skipped where it is there, resumed where it was stopped, and the sets worth shipping."""
+
+import numpy as np
+import pytest
+from conftest import command_line, tiny_arrays
+
+import condense
+from condense import protocols, records
+from condense.benchmarks import ready_made
+from condense.benchmarks import suite as suites
+from condense.errors import CondenseError
+
+TEXT = """
+name: mini
+summary: a table for tests
+protocol: quick-v1
+runs: 2
+seeds: [0]
+network: convnet-d2-w8-in
+networks: [own, mlp]
+controls: [random, full]
+tasks: {tiny: [1, 2]}
+methods:
+  random: {}
+  dm: {tiny-ipc1: {steps: 2, batch_real: 6}, tiny-ipc2: {steps: 3, batch_real: 6}}
+"""
+
+
+@pytest.fixture(autouse=True)
+def short_protocols(monkeypatch):
+    import dataclasses
+
+    quick = dataclasses.replace(protocols.get_protocol("quick-v1"), steps=10, full_epochs=1)
+    dc = protocols.get_protocol("dc-v1")
+    monkeypatch.setattr(protocols, "protocols", lambda: {"quick-v1": quick, "dc-v1": dc})
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A folder with the suite and its data."""
+    names = ("train_images", "train_labels", "test_images", "test_labels")
+    np.savez(tmp_path / "tiny.npz", **dict(zip(names, tiny_arrays())))
+    (tmp_path / "mini.yaml").write_text(TEXT)
+    return tmp_path
+
+
+def run(place, **options):
+    suite = suites.get_suite(str(place / "mini.yaml"))
+    return suites.run(suite, place / "out", data={"tiny": str(place / "tiny.npz")}, **options)
+
+
+def test_a_table_is_made_once(place, monkeypatch):
+    outcome = run(place)
+    assert len(outcome.made) == 4 and not outcome.kept and not outcome.failed
+    assert outcome.page.is_file()
+    for path in outcome.made:
+        record = records.read_record(path)
+        assert path.with_suffix(".png").is_file() and {e["network"] for e in record["results"]} == {
+            "convnet-d2-w8-in", "mlp"
+        }  # fmt: skip
+    dm = records.read_record(place / "out/records/mini-tiny-dm-ipc2-seed0.json")
+    assert dm["set"]["command"] == (
+        "condense distill dm --data tiny=PATH --ipc 2 --network convnet-d2-w8-in steps=3 batch_real=6 protocol=quick-v1"
+    )
+    before = {path: path.read_bytes() for path in outcome.made}
+    again = run(place)
+    assert not again.made and len(again.kept) == 4
+    assert {path: path.read_bytes() for path in outcome.made} == before
+
+
+def test_a_changed_setting_makes_only_its_own_cells_again(place):
+    run(place)
+    (place / "mini.yaml").write_text(TEXT.replace("tiny-ipc2: {steps: 3", "tiny-ipc2: {steps: 4"))
+    outcome = run(place)
+    assert [path.stem for path in outcome.made] == ["mini-tiny-dm-ipc2-seed0"]
+    assert condense.load(place / "out/sets/mini-tiny-dm-ipc2-seed0.h5").manifest["steps_done"] == 4
+
+
+def test_a_stopped_table_goes_on_with_the_same_sets(place, monkeypatch):
+    whole = run(place)
+    reference = {path.name: records.read_record(path)["set"]["sha256"] for path in whole.made}
+    (place / "out").rename(place / "whole")
+    original, judged = suites.judge, []
+
+    def dying(*arguments, **options):
+        judged.append(1)
+        if len(judged) == 3:
+            raise KeyboardInterrupt
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(suites, "judge", dying)
+    with pytest.raises(KeyboardInterrupt):
+        run(place)
+    monkeypatch.setattr(suites, "judge", original)
+    outcome = run(place)
+    assert len(outcome.kept) == 2 and len(outcome.made) == 2
+    found = {path.name: records.read_record(path)["set"]["sha256"] for path in [*outcome.kept, *outcome.made]}
+    assert found == reference
+
+
+def test_a_cell_that_fails_does_not_take_the_others_with_it(place):
+    (place / "mini.yaml").write_text(TEXT.replace("[1, 2]", "[1, 2, 13]"))
+    outcome = run(place)
+    assert len(outcome.made) == 4
+    assert set(outcome.failed) == {"mini-tiny-random-ipc13-seed0", "mini-tiny-dm-ipc13-seed0"}
+    assert "has only 12 images" in outcome.failed["mini-tiny-dm-ipc13-seed0"]
+    assert outcome.page.is_file()
+
+
+def test_only_some_cells(place):
+    assert [path.stem for path in run(place, methods=["random"]).made] == [
+        "mini-tiny-random-ipc1-seed0", "mini-tiny-random-ipc2-seed0"
+    ]  # fmt: skip
+    with pytest.raises(CondenseError, match="--methods randm: not in the suite 'mini'; did you mean 'random'"):
+        run(place, methods=["randm"])
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (("tiny-ipc1: {steps: 2", "tiny-ipc3: {steps: 2"), "dm has settings for 'tiny-ipc3', which is none of its"),
+        (("steps: 2", "stesp: 2"), "stesp=2: no such setting of the method 'dm'; did you mean 'steps'"),
+        (("quick-v1", "quick-v9"), "unknown protocol 'quick-v9'"),
+        (("  dm:", "  dmm:"), "unknown method 'dmm'"),
+        (("runs: 2", "run: 2"), "run=2: no such setting"),
+    ],
+)
+def test_faults_of_a_suite_are_found_before_any_work(place, change, message):
+    (place / "mini.yaml").write_text(TEXT.replace(*change))
+    with pytest.raises(CondenseError, match=message):
+        run(place)
+    assert not (place / "out").exists()
+
+
+def test_the_command_line(place, capsys, monkeypatch):
+    monkeypatch.chdir(place)
+    missing = command_line("suite mini.yaml --out out", capsys)
+    assert missing.code == 2 and "no data called tiny; give --data tiny=PATH" in missing.err
+    done = command_line("suite mini.yaml --out out --data tiny=tiny.npz --methods random", capsys)
+    assert done.code == 0 and "2 records made" in done.out and "index.html" in done.out
+    assert "[2/2] mini-tiny-random-ipc2-seed0" in done.err
+    wrong = command_line("suite smal", capsys)
+    assert wrong.code == 2 and "unknown suite 'smal'; did you mean 'small'" in wrong.err
+    bare = command_line("suite mini.yaml --data tiny", capsys)
+    assert bare.code == 2 and "--data tiny: write NAME=PATH" in bare.err
+
+
+def test_the_best_sets_are_written_with_their_cards(place):
+    run(place)
+    suite = suites.get_suite(str(place / "mini.yaml"))
+    to = place / "ready"
+    written = ready_made.write(suite, place / "out", to, {"tiny": str(place / "tiny.npz")})
+    assert len(written) == 2
+    for path in written:
+        made = condense.load(path)
+        claim = made.manifest["claim"]
+        rivals = (place / "out/records").glob(f"*ipc{made.manifest['ipc']}-*.json")
+        entries = [entry for rival in rivals for entry in records.main_entries(records.read_record(rival))]
+        best = max(entry["mean"] for entry in entries if entry["network"] == suite.network)
+        assert claim["mean"] == pytest.approx(best, abs=0.06)  # one image of 18: float16 may move it
+        assert claim["protocol"] == "quick-v1" and path.with_suffix(".png").is_file()
+        assert f'condense.load("{made.name}")' in path.with_suffix(".md").read_text()
+
+
+def test_halving_is_undone_where_it_changes_accuracy():
+    def record(*accuracies):
+        entry = {"arm": "distilled", "labels": "own", "augment": True, "network": "n", "accuracies": list(accuracies)}
+        return {"results": [entry]}
+
+    whole = record(0.5, 0.6, 0.7)
+    assert ready_made.unchanged(whole, record(0.51, 0.59, 0.7))
+    assert not ready_made.unchanged(whole, record(0.45, 0.55, 0.651))
