@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import typer
 
 from condense.errors import CondenseError, did_you_mean
+from condense.units import duration, size
 from condense.version import __version__
 
 EXIT_CODES = (
@@ -297,10 +298,10 @@ def _report(made: Any, out: Path, run_dir: Path, data: str) -> None:
     if not _leads():
         return
     manifest = made.manifest
-    images = f"{len(made.stored)} images of {_size(made.nbytes()['images'])}"
+    images = f"{len(made.stored)} images of {size(made.nbytes()['images'])}"
     total = manifest["settings"].get("steps")
     steps = f", {manifest['steps_done']} of {total} steps" if total else ""
-    print(f"made {made.name}: {images}{steps} in {_duration(manifest['cost']['seconds'])}")
+    print(f"made {made.name}: {images}{steps} in {duration(manifest['cost']['seconds'])}")
     if manifest["stopped_early"]:
         print(f"  stopped by --minutes; go on with: condense resume {shlex.quote(str(run_dir))} --minutes M")
     file = shlex.quote(str(out))
@@ -411,6 +412,25 @@ def preview(
     print(f"wrote {out}: {len(loaded.classes)} classes, one a row")
 
 
+@app.command()
+def leaderboard(
+    out: Annotated[Path, typer.Option("--out", help="folder of the site; replaced as a whole")],
+    results: Annotated[
+        Path | None, typer.Option("--results", help="folder of records; those of this project by default")
+    ] = None,
+    force: Force = False,
+) -> None:
+    """Writes records as a static page that opens from disk. Records that are not as they should be are left out."""
+    from condense.benchmarks import leaderboard
+
+    built = leaderboard.build(results or leaderboard.RESULTS, out, force=force)
+    for fault in built.rejected:
+        print(f"condense: left out {fault.file}: {fault.reason}", file=sys.stderr)
+    counts = {"rows": built.rows, "records": built.records, "published": built.published}
+    print(", ".join(f"{name} {count}" for name, count in {**counts, "left out": len(built.rejected)}.items()))
+    print(f"open {built.index}")
+
+
 def _set(name: str) -> Any:
     from condense import api
 
@@ -441,26 +461,12 @@ def plan(
     if as_json:
         print(json.dumps(needs, indent=1))
         return
-    per_step = f" ({needs['steps']} steps of {_duration(needs['seconds_per_step'])})" if needs["steps"] else ""
-    memory = ", ".join(f"{_size(size)} {where}" for where, size in needs["peak_memory"].items())
+    per_step = f" ({needs['steps']} steps of {duration(needs['seconds_per_step'])})" if needs["steps"] else ""
+    memory = ", ".join(f"{size(count)} {where}" for where, count in needs["peak_memory"].items())
     print(f"{asked.method} on {real.name}, ipc {asked.ipc}, {needs['device']}")
-    print(f"  time:   {_duration(needs['seconds'])}{per_step}")
+    print(f"  time:   {duration(needs['seconds'])}{per_step}")
     print(f"  memory: {memory} at peak")
-    print(f"  disk:   {_size(needs['set_bytes']['total'])} set, {_size(needs['checkpoint_bytes'])} checkpoints")
-
-
-def _duration(seconds: float) -> str:
-    for unit, size, least in (("days", 86400, 172800), ("h", 3600, 7200), ("min", 60, 120), ("s", 1, 1)):
-        if seconds >= least:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{1000 * seconds:.3g} ms"
-
-
-def _size(count: int) -> str:
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count} bytes"
+    print(f"  disk:   {size(needs['set_bytes']['total'])} set, {size(needs['checkpoint_bytes'])} checkpoints")
 
 
 def _version(wanted: bool) -> None:

@@ -1,0 +1,206 @@
+"""Geometry of the leaderboard's charts: values to places in an SVG of fixed size. ``page/chart.svg`` draws them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+WIDTH, HEIGHT = 480, 280
+LEFT, RIGHT, TOP, BOTTOM = 42, 470, 12, 234
+"""Edges of the plot; the axes' labels lie outside."""
+COLOURS = 7
+SHAPES = ("circle", "square", "triangle", "diamond", "drop")
+"""Colour and shape both tell a method, so that either is enough; 7 and 5 have no common factor: 35 looks."""
+LINE_HEIGHT = 18
+LABEL = (18, 12)
+"""Width and height that a point's label takes."""
+ALIKE = 0.5
+"""Control marks nearer than this in the drawing are one mark."""
+
+
+def look(index: int) -> tuple[str, str]:
+    """The colour class and the shape of the method with that number."""
+    return f"c{index % COLOURS}", SHAPES[index % len(SHAPES)]
+
+
+@dataclass
+class Point:
+    """One thing to draw: an accuracy at one place per number of uses."""
+
+    at: dict[str, float]
+    """Bytes or seconds by number of uses; an unusable number leaves the point out."""
+    accuracy: float
+    rows: list[str]
+    """Rows of the table that it belongs to; it is hidden with them."""
+    tip: str
+    shape: str
+    colour: str = "control"
+    interval: tuple[float, float] | None = None
+    hollow: bool = False
+    label: str = ""
+
+
+@dataclass
+class Line:
+    """An accuracy without a place on the other axis."""
+
+    accuracy: float
+    rows: list[str]
+    label: str
+    tip: str
+
+
+@dataclass
+class Mark:
+    """A point in the drawing."""
+
+    point: Point
+    x: dict[str, float]
+    y: float
+    low: float
+    high: float
+    """The interval's ends, below and above ``y``."""
+
+
+@dataclass
+class Chart:
+    """A drawing; places in user units from the upper left."""
+
+    id: str
+    title: str
+    about: str
+    x_title: str
+    x_ticks: list[tuple[float, str]]
+    y_ticks: list[tuple[float, str]]
+    marks: list[Mark]
+    lines: list[tuple[float, float, Line]]
+    """Height of the line, of its label, and the line."""
+    shapes: set[str] = field(default_factory=set)
+    """Shapes that occur, for the legend."""
+
+
+def chart(
+    id: str,
+    title: str,
+    about: str,
+    x_title: str,
+    points: Iterable[Point],
+    lines: Sequence[Line],
+    ticks: Callable[[float, float], list[tuple[float, str]]],
+) -> Chart | None:
+    """Accuracy against something with a logarithmic axis; None without a point.
+
+    Args:
+        ticks: labelled values within two bounds.
+    """
+    points = [p for p in points if p.at and all(0 < x < math.inf for x in p.at.values())]
+    if not points:
+        return None
+    low, high = _room([x for p in points for x in p.at.values()])
+    accuracies = [p.accuracy for p in points] + [line.accuracy for line in lines]
+    accuracies += [bound for p in points for bound in p.interval or ()]
+    step, bottom, top = _steps(max(0.0, min(accuracies)), min(1.0, max(accuracies)))
+
+    def across(value: float) -> float:
+        return round(LEFT + (RIGHT - LEFT) * math.log(value / low) / math.log(high / low), 1)
+
+    def down(accuracy: float) -> float:
+        inside = min(max(accuracy, bottom), top)
+        return round(BOTTOM - (BOTTOM - TOP) * (inside - bottom) / (top - bottom), 1)
+
+    marks = []
+    for p in points:
+        y = down(p.accuracy)
+        ends = [round(down(bound) - y, 1) for bound in p.interval or (p.accuracy, p.accuracy)]
+        marks.append(Mark(p, {uses: across(x) for uses, x in p.at.items()}, y, ends[0], ends[1]))
+    count = round((top - bottom) / step)
+    return Chart(
+        id=id,
+        title=title,
+        about=about,
+        x_title=x_title,
+        x_ticks=[(across(value), label) for value, label in ticks(low, high)],
+        y_ticks=[(down(bottom + i * step), f"{100 * (bottom + i * step):.3g}") for i in range(count + 1)],
+        marks=_thin(_merged(marks)),
+        lines=_placed([(down(line.accuracy), line) for line in lines]),
+        shapes={mark.point.shape for mark in marks},
+    )
+
+
+def _merged(marks: list[Mark]) -> list[Mark]:
+    """Controls that several rows share as one mark; sets stay, last, so that they lie on top."""
+    controls: dict[tuple[object, ...], Mark] = {}
+    for mark in marks:
+        if mark.point.colour == "control":
+            places = tuple(round(x / ALIKE) for x in mark.x.values())
+            known = controls.setdefault((mark.point.shape, mark.point.tip, places, round(mark.y / ALIKE)), mark)
+            known.point.rows = list(dict.fromkeys([*known.point.rows, *mark.point.rows]))
+    return [*controls.values(), *(mark for mark in marks if mark.point.colour != "control")]
+
+
+def _placed(lines: list[tuple[float, Line]]) -> list[tuple[float, float, Line]]:
+    """The lines from the top, each label above its line, or below where the one before is in the way."""
+    placed: list[tuple[float, float, Line]] = []
+    for y, line in sorted(lines, key=lambda pair: (pair[0], pair[1].label)):
+        taken = max(placed[-1][0], placed[-1][1]) if placed else 0.0
+        above = y - LINE_HEIGHT > taken
+        placed.append((y, y - 4 if above else max(y, taken) + LINE_HEIGHT - 4, line))
+    return placed
+
+
+def _thin(marks: list[Mark]) -> list[Mark]:
+    """The marks, without the label of one that lies beside another with the same label."""
+    shown: list[Mark] = []
+    for mark in sorted(marks, key=lambda mark: mark.y):
+        x = next(iter(mark.x.values()))
+        beside = [m for m in shown if m.point.label == mark.point.label and abs(m.y - mark.y) < LABEL[1]]
+        if any(abs(next(iter(m.x.values())) - x) < LABEL[0] for m in beside):
+            mark.point.label = ""
+        elif mark.point.label:
+            shown.append(mark)
+    return marks
+
+
+def _room(values: Sequence[float]) -> tuple[float, float]:
+    """Bounds of a logarithmic axis, with room at both ends and at least a factor of 9 apart."""
+    low, high = min(values), max(values)
+    margin = max(1.35, math.sqrt(9 / (high / low)) if high / low < 9 else 1.35)
+    return low / margin, high * margin * 1.15
+
+
+def _steps(low: float, high: float) -> tuple[float, float, float]:
+    """A round step of accuracy for about five ticks, and the multiples of it that enclose the values."""
+    span = max(high - low, 0.02)
+    step = next(s for s in (0.005, 0.01, 0.02, 0.05, 0.1, 0.2) if span / s <= 6 or s == 0.2)
+    bottom = math.floor(low / step + 1e-9) * step
+    top = math.ceil(high / step - 1e-9) * step
+    return step, bottom, top if top > bottom else bottom + step
+
+
+def byte_ticks(low: float, high: float) -> list[tuple[float, str]]:
+    """Powers of ten of bytes between two bounds; halves and fifths where these are too few."""
+    units = ("B", "kB", "MB", "GB", "TB", "PB", "EB")
+    every = [
+        (lead * 10.0**power, f"{lead * 10 ** (power % 3)} {units[power // 3]}")
+        for power in range(19)
+        for lead in (1, 2, 5)
+    ]
+    return _chosen([tick for tick in every if low <= tick[0] <= high], lambda tick: tick[1].startswith("1"))
+
+
+def second_ticks(low: float, high: float) -> list[tuple[float, str]]:
+    """Round durations between two bounds."""
+    units = (("ms", 0.001, (1, 10, 100), (2, 5, 20, 50, 200, 500)), ("s", 1, (1, 10), (2, 5, 20, 30)),
+             ("min", 60, (1, 10), (2, 5, 20, 30)), ("h", 3600, (1, 10), (2, 5)),
+             ("d", 86400, (1, 10, 100, 1000), (2, 5, 20, 50, 200, 500)))  # fmt: skip
+    main = {(count * size, f"{count} {unit}") for unit, size, counts, _ in units for count in counts}
+    every = main | {(count * size, f"{count} {unit}") for unit, size, _, counts in units for count in counts}
+    return _chosen([tick for tick in sorted(every) if low <= tick[0] <= high], lambda tick: tick in main)
+
+
+def _chosen(ticks: list[tuple[float, str]], main: Callable[[tuple[float, str]], bool]) -> list[tuple[float, str]]:
+    """The main ticks, every tick where there are fewer than three of them, and never more than seven."""
+    few = [tick for tick in ticks if main(tick)]
+    wanted = few if len(few) > 2 else ticks
+    return wanted[:: math.ceil(len(wanted) / 7)] if wanted else []

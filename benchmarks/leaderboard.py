@@ -1,0 +1,594 @@
+"""The leaderboard: records and published numbers as one static page that opens from disk, without a server or network.
+
+``condense leaderboard --out DIR`` writes ``DIR/index.html`` and ``DIR/records/``: every accepted record, and beside it
+the picture of its images where a ``STEM.png`` lies next to the ``STEM.json``. Records come from anywhere: their text is
+escaped, files get names chosen here, and one that is not as it should be is listed by name and left out. The same input
+gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import functools
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from condense.benchmarks import charts
+from condense.benchmarks.charts import Chart, Line, Point
+from condense.errors import CondenseError
+from condense.protocols import protocols
+from condense.records import USES, arm_name, main_entries, read_record
+from condense.registry import METHODS
+from condense.units import duration, size
+from condense.version import __version__
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+PUBLISHED = HERE / "published.csv"
+MARKER = '<meta name="generator" content="condense leaderboard">'
+"""In every page of ours; a folder without it is not replaced."""
+RECORDS = "records"
+"""Folder of the site with copies of records and pictures."""
+TEXT_LIMIT = 10_000
+"""Characters of the longest text in a record."""
+NUMBER_LIMIT = 1e18
+PICTURE_LIMIT = 32 * 1024 * 1024
+"""Bytes of the largest picture that is copied."""
+SIDE_LIMIT = 16_384
+"""Pixels of its longest side."""
+PNG = b"\x89PNG\r\n\x1a\n"
+COLUMNS = ("method", "dataset", "ipc", "network", "mean", "std", "source", "evidence")
+"""Of published.csv; accuracies are per cent."""
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """Something that was left out."""
+
+    file: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a build made."""
+
+    index: Path
+    records: int
+    rows: int
+    """One for each network that a record judged its set on."""
+    published: int
+    rejected: list[Rejected]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """The picture of a set's images."""
+
+    href: str
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class Published:
+    """A number from a paper, in per cent, as it was reported."""
+
+    method: str
+    dataset: str
+    ipc: int
+    network: str
+    mean: float
+    std: float | None
+    source: str
+    evidence: str
+
+
+@dataclass
+class Entry:
+    """An accepted record and its files on the site."""
+
+    record: dict[str, Any]
+    name: str
+    """Of the file it came from."""
+    slug: str
+    picture: Picture | None = None
+
+    @property
+    def href(self) -> str:
+        return f"{RECORDS}/{self.slug}.json"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One set judged on one network."""
+
+    id: str
+    entry: Entry
+    main: dict[str, Any]
+    """The record's entry of the distilled arm."""
+    time: dict[str, Any]
+    """Its times: ``train``, ``made`` and, by number of uses, ``total``; seconds, None where unknown."""
+
+    @property
+    def record(self) -> dict[str, Any]:
+        return self.entry.record
+
+    @property
+    def set(self) -> dict[str, Any]:
+        return self.record["set"]
+
+    @property
+    def network(self) -> str:
+        return self.main["network"]
+
+    @property
+    def own(self) -> bool | None:
+        """Whether the set was made with this network; None where it is not known what it was made with."""
+        return None if self.set["network"] in ("", "none", "unknown") else self.network == self.set["network"]
+
+    @property
+    def track(self) -> str:
+        """Which labels students learn from: the kind that the set brings, or classes alone."""
+        return self.set["label_kind"] if self.main["labels"] == "own" else "hard"
+
+    @property
+    def half(self) -> float | None:
+        """Half the 95 % interval."""
+        return None if self.main["ci95"] is None else abs(self.main["ci95"][1] - self.main["ci95"][0]) / 2
+
+    @property
+    def scores(self) -> dict[str, Any]:
+        return self.record["scores"].get(self.network, {})
+
+    def score(self, name: str) -> float | None:
+        """The value of one of the scores, None where the arms it needs were not run."""
+        return self.scores[name]["value"] if name in self.scores else None
+
+    @property
+    def arms(self) -> list[tuple[str, dict[str, Any]]]:
+        """Everything judged on this network, with its name."""
+        return [(arm_name(e, self.record), e) for e in self.record["results"] if e["network"] == self.network]
+
+    def control(self, arm: str) -> dict[str, Any] | None:
+        """The control's entry that is fair to compare with: same network and augmentation; random with same labels."""
+        found = [e for _, e in self.arms if e["arm"] == arm and e["augment"] == self.main["augment"]]
+        same = [e for e in found if e["labels"] == self.main["labels"]]
+        return next(iter(same or ([] if arm == "random" else found)), None)
+
+    @property
+    def paper(self) -> tuple[str, int] | None:
+        """Title and year of the method's paper, where the toolkit knows it."""
+        return _paper(self.set["method"])
+
+
+@dataclass
+class Section:
+    """Rows that may be compared: judged on the same real data under the same version of a protocol."""
+
+    id: str
+    dataset: str
+    fingerprint: str | None
+    """Of the data, where several go by this name."""
+    protocol: str
+    version: int
+    about: str
+    """The protocol in a line, where the toolkit knows it."""
+    rows: list[Row]
+    charts: list[Chart]
+    shapes: set[str]
+    """Control arms in the charts."""
+
+    @property
+    def methods(self) -> list[str]:
+        return sorted({row.set["method"] for row in self.rows})
+
+    @property
+    def title(self) -> str:
+        """The protocol with its version, once."""
+        return self.protocol if self.protocol.endswith(f"-v{self.version}") else f"{self.protocol} v{self.version}"
+
+
+@functools.cache
+def _paper(method: str) -> tuple[str, int] | None:
+    if method not in METHODS:
+        return None
+    entry = METHODS.get(method)
+    return entry.paper, entry.year
+
+
+# -- the site ---------------------------------------------------------------------------------------------------------
+
+
+def build(results: Path, out: Path, published: Path | None = PUBLISHED, *, force: bool = False) -> Built:
+    """Writes the site. It takes the place of ``out`` as a whole, when it is complete.
+
+    Args:
+        results: folder of records (``*.json``) and pictures.
+        published: CSV of published numbers, None for a page without them.
+        force: replace a folder that holds other things.
+
+    Raises:
+        CondenseError: no record file at all, or ``out`` cannot be replaced.
+    """
+    results, out = Path(results), Path(out).resolve()
+    if not results.is_dir():
+        raise CondenseError(f"{results}: no such folder; give one with records that `condense evaluate --json` writes")
+    files = sorted(results.glob("*.json"))
+    if not files:
+        raise CondenseError(f"{results}: no record (*.json) in it; `condense evaluate SET.h5 --json FILE` writes one")
+    _check_place(out, results.resolve(), force)
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        (temporary / RECORDS).mkdir(parents=True)
+        entries, rejected = _entries(files, temporary / RECORDS)
+        quoted, faults = read_published(published) if published else ([], [])
+        rejected += faults
+        sections = _sections(entries)
+        page = _page(sections, quoted, rejected, records=len(entries))
+        (temporary / "index.html").write_text(page, encoding="utf-8", newline="\n")
+        _replace(temporary, out)
+    except OSError as fault:
+        raise CondenseError(f"--out {out}: cannot be written ({fault.strerror or fault})") from fault
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    rows = sum(len(section.rows) for section in sections)
+    return Built(out / "index.html", len(entries), rows, len(quoted), rejected)
+
+
+def _check_place(out: Path, results: Path, force: bool) -> None:
+    """Refuses a place whose replacement would lose something."""
+    if out.exists() and not out.is_dir():
+        raise CondenseError(f"--out {out} is a file; name a folder")
+    if out == results or out in results.parents or out == Path.cwd() or out in Path.cwd().parents:
+        raise CondenseError(f"--out {out} is replaced as a whole; name a folder of its own")
+    if force or not out.is_dir() or not any(out.iterdir()):
+        return
+    index = out / "index.html"
+    if not index.is_file() or MARKER not in index.read_text(encoding="utf-8", errors="replace"):
+        raise CondenseError(f"--out {out} is not empty and not a leaderboard; name another folder or give --force")
+    foreign = sorted(entry.name for entry in out.iterdir() if entry.name not in ("index.html", RECORDS))
+    if foreign:
+        raise CondenseError(
+            f"--out {out} is replaced as a whole, but also holds {', '.join(foreign[:5])}; "
+            "name another folder or give --force"
+        )
+
+
+def _replace(new: Path, out: Path) -> None:
+    """Moves ``new`` to ``out``; what was there stays if that fails."""
+    old = out.with_name(f".{out.name}.{os.getpid()}.old")
+    if out.exists():
+        out.rename(old)
+    try:
+        new.rename(out)
+    except BaseException:
+        if old.exists():
+            old.rename(out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _entries(files: list[Path], folder: Path) -> tuple[list[Entry], list[Rejected]]:
+    """Accepted records, copied to ``folder`` with their pictures, and what was rejected."""
+    entries: list[Entry] = []
+    rejected = []
+    taken: set[str] = set()
+    for path in files:
+        try:
+            record = _read(path)
+        except CondenseError as fault:
+            reason = str(fault).removeprefix(f"{path}: ").replace(str(path), path.name)  # the page names no folders
+            rejected.append(Rejected(_printable(path.name), _printable(reason)))
+            continue
+        entry = Entry(record, _printable(path.name), _slug(path.stem, taken))
+        text = json.dumps(record, indent=1) + "\n"  # what was checked, whatever became of the file since
+        (folder / f"{entry.slug}.json").write_text(text, encoding="utf-8", newline="\n")
+        source = path.with_suffix(".png")
+        if source.exists():
+            try:
+                data, width, height = _png(source)
+                (folder / f"{entry.slug}.png").write_bytes(data)
+                entry.picture = Picture(f"{RECORDS}/{entry.slug}.png", width, height)
+            except CondenseError as fault:
+                rejected.append(Rejected(_printable(source.name), str(fault)))
+        entries.append(entry)
+    return entries, rejected
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A checked record whose texts and numbers can be shown."""
+    if not path.is_file():
+        raise CondenseError(f"{path}: not a file")
+    record = read_record(path)
+    faults = list(_unshowable(record, ""))
+    if faults:
+        raise CondenseError(f"{path}: {'; '.join(faults[:5])}")
+    if not main_entries(record):
+        raise CondenseError(f"{path}: has no result of the distilled set")
+    return record
+
+
+def _unshowable(value: Any, where: str) -> Iterator[str]:
+    """Texts that are too long or no Unicode, and numbers beyond all measure (JSON's 1e999 is infinite)."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            yield from _unshowable(key, f"a name in {where or 'the record'}")
+            yield from _unshowable(part, f"{where}.{key[:40]}" if where else key[:40])
+    elif isinstance(value, list):
+        for index, part in enumerate(value):
+            yield from _unshowable(part, f"{where}.{index}")
+    elif isinstance(value, str):
+        if len(value) > TEXT_LIMIT:
+            yield f"'{where}' is longer than {TEXT_LIMIT} characters"
+        elif any(0xD800 <= ord(c) < 0xE000 for c in value):
+            yield f"'{where}' is not valid text"
+    elif isinstance(value, (int, float)) and not -NUMBER_LIMIT <= value <= NUMBER_LIMIT:
+        yield f"'{where}' is not a usable number"
+
+
+def _printable(text: str, limit: int = 500) -> str:
+    """Text for the page and the terminal: no control characters, no half surrogates, not endless."""
+    clean = "".join(c if c.isprintable() else "�" for c in text)
+    return clean if len(clean) <= limit else clean[:limit] + " …"
+
+
+def _slug(text: str, taken: set[str]) -> str:
+    """A file name or anchor of plain letters, digits and hyphens that is not among ``taken``; joins them."""
+    base = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:80] or "record"
+    slug = next(s for s in (base, *(f"{base}-{n}" for n in range(2, len(taken) + 3))) if s not in taken)
+    taken.add(slug)
+    return slug
+
+
+def _png(path: Path) -> tuple[bytes, int, int]:
+    """The bytes, width and height of a picture.
+
+    Raises:
+        CondenseError: not a PNG, or too large.
+    """
+    if not path.is_file() or path.stat().st_size > PICTURE_LIMIT:
+        raise CondenseError(f"not a file of at most {PICTURE_LIMIT} bytes; left out")
+    try:
+        data = path.read_bytes()
+    except OSError as fault:
+        raise CondenseError(f"not readable ({fault.strerror}); left out") from fault
+    if data[:8] != PNG or data[12:16] != b"IHDR" or len(data) < 33:
+        raise CondenseError("not a PNG; left out")
+    width, height = struct.unpack(">II", data[16:24])
+    if not (0 < width <= SIDE_LIMIT and 0 < height <= SIDE_LIMIT):
+        raise CondenseError(f"{width}x{height} pixels, at most {SIDE_LIMIT} a side are shown; left out")
+    return data, width, height
+
+
+def read_published(path: Path) -> tuple[list[Published], list[Rejected]]:
+    """The good rows of a published.csv, and the bad ones by line."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        lines = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        header = tuple(lines.fieldnames or ())
+    except (OSError, ValueError, csv.Error) as fault:
+        why = getattr(fault, "strerror", None) or fault
+        return [], [Rejected(_printable(path.name), _printable(f"not readable ({why})"))]
+    if header != COLUMNS:
+        return [], [Rejected(_printable(path.name), _printable(f"its columns are not {','.join(COLUMNS)}"))]
+    rows, rejected = [], []
+    try:
+        for line in lines:
+            try:
+                rows.append(_published(line))
+            except CondenseError as fault:
+                rejected.append(Rejected(_printable(f"{path.name}, line {lines.line_num}"), _printable(str(fault))))
+    except csv.Error as fault:
+        rejected.append(Rejected(_printable(f"{path.name}, line {lines.line_num}"), _printable(str(fault))))
+    rows.sort(key=lambda row: (row.dataset, row.ipc, -row.mean, row.method, row.source))
+    return rows, rejected
+
+
+def _published(line: dict[str | None, Any]) -> Published:
+    if None in line or None in line.values():
+        raise CondenseError(f"has not {len(COLUMNS)} fields")
+    try:
+        ipc, mean, std = int(line["ipc"]), float(line["mean"]), float(line["std"]) if line["std"].strip() else None
+    except ValueError as fault:
+        raise CondenseError(f"ipc, mean and std must be numbers ({fault})") from None
+    if not (0 < ipc <= NUMBER_LIMIT and 0 <= mean <= 100 and (std is None or 0 <= std <= 100)):
+        raise CondenseError("ipc must be positive, mean and std per cent")
+    missing = [key for key in ("method", "dataset", "source", "evidence") if not line[key].strip()]
+    if missing:
+        raise CondenseError(f"lacks {', '.join(missing)}")
+    texts = {key: _printable(line[key]) for key in ("method", "dataset", "network", "source", "evidence")}
+    return Published(ipc=ipc, mean=mean, std=std, **texts)
+
+
+# -- rows and charts --------------------------------------------------------------------------------------------------
+
+
+def _sections(entries: list[Entry]) -> list[Section]:
+    groups: dict[tuple[str, str, int, str], list[Row]] = {}
+    ids: set[str] = set()
+    for entry in entries:
+        record = entry.record
+        data, protocol = record["data"], record["protocol"]
+        key = (data["name"], protocol["name"], protocol["version"], data["fingerprint"])
+        for main in main_entries(record):
+            row = Row(_slug(f"{entry.slug}-on-{main['network']}", ids), entry, main, _time(record, main))
+            groups.setdefault(key, []).append(row)
+    looks = {m: charts.look(i) for i, m in enumerate(sorted({e.record["set"]["method"] for e in entries}))}
+    fingerprints: dict[str, set[str]] = {}
+    for dataset, _, _, fingerprint in groups:
+        fingerprints.setdefault(dataset, set()).add(fingerprint)
+    sections = []
+    for (dataset, name, version, fingerprint), rows in sorted(groups.items()):
+        rows.sort(key=lambda row: (row.set["ipc"], -row.main["mean"], row.id))
+        known = protocols().get(name)
+        id = _slug(f"on {dataset} {name} {version}", ids)
+        drawn = [drawing for drawing in (_bytes_chart(id, rows, looks), _time_chart(id, rows, looks)) if drawing]
+        sections.append(
+            Section(
+                id=id,
+                dataset=dataset,
+                fingerprint=fingerprint if len(fingerprints[dataset]) > 1 else None,
+                protocol=name,
+                version=version,
+                about=known.summary if known and known.version == version else "",
+                rows=rows,
+                charts=drawn,
+                shapes=set().union(*(drawing.shapes for drawing in drawn)),
+            )
+        )
+    return sections
+
+
+def _time(record: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
+    """Seconds to train once, to make the set, and of both by number of uses; None where unknown."""
+    keys = ("arm", "labels", "augment", "network")
+    found = next((t for t in record["time"] if all(t[key] == entry[key] for key in keys)), None)
+    totals = found["total_seconds"] if found else {}
+    return {
+        "train": found["train_seconds"] if found else entry["seconds"] / len(entry["accuracies"]),
+        "made": found["made_seconds"] if found else None,
+        "total": {str(uses): totals.get(str(uses)) for uses in USES},
+    }
+
+
+Looks = dict[str, tuple[str, str]]
+
+
+def _bytes_chart(id: str, rows: list[Row], looks: Looks) -> Chart | None:
+    points, lines = [], _full_lines(rows)
+    for row in rows:
+        at = {"1": row.set["bytes"]["total"]}
+        points.append(_point(row, at, looks, size(row.set["bytes"]["total"])))
+        for arm in ("random", "random-bytes", "full-equal"):
+            control = row.control(arm)
+            if control:
+                points.append(_control_point(row, control, at, "beside a set of " + size(at["1"])))
+    about = f"{len(rows)} rows of the table below; each mark is a row, its bar the 95 % interval."
+    title = "Accuracy against stored bytes"
+    return charts.chart(f"{id}-bytes", title, about, "bytes of the set", points, lines, charts.byte_ticks)
+
+
+def _time_chart(id: str, rows: list[Row], looks: Looks) -> Chart | None:
+    points, lines = [], _full_lines(rows)
+    shown = [row for row in rows if all(row.time["total"].values())]
+    for row in shown:
+        points.append(_point(row, row.time["total"], looks, f"{duration(row.time['total']['1'])} for one network"))
+    for row in rows:
+        for arm in ("random", "random-bytes", "full", "full-equal"):
+            control = row.control(arm)
+            times = _time(row.record, control) if control else {}
+            if control and all(times["total"].values()):
+                points.append(_control_point(row, control, times["total"], f"trained in {duration(times['train'])}"))
+    unknown = len(rows) - len(shown)
+    about = f"{len(shown)} rows of the table below; each mark is a row, its bar the 95 % interval." + (
+        f" {unknown} not drawn: what the set cost to make is unknown." if unknown else ""
+    )
+    title = "Accuracy against time to reach it"
+    return charts.chart(f"{id}-time", title, about, "time to make and train", points, lines, charts.second_ticks)
+
+
+def _point(row: Row, at: dict[str, float], looks: Looks, where: str) -> Point:
+    colour, shape = looks[row.set["method"]]
+    half = "" if row.half is None else f" ± {100 * row.half:.1f}"
+    return Point(
+        at=at,
+        accuracy=row.main["mean"],
+        rows=[row.id],
+        tip=f"{row.set['method']}, IPC {row.set['ipc']}, {row.network}, {row.track} labels: "
+        f"{100 * row.main['mean']:.1f}{half} %, {where}",
+        shape=shape,
+        colour=colour,
+        interval=None if row.main["ci95"] is None else (row.main["ci95"][0], row.main["ci95"][1]),
+        hollow=row.own is False,
+        label=str(row.set["ipc"]),
+    )
+
+
+def _control_point(row: Row, control: dict[str, Any], at: dict[str, float], where: str) -> Point:
+    tip = f"{control['arm']}, {row.network}: {100 * control['mean']:.1f} %, {where}"
+    return Point(at=at, accuracy=control["mean"], rows=[row.id], tip=tip, shape=control["arm"])
+
+
+def _full_lines(rows: list[Row]) -> list[Line]:
+    """Full data as one line per network: the mean of what the records say."""
+    found: dict[str, tuple[list[float], list[str]]] = {}
+    for row in rows:
+        control = row.control("full")
+        if control:
+            means, ids = found.setdefault(row.network, ([], []))
+            ids.append(row.id)
+            if control["mean"] not in means:
+                means.append(control["mean"])
+    lines = []
+    for network, (means, ids) in sorted(found.items()):
+        mean = sum(means) / len(means)
+        name = network if len(network) <= 28 else network[:27] + "…"
+        tip = f"full data, {network}: {100 * mean:.1f} %"
+        lines.append(Line(mean, ids, f"{100 * mean:.1f} full data, {name}", tip))
+    return lines
+
+
+# -- the page ---------------------------------------------------------------------------------------------------------
+
+
+def _page(sections: list[Section], published: list[Published], rejected: list[Rejected], records: int) -> str:
+    page = Environment(
+        loader=FileSystemLoader(HERE / "page"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    page.filters |= {"size": size, "duration": duration, "percent": percent, "points": points, "signed": signed}
+    page.globals |= {
+        "width": charts.WIDTH, "height": charts.HEIGHT, "left": charts.LEFT, "right": charts.RIGHT,
+        "bottom": charts.BOTTOM,
+    }  # fmt: skip
+    rows = [row for section in sections for row in section.rows]
+    looks = {m: charts.look(i) for i, m in enumerate(sorted({row.set["method"] for row in rows}))}
+    choices = {
+        "dataset": sorted({s.dataset for s in sections} | {p.dataset for p in published}),
+        "ipc": sorted({row.set["ipc"] for row in rows} | {p.ipc for p in published}),
+        "method": sorted({row.set["method"] for row in rows} | {p.method for p in published}),
+        "network": sorted({row.network for row in rows} | {p.network for p in published if p.network}),
+        "track": sorted({row.track for row in rows}),
+        "protocol": sorted({s.title for s in sections}),
+    }
+    style, script = ((HERE / "page" / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    return page.get_template("index.html").render(
+        marker=Markup(MARKER), version=__version__, style=Markup(style), script=Markup(script),
+        style_hash=_csp_hash(style), script_hash=_csp_hash(script), sections=sections, published=published,
+        rejected=rejected, records=records, choices=choices, looks=looks, uses=[str(uses) for uses in USES],
+        rows=len(rows),
+    )  # fmt: skip
+
+
+def _csp_hash(text: str) -> str:
+    """Names the one inline text that the page's security policy lets through."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def percent(fraction: float) -> str:
+    """0.4614 as ``46.1``."""
+    return f"{100 * fraction:.1f}"
+
+
+def points(difference: float) -> str:
+    """A difference of accuracies in percentage points with its sign: ``+16.5``."""
+    return f"{100 * difference:+.1f}".replace("-", "−")
+
+
+def signed(value: float) -> str:
+    """A score with three decimals, ``0.302``, with a true minus."""
+    return f"{value:.3f}".replace("-", "−")

@@ -1,0 +1,19 @@
+"""Durations and sizes for people."""
+
+from __future__ import annotations
+
+
+def duration(seconds: float) -> str:
+    """``12.5 min``, ``3 s``, ``40 ms``: three digits of the unit that fits."""
+    for unit, scale, least in (("days", 86400, 172800), ("h", 3600, 7200), ("min", 60, 120), ("s", 1, 1)):
+        if seconds >= least:
+            return f"{seconds / scale:.3g} {unit}"
+    return f"{1000 * seconds:.3g} ms"
+
+
+def size(count: int) -> str:
+    """``1.2 MB``, ``24 bytes``: decimal units."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count} bytes"

@@ -1,0 +1,552 @@
+"""The leaderboard: bad records are named and left out, good ones are shown right, and the page works in a browser."""
+
+import html
+import json
+import re
+import shutil
+import time
+from html.parser import HTMLParser
+from urllib.parse import unquote, urlparse
+
+import pytest
+from conftest import command_line
+from leaderboard_records import OWN, png, record, sample, write
+
+from condense.benchmarks import charts, leaderboard
+from condense.errors import CondenseError
+
+
+@pytest.fixture
+def results(tmp_path):
+    folder = tmp_path / "results"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def built(results, tmp_path):
+    """``built()`` builds the page of ``results`` and gives what was built and its text."""
+
+    def run(**options):
+        found = leaderboard.build(results, tmp_path / "site", **options)
+        return found, found.index.read_text()
+
+    return run
+
+
+class Parsed(HTMLParser):
+    """Tags and names of attributes that occur, links, sources and ids."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.attributes, self.links, self.ids = [], set(), [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        values = dict(attributes)
+        self.attributes |= set(values)
+        self.links += [values[key] for key in ("href", "src") if values.get(key)]
+        self.ids += [values["id"]] if "id" in values else []
+
+
+def tables(text):
+    """The text of every section of measured rows, without its tags."""
+    sections = re.findall(r'<section id="on-.*?</section>', text, re.S)
+    return [html.unescape(re.sub(r"<[^>]+>", " ", section)) for section in sections]
+
+
+def edited(change, **values):
+    """A good record with one fault."""
+    content = record(**values)
+    change(content)
+    return content
+
+
+def shown(text):
+    return len(re.findall(r'<tr class="main">\n<td class="thumb">', text))
+
+
+# -- what is left out -------------------------------------------------------------------------------------------------
+
+BAD = {
+    "foreign-field": (edited(lambda r: r["set"].update(stars=5)), "foreign field 'stars' in 'set'"),
+    "missing-field": (edited(lambda r: r.pop("command")), "lacks 'command'"),
+    "wrong-type": (edited(lambda r: r["set"].update(ipc="ten")), "'set.ipc'"),
+    "newer": (edited(lambda r: r.update(schema="condense.record/9")), "condense.record/9"),
+    "not-a-number": (json.dumps(record()).replace('"seconds": 480.0', '"seconds": NaN'), "NaN is not a number"),
+    "endless": (json.dumps(record()).replace('"seconds": 480.0', '"seconds": 1e999'), "'cost.seconds'"),
+    "no-json": ("accuracy: 99 %", "not readable as JSON"),
+    "a-list": ("[]", "'the record'"),
+    "empty": ("", "not readable as JSON"),
+    "deep": ("[" * 100000, "not readable as JSON"),
+    "half-a-letter": (edited(lambda r: r["set"].update(name="\ud800")), "'set.name' is not valid text"),
+    "a-novel": (edited(lambda r: r.update(command="x" * 20000)), "'command' is longer than"),
+    "accuracy-of-two": (edited(lambda r: r["results"][0].update(mean=2.0)), "'results.0.mean'"),
+    "mean-made-up": (edited(lambda r: r["results"][0].update(mean=0.99)), "'mean' is not that of its accuracies"),
+    "only-controls": (edited(lambda r: r.update(results=r["results"][1:])), "no result of the distilled set"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_record_is_named_with_its_fault_and_the_rest_is_built(name, results, built):
+    content, fault = BAD[name]
+    write(results, "good", record())
+    write(results, name, content)
+    found, text = built()
+    assert [entry.file for entry in found.rejected] == [f"{name}.json"]
+    assert fault in found.rejected[0].reason
+    assert (found.records, found.rows, shown(text)) == (1, 1, 1)
+    assert f"<b>{name}.json</b>" in text and html.escape(fault, quote=False).split("'")[0] in text
+    assert str(results) not in text
+    assert not (found.index.parent / "records" / f"{name}.json").exists()
+
+
+def test_a_huge_file_and_a_folder_are_left_out_by_name(results, built):
+    write(results, "good", record())
+    with (results / "huge.json").open("wb") as file:
+        file.truncate(64 * 1024 * 1024)
+    (results / "folder.json").mkdir()
+    found, _ = built()
+    assert {entry.file: entry.reason.split(" ")[0] for entry in found.rejected} == {
+        "folder.json": "not", "huge.json": "larger"
+    }  # fmt: skip
+
+
+def test_a_page_of_bad_records_alone_is_still_built(results, built):
+    write(results, "bad", "{}")
+    found, text = built()
+    assert found.rows == 0 and "No record was accepted" in text and found.published > 0
+
+
+def test_text_of_records_is_never_markup(results, built):
+    evil = "\"'><script>alert(1)</script><img src=x onerror=alert(2)>"
+    content = record(evil, evil, name=evil, command=evil, networks=(evil,), own=evil, protocol=evil, label_kind=evil)
+    content["command"] = content["environment"]["torch"] = content["cost"]["device"] = content["data"]["name"] = evil
+    content["missing"] = [{"arm": evil, "why": evil}]
+    write(results, "<b onclick=alert(1)>&..%2f", content)
+    write(results, "harmless", record())
+    write(results, "<i>bad", "{}")
+    found, text = built()
+    assert found.records == 2 and shown(text) == 2
+    parsed = Parsed(text)
+    tags = parsed.tags
+    assert not [name for name in parsed.attributes if name.startswith("on")]
+    assert tags.count("script") == 1 and "i" not in tags[tags.index("footer") :]
+    names = {path.name for path in (found.index.parent / "records").iterdir()}
+    assert names == {"b-onclick-alert-1-2f.json", "b-onclick-alert-1-2f.png", "harmless.json", "harmless.png"}
+    assert evil not in text
+
+
+def test_pictures_are_copied_only_where_they_are_pngs_of_a_sane_size(results, built):
+    write(results, "good", record(), picture=True)
+    write(results, "none", record(), picture=False)
+    write(results, "fake", record())
+    (results / "fake.png").write_text("<svg onload=alert(1)>")
+    write(results, "bomb", record())
+    (results / "bomb.png").write_bytes(png()[:16] + b"\x7f\xff\xff\xff" * 2 + png()[24:])
+    found, text = built()
+    assert found.records == 4
+    assert [entry.file for entry in found.rejected] == ["bomb.png", "fake.png"]
+    assert [path.name for path in (found.index.parent / "records").glob("*.png")] == ["good.png"]
+    assert text.count("no picture") == 3
+
+
+def test_faults_of_the_published_numbers_are_named_by_line(results, built, tmp_path):
+    write(results, "good", record())
+    csv = tmp_path / "published.csv"
+    head = ",".join(leaderboard.COLUMNS)
+    csv.write_text(f"{head}\ndm,cifar10,10,net,48.9,0.6,paper,quoted\ndm,cifar10,x,net,48.9,0.6,paper,quoted\n"
+                   "dm,cifar10,10,net,480,0.6,paper,quoted\ndm,cifar10,10\ndm,cifar10,1,,26,,,quoted\n")  # fmt: skip
+    found, text = built(published=csv)
+    assert found.published == 1 and text.count("<b>published.csv, line") == 4
+    reasons = {entry.file: entry.reason for entry in found.rejected}
+    assert "must be numbers" in reasons["published.csv, line 3"]
+    assert "per cent" in reasons["published.csv, line 4"]
+    assert "8 fields" in reasons["published.csv, line 5"]
+    assert "lacks source" in reasons["published.csv, line 6"]
+    csv.write_text("method,stars\ndm,5\n")
+    found, _ = built(published=csv)
+    assert found.published == 0 and "its columns are not" in found.rejected[0].reason
+    found, text = built(published=tmp_path / "none.csv")
+    assert found.published == 0 and found.rejected[0].reason == "not readable (No such file or directory)"
+    assert "#published" not in Parsed(text).links and str(tmp_path) not in text
+
+
+# -- what is shown ----------------------------------------------------------------------------------------------------
+
+
+def test_every_network_is_a_row_with_its_own_numbers(results, built):
+    content = record(
+        "dm", ipc=10, accuracy=0.489, random=0.26, full=0.848, networks=(OWN, "resnet18-bn"), made=480.0, train=60.0
+    )
+    write(results, "dm", content)
+    found, text = built()
+    assert found.rows == 2
+    (table,) = tables(text)
+    table = " ".join(table.split())
+    for expected in ("48.9 ± 2.5", "43.9 ± 2.5", "26.0 ± 2.5", "+22.9", "1.2 MB", "9 min", "own", "unseen", "84.8"):
+        assert expected in table
+    assert f"{content['scores'][OWN]['LRS']['value']:.3f}" in table
+    assert "Dataset Condensation with Distribution Matching" in table
+
+
+def test_versions_and_data_never_share_a_table(results, built):
+    write(results, "one", record(accuracy=0.111))
+    write(results, "two", record(accuracy=0.222, protocol="dc-v1", version=2))
+    write(results, "other-data", record(accuracy=0.333, fingerprint="11" * 32))
+    write(results, "other-name", record(accuracy=0.444, dataset="cifar100"))
+    _, text = built()
+    found = tables(text)
+    assert len(found) == 4
+    for accuracy in ("11.1 ±", "22.2 ±", "33.3 ±", "44.4 ±"):
+        assert sum(accuracy in " ".join(table.split()) for table in found) == 1
+    assert "dc-v1 v2" in text and "data 11111111" in text and "data 00000000" in text
+
+
+def test_published_numbers_stand_apart(results, built, tmp_path):
+    csv = tmp_path / "published.csv"
+    csv.write_text(f"{','.join(leaderboard.COLUMNS)}\npaperonly,cifar10,10,net,77.7,0.6,A paper,quoted\n")
+    write(results, "dm", record("dm"))
+    _, text = built(published=csv)
+    (section,) = re.findall(r'<section id="published">.*?</section>', text, re.S)
+    assert "77.7" in section and "A paper" in section and "svg" not in section and "48." not in section
+    rest = text.replace(section, "")
+    assert "77.7" not in rest and "A paper" not in rest
+    assert "paperonly" in rest.split("</form>")[0] and "paperonly" not in rest.split("</form>")[1]
+
+
+def test_what_is_unknown_is_said_and_not_drawn(results, built):
+    write(results, "imported", record("mtt", made=None, seed=None, command=None, runs=1, random=None), picture=False)
+    write(results, "known", record("dm"))
+    _, text = built()
+    row = " ".join(re.sub(r"<[^>]+>", " ", re.search(r'<tbody id="imported.*?</tbody>\n<', text, re.S)[0]).split())
+    for expected in ("no picture", "seed unknown", "1 run, no interval", "not run", "unknown train", "not recorded"):
+        assert expected in row
+    size_chart, time_chart = re.findall(r'<svg class="chart".*?</svg>', text, re.S)
+    assert "mtt" in size_chart and "mtt" not in time_chart and "1 not drawn" in time_chart
+
+
+def test_a_record_without_any_known_place_has_no_chart(results, built):
+    content = record(made=None, random=None)
+    content["set"]["bytes"] = dict.fromkeys(content["set"]["bytes"], 0)
+    write(results, "nothing", content)
+    found, text = built()
+    assert found.rows == 1 and '<svg class="chart"' not in text
+
+
+def test_the_track_is_that_of_the_labels_learned_from(results, built):
+    write(results, "soft", record("sre2l", label_kind="per-view", label_bytes=14_000_000))
+    content = record("rded", label_kind="soft")
+    for entry in content["results"]:
+        entry["labels"] = "hard"
+    write(results, "hard", content)
+    _, text = built()
+    found = re.findall(r'data-track="([^"]*)" data-method="([^"]*)"', text)
+    assert sorted(found) == [("hard", "rded"), ("per-view", "sre2l")]
+    assert "labels 14.0 MB" in text
+
+
+def test_the_same_input_gives_the_same_bytes_and_every_link_leads_somewhere(results, tmp_path):
+    sample(results)
+    moved = tmp_path / "elsewhere" / "deeper"
+    shutil.copytree(results, moved)
+    sites = [tmp_path / "one", tmp_path / "two"]
+    for source, site in zip((results, moved), sites):
+        leaderboard.build(source, site)
+    one, two = (
+        {str(p.relative_to(site)): p.read_bytes() for p in site.rglob("*") if p.is_file()} for site in sites
+    )  # fmt: skip
+    assert one == two and len(one) > 20
+    page = Parsed(one["index.html"].decode())
+    assert len(page.ids) == len(set(page.ids))
+    for link in page.links:
+        if link.startswith("#"):
+            assert link[1:] in page.ids
+        elif not link.startswith("data:"):
+            assert link in one
+    assert b"http://" not in one["index.html"] and b"https://" not in one["index.html"]
+
+
+def test_unlike_methods_look_unlike():
+    assert len({charts.look(i) for i in range(35)}) == 35
+
+
+def test_ticks_are_few_round_and_inside():
+    for ticks, low, high in (
+        (charts.byte_ticks, 1e3, 9e3), (charts.byte_ticks, 20, 3e12), (charts.second_ticks, 0.02, 0.4),
+        (charts.second_ticks, 50, 500), (charts.second_ticks, 1, 3e7),
+    ):  # fmt: skip
+        found = ticks(low, high)
+        assert 2 <= len(found) <= 7 and all(low <= value <= high for value, _ in found)
+        assert [value for value, _ in found] == sorted(value for value, _ in found)
+    assert (1e6, "1 MB") in charts.byte_ticks(1e3, 1e9)
+    assert (3600, "1 h") in charts.second_ticks(1, 1e5)
+
+
+# -- the folder -------------------------------------------------------------------------------------------------------
+
+
+def test_only_a_site_of_ours_is_replaced(results, built, tmp_path):
+    write(results, "dm", record())
+    site = tmp_path / "site"
+    built()
+    built()
+    (site / "CNAME").write_text("mine")
+    with pytest.raises(CondenseError, match="also holds CNAME"):
+        built()
+    assert (site / "CNAME").exists()
+    built(force=True)
+    assert sorted(path.name for path in site.iterdir()) == ["index.html", "records"]
+    (site / "index.html").write_text("<h1>mine</h1>")
+    with pytest.raises(CondenseError, match="not a leaderboard"):
+        built()
+    with pytest.raises(CondenseError, match="folder of its own"):
+        leaderboard.build(results, results, force=True)
+    with pytest.raises(CondenseError, match="is a file"):
+        leaderboard.build(results, results / "dm.json", force=True)
+
+
+def test_an_interrupted_build_leaves_the_old_page(results, built, tmp_path, monkeypatch):
+    write(results, "dm", record())
+    _, before = built()
+    write(results, "dsa", record("dsa"))
+    monkeypatch.setattr(leaderboard, "_page", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        built()
+    assert (tmp_path / "site" / "index.html").read_text() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["results", "site"]
+
+
+def test_the_command_says_what_it_did(results, tmp_path, capsys):
+    write(results, "dm", record())
+    write(results, "bad", "{}")
+    done = command_line(f"leaderboard --results {results} --out {tmp_path / 'site'}", capsys)
+    assert done.code == 0
+    assert "rows 1, records 1" in done.out and "left out 1" in done.out
+    assert f"open {tmp_path / 'site' / 'index.html'}" in done.out
+    assert done.err.startswith("condense: left out bad.json: lacks ")
+
+
+def test_no_record_is_one_clear_line(results, tmp_path, capsys):
+    for folder, expected in ((results, "no record (*.json) in it"), (tmp_path / "none", "no such folder")):
+        done = command_line(f"leaderboard --results {folder} --out {tmp_path / 'site'}", capsys)
+        assert done.code == 2 and expected in done.err and done.err.count("\n") == 1
+    assert not (tmp_path / "site").exists()
+
+
+# -- in a browser -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser():
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    programs = {name: shutil.which(name) for name in ("chromium", "chromedriver")}
+    missing = [name for name, path in programs.items() if path is None]
+    if missing:
+        pytest.skip(f"{' and '.join(missing)} not installed: the page is not opened in a browser")
+    options = webdriver.ChromeOptions()
+    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+        options.add_argument(flag)
+    options.binary_location = programs["chromium"]
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    # The driver is named, so that selenium looks for none and downloads none.
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(programs["chromedriver"]))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("leaderboard")
+    sample(folder / "results")
+    write(folder / "results", "hostile", record("<script>throw 1</script>", name="<img src=x onerror='throw 1'>"))
+    write(folder / "results", "bad", "{}")
+    long = "convnet-" + "x" * 300
+    write(folder / "results", "long", record("m" * 200, dataset="d" * 150, networks=(long,), own=long))
+    return leaderboard.build(folder / "results", folder / "site").index
+
+
+@pytest.fixture
+def page(browser, site):
+    """``page(hash, width)`` opens the page afresh; at the end there must be no error in the browser's log."""
+    browser.get_log("browser")
+
+    def open_page(hash="", width=1280, javascript=True):
+        metrics = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 600}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": not javascript})
+        browser.get("about:blank")
+        browser.get(site.as_uri() + hash)
+        return browser
+
+    yield open_page
+    browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
+    assert [line for line in browser.get_log("browser") if line["level"] == "SEVERE"] == []
+
+
+VISIBLE = "[...document.querySelectorAll('{}')].filter(e => e.getClientRects().length)"
+
+
+def visible(browser, selector, value="e => e"):
+    return browser.execute_script(f"return {VISIBLE.format(selector)}.map({value})")
+
+
+def choose(browser, name, value):
+    from selenium.webdriver.support.ui import Select
+
+    Select(browser.find_element("css selector", f"select[name={name}]")).select_by_visible_text(value)
+
+
+ROWS = "#sections tbody[id]"
+BOARD = '#sections section[data-dataset="cifar10"][data-protocol="dc-v1"]'
+
+
+@pytest.mark.parametrize("key", ["accuracy", "ipc", "bytes", "random", "time"])
+def test_headers_sort_by_number_both_ways(page, key):
+    browser = page()
+    column = f"return [...document.querySelectorAll('{BOARD} .main')].map(r => r.cells[arguments[0]].dataset.sort)"
+    button = browser.find_element("css selector", f"{BOARD} button[data-key={key}]")
+    index = browser.execute_script("return arguments[0].closest('th').cellIndex", button)
+    seen = []
+    for _ in range(2):
+        button.send_keys("\n")  # the keyboard's click
+        state = browser.execute_script("return arguments[0].closest('th').getAttribute('aria-sort')", button)
+        values = browser.execute_script(column, index)
+        numbers = [float(value) for value in values if value]
+        assert len(numbers) > 5 and values[len(numbers) :] == [""] * (len(values) - len(numbers))  # unknown: last
+        assert numbers == sorted(numbers, reverse=state == "descending")
+        seen.append(state)
+    assert sorted(seen) == ["ascending", "descending"]
+    assert f"sort={key}" in browser.current_url
+
+
+def test_filters_hide_rows_sections_and_marks(page):
+    browser = page()
+    everything = len(visible(browser, ROWS)), len(visible(browser, ".mark[data-rows]"))
+    choose(browser, "dataset", "cifar10")
+    choose(browser, "ipc", "10")
+    choose(browser, "method", "dm")
+    facts = visible(browser, ROWS, "e => [e.dataset.dataset, e.dataset.ipc, e.dataset.method]")
+    assert facts == [["cifar10", "10", "dm"]] * 2
+    assert len(visible(browser, "#sections > section")) == 1
+    shown_ids = set(visible(browser, ROWS, "e => e.id"))
+    marks = visible(browser, ".mark[data-rows]", "e => e.dataset.rows.split(' ')")
+    assert 0 < len(marks) < everything[1] and all(shown_ids & set(rows) for rows in marks)
+    assert visible(browser, ".legend [data-method]", "e => e.dataset.method") == ["dm"]
+    assert visible(browser, ".published tbody", "e => [e.dataset.dataset, e.dataset.ipc, e.dataset.method]") == [
+        ["cifar10", "10", "dm"]
+    ]
+    assert browser.find_element("id", "count").text == f"2 of {everything[0]} rows"
+    choose(browser, "track", "per-view")
+    assert visible(browser, ROWS) == [] and browser.find_element("id", "nothing").is_displayed()
+    browser.find_element("css selector", "button[type=reset]").click()
+    assert (len(visible(browser, ROWS)), len(visible(browser, ".mark[data-rows]"))) == everything
+    assert "#" not in browser.current_url
+
+
+def test_the_hash_brings_a_view_back(page):
+    browser = page()
+    choose(browser, "protocol", "dc-v1")
+    choose(browser, "network", OWN)
+    choose(browser, "order", "protocol")
+    browser.find_element("css selector", "input[name=uses][value='10']").click()
+    browser.find_element("css selector", f"{BOARD} button[data-key=accuracy]").click()
+    ids, hash = visible(browser, ROWS, "e => e.id"), "#" + browser.current_url.split("#")[1]
+    assert len(ids) > 5
+    browser = page(hash)
+    assert visible(browser, ROWS, "e => e.id") == ids
+    assert browser.execute_script("return document.documentElement.dataset.uses") == "10"
+    browser = page("#dataset=nonsense&uses=7&sort=stars:up&foo=bar&ipc=")
+    assert len(visible(browser, ROWS)) > len(ids)
+
+
+def test_tables_can_be_ordered_by_protocol(page):
+    browser = page()
+    choose(browser, "order", "protocol")
+    names = visible(browser, "#sections > section", "e => e.dataset.protocol")
+    assert names == sorted(names) and len(set(names)) > 1
+
+
+def test_the_number_of_uses_moves_marks_and_times(page):
+    browser = page()
+    where = f"{BOARD} .chart .mark.c0, {BOARD} .chart .mark.c1, {BOARD} .chart .mark.c2"
+    places = "e => e.getBoundingClientRect().x"
+    before = visible(browser, where, places), visible(browser, f"{BOARD} .time", "e => e.innerText")
+    browser.find_element("css selector", "input[name=uses][value='100']").click()
+    deadline = time.monotonic() + 10
+    while visible(browser, where, places) == before[0] and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.5)  # the marks glide
+    after = visible(browser, where, places), visible(browser, f"{BOARD} .time", "e => e.innerText")
+    moved = [b - a for a, b in zip(before[0], after[0])]
+    assert max(moved) <= 0.5 and min(moved) < -50 and any(abs(shift) < 0.5 for shift in moved)
+    assert before[1] != after[1] and len(before[1]) == len(after[1])
+
+
+def test_every_link_and_picture_is_there(page, site):
+    browser = page()
+    links = browser.execute_script("return [...document.querySelectorAll('a')].map(a => a.href.baseVal ?? a.href)")
+    assert len(links) > 50
+    for link in links:
+        url = urlparse(link)
+        if url.path and not link.startswith("#"):
+            assert (site.parent / unquote(url.path)).exists()
+        if url.fragment:
+            assert browser.find_elements("id", url.fragment)
+    loaded = browser.execute_async_script("""
+        const done = arguments[0], images = [...document.images];
+        images.forEach((image) => (image.loading = "eager"));
+        Promise.all(images.map((image) => image.decode())).then(() => done(images.length), (e) => done(String(e)));
+    """)
+    assert loaded > 10
+
+
+def test_charts_are_drawn_inside_their_frame(page):
+    browser = page()
+    boxes = browser.execute_script(f"""return {VISIBLE.format(".chart .mark")}.map((mark) => {{
+        const box = mark.querySelector("circle, a path, path:not(.interval)").getBoundingClientRect();
+        const frame = mark.ownerSVGElement.getBoundingClientRect();
+        const inside = box.left >= frame.left && box.right <= frame.right
+            && box.top >= frame.top && box.bottom <= frame.bottom;
+        return [box.width, box.height, inside];
+    }})""")
+    assert len(boxes) > 30
+    assert all(width > 3 and height > 2 and inside for width, height, inside in boxes)
+    assert len(visible(browser, ".chart circle")) > 2 and len(visible(browser, ".chart .line path")) > 2
+
+
+@pytest.mark.parametrize("width", [360, 390, 700, 1000, 1280])
+def test_nothing_scrolls_sideways(page, width):
+    browser = page(width=width)
+    browser.execute_script("document.querySelectorAll('details').forEach((part) => (part.open = true))")
+    wide, inner = browser.execute_script("return [document.documentElement.scrollWidth, innerWidth]")
+    assert inner == width and wide <= width
+    over = visible(browser, "main *, header *, #filters *", "e => [e.tagName, e.getBoundingClientRect().right]")
+    assert [entry for entry in over if entry[1] > width + 1] == []
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+def test_without_javascript_everything_is_a_plain_table(page, width):
+    browser = page("#dataset=cifar100", width=width, javascript=False)
+    assert "js" not in browser.find_element("tag name", "html").get_attribute("class").split()
+    assert not browser.find_element("id", "filters").is_displayed()
+    rows = browser.find_elements("css selector", ROWS)
+    assert len(rows) > 15 and all(row.is_displayed() for row in rows)
+    assert browser.find_element("css selector", ".chart circle").is_displayed()
+    detail = browser.find_element("css selector", f"{ROWS} details")
+    detail.find_element("tag name", "summary").click()
+    assert detail.find_element("tag name", "pre").is_displayed()
+
+
+def test_a_mark_leads_to_its_row(page):
+    browser = page("#dataset=cifar10")
+    link = browser.find_element("css selector", f"{BOARD} .chart a")
+    row = link.get_attribute("href").split("#")[1] if "#" in (link.get_attribute("href") or "") else None
+    row = row or browser.execute_script("return arguments[0].href.baseVal.slice(1)", link)
+    browser.execute_script("arguments[0].dispatchEvent(new MouseEvent('click', {bubbles: true}))", link)
+    deadline = time.monotonic() + 10
+    while not browser.execute_script("return document.querySelector(':target')") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert browser.execute_script("return document.querySelector(':target').id") == row
+    assert set(visible(browser, ROWS, "e => e.dataset.dataset")) == {"cifar10"}  # the filter stays
