@@ -23,6 +23,7 @@ if not os.path.isdir(os.path.join(os.path.dirname(__file__), "methods")) and os.
 if TYPE_CHECKING:
     from condense.api import distill, evaluate, fit, load, task
     from condense.distilled import DistilledSet
+    from condense.labels import relabel
 
 _PUBLIC = {
     "task": "condense.api",
@@ -30,10 +31,11 @@ _PUBLIC = {
     "evaluate": "condense.api",
     "load": "condense.api",
     "fit": "condense.api",
+    "relabel": "condense.labels",
     "DistilledSet": "condense.distilled",
 }
 
-__all__ = ["CondenseError", "DistilledSet", "__version__", "distill", "evaluate", "fit", "load", "task"]
+__all__ = ["CondenseError", "DistilledSet", "__version__", "distill", "evaluate", "fit", "load", "relabel", "task"]
 
 
 def __dir__() -> list[str]:

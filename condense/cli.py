@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import typer
 
 from condense.errors import CondenseError, did_you_mean
+from condense.tracking import leads
 from condense.units import duration, size
 from condense.version import __version__
 
@@ -64,7 +65,7 @@ Force = Annotated[bool, typer.Option("--force", help="overwrite what exists")]
 Download = Annotated[bool, typer.Option("--download", help="fetch a registered dataset that is not on disk")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 
-KINDS = ("methods", "datasets", "networks", "recipes", "protocols", "sets")
+KINDS = ("methods", "datasets", "networks", "recipes", "protocols", "suites", "sets")
 
 
 @app.command("ls")
@@ -107,14 +108,26 @@ def _listing(kind: str) -> list[dict[str, Any]]:
 
         return [{"name": CONVNET_GRAMMAR, "about": ""}, *({"name": name, "about": ""} for name in names())]
     if kind == "protocols":
-        from condense.evaluation import protocols
+        from condense.protocols import protocols
 
         return [{"name": p.name, "about": p.summary, "version": p.version} for p in protocols().values()]
+    if kind == "suites":
+        from condense.benchmarks.suite import suites
+
+        return [{"name": suite.name, "about": suite.summary} for suite in suites().values()]
     if kind == "sets":
         from condense.distilled import packaged_sets
 
-        return [{"name": name, "about": str(path)} for name, path in packaged_sets().items()]
+        sets = packaged_sets().items()
+        return [{"name": name, "about": _claim(_set(name)), "path": str(path)} for name, path in sets]
     return [{"name": name, "about": _recipe_line(config.recipe(name))} for name in config.recipe_names()]
+
+
+def _claim(made: Any) -> str:
+    """What a ready-made set holds, and what it was measured to reach."""
+    claim = made.manifest.get("claim")
+    reached = f", {100 * claim['mean']:.1f} % on {claim['network']} under {claim['protocol']}" if claim else ""
+    return f"{len(made.stored)} images, {size(made.nbytes()['total'])}{reached}"
 
 
 def _recipe_line(recipe: dict[str, Any]) -> str:
@@ -295,7 +308,7 @@ def _sorted(keys: dict[str, Any], *groups: type) -> list[dict[str, Any]]:
 
 def _report(made: Any, out: Path, run_dir: Path, data: str) -> None:
     """What was made, where, and what to do next."""
-    if not _leads():
+    if not leads():
         return
     manifest = made.manifest
     images = f"{len(made.stored)} images of {size(made.nbytes()['images'])}"
@@ -310,11 +323,6 @@ def _report(made: Any, out: Path, run_dir: Path, data: str) -> None:
     print(f"        condense preview {file} --out {shlex.quote(str(out.with_suffix('.png')))}")
 
 
-def _leads() -> bool:
-    """Whether this process talks: among those that ``torchrun`` started, the first."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 @app.command()
 def resume(
     run_dir: Annotated[Path, typer.Argument(help="the run's directory")],
@@ -326,7 +334,7 @@ def resume(
     """Goes on with a killed or interrupted run. The result is the same as without the stop."""
     from condense import api
 
-    if minutes is None and api.is_finished(run_dir) and _leads():
+    if minutes is None and api.is_finished(run_dir) and leads():
         print(f"{run_dir} has ended; its set is:")
     made = api.resume(run_dir, minutes=minutes, quiet=False)
     job = api.read_job(run_dir)
@@ -340,12 +348,19 @@ def evaluate(
     settings: Annotated[
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="settings of the data; as for the set by default")
     ] = None,
-    networks: Annotated[str | None, typer.Option(help="A,B,...; the set's own network by default")] = None,
+    networks: Annotated[
+        str | None, typer.Option(help="A,B,...; the protocol's by default; own is the one that the set was made with")
+    ] = None,
     runs: Annotated[int | None, _number("--runs", int, "students per arm; the protocol's number by default")] = None,
     protocol: Annotated[
         str | None, typer.Option(help="a name of `condense ls protocols`; the set's own by default")
     ] = None,
-    controls: Annotated[str, typer.Option(help="random,noise,full,full-equal or none")] = "random",
+    controls: Annotated[
+        str, typer.Option(help="arms beside the set: random,random-bytes,noise,full,full-equal, or none")
+    ] = "random",
+    without_augmentation: Annotated[
+        bool, typer.Option("--without-augmentation", help="also train set and random images so, for the score ARS")
+    ] = False,
     seed: Seed = 0,
     device: Device = "auto",
     precision: Precision = "auto",
@@ -354,8 +369,8 @@ def evaluate(
     download: Download = False,
     force: Force = False,
 ) -> None:
-    """Judges a set against control arms under one protocol. With --json it writes the record."""
-    from condense import api, config, evaluation
+    """Judges a set against control arms under a protocol."""
+    from condense import api, config, evaluation, records
     from condense.distilled import check_writable
 
     distilled = _set(file)
@@ -365,15 +380,56 @@ def evaluate(
     real = api.task(data, download=download, **options | config.parse(settings or []))
     record = evaluation.evaluate(
         distilled, real, networks=networks.split(",") if networks else None, runs=runs, protocol=protocol,
-        controls=[] if controls == "none" else controls.split(","), seed=seed, device=device, precision=precision,
-        cache=not no_cache, quiet=False,
+        controls=[] if controls == "none" else controls.split(","), without_augmentation=without_augmentation,
+        seed=seed, device=device, precision=precision, cache=not no_cache, quiet=False,
     )  # fmt: skip
+    if not leads():
+        return
     print(f"{distilled.name} on {real.name}, {record['protocol']['name']}, {record['environment']['device']}")
-    print(evaluation.table(record))
+    print(records.table(record))
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        evaluation.write_record(record, out)
+        records.write_record(record, out)
         print(f"record: {out}")
+
+
+@app.command()
+def suite(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="a name of `condense ls suites`, or a YAML file")],
+    out: Annotated[
+        Path | None, typer.Option(help="folder for records, sets, runs and page; suites/NAME by default")
+    ] = None,
+    data: Annotated[
+        list[str] | None, typer.Option("--data", metavar="NAME=PATH", help="where named data are; may be repeated")
+    ] = None,
+    methods: Annotated[str | None, typer.Option(help="A,B,...: only these methods of the suite")] = None,
+    datasets: Annotated[str | None, typer.Option(help="A,B,...: only these data of the suite")] = None,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    download: Download = False,
+) -> None:
+    """Makes and judges a whole table of sets, then builds its page. Call it again to go on after a stop."""
+    from condense.benchmarks import suite as room
+
+    chosen = room.get_suite(name)
+    places = dict(word.partition("=")[::2] for word in data or [])
+    for place, path in places.items():
+        if not path:
+            raise CondenseError(f"--data {place}: write NAME=PATH; {chosen.name} has {', '.join(chosen.tasks)}")
+    out = out or Path("suites") / chosen.name
+    outcome = room.run(
+        chosen, out, data=places, methods=methods.split(",") if methods else (),
+        datasets=datasets.split(",") if datasets else (), device=device, precision=precision, download=download,
+        quiet=False,
+    )  # fmt: skip
+    if not leads():
+        return
+    print(f"{chosen.name}: {len(outcome.made)} records made, {len(outcome.kept)} were there")
+    print(f"  records and pictures: {out / room.RECORDS}\n  sets: {out / room.SETS}")
+    if outcome.page is not None:
+        print(f"  page: {outcome.page}")
+    if outcome.failed:
+        raise CondenseError(f"{len(outcome.failed)} cells were not made: "
+                            + "; ".join(f"{stem} ({why})" for stem, why in outcome.failed.items()))  # fmt: skip
 
 
 @app.command()

@@ -12,6 +12,7 @@ import copy
 import functools
 import hashlib
 import math
+import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -292,6 +293,7 @@ def relabel(
     squared: bool = True,
     batch_size: int = 256,
     description: str | None = None,
+    teacher_seconds: float = 0.0,
 ) -> DistilledSet:
     """The same images with a teacher's logits on ``epochs`` stored epochs of augmented views (FKD, SRe2L's relabel).
 
@@ -309,6 +311,7 @@ def relabel(
         squared: see :class:`PerViewLabels`.
         batch_size: views that the teacher sees at once.
         description: what the manifest calls the teacher; its class when None. A digest of its weights is added.
+        teacher_seconds: what training it took; joins the set's cost with the time of labelling.
 
     Raises:
         CondenseError: the set has decode stages, epochs are below 1, or the logits do not fit the classes or are not
@@ -320,6 +323,7 @@ def relabel(
         raise CondenseError(f"{distilled.name}: views are labelled by stored image, and this set decodes into more")
     if epochs < 1:
         raise CondenseError(f"epochs={epochs}: must be at least 1")
+    began = time.monotonic()
     teacher.eval()
     device = next((parameter.device for parameter in teacher.parameters()), torch.device("cpu"))
     images, classes = distilled.training_images()[0].to(device), len(distilled.classes)
@@ -333,9 +337,14 @@ def relabel(
             logits[epoch, ids] = answer.to("cpu", torch.float16)
     labels = PerViewLabels(logits, seed, views, temperature, squared)
     teachers = {"network": description or type(teacher).__name__, "sha256": content(teacher.state_dict())}
-    outdated = ("bytes", "checksums", "protocol", "learned_lr")
+    outdated = ("bytes", "checksums", "protocol", "learned_lr", "claim")
     kept = {key: value for key, value in distilled.manifest.items() if key not in outdated}
-    return DistilledSet(distilled.stored, labels, distilled.transform, {**kept, "teacher": teachers})
+    cost = dict(kept.get("cost", {}))
+    if "seconds" in cost:  # an unknown cost stays unknown
+        seconds = teacher_seconds + time.monotonic() - began
+        cost["preparation_seconds"] = round(cost.get("preparation_seconds", 0.0) + seconds, 2)
+    manifest = {**kept, "cost": cost, "teacher": teachers}
+    return DistilledSet(distilled.stored, labels, distilled.transform, manifest)
 
 
 PROVIDERS: Registry[Any] = Registry("label kind")

@@ -8,7 +8,7 @@ import json
 import math
 import platform
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,9 @@ USES = (1, 10, 100)
 """Numbers of networks trained on one set, over which the time to make it is shared out."""
 LIMIT = 16 * 1024 * 1024
 """Bytes of the largest record that is read."""
+TEXT_LIMIT = 10_000
+"""Characters of the longest text in a record."""
+NUMBER_LIMIT = 1e18
 
 # -- numbers ----------------------------------------------------------------------------------------------------------
 
@@ -288,6 +291,7 @@ def check_record(record: Any) -> list[str]:
     if isinstance(record, dict) and record.get("schema", SCHEMA) != SCHEMA:
         return [f"'schema' is {record['schema']!r}; this version reads {SCHEMA}"]
     faults = [_fault(error) for error in Draft202012Validator(schema()).iter_errors(record)]
+    faults = faults or list(_unshowable(record, ""))[:5]
     if faults:
         return faults
     for entry in record["results"]:
@@ -296,7 +300,40 @@ def check_record(record: Any) -> list[str]:
                           f"{record['runs']} runs")  # fmt: skip
         elif abs(statistics.fmean(entry["accuracies"]) - entry["mean"]) > 1e-9:
             faults.append(f"{entry['arm']} on {entry['network']}: 'mean' is not that of its accuracies")
+        elif not _agree(entry, summary(entry["accuracies"])):
+            faults.append(f"{entry['arm']} on {entry['network']}: 'ci95' is not that of its accuracies")
+    if not faults and not _agree(record["scores"], scores(record["results"], record["set"]["label_kind"])):
+        faults.append("'scores' do not follow from the accuracies")
     return faults
+
+
+def _agree(told: Any, known: Any) -> bool:
+    """Whether what is told holds all that is known, to rounding."""
+    if isinstance(known, dict):
+        return isinstance(told, dict) and all(key in told and _agree(told[key], part) for key, part in known.items())
+    if isinstance(known, list):
+        return isinstance(told, list) and len(told) == len(known) and all(map(_agree, told, known))
+    if isinstance(known, float) and isinstance(told, (int, float)):
+        return math.isclose(told, known, rel_tol=1e-6, abs_tol=1e-6)
+    return told == known
+
+
+def _unshowable(value: Any, where: str) -> Iterator[str]:
+    """Texts that are too long or no Unicode, and numbers beyond all measure (JSON's 1e999 is infinite)."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            yield from _unshowable(key, f"a name in {where or 'the record'}")
+            yield from _unshowable(part, f"{where}.{key[:40]}" if where else key[:40])
+    elif isinstance(value, list):
+        for index, part in enumerate(value):
+            yield from _unshowable(part, f"{where}.{index}")
+    elif isinstance(value, str):
+        if len(value) > TEXT_LIMIT:
+            yield f"'{where}' is longer than {TEXT_LIMIT} characters"
+        elif any(0xD800 <= ord(c) < 0xE000 for c in value):
+            yield f"'{where}' is not valid text"
+    elif isinstance(value, (int, float)) and not -NUMBER_LIMIT <= value <= NUMBER_LIMIT:
+        yield f"'{where}' is not a usable number"
 
 
 def _fault(error: Any) -> str:

@@ -190,6 +190,14 @@ def test_the_file(tmp_path, chosen, teacher):
 # -- relabelling ------------------------------------------------------------------------------------------------------
 
 
+def test_relabelling_counts_its_time_and_drops_claims(chosen, teacher):
+    claimed = DistilledSet(chosen.stored, chosen.labels, chosen.transform, {**chosen.manifest, "claim": {"mean": 1.0}})
+    made = relabel(claimed, teacher, 1, teacher_seconds=7.0)
+    assert made.manifest["cost"]["preparation_seconds"] >= 7 and "claim" not in made.manifest
+    unknown = DistilledSet(chosen.stored, chosen.labels, chosen.transform, {**chosen.manifest, "cost": {}})
+    assert relabel(unknown, teacher, 1).manifest["cost"] == {}
+
+
 def test_relabelling_stores_what_the_teacher_says_of_each_view(chosen, teacher):
     teacher.train()
     made = relabel(chosen, teacher, 2, seed=4, batch_size=4, views=CropViews(0.3), description="a small one")

@@ -142,6 +142,12 @@ def test_a_written_record_is_read_back(record, tmp_path):
         (lambda r: r["results"][0].update(arm="winner"), "'results.0.arm': 'winner' is not one of"),
         (lambda r: r.update(runs=3), "2 accuracies for 3 runs"),
         (lambda r: r.update(results=[]), "'results': "),
+        (lambda r: r["results"][0].update(ci95=[0.54, 0.56]), "'ci95' is not that of its accuracies"),
+        (lambda r: r["scores"]["n"]["IOR"].update(value=0.9), "'scores' do not follow from the accuracies"),
+        (lambda r: r.update(scores={}), "'scores' do not follow from the accuracies"),
+        (lambda r: r.update(seed=10**30), "'seed' is not a usable number"),
+        (lambda r: r.update(command="x" * 20_000), "'command' is longer than 10000 characters"),
+        (lambda r: r.update(command="\ud800"), "'command' is not valid text"),
     ],
 )
 def test_faulty_records_are_named(record, tmp_path, change, message):
