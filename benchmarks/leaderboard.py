@@ -189,6 +189,11 @@ class Section:
     """Control arms in the charts."""
 
     @property
+    def machines(self) -> int:
+        """Number of devices that times were taken on."""
+        return len({row.record["environment"]["device"] for row in self.rows})
+
+    @property
     def methods(self) -> list[str]:
         return sorted({row.set["method"] for row in self.rows})
 
@@ -499,20 +504,20 @@ def _control_point(row: Row, control: dict[str, Any], at: dict[str, float], wher
 
 
 def _full_lines(rows: list[Row]) -> list[Line]:
-    """Full data as one line per network: the mean of what the records say."""
-    found: dict[str, tuple[list[float], list[str]]] = {}
+    """Full data as one line per network and budget: the mean of what the records say."""
+    found: dict[tuple[str, int], tuple[list[float], list[str]]] = {}
     for row in rows:
         control = row.control("full")
         if control:
-            means, ids = found.setdefault(row.network, ([], []))
+            means, ids = found.setdefault((row.network, control["steps"]), ([], []))
             ids.append(row.id)
             if control["mean"] not in means:
                 means.append(control["mean"])
     lines = []
-    for network, (means, ids) in sorted(found.items()):
+    for (network, steps), (means, ids) in sorted(found.items()):
         mean = sum(means) / len(means)
         name = network if len(network) <= 28 else network[:27] + "…"
-        tip = f"full data, {network}: {100 * mean:.1f} %"
+        tip = f"full data, {network}, {steps} steps: {100 * mean:.1f} %"
         lines.append(Line(mean, ids, f"{100 * mean:.1f} full data, {name}", tip))
     return lines
 

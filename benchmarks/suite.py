@@ -5,17 +5,18 @@ from __future__ import annotations
 import functools
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from condense import api, evaluation, records
+from condense import api, evaluation, networks, records
 from condense.benchmarks import leaderboard
 from condense.config import build, packaged, read_yaml
 from condense.distilled import DistilledSet, save_grid
 from condense.errors import CondenseError, did_you_mean
 from condense.protocols import OWN, get_protocol
+from condense.run import Ranks, pick_device
 from condense.tasks import DATASETS, Task
 from condense.tracking import leads
 
@@ -36,14 +37,10 @@ class Suite:
     """Students per arm."""
     seeds: list[int]
     """Seeds of the distilling, each a row of its own."""
-    network: str
-    """Architecture that methods match with."""
     networks: list[str]
-    """Architectures judged on; "own" is ``network``."""
-    controls: list[str]
-    """Arms beside the sets."""
-    tasks: dict[str, list[int]]
-    """Data by name, with the images per class."""
+    """Architectures judged on; "own" is that of the task."""
+    tasks: dict[str, Any]
+    """Data by name: ``ipc``, a list of images per class, ``network`` that methods match with, ``controls`` (arms)."""
     methods: dict[str, Any]
     """Method, with settings by ``DATA-ipcN``."""
 
@@ -56,6 +53,7 @@ class Cell:
     method: str
     data: str
     ipc: int
+    network: str
     seed: int
     settings: Mapping[str, Any] = field(default_factory=dict)
 
@@ -97,24 +95,48 @@ def get_suite(name: str) -> Suite:
     return suites()[name]
 
 
+@dataclass(frozen=True)
+class _Data:
+    """One of a suite's ``tasks``."""
+
+    network: str
+    ipc: list[int]
+    controls: list[str]
+
+
 def _suite(text: str, where: str) -> Suite:
     suite = build(Suite, read_yaml(text, where), where)
-    get_protocol(suite.protocol)
-    known = [f"{data}-ipc{ipc}" for data, sizes in suite.tasks.items() for ipc in sizes]
-    faults = []
-    for method, settings in suite.methods.items():
-        for name, values in (settings or {}).items():
-            if name not in known:
-                faults.append(f"{where}: {method} has settings for '{name}', which is none of its cells"
-                              f"{did_you_mean(name, known)}")  # fmt: skip
-                continue
-            try:
-                api.check(method, values or {}, network=suite.network)
-            except CondenseError as fault:
-                faults.append(f"{where}: {method}, {name}: {fault}")
-    if faults:
-        raise CondenseError("; ".join(faults))
+    checks: list[Callable[[], Any]] = [lambda: get_protocol(suite.protocol)]
+    checks += [functools.partial(networks.check, name) for name in suite.networks if name != OWN]
+    known: dict[str, str] = {}
+    for data, content in suite.tasks.items():
+        task = build(_Data, _mapping(content, f"{where}: {data}"), f"{where}: {data}")
+        checks.append(functools.partial(networks.check, task.network))
+        checks += [functools.partial(evaluation.check_control, name) for name in task.controls]
+        suite.tasks[data] = task
+        known |= {f"{data}-ipc{ipc}": task.network for ipc in task.ipc}
+    for method, cells in suite.methods.items():
+        checks.append(functools.partial(api.check, method, {}))
+        suite.methods[method] = _mapping(cells, f"{where}: {method}")
+        for name, values in suite.methods[method].items():
+            checks.append(functools.partial(_check_cell, method, name, values, known, f"{where}: {method}, {name}"))
+    api.all_at_once(*checks)
     return suite
+
+
+def _mapping(content: Any, where: str) -> dict[str, Any]:
+    if not isinstance(content or {}, dict):
+        raise CondenseError(f"{where}: must be a mapping of keys to values, not {content!r}")
+    return content or {}
+
+
+def _check_cell(method: str, name: str, values: Any, known: Mapping[str, str], where: str) -> None:
+    if name not in known:
+        raise CondenseError(f"{where}: none of the suite's cells{did_you_mean(name, known)}")
+    try:
+        api.check(method, _mapping(values, where), network=known[name])
+    except CondenseError as fault:
+        raise CondenseError(f"{where}: {fault}") from fault
 
 
 def cells(suite: Suite, methods: Sequence[str] = (), datasets: Sequence[str] = ()) -> list[Cell]:
@@ -133,10 +155,10 @@ def cells(suite: Suite, methods: Sequence[str] = (), datasets: Sequence[str] = (
             if name not in known:
                 raise CondenseError(f"{flag} {name}: not in the suite '{suite.name}'{did_you_mean(name, known)}")
     return [
-        Cell(suite.name, method, data, ipc, seed, ((suite.methods[method] or {}).get(f"{data}-ipc{ipc}")) or {})
-        for data, sizes in suite.tasks.items()
+        Cell(suite.name, method, data, ipc, task.network, seed, suite.methods[method].get(f"{data}-ipc{ipc}") or {})
+        for data, task in suite.tasks.items()
         if not datasets or data in datasets
-        for ipc in sizes
+        for ipc in task.ipc
         for method in suite.methods
         if not methods or method in methods
         for seed in suite.seeds
@@ -158,7 +180,8 @@ def run(
     """Fills the table: distils and judges every cell, writes records and pictures, and builds the page.
 
     A cell whose record is there and says the same settings, protocol and networks is kept; one that was stopped goes on
-    where it was. A cell that fails is reported and the others are made.
+    where it was. A cell that fails is reported and the others are made. Several ranks share ``out``; there the first
+    fault ends the table, because they would no longer agree on what they do.
 
     Args:
         suite: the table.
@@ -171,6 +194,7 @@ def run(
     wanted = cells(suite, methods, datasets)
     outcome = Outcome()
     tasks: dict[str, Task | str] = {}
+    ranks = Ranks(pick_device(device))
     began, spent = time.monotonic(), 0
     for number, cell in enumerate(wanted, 1):
         if cell.data not in tasks:
@@ -179,7 +203,7 @@ def run(
         try:
             if isinstance(real, str):
                 raise CondenseError(real)
-            if _is_current(path, suite, cell, real):
+            if ranks.agree(_is_current(path, suite, cell, real, device, precision)):
                 outcome.kept.append(path)
                 line = "is there"
             else:
@@ -187,6 +211,8 @@ def run(
                 line = _fill(suite, cell, real, out, device, precision, quiet or not leads())
                 outcome.made.append(path)
         except CondenseError as fault:
+            if ranks.world > 1:
+                raise
             outcome.failed[cell.stem] = str(fault)
             line = f"not made: {fault}"
         if leads() and not quiet:
@@ -208,7 +234,7 @@ def _task(name: str, data: Mapping[str, str], download: bool) -> Task | str:
         return str(fault)
 
 
-def _is_current(path: Path, suite: Suite, cell: Cell, real: Task) -> bool:
+def _is_current(path: Path, suite: Suite, cell: Cell, real: Task, device: str, precision: str) -> bool:
     """Whether the cell's record is there and is of these settings."""
     try:
         record = records.read_record(path)
@@ -216,22 +242,22 @@ def _is_current(path: Path, suite: Suite, cell: Cell, real: Task) -> bool:
         return False
     protocol = get_protocol(suite.protocol)
     judged = dict.fromkeys(entry["network"] for entry in record["results"])
-    asked = {suite.network if name == OWN else name for name in suite.networks}
+    asked = {cell.network if name == OWN else name for name in suite.networks}
     arms = {entry["arm"] for entry in [*record["results"], *record["missing"]]}
     return (
-        record["set"]["command"] == api.command(**_asked(suite, cell, real))
+        record["set"]["command"] == api.command(**_asked(suite, cell, real), device=device, precision=precision)
         and record["data"]["fingerprint"] == real.fingerprint
         and (record["protocol"]["name"], record["protocol"]["version"]) == (protocol.name, protocol.version)
         and record["runs"] == suite.runs
         and asked <= set(judged)
-        and set(suite.controls) <= arms
+        and set(suite.tasks[cell.data].controls) <= arms
     )
 
 
 def _asked(suite: Suite, cell: Cell, real: Task) -> dict[str, Any]:
     """The cell as arguments of ``api``."""
     return {
-        "method": cell.method, "real": real, "ipc": cell.ipc, "network": suite.network, "seed": cell.seed,
+        "method": cell.method, "real": real, "ipc": cell.ipc, "network": cell.network, "seed": cell.seed,
         "protocol": suite.protocol, **cell.settings,
     }  # fmt: skip
 
@@ -243,7 +269,7 @@ def _fill(suite: Suite, cell: Cell, real: Task, out: Path, device: str, precisio
         **_asked(suite, cell, real), out=out / SETS / f"{cell.stem}.h5", run_dir=out / RUNS / cell.stem, device=device,
         precision=precision, quiet=quiet,
     )  # fmt: skip
-    record = judge(suite, made, real, device=device, precision=precision, quiet=quiet)
+    record = judge(suite, cell, made, real, device=device, precision=precision, quiet=quiet)
     path = out / RECORDS / f"{cell.stem}.json"
     if leads():
         images, per_class = made.pictures()
@@ -254,9 +280,9 @@ def _fill(suite: Suite, cell: Cell, real: Task, out: Path, device: str, precisio
     return f"{100 * means['distilled']:.1f} %{compared} in {(time.monotonic() - began) / 60:.1f} min"
 
 
-def judge(suite: Suite, made: DistilledSet, real: Task, **options: Any) -> dict[str, Any]:
+def judge(suite: Suite, cell: Cell, made: DistilledSet, real: Task, **options: Any) -> dict[str, Any]:
     """The record of a set under the suite's rules."""
     return evaluation.evaluate(
-        made, real, networks=suite.networks, runs=suite.runs, protocol=suite.protocol, controls=suite.controls,
-        **options,
+        made, real, networks=suite.networks, runs=suite.runs, protocol=suite.protocol,
+        controls=suite.tasks[cell.data].controls, **options,
     )  # fmt: skip

@@ -193,10 +193,11 @@ def distill_or_resume(
         entry, _config(entry, settings), real, ipc, network, seed, device, precision, minutes=None, out=None, tag=None,
         protocol=protocol or entry.protocol, track="none",
     )  # fmt: skip
+    earlier = None
     with contextlib.suppress(CondenseError):
         earlier = read_job(run_dir)
-        if earlier.key() == job.key() and earlier.out == str(out.resolve()):
-            return resume(run_dir, quiet=quiet)
+    if earlier and (earlier.key(), earlier.protocol, earlier.out) == (job.key(), job.protocol, str(out.resolve())):
+        return resume(run_dir, quiet=quiet)
     return distill(
         method, real, ipc, network=network, seed=seed, protocol=protocol, out=out, run_dir=run_dir, force=True,
         quiet=quiet, **watched, **settings,
@@ -211,12 +212,15 @@ def command(
     network: str | None = None,
     seed: int = 0,
     protocol: str | None = None,
+    device: str = "auto",
+    precision: str = "auto",
     **settings: Any,
 ) -> str:
     """The command line of ``condense distill`` that these arguments stand for, as the manifest states it."""
     entry = METHODS.get(method)
     rest = {"minutes": None, "out": None, "tag": None, "protocol": protocol or entry.protocol, "track": "none"}
-    return _command(_job(entry, _config(entry, settings), real, ipc, network, seed, "cpu", "fp32", **rest), entry, real)
+    job = _job(entry, _config(entry, settings), real, ipc, network, seed, device, precision, **rest)
+    return _command(job, entry, real)
 
 
 def resume(run_dir: str | Path, *, minutes: float | None = None, quiet: bool = True) -> DistilledSet:
@@ -496,7 +500,7 @@ def _finished(job: Job, entry: Method, real: Task, run: Run, synthetic: Syntheti
     """The synthetic set as a DistilledSet with its manifest."""
     stored = synthetic.images.detach().cpu()
     manifest = {
-        "name": f"{real.name}/{job.method}-ipc{job.ipc}" + (f".{job.tag}" if job.tag else ""),
+        "name": _set_name(job, real),
         "dataset": real.name,
         "classes": list(real.classes),
         "ipc": job.ipc,
@@ -531,14 +535,19 @@ def _command(job: Job, entry: Method, real: Task) -> str:
     """The command line that makes this set again; what is as by default is left out."""
     words = ["condense", "distill", job.method, "--data", data_word(real), "--ipc", str(job.ipc)]
     words += ["--network", job.network] * (job.network != entry.network)
-    words += ["--seed", str(job.seed)] * (job.seed != 0)
+    words += ["--seed", str(job.seed)] * (job.seed != 0) + ["--precision", job.precision]
     words += ["--minutes", f"{job.minutes:g}"] if job.minutes is not None else []
+    words += ["--tag", job.tag, "--out", f"{_set_name(job, real).replace('/', '-')}.h5"] if job.tag else []
     for given, config in ((job.settings, entry.config), (job.data["options"], DataOptions)):
         defaults = {field.name: field.default for field in dataclasses.fields(config)}
         words += [f"{key}={_word(value)}" for key, value in given.items() if value != defaults[key]]
     words += ["deterministic=true"] * job.deterministic
     words += [f"protocol={job.protocol}"] * (job.protocol != entry.protocol)
     return shlex.join(words)
+
+
+def _set_name(job: Job, real: Task) -> str:
+    return f"{real.name}/{job.method}-ipc{job.ipc}" + (f".{job.tag}" if job.tag else "")
 
 
 def _word(value: Any) -> str:

@@ -78,6 +78,12 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
         return self.manifest["name"]
 
     @property
+    def file_name(self) -> str:
+        """What the file is called unless told otherwise: ``dataset-method-ipcN.tag-seedS.h5``."""
+        seed = self.manifest.get("seed")
+        return f"{self.name.replace('/', '-')}{f'-seed{seed}' if seed else ''}.h5"
+
+    @property
     def classes(self) -> tuple[str, ...]:
         """Class names; a target c means ``classes[c]``."""
         return tuple(self.manifest["classes"])

@@ -22,13 +22,23 @@ from condense import networks, rng
 from condense.config import build
 from condense.distilled import DistilledSet
 from condense.errors import CondenseError, did_you_mean
-from condense.labels import HardLabels
+from condense.labels import HardLabels, content
 from condense.protocols import OWN, Protocol, get_protocol
-from condense.records import SCHEMA, cross_architecture, environment, scores, summary, time_to_accuracy
-from condense.run import Ranks, pick_device, pick_precision
+from condense.records import (
+    SCHEMA,
+    TEXT_LIMIT,
+    cross_architecture,
+    environment,
+    known_cost,
+    scores,
+    summary,
+    time_to_accuracy,
+)
+from condense.run import Ranks, device_name, pick_device, pick_precision
 from condense.students import FixedSource, Recipe, Source, Student, TaskSource, accuracy, pick_together, train
-from condense.tasks import DATASETS, DataOptions, Task, cache_dir, load
+from condense.tasks import DataOptions, Task, cache_dir, load
 from condense.tracking import Progress
+from condense.units import by
 
 STUDENT_VERSION = 1
 """Raised by every change of networks, augmentation or training that alters a student; cached scores depend on it."""
@@ -67,6 +77,7 @@ def evaluate(
     protocol: str | None = None,
     controls: Sequence[str] = ("random",),
     without_augmentation: bool = False,
+    teacher: nn.Module | None = None,
     seed: int = 0,
     device: str = "auto",
     precision: str = "auto",
@@ -90,9 +101,11 @@ def evaluate(
         runs: students per arm; the protocol's number when None.
         protocol: name; the one in the manifest, else dc-v1 (dc-soft-v1 for labels that are not hard), when None.
         controls: any of random (equal images per class), random-bytes (hard-labelled 8-bit real images of the set's
-            total bytes), noise, full, full-equal (full data for the distilled arm's number of steps). The first and
-            third get the set's kind of labels.
+            total bytes), noise, full, full-equal (full data for the distilled arm's number of steps). On the soft track
+            noise gets the set's own labels, and random needs their ``teacher``.
         without_augmentation: also train the distilled and random arms without augmentation, for ARS.
+        teacher: what soft or per-view labels were made by, a network in the set's training space; it labels the random
+            images in the same way.
         seed: of the students' weights, shuffles, augmentation and of the random images.
         cache: False trains everything anew and stores nothing.
 
@@ -112,17 +125,17 @@ def evaluate(
     if not isinstance(task, Task):
         task = load(task, _options(distilled))
     _check(distilled, task, architectures, runs, controls)
+    ranks = Ranks(where)  # before anything goes to the device, which it picks among several
     task = task.to(where, transform=distilled.transform)
-    mirror = distilled.manifest.get("mirror", task.mirror)
-    ranks = Ranks(where)
-    judge = _Judge(task, chosen, mirror, runs, seed, where, precision, cache, quiet, ranks)
-    arms, missing = _arms(judge, distilled, dict.fromkeys(controls), without_augmentation)
+    judge = _Judge(task, chosen, runs, seed, where, precision, cache, quiet, ranks)
+    arms, missing = _arms(judge, distilled, dict.fromkeys(controls), without_augmentation, teacher)
     try:
         results = judge.results([(arm, network) for network in architectures for arm in arms])
     except (torch.OutOfMemoryError, MemoryError) as fault:
         raise CondenseError(f"out of memory on {where}: take smaller --networks, or another --device") from fault
     ranks.close()
-    cost = distilled.manifest.get("cost", {})
+    cost, made_by = known_cost(distilled.manifest.get("cost")), distilled.manifest.get("command")
+    set_seed = distilled.manifest.get("seed")
     return {
         "schema": SCHEMA,
         "set": {
@@ -131,11 +144,11 @@ def evaluate(
             "method": distilled.manifest["method"],
             "dataset": distilled.manifest["dataset"],
             "ipc": distilled.manifest["ipc"],
-            "seed": distilled.manifest.get("seed"),
+            "seed": set_seed if isinstance(set_seed, int) else None,
             "label_kind": distilled.labels.kind,
             "network": own,
             "bytes": distilled.nbytes(),
-            "command": distilled.manifest.get("command"),
+            "command": made_by if isinstance(made_by, str) and len(made_by) <= TEXT_LIMIT else None,
         },
         "data": {
             "name": task.name,
@@ -152,33 +165,33 @@ def evaluate(
         "time": time_to_accuracy(results, cost),
         "cost": cost,
         "environment": environment(where, precision),
-        "command": command(
-            distilled, task, architectures, runs, chosen.name, list(controls), without_augmentation, seed
-        ),
+        "command": command(distilled, judge, architectures, list(controls), without_augmentation),
     }
 
 
 def command(
     distilled: DistilledSet,
-    task: Task,
+    judge: _Judge,
     architectures: Sequence[str | Architecture],
-    runs: int,
-    protocol: str,
     controls: Sequence[str],
-    without_augmentation: bool = False,
-    seed: int = 0,
+    without_augmentation: bool,
 ) -> str:
-    """The command line that gives this record, however it was asked for."""
-    words = ["condense", "evaluate", f"{distilled.name.replace('/', '-')}.h5", "--data", data_word(task)]
-    words += ["--networks", ",".join(networks.name_of(network) for network in architectures), "--runs", str(runs)]
-    words += ["--protocol", protocol, "--controls", ",".join(controls) or "none"]
-    words += ["--without-augmentation"] * without_augmentation + ["--seed", str(seed)] * (seed != 0)
+    """The command line that gives this record, however it was asked for. A place to fill in is called PATH."""
+    ready = "claim" in distilled.manifest
+    words = ["condense", "evaluate", distilled.name if ready else distilled.file_name, "--data", data_word(judge.task)]
+    words += ["--networks", ",".join(networks.name_of(network) for network in architectures)]
+    words += ["--runs", str(judge.runs), "--protocol", judge.protocol.name]
+    words += ["--controls", ",".join(controls) or "none"] + ["--without-augmentation"] * without_augmentation
+    words += ["--seed", str(judge.seed)] * (judge.seed != 0) + ["--precision", judge.precision]
+    own = {**dataclasses.asdict(DataOptions()), **distilled.manifest.get("data", {}).get("options", {})}
+    given = dataclasses.asdict(judge.task.options)
+    words += [f"{key}={json.dumps(value)}" for key, value in given.items() if value != own[key] and key != "zca"]
     return shlex.join(words)
 
 
 def data_word(task: Task) -> str:
     """What ``--data`` is given for this data: a registered name, or its name and a place to fill in."""
-    return task.name if task.name in DATASETS else f"{task.name}=PATH"
+    return task.name if task.source == task.name else f"{task.name}=PATH"
 
 
 def fit(
@@ -232,7 +245,6 @@ class _Judge:
 
     task: Task
     protocol: Protocol
-    mirror: bool
     runs: int
     seed: int
     device: torch.device
@@ -291,7 +303,7 @@ class _Judge:
         return chosen
 
     def recipe(self, arm: Arm, rate: float) -> Recipe:
-        recipe = self.protocol.recipe(0, mirror=self.mirror, steps=arm.steps, lr=rate)
+        recipe = self.protocol.recipe(0, mirror=self.task.mirror, steps=arm.steps, lr=rate)
         return recipe if arm.augment else dataclasses.replace(recipe, augment=None)
 
     def scored(self, jobs: Sequence[_Job]) -> list[tuple[float, float]]:
@@ -316,6 +328,8 @@ class _Judge:
 
     def _shared(self, table: torch.Tensor) -> torch.Tensor:
         """The sum of the ranks' tables."""
+        if self.ranks.world == 1:
+            return table
         table = table.to(self.device)
         self.ranks.sum(table)
         return table.cpu()
@@ -366,8 +380,9 @@ class _Judge:
         recipe = self.recipe(job.arm, job.rate)
         parts = [
             job.arm.identity, {**dataclasses.asdict(recipe), "augment": str(recipe.augment)},
-            networks.name_of(job.network), job.run, self.protocol.held_out if job.run == SEARCH else None, self.seed,
-            self.task.fingerprint, _digest(self.task.transform), self.precision, self.device.type,
+            networks.name_of(job.network), networks.library_version(job.network), job.run,
+            self.protocol.held_out if job.run == SEARCH else None, self.seed, self.task.fingerprint,
+            _digest(self.task.transform), self.precision, device_name(self.device), torch.backends.cudnn.allow_tf32,
             pick_together(self.device), rng.HASH_VERSION, STUDENT_VERSION, torch.__version__,
         ]  # fmt: skip
         digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
@@ -418,7 +433,11 @@ def _hard_source(distilled: DistilledSet, device: torch.device) -> FixedSource:
 
 
 def _arms(
-    judge: _Judge, distilled: DistilledSet, controls: Iterable[str], without_augmentation: bool
+    judge: _Judge,
+    distilled: DistilledSet,
+    controls: Iterable[str],
+    without_augmentation: bool,
+    teacher: nn.Module | None,
 ) -> tuple[list[Arm], list[dict[str, str]]]:
     """The arms to train, the distilled ones first, and which cannot be had and why."""
     controls, kind, protocol = list(controls), distilled.labels.kind, judge.protocol
@@ -443,9 +462,18 @@ def _arms(
     elif kind != "hard" and "full" in controls:
         arms.append(hard)  # HLR compares hard labels with hard labels
     label = main.labels
+    soft = label == "own" and kind != "hard"
     for control in controls:
-        if control in ("random", "noise") and label == "own" and kind != "hard":
-            missing.append({"arm": control, "why": f"no source of {kind} labels for these images"})
+        if control == "random" and soft:
+            if teacher is None:
+                missing.append({"arm": control, "why": f"no teacher that gives random images {kind} labels"})
+                continue
+            identity = f"random-{ipc}-{kind}-{content(teacher.state_dict())}-{distilled.labels.rule()}"
+            make = functools.partial(_taught_source, judge.seed, ipc, distilled, teacher)
+            arms.append(Arm(control, label, identity, steps, both, make))
+        elif control == "noise" and soft:
+            make = functools.partial(_soft_noise_source, judge.seed, distilled)
+            arms.append(Arm(control, label, f"noise-for-{distilled.sha256()}", steps, both, make))
         elif control in ("random", "noise"):
             make = functools.partial(_random_source if control == "random" else _noise_source, judge.seed, ipc)
             arms.append(Arm(control, label, f"{control}-{ipc}", steps, both, make))
@@ -456,8 +484,10 @@ def _arms(
         else:
             epochs = protocol.full_epochs * math.ceil(len(judge.task.train) / protocol.batch)
             budget = max(epochs, steps) if control == "full" else steps
-            arms.append(Arm(control, "hard", control, budget, rates, lambda task, run: TaskSource(task, judge.device)))
-    if without_augmentation:
+            arms.append(Arm(control, "hard", "full", budget, rates, lambda task, run: TaskSource(task, judge.device)))
+    if without_augmentation and soft and distilled.labels.per_view:
+        missing.append({"arm": "distilled without augmentation", "why": f"{kind} labels belong to augmented views"})
+    elif without_augmentation:
         arms += [
             dataclasses.replace(arm, augment=False)
             for arm in arms
@@ -477,6 +507,23 @@ def _noise_source(seed: int, ipc: int, task: Task, run: int) -> FixedSource:
     return FixedSource(noise.to(task.device), HardLabels(classes.to(task.device), task.num_classes))
 
 
+def _taught_source(
+    seed: int, ipc: int, distilled: DistilledSet, teacher: nn.Module, task: Task, run: int
+) -> FixedSource:
+    """Random real images with labels that the set's teacher gives them in the set's own way."""
+    images, _ = task.per_class(ipc, (seed, "random-arm", run))
+    return FixedSource(
+        images, distilled.labels.anew(images, teacher.to(images.device), seed=rng.key(seed, "views", run))
+    )
+
+
+def _soft_noise_source(seed: int, distilled: DistilledSet, task: Task, run: int) -> FixedSource:
+    """Noise images, as many as the set decodes into, with its own labels."""
+    ids = distilled.training_images()[1]
+    noise = torch.randn((len(ids), *task.shape), generator=rng.generator(seed, "noise-arm", run))
+    return FixedSource(noise.to(task.device), distilled.labels.to(task.device), ids)
+
+
 def _equal_count(distilled: DistilledSet) -> int:
     """How many hard-labelled 8-bit images of the set's shape fit into its bytes."""
     label_bits = math.ceil(math.log2(len(distilled.classes)))
@@ -485,12 +532,25 @@ def _equal_count(distilled: DistilledSet) -> int:
 
 def _random_bytes_source(seed: int, count: int, task: Task, run: int) -> FixedSource:
     """``count`` real images, as evenly over the classes as they go; all of them where there are not so many."""
-    share, rest = divmod(count, task.num_classes)
-    more = set(rng.Draws(seed, "random-bytes-classes", run).permutation(task.num_classes)[:rest].tolist())
+    order = rng.Draws(seed, "random-bytes-classes", run).permutation(task.num_classes).tolist()
+    wanted = _even_shares(min(count, len(task.train)), task.counts[order].tolist())
     parts = (seed, "random-bytes-arm", run)
-    ids = torch.cat([task.sample_ids(share + (c in more), parts, [c]) for c in range(task.num_classes)])
+    ids = torch.cat([task.sample_ids(share, parts, [c]) for share, c in sorted(zip(wanted, order), key=lambda p: p[1])])
     labels = torch.from_numpy(task.train.labels[ids.numpy()]).to(task.device)
     return FixedSource(task.batch(ids), HardLabels(labels, task.num_classes))
+
+
+def _even_shares(total: int, room: Sequence[int]) -> list[int]:
+    """``total`` shared out evenly, none above its ``room``; what does not divide goes to the first ones with room."""
+    shares = [0] * len(room)
+    while total:
+        able = [i for i, most in enumerate(room) if shares[i] < most]
+        share = max(1, total // len(able))
+        for i in able:
+            more = min(share, room[i] - shares[i], total)
+            shares[i] += more
+            total -= more
+    return shares
 
 
 # -- checks -----------------------------------------------------------------------------------------------------------
@@ -516,14 +576,13 @@ def _check(
         )
     if task.shape != distilled.shape:
         raise CondenseError(
-            f"--data {task.name}: images are {_size(task.shape)}, those of the set {_size(distilled.shape)}; "
+            f"--data {task.name}: images are {by(task.shape)}, those of the set {by(distilled.shape)}; "
             "give the data that it was made from, or resize="
         )
     if runs < 1:
         raise CondenseError(f"--runs {runs}: must be at least 1")
     for control in controls:
-        if control not in CONTROLS:
-            raise CondenseError(f"--controls {control}: unknown{did_you_mean(control, CONTROLS)}")
+        check_control(control)
     for network in architectures:
         if isinstance(network, str) and network.startswith(networks.FACTORY):
             raise CondenseError(
@@ -534,8 +593,10 @@ def _check(
             networks.build(network, task.shape, task.num_classes)
 
 
-def _size(shape: Sequence[int]) -> str:
-    return "x".join(map(str, shape))
+def check_control(name: str) -> None:
+    """Refuses what is no control arm."""
+    if name not in CONTROLS:
+        raise CondenseError(f"--controls {name}: unknown{did_you_mean(name, CONTROLS)}")
 
 
 def _few(names: Sequence[str]) -> str:

@@ -30,6 +30,7 @@ from condense.labels import HardLabels, Labels, SoftLabels
 from condense.protocols import get_protocol
 from condense.sources import DataOptions, check_name, read_images
 from condense.tasks import Task, load
+from condense.units import by
 from condense.version import __version__
 
 FORMS = ("dc", "mtt", "tensors", "imagefolder")
@@ -194,7 +195,7 @@ def _checked_images(images: Tensor, source: Path, task: Task) -> Tensor:
     """Images uint8, float16 or float32 with the shape of the data's, finite."""
     if images.ndim != 4 or tuple(images.shape[1:]) != task.shape or not len(images):
         raise CondenseError(
-            f"{source}: its images are {size_of(images.shape)}, those of {task.name} Nx{size_of(task.shape)}; "
+            f"{source}: its images are {by(images.shape)}, those of {task.name} Nx{by(task.shape)}; "
             "give the --data that it was made from, or resize="
         )
     if images.dtype == torch.uint8:
@@ -208,7 +209,10 @@ def _checked_images(images: Tensor, source: Path, task: Task) -> Tensor:
 
 
 def _checked_labels(found: _Found, count: int, task: Task, source: Path) -> tuple[Labels, Tensor]:
-    """The label provider, and the order (N,) that sorts images by class. Soft labels keep the order of the file."""
+    """The label provider, and the order (N,) that sorts images by class.
+
+    Soft labels sort by their likeliest class where that comes out even; else the file is taken to be sorted.
+    """
     classes, labels, where = task.num_classes, found.labels, found.labels_file
     soft = labels is not None and labels.is_floating_point()
     if (labels is None or soft) and count % classes:
@@ -221,13 +225,17 @@ def _checked_labels(found: _Found, count: int, task: Task, source: Path) -> tupl
     wanted = (count, classes) if soft else (count,)
     if tuple(labels.shape) != wanted or labels.dtype == torch.bool or labels.is_complex():
         raise CondenseError(
-            f"{where}: {count} images but labels {labels.dtype} {size_of(labels.shape)}; "
+            f"{where}: {count} images but labels {labels.dtype} {by(labels.shape)}; "
             f"give integers ({count},) or floats ({count}, {classes})"
         )
     if soft:
         if not bool(labels.isfinite().all()):
             raise CondenseError(f"{where}: some labels are not finite; ask its maker for a whole file")
-        return SoftLabels(labels.float().clone() if found.logits else _logits(labels.float())), torch.arange(count)
+        guesses = labels.argmax(1)
+        even = bool((guesses.bincount(minlength=classes) == count // classes).all())
+        order = guesses.argsort(stable=True) if even else torch.arange(count)
+        labels = labels.float()[order]
+        return SoftLabels(labels.clone() if found.logits else _logits(labels)), order
     labels = labels.long()
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= classes:
@@ -494,7 +502,3 @@ def library(name: str, purpose: str) -> Any:
         return importlib.import_module(name)
     except ImportError as fault:
         raise need(name.partition(".")[0], "hub", purpose) from fault
-
-
-def size_of(shape: Sequence[int]) -> str:
-    return "x".join(map(str, shape)) or "a single number"

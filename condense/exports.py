@@ -7,7 +7,6 @@ import io
 import json
 import math
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,16 +20,18 @@ from torch import Tensor
 from condense import evaluation
 from condense.distilled import DistilledSet, check_writable, replacing
 from condense.errors import CondenseError, did_you_mean
-from condense.exchange import folder_name, library, size_of
+from condense.exchange import folder_name, library
 from condense.labels import HardLabels, SoftLabels
 from condense.records import summary
 from condense.synthetic import decode
 from condense.tasks import Task
+from condense.units import by
 
 FORMS = ("imagefolder", "pt", "safetensors", "hf")
 """What ``condense export --to`` writes."""
 SET_FILE = "set.h5"
-_EXPORTED = re.compile(r"[^/]+/\d{3,}\.png|data/train-[^/]+\.parquet|README\.md|set\.h5")
+MARKER = ".condense-export"
+"""An empty file in every folder of ours; one without it is not replaced."""
 
 
 @dataclass(frozen=True)
@@ -249,7 +250,7 @@ def _card(distilled: DistilledSet, exact: bool, hard: bool) -> str:
         [
             "---", yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip(), "---", "",
             f"# {distilled.name}", "",
-            f"{count} distilled training images ({size_of(distilled.shape)}, {len(distilled.classes)} classes) that "
+            f"{count} distilled training images ({by(distilled.shape)}, {len(distilled.classes)} classes) that "
             f"stand for the data set `{manifest['dataset']}`.", "",
             "| column | content |", "|---|---|", *rows, "",
             "## Use", "", "```python", "import condense", "",
@@ -269,12 +270,11 @@ def _check_folder(folder: Path, *, force: bool, size: int) -> None:
     """Refuses a place that cannot be written, that holds something, and even with ``force`` what no export wrote."""
     if folder.exists() and not folder.is_dir():
         raise CondenseError(f"{folder} is a file; name a folder")
-    for file in folder.rglob("*") if folder.is_dir() else ():
+    if folder.is_dir() and any(folder.iterdir()):
         if not force:
             raise CondenseError(f"{folder} exists; choose another name or give --force")
-        name = file.relative_to(folder).as_posix()
-        if not file.is_dir() and not _EXPORTED.fullmatch(name):
-            raise CondenseError(f"{folder} holds {name}, which no export writes; choose another folder")
+        if not (folder / MARKER).is_file():
+            raise CondenseError(f"{folder} is not empty and no export wrote it; choose another folder")
     check_writable(_beside(folder, "tmp"), force=True, size=size)
 
 
@@ -289,6 +289,7 @@ def _replacing_folder(folder: Path) -> Iterator[Path]:
     temporary, old = _beside(folder, "tmp"), _beside(folder, "old")
     try:
         temporary.mkdir(parents=True)
+        (temporary / MARKER).touch()
         yield temporary
         if folder.exists():
             os.rename(folder, old)

@@ -62,6 +62,13 @@ class Labels(Protocol):
     def to(self, device: torch.device) -> Labels:
         """The same labels on ``device``."""
 
+    def anew(self, images: Tensor, teacher: nn.Module, seed: int) -> Labels:
+        """Labels of this kind and rule that ``teacher`` gives other images (N,C,H,W), in training space, on its
+        device."""
+
+    def rule(self) -> str:
+        """What decides such labels besides the teacher."""
+
 
 class HardLabels:
     """One class per image. ``classes`` is the number of classes C, ``labels`` int64 (N,) in 0..C-1."""
@@ -96,6 +103,12 @@ class HardLabels:
 
     def to(self, device: torch.device) -> HardLabels:
         return HardLabels(self.labels.to(device), self.classes)
+
+    def anew(self, images: Tensor, teacher: nn.Module, seed: int) -> HardLabels:
+        return HardLabels(_answers(teacher, images).argmax(1), self.classes)
+
+    def rule(self) -> str:
+        return "likeliest class"
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray], classes: int) -> HardLabels:
@@ -140,6 +153,12 @@ class SoftLabels:
 
     def to(self, device: torch.device) -> SoftLabels:
         return SoftLabels(self.logits.to(device))
+
+    def anew(self, images: Tensor, teacher: nn.Module, seed: int) -> SoftLabels:
+        return SoftLabels(_answers(teacher, images))
+
+    def rule(self) -> str:
+        return "logits of the image"
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray], classes: int) -> SoftLabels:
@@ -221,6 +240,13 @@ class PerViewLabels:
             "flags": np.array([self.views.flip, self.squared], np.uint8),
         }
 
+    def anew(self, images: Tensor, teacher: nn.Module, seed: int) -> PerViewLabels:
+        logits = _view_answers(teacher, images, self.epochs, self.views, seed, self.logits.shape[2])
+        return PerViewLabels(logits.to(images.device), seed, self.views, self.temperature, self.squared)
+
+    def rule(self) -> str:
+        return f"{self.epochs} epochs of {self.views}, T={self.temperature}, squared={self.squared}"
+
     def nbytes(self) -> int:
         """2 E N C, and the 30 bytes that the views and the loss follow from."""
         return sum(array.nbytes for array in self.arrays().values())
@@ -293,13 +319,13 @@ def relabel(
     squared: bool = True,
     batch_size: int = 256,
     description: str | None = None,
-    teacher_seconds: float = 0.0,
+    teacher_seconds: float | None = None,
 ) -> DistilledSet:
     """The same images with a teacher's logits on ``epochs`` stored epochs of augmented views (FKD, SRe2L's relabel).
 
     Needs 2 * epochs * images * classes bytes. The teacher works in the set's training space, on its own device, and is
     left in eval mode; inside ``torch.autocast`` it works in that precision. The manifest loses the protocol and the
-    learned rate of the old labels.
+    learned rate of the old labels, and the name ends in ``.relabelled``.
 
     Args:
         distilled: a set without decode stages.
@@ -311,7 +337,8 @@ def relabel(
         squared: see :class:`PerViewLabels`.
         batch_size: views that the teacher sees at once.
         description: what the manifest calls the teacher; its class when None. A digest of its weights is added.
-        teacher_seconds: what training it took; joins the set's cost with the time of labelling.
+        teacher_seconds: what training it took; joins the set's cost with the time of labelling. None: the cost of the
+            new set is unknown.
 
     Raises:
         CondenseError: the set has decode stages, epochs are below 1, or the logits do not fit the classes or are not
@@ -324,27 +351,44 @@ def relabel(
     if epochs < 1:
         raise CondenseError(f"epochs={epochs}: must be at least 1")
     began = time.monotonic()
-    teacher.eval()
     device = next((parameter.device for parameter in teacher.parameters()), torch.device("cpu"))
     images, classes = distilled.training_images()[0].to(device), len(distilled.classes)
     views = views or CropViews(flip=distilled.manifest.get("mirror", True))
+    logits = _view_answers(teacher, images, epochs, views, seed, classes, batch_size)
+    labels = PerViewLabels(logits, seed, views, temperature, squared)
+    teachers = {"network": description or type(teacher).__name__, "sha256": content(teacher.state_dict())}
+    outdated = ("bytes", "checksums", "protocol", "learned_lr", "claim", "command")
+    kept = {key: value for key, value in distilled.manifest.items() if key not in outdated}
+    cost = dict(kept.get("cost", {}))
+    if teacher_seconds is None:
+        cost.pop("seconds", None)
+    elif "seconds" in cost:  # an unknown cost stays unknown
+        seconds = teacher_seconds + time.monotonic() - began
+        cost["preparation_seconds"] = round(cost.get("preparation_seconds", 0.0) + seconds, 2)
+    name = distilled.name + ("-" if "." in distilled.name.rpartition("/")[2] else ".") + "relabelled"
+    manifest = {**kept, "name": name, "cost": cost, "teacher": teachers}
+    return DistilledSet(distilled.stored, labels, distilled.transform, manifest)
+
+
+@torch.no_grad()
+def _answers(teacher: nn.Module, images: Tensor, batch_size: int = 256) -> Tensor:
+    """Logits float32 (N, classes) of the teacher, put into eval mode."""
+    teacher.eval()
+    return torch.cat([teacher(part).float() for part in images.split(batch_size)])
+
+
+def _view_answers(
+    teacher: nn.Module, images: Tensor, epochs: int, views: CropViews, seed: int, classes: int, batch_size: int = 256
+) -> Tensor:
+    """The teacher's logits on all views, float16 (epochs, N, classes) on the CPU."""
     logits = torch.empty(epochs, len(images), classes, dtype=torch.float16)
     for epoch in range(epochs):
         for ids in torch.arange(len(images)).split(batch_size):
-            answer = teacher(_shown(images[ids.to(device)], ids, views, seed, epoch, len(images)))
+            answer = _answers(teacher, _shown(images[ids.to(images.device)], ids, views, seed, epoch, len(images)))
             if answer.shape != (len(ids), classes):
                 raise CondenseError(f"the teacher answers {tuple(answer.shape)}, not ({len(ids)}, {classes}) logits")
             logits[epoch, ids] = answer.to("cpu", torch.float16)
-    labels = PerViewLabels(logits, seed, views, temperature, squared)
-    teachers = {"network": description or type(teacher).__name__, "sha256": content(teacher.state_dict())}
-    outdated = ("bytes", "checksums", "protocol", "learned_lr", "claim")
-    kept = {key: value for key, value in distilled.manifest.items() if key not in outdated}
-    cost = dict(kept.get("cost", {}))
-    if "seconds" in cost:  # an unknown cost stays unknown
-        seconds = teacher_seconds + time.monotonic() - began
-        cost["preparation_seconds"] = round(cost.get("preparation_seconds", 0.0) + seconds, 2)
-    manifest = {**kept, "cost": cost, "teacher": teachers}
-    return DistilledSet(distilled.stored, labels, distilled.transform, manifest)
+    return logits
 
 
 PROVIDERS: Registry[Any] = Registry("label kind")

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.metadata
 import inspect
 import math
 import re
@@ -65,6 +66,12 @@ def name_of(network: str | Callable[..., nn.Module]) -> str:
     if isinstance(network, str):
         return network
     return f"{FACTORY}{getattr(network, '__qualname__', type(network).__name__)}"
+
+
+def library_version(network: str | Callable[..., nn.Module]) -> str | None:
+    """Version of the library that defines ``timm:NAME`` or ``torchvision:NAME``; None for our own and for functions."""
+    library = network.partition(":")[0] if isinstance(network, str) else ""
+    return importlib.metadata.version(library) if library in ("timm", "torchvision") else None
 
 
 class Network(nn.Module):

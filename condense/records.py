@@ -186,6 +186,17 @@ def time_to_accuracy(results: Sequence[dict[str, Any]], cost: dict[str, Any]) ->
     return found
 
 
+def known_cost(cost: Any) -> dict[str, Any]:
+    """What a record states of a manifest's cost: known entries of the right type, whoever wrote the rest."""
+    from jsonschema import Draft202012Validator
+
+    allowed = schema()["properties"]["cost"]["properties"]
+    entries = cost.items() if isinstance(cost, dict) else ()
+    return {
+        key: value for key, value in entries if key in allowed and Draft202012Validator(allowed[key]).is_valid(value)
+    }
+
+
 def environment(device: torch.device, precision: str) -> dict[str, Any]:
     """Versions and machine, for the record."""
     return {
@@ -300,17 +311,35 @@ def check_record(record: Any) -> list[str]:
                           f"{record['runs']} runs")  # fmt: skip
         elif abs(statistics.fmean(entry["accuracies"]) - entry["mean"]) > 1e-9:
             faults.append(f"{entry['arm']} on {entry['network']}: 'mean' is not that of its accuracies")
-        elif not _agree(entry, summary(entry["accuracies"])):
+        elif not _agree({key: entry[key] for key in ("mean", "std", "ci95")}, summary(entry["accuracies"])):
             faults.append(f"{entry['arm']} on {entry['network']}: 'ci95' is not that of its accuracies")
-    if not faults and not _agree(record["scores"], scores(record["results"], record["set"]["label_kind"])):
-        faults.append("'scores' do not follow from the accuracies")
-    return faults
+    return faults or list(_inconsistent(record))
+
+
+def _inconsistent(record: dict[str, Any]) -> Iterator[str]:
+    """What the page would show, but does not follow from the accuracies, seconds and bytes of the record."""
+    results, made = record["results"], record["set"]
+    arms = [tuple(entry[key] for key in ("arm", "labels", "augment", "network")) for entry in results]
+    if len(set(arms)) < len(arms):
+        yield "two entries of 'results' are of the same arm and network"
+    if len({entry["steps"] for entry in results if entry["arm"] != "full"}) > 1:
+        yield "'steps' differ between arms of one budget"
+    if made["bytes"]["total"] != sum(size for part, size in made["bytes"].items() if part != "total"):
+        yield "'set.bytes.total' is not the sum of its parts"
+    for name, known in (
+        ("scores", scores(results, made["label_kind"])),
+        ("cross_architecture", cross_architecture(results, made["network"])),
+        ("time", time_to_accuracy(results, record["cost"])),
+    ):
+        if not _agree(record[name], known):
+            yield f"'{name}' does not follow from the other numbers"
 
 
 def _agree(told: Any, known: Any) -> bool:
-    """Whether what is told holds all that is known, to rounding."""
+    """Whether two pieces of JSON say the same, numbers to rounding."""
     if isinstance(known, dict):
-        return isinstance(told, dict) and all(key in told and _agree(told[key], part) for key, part in known.items())
+        same = isinstance(told, dict) and told.keys() == known.keys()
+        return same and all(_agree(told[key], part) for key, part in known.items())
     if isinstance(known, list):
         return isinstance(told, list) and len(told) == len(known) and all(map(_agree, told, known))
     if isinstance(known, float) and isinstance(told, (int, float)):

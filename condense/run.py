@@ -3,6 +3,7 @@ ranks."""
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import logging
@@ -155,12 +156,14 @@ class Ranks:
     """This process among those that ``torchrun`` started; one process alone is rank 0 of 1."""
 
     def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.world = int(os.environ.get("WORLD_SIZE", "1"))
         self.rank = int(os.environ.get("RANK", "0"))
         if self.world > 1 and device.type == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # what "cuda" means on this rank
         if self.world > 1 and not torch.distributed.is_initialized():
             torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            atexit.register(_leave)  # once for all runs and evaluations of the process; a caller's own group stays
 
     @property
     def leads(self) -> bool:
@@ -172,11 +175,11 @@ class Ranks:
         if self.world > 1:
             torch.distributed.all_reduce(tensor)
 
-    def agree(self, wish: int, device: torch.device) -> int:
+    def agree(self, wish: int) -> int:
         """Rank 0's answer on every rank, so that all stop, save and log at the same step."""
         if self.world == 1:
             return wish
-        answer = torch.tensor([wish], device=device)
+        answer = torch.tensor([wish], device=self.device)
         torch.distributed.broadcast(answer, 0)
         return int(answer.item())
 
@@ -188,10 +191,14 @@ class Ranks:
         return bool(answer.item())
 
     def close(self) -> None:
-        """Leaves the group once all ranks are here, so that none ends while another still talks to it."""
+        """Waits until all ranks are here, so that none ends while another still talks to it."""
         if self.world > 1:
             torch.distributed.barrier()
-            torch.distributed.destroy_process_group()
+
+
+def _leave() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 class Step:
@@ -376,7 +383,7 @@ class Run:
         self.steps_done = start
         try:
             for index in range(start, steps):
-                if self.ranks.agree(self._time_is_up(), self.device):
+                if self.ranks.agree(self._time_is_up()):
                     self.stopped_early = True
                     break
                 optimizer.progress = index / steps
@@ -499,7 +506,7 @@ class _Keeper:
         slow = 20 * self.save_seconds if self.save_seconds > 1 else 0.0
         saving = now - self.saved >= max(CHECKPOINT_SECONDS, slow)
         wish = now - self.logged >= LOG_SECONDS, saving, now - self.previewed >= PREVIEW_SECONDS, stop
-        agreed = self.run.ranks.agree(sum(bit << i for i, bit in enumerate(wish)), self.run.device)
+        agreed = self.run.ranks.agree(sum(bit << i for i, bit in enumerate(wish)))
         logging, saving, previewing, stop = (bool(agreed >> i & 1) for i in range(4))
         if step - self.checked >= self.check_every or logging or saving or last or stop:
             self.checked = step

@@ -1,6 +1,8 @@
-"""Durations and sizes for people."""
+"""Durations, sizes and shapes for people."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 
 def duration(seconds: float) -> str:
@@ -17,3 +19,8 @@ def size(count: int) -> str:
         if count >= scale:
             return f"{count / scale:.1f} {unit}"
     return f"{count} bytes"
+
+
+def by(shape: Iterable[int]) -> str:
+    """``3x32x32``."""
+    return "x".join(map(str, shape)) or "a single number"

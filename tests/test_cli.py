@@ -25,7 +25,10 @@ from condense.run import CHECKPOINT
 
 NETWORK = "convnet-d2-w8-in"
 DM = f"distill dm --data digits --ipc 1 --network {NETWORK} steps=2 batch_real=8"
-VERBS = ("ls", "show", "distill", "resume", "evaluate", "verify", "preview", "plan")
+VERBS = (
+    "ls", "show", "distill", "resume", "evaluate", "suite", "verify", "preview", "leaderboard", "import", "export",
+    "plan",
+)  # fmt: skip
 
 
 @pytest.fixture

@@ -50,7 +50,7 @@ def whitening():
 
 KINDS = {
     "hard": lambda: make(),
-    "soft": lambda: make(labels=SoftLabels(torch.randn(6, 3) * 4)),
+    "soft": lambda: make(labels=SoftLabels(torch.eye(3)[LABELS] * 4)),
     "zca": lambda: make(transform=whitening()),
     "learned lr": lambda: make(learned_lr=0.0123),
     "uint8": lambda: make(torch.randint(0, 256, (6, 1, 8, 8), dtype=torch.uint8), space="pixel"),
@@ -230,13 +230,24 @@ def test_a_learned_step_size(given, mtt, task):
 
 
 def test_soft_labels_are_probabilities_or_logits(mtt, task):
-    probabilities, logits = torch.randn(6, 3).softmax(1), torch.randn(6, 3) * 5
+    """Rows 1 and 4 have the same likeliest class as 0, so these labels do not say how to sort."""
+    logits = torch.tensor([[3.0, 1, 0], [2, 0, 1], [0, 4, 1], [0, 2, 1], [5, 0, -1], [0, 1, 2]])
+    probabilities = logits.softmax(1)
     probabilities[0] = torch.tensor([1.0, 0.0, 0.0])
     for labels, expected in ((probabilities, probabilities), (logits, logits.softmax(1))):
         torch.save(labels, mtt / "soft.pt")
         made = bring(mtt / "images_20.pt", "mtt", task, labels=mtt / "soft.pt")
         assert made.labels.kind == "soft" and "protocol" not in made.manifest
         torch.testing.assert_close(made.labels.targets(torch.arange(6)), expected)
+
+
+def test_soft_labels_sort_by_the_likeliest_class_where_it_comes_out_even(task, tmp_path):
+    logits = 4 * torch.eye(3)[torch.tensor([2, 0, 1, 1, 0, 2])]
+    torch.save(pixels(), tmp_path / "images.pt")
+    torch.save(logits, tmp_path / "labels.pt")
+    made = bring(tmp_path / "images.pt", "tensors", task, labels=tmp_path / "labels.pt")
+    assert torch.equal(made.stored, pixels()[[1, 4, 2, 3, 0, 5]])
+    assert made.hard_labels().tolist() == made.labels.logits.argmax(1).tolist() == [0, 0, 1, 1, 2, 2]
 
 
 def test_tensors_alone_are_sorted_by_class(task, tmp_path):
@@ -416,7 +427,7 @@ MISTAKES = {
     "an output that exists": ("import images.pt --from mtt --data data.npz --out set.h5", "set.h5 exists", "--force"),
     "an export that exists": ("export set.h5 images.pt --to pt", "images.pt exists", "--force"),
     "a folder that exists": ("export set.h5 folder --to imagefolder", "folder exists", "--force"),
-    "a folder of others": ("export set.h5 folder --to imagefolder --force", "holds x/note.txt", "another folder"),
+    "a folder of others": ("export set.h5 folder --to imagefolder --force", "no export wrote it", "another"),
     "a file for a folder": ("export set.h5 images.pt --to hf --force", "images.pt is a file"),
     "soft labels as folders": ("export soft.h5 new --to imagefolder", "soft labels", "--to pt"),
     "two channels": ("export two.h5 new --to imagefolder", "1 or 3 channels, not 2"),
@@ -431,7 +442,6 @@ def test_a_mistake_is_one_line(name, call, refused):
         Path(folder).mkdir(parents=True, exist_ok=True)
         if folder != "empty":
             Image.fromarray(np.zeros((8, 8), np.uint8)).save(f"{folder}/000.png")
-    Path("folder/x/note.txt").write_text("mine")
     dc_file(Path("dc.pt"))
     torch.save({"data": []}, "nothing.pt")
     torch.save(pixels(), "images_zca_5.pt")

@@ -194,6 +194,8 @@ def test_relabelling_counts_its_time_and_drops_claims(chosen, teacher):
     claimed = DistilledSet(chosen.stored, chosen.labels, chosen.transform, {**chosen.manifest, "claim": {"mean": 1.0}})
     made = relabel(claimed, teacher, 1, teacher_seconds=7.0)
     assert made.manifest["cost"]["preparation_seconds"] >= 7 and "claim" not in made.manifest
+    assert made.name == "tiny/random-ipc2.relabelled" and "command" not in made.manifest
+    assert "seconds" not in relabel(claimed, teacher, 1).manifest["cost"]
     unknown = DistilledSet(chosen.stored, chosen.labels, chosen.transform, {**chosen.manifest, "cost": {}})
     assert relabel(unknown, teacher, 1).manifest["cost"] == {}
 

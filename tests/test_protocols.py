@@ -34,3 +34,21 @@ def test_soft_protocols_differ_from_hard_ones_in_labels_only():
         hard, soft = map(get_protocol, pair)
         assert hard.recipe(10, mirror=True) == soft.recipe(10, mirror=True)
         assert (hard.labels, soft.labels) == ("hard", "soft")
+
+
+def test_a_protocol_that_changes_gets_a_new_version():
+    """What decides a student, by name; an edit belongs into a new version with a digest of its own."""
+    import dataclasses
+    import hashlib
+    import json
+
+    digests = {
+        "dc-v1": "2b8420661199ce6f",
+        "dc-soft-v1": "4ad60779b158fcc6",
+        "dc-tuned-v1": "777bc14eedc5168c",
+        "quick-v1": "c1fbf6299bd29d23",
+        "quick-soft-v1": "338031c47fa1d896",
+    }
+    for name, digest in digests.items():
+        content = {key: value for key, value in dataclasses.asdict(get_protocol(name)).items() if key != "summary"}
+        assert hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16] == digest, name

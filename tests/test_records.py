@@ -99,6 +99,11 @@ def test_time_to_accuracy_shares_out_what_was_made():
     assert unknown["made_seconds"] is None and unknown["total_seconds"]["1"] is None
 
 
+def test_a_foreign_cost_is_reduced_to_what_is_known():
+    assert records.known_cost({"seconds": "x", "preparation_seconds": 2.0, "mood": 1}) == {"preparation_seconds": 2.0}
+    assert records.known_cost(None) == {} == records.known_cost({"seconds": float("-1")})
+
+
 # -- files ------------------------------------------------------------------------------------------------------------
 
 
@@ -143,8 +148,14 @@ def test_a_written_record_is_read_back(record, tmp_path):
         (lambda r: r.update(runs=3), "2 accuracies for 3 runs"),
         (lambda r: r.update(results=[]), "'results': "),
         (lambda r: r["results"][0].update(ci95=[0.54, 0.56]), "'ci95' is not that of its accuracies"),
-        (lambda r: r["scores"]["n"]["IOR"].update(value=0.9), "'scores' do not follow from the accuracies"),
-        (lambda r: r.update(scores={}), "'scores' do not follow from the accuracies"),
+        (lambda r: r["scores"]["n"]["IOR"].update(value=0.9), "'scores' does not follow from the other"),
+        (lambda r: r["scores"]["n"].update(LRS={"value": 0.99, "ci95": None}), "'scores' does not follow"),
+        (lambda r: r["set"]["bytes"].update(total=1), "'set.bytes.total' is not the sum of its parts"),
+        (lambda r: r["time"][0].update(train_seconds=0.001), "'time' does not follow"),
+        (lambda r: r["results"].append(r["results"][0]), "two entries of 'results' are of the same arm"),
+        (lambda r: r["results"][0].update(steps=50_000), "'steps' differ between arms of one budget"),
+        (lambda r: r.update(runs=10**6), "'runs': 1000000 is greater than"),
+        (lambda r: r.update(scores={}), "'scores' does not follow from the other"),
         (lambda r: r.update(seed=10**30), "'seed' is not a usable number"),
         (lambda r: r.update(command="x" * 20_000), "'command' is longer than 10000 characters"),
         (lambda r: r.update(command="\ud800"), "'command' is not valid text"),
