@@ -128,6 +128,27 @@ def test_the_wheel_works_elsewhere_and_inside_the_checkout(wheel, tmp_path):
         assert result.stdout.strip() == "True"
 
 
+def test_ready_made_sets_come_with_the_wheel(wheel, tmp_path):
+    names = zipfile.ZipFile(wheel).namelist()
+    sets = {str(path.relative_to(ROOT / "distilled_sets")) for path in (ROOT / "distilled_sets").glob("*/*.h5")}
+    assert "digits/dm-ipc10.h5" in sets
+    for name in sets:
+        for suffix in (".h5", ".md", ".png"):
+            assert f"condense/distilled_sets/{name.removesuffix('.h5')}{suffix}" in names
+    target = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(target)
+    code = (
+        "import condense; made = condense.load('digits/dm-ipc10'); print(made.name, len(made));"
+        "from condense.cli import main; main(['ls', 'sets'])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(target)}
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=environment)
+    first, *listed = result.stdout.splitlines()
+    assert first == "digits/dm-ipc10 100", result.stderr
+    assert {line.split()[0] for line in listed} == {name.removesuffix(".h5") for name in sets}
+    assert all("under quick-v1" in line for line in listed)
+
+
 def test_the_core_never_imports_a_method():
     import ast
 

@@ -42,7 +42,6 @@ def short_protocols(monkeypatch):
 
 def test_python_runs(tmp_path, monkeypatch, short_protocols):
     monkeypatch.chdir(tmp_path)
-    condense.distill("dm", "digits", 10, network="convnet-d2-w8-in", steps=2, out="demo/digits-dm-ipc10.h5")
     train_images, train_labels, test_images, test_labels = tiny_arrays()
     space = {
         "train_images": torch.from_numpy(train_images),

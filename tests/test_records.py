@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import statistics
+from pathlib import Path
 
 import pytest
 
@@ -179,8 +180,8 @@ def test_what_is_no_record_is_refused(tmp_path, text):
         records.read_record(tmp_path / "none.json")
 
 
-def test_committed_records_are_good():
-    from pathlib import Path
-
-    for path in (Path(__file__).parent.parent / "benchmarks" / "results").glob("*.json"):
-        records.read_record(path)
+def test_committed_records_are_good_and_have_pictures():
+    found = sorted((Path(__file__).parent.parent / "benchmarks" / "results").glob("*.json"))
+    assert found
+    for path in found:
+        assert records.read_record(path)["data"]["same"] and path.with_suffix(".png").is_file(), path
