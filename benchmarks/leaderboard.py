@@ -314,10 +314,7 @@ def _read(path: Path) -> dict[str, Any]:
     """A checked record whose texts and numbers can be shown."""
     if not path.is_file():
         raise CondenseError(f"{path}: not a file")
-    record = read_record(path)
-    if not main_entries(record):
-        raise CondenseError(f"{path}: has no result of the distilled set")
-    return record
+    return read_record(path)
 
 
 def _printable(text: str, limit: int = 500) -> str:

@@ -141,7 +141,7 @@ def show(
     name: Annotated[str, typer.Argument(metavar="METHOD|RECIPE|SET.h5", help="what to show")],
     as_json: AsJson = False,
 ) -> None:
-    """Shows a method with its settings, a recipe, or a set's manifest."""
+    """Shows a method, a recipe, or a set's manifest."""
     from condense import config
     from condense.distilled import packaged_sets
     from condense.registry import METHODS

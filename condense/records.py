@@ -305,6 +305,8 @@ def check_record(record: Any) -> list[str]:
     faults = faults or list(_unshowable(record, ""))[:5]
     if faults:
         return faults
+    if not main_entries(record):
+        return ["no result of the distilled set in 'results'"]
     for entry in record["results"]:
         if len(entry["accuracies"]) != record["runs"]:
             faults.append(f"{entry['arm']} on {entry['network']}: {len(entry['accuracies'])} accuracies for "

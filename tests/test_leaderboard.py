@@ -14,6 +14,7 @@ from leaderboard_records import OWN, png, record, sample, write
 
 from condense.benchmarks import charts, leaderboard
 from condense.errors import CondenseError
+from condense.records import scores, time_to_accuracy
 
 
 @pytest.fixture
@@ -240,6 +241,8 @@ def test_the_track_is_that_of_the_labels_learned_from(results, built):
     content = record("rded", label_kind="soft")
     for entry in content["results"]:
         entry["labels"] = "hard"
+    content["scores"] = scores(content["results"], "soft")
+    content["time"] = time_to_accuracy(content["results"], content["cost"])
     write(results, "hard", content)
     _, text = built()
     found = re.findall(r'data-track="([^"]*)" data-method="([^"]*)"', text)

@@ -19,7 +19,7 @@ from PIL import Image
 from condense import sources
 from condense.errors import CondenseError
 from condense.rng import Draws
-from condense.tasks import DataOptions, Task, _Rows, datasets, load
+from condense.tasks import DataOptions, Split, Task, _Rows, datasets, load
 
 CLASSES = ("ant", "bee", "cat")
 
@@ -731,7 +731,7 @@ def test_rows_are_streamed_where_they_do_not_fit(monkeypatch):
     images = picture("rows", size=(10, 1, 2, 2))
     for free, kept in ((4 * images.nbytes, "meta"), (4 * images.nbytes - 4, "cpu")):
         monkeypatch.setattr("condense.tasks._free_memory", lambda device, free=free: free)
-        rows = _Rows(images, torch.device("meta"))
+        rows = _Rows(Split(images, np.zeros(10, np.int64)), torch.device("meta"))
         taken = rows.take(torch.tensor([3, 3, 9]))
         assert taken.device.type == "meta" and taken.shape == (3, 1, 2, 2) and taken.dtype == torch.uint8
         assert rows._served is not None and rows._served.device.type == kept
