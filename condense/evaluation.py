@@ -313,7 +313,7 @@ class _Judge:
             for row, job in zip(known, jobs):
                 entry = _read_score(self._path(job)) if self._cached(job) else None
                 if entry is not None:
-                    row[:] = torch.tensor([*entry, 1.0])
+                    row[:] = torch.tensor([*entry, 1.0], dtype=torch.float64)
         known = self._shared(known)
         trained = torch.zeros_like(known)
         todo = [number for number in range(len(jobs)) if not known[number, 2]]
@@ -321,7 +321,7 @@ class _Judge:
             if turn % self.ranks.world != self.ranks.rank:
                 continue
             for number, entry in zip(unit, self._train([jobs[number] for number in unit])):
-                trained[number] = torch.tensor([*entry, 1.0])
+                trained[number] = torch.tensor([*entry, 1.0], dtype=torch.float64)
                 if self._cached(jobs[number]):
                     _write_score(self._path(jobs[number]), entry)
         return [(row[0], row[1]) for row in (known + self._shared(trained)).tolist()]
