@@ -71,7 +71,10 @@ SCHEMA = "condense.gpu-check/1"
 BENCHMARKS: list[StepBenchmark] = [dm.BENCHMARK]
 """Steps timed against their published form; a method adds itself here."""
 
-SETTINGS: dict[str, dict[str, Any]] = {"dm": {"batch_real": 16}}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "dm": {"batch_real": 16},
+    **{name: {"batch_real": 16, "outer": 2, "inner": 1} for name in ("dc", "dsa", "dcc", "dsac")},
+}
 """What makes one step of a method small enough for a CPU; a method without an entry keeps its defaults."""
 
 FORWARD_TOLERANCE = 1e-4

@@ -66,7 +66,7 @@ _WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false",
 
 
 def require(config: Any, **ranges: tuple[float, float]) -> None:
-    """For a config's ``__post_init__``: each named field lies in its closed range (low, high) and is a number.
+    """For a config's ``__post_init__``: each named field lies in its closed range (low, high) and is a number, or None.
 
     Raises:
         CondenseError: every field that does not, in one line.
@@ -74,7 +74,7 @@ def require(config: Any, **ranges: tuple[float, float]) -> None:
     faults = []
     for key, (low, high) in ranges.items():
         value = getattr(config, key)
-        if not low <= value <= high:
+        if value is not None and not low <= value <= high:
             faults.append(f"{key}={value}: must be " + (f"at least {low}" if math.isinf(high) else f"{low} to {high}"))
     if faults:
         raise CondenseError("; ".join(faults))

@@ -81,9 +81,20 @@ class Method:
 
 
 _DISTRIBUTION = "condense.methods.distribution_matching"
+_GRADIENT = "condense.methods.gradient_matching"
 _SELECTION = "condense.methods.selection"
 
-METHODS: Registry[Method] = Registry("method", {"random": _SELECTION, "dm": _DISTRIBUTION})
+METHODS: Registry[Method] = Registry(
+    "method",
+    {
+        "random": _SELECTION,
+        "dm": _DISTRIBUTION,
+        "dc": _GRADIENT,
+        "dsa": _GRADIENT,
+        "dcc": _GRADIENT,
+        "dsac": _GRADIENT,
+    },
+)
 
 
 def method(

@@ -15,6 +15,10 @@ from condense.run import Run
 SETTINGS = {
     "random": {},
     "dm": {"steps": 4, "batch_real": 6, "lr_img": 0.5},
+    "dc": {"steps": 4, "batch_real": 6, "outer": 2, "inner": 2},
+    "dsa": {"steps": 4, "batch_real": 6, "outer": 2, "inner": 2},
+    "dcc": {"steps": 4, "batch_real": 6, "outer": 2, "inner": 2, "warm_networks": 1, "warm_steps": 1},
+    "dsac": {"steps": 4, "batch_real": 6, "outer": 2, "inner": 2, "warm_networks": 1, "warm_steps": 1},
 }
 WITHOUT_LOSS = {"random"}
 NETWORK = "convnet-d2-w8-in"

@@ -44,6 +44,7 @@ def test_a_protocol_that_changes_gets_a_new_version():
 
     digests = {
         "dc-v1": "2b8420661199ce6f",
+        "dc-plain-v1": "b469886364bd4363",
         "dc-soft-v1": "4ad60779b158fcc6",
         "dc-tuned-v1": "777bc14eedc5168c",
         "quick-v1": "c1fbf6299bd29d23",

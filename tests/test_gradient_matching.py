@@ -1,0 +1,216 @@
+"""DC, DSA, DCC and DSAC: the distance and its slope against literal loops and finite differences, and the loops."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import condense
+from condense import augment, networks, rng
+from condense.methods import gradient_matching as gm
+from condense.run import Run
+
+NETWORK = "convnet-d2-w8-in"
+
+
+def normal(*shape, key="x"):
+    return torch.randn(*shape, generator=rng.generator("gm", key, *shape), dtype=torch.float64)
+
+
+def net_and_weights(shape=(1, 8, 8), classes=3):
+    with rng.seeded("gm", "net"):
+        net = networks.build(NETWORK, shape, classes).double()
+    return net, gm.matched_weights(net)
+
+
+def literal(real, fake):
+    """The released distance, row by row."""
+    total = 0.0
+    for a, b in zip(real, fake):
+        for row in range(len(a)):
+            x, y = a[row].reshape(-1), b[row].reshape(-1)
+            total += 1 - float(x @ y) / (math.sqrt(float(x @ x)) * math.sqrt(float(y @ y)) + 1e-6)
+    return total
+
+
+def test_vectors_are_not_matched():
+    net, weights = net_and_weights()
+    assert [tuple(weight.shape) for weight in weights] == [(8, 1, 3, 3), (8, 8, 3, 3), (3, 32)]
+    assert len(weights) < len(list(net.parameters()))
+
+
+def test_the_distance_equals_a_loop_over_rows():
+    shapes = [(4, 3, 3, 3), (5, 7), (2, 3, 4)]
+    real, fake = ([normal(*shape, key=key) for shape in shapes] for key in ("a", "b"))
+    assert float(gm.row_cosine(real, fake)) == pytest.approx(literal(real, fake), rel=1e-12)
+    assert float(gm.row_cosine(real, real)) == pytest.approx(0, abs=1e-5)  # the 1e-6 in the denominator
+    assert float(gm.row_cosine(real, [-a for a in real])) == pytest.approx(2 * (4 + 5 + 2), abs=1e-5)
+
+
+def test_a_dead_row_counts_one_and_has_no_slope():
+    real, fake = normal(3, 5, key="a"), normal(3, 5, key="b")
+    fake[1] = 0
+    fake.requires_grad_()
+    loss = gm.row_cosine([real], [fake])
+    (slope,) = torch.autograd.grad(loss, fake)
+    assert float(loss) == pytest.approx(literal([real], [fake.detach()]))
+    assert torch.isfinite(slope).all() and not slope[0].eq(0).all()
+
+
+@pytest.mark.parametrize("operation", ["none", "color", "scale"])
+def test_the_slope_in_the_pixels_equals_finite_differences(operation):
+    """Central differences of the whole chain: augmentation, cross-entropy, weight gradients, distance."""
+    net, weights = net_and_weights()
+    images, labels = normal(2, 1, 8, 8, key="fake"), torch.tensor([1, 1])
+    real = gm.synthetic_gradients(net, normal(4, 1, 8, 8, key="real"), torch.tensor([1] * 4), weights)
+    real = [gradient.detach() for gradient in real]
+    views = augment.dsa(operation)
+    drawn = views.draw(rng.Draws("gm"), 3, (8, 8))
+
+    def loss(pixels):
+        return gm.row_cosine(real, gm.synthetic_gradients(net, views.apply(pixels, drawn, labels), labels, weights))
+
+    pixels = images.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(loss(pixels), pixels)
+    for place in ((0, 0, 2, 3), (1, 0, 5, 5), (1, 0, 0, 7)):
+        step = torch.zeros_like(images)
+        step[place] = 1e-5
+        with torch.enable_grad():
+            expected = (float(loss(images + step)) - float(loss(images - step))) / 2e-5
+        assert float(slope[place]) == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+def test_real_gradients_in_chunks_equal_one_pass(tiny, monkeypatch):
+    run = Run(tiny, 1, NETWORK)
+    net = run.random_network(0).requires_grad_(True)
+    weights = gm.matched_weights(net)
+    images, labels = tiny.per_class(12, (0, "real"))
+    whole = torch.autograd.grad(F.cross_entropy(net(images), labels), weights)
+    monkeypatch.setattr("condense.run.FORWARD_PIXELS", 5 * 64)
+    parts = gm.real_gradients(net, images, labels, weights, run)
+    for a, b in zip(whole, parts):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_equal_images_have_equal_gradients_under_every_view():
+    """Siamese: the same operation with the same parameters on both branches, or the distance would not vanish."""
+    net, weights = net_and_weights()
+    images, labels = normal(6, 1, 8, 8, key="both"), torch.tensor([0, 0, 1, 1, 2, 2])
+    views = augment.dsa("color_crop_cutout_flip_scale_rotate")
+    for number in range(10):
+        drawn = views.draw(rng.Draws("views", number), 3, (8, 8))
+        a, b = (gm.synthetic_gradients(net, views.apply(images, drawn, labels), labels, weights) for _ in range(2))
+        assert float(gm.row_cosine([g.detach() for g in a], b).detach()) < 1e-2
+
+
+def test_the_published_loop_sizes_and_the_rule_between_them():
+    table = {1: (1, 50), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}
+    for ipc, sizes in table.items():
+        assert gm.loop_sizes(ipc) == sizes
+    assert gm.loop_sizes(5) == (5, 50) and gm.loop_sizes(15) == (15, 38) and gm.loop_sizes(100) == (50, 10)
+    assert gm.DCC().loops(1) == (10, 5) and gm.DCC().loops(10) == (10, 50)
+    assert gm.DSA(outer=3, inner=0).loops(50) == (3, 0)
+
+
+def first_loss(name, task, **settings):
+    """The loss of the first step and the gradient that it left on the pixels."""
+    from condense.registry import METHODS
+
+    seen = []
+
+    class Watched(Run):
+        def optimise(self, synthetic, steps, **options):
+            for step in super().optimise(synthetic, steps, **options):
+                update = step.update
+
+                def look(update=update, step=step):
+                    seen.append((float(step.optimizer.loss), synthetic.images.grad.clone()))
+                    update()
+
+                step.update = look
+                yield step
+
+    entry = METHODS.get(name)
+    entry.function(task, entry.config(steps=1, batch_real=6, **settings), Watched(task, 2, NETWORK))
+    return seen[0]
+
+
+def test_a_dc_step_equals_its_formula(tiny):
+    """The driver's first step against the sum over classes, written out, in the driver's own draws."""
+    loss, gradient = first_loss("dc", tiny, init="real")
+    run = Run(tiny, 2, NETWORK)
+    net = run.random_network(0).requires_grad_(True).train()
+    weights = gm.matched_weights(net)
+    synthetic = gm.SyntheticSet.create(tiny, 2, gm.DC(init="real"), seed=0, device=torch.device("cpu"))
+    images, labels = synthetic.decode()
+    total = 0
+    for c in range(3):
+        real, truth = tiny.per_class(6, (0, "real", 0), [c])
+        target = torch.autograd.grad(F.cross_entropy(net(real), truth), weights)
+        own = labels == c
+        fake = torch.autograd.grad(F.cross_entropy(net(images[own]), labels[own]), weights, create_graph=True)
+        total = total + gm.row_cosine(target, fake)
+    (expected,) = torch.autograd.grad(total, synthetic.images)
+    assert loss == pytest.approx(float(total), rel=1e-5)
+    torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_dcc_step_equals_its_formula(tiny):
+    loss, gradient = first_loss("dcc", tiny, warm_networks=0)
+    run = Run(tiny, 2, NETWORK)
+    net = run.random_network(0).requires_grad_(True).train()
+    weights = gm.matched_weights(net)
+    synthetic = gm.SyntheticSet.create(tiny, 2, gm.DCC(), seed=0, device=torch.device("cpu"))
+    images, labels = synthetic.decode()
+    real, truth = tiny.per_class(6, (0, "real", 0))
+    target = torch.autograd.grad(F.cross_entropy(net(real), truth), weights)  # equal classes: the mean of their means
+    fake = torch.autograd.grad(F.cross_entropy(net(images), labels), weights, create_graph=True)
+    total = gm.row_cosine(target, fake)
+    (expected,) = torch.autograd.grad(total, synthetic.images)
+    assert loss == pytest.approx(float(total), rel=1e-5)
+    torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_warm_dcc_matches_class_by_class_like_dc(tiny):
+    for settings in ({"warm_networks": 1, "warm_steps": 1},):
+        warm, slope = first_loss("dcc", tiny, **settings)
+        plain, expected = first_loss("dc", tiny, init="real")
+        assert warm == pytest.approx(plain, rel=1e-6)
+        torch.testing.assert_close(slope, expected)
+
+
+def test_networks_are_trained_on_the_set_between_steps(tiny, monkeypatch):
+    trained = []
+    original = gm.train
+
+    def watch(students, recipe, **options):
+        trained.append((recipe.steps, recipe.lr, recipe.momentum, recipe.weight_decay, len(students[0].source.images)))
+        return original(students, recipe, **options)
+
+    monkeypatch.setattr(gm, "train", watch)
+    condense.distill("dsa", tiny, 4, network=NETWORK, steps=6, batch_real=6, outer=3, inner=2, batch_train=8)
+    assert trained == [(4, 0.01, 0.0, 0.0, 12)] * 4  # after steps 1, 2, 4, 5; two epochs of two batches
+
+
+def test_training_a_network_leaves_no_slope_on_the_pixels(tiny):
+    run = Run(tiny, 2, NETWORK)
+    synthetic = gm.SyntheticSet.create(tiny, 2, gm.DSA(), seed=0, device=torch.device("cpu"))
+    net = run.random_network(0).requires_grad_(True)
+    before = [parameter.clone() for parameter in net.parameters()]
+    for step in run.optimise(synthetic, 1, images=gm.Group(lr=0.1)):
+        gm.train_on_synthetic(net, synthetic, gm.DSA(), 2, run, step)
+        assert synthetic.images.grad is None
+    assert not all(torch.equal(a, b) for a, b in zip(before, net.parameters()))
+
+
+def test_batch_norm_statistics_stay_while_matching(tiny):
+    made = condense.distill("dc", tiny, 2, network="convnet-d2-w8-bn", steps=3, batch_real=6, inner=1)
+    assert torch.isfinite(made.stored).all()
+
+
+def test_ranges(tiny):
+    with pytest.raises(condense.CondenseError, match="outer=0: must be at least 1"):
+        gm.DC(outer=0)
+    with pytest.raises(condense.CondenseError, match="warm_steps=-1"):
+        gm.DCC(warm_steps=-1)
