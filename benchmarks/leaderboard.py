@@ -14,9 +14,7 @@ import functools
 import hashlib
 import io
 import json
-import os
 import re
-import shutil
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +25,7 @@ from markupsafe import Markup
 
 from condense.benchmarks import charts
 from condense.benchmarks.charts import Chart, Line, Point
+from condense.distilled import replacing_folder
 from condense.errors import CondenseError
 from condense.protocols import protocols
 from condense.records import USES, arm_name, main_entries, read_record
@@ -232,20 +231,14 @@ def build(results: Path, out: Path, published: Path | None = PUBLISHED, *, force
     if not files:
         raise CondenseError(f"{results}: no record (*.json) in it; `condense evaluate SET.h5 --json FILE` writes one")
     _check_place(out, results.resolve(), force)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        (temporary / RECORDS).mkdir(parents=True)
+    with replacing_folder(out) as temporary:
+        (temporary / RECORDS).mkdir()
         entries, rejected = _entries(files, temporary / RECORDS)
         quoted, faults = read_published(published) if published else ([], [])
         rejected += faults
         sections = _sections(entries)
         page = _page(sections, quoted, rejected, records=len(entries))
         (temporary / "index.html").write_text(page, encoding="utf-8", newline="\n")
-        _replace(temporary, out)
-    except OSError as fault:
-        raise CondenseError(f"--out {out}: cannot be written ({fault.strerror or fault})") from fault
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     rows = sum(len(section.rows) for section in sections)
     return Built(out / "index.html", len(entries), rows, len(quoted), rejected)
 
@@ -267,20 +260,6 @@ def _check_place(out: Path, results: Path, force: bool) -> None:
             f"--out {out} is replaced as a whole, but also holds {', '.join(foreign[:5])}; "
             "name another folder or give --force"
         )
-
-
-def _replace(new: Path, out: Path) -> None:
-    """Moves ``new`` to ``out``; what was there stays if that fails."""
-    old = out.with_name(f".{out.name}.{os.getpid()}.old")
-    if out.exists():
-        out.rename(old)
-    try:
-        new.rename(out)
-    except BaseException:
-        if old.exists():
-            old.rename(out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _entries(files: list[Path], folder: Path) -> tuple[list[Entry], list[Rejected]]:

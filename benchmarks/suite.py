@@ -241,7 +241,7 @@ def _is_current(path: Path, suite: Suite, cell: Cell, real: Task, device: str, p
     except CondenseError:
         return False
     protocol = get_protocol(suite.protocol)
-    judged = dict.fromkeys(entry["network"] for entry in record["results"])
+    judged = {entry["network"] for entry in record["results"]}
     asked = {cell.network if name == OWN else name for name in suite.networks}
     arms = {entry["arm"] for entry in [*record["results"], *record["missing"]]}
     return (
@@ -249,7 +249,7 @@ def _is_current(path: Path, suite: Suite, cell: Cell, real: Task, device: str, p
         and record["data"]["fingerprint"] == real.fingerprint
         and (record["protocol"]["name"], record["protocol"]["version"]) == (protocol.name, protocol.version)
         and record["runs"] == suite.runs
-        and asked <= set(judged)
+        and asked <= judged
         and set(suite.tasks[cell.data].controls) <= arms
     )
 

@@ -378,8 +378,8 @@ def evaluate(
     distilled = _set(file)
     if out is not None:
         check_writable(out, force=force)
-    options = {**distilled.manifest.get("data", {}).get("options", {}), "zca": False}  # the set has its own transform
-    real = api.task(data, download=download, **options | config.parse(settings or []))
+    options = evaluation.data_options(distilled) | config.parse(settings or [])
+    real = api.task(data, download=download, **options)
     record = evaluation.evaluate(
         distilled, real, networks=networks.split(",") if networks else None, runs=runs, protocol=protocol,
         controls=[] if controls == "none" else controls.split(","), without_augmentation=without_augmentation,
@@ -557,14 +557,13 @@ def export(
     force: Force = False,
 ) -> None:
     """Writes a set in a format of others."""
-    from condense import api, exports
+    from condense import api, evaluation, exports
     from condense.sources import DATASETS
 
     made = _set(file)
     if data is not None and form != "imagefolder":
         raise CondenseError(f"--data {data}: only --to imagefolder rounds pixels; leave it out")
-    options = {**made.manifest.get("data", {}).get("options", {}), "zca": False}  # the set has its own transform
-    real = api.task(data, **options) if data is not None else None
+    real = api.task(data, **evaluation.data_options(made)) if data is not None else None
     rounding = exports.export_set(made, destination, form, force=force)
     print(f"wrote {destination}: {len(made)} images, {made.labels.kind} labels")
     if rounding is None:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
@@ -383,6 +384,27 @@ def replacing(path: Path) -> Iterator[Path]:
         raise CondenseError(f"{path}: writing failed ({fault.strerror or fault})") from fault
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside ``folder`` that takes its place as a whole when the block succeeds; else nothing
+    changes."""
+    folder = folder.absolute()
+    temporary, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        if folder.exists():
+            folder.rename(old)
+        temporary.rename(folder)
+    except OSError as fault:
+        raise CondenseError(f"{folder}: writing failed ({fault.strerror or fault})") from fault
+    finally:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def save_grid(images: Tensor, path: Path, columns: int, limit: int = 50) -> Path:

@@ -123,7 +123,7 @@ def evaluate(
     architectures = list(dict.fromkeys(own if name == OWN else name for name in wanted or chosen.networks))
     runs = chosen.runs if runs is None else runs
     if not isinstance(task, Task):
-        task = load(task, _options(distilled))
+        task = load(task, build(DataOptions, data_options(distilled), "the data"))
     _check(distilled, task, architectures, runs, controls)
     ranks = Ranks(where)  # before anything goes to the device, which it picks among several
     task = task.to(where, transform=distilled.transform)
@@ -134,38 +134,56 @@ def evaluate(
     except (torch.OutOfMemoryError, MemoryError) as fault:
         raise CondenseError(f"out of memory on {where}: take smaller --networks, or another --device") from fault
     ranks.close()
-    cost, made_by = known_cost(distilled.manifest.get("cost")), distilled.manifest.get("command")
-    set_seed = distilled.manifest.get("seed")
+    return _record(
+        distilled,
+        judge,
+        results,
+        missing,
+        command(distilled, judge, architectures, list(controls), without_augmentation),
+    )
+
+
+def _record(
+    distilled: DistilledSet,
+    judge: _Judge,
+    results: list[dict[str, Any]],
+    missing: list[dict[str, str]],
+    asked: str,
+) -> dict[str, Any]:
+    """The record of what came out, with what follows from it; foreign parts of the manifest are left out."""
+    manifest, kind, data = distilled.manifest, distilled.labels.kind, judge.task
+    cost, made_by, own = known_cost(manifest.get("cost")), manifest.get("command"), manifest["network"]
+    set_seed = manifest.get("seed")
     return {
         "schema": SCHEMA,
         "set": {
             "name": distilled.name,
             "sha256": distilled.sha256(),
-            "method": distilled.manifest["method"],
-            "dataset": distilled.manifest["dataset"],
-            "ipc": distilled.manifest["ipc"],
+            "method": manifest["method"],
+            "dataset": manifest["dataset"],
+            "ipc": manifest["ipc"],
             "seed": set_seed if isinstance(set_seed, int) else None,
-            "label_kind": distilled.labels.kind,
+            "label_kind": kind,
             "network": own,
             "bytes": distilled.nbytes(),
             "command": made_by if isinstance(made_by, str) and len(made_by) <= TEXT_LIMIT else None,
         },
         "data": {
-            "name": task.name,
-            "fingerprint": task.fingerprint,
-            "same": task.fingerprint == distilled.manifest.get("data", {}).get("fingerprint"),
+            "name": data.name,
+            "fingerprint": data.fingerprint,
+            "same": data.fingerprint == manifest.get("data", {}).get("fingerprint"),
         },
-        "protocol": {"name": chosen.name, "version": chosen.version, "labels": chosen.labels},
-        "runs": runs,
-        "seed": seed,
+        "protocol": {"name": judge.protocol.name, "version": judge.protocol.version, "labels": judge.protocol.labels},
+        "runs": judge.runs,
+        "seed": judge.seed,
         "results": results,
         "missing": missing,
-        "scores": scores(results, distilled.labels.kind),
+        "scores": scores(results, kind),
         "cross_architecture": cross_architecture(results, own),
         "time": time_to_accuracy(results, cost),
         "cost": cost,
-        "environment": environment(where, precision),
-        "command": command(distilled, judge, architectures, list(controls), without_augmentation),
+        "environment": environment(judge.device, judge.precision),
+        "command": asked,
     }
 
 
@@ -252,6 +270,12 @@ class _Judge:
     cache: bool
     quiet: bool
     ranks: Ranks
+
+    @functools.cached_property
+    def transform_digest(self) -> str:
+        """Of the map to training space; a whitening matrix is large, so it is read once."""
+        arrays = self.task.transform.arrays()
+        return hashlib.sha256(b"".join(arrays[name].tobytes() for name in sorted(arrays))).hexdigest()
 
     def results(self, cells: Sequence[tuple[Arm, str | Architecture]]) -> list[dict[str, Any]]:
         """Accuracies of all runs of each arm on each network, as entries of the record's ``results``."""
@@ -382,16 +406,11 @@ class _Judge:
             job.arm.identity, {**dataclasses.asdict(recipe), "augment": str(recipe.augment)},
             networks.name_of(job.network), networks.library_version(job.network), job.run,
             self.protocol.held_out if job.run == SEARCH else None, self.seed, self.task.fingerprint,
-            _digest(self.task.transform), self.precision, device_name(self.device), torch.backends.cudnn.allow_tf32,
+            self.transform_digest, self.precision, device_name(self.device), torch.backends.cudnn.allow_tf32,
             pick_together(self.device), rng.HASH_VERSION, STUDENT_VERSION, torch.__version__,
         ]  # fmt: skip
         digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
         return cache_dir() / "students" / digest[:2] / f"{digest}.json"
-
-
-def _digest(transform: Any) -> str:
-    arrays = transform.arrays()
-    return hashlib.sha256(b"".join(arrays[name].tobytes() for name in sorted(arrays))).hexdigest()
 
 
 def _read_score(path: Path) -> tuple[float, float] | None:
@@ -556,10 +575,9 @@ def _even_shares(total: int, room: Sequence[int]) -> list[int]:
 # -- checks -----------------------------------------------------------------------------------------------------------
 
 
-def _options(distilled: DistilledSet) -> DataOptions:
+def data_options(distilled: DistilledSet) -> dict[str, Any]:
     """How the set's own data were loaded; the set brings its own transform, so whitening is not fitted again."""
-    options = distilled.manifest.get("data", {}).get("options", {})
-    return build(DataOptions, {**options, "zca": False}, "the data")
+    return {**distilled.manifest.get("data", {}).get("options", {}), "zca": False}
 
 
 def _check(

@@ -7,7 +7,6 @@ import io
 import json
 import math
 import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from condense import evaluation
-from condense.distilled import DistilledSet, check_writable, replacing
+from condense.distilled import DistilledSet, check_writable, replacing, replacing_folder
 from condense.errors import CondenseError, did_you_mean
 from condense.exchange import folder_name, library
 from condense.labels import HardLabels, SoftLabels
@@ -95,11 +94,11 @@ def export_set(distilled: DistilledSet, destination: str | Path, form: str, *, f
     _check_folder(path, force=force, size=size)
     if form == "hf":
         datasets = library("datasets", "--to hf")
-        with _replacing_folder(path) as temporary:
+        with _exporting(path) as temporary:
             _write_hf(distilled, temporary, datasets)
         return None
     rounding = eight_bits(distilled)
-    with _replacing_folder(path) as temporary:
+    with _exporting(path) as temporary:
         _write_folder(rounding.rounded, temporary)
     return rounding
 
@@ -275,29 +274,12 @@ def _check_folder(folder: Path, *, force: bool, size: int) -> None:
             raise CondenseError(f"{folder} exists; choose another name or give --force")
         if not (folder / MARKER).is_file():
             raise CondenseError(f"{folder} is not empty and no export wrote it; choose another folder")
-    check_writable(_beside(folder, "tmp"), force=True, size=size)
-
-
-def _beside(folder: Path, kind: str) -> Path:
-    folder = folder.absolute()
-    return folder.with_name(f".{folder.name}.{os.getpid()}.{kind}")
+    check_writable(folder.absolute() / MARKER, force=True, size=size)
 
 
 @contextlib.contextmanager
-def _replacing_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside ``folder`` that takes its place when the block succeeds."""
-    temporary, old = _beside(folder, "tmp"), _beside(folder, "old")
-    try:
-        temporary.mkdir(parents=True)
+def _exporting(folder: Path) -> Iterator[Path]:
+    """A folder with our marker that takes the place of ``folder`` when the block succeeds."""
+    with replacing_folder(folder) as temporary:
         (temporary / MARKER).touch()
         yield temporary
-        if folder.exists():
-            os.rename(folder, old)
-        os.rename(temporary, folder)
-    except OSError as fault:
-        raise CondenseError(f"{folder}: writing failed ({fault.strerror or fault})") from fault
-    finally:
-        if old.exists() and not folder.exists():
-            os.rename(old, folder)
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)

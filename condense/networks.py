@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from condense.errors import CondenseError, did_you_mean, need
+from condense.units import by
 
 Shape = tuple[int, int, int]
 
@@ -328,7 +329,7 @@ class Wrapped(Network):
         super().__init__()
         self.model = model
         self.repeat_grey = repeat_grey
-        size = "x".join(map(str, shape))
+        size = by(shape)
         calls: list[tuple[str, Tensor, Tensor]] = []
         modes = {module: module.training for module in model.modules()}
         try:

@@ -35,6 +35,7 @@ import numpy as np
 
 from condense.errors import CondenseError, did_you_mean
 from condense.registry import Registry
+from condense.units import by
 
 CACHE_FORMAT = 1
 """Raised whenever the same files and options would decode to other pixels or another cache layout."""
@@ -358,7 +359,7 @@ def _read_mapping(arrays: Mapping[str, Any], where: str, options: DataOptions) -
     else:
         test_labels = _labels(found["test_labels"], len(test_images), "test", where)
         if test_images.shape[1:] != train_images.shape[1:]:
-            sizes = [_size(images.shape[1:]) for images in (train_images, test_images)]
+            sizes = [by(images.shape[1:]) for images in (train_images, test_images)]
             raise CondenseError(f"{where}: train images are {sizes[0]} but test images {sizes[1]}")
     classes = _class_names(arrays.get("classes"), train_labels, test_labels, where)
     if test_images is None:
@@ -473,10 +474,6 @@ def _some(names: Sequence[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + more
 
 
-def _size(shape: Sequence[int]) -> str:
-    return "x".join(map(str, shape))
-
-
 # --- torch datasets ---------------------------------------------------------------------------------------------------
 
 
@@ -522,8 +519,8 @@ def _collect(
             images = np.empty((count, *image.shape), image.dtype)
         if image.shape != images.shape[1:] or image.dtype != images.dtype:
             raise CondenseError(
-                f"{where} is {image.dtype} {_size(image.shape)}, the first one {images.dtype} "
-                f"{_size(images.shape[1:])}; resize them in the dataset's transform"
+                f"{where} is {image.dtype} {by(image.shape)}, the first one {images.dtype} "
+                f"{by(images.shape[1:])}; resize them in the dataset's transform"
             )
         images[index] = image
     assert images is not None

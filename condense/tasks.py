@@ -15,6 +15,7 @@ from condense import sources
 from condense.errors import CondenseError
 from condense.rng import Draws, hash64, key
 from condense.sources import DATASETS, DataOptions, Loaded, Split, cache_dir, data_root, datasets
+from condense.units import by
 
 if TYPE_CHECKING:
     from condense.augment import ZCA, Standardise
@@ -84,7 +85,7 @@ class Task:
         self._starts = np.concatenate([[0], np.cumsum(self.counts)])
 
     def __repr__(self) -> str:
-        size = "x".join(map(str, self.shape))
+        size = by(self.shape)
         return f"Task({self.name}: {self.num_classes} classes, {len(self.train)} train + {len(self.test)} test, {size})"
 
     @property

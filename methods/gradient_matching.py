@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +23,7 @@ from condense.students import FixedSource, Recipe, Student, train
 from condense.synthetic import SyntheticOptions, SyntheticSet
 from condense.tasks import Task
 
+View = Callable[..., Tensor]
 EPS = 1e-6
 """Added to the product of two rows' norms, as released."""
 STATISTICS_IMAGES = 16
@@ -122,6 +124,34 @@ def train_on_synthetic(
     train([student], recipe, device=run.device, precision=run.precision)
 
 
+def walk(
+    task: Task, config: DC, run: Run, synthetic: SyntheticSet, *, sharded: bool
+) -> Iterator[tuple[Step, int, int, networks.Network, View]]:
+    """The loops of the family: for each step the network to match with, then the update, then the network's training.
+
+    Every ``outer`` steps the network is a fresh random one; between them it is trained on the set as it has become.
+
+    Yields:
+        The step, the number of its network, its position in that network's training, the network, and the view:
+        ``view(images, rows=labels)`` augments both branches alike, class by class.
+    """
+    augmentation = augment.dsa(config.augment, mirror=task.mirror)
+    outer, inner = config.loops(run.ipc)
+    net = run.random_network(0).requires_grad_(True)
+    run.keep("network", net)
+    images = Group(lr=config.lr_img, momentum=config.momentum)
+    for step in run.optimise(synthetic, config.steps, sharded=sharded, images=images):
+        number, position = divmod(step.index, outer)
+        if position == 0:
+            run.random_network(number)
+        set_statistics(net, run.task, step)
+        drawn = augmentation.draw(step.draws("augment"), task.num_classes, task.shape[1:])  # a row per class: siamese
+        yield step, number, position, net, functools.partial(augmentation.apply, parameters=drawn)
+        step.update()
+        if position < outer - 1:
+            train_on_synthetic(net, synthetic, config, inner, run, step)
+
+
 # -- DC and DSA -------------------------------------------------------------------------------------------------------
 
 
@@ -179,27 +209,14 @@ def dc(task: Task, config: DC, run: Run) -> SyntheticSet:
     classes are the released code's; lr_img depends on them.
     """
     synthetic = SyntheticSet.create(task, run.ipc, config, seed=run.seed, device=run.device)
-    views = augment.dsa(config.augment, mirror=task.mirror)
-    outer, inner = config.loops(run.ipc)
-    net = run.random_network(0).requires_grad_(True)
-    run.keep("network", net)
-    weights = matched_weights(net)
-    images = Group(lr=config.lr_img, momentum=config.momentum)
-    for step in run.optimise(synthetic, config.steps, sharded=True, images=images):
-        number, position = divmod(step.index, outer)
-        if position == 0:
-            run.random_network(number)
-        set_statistics(net, run.task, step)
-        drawn = views.draw(step.draws("augment"), task.num_classes, task.shape[1:])  # one row per class: siamese
+    for step, _, _, net, view in walk(task, config, run, synthetic, sharded=True):
+        weights = matched_weights(net)
         for c in run.classes:
             real, truth = run.task.per_class(config.batch_real, step.key("real"), [c])
-            target = real_gradients(net, views.apply(real, drawn, truth), truth, weights, run)
+            target = real_gradients(net, view(real, rows=truth), truth, weights, run)
             fake, labels = synthetic.decode([c])
-            gradients = synthetic_gradients(net, views.apply(fake, drawn, labels), labels, weights)
+            gradients = synthetic_gradients(net, view(fake, rows=labels), labels, weights)
             step.accumulate(row_cosine(target, gradients))
-        step.update()
-        if position < outer - 1:
-            train_on_synthetic(net, synthetic, config, inner, run, step)
     return synthetic
 
 
@@ -263,35 +280,22 @@ def dcc(task: Task, config: DCC, run: Run) -> SyntheticSet:
     networks match class by class; both losses share one momentum. The classes couple, so they do not shard over ranks.
     """
     synthetic = SyntheticSet.create(task, run.ipc, config, seed=run.seed, device=run.device)
-    views = augment.dsa(config.augment, mirror=task.mirror)
-    outer, inner = config.loops(run.ipc)
-    net = run.random_network(0).requires_grad_(True)
-    run.keep("network", net)
-    weights = matched_weights(net)
-    images = Group(lr=config.lr_img, momentum=config.momentum)
-    for step in run.optimise(synthetic, config.steps, images=images):
-        number, position = divmod(step.index, outer)
-        if position == 0:
-            run.random_network(number)
-        set_statistics(net, run.task, step)
-        drawn = views.draw(step.draws("augment"), task.num_classes, task.shape[1:])
+    for step, number, position, net, view in walk(task, config, run, synthetic, sharded=False):
+        weights = matched_weights(net)
         apart = number < config.warm_networks and position < config.warm_steps
         targets = []
         for c in range(task.num_classes):
             real, truth = run.task.per_class(config.batch_real, step.key("real"), [c])
-            targets.append(real_gradients(net, views.apply(real, drawn, truth), truth, weights, run))
+            targets.append(real_gradients(net, view(real, rows=truth), truth, weights, run))
             if apart:
                 fake, labels = synthetic.decode([c])
-                gradients = synthetic_gradients(net, views.apply(fake, drawn, labels), labels, weights)
+                gradients = synthetic_gradients(net, view(fake, rows=labels), labels, weights)
                 step.accumulate(row_cosine(targets.pop(), gradients))
         if not apart:
             fake, labels = synthetic.decode()
-            gradients = synthetic_gradients(net, views.apply(fake, drawn, labels), labels, weights)
+            gradients = synthetic_gradients(net, view(fake, rows=labels), labels, weights)
             mean = [torch.stack(parts).mean(0) for parts in zip(*targets)]
             step.accumulate(row_cosine(mean, gradients))
-        step.update()
-        if position < outer - 1:
-            train_on_synthetic(net, synthetic, config, inner, run, step)
     return synthetic
 
 
