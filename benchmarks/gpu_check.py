@@ -74,6 +74,10 @@ BENCHMARKS: list[StepBenchmark] = [dm.BENCHMARK]
 SETTINGS: dict[str, dict[str, Any]] = {
     "dm": {"batch_real": 16},
     **{name: {"batch_real": 16, "outer": 2, "inner": 1} for name in ("dc", "dsa", "dcc", "dsac")},
+    "datadam": {"batch_real": 16},
+    "idc": {"batch_real": 16, "networks": 1, "snapshots": 2, "net_steps": 2, "lr_img": 0.05},
+    "idm": {"batch_real": 16, "networks": 1, "snapshots": 2, "net_steps": 2},
+    "dance": {"batch_real": 16, "networks": 1, "expert_epochs": 1},
 }
 """What makes one step of a method small enough for a CPU; a method without an entry keeps its defaults."""
 

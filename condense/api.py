@@ -516,14 +516,15 @@ def _finished(job: Job, entry: Method, real: Task, run: Run, synthetic: Syntheti
         "seed": job.seed,
         "steps_done": run.steps_done,
         "stopped_early": run.stopped_early,
+        "preparation": run.preparation,
         "protocol": job.protocol,
         "data": {"fingerprint": real.fingerprint, "options": job.data["options"]},
         "precision": job.precision,
         "random_hash_version": rng.HASH_VERSION,
         "code_version": __version__,
         "cost": {
-            "seconds": round(run.elapsed, 2),
-            "preparation_seconds": 0.0,
+            "seconds": round(run.elapsed - run.preparation.get("seconds", 0.0), 2),
+            "preparation_seconds": run.preparation.get("seconds", 0.0),
             "device": device_name(run.device),
             "peak_memory": peak_memory(run.device),
         },
@@ -558,6 +559,7 @@ class _Trial(Run):
     """Makes the first steps of a run and notes when each ended; stops after ``SECONDS``, but not before the third."""
 
     SECONDS = 3.0
+    rehearses = True
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -598,11 +600,13 @@ def measure(
         warm = len(trial.ends) - 1  # the first step warms up
         per_step = (trial.ends[-1] - trial.ends[0]) / warm if warm else seconds
         seconds = trial.ends[0] - began + per_step * (steps - 1)
+    seconds += trial.expected_preparation
     made = DistilledSet(synthetic.images.detach(), synthetic.labels, real.transform, {})
     return {
         "seconds_per_step": per_step,
         "steps": steps,
         "seconds": seconds,
+        "preparation_seconds": trial.expected_preparation,
         "peak_memory": peak_memory(where),
         "set_bytes": made.nbytes(),
         "checkpoint_bytes": 4 * made.nbytes()["images"],  # pixels and momentum, in two checkpoints

@@ -506,6 +506,33 @@ def _resample_adjoint(gradient: Tensor, matrix: Tensor, align_corners: bool) -> 
     return total
 
 
+# CutMix ---------------------------------------------------------------------------------------------------------------
+
+
+def cutmix(images: Tensor, draws: Draws) -> tuple[Tensor, Tensor, float]:
+    """CutMix (Yun et al., ICCV 2019): one box of every image is replaced by that of its partner.
+
+    The box's share of the area is uniform, its centre too; it is clipped at the border.
+
+    Args:
+        images: (N,C,H,W).
+        draws: the stream that box and partners are drawn from.
+
+    Returns:
+        The mixed images, each image's partner, int64 (N,) on the CPU, and the exact share that images keep of
+        themselves, the weight of their own targets.
+    """
+    height, width = images.shape[-2:]
+    area, y, x = draws.uniform(3).double().tolist()
+    half = [int(size * math.sqrt(area)) / 2 for size in (height, width)]
+    top, bottom = (min(max(int(y * height + sign * half[0]), 0), height) for sign in (-1, 1))
+    left, right = (min(max(int(x * width + sign * half[1]), 0), width) for sign in (-1, 1))
+    partners = draws.permutation(len(images))
+    mixed = images.clone()
+    mixed[..., top:bottom, left:right] = images[partners.to(images.device)][..., top:bottom, left:right]
+    return mixed, partners, 1 - (bottom - top) * (right - left) / (height * width)
+
+
 # Views of stored labels -----------------------------------------------------------------------------------------------
 
 ASPECT = (3 / 4, 4 / 3)

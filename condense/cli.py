@@ -316,7 +316,11 @@ def _report(made: Any, out: Path, run_dir: Path, data: str) -> None:
     images = f"{len(made.stored)} images of {size(made.nbytes()['images'])}"
     total = manifest["settings"].get("steps")
     steps = f", {manifest['steps_done']} of {total} steps" if total else ""
-    print(f"made {made.name}: {images}{steps} in {duration(manifest['cost']['seconds'])}")
+    cost, first = manifest["cost"], manifest.get("preparation")
+    print(f"made {made.name}: {images}{steps} in {duration(cost['seconds'])}")
+    if first:
+        print(f"  before: {first['networks']} networks trained on real data, {first['steps_each']} steps each (of "
+              f"{first['networks_wanted']}, {first['steps_each_wanted']}), {duration(first['seconds'])}")  # fmt: skip
     if manifest["stopped_early"]:
         print(f"  stopped by --minutes; go on with: condense resume {shlex.quote(str(run_dir))} --minutes M")
     file = shlex.quote(str(out))
@@ -615,6 +619,8 @@ def plan(
     per_step = f" ({needs['steps']} steps of {duration(needs['seconds_per_step'])})" if needs["steps"] else ""
     memory = ", ".join(f"{size(count)} {where}" for where, count in needs["peak_memory"].items())
     print(f"{asked.method} on {real.name}, ipc {asked.ipc}, {needs['device']}")
+    before = needs["preparation_seconds"]
+    per_step += f", {duration(before)} of it training networks on real data" if before else ""
     print(f"  time:   {duration(needs['seconds'])}{per_step}")
     print(f"  memory: {memory} at peak")
     print(f"  disk:   {size(needs['set_bytes']['total'])} set, {size(needs['checkpoint_bytes'])} checkpoints")

@@ -35,13 +35,21 @@ from condense.records import (
     time_to_accuracy,
 )
 from condense.run import Ranks, device_name, pick_device, pick_precision
-from condense.students import FixedSource, Recipe, Source, Student, TaskSource, accuracy, pick_together, train
+from condense.students import (
+    STUDENT_VERSION,
+    FixedSource,
+    Recipe,
+    Source,
+    Student,
+    TaskSource,
+    accuracy,
+    pick_together,
+    train,
+)
 from condense.tasks import DataOptions, Task, cache_dir, load
 from condense.tracking import Progress
 from condense.units import by
 
-STUDENT_VERSION = 1
-"""Raised by every change of networks, augmentation or training that alters a student; cached scores depend on it."""
 Architecture = Callable[..., nn.Module]
 CONTROLS = ("random", "random-bytes", "noise", "full", "full-equal")
 SEARCH = -1

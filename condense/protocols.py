@@ -53,6 +53,10 @@ class Protocol:
     """Passes over the real data for the `full` arm, which never makes fewer steps than the distilled arm."""
     runs: int
     """Networks trained per arm unless told otherwise."""
+    augment_variant: str = "dsa"
+    """dsa (one operation a step), flip-always or idc (flip and colour always, one of crop, scale and rotate)."""
+    cutmix: float = 0.0
+    """Probability of CutMix in a step."""
 
     def budget(self, size: int) -> int:
         """Optimizer steps for a set of ``size`` images."""
@@ -68,7 +72,8 @@ class Protocol:
             weight_decay=self.weight_decay,
             drops=tuple(self.drops),
             drop_factor=self.drop_factor,
-            augment=dsa(self.augment, mirror=mirror),
+            augment=dsa(self.augment, variant=self.augment_variant, mirror=mirror),
+            cutmix=self.cutmix,
         )
 
 

@@ -80,6 +80,7 @@ class Method:
         return (self.function.__doc__ or "").strip().split("\n")[0]
 
 
+_ATTENTION = "condense.methods.attention_matching"
 _DISTRIBUTION = "condense.methods.distribution_matching"
 _GRADIENT = "condense.methods.gradient_matching"
 _SELECTION = "condense.methods.selection"
@@ -93,6 +94,10 @@ METHODS: Registry[Method] = Registry(
         "dsa": _GRADIENT,
         "dcc": _GRADIENT,
         "dsac": _GRADIENT,
+        "idc": _GRADIENT,
+        "datadam": _ATTENTION,
+        "idm": _DISTRIBUTION,
+        "dance": _DISTRIBUTION,
     },
 )
 

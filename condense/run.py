@@ -41,6 +41,9 @@ CHUNK_PIXELS = 1024 * 1024
 FORWARD_PIXELS = 32 * 1024
 """Pixels in one forward pass without gradients on a CPU: 32 images of 32x32, whose maps stay in its cache."""
 
+GRADIENT_PIXELS = 128 * 1024
+"""The same with gradients of the weights: 128 images of 32x32."""
+
 
 class Interrupted(KeyboardInterrupt):
     """The run was asked to stop; its state is saved. The message says how to go on."""
@@ -242,7 +245,15 @@ class Run:
         quiet: no progress.
         track: auto, tensorboard, trackio or none.
         begin: called before the first step, when the method has accepted its settings; makes the directory.
+
+    Attributes:
+        continues: whether it was asked to go on with what the directory holds.
+        preparation: what networks of its own a method has trained on real data, for the manifest; empty where none.
+        expected_preparation: the seconds of that which a rehearsal expects.
     """
+
+    rehearses = False
+    """Whether only a few steps are made, to see what a run would cost."""
 
     def __init__(
         self,
@@ -277,6 +288,9 @@ class Run:
         self._device_net: networks.Network | None = None
         self._saved = load_checkpoint(directory, config_key) if resume and directory else None
         self.resumed = self._saved is not None
+        self.continues = resume
+        self.preparation: dict[str, Any] = {}
+        self.expected_preparation = 0.0
         self._kept_before: dict[str, Any] = self._saved["kept"] if self._saved else {}
         self.phase = 0
         self._finished: list[dict[str, Tensor]] = self._saved["finished"] if self._saved else []
@@ -289,6 +303,16 @@ class Run:
     def elapsed(self) -> float:
         """Seconds of work so far, over all resumptions."""
         return self._elapsed_before + time.monotonic() - self._began
+
+    def credit(self, seconds: float) -> None:
+        """Counts work that this run uses but another process did; once, as a checkpoint holds it."""
+        if not self.resumed:
+            self._elapsed_before += seconds
+
+    @property
+    def asked_to_stop(self) -> bool:
+        """Whether a signal asked to save and stop."""
+        return self._stop
 
     @property
     def classes(self) -> list[int]:
@@ -306,13 +330,15 @@ class Run:
         for start in range(0, len(self.classes), size):
             yield self.classes[start : start + size]
 
-    def forward_chunk(self) -> int | None:
-        """Images in one forward pass without gradients: few on a CPU, so that feature maps stay in its cache; else
-        all."""
+    def forward_chunk(self, gradients: bool = False) -> int | None:
+        """Images in one forward pass: few on a CPU, so that feature maps stay in its cache; else all.
+
+        With ``gradients`` (of the weights, on real images) more, as the maps must be kept anyway: the bound is memory.
+        """
         if self.device.type != "cpu":
             return None
         height, width = self.task.shape[1:]
-        return max(1, FORWARD_PIXELS // (height * width))
+        return max(1, (GRADIENT_PIXELS if gradients else FORWARD_PIXELS) // (height * width))
 
     def fast(self) -> contextlib.AbstractContextManager[Any]:
         """Autocast to the run's precision, for work that needs no second derivative."""

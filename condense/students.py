@@ -13,7 +13,7 @@ import copy
 import functools
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from condense import rng
-from condense.augment import Augmentation
+from condense.augment import Augmentation, cutmix
 from condense.distilled import replacing
 from condense.errors import CondenseError
 from condense.labels import HardLabels, Labels, content
@@ -32,6 +32,9 @@ from condense.tasks import Task
 
 _log = logging.getLogger(__name__)
 
+STUDENT_VERSION = 2
+"""Raised by every change of networks, augmentation or training that alters a student; cached scores and networks depend
+on it."""
 TEST_CHUNK = 256
 CHECKPOINT_SECONDS = 30.0
 """Least time between two checkpoints of a training."""
@@ -105,6 +108,8 @@ class Recipe:
     """Factor of each drop."""
     augment: Augmentation | None = None
     """Drawn per step: one operation for the batch, parameters for each image. Left out for per-view labels."""
+    cutmix: float = 0.0
+    """Probability of CutMix in a step, one box for the batch, whose partners are its own images in another order."""
 
     def rate(self, step: int) -> float:
         """Learning rate at ``step``."""
@@ -120,6 +125,10 @@ class Student:
     seed: int
 
 
+Watch = Callable[[int, int, Mapping[str, Tensor]], None]
+"""Looks on while students are trained; see :func:`train`."""
+
+
 def train(
     students: Sequence[Student],
     recipe: Recipe,
@@ -129,6 +138,8 @@ def train(
     together: bool | None = None,
     report: Callable[[int], None] | None = None,
     checkpoint: Path | None = None,
+    watch: Watch | None = None,
+    watch_every: int = 1,
 ) -> float:
     """Trains all students in place, on ``device``, and leaves them in train mode.
 
@@ -140,6 +151,8 @@ def train(
         checkpoint: a file for the state in mid-training, written every ``CHECKPOINT_SECONDS`` and removed at the end
             (students trained one by one have one each, numbered). The same call after a kill goes on from it and ends
             with the same bits. A file that is damaged or of another training is ignored.
+        watch: called as ``watch(k, step, state)`` with the live weights and buffers of student k after every
+            ``watch_every`` steps (not for those before a resumption).
     """
     for student in students:
         student.network.to(device).train()
@@ -150,7 +163,7 @@ def train(
     if together and equal and not drops and len(students) > 1:  # dropout is keyed by student, so these go one by one
         keeper = _Keeper(checkpoint, students, recipe, device, precision)
         try:
-            _train_stacked(students, recipe, device, precision, report, keeper)
+            _train_stacked(students, recipe, device, precision, report, keeper, watch, watch_every)
             keeper.remove()
             return keeper.seconds
         except torch.OutOfMemoryError:  # the students themselves are untouched until the end
@@ -161,7 +174,8 @@ def train(
         path = checkpoint and (checkpoint.with_name(f"{checkpoint.name}.{k}") if len(students) > 1 else checkpoint)
         keepers.append(_Keeper(path, [student], recipe, device, precision, keep_end=len(students) > 1))
         shifted = report and functools.partial(_shift, report, k * recipe.steps)
-        _train_one(student, recipe, device, precision, shifted, keepers[k])
+        watched = watch and functools.partial(watch, k)
+        _train_one(student, recipe, device, precision, shifted, keepers[k], watched, watch_every)
         seconds += keepers[k].seconds
     for keeper in keepers:  # only now, so that the first students need no second training when the last one is killed
         keeper.remove()
@@ -189,16 +203,34 @@ def _pass_order(seed: int, size: int, epoch: int) -> Tensor:
     return rng.Draws(seed, "shuffle", epoch).permutation(size)
 
 
-def _batch(student: Student, recipe: Recipe, step: int) -> tuple[Tensor, Tensor]:
-    """Images and targets of ``step``, augmented by the recipe or as the labels' own views."""
+Targets = list[tuple[float, Tensor]]
+"""Targets of a batch with the weight of each in its loss; more than one where images were mixed."""
+
+
+def _batch(student: Student, recipe: Recipe, step: int) -> tuple[Tensor, Targets]:
+    """Images and targets of ``step``, augmented and mixed by the recipe or as the labels' own views."""
     source = student.source
     ids = batch_ids(student.seed, source.size, recipe.batch, step)
     images, targets = source.batch(ids, step // -(-source.size // recipe.batch))
-    if recipe.augment is None or source.per_view:
-        return images, targets
-    height, width = images.shape[-2:]
-    draws = rng.Draws(student.seed, "augment", step)
-    return recipe.augment.apply(images, recipe.augment.draw(draws, len(images), (height, width), groups=1)), targets
+    if source.per_view:
+        return images, [(1.0, targets)]
+    if recipe.augment is not None:
+        height, width = images.shape[-2:]
+        draws = rng.Draws(student.seed, "augment", step)
+        images = recipe.augment.apply(images, recipe.augment.draw(draws, len(images), (height, width), groups=1))
+    if recipe.cutmix:
+        draws = rng.Draws(student.seed, "cutmix", step)
+        if float(draws.uniform(1)) < recipe.cutmix:
+            images, partners, share = cutmix(images, draws)
+            return images, [(share, targets), (1 - share, targets[partners.to(targets.device)])]
+    return images, [(1.0, targets)]
+
+
+def _loss(source: Source, logits: Tensor, targets: Targets) -> Tensor:
+    """Mean loss of a batch, mixed targets weighted."""
+    parts = [weight * source.loss(logits, wanted) if weight != 1 else source.loss(logits, wanted)
+             for weight, wanted in targets]  # fmt: skip
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
 
 
 class _Keeper:
@@ -273,6 +305,8 @@ def _train_one(
     precision: str,
     report: Callable[[int], None] | None,
     keeper: _Keeper,
+    watch: Callable[[int, Mapping[str, Tensor]], None] | None,
+    watch_every: int,
 ) -> None:
     network, start = student.network, 0
     optimizer = _optimizer(list(network.parameters()), recipe)
@@ -292,10 +326,12 @@ def _train_one(
             with fast(device, precision):
                 logits = network(images)
             optimizer.zero_grad()
-            student.source.loss(logits.float(), targets).backward()
+            _loss(student.source, logits.float(), targets).backward()
             optimizer.param_groups[0]["lr"] = recipe.rate(step)
             optimizer.step()
             keeper.after(step + 1, state)
+            if watch is not None and (step + 1) % watch_every == 0:
+                watch(step + 1, network.state_dict())
             if report is not None:
                 report(step + 1)
 
@@ -318,6 +354,8 @@ def _train_stacked(
     precision: str,
     report: Callable[[int], None] | None,
     keeper: _Keeper,
+    watch: Watch | None,
+    watch_every: int,
 ) -> None:
     """K networks as one: parameters (K, ...), batches (K, B, ...), the sum of K losses has K separate gradients."""
     nets, start = [student.network for student in students], 0
@@ -346,12 +384,15 @@ def _train_stacked(
         images = torch.stack([pair[0] for pair in pairs])
         with fast(device, precision):
             logits = stacked(leaves, buffers, images)
-        losses = [s.source.loss(logits[k].float(), pairs[k][1]) for k, s in enumerate(students)]
+        losses = [_loss(s.source, logits[k].float(), pairs[k][1]) for k, s in enumerate(students)]
         optimizer.zero_grad()
         torch.stack(losses).sum().backward()
         optimizer.param_groups[0]["lr"] = recipe.rate(step)
         optimizer.step()
         keeper.after(step + 1, state)
+        if watch is not None and (step + 1) % watch_every == 0:
+            for k in range(len(students)):
+                watch(k, step + 1, {name: value[k].detach() for name, value in (leaves | buffers).items()})
         if report is not None:
             report((step + 1) * len(students))
     with torch.no_grad():

@@ -95,9 +95,9 @@ class SyntheticOptions:
     """Settings of the synthetic set that every method shares."""
 
     init: str = "real"
-    """How images start: real (random real images), noise (N(0,1) in training space), kmeans (the real image nearest to
-    each of ipc centroids of its class), collage (factor x factor shrunken real images in each; real where factor is
-    1)."""
+    """How images start: real (random real images), noise (N(0,1); N(1/2,1/16) where pixels in [0,1] are learned),
+    kmeans (the real image nearest to each of ipc centroids of its class), collage (factor x factor shrunken real images
+    in each; real where factor is 1)."""
     factor: int = 1
     """Multi-formation: each stored image is decoded into factor x factor training images, also when the set is used."""
     fyi: bool = False
@@ -169,6 +169,8 @@ class SyntheticSet:
                 )
             stages.append(FlipUnion())
         images, classes = initial_images(task, ipc, options, seed)
+        if space == "pixel" and options.init == "noise":
+            images = (images / 4 + 0.5).clamp(0, 1)
         images = images.to(device)
         if space == "training" and options.init != "noise":
             images = task.transform.to(device)(images)
@@ -201,7 +203,7 @@ class SyntheticSet:
 def initial_images(task: Task, ipc: int, options: SyntheticOptions, seed: int) -> tuple[Tensor, Tensor]:
     """Starting images (classes * ipc, C,H,W) on the CPU and their classes.
 
-    Pixel space [0,1], except ``noise``, which is N(0,1) and meant for training space.
+    Pixel space [0,1], except ``noise``, which is N(0,1).
     """
     classes = torch.arange(task.num_classes).repeat_interleave(ipc)
     shape = (len(classes), *task.shape)

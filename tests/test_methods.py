@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from conftest import tiny_arrays
 
 import condense
 from condense.api import resume
@@ -19,6 +20,10 @@ SETTINGS = {
     "dsa": {"steps": 4, "batch_real": 6, "outer": 2, "inner": 2},
     "dcc": {"steps": 4, "batch_real": 6, "outer": 2, "inner": 2, "warm_networks": 1, "warm_steps": 1},
     "dsac": {"steps": 4, "batch_real": 6, "outer": 2, "inner": 2, "warm_networks": 1, "warm_steps": 1},
+    "datadam": {"steps": 4, "batch_real": 6},
+    "idc": {"steps": 4, "batch_real": 6, "networks": 2, "snapshots": 2, "net_steps": 2, "lr_img": 0.05},
+    "idm": {"steps": 4, "batch_real": 6, "networks": 2, "snapshots": 3, "net_steps": 2},
+    "dance": {"steps": 4, "batch_real": 6, "networks": 2, "expert_epochs": 1},
 }
 WITHOUT_LOSS = {"random"}
 NETWORK = "convnet-d2-w8-in"
@@ -90,6 +95,35 @@ def test_one_small_step_lowers_the_loss(name, tiny):
         losses.append(watched.losses)
     assert losses[0][1] == losses[0][0]  # nothing moved, so nothing changed: the step really is held fixed
     assert losses[1][1] < losses[1][0]
+
+
+def test_fyi_on_mirror_symmetric_images_leaves_the_loss(name):
+    """They are their own mirror images: a union with these has the same means and mean gradients."""
+    if name in WITHOUT_LOSS:
+        pytest.skip("has no loss")
+    train, labels, test, test_labels = tiny_arrays()
+    task = condense.task((symmetric(train), labels, test, test_labels), name="tiny")
+    entry, losses = METHODS.get(name), []
+    for fyi in (False, True):
+        settings = {**SETTINGS[name], "steps": 1, "augment": "none", "init": "real", "factor": 1, "fyi": fyi}
+        watched = _Frozen(task, 2, NETWORK)
+        entry.function(task, entry.config(**settings), watched)
+        losses += watched.losses
+    assert losses[0] > 0 and losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+def symmetric(images):
+    import numpy as np
+
+    return np.maximum(images, images[..., ::-1])
+
+
+def test_fyi_with_the_methods_own_decode_stages(name, tiny):
+    if name in WITHOUT_LOSS:
+        pytest.skip("learns nothing")
+    with_flips, without = run(name, tiny, fyi=True), run(name, tiny)
+    assert with_flips.manifest["distill_decode"] == [{"stage": "flip-union"}]
+    assert len(with_flips) == len(without) and not torch.equal(with_flips.stored, without.stored)
 
 
 class _Frozen(Run):

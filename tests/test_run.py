@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -160,6 +161,29 @@ def test_two_ranks_make_the_set_of_one(tmp_path, uninterrupted):
     assert steps_logged(tmp_path / "run") == sorted(set(steps_logged(tmp_path / "run")))
     one, two = condense.load(uninterrupted(60).folder / "a.h5"), condense.load(tmp_path / "a.h5")
     torch.testing.assert_close(two.stored, one.stored, rtol=0, atol=1e-5)
+
+
+OTHER_METHODS = {
+    "dsa": "steps=4 batch_real=8 outer=2 inner=1",
+    "dance": "steps=4 batch_real=8 networks=3 expert_epochs=1",
+}
+
+
+@pytest.mark.parametrize("name", OTHER_METHODS)
+def test_two_ranks_make_the_set_of_one_by_other_methods(tmp_path, name):
+    """Between steps every rank trains the same network (DSA), or trains a share of the bank and reads the rest."""
+    words = f"distill {name} --data digits --ipc 2 --network convnet-d2-w8-in --seed 3 --track none"
+    words += f" --precision fp32 {OTHER_METHODS[name]}"
+    made = []
+    for ranks, launcher in ((1, ()), (2, ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"))):
+        folder = tmp_path / str(ranks)
+        folder.mkdir()
+        process = start(f"{words} --out a.h5 --run-dir run", folder, launcher)
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+        made.append(condense.load(folder / "a.h5"))
+        shutil.rmtree(os.path.join(os.environ["CONDENSE_CACHE"], "banks"), ignore_errors=True)
+    torch.testing.assert_close(made[1].stored, made[0].stored, rtol=0, atol=1e-5)
 
 
 # -- in this process --------------------------------------------------------------------------------------------------

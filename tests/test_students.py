@@ -1,7 +1,11 @@
 """Training many students: the same maths whether stacked or one after the other, and exactly the stated recipe."""
 
+import copy
+import dataclasses
+
 import pytest
 import torch
+import torch.nn.functional as F
 
 from condense import networks, rng
 from condense import students as module
@@ -10,6 +14,7 @@ from condense.labels import HardLabels, SoftLabels
 from condense.students import FixedSource, Recipe, Student, TaskSource, accuracy, batch_ids, train
 
 CPU = torch.device("cpu")
+NET = "convnet-d2-w8-in"
 
 
 def students(network, count, shape=(1, 8, 8), size=10, labels=None):
@@ -228,3 +233,69 @@ def test_a_place_that_cannot_be_written_costs_no_training(tmp_path, always, capl
     (tmp_path / "file").write_text("")
     train(students("mlp", 1), recipe(), device=CPU, checkpoint=tmp_path / "file" / "training.pt")
     assert "without a checkpoint" in caplog.text
+
+
+# -- CutMix and looking on --------------------------------------------------------------------------------------------
+
+
+def test_cutmix_replaces_one_box_and_weighs_by_its_area():
+    from condense.augment import cutmix
+
+    images = torch.arange(6.0).view(6, 1, 1, 1).expand(6, 2, 10, 8).contiguous()
+    seen = set()
+    for number in range(40):
+        mixed, partners, share = cutmix(images, rng.Draws("cutmix", number))
+        assert sorted(partners.tolist()) == list(range(6))
+        foreign = mixed[:, 0] == partners.view(6, 1, 1)
+        moved = partners != torch.arange(6)
+        assert torch.equal(mixed[~moved], images[~moved])
+        assert bool((foreign | (mixed[:, 0] == images[:, 0])).all())
+        for box in foreign[moved]:
+            assert float(box.float().mean()) == pytest.approx(1 - share)
+            rows, columns = box.any(1).sum(), box.any(0).sum()
+            assert int(box.sum()) == int(rows * columns)  # one rectangle, the same in every image
+            assert torch.equal(box, foreign[moved][0])
+        seen.add(round(share, 1))
+    assert len(seen) > 5
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_mixed_targets_are_weighed(together):
+    """A step with CutMix against its loss written out."""
+    from condense.augment import cutmix
+
+    pupils = students(NET, 1 + together)
+    plan = Recipe(steps=1, batch=64, lr=0.1, momentum=0.0, weight_decay=0.0, drops=(), cutmix=1.0)
+    expected = []
+    for student in pupils:
+        net, source = copy.deepcopy(student.network), student.source
+        ids = batch_ids(student.seed, source.size, 64, 0)
+        images, targets = source.batch(ids, 0)
+        draws = rng.Draws(student.seed, "cutmix", 0)
+        draws.uniform(1)  # the coin
+        mixed, partners, share = cutmix(images, draws)
+        logits = net(mixed)
+        loss = share * F.cross_entropy(logits, targets) + (1 - share) * F.cross_entropy(logits, targets[partners])
+        gradients = torch.autograd.grad(loss, list(net.parameters()))
+        expected.append([p.detach() - 0.1 * g for p, g in zip(net.parameters(), gradients)])
+    train(pupils, plan, device=torch.device("cpu"), together=together)
+    for student, wanted in zip(pupils, expected):
+        for parameter, value in zip(student.network.parameters(), wanted):
+            torch.testing.assert_close(parameter.detach(), value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_a_watcher_sees_the_weights_on_the_way(together):
+    plan = Recipe(steps=5, batch=8, lr=0.1, momentum=0.9, weight_decay=0.0, drops=())
+    seen = {}
+
+    def watch(k, step, state):
+        seen[k, step] = {name: value.clone() for name, value in state.items()}
+
+    train(students(NET, 2), plan, device=torch.device("cpu"), together=together, watch=watch, watch_every=2)
+    assert sorted(seen) == [(0, 2), (0, 4), (1, 2), (1, 4)]
+    shorter = students(NET, 2)
+    train(shorter, dataclasses.replace(plan, steps=4), device=torch.device("cpu"), together=together)
+    for k, student in enumerate(shorter):
+        for name, value in student.network.state_dict().items():
+            torch.testing.assert_close(seen[k, 4][name], value)

@@ -1,0 +1,266 @@
+"""Networks that a method trains on real data for its own use: recorded once, sampled in every step, kept on disk.
+
+The training of such networks never depends on the synthetic set, so a bank of recorded weights replaces training them
+anew in the loop. Each network is a file below the cache directory, known by all that decides it but not by ipc or
+method: runs of other sizes find it there, and a killed recording loses one network at most.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from condense import networks, rng
+from condense.augment import dsa
+from condense.config import require
+from condense.distilled import replacing
+from condense.errors import CondenseError
+from condense.run import Interrupted, Run, device_name, read_state
+from condense.students import STUDENT_VERSION, Recipe, Student, TaskSource, pick_together, train
+from condense.tasks import Task, cache_dir
+from condense.tracking import Progress
+
+PLAN = "bank.json"
+SHARE = 1 / 3
+"""Most of a run's ``--minutes`` that its own networks may take."""
+PROBE_STEPS = 6
+"""Training steps that tell how long one takes, after one that does not count."""
+
+States = list[dict[str, Tensor]]
+
+
+class Bank:
+    """Recorded weights and buffers, float16 on the CPU: ``states[k][name]`` is (snapshots, *shape) of network k.
+
+    Float16 rounds weights by at most one part in 2,000; counters stay integers.
+    """
+
+    def __init__(self, states: States) -> None:
+        self.states = states
+        self.networks = len(states)
+        self.snapshots = len(next(iter(states[0].values())))
+
+    def weights(self, k: int, t: int) -> dict[str, Tensor]:
+        """Network ``k`` as it was at snapshot ``t`` (0: before any training; -1: the last), float32."""
+        return {
+            name: value[t].float() if value.is_floating_point() else value[t] for name, value in self.states[k].items()
+        }
+
+    def load(self, net: nn.Module, k: int, t: int) -> None:
+        """Gives ``net`` the weights of :meth:`weights`."""
+        net.load_state_dict(self.weights(k, t))
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnNetworks:
+    """Settings of networks that a method trains on real data and records; mixed into the method's own."""
+
+    networks: int = 10
+    """Networks to train on real data; kept below the cache directory and shared by runs with the same seed."""
+    lr_net: float = 0.01
+    """Learning rate of SGD for these networks."""
+    batch_net: int = 64
+    """Real images per step of their training."""
+    augment_net: str = "color_crop"
+    """Operations joined by _ of their training, drawn per image; flip and colour act in every step."""
+    cutmix: float = 0.5
+    """Probability of CutMix in a step of their training."""
+
+    def check_networks(self) -> None:
+        """For ``__post_init__``: refuses settings out of range."""
+        require(
+            self, networks=(1, math.inf), lr_net=(0, sys.float_info.max),
+            batch_net=(1, math.inf), cutmix=(0, 1),
+        )  # fmt: skip
+
+    def recipe(self, task: Task, drops: tuple[float, ...] = ()) -> Recipe:
+        """How they are trained: SGD with momentum 0.9 and weight decay 0.0005, augmentation and CutMix."""
+        return Recipe(
+            steps=0, batch=self.batch_net, lr=self.lr_net, momentum=0.9, weight_decay=5e-4, drops=drops,
+            drop_factor=0.2, augment=dsa(self.augment_net, variant="idc", mirror=task.mirror), cutmix=self.cutmix,
+        )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """How many networks are trained for how long."""
+
+    networks: int
+    units: int
+    unit_steps: int
+
+    @property
+    def steps(self) -> int:
+        """Of one network."""
+        return self.units * self.unit_steps
+
+
+def record(run: Run, recipe: Recipe, *, count: int, units: int, unit_steps: int, ends: bool = False) -> Bank:
+    """Trains ``count`` networks of the run's architecture on its real data and records them on the way.
+
+    Its seconds count as the run's, also where networks were found in the cache; ``run.preparation`` states them. Of a
+    time limit it takes a third at most: as many whole units for every network as fit, or one unit for fewer networks.
+
+    Args:
+        recipe: of the training; its number of steps is replaced.
+        count: networks.
+        units: parts of the training; a snapshot is taken before the first and after each.
+        unit_steps: training steps of one part.
+        ends: only the first and the last snapshot are kept.
+
+    Raises:
+        Interrupted: SIGINT or SIGTERM; networks that are done stay in the cache.
+        CondenseError: the cache directory cannot be written.
+    """
+    wanted = _Plan(count, units, unit_steps)
+    if run.ranks.leads:
+        run.begin()
+    plan = _agreed_plan(run, recipe, wanted)
+    recipe = dataclasses.replace(recipe, steps=plan.steps)
+    folder = _folder(run, recipe, plan, ends)
+    found: dict[int, dict[str, Any]] = {}
+    missing = []
+    for k in range(plan.networks):
+        saved = read_state(folder / f"{k}.pt") if folder is not None and (folder / f"{k}.pt").exists() else None
+        if saved is None:
+            missing.append(k)
+        else:
+            found[k] = saved
+    before = sum(entry["seconds"] for entry in found.values())
+    run.credit(before)
+    ranks = run.ranks
+    # Under ranks each trains its share and reads the others' from the cache, which they have in common.
+    mine = missing[ranks.rank :: ranks.world] if folder is not None else missing
+    groups = [mine] if pick_together(run.device) and mine else [[k] for k in mine]
+    progress = Progress(
+        f"{run.name}: {len(missing)} networks on real data", len(mine) * recipe.steps, 0, run.quiet or not ranks.leads
+    )
+    done = 0
+    for group in groups:
+        for k, entry in zip(group, _train(run, recipe, plan, group, ends, progress, done)):
+            found[k] = entry
+            if folder is not None:
+                _write(folder / f"{k}.pt", entry)
+        done += len(group) * recipe.steps
+    progress.close()
+    ranks.close()
+    for k in missing:
+        if k not in found and folder is not None:
+            entry = read_state(folder / f"{k}.pt")
+            if entry is None:
+                raise CondenseError(f"{folder}: rank {ranks.rank} finds no network {k} there; ranks need one cache")
+            found[k] = entry
+    run.preparation = {
+        "networks": plan.networks, "networks_wanted": wanted.networks, "steps_each": plan.steps,
+        "steps_each_wanted": wanted.steps, "from_cache": plan.networks - len(missing),
+        "seconds": round(sum(entry["seconds"] for entry in found.values()), 2),
+    }  # fmt: skip
+    return Bank([found[k]["state"] for k in range(plan.networks)])
+
+
+def _agreed_plan(run: Run, recipe: Recipe, wanted: _Plan) -> _Plan:
+    """``wanted``, cut to the run's time limit; what a resumed run did before it does again."""
+    if run.rehearses:
+        per_step = _seconds_per_step(run, recipe)
+        run.expected_preparation = per_step * wanted.networks * wanted.steps
+        return _Plan(1, min(wanted.units, 2), 1)
+    if run.minutes is None:
+        return wanted
+    path = run.directory / PLAN if run.directory else None
+    if path is not None and run.continues and path.exists():
+        return _Plan(**json.loads(path.read_text()))
+    per_step = _seconds_per_step(run, recipe)
+    fit = int(SHARE * 60 * run.minutes / (per_step * wanted.unit_steps) * run.ranks.world)
+    units = min(wanted.units, fit // wanted.networks)
+    plan = _Plan(wanted.networks, units, wanted.unit_steps)
+    if units == 0:
+        plan = _Plan(min(wanted.networks, max(1, fit)), 1, wanted.unit_steps)
+    plan = _Plan(run.ranks.agree(plan.networks), run.ranks.agree(plan.units), plan.unit_steps)
+    if path is not None and run.ranks.leads:
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(dataclasses.asdict(plan)))
+    return plan
+
+
+def _student(run: Run, k: int) -> Student:
+    with rng.seeded(run.seed, "bank", k):
+        net = networks.build(run.network, run.task.shape, run.task.num_classes)
+    return Student(net, TaskSource(run.task, run.device), rng.key(run.seed, "bank", k))
+
+
+def _seconds_per_step(run: Run, recipe: Recipe) -> float:
+    ends: list[float] = []
+
+    def note(steps: int) -> None:
+        if run.device.type == "cuda":
+            torch.cuda.synchronize(run.device)
+        ends.append(time.perf_counter())
+
+    recipe = dataclasses.replace(recipe, steps=PROBE_STEPS + 1)
+    train([_student(run, 0)], recipe, device=run.device, precision=run.precision, report=note)
+    return statistics.median(after - before for before, after in itertools.pairwise(ends))
+
+
+def _train(
+    run: Run, recipe: Recipe, plan: _Plan, group: Sequence[int], ends: bool, progress: Progress, done: int
+) -> list[dict[str, Any]]:
+    """The networks of ``group``, trained together where that is faster: state and seconds of each."""
+    students = [_student(run, k) for k in group]
+    taken: list[list[dict[str, Tensor]]] = [[_half(student.network.state_dict())] for student in students]
+
+    def watch(k: int, step: int, state: Mapping[str, Tensor]) -> None:
+        taken[k].append(_half(state))
+
+    def report(steps: int) -> None:
+        progress.update(done + steps)
+        if run.asked_to_stop and run.ranks.world == 1:
+            raise Interrupted(f"stopped while training its networks; go on with: condense resume {run.directory}")
+
+    seconds = train(
+        students, recipe, device=run.device, precision=run.precision, report=report, watch=watch,
+        watch_every=plan.steps if ends else plan.unit_steps,
+    )  # fmt: skip
+    return [
+        {"state": {name: torch.stack([shot[name] for shot in shots]) for name in shots[0]},
+         "seconds": seconds / len(group)}
+        for shots in taken
+    ]  # fmt: skip
+
+
+def _half(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name: value.detach().to("cpu", torch.float16 if value.is_floating_point() else value.dtype, copy=True)
+        for name, value in state.items()
+    }
+
+
+def _write(path: Path, entry: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        torch.save(entry, file)
+
+
+def _folder(run: Run, recipe: Recipe, plan: _Plan, ends: bool) -> Path | None:
+    """Where the bank's networks are kept; None for one that a name does not describe, or a rehearsal's."""
+    if not isinstance(run.network, str) or run.rehearses:
+        return None
+    transform = run.task.transform.arrays()
+    parts = [
+        run.task.fingerprint, [hashlib.sha256(transform[name].tobytes()).hexdigest() for name in sorted(transform)],
+        run.network, networks.library_version(run.network), str(recipe), plan.unit_steps, ends, run.seed,
+        run.precision, device_name(run.device), pick_together(run.device), rng.HASH_VERSION, STUDENT_VERSION,
+        torch.__version__,
+    ]  # fmt: skip
+    return cache_dir() / "banks" / hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -1,0 +1,141 @@
+"""Networks that methods train on real data: what is recorded, kept, shared and counted."""
+
+import json
+
+import pytest
+import torch
+
+import condense
+from condense import banks, networks
+from condense.api import measure
+from condense.run import Run
+from condense.students import Recipe
+from condense.tasks import cache_dir
+
+NETWORK = "convnet-d2-w8-in"
+RECIPE = Recipe(steps=0, batch=8, lr=0.05, momentum=0.9, weight_decay=0.0, drops=())
+
+
+def a_run(task, **options):
+    return Run(task, 1, NETWORK, quiet=True, track="none", **options)
+
+
+def recorded(task, run=None, count=2, units=3, unit_steps=4, ends=False):
+    return banks.record(run or a_run(task), RECIPE, count=count, units=units, unit_steps=unit_steps, ends=ends)
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for one, other in zip(a.states, b.states, strict=True)
+               for x, y in zip(one.values(), other.values(), strict=True))  # fmt: skip
+
+
+def test_snapshots_are_the_start_and_each_unit(tiny):
+    bank = recorded(tiny)
+    assert (bank.networks, bank.snapshots) == (2, 4)
+    for k in range(2):
+        start = banks._student(a_run(tiny), k).network.state_dict()
+        for name, value in bank.weights(k, 0).items():
+            torch.testing.assert_close(value, start[name], rtol=1e-3, atol=1e-6)
+    shorter = recorded(tiny, units=1, unit_steps=4, ends=True)
+    for name, value in shorter.weights(0, -1).items():
+        assert torch.equal(value, bank.weights(0, 1)[name]), name
+
+
+def test_the_networks_learn_the_real_data(tiny):
+    bank = recorded(tiny, units=2, unit_steps=60, ends=True)
+    assert bank.snapshots == 2
+    images, labels = tiny.batch(torch.arange(36)), torch.as_tensor(tiny.train.labels)
+    losses = []
+    for t in (0, -1):
+        net = networks.build(NETWORK, tiny.shape, 3)
+        bank.load(net, 0, t)
+        losses.append(float(torch.nn.functional.cross_entropy(net(images), labels).detach()))
+    assert losses[1] < losses[0] / 2
+
+
+def test_found_in_the_cache_and_a_larger_bank_trains_only_what_lacks(tiny, monkeypatch):
+    first = recorded(tiny)
+    trained = []
+    original = banks._train
+    monkeypatch.setattr(banks, "_train", lambda *words: (trained.extend(words[3]), original(*words))[1])
+    run = a_run(tiny)
+    assert same(recorded(tiny, run), first) and trained == []
+    assert run.preparation["from_cache"] == 2 and run.preparation["seconds"] > 0
+    assert run.elapsed >= run.preparation["seconds"] - 0.01  # what the cache saved is still counted
+    larger = recorded(tiny, count=3)
+    assert trained == [2] and torch.equal(larger.states[0]["classify.weight"], first.states[0]["classify.weight"])
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"precision": "bf16"}])
+def test_another_seed_or_precision_is_another_bank(tiny, change):
+    recorded(tiny)
+    run = a_run(tiny, **change)
+    recorded(tiny, run)
+    assert run.preparation["from_cache"] == 0
+
+
+def test_a_damaged_file_is_trained_again(tiny):
+    first = recorded(tiny)
+    (path,) = (cache_dir() / "banks").glob("*/1.pt")
+    path.write_bytes(path.read_bytes()[:-100])
+    run = a_run(tiny)
+    assert same(recorded(tiny, run), first) and run.preparation["from_cache"] == 1
+
+
+def test_a_time_limit_takes_whole_units_or_fewer_networks(tiny, monkeypatch):
+    monkeypatch.setattr(banks, "_seconds_per_step", lambda run, recipe: 1.0)
+    for minutes, expected in ((1.0, (2, 2)), (0.35, (1, 1)), (0.01, (1, 1)), (60.0, (2, 3))):
+        plan = banks._agreed_plan(a_run(tiny, minutes=minutes), RECIPE, banks._Plan(2, 3, 4))
+        assert (plan.networks, plan.units) == expected  # a third of a minute: 20 steps, 5 units of 4 for 2 networks
+
+
+def test_a_resumed_run_keeps_its_plan(tiny, tmp_path, monkeypatch):
+    data = tmp_path / "tiny.npz"
+    from test_methods import save_npz
+
+    save_npz(tiny, data)
+    task = condense.task(str(data))
+    options = {"network": NETWORK, "steps": 3, "batch_real": 6, "networks": 2, "expert_epochs": 3}
+    made = condense.distill("dance", task, 1, minutes=5, run_dir=tmp_path / "run", out=tmp_path / "a.h5", **options)
+    plan = json.loads((tmp_path / "run" / banks.PLAN).read_text())
+    (tmp_path / "a.h5").unlink()
+    (tmp_path / "run" / "result.json").unlink()
+    (tmp_path / "run" / "checkpoint.pt").unlink()
+    (tmp_path / "run" / "checkpoint.previous.pt").unlink(missing_ok=True)
+    monkeypatch.setattr(banks, "_seconds_per_step", lambda run, recipe: 1e6)  # the machine became slow
+    again = condense.api.resume(tmp_path / "run")
+    assert again.sha256() == made.sha256()
+    assert again.manifest["preparation"]["steps_each"] == plan["units"] * plan["unit_steps"]
+    cost = again.manifest["cost"]
+    assert cost["preparation_seconds"] == again.manifest["preparation"]["seconds"] > 0 and cost["seconds"] >= 0
+
+
+def test_a_plan_counts_the_networks_without_training_them(tiny):
+    few, many = (
+        measure("dance", tiny, 1, network=NETWORK, steps=3, batch_real=6, networks=count) for count in (1, 1000)
+    )
+    assert many["preparation_seconds"] > 50 * few["preparation_seconds"] > 0
+    assert many["seconds"] > many["preparation_seconds"]
+    assert not (cache_dir() / "banks").exists()
+
+
+def test_a_factory_is_not_kept(tiny):
+    run = Run(tiny, 1, lambda: networks.build(NETWORK, tiny.shape, 3), quiet=True, track="none")
+    recorded(tiny, run)
+    assert not (cache_dir() / "banks").exists()
+
+
+def test_ctrl_c_ends_in_one_line_and_finished_networks_stay(tiny, tmp_path, monkeypatch):
+    run = a_run(tiny, directory=tmp_path)
+    original = banks._write
+
+    def write(path, entry):
+        original(path, entry)
+        run._stop = True
+
+    monkeypatch.setattr(banks, "_write", write)
+    with pytest.raises(banks.Interrupted, match="condense resume"):
+        recorded(tiny, run)
+    fresh = a_run(tiny)
+    recorded(tiny, fresh)
+    assert fresh.preparation["from_cache"] == 1

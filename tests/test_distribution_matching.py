@@ -1,0 +1,142 @@
+"""IDM and DANCE: their steps against the formulas written out, in the drivers' own draws."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import condense
+from condense import augment, banks, networks, rng
+from condense.methods import distribution_matching as dm
+from condense.registry import METHODS
+from condense.run import Run
+
+NETWORK = "convnet-d2-w8-in"
+OWN = {"networks": 2, "batch_real": 6}
+
+
+def made_by(name, task, **settings):
+    """The pixels after the driver's steps, its bank, its configuration and a synthetic set as it began with."""
+    entry = METHODS.get(name)
+    config = entry.config(**OWN, **settings)
+    run = Run(task, 2, NETWORK, quiet=True)
+    found = []
+    original = banks.record
+    banks.record = lambda *words, **options: (found.append(original(*words, **options)), found[-1])[1]
+    try:
+        pixels = entry.function(task, config, run).images.detach()
+    finally:
+        banks.record = original
+    space = "pixel" if name == "dance" else "training"
+    start = dm.SyntheticSet.create(task, 2, config, seed=0, device=torch.device("cpu"), space=space)
+    return pixels, found[0], config, start
+
+
+def apart(task, synthetic, c):
+    images, labels = synthetic.decode()
+    return images[labels == c], labels[labels == c]
+
+
+def test_class_cross_entropy_is_the_sum_of_class_means():
+    logits, labels = torch.randn(12, 5), torch.tensor([3, 1]).repeat(6)
+    expected = sum(F.cross_entropy(logits[labels == c], labels[labels == c]) for c in (1, 3))
+    torch.testing.assert_close(dm.class_cross_entropy(logits, labels, [3, 1]), expected)
+
+
+@pytest.mark.parametrize("age", [0, 1])
+def test_an_idm_step_equals_its_formula(tiny, monkeypatch, age):
+    monkeypatch.setattr(rng.Draws, "integers", _fixed(rng.Draws.integers, age))
+    pixels, bank, _, start = made_by("idm", tiny, steps=1, snapshots=2, net_steps=30, augment="none")
+    net = networks.build(NETWORK, tiny.shape, 3).eval()
+    bank.load(net, 0, age)
+    ids = rng.Draws(0, "accuracy", 0).integers(36, dm.ACCURACY_IMAGES)
+    truth = torch.as_tensor(tiny.train.labels)[ids]
+    share = (net(tiny.batch(ids)).argmax(1) == truth).float().mean() if age else 0.0
+    total = 0
+    for c in range(3):
+        real, _ = tiny.per_class(6, (0, "real", 0), [c])
+        fake, labels = apart(tiny, start, c)
+        gap = net.embed(real).detach().mean(0) - net.embed(fake).mean(0)
+        total = total + gap.square().sum() + 0.5 * 100 * share * F.cross_entropy(net(fake), labels)
+    (slope,) = torch.autograd.grad(total, start.images)
+    expected = start.images.detach() - 0.2 * 2 * slope  # lr / (1 - momentum)
+    torch.testing.assert_close(pixels, expected, rtol=1e-3, atol=1e-4)
+
+
+def _fixed(original, age):
+    """Lets the draw of the snapshot be network 0 at ``age``."""
+    stream = rng.Draws(0, "snapshot", 0).stream
+    answers = {}
+
+    def integers(self, high, shape):
+        if self.stream != stream:
+            return original(self, high, shape)
+        answers[id(self)] = answers.get(id(self), -1) + 1
+        return torch.tensor([[0, age][answers[id(self)]]])
+
+    return integers
+
+
+def test_a_dance_step_equals_its_formula(tiny):
+    """Matching under the network in the middle, then calibration under the expert at the moved pixels."""
+    lr = 0.01
+    pixels, experts, config, start = made_by("dance", tiny, steps=1, expert_epochs=3, lr_img=lr)
+    draws = rng.Draws(0, "expert", 0)
+    k, share = int(draws.integers(2, 1)), float(draws.uniform(1))
+    middle, expert = (networks.build(NETWORK, tiny.shape, 3) for _ in range(2))
+    before, after = experts.weights(k, 0), experts.weights(k, -1)
+    assert not torch.equal(before["classify.weight"], after["classify.weight"])
+    middle.load_state_dict({name: share * before[name] + (1 - share) * after[name] for name in after})
+    expert.load_state_dict(after)
+    views = augment.dsa(config.augment, variant="idc", mirror=tiny.mirror)
+
+    def stepped(purpose, loss):
+        drawn = views.draw(rng.Draws(0, purpose, 0), 3, tiny.shape[1:])
+        total = 0
+        for c in range(3):
+            fake, labels = apart(tiny, start, c)
+            total = total + loss(c, views.apply(fake, drawn, labels), labels, drawn)
+        (slope,) = torch.autograd.grad(total, start.images)
+        with torch.no_grad():
+            start.images.sub_(2 * lr * slope).clamp_(0, 1)
+
+    def matching(c, fake, labels, drawn):
+        real, truth = tiny.per_class(6, (0, "real", 0), [c])
+        features = middle.embed(views.apply(real, drawn, truth)).detach()
+        return (features.mean(0) - middle.embed(fake).mean(0)).square().sum()
+
+    stepped("augment", matching)
+    stepped("calibrate", lambda c, fake, labels, drawn: F.cross_entropy(expert(fake), labels))
+    torch.testing.assert_close(pixels, start.images.detach(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["idm", "dance"])
+def test_they_do_not_depend_on_class_chunks(name, tiny, monkeypatch):
+    settings = {"steps": 2, **({"expert_epochs": 1} if name == "dance" else {"snapshots": 2, "net_steps": 2})}
+    whole, *_ = made_by(name, tiny, **settings)
+    monkeypatch.setattr("condense.run.CHUNK_PIXELS", 64 * 6)  # one class at a time
+    torch.testing.assert_close(made_by(name, tiny, **settings)[0], whole, rtol=1e-4, atol=1e-4)
+
+
+def test_a_large_set_is_matched_in_random_parts(tiny):
+    run = Run(tiny, 3, NETWORK, quiet=True)
+    synthetic = dm.SyntheticSet.create(tiny, 3, dm.DANCE(), seed=0, device=torch.device("cpu"), space="pixel")
+    images, labels = synthetic.decode([0, 2])
+    for step in run.optimise(synthetic, 1, images=dm.Group(lr=0.0)):
+        some, theirs = dm.some_of_each(images, labels, 5, [0, 2], step)
+        assert theirs.tolist() == [0] * 5 + [2] * 5
+        pool = {image.detach().numpy().tobytes() for image in images[labels == 2]}
+        assert {image.detach().numpy().tobytes() for image in some[5:]} <= pool
+
+
+@pytest.mark.parametrize("name", ["idm", "dance", "idc"])
+def test_batch_norm_networks(name, tiny):
+    own = {"dance": {"expert_epochs": 1}, "idm": {"snapshots": 2, "net_steps": 2}}
+    settings = own.get(name, own["idm"])
+    made = condense.distill(name, tiny, 1, network="convnet-d2-w8-bn", steps=2, **OWN, **settings)
+    assert torch.isfinite(made.stored).all()
+
+
+def test_pixels_of_dance_and_idc_stay_in_range(tiny):
+    made = condense.distill("dance", tiny, 1, network=NETWORK, steps=3, expert_epochs=1, lr_img=50.0, **OWN)
+    assert float(made.stored.min()) >= 0 and float(made.stored.max()) <= 1 and made.manifest["space"] == "pixel"
+    assert len(made) == 3 * 4 and len(made.stored) == 3
