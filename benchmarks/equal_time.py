@@ -34,15 +34,16 @@ def _condense(*words: str) -> None:
 
 
 def fill(method: str, data: str, out: Path, *, ipc: int, network: str, minutes: float, protocol: str) -> dict[str, Any]:
-    """The record of ``method`` on this budget, made and judged where it is not there yet."""
-    stem = f"{data.partition('=')[0].split('/')[-1]}-{method}-ipc{ipc}"
+    """The record of ``method`` (settings after colons) on this budget, made and judged where it is not there yet."""
+    method, *settings = method.split(":")
+    stem = "-".join([data.partition("=")[0].split("/")[-1], method, f"ipc{ipc}", *settings])
     made, record = out / "sets" / f"{stem}.h5", out / "records" / f"{stem}.json"
     if not made.exists():
         made.parent.mkdir(parents=True, exist_ok=True)
         _condense(
             "distill", method, "--data", data, "--ipc", str(ipc), "--network", network, "--minutes", f"{minutes:g}",
             "--out", str(made), "--run-dir", str(out / "runs" / stem), "--force", "--track", "none",
-            *SETTINGS.get(method, []),
+            *SETTINGS.get(method, []), *settings,
         )  # fmt: skip
     if not record.exists():
         record.parent.mkdir(parents=True, exist_ok=True)
@@ -54,10 +55,10 @@ def fill(method: str, data: str, out: Path, *, ipc: int, network: str, minutes: 
     return json.loads(record.read_text())
 
 
-def table(records: Sequence[dict[str, Any]], steps: Sequence[int]) -> str:
+def table(names: Sequence[str], records: Sequence[dict[str, Any]], steps: Sequence[int]) -> str:
     """One row for each record: accuracies ± half the 95 % interval, seconds, peak memory."""
     rows = [["method", "steps", "seconds", "of it preparing", "peak memory", "distilled", "random", "noise"]]
-    for record, made in zip(records, steps):
+    for name, record, made in zip(names, records, steps):
         cost = record["cost"]
         arms = {entry["arm"]: entry for entry in record["results"]}
         cells = [
@@ -66,7 +67,7 @@ def table(records: Sequence[dict[str, Any]], steps: Sequence[int]) -> str:
         ]
         prepared = duration(cost["preparation_seconds"]) if cost.get("preparation_seconds") else "-"
         rows.append(
-            [record["set"]["method"], str(made), duration(cost["seconds"]), prepared,
+            [name, str(made), duration(cost["seconds"] + cost.get("preparation_seconds", 0)), prepared,
              size(cost["peak_memory"]["host"]), *cells]
         )  # fmt: skip
     return aligned(rows)
@@ -77,15 +78,15 @@ def _main(words: Sequence[str]) -> int:
     parser = Parser(prog="python -m condense.benchmarks.equal_time", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--data", required=True, help="real images, as for `condense distill`")
     parser.add_argument("--out", type=Path, required=True, help="folder for sets, records and the table")
-    parser.add_argument("--methods", default=",".join(known), help="all that learn by default")
+    parser.add_argument("--methods", default=",".join(known), help="A,B:KEY=VALUE,...; all that learn by default")
     parser.add_argument("--ipc", type=positive, default=1)
     parser.add_argument("--network", default="convnet-d3-w32-in")
     parser.add_argument("--minutes", type=float, default=10.0, help="of distilling, for each method")
     parser.add_argument("--protocol", default="quick-v1")
     options = parser.parse_args(words)
-    records, steps = [], []
-    for method in options.methods.split(","):
-        METHODS.get(method)
+    names, records, steps = options.methods.split(","), [], []
+    for method in names:
+        METHODS.get(method.partition(":")[0])
         records.append(
             fill(
                 method, options.data, options.out, ipc=options.ipc, network=options.network, minutes=options.minutes,
@@ -93,7 +94,7 @@ def _main(words: Sequence[str]) -> int:
             )
         )  # fmt: skip
         steps.append(_steps(records[-1], options.out))
-        shown = table(records, steps)
+        shown = table(names[: len(records)], records, steps)
         (options.out / "table.txt").write_text(shown + "\n")
     print(shown)
     return 0

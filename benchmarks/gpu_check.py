@@ -37,7 +37,8 @@ import condense
 from condense import networks, rng, tasks
 from condense import run as run_module
 from condense.augment import OPERATIONS, VARIANTS, dsa
-from condense.benchmarks.speed import dm, students
+from condense.benchmarks.speed import datadam, dc, dcc, dm, students
+from condense.benchmarks.speed import dsa as dsa_steps
 from condense.benchmarks.speed.measure import (
     PRODUCT,
     PUBLISHED,
@@ -68,7 +69,7 @@ from condense.synthetic import SyntheticSet
 from condense.tasks import Task
 
 SCHEMA = "condense.gpu-check/1"
-BENCHMARKS: list[StepBenchmark] = [dm.BENCHMARK]
+BENCHMARKS: list[StepBenchmark] = [module.BENCHMARK for module in (dm, dc, dsa_steps, dcc, datadam)]
 """Steps timed against their published form; a method adds itself here."""
 
 SETTINGS: dict[str, dict[str, Any]] = {

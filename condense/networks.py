@@ -64,10 +64,11 @@ class AveragePool(nn.Module):
         *outer, height, width = x.shape
         if x.device.type != "cpu" or not torch.is_grad_enabled() or height % 2 or width % 2:
             return F.avg_pool2d(x, 2)
-        return (x.reshape(-1, 2 * width) @ _pair_of_rows(width, x.dtype)).view(*outer, height // 2, width // 2)
+        with torch.autocast("cpu", enabled=False):  # means have the dtype of what they are means of
+            means = x.reshape(-1, 2 * width) @ _pair_of_rows(width, x.dtype)
+        return means.view(*outer, height // 2, width // 2)
 
 
-@functools.lru_cache(maxsize=32)
 def _pair_of_rows(width: int, dtype: torch.dtype) -> Tensor:
     """(2 * width, width / 2): takes two rows of a map, one after the other, to one row of means."""
     columns = torch.arange(2 * width, device="cpu") % width // 2

@@ -24,7 +24,7 @@ from condense.tasks import Task
 
 
 def attention(maps: Tensor, power: float) -> Tensor:
-    """Where a feature map is active: the sum over channels of |map|^power, of length 1 per image.
+    """Where a feature map is active: the sum over channels of |map|^power, scaled to length 1 for each image.
 
     Args:
         maps: (N, channels, H, W), of any floating dtype.
@@ -33,11 +33,11 @@ def attention(maps: Tensor, power: float) -> Tensor:
     Returns:
         float32 (or float64) (N, H*W). An image without any activity gives zeros, with no slope.
     """
-    maps = maps.to(torch.promote_types(maps.dtype, torch.float32)).abs()
+    maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
     if power == 4:
         maps = maps.square().square()  # several times as fast as pow
-    elif power != 1:
-        maps = maps.pow(power)
+    else:
+        maps = maps.abs() if power == 1 else maps.abs().pow(power)
     return F.normalize(maps.sum(1).flatten(1), dim=1)
 
 
@@ -128,15 +128,16 @@ def datadam(task: Task, config: DataDAM, run: Run) -> SyntheticSet:
     (``preset=code``); the sets of ImageWoof and ImageSquawk were not reproduced.
 
     Sajedi, Khaki et al., ICCV 2023. Paper and released code differ in power, norm and the loss's scale: see ``preset``.
-    With BatchNorm the statistics are taken over all classes, real and synthetic apart, as released; such a network
+    Stages are those of the network's ``features``: where one holds several ReLUs (AlexNet, VGG11), the release matches
+    after each of them, this after its last. With BatchNorm the statistics are taken over all classes, real and synthetic apart, as released; such a network
     couples the classes, so the step is neither chunked nor sharded over ranks.
     """
     synthetic = SyntheticSet.create(task, run.ipc, config, seed=run.seed, device=run.device)
     augment, (power, scale) = dsa(config.augment, mirror=task.mirror), config.resolved()
     images = Group(lr=config.lr_img, momentum=config.momentum)
     net = run.random_network(0)
-    with torch.no_grad():
-        if len(net.features(synthetic.decode([0])[0])) < 2:
+    with torch.no_grad(), run.seeded("stages"):
+        if len(net.features(torch.zeros(2, *task.shape, device=run.device))) < 2:
             raise CondenseError(f"--network {networks.name_of(run.network)}: datadam needs two stages of maps or more")
     coupled = networks.uses_batch_statistics(net)
     chunk = None if coupled else run.forward_chunk()

@@ -1,6 +1,7 @@
 """The published steps equal ours where they must, and the scripts run; nothing here is a matter of time."""
 
 import functools
+import importlib
 import json
 
 import numpy as np
@@ -312,3 +313,44 @@ def test_gpu_check_on_cuda(tmp_path):
     record = saved(tmp_path)
     assert code == 0, record["failures"]
     assert record["finished"] and record["stages"]["networks: device = CPU"]["status"] == "passed"
+
+
+# -- gradient and attention matching ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["dc", "dsa", "dcc", "datadam"])
+def test_the_other_published_steps_equal_ours(name, tiny_colour):
+    """One step of each with the same draws, in fp32; a few ReLUs may turn, as DM's test says."""
+    from condense.benchmarks.speed.measure import Case, difference
+
+    benchmark = importlib.import_module(f"condense.benchmarks.speed.{name}").BENCHMARK
+    case = Case(tiny_colour, 2, 8, CPU, 2, {"batch_real": 6})
+    gap = difference(benchmark, case, "fp32")
+    assert gap["all"] < 2e-2 and gap["median_image"] < 2e-3
+
+
+@pytest.mark.parametrize("name", ["dsa", "dcc"])
+def test_the_published_network_is_trained_between_its_steps(name, tiny_colour):
+    from condense.benchmarks.speed.measure import Case
+
+    benchmark = importlib.import_module(f"condense.benchmarks.speed.{name}").BENCHMARK
+    nets = {}
+    for inner in (0, 3):
+        case = Case(tiny_colour, 2, 8, CPU, 2, {"batch_real": 6, "outer": 2, "inner": inner})
+        loop = benchmark.published(case, benchmark.config(case))
+        with rng.seeded("published"):
+            for number in range(4):
+                loop.step()
+                nets[inner, number] = loop.net, loop.net[0].weight.detach().clone()
+    for inner in (0, 3):
+        assert nets[inner, 0][0] is nets[inner, 1][0] is not nets[inner, 2][0] is nets[inner, 3][0]
+    assert not torch.equal(nets[0, 0][1], nets[3, 0][1])  # the same random weights, then trained
+
+
+def test_the_product_and_published_loops_alternate(tiny_colour):
+    from condense.benchmarks.speed.dsa import BENCHMARK
+    from condense.benchmarks.speed.measure import Case, time_steps
+
+    case = Case(tiny_colour, 2, 8, CPU, 2, {"batch_real": 6, "inner": 1})
+    pairs = time_steps(BENCHMARK, case, 3)
+    assert len(pairs.a) == len(pairs.b) == 3

@@ -11,22 +11,17 @@ from condense.rng import Draws
 from condense.run import Run
 
 
-def _published(case: Case, config: Any) -> published.DM:
-    return published.DM(
-        case.task,
-        case.start(config),
-        device=case.device,
-        lr_img=config.lr_img,
-        momentum=config.momentum,
-        batch_real=config.batch_real,
-        operations=dsa(config.augment, mirror=case.task.mirror).ops,
-        depth=case.depth,
-        width=case.width,
-        seed=case.seed,
-    )
+def options(case: Case, config: Any) -> dict[str, Any]:
+    """What a published loop is given, for a configuration of the method."""
+    return {
+        "device": case.device, "lr_img": config.lr_img, "momentum": config.momentum, "batch_real": config.batch_real,
+        "operations": dsa(config.augment, mirror=case.task.mirror).ops, "depth": case.depth, "width": case.width,
+        "seed": case.seed,
+    }  # fmt: skip
 
 
-def _draws(case: Case, config: Any, run: Run, index: int) -> published.Draws:
+def draws(case: Case, config: Any, run: Run, index: int) -> published.Draws:
+    """The draws of the product's step ``index``."""
     task = case.task
     ids = [task.sample_ids(config.batch_real, (run.seed, "real", index), [c]) for c in range(task.num_classes)]
     augment = dsa(config.augment, mirror=task.mirror)
@@ -34,7 +29,11 @@ def _draws(case: Case, config: Any, run: Run, index: int) -> published.Draws:
     return published.Draws(run.random_network(index), [part.numpy() for part in ids], views)
 
 
-BENCHMARK = StepBenchmark("dm", _published, _draws)
+def _published(case: Case, config: Any) -> published.DM:
+    return published.DM(case.task, case.start(config), **options(case, config))
+
+
+BENCHMARK = StepBenchmark("dm", _published, draws)
 
 if __name__ == "__main__":
     main(BENCHMARK)

@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
@@ -89,10 +89,14 @@ class StepBenchmark:
     """The published loop on a case, for a configuration of the method."""
     draws: Callable[[Case, Any, Run, int], Any]
     """``draws(case, config, run, index)``: the draws of the run's step ``index``, for the published step to repeat."""
+    batch_real: int = 256
+    """Published real images per class and step."""
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """What a comparison needs to differ from the method's defaults."""
 
     def config(self, case: Case, **changes: Any) -> Any:
         """The method's configuration on ``case``."""
-        return METHODS.get(self.method).config(**{**case.settings, **changes})
+        return METHODS.get(self.method).config(**{**self.settings, **case.settings, **changes})
 
 
 Between: TypeAlias = Callable[[Run, int], None]
@@ -403,7 +407,9 @@ def _parser(benchmark: StepBenchmark) -> Parser:
     parser.add_argument("--ipc", type=positive, default=10)
     parser.add_argument("--width", type=positive, default=128, help="channels of the ConvNet")
     parser.add_argument("--depth", type=positive, default=3, help="blocks of the ConvNet")
-    parser.add_argument("--batch-real", type=positive, default=256, help="real images of each class in a step")
+    parser.add_argument(
+        "--batch-real", type=positive, default=benchmark.batch_real, help="real images of each class in a step"
+    )
     parser.add_argument("--steps", type=positive, default=5, help="pairs of steps that count, after one that does not")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", default="auto", help="of the product: auto, fp32 or bf16")

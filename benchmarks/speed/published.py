@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -131,13 +132,13 @@ class Draws:
     """One row for each class."""
 
 
-class DM:
-    """The published loop of distribution matching (Zhao & Bilen, WACV 2023), one :meth:`step` at a time.
+class _Loop:
+    """What the published loops share: data in memory, images, their optimiser and the draws of a step.
 
     Args:
         task: the real data, served from the CPU; its normalised train images are put on ``device`` at once.
         images: the start, (classes * ipc, C, H, W) in training space, ordered by class.
-        operations: DSA operations in the lottery.
+        operations: DSA operations in the lottery; none where empty.
         depth: blocks of the ConvNet; ``width`` its channels.
 
     Attributes:
@@ -164,33 +165,173 @@ class DM:
         self.class_ids = [np.flatnonzero(task.train.labels == c) for c in range(task.num_classes)]
         self.images = images.detach().to(device).clone().requires_grad_()
         self.ipc = len(images) // task.num_classes
+        self.labels = torch.arange(self.classes, device=device).repeat_interleave(self.ipc)
         self.optimizer = torch.optim.SGD([self.images], lr=lr_img, momentum=momentum)
         self.random = np.random.default_rng(seed)
         self.loss = 0.0
         """Loss of the last step, a mean over classes."""
 
-    def step(self, draws: Draws | None = None) -> None:
-        """One outer step, with random draws of its own unless ``draws`` are given."""
+    def network(self, draws: Draws | None) -> nn.Sequential:
+        """A new random network in train mode, with the weights of ``draws`` where given."""
         net = convnet(self.shape, self.classes, depth=self.depth, width=self.width).to(self.device)
         if draws is not None:
             copy_weights(draws.network, net)
-        net.train()
+        return net.train()
+
+    def batches(self, c: int, draws: Draws | None) -> tuple[Tensor, Tensor]:
+        """Real and synthetic images of class ``c`` under one view, drawn here unless ``draws`` are given."""
+        if draws is None:
+            ids = self.random.permutation(self.class_ids[c])[: self.batch_real]
+        else:
+            ids = draws.ids[c]
+        real = self.data[torch.from_numpy(ids).to(self.device)]
+        fake = self.images[c * self.ipc : (c + 1) * self.ipc]
+        if not self.operations:
+            return real, fake
+        if draws is None:
+            view = random_view(self.random, self.operations, self.shape[1:])
+        else:
+            view = same_view(draws.views, c)
+        return siamese(real, view), siamese(fake, view)
+
+    def update(self, loss: Tensor) -> None:
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.loss = loss.item() / self.classes
+
+
+class DM(_Loop):
+    """The published loop of distribution matching (Zhao & Bilen, WACV 2023), one :meth:`step` at a time."""
+
+    def step(self, draws: Draws | None = None) -> None:
+        """One outer step, with random draws of its own unless ``draws`` are given."""
+        net = self.network(draws)
         for parameter in net.parameters():
             parameter.requires_grad = False
         embed = net[:-1]
         loss = torch.zeros((), device=self.device)
         for c in range(self.classes):
-            if draws is None:
-                ids = self.random.permutation(self.class_ids[c])[: self.batch_real]
-                view = random_view(self.random, self.operations, self.shape[1:])
-            else:
-                ids, view = draws.ids[c], same_view(draws.views, c)
-            real = siamese(self.data[torch.from_numpy(ids).to(self.device)], view)
-            fake = siamese(self.images[c * self.ipc : (c + 1) * self.ipc], view)
+            real, fake = self.batches(c, draws)
             real_features = embed(real).detach()
             fake_features = embed(fake)
             loss = loss + (real_features.mean(0) - fake_features.mean(0)).square().sum()
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        self.loss = loss.item() / self.classes
+        self.update(loss)
+
+
+class DataDAM(_Loop):
+    """The published loop of attention matching (Sajedi, Khaki et al., ICCV 2023) with the paper's power.
+
+    As released, all classes pass at once, and hooks keep every activation.
+    """
+
+    power = 4.0
+    mmd_weight = 0.01
+
+    def step(self, draws: Draws | None = None) -> None:
+        """One outer step, with random draws of its own unless ``draws`` are given."""
+        net = self.network(draws)
+        for parameter in net.parameters():
+            parameter.requires_grad = False
+        pairs = [self.batches(c, draws) for c in range(self.classes)]
+        sizes = [len(real) for real, _ in pairs]
+        kept: list[Tensor] = []
+        hooks = [
+            layer.register_forward_hook(lambda _layer, _inputs, output: kept.append(output.clone()))
+            for layer in net
+            if isinstance(layer, nn.ReLU)
+        ]
+        real_features = net[:-1](torch.cat([real for real, _ in pairs])).detach()
+        real_maps, kept[:] = [activation.detach() for activation in kept], []
+        fake_features = net[:-1](torch.cat([fake for _, fake in pairs]))
+        for hook in hooks:
+            hook.remove()
+        loss = self.mmd_weight * self._distance(real_features, fake_features, sizes)
+        for real_map, fake_map in zip(real_maps[:-1], kept[:-1]):
+            loss = loss + self._distance(self._attention(real_map), self._attention(fake_map), sizes)
+        self.update(loss)
+
+    def _attention(self, maps: Tensor) -> Tensor:
+        return F.normalize(maps.abs().pow(self.power).sum(1).flatten(1), dim=1)
+
+    def _distance(self, real: Tensor, fake: Tensor, sizes: Sequence[int]) -> Tensor:
+        total = torch.zeros((), device=self.device)
+        for a, b in zip(real.split(list(sizes)), fake.split(self.ipc)):
+            total = total + (a.mean(0) - b.mean(0)).square().sum()
+        return total
+
+
+class DC(_Loop):
+    """The published loop of gradient matching (Zhao, Mopuri & Bilen, ICLR 2021), with a view per class that of DSA.
+
+    Args:
+        outer: matching steps per network.
+        inner: epochs of training the network on the images between two of them.
+    """
+
+    together = False
+    """Whether the gradients of all classes are averaged before they are compared, as DCC does after its warm-up."""
+
+    def __init__(self, *arguments: Any, outer: int, inner: int, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.outer, self.inner, self.made = outer, inner, 0
+
+    def step(self, draws: Draws | None = None) -> None:
+        """One matching step and, between those of one network, its training; draws of its own unless given."""
+        if self.made % self.outer == 0:
+            self.net = self.network(draws)
+        parameters = list(self.net.parameters())
+        loss = torch.zeros((), device=self.device)
+        sums = [torch.zeros_like(parameter) for parameter in parameters]
+        seen = []
+        for c in range(self.classes):
+            real, fake = self.batches(c, draws)
+            truth = torch.full((len(real),), c, device=self.device)
+            gradients = torch.autograd.grad(F.cross_entropy(self.net(real), truth), parameters)
+            target = [gradient.detach().clone() for gradient in gradients]
+            if self.together:
+                sums = [total + gradient / self.classes for total, gradient in zip(sums, target)]
+                seen.append(fake)
+                continue
+            own = F.cross_entropy(self.net(fake), self.labels[: self.ipc] * 0 + c)
+            loss = loss + self._distance(target, torch.autograd.grad(own, parameters, create_graph=True))
+        if self.together:
+            whole = F.cross_entropy(self.net(torch.cat(seen)), self.labels)
+            loss = self._distance(sums, torch.autograd.grad(whole, parameters, create_graph=True))
+        self.update(loss)
+        self.made += 1
+        if self.made % self.outer:
+            self._train()
+
+    def _distance(self, real: Sequence[Tensor], fake: Sequence[Tensor]) -> Tensor:
+        """Row-wise cosine distances of all weights but vectors, summed."""
+        total = torch.zeros((), device=self.device)
+        for a, b in zip(real, fake):
+            if a.dim() == 1:
+                continue
+            a, b = a.reshape(len(a), -1), b.reshape(len(b), -1)
+            cosine = (a * b).sum(-1) / (torch.norm(a, dim=-1) * torch.norm(b, dim=-1) + 1e-6)
+            total = total + (1 - cosine).sum()
+        return total
+
+    def _train(self) -> None:
+        """Epochs of plain SGD on the images, augmented where the method augments, in batches of 256."""
+        images = self.images.detach().clone()
+        optimizer = torch.optim.SGD(self.net.parameters(), lr=0.01)
+        for _ in range(self.inner):
+            order = torch.from_numpy(self.random.permutation(len(images))).to(self.device)
+            for ids in order.split(256):
+                batch = images[ids]
+                if self.operations:  # with the numbers of one draw for all images, which is faster than one each
+                    batch = siamese(batch, random_view(self.random, self.operations, self.shape[1:]))
+                loss = F.cross_entropy(self.net(batch), self.labels[ids])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                loss.item()
+
+
+class DCC(DC):
+    """The published loop of class-averaged gradient matching (Lee et al., ICML 2022), after its warm-up."""
+
+    together = True
