@@ -45,7 +45,7 @@ PICTURE_LIMIT = 32 * 1024 * 1024
 SIDE_LIMIT = 16_384
 """Pixels of its longest side."""
 PNG = b"\x89PNG\r\n\x1a\n"
-COLUMNS = ("method", "dataset", "ipc", "network", "mean", "std", "source", "evidence")
+COLUMNS = ("method", "dataset", "ipc", "network", "mean", "std", "protocol", "source", "evidence")
 """Of published.csv; accuracies are per cent."""
 
 
@@ -88,6 +88,8 @@ class Published:
     network: str
     mean: float
     std: float | None
+    protocol: str
+    """How it was judged, in a few words."""
     source: str
     evidence: str
 
@@ -366,7 +368,7 @@ def _published(line: dict[str | None, Any]) -> Published:
     missing = [key for key in ("method", "dataset", "source", "evidence") if not line[key].strip()]
     if missing:
         raise CondenseError(f"lacks {', '.join(missing)}")
-    texts = {key: _printable(line[key]) for key in ("method", "dataset", "network", "source", "evidence")}
+    texts = {key: _printable(line[key]) for key in ("method", "dataset", "network", "protocol", "source", "evidence")}
     return Published(ipc=ipc, mean=mean, std=std, **texts)
 
 

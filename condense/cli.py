@@ -149,12 +149,7 @@ def show(
     if name in METHODS:
         _show_method(name, as_json)
     elif name in config.recipe_names() or name.endswith((".yaml", ".yml")):
-        recipe = config.recipe(name)
-        if as_json:
-            print(json.dumps(recipe, indent=1))
-        else:
-            _print_keys(recipe)
-            print(f"run it: condense distill --recipe {shlex.quote(name)}")
+        _show_recipe(name, as_json)
     elif name in packaged_sets() or name.endswith(".h5") or Path(name).exists():
         manifest = _set(name).manifest
         if as_json:
@@ -164,6 +159,27 @@ def show(
     else:
         known = [*METHODS.names(), *config.recipe_names(), *packaged_sets()]
         raise CondenseError(f"'{name}' is no method, recipe or .h5 file{did_you_mean(name, known)}")
+
+
+def _show_recipe(name: str, as_json: bool) -> None:
+    from condense import config
+    from condense.benchmarks import facts
+
+    recipe = config.recipe(name)
+    wanted = recipe["method"], recipe["data"], int(recipe["ipc"])
+    published, measured = facts.published(*wanted), facts.measured(*wanted)
+    if as_json:
+        print(json.dumps({"recipe": recipe, "published": published, "measured": measured}, indent=1))
+        return
+    _print_keys(recipe)
+    for title, lines in (
+        ("published", [facts.published_line(row) for row in published]),
+        ("measured here", [facts.measured_line(entry) for entry in measured]),
+    ):
+        print(f"{title}:" + ("" if lines else " none"))
+        for line in lines:
+            print(f"  {line}")
+    print(f"run it: condense distill --recipe {shlex.quote(name)}")
 
 
 def _print_keys(content: dict[str, Any]) -> None:

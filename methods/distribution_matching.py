@@ -85,8 +85,8 @@ class DM(SyntheticOptions):
 def dm(task: Task, config: DM, run: Run) -> SyntheticSet:
     """Matches the class-mean features of synthetic and real images under thousands of random networks.
 
-    When to use: the cheapest learned baseline; first order, no network is trained, cost grows linearly with classes.
-    Known failure: matching through deep BatchNorm networks gives poor sets; lower lr_img to 0.1 there.
+    When to use: the cheapest learned baseline. Cost: first order, no network is trained; it grows linearly with
+    classes. Known failure: matching through deep BatchNorm networks gives poor sets; lower lr_img to 0.1 there.
 
     Zhao & Bilen, WACV 2023. Paper and released code agree up to constants; the released sums are used because lr_img
     depends on them. With BatchNorm networks the statistics are taken over all classes, real and synthetic apart, as

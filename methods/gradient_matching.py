@@ -236,8 +236,8 @@ class DSA(DC):
 def dsa(task: Task, config: DSA, run: Run) -> SyntheticSet:
     """DC with the same random augmentation of a class's real and synthetic images in each step, from real images.
 
-    When to use: the gradient-matching baseline to compare with. Cost and known failure: as DC; on MNIST and SVHN at 1
-    image per class the published DC is better.
+    When to use: the gradient-matching baseline to compare with. Cost: as DC. Known failure: as DC; on MNIST and SVHN at
+    1 image per class the published DC is better.
 
     Zhao & Bilen, ICML 2021. Networks are trained on the set with the same operations, one drawn per batch, its
     parameters per image. The released program trains and matches without augmentation where no strategy is named.
@@ -313,7 +313,7 @@ class DSAC(DCC):
 def dsac(task: Task, config: DSAC, run: Run) -> SyntheticSet:
     """DCC with the same random augmentation of a class's real and synthetic images in each step.
 
-    When to use: instead of DSA, for fewer double backwards per step. Cost and known failure: as DCC.
+    When to use: instead of DSA, for fewer double backwards per step. Cost: as DCC. Known failure: as DC.
 
     Lee, Chun, Jung, Yun & Yoon, ICML 2022.
     """

@@ -23,7 +23,8 @@ class Random:
 def random(task: Task, config: Random, run: Run) -> SyntheticSet:
     """Keeps ipc random real images of each class, exactly as they are (uint8).
 
-    When to use: as the control that a distilled set must beat, or as a first small set. Cost: none.
+    When to use: as the control that a distilled set must beat, or as a first small set. Cost: none. Known failure:
+    at a few images per class the draw decides; judge several seeds.
     """
     chosen = [task.sample_ids(run.ipc, (run.seed, "random"), [c]) for c in range(task.num_classes)]
     return SyntheticSet.select(task, torch.cat(chosen))

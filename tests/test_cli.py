@@ -149,8 +149,8 @@ def edit_config(folder, **changes):
 EVALUATE = "evaluate {m}/set.h5 --data digits --runs 1"
 
 MISTAKES = {
-    "unknown method": ("distill dn --data digits --ipc 1", "'dn'", "did you mean 'dm'?"),
-    "unknown method to plan": ("plan dn --data digits --ipc 1", "'dn'", "did you mean 'dm'?"),
+    "unknown method": ("distill dmm --data digits --ipc 1", "'dmm'", "did you mean 'dm'?"),
+    "unknown method to plan": ("plan dmm --data digits --ipc 1", "'dmm'", "did you mean 'dm'?"),
     "unknown dataset": ("distill dm --data digit --ipc 1", "'digit'", "did you mean 'digits'?"),
     "unknown dataset to evaluate": ("evaluate {m}/set.h5 --data digit", "'digit'", "did you mean 'digits'?"),
     "unknown network": (f"{DM} --network lenat", "'lenat'", "did you mean 'lenet'?"),
@@ -342,9 +342,21 @@ def test_show_a_method(done):
 
 def test_show_a_recipe(done, tmp_path):
     assert "condense distill --recipe dm/digits-ipc1" in done("show dm/digits-ipc1")
-    assert json.loads(done("show dm/digits-ipc1 --json"))["data"] == "digits"
+    assert json.loads(done("show dm/digits-ipc1 --json"))["recipe"]["data"] == "digits"
     (tmp_path / "mine.yaml").write_text("method: dm\ndata: digits\nipc: 2\nfyi: false\n")
     assert "fyi: false" in done(f"show {tmp_path}/mine.yaml")
+
+
+def test_a_recipe_is_joined_with_published_and_measured_numbers(done):
+    text = done("show dm/cifar10-ipc10")
+    assert "published:\n  48.9 ± 0.6 % on convnet-d3-w128-in (1,000 epochs, DSA" in text
+    assert "quick-v1, cifar10-jpeg, random images" in text  # a folder of the same images, by its own name
+    facts = json.loads(done("show dm/cifar10-ipc10 --json"))
+    assert facts["published"][0]["mean"] == 48.9
+    assert {entry["dataset"] for entry in facts["measured"]} == {"cifar10-jpeg"}
+    assert "published: none\nmeasured here: none" in done("show random/cifar100-ipc1").replace(
+        "published:\n  4.2 % on convnet-d3-w128-in (not stated there; tables of later works)", "published: none"
+    )
 
 
 def test_show_a_set(done, material):

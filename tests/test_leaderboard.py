@@ -157,14 +157,14 @@ def test_faults_of_the_published_numbers_are_named_by_line(results, built, tmp_p
     write(results, "good", record())
     csv = tmp_path / "published.csv"
     head = ",".join(leaderboard.COLUMNS)
-    csv.write_text(f"{head}\ndm,cifar10,10,net,48.9,0.6,paper,quoted\ndm,cifar10,x,net,48.9,0.6,paper,quoted\n"
-                   "dm,cifar10,10,net,480,0.6,paper,quoted\ndm,cifar10,10\ndm,cifar10,1,,26,,,quoted\n")  # fmt: skip
+    csv.write_text(f"{head}\ndm,cifar10,10,net,48.9,0.6,plainly,paper,quoted\ndm,cifar10,x,net,48.9,0.6,plainly,paper,quoted\n"
+                   "dm,cifar10,10,net,480,0.6,plainly,paper,quoted\ndm,cifar10,10\ndm,cifar10,1,,26,,,,quoted\n")  # fmt: skip
     found, text = built(published=csv)
     assert found.published == 1 and text.count("<b>published.csv, line") == 4
     reasons = {entry.file: entry.reason for entry in found.rejected}
     assert "must be numbers" in reasons["published.csv, line 3"]
     assert "per cent" in reasons["published.csv, line 4"]
-    assert "8 fields" in reasons["published.csv, line 5"]
+    assert "9 fields" in reasons["published.csv, line 5"]
     assert "lacks source" in reasons["published.csv, line 6"]
     csv.write_text("method,stars\ndm,5\n")
     found, _ = built(published=csv)
@@ -207,7 +207,7 @@ def test_versions_and_data_never_share_a_table(results, built):
 
 def test_published_numbers_stand_apart(results, built, tmp_path):
     csv = tmp_path / "published.csv"
-    csv.write_text(f"{','.join(leaderboard.COLUMNS)}\npaperonly,cifar10,10,net,77.7,0.6,A paper,quoted\n")
+    csv.write_text(f"{','.join(leaderboard.COLUMNS)}\npaperonly,cifar10,10,net,77.7,0.6,plainly,A paper,quoted\n")
     write(results, "dm", record("dm"))
     _, text = built(published=csv)
     (section,) = re.findall(r'<section id="published">.*?</section>', text, re.S)

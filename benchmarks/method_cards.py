@@ -1,0 +1,103 @@
+"""One page of text for each method, from its registry entry: ``python -m condense.benchmarks.method_cards --out DIR``.
+
+The cards of this repository are in ``docs/methods``; a test holds them to what this makes.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from condense import config
+from condense.benchmarks import facts
+from condense.benchmarks.speed.measure import Parser, guarded
+from condense.registry import METHODS, Method
+
+PARTS = ("When to use", "Cost", "Known failure")
+"""What a driver's docstring says after its first line, each with a colon."""
+
+
+def cards() -> dict[str, str]:
+    """File name to Markdown: one card for each method, and ``README.md``, their table."""
+    entries = [METHODS.get(name) for name in METHODS.names()]
+    rows = [[f"[{e.name}]({e.name}.md)", e.year, e.order, e.summary] for e in sorted(entries, key=_age)]
+    table = _table(["method", "year", "order", "what it does"], rows)
+    about = (
+        "# Methods\n\nOrder is the highest derivative that a step takes through a network. These cards are made by "
+        "`python -m condense.benchmarks.method_cards --out docs/methods`.\n\n"
+    )
+    return {"README.md": f"{about}{table}\n", **{f"{e.name}.md": card(e) for e in entries}}
+
+
+def _age(entry: Method) -> tuple[int, str]:
+    return entry.year, entry.name
+
+
+def card(entry: Method) -> str:
+    """The card of one method, Markdown."""
+    doc = inspect.cleandoc(entry.function.__doc__ or "")
+    summary, _, rest = doc.partition("\n\n")
+    usage, _, notes = rest.partition("\n\n")
+    parts = [f"# {entry.name}", " ".join(summary.split())]
+    parts.append(
+        f"*{entry.paper}* ({entry.year}). Labels: {entry.labels}. Default network: `{entry.network}`. "
+        f"Published numbers are judged by the rules of `{entry.protocol}`."
+    )
+    parts += [f"**{title}.** {text}" for title, text in _usage(usage)]
+    parts += [" ".join(paragraph.split()) for paragraph in notes.split("\n\n") if paragraph]
+    cells = [name for name in config.recipe_names() if name.startswith(f"{entry.name}/")]
+    start = cells[0] if cells else ""
+    parts.append(
+        f"```\ncondense distill {entry.name} --data digits --ipc 10 --network convnet-d2-w64-in\n"
+        + (f"condense distill --recipe {start}\n" if start else "")
+        + f"condense show {entry.name}\n```"
+    )
+    settings = [[f"`{name}`", default, meaning] for name, _, default, meaning in config.describe(entry.config)]
+    if settings:
+        parts.append("## Settings\n\n" + _table(["name", "default", "meaning"], settings))
+    if cells:
+        parts.append("## Recipes\n\n" + ", ".join(f"`{name}`" for name in cells))
+    published = [
+        [
+            row["dataset"],
+            row["ipc"],
+            facts.accuracy(row["mean"], row["std"]),
+            row["network"],
+            row["protocol"],
+            row["source"],
+        ]
+        for row in facts.published(entry.name)
+    ]
+    shown = _table(["data", "ipc", "accuracy, %", "network", "judged", "source"], published)
+    parts.append("## Published, not measured here\n\n" + (shown if published else "None that could be verified."))
+    measured = [[found["ipc"], facts.measured_line(found)] for found in facts.measured(entry.name)]
+    parts.append("## Measured here\n\n" + (_table(["ipc", "accuracy"], measured) if measured else "Nothing yet."))
+    return "\n\n".join(parts) + "\n"
+
+
+def _usage(text: str) -> list[tuple[str, str]]:
+    """The parts of a docstring's second paragraph by their titles."""
+    pieces = re.split(rf"({'|'.join(PARTS)})s?: ", " ".join(text.split()))
+    return [(title, body.strip()[:1].upper() + body.strip()[1:]) for title, body in zip(pieces[1::2], pieces[2::2])]
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table."""
+    lines = [[str(cell).replace("|", "\\|") for cell in row] for row in (head, ["---"] * len(head), *rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _main(words: Sequence[str]) -> int:
+    parser = Parser(prog="python -m condense.benchmarks.method_cards", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    out = parser.parse_args(words).out
+    out.mkdir(parents=True, exist_ok=True)
+    for name, text in cards().items():
+        (out / name).write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    guarded(_main, None)
