@@ -42,7 +42,7 @@ States = list[dict[str, Tensor]]
 
 
 class Bank:
-    """Recorded weights and buffers, float16 on the CPU: ``states[k][name]`` is (snapshots, *shape) of network k.
+    """Recorded states, float16 on the run's device: ``states[k][name]`` is (snapshots, *shape) of network k.
 
     Float16 rounds weights by at most one part in 2,000; counters stay integers.
     """
@@ -167,7 +167,9 @@ def record(run: Run, recipe: Recipe, *, count: int, units: int, unit_steps: int,
         "steps_each_wanted": wanted.steps, "from_cache": plan.networks - len(missing),
         "seconds": round(sum(entry["seconds"] for entry in found.values()), 2),
     }  # fmt: skip
-    return Bank([found[k]["state"] for k in range(plan.networks)])
+    return Bank(
+        [{name: value.to(run.device) for name, value in found[k]["state"].items()} for k in range(plan.networks)]
+    )
 
 
 def _agreed_plan(run: Run, recipe: Recipe, wanted: _Plan) -> _Plan:
