@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from condense import networks, rng, tasks
+from condense.banks import PLAN
 from condense.config import build
 from condense.distilled import DistilledSet, check_writable, packaged_sets, replacing
 from condense.errors import CondenseError, did_you_mean
@@ -400,7 +401,7 @@ def _prepare(directory: Path, job: Job) -> None:
     """Makes the run directory and writes the resolved config; what an earlier run left there goes."""
     directory.mkdir(parents=True, exist_ok=True)
     if (directory / CONFIG).exists():
-        for name in (RESULT, CHECKPOINT, PREVIOUS, "log.jsonl"):
+        for name in (RESULT, CHECKPOINT, PREVIOUS, PLAN, "log.jsonl"):
             (directory / name).unlink(missing_ok=True)
         for name in ("previews", "tensorboard"):
             shutil.rmtree(directory / name, ignore_errors=True)

@@ -2,7 +2,7 @@
 
 The training of such networks never depends on the synthetic set, so a bank of recorded weights replaces training them
 anew in the loop. Each network is a file below the cache directory, known by all that decides it but not by ipc or
-method: runs of other sizes find it there, and a killed recording loses one network at most.
+method: runs of other sizes find it there, and a killed recording loses the networks in training, on a CPU one.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ States = list[dict[str, Tensor]]
 class Bank:
     """Recorded states, float16 on the run's device: ``states[k][name]`` is (snapshots, *shape) of network k.
 
-    Float16 rounds weights by at most one part in 2,000; counters stay integers.
+    Float16 rounds weights by one part in 2,000 or 3e-8, whichever is more; counters stay integers.
     """
 
     def __init__(self, states: States) -> None:
@@ -138,11 +138,11 @@ def record(run: Run, recipe: Recipe, *, count: int, units: int, unit_steps: int,
             missing.append(k)
         else:
             found[k] = saved
-    before = sum(entry["seconds"] for entry in found.values())
-    run.credit(before)
+    began, credited = time.monotonic(), sum(entry["seconds"] for entry in found.values())
+    run.credit(credited)
     ranks = run.ranks
     # Under ranks each trains its share and reads the others' from the cache, which they have in common.
-    mine = missing[ranks.rank :: ranks.world] if folder is not None else missing
+    mine = [k for k in missing if folder is None or k % ranks.world == ranks.rank]
     groups = [mine] if pick_together(run.device) and mine else [[k] for k in mine]
     progress = Progress(
         f"{run.name}: {len(missing)} networks on real data", len(mine) * recipe.steps, 0, run.quiet or not ranks.leads
@@ -165,7 +165,7 @@ def record(run: Run, recipe: Recipe, *, count: int, units: int, unit_steps: int,
     run.preparation = {
         "networks": plan.networks, "networks_wanted": wanted.networks, "steps_each": plan.steps,
         "steps_each_wanted": wanted.steps, "from_cache": plan.networks - len(missing),
-        "seconds": round(sum(entry["seconds"] for entry in found.values()), 2),
+        "seconds": round(credited + (time.monotonic() - began if missing else 0.0), 2),
     }  # fmt: skip
     return Bank(
         [{name: value.to(run.device) for name, value in found[k]["state"].items()} for k in range(plan.networks)]
@@ -178,18 +178,16 @@ def _agreed_plan(run: Run, recipe: Recipe, wanted: _Plan) -> _Plan:
         per_step = _seconds_per_step(run, recipe)
         run.expected_preparation = per_step * wanted.networks * wanted.steps
         return _Plan(1, min(wanted.units, 2), 1)
-    if run.minutes is None:
-        return wanted
     path = run.directory / PLAN if run.directory else None
     if path is not None and run.continues and path.exists():
         return _Plan(**json.loads(path.read_text()))
-    per_step = _seconds_per_step(run, recipe)
-    fit = int(SHARE * 60 * run.minutes / (per_step * wanted.unit_steps) * run.ranks.world)
-    units = min(wanted.units, fit // wanted.networks)
-    plan = _Plan(wanted.networks, units, wanted.unit_steps)
-    if units == 0:
-        plan = _Plan(min(wanted.networks, max(1, fit)), 1, wanted.unit_steps)
-    plan = _Plan(run.ranks.agree(plan.networks), run.ranks.agree(plan.units), plan.unit_steps)
+    plan = wanted
+    if run.minutes is not None:
+        fit = int(SHARE * 60 * run.minutes / (_seconds_per_step(run, recipe) * wanted.unit_steps) * run.ranks.world)
+        plan = dataclasses.replace(wanted, units=min(wanted.units, fit // wanted.networks))
+        if plan.units == 0:
+            plan = _Plan(min(wanted.networks, max(1, fit)), 1, wanted.unit_steps)
+        plan = _Plan(run.ranks.agree(plan.networks), run.ranks.agree(plan.units), plan.unit_steps)
     if path is not None and run.ranks.leads:
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(dataclasses.asdict(plan)))
@@ -220,10 +218,10 @@ def _train(
 ) -> list[dict[str, Any]]:
     """The networks of ``group``, trained together where that is faster: state and seconds of each."""
     students = [_student(run, k) for k in group]
-    taken: list[list[dict[str, Tensor]]] = [[_half(student.network.state_dict())] for student in students]
+    taken = [{0: _half(student.network.state_dict())} for student in students]
 
     def watch(k: int, step: int, state: Mapping[str, Tensor]) -> None:
-        taken[k].append(_half(state))
+        taken[k][step] = _half(state)  # by step: where memory did not suffice for all together, one by one starts anew
 
     def report(steps: int) -> None:
         progress.update(done + steps)
@@ -235,7 +233,7 @@ def _train(
         watch_every=plan.steps if ends else plan.unit_steps,
     )  # fmt: skip
     return [
-        {"state": {name: torch.stack([shot[name] for shot in shots]) for name in shots[0]},
+        {"state": {name: torch.stack([shots[step][name] for step in sorted(shots)]) for name in shots[0]},
          "seconds": seconds / len(group)}
         for shots in taken
     ]  # fmt: skip

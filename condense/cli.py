@@ -166,6 +166,7 @@ def _show_recipe(name: str, as_json: bool) -> None:
     from condense.benchmarks import facts
 
     recipe = config.recipe(name)
+    _request(None, None, None, None, None, name)  # as `distill` would refuse it
     wanted = recipe["method"], recipe["data"], int(recipe["ipc"])
     published, measured = facts.published(*wanted), facts.measured(*wanted)
     if as_json:
@@ -335,8 +336,10 @@ def _report(made: Any, out: Path, run_dir: Path, data: str) -> None:
     cost, first = manifest["cost"], manifest.get("preparation")
     print(f"made {made.name}: {images}{steps} in {duration(cost['seconds'])}")
     if first:
-        print(f"  before: {first['networks']} networks trained on real data, {first['steps_each']} steps each (of "
-              f"{first['networks_wanted']}, {first['steps_each_wanted']}), {duration(first['seconds'])}")  # fmt: skip
+        done, asked = (f"{first['networks' + end]} networks of {first['steps_each' + end]} training steps"
+                       for end in ("", "_wanted"))  # fmt: skip
+        print(f"  before it: {done} on real data" + f" (for lack of time; asked for {asked})" * (done != asked)
+              + f", {duration(first['seconds'])}; {first['from_cache']} of them were in the cache")  # fmt: skip
     if manifest["stopped_early"]:
         print(f"  stopped by --minutes; go on with: condense resume {shlex.quote(str(run_dir))} --minutes M")
     file = shlex.quote(str(out))

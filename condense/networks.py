@@ -277,7 +277,7 @@ class BasicBlock(nn.Module):
     def __init__(self, channels: int, filters: int, norm: str, halve: bool, average: bool) -> None:
         super().__init__()
         stride = 2 if halve and not average else 1
-        self.pool = nn.AvgPool2d(2) if halve and average else nn.Identity()
+        self.pool = AveragePool() if halve and average else nn.Identity()
         self.conv1 = nn.Conv2d(channels, filters, 3, stride, padding=1, bias=False)
         self.norm1 = _norm(norm, filters)
         self.conv2 = nn.Conv2d(filters, filters, 3, padding=1, bias=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import datetime
 import functools
 import logging
 import os
@@ -165,7 +166,9 @@ class Ranks:
         if self.world > 1 and device.type == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # what "cuda" means on this rank
         if self.world > 1 and not torch.distributed.is_initialized():
-            torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            # One rank may train a network for hours before the others hear of it.
+            wait = datetime.timedelta(days=7)
+            torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=wait)
             atexit.register(_leave)  # once for all runs and evaluations of the process; a caller's own group stays
 
     @property
@@ -326,6 +329,8 @@ class Run:
         Only for methods whose classes do not couple; the sum over chunks equals one pass to rounding.
         """
         height, width = self.task.shape[1:]
+        # The images of the set count five times: their maps are kept for the backward pass.
+        images_per_class = max(images_per_class, 5 * self.ipc)
         size = max(1, CHUNK_PIXELS // (images_per_class * height * width))
         for start in range(0, len(self.classes), size):
             yield self.classes[start : start + size]

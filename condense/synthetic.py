@@ -199,6 +199,18 @@ class SyntheticSet:
             images = self.task.transform.to(images.device)(images)
         return images, (self.classes if rows is None else self.classes[rows])[ids]
 
+    def decode_some(self, classes: Sequence[int], most: int, parts: tuple[int | str, ...]) -> tuple[Tensor, Tensor]:
+        """As :meth:`decode`, but of a class with more than ``most`` images so many, drawn by ``(*parts, class)``."""
+        images, labels = self.decode(classes)
+        if len(images) <= most * len(classes) and len({len(self._rows[c]) for c in classes}) == 1:
+            return images, labels
+        picked = []
+        for c in classes:
+            rows = (labels == c).nonzero().squeeze(1)
+            picked.append(rows[rng.Draws(*parts, c).sample(len(rows), most).to(rows.device)])
+        rows = torch.cat(picked)
+        return images[rows], labels[rows]
+
 
 def initial_images(task: Task, ipc: int, options: SyntheticOptions, seed: int) -> tuple[Tensor, Tensor]:
     """Starting images (classes * ipc, C,H,W) on the CPU and their classes.

@@ -129,8 +129,9 @@ def datadam(task: Task, config: DataDAM, run: Run) -> SyntheticSet:
 
     Sajedi, Khaki et al., ICCV 2023. Paper and released code differ in power, norm and the loss's scale: see ``preset``.
     Stages are those of the network's ``features``: where one holds several ReLUs (AlexNet, VGG11), the release matches
-    after each of them, this after its last. With BatchNorm the statistics are taken over all classes, real and synthetic apart, as released; such a network
-    couples the classes, so the step is neither chunked nor sharded over ranks.
+    after each of them, this after its last. With BatchNorm the statistics are taken over all classes, real and
+    synthetic apart, as released; such a network couples the classes, so the step is neither chunked nor sharded over
+    ranks.
     """
     synthetic = SyntheticSet.create(task, run.ipc, config, seed=run.seed, device=run.device)
     augment, (power, scale) = dsa(config.augment, mirror=task.mirror), config.resolved()

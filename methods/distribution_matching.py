@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from condense import banks, networks, rng
+from condense import banks, networks
 from condense.augment import dsa
 from condense.banks import OwnNetworks
 from condense.config import require
@@ -39,7 +39,8 @@ def class_means(features: Tensor, labels: Tensor, classes: list[int]) -> Tensor:
     """
     features = features.to(torch.promote_types(features.dtype, torch.float32))
     members = (labels.unsqueeze(0) == torch.tensor(classes, device=labels.device).unsqueeze(1)).to(features.dtype)
-    return (members / members.sum(1, keepdim=True)) @ features
+    with torch.autocast(features.device.type, enabled=False):  # a caller's bf16 would round weights and means
+        return (members / members.sum(1, keepdim=True)) @ features
 
 
 def distribution_loss(real_means: Tensor, synthetic_means: Tensor) -> Tensor:
@@ -123,18 +124,6 @@ def own_chunks(net: networks.Network, run: Run, batch_real: int) -> Iterator[lis
     if net.training and networks.uses_batch_statistics(net):
         return ([c] for c in run.classes)
     return run.class_chunks(batch_real)
-
-
-def some_of_each(images: Tensor, labels: Tensor, most: int, classes: list[int], step: Step) -> tuple[Tensor, Tensor]:
-    """At most ``most`` random images of each class, which all have equally many."""
-    if len(images) // len(classes) <= most:
-        return images, labels
-    picked = []
-    for c in classes:
-        rows = (labels == c).nonzero().squeeze(1)
-        picked.append(rows[rng.Draws(*step.key("synthetic"), c).sample(len(rows), most).to(rows.device)])
-    rows = torch.cat(picked)
-    return images[rows], labels[rows]
 
 
 @dataclass(frozen=True)
@@ -287,6 +276,7 @@ def dance(task: Task, config: DANCE, run: Run) -> SyntheticSet:
     )  # fmt: skip
     middle = run.random_network(0)
     expert, learned = copy.deepcopy(middle), dict(middle.named_parameters())
+    coupled = networks.uses_batch_statistics(middle)
     rate = 0.01 * run.ipc if config.lr_img is None else config.lr_img
     images = Group(lr=rate / (1 - config.momentum), clamp=(0.0, 1.0))
     for step in run.optimise(synthetic, config.steps, sharded=True, images=images):
@@ -304,14 +294,14 @@ def dance(task: Task, config: DANCE, run: Run) -> SyntheticSet:
         for classes in own_chunks(middle, run, config.batch_real):
             real, truth = run.task.per_class(config.batch_real, step.key("real"), classes)
             real = augment.apply(real, views, truth)
-            target = real_class_means(middle, real, truth, classes, run, run.forward_chunk())
-            fake, labels = some_of_each(*synthetic.decode(classes), config.batch_syn_max, classes, step)
+            target = real_class_means(middle, real, truth, classes, run, None if coupled else run.forward_chunk())
+            fake, labels = synthetic.decode_some(classes, config.batch_syn_max, step.key("matched"))
             features = middle.embed(augment.apply(fake, views, labels))
             step.accumulate(distribution_loss(target, class_means(features, labels, classes)))
         step.update()
         views = augment.draw(step.draws("calibrate"), task.num_classes, task.shape[1:])
         for classes in own_chunks(expert, run, config.batch_real):
-            fake, labels = some_of_each(*synthetic.decode(classes), config.batch_syn_max, classes, step)
+            fake, labels = synthetic.decode_some(classes, config.batch_syn_max, step.key("calibrated"))
             step.accumulate(class_cross_entropy(expert(augment.apply(fake, views, labels)), labels, classes))
         step.update()
     return synthetic

@@ -66,7 +66,8 @@ def real_gradients(
     In the run's precision and, on a CPU, in chunks that bound the memory of the maps.
     """
     total = [torch.zeros_like(weight) for weight in weights]
-    chunk = run.forward_chunk(gradients=True) or len(images)
+    live = any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in net.modules())
+    chunk = (None if live else run.forward_chunk(gradients=True)) or len(images)  # statistics are the whole batch's
     for part, truth in zip(images.split(chunk), labels.split(chunk)):
         with run.fast():
             logits = net(part)
@@ -406,18 +407,18 @@ def idc(task: Task, config: IDC, run: Run) -> SyntheticSet:
     Kim et al., ICML 2022. The released program trains a new network beside each step; it never sees the set, so
     snapshots of ``networks`` trainings are recorded once and walked in their order (fewer than the published 2,000
     trainings). It steps class by class with one momentum over all; as gradients of classes are independent, one step
-    at lr / (1 - momentum) is the same but for a factor 1 - momentum^classes. It clamps pixels every 100 steps, here
-    after each.
+    at lr / (1 - momentum) is the same but for a share momentum^classes, which the release applies a sweep later. It
+    clamps pixels every 100 steps, here after each.
     """
     synthetic = SyntheticSet.create(task, run.ipc, config, seed=run.seed, device=run.device, space="pixel")
     distance, augmentation = DISTANCES[config.metric], augment.dsa(config.augment, variant="idc", mirror=task.mirror)
-    bank = banks.record(
-        run, config.recipe(task), count=config.networks, units=config.snapshots - 1, unit_steps=config.net_steps
-    )
     net = run.random_network(0).requires_grad_(True)
     weights = [parameter for parameter in net.parameters() if parameter.dim() == 4]
     if not weights:
         raise CondenseError(f"--network {networks.name_of(run.network)}: idc matches convolutions, and it has none")
+    bank = banks.record(
+        run, config.recipe(task), count=config.networks, units=config.snapshots - 1, unit_steps=config.net_steps
+    )
     images = Group(lr=config.rate(run.ipc, task.shape) / (1 - config.momentum), clamp=(0.0, 1.0))
     for step in run.optimise(synthetic, config.steps, sharded=True, images=images):
         training, position = divmod(step.index, bank.snapshots)
@@ -426,10 +427,7 @@ def idc(task: Task, config: IDC, run: Run) -> SyntheticSet:
         for c in run.classes:
             real, truth = run.task.per_class(config.batch_real, step.key("real"), [c])
             target = real_gradients(net, augmentation.apply(real, drawn, truth), truth, weights, run)
-            fake, labels = synthetic.decode([c])
-            if len(fake) > config.batch_syn_max:
-                some = rng.Draws(*step.key("synthetic"), c).sample(len(fake), config.batch_syn_max).to(fake.device)
-                fake, labels = fake[some], labels[some]
+            fake, labels = synthetic.decode_some([c], config.batch_syn_max, step.key("matched"))
             gradients = synthetic_gradients(net, augmentation.apply(fake, drawn, labels), labels, weights)
             step.accumulate(distance(target, gradients))
         step.update()

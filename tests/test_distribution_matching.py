@@ -118,22 +118,34 @@ def test_they_do_not_depend_on_class_chunks(name, tiny, monkeypatch):
 
 
 def test_a_large_set_is_matched_in_random_parts(tiny):
-    run = Run(tiny, 3, NETWORK, quiet=True)
     synthetic = dm.SyntheticSet.create(tiny, 3, dm.DANCE(), seed=0, device=torch.device("cpu"), space="pixel")
     images, labels = synthetic.decode([0, 2])
-    for step in run.optimise(synthetic, 1, images=dm.Group(lr=0.0)):
-        some, theirs = dm.some_of_each(images, labels, 5, [0, 2], step)
-        assert theirs.tolist() == [0] * 5 + [2] * 5
-        pool = {image.detach().numpy().tobytes() for image in images[labels == 2]}
-        assert {image.detach().numpy().tobytes() for image in some[5:]} <= pool
+    some, theirs = synthetic.decode_some([0, 2], 5, (0, "matched", 0))
+    assert theirs.tolist() == [0] * 5 + [2] * 5
+    pool = {image.detach().numpy().tobytes() for image in images[labels == 2]}
+    assert {image.detach().numpy().tobytes() for image in some[5:]} <= pool
+    other, _ = synthetic.decode_some([0, 2], 5, (0, "calibrated", 0))
+    assert not torch.equal(some, other)
+    assert torch.equal(synthetic.decode_some([0, 2], 12, (0, "matched", 0))[0], images)
 
 
 @pytest.mark.parametrize("name", ["idm", "dance", "idc"])
-def test_batch_norm_networks(name, tiny):
+def test_batch_norm_networks_see_a_class_whole(name, tiny, monkeypatch):
+    """Statistics of a batch are those of all its images, however small the pieces that other networks get."""
     own = {"dance": {"expert_epochs": 1}, "idm": {"snapshots": 2, "net_steps": 2}}
-    settings = own.get(name, own["idm"])
-    made = condense.distill(name, tiny, 1, network="convnet-d2-w8-bn", steps=2, **OWN, **settings)
-    assert torch.isfinite(made.stored).all()
+    settings = {"network": "convnet-d2-w8-bn", "steps": 2, "precision": "fp32", **OWN, **own.get(name, own["idm"])}
+    whole = condense.distill(name, tiny, 1, **settings)
+    for limit in ("CHUNK_PIXELS", "FORWARD_PIXELS", "GRADIENT_PIXELS"):
+        monkeypatch.setattr(f"condense.run.{limit}", 2 * 64)
+    torch.testing.assert_close(condense.distill(name, tiny, 1, **settings).stored, whole.stored, rtol=1e-4, atol=1e-4)
+
+
+def test_class_means_keep_their_precision_under_autocast():
+    features, labels = torch.randn(9, 4), torch.tensor([0, 1, 1] * 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        means = dm.class_means(features, labels, [0, 1])
+    assert means.dtype == torch.float32
+    torch.testing.assert_close(means, dm.class_means(features, labels, [0, 1]))
 
 
 def test_pixels_of_dance_and_idc_stay_in_range(tiny):

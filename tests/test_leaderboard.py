@@ -157,8 +157,10 @@ def test_faults_of_the_published_numbers_are_named_by_line(results, built, tmp_p
     write(results, "good", record())
     csv = tmp_path / "published.csv"
     head = ",".join(leaderboard.COLUMNS)
-    csv.write_text(f"{head}\ndm,cifar10,10,net,48.9,0.6,plainly,paper,quoted\ndm,cifar10,x,net,48.9,0.6,plainly,paper,quoted\n"
-                   "dm,cifar10,10,net,480,0.6,plainly,paper,quoted\ndm,cifar10,10\ndm,cifar10,1,,26,,,,quoted\n")  # fmt: skip
+    row = "dm,cifar10,{},net,{},0.6,plainly,paper,quoted"
+    lines = [row.format(10, 48.9), row.format("x", 48.9), row.format(10, 480), "dm,cifar10,10"]
+    lines.append("dm,cifar10,1,,26,,,,quoted")
+    csv.write_text("\n".join([head, *lines]) + "\n")
     found, text = built(published=csv)
     assert found.published == 1 and text.count("<b>published.csv, line") == 4
     reasons = {entry.file: entry.reason for entry in found.rejected}

@@ -12,10 +12,10 @@ from condense.benchmarks.speed.dm import draws, options
 from condense.benchmarks.speed.measure import Case, StepBenchmark, main
 
 
-def published_loop(case: Case, config: Any) -> published.DC:
-    """The published loop of DC or DSA."""
+def published_loop(case: Case, config: Any, loop: type[published.DC] = published.DC) -> published.DC:
+    """The published loop of DC or DSA, or another with its arguments."""
     outer, inner = config.loops(case.ipc)
-    return published.DC(case.task, case.start(config), outer=outer, inner=inner, **options(case, config))
+    return loop(case.task, case.start(config), outer=outer, inner=inner, **options(case, config))
 
 
 BENCHMARK = StepBenchmark("dc", published_loop, draws)
