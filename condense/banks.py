@@ -158,10 +158,10 @@ def record(run: Run, recipe: Recipe, *, count: int, units: int, unit_steps: int,
     ranks.close()
     for k in missing:
         if k not in found and folder is not None:
-            entry = read_state(folder / f"{k}.pt")
-            if entry is None:
+            saved = read_state(folder / f"{k}.pt")
+            if saved is None:
                 raise CondenseError(f"{folder}: rank {ranks.rank} finds no network {k} there; ranks need one cache")
-            found[k] = entry
+            found[k] = saved
     run.preparation = {
         "networks": plan.networks, "networks_wanted": wanted.networks, "steps_each": plan.steps,
         "steps_each_wanted": wanted.steps, "from_cache": plan.networks - len(missing),
