@@ -79,7 +79,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "idc": {"batch_real": 16, "networks": 1, "snapshots": 2, "net_steps": 2, "lr_img": 0.05},
     "idm": {"batch_real": 16, "networks": 1, "snapshots": 2, "net_steps": 2},
     "dance": {"batch_real": 16, "networks": 1, "expert_epochs": 1},
+    **{
+        name: {"syn_steps": 3, "expert_epochs": 1, "max_start_epoch": 2, "num_experts": 2, "expert_batch": 16}
+        for name in ("mtt", "tesla", "ftd")
+    },
 }
+for _name, _settings in (("ast", {"buffer_epochs": 3}), ("datm", {"expand_steps": 3, "gate": 10.0})):
+    SETTINGS[_name] = {**SETTINGS["mtt"], **_settings}
 """What makes one step of a method small enough for a CPU; a method without an entry keeps its defaults."""
 
 FORWARD_TOLERANCE = 1e-4

@@ -1,4 +1,5 @@
-"""The functions behind the public names: ``condense.task``, ``distill``, ``evaluate``, ``load`` and ``fit``."""
+"""The functions behind the public names: ``condense.task``, ``distill``, ``evaluate``, ``load`` and ``fit``; and
+``experts``."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from condense import networks, rng, tasks
+from condense import networks, rng, tasks, trajectories
 from condense.banks import PLAN
 from condense.config import build
 from condense.distilled import DistilledSet, check_writable, packaged_sets, replacing
@@ -42,7 +43,7 @@ from condense.tasks import DataOptions, Task
 from condense.tracking import check_tracker
 from condense.version import __version__
 
-__all__ = ["distill", "evaluate", "fit", "load", "resume", "task"]
+__all__ = ["distill", "evaluate", "experts", "fit", "load", "resume", "task"]
 
 CONFIG, RESULT = "config.json", "result.json"
 
@@ -140,6 +141,115 @@ def distill(
             raise CondenseError(f"{directory} holds a {'finished ' * finished}run; {other}, or replace it with --force")
         check_writable(directory / CONFIG, force=True, size=6 * _estimated_bytes(real, ipc))
     return _execute(job, entry, config, real, network or entry.network, directory, quiet=quiet, resume=False)
+
+
+def experts(
+    data: Task | Any,
+    *,
+    network: str | None = None,
+    method: str = "mtt",
+    count: int | None = None,
+    epochs: int | None = None,
+    out: str | Path | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    precision: str = "auto",
+    dtype: str = "float16",
+    held_out: float | None = None,
+    force: bool = False,
+    quiet: bool = True,
+    **settings: Any,
+) -> trajectories.Made:
+    """Trains the experts that a method wants, and writes their trajectories to one file.
+
+    The same call goes on where an earlier one was stopped, and a larger ``count`` adds to the file.
+
+    Args:
+        data: a :class:`Task`, or what ``condense.task`` takes.
+        network: their architecture; the method's default when None.
+        method: whose experts they are; its settings say how they are trained.
+        count: experts; the method's ``num_experts`` when None.
+        epochs: of their training; as many as the method reads when None (its ``buffer_epochs``).
+        out: file to write; None is the file of the cache where methods look for such experts.
+        seed: the same seed gives the same experts.
+        device: auto, cpu, cuda, ...
+        precision: auto, fp32 or bf16, where the method does not need one of them.
+        dtype: float16 or float32, of the stored weights.
+        held_out: share of each class that experts do not see and are judged on; the method's when None (mostly 0).
+        force: replace what other data, networks or trainings left in ``out``, and what is damaged.
+        quiet: no progress on stderr.
+        settings: hyper-parameters of the method.
+
+    Raises:
+        CondenseError: anything wrong with what was given, found before work starts; or an expert diverged.
+    """
+    config = check_experts(
+        method, settings, network=network, count=count, epochs=epochs, dtype=dtype, held_out=held_out, device=device,
+        precision=precision,
+    )  # fmt: skip
+    real = data if isinstance(data, Task) else task(data)
+    network = network or METHODS.get(method).network
+    _check_fit(real, 1, network)
+    training, epochs = config.training(real), config.epochs_needed()
+    if held_out is not None:
+        training = dataclasses.replace(training, held_out=held_out)
+    where = pick_device(device)
+    run = Run(
+        real, 1, network, seed=seed, device=where, precision=pick_precision(precision, where), name="experts",
+        quiet=quiet, track="none",
+    )  # fmt: skip
+    path = Path(out) if out else trajectories.cache_file(run, training, epochs, dtype)
+    run.directory = trajectories.parts_of(path)  # what is done is kept there, so that a signal may stop it
+    try:
+        with run.stop_on_signal():
+            made = trajectories.record(
+                run, training, path, count=config.num_experts, epochs=epochs, dtype=dtype, force=force
+            )
+    except (torch.OutOfMemoryError, MemoryError) as fault:
+        raise CondenseError(f"out of memory on {where}: take a smaller --network or batch") from fault
+    run.ranks.close()
+    return made
+
+
+def check_experts(
+    method: str,
+    settings: Mapping[str, Any],
+    options: Mapping[str, Any] | None = None,
+    *,
+    count: int | None = None,
+    epochs: int | None = None,
+    dtype: str = "float16",
+    held_out: float | None = None,
+    **watched: Any,
+) -> Any:
+    """Finds all mistakes that can be found without the real data; arguments as in :func:`experts`.
+
+    Returns:
+        The method's settings, with those two numbers in them.
+
+    Raises:
+        CondenseError: every mistake, in one line.
+    """
+    entry = METHODS.get(method)
+    if not hasattr(entry.config, "training"):
+        able = [name for name in METHODS.names() if hasattr(METHODS.get(name).config, "training")]
+        raise CondenseError(f"--for {method}: this method has no experts; these have: {', '.join(able) or 'none'}")
+    flags = {"count": ("num_experts", count), "epochs": ("buffer_epochs", epochs)}
+    faults = [
+        f"--{flag} {value}: must be at least 1" for flag, (_, value) in flags.items() if value is not None and value < 1
+    ]
+    settings = {**settings, **{key: value for key, value in flags.values() if value is not None and value > 0}}
+    if held_out is not None and not 0 <= held_out < 1:
+        faults.append(f"--held-out {held_out:g}: must be at least 0 and less than 1")
+    if dtype not in trajectories.DTYPES:
+        faults.append(f"--dtype {dtype}: unknown{did_you_mean(dtype, trajectories.DTYPES)}")
+
+    def flags_are_right() -> None:
+        if faults:
+            raise CondenseError("; ".join(faults))
+
+    all_at_once(flags_are_right, lambda: check(method, settings, options, **watched))
+    return _config(entry, settings)
 
 
 def _job(
@@ -518,6 +628,8 @@ def _finished(job: Job, entry: Method, real: Task, run: Run, synthetic: Syntheti
         "steps_done": run.steps_done,
         "stopped_early": run.stopped_early,
         "preparation": run.preparation,
+        **({} if synthetic.step_size is None else {"learned_lr": float(synthetic.step_size)}),
+        **({"label_source": synthetic.label_source} if synthetic.label_source else {}),
         "protocol": job.protocol,
         "data": {"fingerprint": real.fingerprint, "options": job.data["options"]},
         "precision": job.precision,
@@ -611,6 +723,23 @@ def measure(
         "peak_memory": peak_memory(where),
         "set_bytes": made.nbytes(),
         "checkpoint_bytes": 4 * made.nbytes()["images"],  # pixels and momentum, in two checkpoints
+        "trajectories": _trajectories(config, real, network or entry.network, where),
         "real_bytes": int(real.train.images.nbytes + real.test.images.nbytes),
         "device": device_name(where),
     }
+
+
+def _trajectories(
+    config: Any, real: Task, network: str | Callable[..., nn.Module], device: torch.device
+) -> dict[str, Any] | None:
+    """What the experts of a method need: bytes of their file, and where which of them lie; None where it has none."""
+    if not hasattr(config, "training"):
+        return None
+    count, epochs, layout = config.num_experts, config.epochs_needed(), trajectories.layout_of(network, real)
+    nbytes = needed = trajectories.nbytes(count, epochs, layout)
+    if config.experts:
+        file = trajectories.read(Path(config.experts))
+        count, nbytes = min(count, file.count), file.path.stat().st_size
+        needed = trajectories.nbytes(count, min(epochs, file.epochs), layout, file.manifest["dtype"])
+    place = trajectories.residency(needed, device)
+    return {"experts": count, "epochs": epochs, "bytes": nbytes, "resident_bytes": needed, "place": place}

@@ -8,6 +8,7 @@ method: runs of other sizes find it there, and a killed recording loses the netw
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -15,7 +16,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from condense.config import require
 from condense.distilled import replacing
 from condense.errors import CondenseError
 from condense.run import Interrupted, Run, device_name, read_state
-from condense.students import STUDENT_VERSION, Recipe, Student, TaskSource, pick_together, train
+from condense.students import STUDENT_VERSION, Recipe, Student, TaskSource, Update, pick_together, train
 from condense.tasks import Task, cache_dir
 from condense.tracking import Progress
 
@@ -143,18 +144,12 @@ def record(run: Run, recipe: Recipe, *, count: int, units: int, unit_steps: int,
     ranks = run.ranks
     # Under ranks each trains its share and reads the others' from the cache, which they have in common.
     mine = [k for k in missing if folder is None or k % ranks.world == ranks.rank]
-    groups = [mine] if pick_together(run.device) and mine else [[k] for k in mine]
-    progress = Progress(
-        f"{run.name}: {len(missing)} networks on real data", len(mine) * recipe.steps, 0, run.quiet or not ranks.leads
-    )
-    done = 0
-    for group in groups:
-        for k, entry in zip(group, _train(run, recipe, plan, group, ends, progress, done)):
+    again = f"stopped while training its networks; go on with: condense resume {run.directory}"
+    for group, report in groups(run, mine, recipe.steps, f"{len(missing)} networks on real data", again):
+        for k, entry in zip(group, _train(run, recipe, plan, group, ends, report)):
             found[k] = entry
             if folder is not None:
                 _write(folder / f"{k}.pt", entry)
-        done += len(group) * recipe.steps
-    progress.close()
     ranks.close()
     for k in missing:
         if k not in found and folder is not None:
@@ -172,26 +167,90 @@ def record(run: Run, recipe: Recipe, *, count: int, units: int, unit_steps: int,
     )
 
 
-def _agreed_plan(run: Run, recipe: Recipe, wanted: _Plan) -> _Plan:
-    """``wanted``, cut to the run's time limit; what a resumed run did before it does again."""
+def groups(
+    run: Run, mine: Sequence[int], steps: int, words: str, again: str, largest: int = sys.maxsize
+) -> Iterator[tuple[list[int], Callable[[int], None]]]:
+    """Networks to be trained together where that is faster, else each alone, with what their training reports to.
+
+    Args:
+        run: whose networks they are.
+        mine: their numbers.
+        steps: of each one's training.
+        words: what progress calls them.
+        again: what is said where a signal stops them.
+        largest: most networks of a group.
+    """
+    size = largest if pick_together(run.device) else 1
+    progress = Progress(f"{run.name}: {words}", len(mine) * steps, 0, run.quiet or not run.ranks.leads)
+
+    def report(before: int, done: int) -> None:
+        progress.update(before + done)
+        if run.asked_to_stop and run.ranks.world == 1:
+            raise Interrupted(again)
+
+    for start in range(0, len(mine), size):
+        yield list(mine[start : start + size]), functools.partial(report, start * steps)
+    progress.close()
+
+
+def agreed_plan(
+    run: Run, seconds: Callable[[], float], *, networks: int, units: int, unit_steps: int, least: int = 1
+) -> _Plan:
+    """What is asked for, cut to the run's time limit; what a resumed run did before it does again.
+
+    Args:
+        run: whose limit it is; a rehearsal makes one short network and is told what all would take.
+        seconds: measures the seconds of one training step of one network.
+        networks: asked for.
+        units: parts of each one's training.
+        unit_steps: training steps of one part.
+        least: fewest units of use; where not even these fit for all networks, fewer networks get them.
+    """
+    wanted = _Plan(networks, units, unit_steps)
+    least = min(least, wanted.units)
     if run.rehearses:
-        per_step = _seconds_per_step(run, recipe)
-        run.expected_preparation = per_step * wanted.networks * wanted.steps
-        return _Plan(1, min(wanted.units, 2), 1)
+        run.expected_preparation = seconds() * wanted.networks * wanted.steps
+        return _Plan(1, min(wanted.units, max(2, least)), 1)
     path = run.directory / PLAN if run.directory else None
     if path is not None and run.continues and path.exists():
         return _Plan(**json.loads(path.read_text()))
     plan = wanted
     if run.minutes is not None:
-        fit = int(SHARE * 60 * run.minutes / (_seconds_per_step(run, recipe) * wanted.unit_steps) * run.ranks.world)
+        fit = int(SHARE * 60 * run.minutes / (seconds() * wanted.unit_steps) * run.ranks.world)
         plan = dataclasses.replace(wanted, units=min(wanted.units, fit // wanted.networks))
-        if plan.units == 0:
-            plan = _Plan(min(wanted.networks, max(1, fit)), 1, wanted.unit_steps)
+        if plan.units < least:
+            plan = _Plan(min(wanted.networks, max(1, fit // least)), least, wanted.unit_steps)
         plan = _Plan(run.ranks.agree(plan.networks), run.ranks.agree(plan.units), plan.unit_steps)
     if path is not None and run.ranks.leads:
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(dataclasses.asdict(plan)))
     return plan
+
+
+def seconds_per_step(
+    run: Run, students: Sequence[Student], recipe: Recipe, precision: str, update: Update | None = None
+) -> float:
+    """Seconds of one training step of one of ``students``, from a few steps of all of them."""
+    ends: list[tuple[float, int]] = []
+
+    def note(steps: int) -> None:
+        if run.device.type == "cuda":
+            torch.cuda.synchronize(run.device)
+        ends.append((time.perf_counter(), steps))
+
+    recipe = dataclasses.replace(recipe, steps=PROBE_STEPS + 1)
+    train(students, recipe, device=run.device, precision=precision, report=note, update=update)
+    return statistics.median((b[0] - a[0]) / (b[1] - a[1]) for a, b in itertools.pairwise(ends))
+
+
+def transform_digests(task: Task) -> list[str]:
+    """SHA-256 of each array of the map to training space, by name."""
+    arrays = task.transform.arrays()
+    return [hashlib.sha256(arrays[name].tobytes()).hexdigest() for name in sorted(arrays)]
+
+
+def _agreed_plan(run: Run, recipe: Recipe, wanted: _Plan) -> _Plan:
+    return agreed_plan(run, lambda: _seconds_per_step(run, recipe), **dataclasses.asdict(wanted))
 
 
 def _student(run: Run, k: int) -> Student:
@@ -201,20 +260,11 @@ def _student(run: Run, k: int) -> Student:
 
 
 def _seconds_per_step(run: Run, recipe: Recipe) -> float:
-    ends: list[float] = []
-
-    def note(steps: int) -> None:
-        if run.device.type == "cuda":
-            torch.cuda.synchronize(run.device)
-        ends.append(time.perf_counter())
-
-    recipe = dataclasses.replace(recipe, steps=PROBE_STEPS + 1)
-    train([_student(run, 0)], recipe, device=run.device, precision=run.precision, report=note)
-    return statistics.median(after - before for before, after in itertools.pairwise(ends))
+    return seconds_per_step(run, [_student(run, 0)], recipe, run.precision)
 
 
 def _train(
-    run: Run, recipe: Recipe, plan: _Plan, group: Sequence[int], ends: bool, progress: Progress, done: int
+    run: Run, recipe: Recipe, plan: _Plan, group: Sequence[int], ends: bool, report: Callable[[int], None]
 ) -> list[dict[str, Any]]:
     """The networks of ``group``, trained together where that is faster: state and seconds of each."""
     students = [_student(run, k) for k in group]
@@ -222,11 +272,6 @@ def _train(
 
     def watch(k: int, step: int, state: Mapping[str, Tensor]) -> None:
         taken[k][step] = _half(state)  # by step: where memory did not suffice for all together, one by one starts anew
-
-    def report(steps: int) -> None:
-        progress.update(done + steps)
-        if run.asked_to_stop and run.ranks.world == 1:
-            raise Interrupted(f"stopped while training its networks; go on with: condense resume {run.directory}")
 
     seconds = train(
         students, recipe, device=run.device, precision=run.precision, report=report, watch=watch,
@@ -256,10 +301,9 @@ def _folder(run: Run, recipe: Recipe, plan: _Plan, ends: bool) -> Path | None:
     """Where the bank's networks are kept; None for one that a name does not describe, or a rehearsal's."""
     if not isinstance(run.network, str) or run.rehearses:
         return None
-    transform = run.task.transform.arrays()
     parts = [
-        run.task.fingerprint, [hashlib.sha256(transform[name].tobytes()).hexdigest() for name in sorted(transform)],
-        run.network, networks.library_version(run.network), str(recipe), plan.unit_steps, ends, run.seed,
+        run.task.fingerprint, transform_digests(run.task), run.network, networks.library_version(run.network),
+        str(recipe), plan.unit_steps, ends, run.seed,
         run.precision, device_name(run.device), pick_together(run.device), rng.HASH_VERSION, STUDENT_VERSION,
         torch.__version__,
     ]  # fmt: skip

@@ -349,6 +349,64 @@ def _report(made: Any, out: Path, run_dir: Path, data: str) -> None:
 
 
 @app.command()
+def experts(
+    data: Data,
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="settings of the method and of the data")
+    ] = None,
+    network: Annotated[str | None, typer.Option(help="their architecture; the method's own by default")] = None,
+    count: Annotated[int | None, _number("--count", int, "experts; the method's num_experts by default")] = None,
+    epochs: Annotated[
+        int | None, _number("--epochs", int, "of their training; as many as the method reads by default")
+    ] = None,
+    method: Annotated[str, typer.Option("--for", metavar="METHOD", help="method whose experts they are")] = "mtt",
+    out: Annotated[
+        Path | None, typer.Option(help="file to write or to add to; one of the cache, where methods look, by default")
+    ] = None,
+    held_out: Annotated[
+        float | None, _number("--held-out", float, "share of each class that they do not see and are judged on")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float16 or float32, of the stored weights")] = "float16",
+    seed: Seed = 0,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    download: Download = False,
+    force: Force = False,
+) -> None:
+    """Trains experts on real data and keeps their trajectories. Call it again to go on after a stop, or to add some."""
+    from condense import api, config
+    from condense.registry import METHODS
+    from condense.tasks import DataOptions
+
+    keys: dict[str, Any] = config.parse(settings or [])
+    options, values = _sorted(keys, DataOptions, METHODS.get(method).config)
+    watched: dict[str, Any] = {
+        "network": network, "count": count, "epochs": epochs, "dtype": dtype, "held_out": held_out, "device": device,
+        "precision": precision,
+    }  # fmt: skip
+    api.check_experts(method, values, options, **watched)
+    real = api.task(data, download=download, **options)
+    made = api.experts(real, method=method, out=out, seed=seed, force=force, quiet=False, **watched, **values)
+    if not leads():
+        return
+    file, new = made.file, len(made.trained)
+    entries = file.manifest["experts"]
+    print(f"{file.count} experts of {real.name}, {file.manifest['network']}, {file.epochs} epochs: "
+          f"{new} trained now, {file.count - new} were there")  # fmt: skip
+    print(f"  file: {file.path} ({size(file.path.stat().st_size)})")
+    if new:
+        pace = new * file.epochs / made.seconds * 60
+        seconds = sum(entries[k]["seconds"] for k in made.trained) / new
+        print(f"  time: {duration(seconds)} an expert; {pace:.3g} experts x epochs a minute")
+    if file.manifest["held_out"]:
+        scores = [100 * entry["accuracy"] for entry in entries]
+        print(f"  right on held-out images: {sum(scores) / len(scores):.1f} % ({min(scores):.1f} to {max(scores):.1f})")
+    words = ["condense", "distill", method, "--data", data, "--ipc", "10"] + ["--network", network] * bool(network)
+    words += [*(settings or []), f"experts={file.path}"] + [f"buffer_epochs={epochs}"] * (epochs is not None)
+    print(f"  next: {shlex.join(word for word in words if word is not None)}")
+
+
+@app.command()
 def resume(
     run_dir: Annotated[Path, typer.Argument(help="the run's directory")],
     minutes: Annotated[
@@ -386,6 +444,10 @@ def evaluate(
     without_augmentation: Annotated[
         bool, typer.Option("--without-augmentation", help="also train set and random images so, for the score ARS")
     ] = False,
+    teachers: Annotated[
+        Path | None,
+        typer.Option(help="file of the experts that soft labels came from, for random images; searched for by default"),
+    ] = None,
     seed: Seed = 0,
     device: Device = "auto",
     precision: Precision = "auto",
@@ -406,7 +468,7 @@ def evaluate(
     record = evaluation.evaluate(
         distilled, real, networks=networks.split(",") if networks else None, runs=runs, protocol=protocol,
         controls=[] if controls == "none" else controls.split(","), without_augmentation=without_augmentation,
-        seed=seed, device=device, precision=precision, cache=not no_cache, quiet=False,
+        teachers=teachers, seed=seed, device=device, precision=precision, cache=not no_cache, quiet=False,
     )  # fmt: skip
     if not leads():
         return
@@ -643,6 +705,19 @@ def plan(
     print(f"  time:   {duration(needs['seconds'])}{per_step}")
     print(f"  memory: {memory} at peak")
     print(f"  disk:   {size(needs['set_bytes']['total'])} set, {size(needs['checkpoint_bytes'])} checkpoints")
+    if needs["trajectories"]:
+        found = needs["trajectories"]
+        print(f"  experts: {found['experts']} of {found['epochs']} epochs, {size(found['bytes'])} on disk; "
+              f"{size(found['resident_bytes'])} of them {_PLACES[found['place']]}")  # fmt: skip
+
+
+_PLACES = {
+    "device": "in device memory",
+    "pinned": "in pinned host memory",
+    "memory": "in memory",
+    "mapped": "mapped from disk",
+}
+"""Where trajectories lie while a method runs."""
 
 
 def _version(wanted: bool) -> None:

@@ -86,6 +86,7 @@ def evaluate(
     controls: Sequence[str] = ("random",),
     without_augmentation: bool = False,
     teacher: nn.Module | None = None,
+    teachers: str | Path | None = None,
     seed: int = 0,
     device: str = "auto",
     precision: str = "auto",
@@ -114,6 +115,8 @@ def evaluate(
         without_augmentation: also train the distilled and random arms without augmentation, for ARS.
         teacher: what soft or per-view labels were made by, a network in the set's training space; it labels the random
             images in the same way.
+        teachers: file of the experts that they were made by, in place of ``teacher``; the one that the manifest names
+            is found in the cache or where it lay.
         seed: of the students' weights, shuffles, augmentation and of the random images.
         cache: False trains everything anew and stores nothing.
 
@@ -135,6 +138,8 @@ def evaluate(
     _check(distilled, task, architectures, runs, controls)
     ranks = Ranks(where)  # before anything goes to the device, which it picks among several
     task = task.to(where, transform=distilled.transform)
+    if teacher is None:
+        teacher = _recorded_teacher(distilled, teachers, where)
     judge = _Judge(task, chosen, runs, seed, where, precision, cache, quiet, ranks)
     arms, missing = _arms(judge, distilled, dict.fromkeys(controls), without_augmentation, teacher)
     try:
@@ -147,7 +152,7 @@ def evaluate(
         judge,
         results,
         missing,
-        command(distilled, judge, architectures, list(controls), without_augmentation),
+        command(distilled, judge, architectures, list(controls), without_augmentation, teachers is not None),
     )
 
 
@@ -201,6 +206,7 @@ def command(
     architectures: Sequence[str | Architecture],
     controls: Sequence[str],
     without_augmentation: bool,
+    teachers: bool = False,
 ) -> str:
     """The command line that gives this record, however it was asked for. A place to fill in is called PATH."""
     ready = "claim" in distilled.manifest
@@ -208,6 +214,7 @@ def command(
     words += ["--networks", ",".join(networks.name_of(network) for network in architectures)]
     words += ["--runs", str(judge.runs), "--protocol", judge.protocol.name]
     words += ["--controls", ",".join(controls) or "none"] + ["--without-augmentation"] * without_augmentation
+    words += ["--teachers", "PATH"] * teachers
     words += ["--seed", str(judge.seed)] * (judge.seed != 0) + ["--precision", judge.precision]
     own = {**dataclasses.asdict(DataOptions()), **distilled.manifest.get("data", {}).get("options", {})}
     given = dataclasses.asdict(judge.task.options)
@@ -521,6 +528,17 @@ def _arms(
             if arm.name in ("distilled", "random") and arm.labels == label
         ]
     return arms, missing
+
+
+def _recorded_teacher(distilled: DistilledSet, teachers: str | Path | None, device: torch.device) -> nn.Module | None:
+    """The mean of the experts that soft labels came from, where they can be found; None where they cannot."""
+    source = distilled.manifest.get("label_source", {}).get("experts", {})
+    if teachers is None and (distilled.labels.kind == "hard" or not source):
+        return None
+    from condense import trajectories
+
+    path = Path(teachers) if teachers is not None else trajectories.find(source)
+    return None if path is None else trajectories.teacher(path, device, distilled.shape, len(distilled.classes))
 
 
 def _random_source(seed: int, ipc: int, task: Task, run: int) -> FixedSource:

@@ -39,7 +39,7 @@ class Group:
     clamp: tuple[Tensor | float, Tensor | float] | None = None
     """Range (low, high), broadcast against the tensor, that values are clamped to after each update."""
     ema: float | None = None
-    """Decay of an exponential average of the iterates; ``SyntheticOptimizer.averages`` holds it."""
+    """Decay of an exponential average of the iterates, in whose place it steps at the end of the loop."""
 
 
 class SyntheticOptimizer:
@@ -90,8 +90,7 @@ class SyntheticOptimizer:
     def accumulate(self, loss: Tensor) -> None:
         """Adds the gradients of ``loss`` to those of this step; the graph of ``loss`` is freed."""
         loss.backward()
-        self.loss = self.loss + loss.detach().to(self.loss)
-        self.finite = self.finite & torch.isfinite(self.loss)
+        self.note(loss)
 
     def minimise(self, loss: Tensor, **options: Any) -> None:
         """``accumulate(loss)`` and ``step(**options)``."""
@@ -103,9 +102,13 @@ class SyntheticOptimizer:
         for name, gradient in gradients.items():
             self.tensors[name].grad = gradient.detach()
         if loss is not None:
-            self.loss = self.loss + loss.detach().to(self.loss)
-            self.finite = self.finite & torch.isfinite(self.loss)
+            self.note(loss)
         self.step(**options)
+
+    def note(self, loss: Tensor) -> None:
+        """Adds ``loss`` to what is logged and checked."""
+        self.loss = self.loss + loss.detach().to(self.loss)
+        self.finite = self.finite & torch.isfinite(self.loss)
 
     @torch.no_grad()
     def step(
@@ -161,6 +164,12 @@ class SyntheticOptimizer:
             average = self.averages[name]
             moved = average * group.ema + tensor * (1 - group.ema)
             average.copy_(torch.where(gate, moved, average) if isinstance(gate, Tensor) else moved)
+
+    @torch.no_grad()
+    def take_averages(self) -> None:
+        """Puts the average in the place of each tensor that has one."""
+        for name, average in self.averages.items():
+            self.tensors[name].copy_(average)
 
     def take_loss(self) -> Tensor:
         """The loss summed since the last call, on the device; clears it."""

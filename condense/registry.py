@@ -84,6 +84,7 @@ _ATTENTION = "condense.methods.attention_matching"
 _DISTRIBUTION = "condense.methods.distribution_matching"
 _GRADIENT = "condense.methods.gradient_matching"
 _SELECTION = "condense.methods.selection"
+_TRAJECTORY = "condense.methods.trajectory_matching"
 
 METHODS: Registry[Method] = Registry(
     "method",
@@ -98,6 +99,11 @@ METHODS: Registry[Method] = Registry(
         "datadam": _ATTENTION,
         "idm": _DISTRIBUTION,
         "dance": _DISTRIBUTION,
+        "mtt": _TRAJECTORY,
+        "tesla": _TRAJECTORY,
+        "ftd": _TRAJECTORY,
+        "ast": _TRAJECTORY,
+        "datm": _TRAJECTORY,
     },
 )
 

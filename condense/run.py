@@ -383,6 +383,7 @@ class Run:
         """The outer loop: yields each step; between steps it logs, checkpoints, previews, and stops when time is up.
 
         A method may loop several times, one set after the other: a resumed run passes over the loops that were done.
+        At the end of the loop a tensor whose group has an ``ema`` becomes its average.
 
         Args:
             synthetic: the set whose ``tensors`` named by ``groups`` are learned.
@@ -422,6 +423,7 @@ class Run:
                 self.steps_done = index + 1
                 keeper.after_step(index + 1, stop=self._stop)
             keeper.finish()
+            optimizer.take_averages()
             self._finished.append({name: tensor.detach().clone() for name, tensor in optimizer.tensors.items()})
             self.phase += 1
         finally:

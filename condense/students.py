@@ -1,4 +1,4 @@
-"""The loop that trains networks on a small or a large set: evaluated students, and later experts and teachers.
+"""The loop that trains networks on a small or a large set: evaluated students, experts and teachers.
 
 Students of one architecture are trained either in lock-step as one stacked network (``torch.func``), which fills a GPU
 with many small steps, or one after the other. The maths is the same; ``pick_together`` says which is faster where.
@@ -129,6 +129,31 @@ Watch = Callable[[int, int, Mapping[str, Tensor]], None]
 """Looks on while students are trained; see :func:`train`."""
 
 
+@dataclass
+class Work:
+    """One training step of one network, or of K stacked ones, as an update sees it."""
+
+    weights: list[Tensor]
+    """The leaves, which require grad; with a leading axis of networks where ``stacked``."""
+    stacked: bool
+    step: int
+    """Steps done before this one."""
+    epoch: int
+    """Pass over the data that the step belongs to, from 0."""
+    clean: Tensor
+    """The images before augmentation and mixing, (B,C,H,W), or (K,B,C,H,W) where ``stacked``."""
+    loss: Callable[[], Tensor]
+    """The sum over networks of the mean loss on the batch, at the weights as they now are. An update may move these in
+    place, under ``no_grad``, and must put them back bit for bit. In train mode each call moves running statistics."""
+    forward: Callable[[Tensor], Tensor]
+    """Images shaped like ``clean`` to float32 logits, (B,classes) or (K,B,classes), at the weights as they now are."""
+
+
+Update = Callable[[Work], Sequence[Tensor]]
+"""Gives a gradient for each of ``work.weights``, along which the optimiser then steps. Its ``str`` must say all that it
+does, as it tells one training from another. Norms over weights it takes for each network alone."""
+
+
 def train(
     students: Sequence[Student],
     recipe: Recipe,
@@ -140,6 +165,7 @@ def train(
     checkpoint: Path | None = None,
     watch: Watch | None = None,
     watch_every: int = 1,
+    update: Update | None = None,
 ) -> float:
     """Trains all students in place, on ``device``, and leaves them in train mode.
 
@@ -152,7 +178,8 @@ def train(
             (students trained one by one have one each, numbered). The same call after a kill goes on from it and ends
             with the same bits. A file that is damaged or of another training is ignored.
         watch: called as ``watch(k, step, state)`` with the live weights and buffers of student k after every
-            ``watch_every`` steps (not for those before a resumption).
+            ``watch_every`` steps, before these are in the checkpoint: what a resumption passes over was seen.
+        update: what gradients the optimiser steps along; None: those of the mean loss.
     """
     for student in students:
         student.network.to(device).train()
@@ -161,9 +188,9 @@ def train(
     equal = len({student.source.size for student in students}) == 1
     drops = any("drop" in type(module).__name__.lower() for module in students[0].network.modules())
     if together and equal and not drops and len(students) > 1:  # dropout is keyed by student, so these go one by one
-        keeper = _Keeper(checkpoint, students, recipe, device, precision)
+        keeper = _Keeper(checkpoint, students, recipe, device, precision, update)
         try:
-            _train_stacked(students, recipe, device, precision, report, keeper, watch, watch_every)
+            _train_stacked(students, recipe, device, precision, report, keeper, watch, watch_every, update)
             keeper.remove()
             return keeper.seconds
         except torch.OutOfMemoryError:  # the students themselves are untouched until the end
@@ -172,10 +199,10 @@ def train(
     keepers, seconds = [], 0.0
     for k, student in enumerate(students):
         path = checkpoint and (checkpoint.with_name(f"{checkpoint.name}.{k}") if len(students) > 1 else checkpoint)
-        keepers.append(_Keeper(path, [student], recipe, device, precision, keep_end=len(students) > 1))
+        keepers.append(_Keeper(path, [student], recipe, device, precision, update, keep_end=len(students) > 1))
         shifted = report and functools.partial(_shift, report, k * recipe.steps)
         watched = watch and functools.partial(watch, k)
-        _train_one(student, recipe, device, precision, shifted, keepers[k], watched, watch_every)
+        _train_one(student, recipe, device, precision, shifted, keepers[k], watched, watch_every, update)
         seconds += keepers[k].seconds
     for keeper in keepers:  # only now, so that the first students need no second training when the last one is killed
         keeper.remove()
@@ -191,10 +218,14 @@ def _shift(report: Callable[[int], None], offset: int, done: int) -> None:
     report(offset + done)
 
 
+def steps_per_pass(size: int, batch: int) -> int:
+    """Steps in which all of ``size`` images are seen once."""
+    return -(-size // batch)
+
+
 def batch_ids(seed: int, size: int, batch: int, step: int) -> Tensor:
     """Positions of the images of ``step``: consecutive parts of a fresh permutation for each pass over the set."""
-    per_pass = -(-size // batch)
-    epoch, part = divmod(step, per_pass)
+    epoch, part = divmod(step, steps_per_pass(size, batch))
     return _pass_order(seed, size, epoch)[part * batch : (part + 1) * batch]
 
 
@@ -207,13 +238,15 @@ Targets = list[tuple[float, Tensor]]
 """Targets of a batch with the weight of each in its loss; more than one where images were mixed."""
 
 
-def _batch(student: Student, recipe: Recipe, step: int) -> tuple[Tensor, Targets]:
-    """Images and targets of ``step``, augmented and mixed by the recipe or as the labels' own views."""
+def _batch(student: Student, recipe: Recipe, step: int) -> tuple[Tensor, Targets, Tensor]:
+    """Images and targets of ``step``, augmented and mixed by the recipe or as the labels' own views; then the images
+    before that."""
     source = student.source
     ids = batch_ids(student.seed, source.size, recipe.batch, step)
-    images, targets = source.batch(ids, step // -(-source.size // recipe.batch))
+    clean, targets = source.batch(ids, step // steps_per_pass(source.size, recipe.batch))
+    images = clean
     if source.per_view:
-        return images, [(1.0, targets)]
+        return images, [(1.0, targets)], clean
     if recipe.augment is not None:
         height, width = images.shape[-2:]
         draws = rng.Draws(student.seed, "augment", step)
@@ -222,8 +255,8 @@ def _batch(student: Student, recipe: Recipe, step: int) -> tuple[Tensor, Targets
         draws = rng.Draws(student.seed, "cutmix", step)
         if float(draws.uniform(1)) < recipe.cutmix:
             images, partners, share = cutmix(images, draws)
-            return images, [(share, targets), (1 - share, targets[partners.to(targets.device)])]
-    return images, [(1.0, targets)]
+            return images, [(share, targets), (1 - share, targets[partners.to(targets.device)])], clean
+    return images, [(1.0, targets)], clean
 
 
 def _loss(source: Source, logits: Tensor, targets: Targets) -> Tensor:
@@ -236,7 +269,8 @@ def _loss(source: Source, logits: Tensor, targets: Targets) -> Tensor:
 class _Keeper:
     """The checkpoint of one training; does nothing where there is no ``path``.
 
-    It is known by its students' seeds, initial weights and first batches, the recipe, and where and how it runs.
+    It is known by its students' seeds, initial weights and first batches, the recipe, the update, and where and how it
+    runs.
     ``keep_end``: the state after the last step is written too.
     """
 
@@ -247,13 +281,14 @@ class _Keeper:
         recipe: Recipe,
         device: torch.device,
         precision: str,
+        update: Update | None = None,
         keep_end: bool = False,
     ) -> None:
         self.path, self.steps, self.keep_end = path, recipe.steps, keep_end
         self.began = self.saved = time.monotonic()
         if path is None:
             return
-        known = [str(recipe), str(device.type), precision, torch.__version__]
+        known = [str(recipe), str(update), str(device.type), precision, torch.__version__]
         for student in students:
             first = batch_ids(student.seed, student.source.size, recipe.batch, 0)
             images, targets = student.source.batch(first, epoch=0)
@@ -307,9 +342,16 @@ def _train_one(
     keeper: _Keeper,
     watch: Callable[[int, Mapping[str, Tensor]], None] | None,
     watch_every: int,
+    update: Update | None,
 ) -> None:
     network, start = student.network, 0
-    optimizer = _optimizer(list(network.parameters()), recipe)
+    weights: list[Tensor] = list(network.parameters())
+    optimizer = _optimizer(weights, recipe)
+
+    def forward(images: Tensor) -> Tensor:
+        with fast(device, precision):
+            logits = network(images)
+        return logits.float()
 
     def state() -> dict[str, Any]:
         return {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "random": _random_state(device)}
@@ -322,18 +364,29 @@ def _train_one(
             _set_random_state(saved["random"], device)
             start = saved["step"]
         for step in range(start, recipe.steps):
-            images, targets = _batch(student, recipe, step)
-            with fast(device, precision):
-                logits = network(images)
-            optimizer.zero_grad()
-            _loss(student.source, logits.float(), targets).backward()
+            images, targets, clean = _batch(student, recipe, step)
+
+            def loss(images: Tensor = images, targets: Targets = targets) -> Tensor:
+                return _loss(student.source, forward(images), targets)
+
+            if update is None:
+                optimizer.zero_grad()
+                loss().backward()
+            else:
+                epoch = step // steps_per_pass(student.source.size, recipe.batch)
+                _set_gradients(weights, update(Work(weights, False, step, epoch, clean, loss, forward)))
             optimizer.param_groups[0]["lr"] = recipe.rate(step)
             optimizer.step()
-            keeper.after(step + 1, state)
             if watch is not None and (step + 1) % watch_every == 0:
                 watch(step + 1, network.state_dict())
+            keeper.after(step + 1, state)
             if report is not None:
                 report(step + 1)
+
+
+def _set_gradients(weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+    for weight, gradient in zip(weights, gradients, strict=True):
+        weight.grad = gradient.detach()
 
 
 def _random_state(device: torch.device) -> list[Tensor]:
@@ -356,6 +409,7 @@ def _train_stacked(
     keeper: _Keeper,
     watch: Watch | None,
     watch_every: int,
+    update: Update | None,
 ) -> None:
     """K networks as one: parameters (K, ...), batches (K, B, ...), the sum of K losses has K separate gradients."""
     nets, start = [student.network for student in students], 0
@@ -364,14 +418,20 @@ def _train_stacked(
     leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
     optimizer = _optimizer(list(leaves.values()), recipe)
 
-    def forward(weights: dict[str, Tensor], state: dict[str, Tensor], images: Tensor) -> Tensor:
+    def call(weights: dict[str, Tensor], state: dict[str, Tensor], images: Tensor) -> Tensor:
         return torch.func.functional_call(shell, (weights, state), (images,))
 
     def state() -> dict[str, Any]:
         weights = {name: leaf.detach() for name, leaf in leaves.items()}
         return {"weights": weights, "buffers": buffers, "optimizer": optimizer.state_dict()}
 
-    stacked = torch.func.vmap(forward)
+    stacked = torch.func.vmap(call)
+
+    def forward(images: Tensor) -> Tensor:
+        with fast(device, precision):
+            logits = stacked(leaves, buffers, images)
+        return logits.float()
+
     saved = keeper.read()
     if saved is not None:
         with torch.no_grad():
@@ -380,19 +440,26 @@ def _train_stacked(
         optimizer.load_state_dict(saved["optimizer"])
         start = saved["step"]
     for step in range(start, recipe.steps):
-        pairs = [_batch(student, recipe, step) for student in students]
-        images = torch.stack([pair[0] for pair in pairs])
-        with fast(device, precision):
-            logits = stacked(leaves, buffers, images)
-        losses = [_loss(s.source, logits[k].float(), pairs[k][1]) for k, s in enumerate(students)]
-        optimizer.zero_grad()
-        torch.stack(losses).sum().backward()
+        batches = [_batch(student, recipe, step) for student in students]
+        images = torch.stack([batch[0] for batch in batches])
+
+        def loss(images: Tensor = images, targets: Sequence[Targets] = [batch[1] for batch in batches]) -> Tensor:
+            logits = forward(images)
+            return torch.stack([_loss(s.source, logits[k], targets[k]) for k, s in enumerate(students)]).sum()
+
+        if update is None:
+            optimizer.zero_grad()
+            loss().backward()
+        else:
+            epoch = step // steps_per_pass(students[0].source.size, recipe.batch)
+            clean, weights = torch.stack([batch[2] for batch in batches]), list(leaves.values())
+            _set_gradients(weights, update(Work(weights, True, step, epoch, clean, loss, forward)))
         optimizer.param_groups[0]["lr"] = recipe.rate(step)
         optimizer.step()
-        keeper.after(step + 1, state)
         if watch is not None and (step + 1) % watch_every == 0:
             for k in range(len(students)):
                 watch(k, step + 1, {name: value[k].detach() for name, value in (leaves | buffers).items()})
+        keeper.after(step + 1, state)
         if report is not None:
             report((step + 1) * len(students))
     with torch.no_grad():

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +15,10 @@ from torch import Tensor
 from condense import rng
 from condense.config import require
 from condense.errors import CondenseError, did_you_mean
-from condense.labels import HardLabels, Labels
+from condense.labels import HardLabels, Labels, SoftLabels
 from condense.tasks import Task
 
-INITS = ("real", "noise", "kmeans", "collage")
+INITS: tuple[str, ...] = ("real", "noise", "kmeans", "collage")
 Space = Literal["training", "pixel"]
 
 
@@ -103,9 +103,12 @@ class SyntheticOptions:
     fyi: bool = False
     """Distil the union of the set and its mirror images (FYI); needs data whose classes survive mirroring."""
 
+    inits: ClassVar[tuple[str, ...]] = INITS
+    """What ``init`` may be; a method with a start of its own adds its word and finds the images itself."""
+
     def __post_init__(self) -> None:
-        if self.init not in INITS:
-            raise CondenseError(f"init={self.init}: unknown{did_you_mean(self.init, INITS)}")
+        if self.init not in self.inits:
+            raise CondenseError(f"init={self.init}: unknown{did_you_mean(self.init, self.inits)}")
         require(self, factor=(1, math.inf))
 
 
@@ -113,12 +116,14 @@ class SyntheticSet:
     """Images, labels and decode stages while they are being made.
 
     Attributes:
-        tensors: the leaves that may be learned; ``tensors["images"]`` is (N,C,H,W), sorted by class.
+        tensors: the leaves that may be learned; ``tensors["images"]`` is (N,C,H,W), sorted by class. The methods
+            below add ``labels`` and ``step_size``.
         classes: int64 (N,), the class of each stored image.
         labels: the label provider that the finished set will carry.
         space: ``training`` (pixels after the task's transform, unclamped) or ``pixel`` ([0,1], or uint8 for
             selections).
         stages: the decode stages, in order.
+        label_source: what soft labels came from, for the manifest.
     """
 
     def __init__(
@@ -136,12 +141,39 @@ class SyntheticSet:
         self.classes = classes.to(device)
         self.labels = labels or HardLabels(self.classes, task.num_classes)
         self.tensors = {"images": images.requires_grad_(images.is_floating_point())}
+        self.label_source: dict[str, Any] = {}
+        self._positive = True
         self._rows = [(self.classes == c).nonzero().squeeze(1) for c in range(task.num_classes)]
 
     @property
     def images(self) -> Tensor:
         """The stored images (N,C,H,W)."""
         return self.tensors["images"]
+
+    def learn_step_size(self, start: float, *, positive: bool = True) -> None:
+        """Makes the learning rate of students part of the set; it travels with it and serves its evaluation.
+
+        ``positive``: the leaf is the logarithm of the rate, which then cannot become negative.
+        """
+        value = math.log(start) if positive else start
+        self.tensors["step_size"] = torch.tensor(value, device=self.images.device).requires_grad_()
+        self._positive = positive
+
+    @property
+    def step_size(self) -> Tensor | None:
+        """The learned rate as it is now, without a graph; None where it is not learned."""
+        leaf = self.tensors.get("step_size")
+        return None if leaf is None else leaf.detach().exp() if self._positive else leaf.detach()
+
+    def step_size_slope(self, gradient: Tensor) -> Tensor:
+        """The slope of a loss in the leaf, from its slope in the rate itself."""
+        rate = self.step_size
+        return gradient * rate if self._positive and rate is not None else gradient
+
+    def learn_labels(self, logits: Tensor) -> None:
+        """Makes soft labels, logits (N, classes), part of what is learned."""
+        self.tensors["labels"] = logits.detach().clone().requires_grad_()
+        self.labels = SoftLabels(self.tensors["labels"])
 
     @classmethod
     def create(
@@ -153,8 +185,12 @@ class SyntheticSet:
         seed: int,
         device: torch.device,
         space: Space = "training",
+        ids: Tensor | None = None,
     ) -> SyntheticSet:
-        """A set of ``ipc`` images per class, initialised and decoded as ``options`` say."""
+        """A set of ``ipc`` images per class, initialised and decoded as ``options`` say.
+
+        ``ids``: the real training images (classes * ipc,) to start from instead, class by class.
+        """
         stages: list[Stage] = []
         if options.factor > min(task.shape[1:]):
             raise CondenseError(
@@ -168,7 +204,10 @@ class SyntheticSet:
                     f"fyi=true: a mirror image of '{task.name}' may belong to another class; leave fyi off"
                 )
             stages.append(FlipUnion())
-        images, classes = initial_images(task, ipc, options, seed)
+        if ids is None:
+            images, classes = initial_images(task, ipc, options, seed)
+        else:
+            images, classes = task.pixels(ids), torch.from_numpy(task.train.labels[ids.numpy()])
         if space == "pixel" and options.init == "noise":
             images = (images / 4 + 0.5).clamp(0, 1)
         images = images.to(device)
@@ -248,17 +287,20 @@ def _collages(task: Task, ipc: int, factor: int, seed: int) -> Tensor:
 
 
 def _representatives(task: Task, c: int, ipc: int, seed: int) -> Tensor:
-    """Ids of the training images of class ``c`` nearest to its ``ipc`` k-means centroids in pixel space, without
-    repeats."""
+    """Ids of the training images of class ``c`` nearest to its ``ipc`` k-means centroids in pixel space."""
+    members = torch.from_numpy(task.class_ids(c))
+    return members[central_rows(task.pixels(members).flatten(1), ipc, rng.key(seed, "init", "kmeans", c))]
+
+
+def central_rows(points: Tensor, count: int, key: int) -> Tensor:
+    """Rows of the float32 ``points`` (N, D) nearest to ``count`` k-means centroids, int64 (count,), without repeats."""
     from sklearn.cluster import KMeans
 
-    members = torch.from_numpy(task.class_ids(c))
-    pixels = task.pixels(members).flatten(1)
-    state = rng.key(seed, "init", "kmeans", c) % 2**31
-    centroids = torch.from_numpy(KMeans(ipc, n_init=1, random_state=state).fit(pixels.numpy()).cluster_centers_)
-    distances = torch.cdist(centroids.float(), pixels)
+    points = points.cpu()
+    fitted = KMeans(count, n_init=1, random_state=key % 2**31).fit(points.numpy())
+    distances = torch.cdist(torch.from_numpy(fitted.cluster_centers_).float(), points)
     chosen: list[int] = []
     for row in distances:
         row[chosen] = torch.inf
         chosen.append(int(row.argmin()))
-    return members[torch.tensor(chosen)]
+    return torch.tensor(chosen)

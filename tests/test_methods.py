@@ -12,6 +12,10 @@ from condense.errors import CondenseError
 from condense.registry import METHODS
 from condense.run import Run
 
+TRAJECTORY = {
+    "steps": 4, "syn_steps": 3, "expert_epochs": 1, "max_start_epoch": 2, "num_experts": 2, "expert_batch": 8,
+    "lr_start": 0.02,
+}  # fmt: skip
 # Settings that make each method tiny. A method without a row here fails the first test.
 SETTINGS = {
     "random": {},
@@ -24,7 +28,13 @@ SETTINGS = {
     "idc": {"steps": 4, "batch_real": 6, "networks": 2, "snapshots": 2, "net_steps": 2, "lr_img": 0.05},
     "idm": {"steps": 4, "batch_real": 6, "networks": 2, "snapshots": 3, "net_steps": 2},
     "dance": {"steps": 4, "batch_real": 6, "networks": 2, "expert_epochs": 1},
+    **dict.fromkeys(("mtt", "tesla", "ftd"), TRAJECTORY),
+    "ast": {**TRAJECTORY, "buffer_epochs": 3},
+    "datm": {**TRAJECTORY, "expand_steps": 3, "gate": 10.0},
 }
+# What moves besides the pixels is held, and pixels are moved as far as the method's size of gradients needs.
+STILL = dict.fromkeys(("mtt", "tesla", "ftd", "ast"), {"lr_lr": 0.0, "lr_img": 1.0})
+STILL["datm"] = {**STILL["mtt"], "lr_label": 0.0}
 WITHOUT_LOSS = {"random"}
 NETWORK = "convnet-d2-w8-in"
 
@@ -50,7 +60,8 @@ def test_it_makes_a_set_that_survives_its_file(name, tiny, tmp_path):
     assert loaded.manifest["method"] == name
     assert loaded.manifest["cost"]["seconds"] >= 0
     assert torch.isfinite(loaded.images).all()
-    assert [int(loaded[i][1]) for i in range(6)] == [0, 0, 1, 1, 2, 2]
+    assert loaded.hard_labels().tolist() == [0, 0, 1, 1, 2, 2]
+    assert loaded.labels.kind == METHODS.get(name).labels
 
 
 def test_the_seed_decides(name, tiny):
@@ -88,8 +99,9 @@ def test_one_small_step_lowers_the_loss(name, tiny):
         pytest.skip("has no loss")
     losses = []
     entry = METHODS.get(name)
-    for lr_img in (0.0, 1e-3):
-        config = entry.config(**{**SETTINGS[name], "steps": 2, "lr_img": lr_img})
+    still = STILL.get(name, {"lr_img": 1e-3})
+    for lr_img in (0.0, still["lr_img"]):
+        config = entry.config(**{**SETTINGS[name], **still, "steps": 2, "lr_img": lr_img})
         watched = _Frozen(tiny, 2, NETWORK)
         entry.function(tiny, config, watched)
         losses.append(watched.losses)
@@ -105,7 +117,7 @@ def test_fyi_on_mirror_symmetric_images_leaves_the_loss(name):
     task = condense.task((symmetric(train), labels, test, test_labels), name="tiny")
     entry, losses = METHODS.get(name), []
     for fyi in (False, True):
-        settings = {**SETTINGS[name], "steps": 1, "augment": "none", "init": "real", "factor": 1, "fyi": fyi}
+        settings = {**SETTINGS[name], **STILL.get(name, {}), "steps": 1, "augment": "none", "init": "real", "factor": 1, "fyi": fyi}
         watched = _Frozen(task, 2, NETWORK)
         entry.function(task, entry.config(**settings), watched)
         losses += watched.losses

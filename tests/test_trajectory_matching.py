@@ -1,0 +1,325 @@
+"""The maths of trajectory matching beyond the unrolled training itself: experts' updates, windows, labels, starts."""
+
+import math
+
+import pytest
+import torch
+
+import condense
+from condense import networks
+from condense.errors import CondenseError
+from condense.methods import trajectory_matching as tm
+from condense.run import Run
+from condense.students import Work
+from condense.trajectories import Layout
+
+NETWORK = "convnet-d2-w8-in"
+
+
+# -- updates of the experts -------------------------------------------------------------------------------------------
+
+
+class Quadratic:
+    """f(w) = sum of a w^4 / 4 + b w over two tensors, for one network or for K stacked ones."""
+
+    def __init__(self, count=None):
+        generator = torch.Generator().manual_seed(3)
+        lead = () if count is None else (count,)
+        shapes = [(*lead, 3, 2), (*lead, 4)]
+        self.a, self.b, self.weights = (
+            [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes] for _ in range(3)
+        )
+        self.weights = [weight.requires_grad_() for weight in self.weights]
+        self.work = Work(
+            weights=self.weights, stacked=count is not None, step=0, epoch=0, clean=torch.zeros(1),
+            loss=self.loss, forward=lambda images: images,
+        )  # fmt: skip
+
+    def loss(self):
+        return sum((a * w**4 / 4 + b * w).sum() for a, b, w in zip(self.a, self.b, self.weights))
+
+    def gradient(self, weights):
+        """In closed form, flat."""
+        return torch.cat([(a * w**3 + b).flatten() for a, b, w in zip(self.a, self.b, weights)])
+
+
+@pytest.mark.parametrize("adaptive", [True, False])
+def test_gsam_equals_its_formula(adaptive):
+    problem, rho, coefficient = Quadratic(), 0.3, 0.7
+    before = [weight.detach().clone() for weight in problem.weights]
+    got = tm.GSAM(rho, coefficient, adaptive)(problem.work)
+    assert all(torch.equal(weight, value) for weight, value in zip(problem.weights, before))
+    w = torch.cat([weight.flatten() for weight in before])
+    g = problem.gradient(before)
+    e = rho * w**2 * g / (w.abs() * g).norm() if adaptive else rho * g / g.norm()
+    moved = [part.view_as(weight) for part, weight in zip((w + e).split([6, 4]), before)]
+    s = problem.gradient(moved)
+    cosine = (g @ s) / (g.norm() * s.norm())
+    wanted = s - coefficient * (g - cosine * g.norm() * s / s.norm())
+    torch.testing.assert_close(torch.cat([part.flatten() for part in got]), wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("adaptive", [True, False])
+def test_gsam_of_stacked_networks_is_that_of_each(adaptive):
+    stacked, update = Quadratic(3), tm.GSAM(0.3, 0.7, adaptive)
+    together = update(stacked.work)
+    for k in range(3):
+        one = Quadratic()
+        one.a, one.b = [a[k] for a in stacked.a], [b[k] for b in stacked.b]
+        one.weights = [weight[k].detach().requires_grad_() for weight in stacked.weights]
+        one.work.weights = one.weights
+        for alone, all_of_them in zip(update(one.work), together):
+            torch.testing.assert_close(alone, all_of_them[k], rtol=1e-9, atol=1e-9)
+
+
+def smooth_work(epoch, stacked=False):
+    """A linear map of 3-colour images to two logits, whose input slope is known in closed form."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(2, 3 * 4, generator=generator, dtype=torch.float64)
+    weight = (weight[None].repeat(2, 1, 1) if stacked else weight).requires_grad_()
+    images = torch.randn(5, 3, 2, 2, generator=generator, dtype=torch.float64)
+    images = images[None].repeat(2, 1, 1, 1, 1) if stacked else images
+
+    def forward(x):
+        return torch.einsum("...nd,...cd->...nc", x.flatten(-3), weight)
+
+    def loss():
+        return forward(images).square().mean((-2, -1)).sum()
+
+    return Work([weight], stacked, 0, epoch, images, loss, forward), weight
+
+
+@pytest.mark.parametrize("epoch, factor", [(0, 0.5), (3, 0.65), (10, 1.0), (40, 1.0)])
+@pytest.mark.parametrize("stacked", [False, True])
+def test_smooth_update_is_the_slope_of_loss_and_penalty(epoch, factor, stacked):
+    work, weight = smooth_work(epoch, stacked)
+    (got,) = tm.Smooth(2.0, True)(work)
+    copy = weight.detach().clone().requires_grad_()
+    slope = copy.sum(-2).view(*copy.shape[:-2], 3, 2, 2)  # of the sum of logits, the same for every image
+    penalty = (slope.norm(dim=-3) - 1).square().mean((-2, -1)).sum()
+    logits = torch.einsum("...nd,...cd->...nc", work.clean.flatten(-3), copy)
+    (factor * logits.square().mean((-2, -1)).sum() + 2.0 * penalty).backward()
+    torch.testing.assert_close(got, copy.grad, rtol=1e-6, atol=1e-9)
+
+
+def test_smooth_update_without_its_parts_is_plain():
+    work, weight = smooth_work(0)
+    (got,) = tm.Smooth(0.0, False)(work)
+    torch.testing.assert_close(got, torch.autograd.grad(work.loss(), weight)[0])
+
+
+# -- AST --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_weight_of_a_start():
+    assert tm.start_weight(10, 20) == pytest.approx(math.log(8) / math.log(5))  # the middle
+    assert tm.start_weight(13, 20) == pytest.approx(math.log(11) / math.log(5))
+    assert tm.start_weight(7, 20) == pytest.approx(math.log(5) / math.log(11))
+    assert tm.start_weight(0, 1) == pytest.approx(math.log(8) / math.log(5))
+
+
+class Known:
+    """Experts whose snapshot t of expert k is filled with 10 k + t."""
+
+    def __init__(self, net, count=3, epochs=9):
+        self.layout, self.count, self.epochs = Layout.of(net), count, epochs
+
+    def at(self, k, t):
+        return torch.full((self.layout.size,), 10.0 * k + (t if t >= 0 else self.epochs))
+
+
+@pytest.fixture
+def known():
+    return Known(networks.build(NETWORK, (1, 8, 8), 3))
+
+
+@pytest.mark.parametrize(
+    "kind, weights", [("none", []), ("agg", [1.0, 1.0]), ("adaptive", [1 / 3, 2 / 3])]
+)  # fmt: skip
+def test_matches_on_the_way(known, kind, weights):
+    config = tm.AST(intermediate=kind, expert_epochs=3, syn_steps=20)
+    targets = tm.on_the_way(config, known, expert=1, epoch=4)
+    assert [target.step for target in targets] == [20, 6, 12][: 1 + len(weights)]
+    assert [float(target.goal[0]) for target in targets] == [17.0, 15.0, 16.0][: 1 + len(weights)]
+    assert [target.weight for target in targets] == pytest.approx([1.0, *weights])
+
+
+def test_a_perturbed_start_changes_convolutions_alone_by_its_length(known):
+    start = known.at(1, 0) + 1
+    moved = tm.perturbed(start, known, 0.5, (0, "perturb", 1))
+    assert torch.equal(moved, tm.perturbed(start, known, 0.5, (0, "perturb", 1)))
+    assert torch.equal(tm.perturbed(start, known, 0.0, (0, "perturb", 1)), start)
+    for name, weight in known.layout.unflatten(moved).items():
+        share = weight / known.layout.unflatten(start)[name] - 1  # length * D / |D|
+        assert float(share.norm()) == pytest.approx(0.5 if weight.dim() == 4 else 0.0, rel=1e-4)
+
+
+def test_representative_images_are_of_their_class_and_different(tiny):
+    run = Run(tiny, 2, NETWORK, quiet=True)
+    experts = Known(run.random_network(0))
+    experts.at = lambda k, t: experts.layout.flatten(run.random_network(k))
+    ids = tm.representative(tiny, run, experts)
+    assert len(set(ids.tolist())) == 6 and tiny.train.labels[ids.numpy()].tolist() == [0, 0, 1, 1, 2, 2]
+
+
+# -- DATM -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_window_expands_as_published():
+    config = tm.DATM(max_start_epoch=20, expand_steps=1000)
+    assert [config.window(i) for i in (0, 99, 100, 550, 999, 1000, 9000)] == [10, 10, 11, 15, 19, 20, 20]
+    assert tm.DATM(max_start_epoch=20, expand_steps=0).window(0) == 20
+    late = tm.DATM(min_start_epoch=10, max_start_epoch=40, first_max_start_epoch=30, expand_steps=100)
+    assert [late.window(i) for i in (0, 50, 100)] == [30, 35, 40]
+    with pytest.raises(CondenseError, match="first_max_start_epoch=50: must be 1 to 40"):
+        tm.DATM(max_start_epoch=40, first_max_start_epoch=50)
+
+
+class Oracle:
+    """Stands in for ``answers``: what each expert says of each image is given."""
+
+    def __init__(self, monkeypatch, logits):
+        self.logits = logits  # (experts, images, classes)
+        monkeypatch.setattr(tm, "answers", lambda run, experts, theta, images: logits[int(theta[0]) // 10])
+
+
+def test_labels_average_the_experts_that_are_right(tiny, known, monkeypatch):
+    classes = torch.tensor([0, 1, 2])
+    logits = torch.tensor([
+        [[3.0, 1, 0], [0, 2, 1], [5, 1, 0]],
+        [[1.0, 2, 0], [0, 4, 0], [0, 3, 1]],
+        [[5.0, 0, 1], [9, 0, 0], [4, 0, 2]],
+    ])  # fmt: skip
+    Oracle(monkeypatch, logits)
+    run = Run(tiny, 1, NETWORK, quiet=True)
+    got = tm.agreed_logits(run, known, torch.zeros(3, 1, 8, 8), classes)
+    torch.testing.assert_close(got[0], (logits[0, 0] + logits[2, 0]) / 2)
+    torch.testing.assert_close(got[1], (logits[0, 1] + logits[1, 1]) / 2)
+    torch.testing.assert_close(got[2], logits[:, 2].mean(0))  # nobody is right: all count
+
+
+def test_starting_images_are_recognised(tiny, known, monkeypatch):
+    """The first expert recognises images by their id; where it is never right, the next one is asked, then anybody."""
+    run = Run(tiny, 2, NETWORK, quiet=True)
+    labels = torch.from_numpy(tiny.train.labels)
+
+    def answers(run, experts, theta, ids):
+        expert, truth = int(theta[0]) // 10, labels[ids]
+        right = {0: (truth == 0) & (ids % 2 == 0), 1: truth == 1}.get(expert, torch.zeros_like(truth, dtype=torch.bool))
+        return torch.nn.functional.one_hot(torch.where(right, truth, (truth + 1) % 3), 3).float()
+
+    monkeypatch.setattr(tm, "answers", answers)
+    monkeypatch.setattr(run.task, "batch", lambda ids: ids)
+    ids = tm.recognised(tiny, run, known)
+    assert len(set(ids.tolist())) == 6 and labels[ids].tolist() == [0, 0, 1, 1, 2, 2]
+    assert (ids[:2] % 2 == 0).all()
+
+
+# -- whole runs -------------------------------------------------------------------------------------------------------
+
+SMALL = {
+    "network": NETWORK, "steps": 3, "syn_steps": 3, "expert_epochs": 1, "max_start_epoch": 2, "num_experts": 2,
+    "expert_batch": 8, "lr_start": 0.02,
+}  # fmt: skip
+
+
+def test_the_step_size_travels_and_is_learned(tiny, tmp_path):
+    held = condense.distill("mtt", tiny, 1, **SMALL, lr_lr=0.0)
+    assert held.manifest["learned_lr"] == pytest.approx(0.02)
+    moved = condense.distill("mtt", tiny, 1, **SMALL, lr_lr=1e-4, out=tmp_path / "a.h5")
+    assert moved.manifest["learned_lr"] != pytest.approx(0.02)
+    assert condense.load(tmp_path / "a.h5").manifest["learned_lr"] == moved.manifest["learned_lr"]
+
+
+def test_a_positive_step_size_moves_at_first_as_the_raw_one_and_stays_positive(tiny):
+    def moved(kind, lr_lr):
+        settings = {**SMALL, "steps": 1, "lr_start": 0.5, "lr_lr": lr_lr, "step_size": kind}
+        return condense.distill("mtt", tiny, 1, **settings).manifest["learned_lr"] - 0.5
+
+    slope = moved("raw", 1e-6) / -1e-6
+    assert slope > 0 and moved("positive", 1e-6) == pytest.approx(moved("raw", 1e-6), rel=0.05)
+    assert moved("raw", 1.0 / slope) == pytest.approx(-1.0, rel=0.01)  # beyond zero
+    assert -0.5 < moved("positive", 1.0 / slope) < 0
+
+
+def test_grad_modes_agree_over_a_run(tiny):
+    sets = {mode: condense.distill("mtt", tiny, 2, **SMALL, grad_mode=mode).stored for mode in ("adjoint", "graph")}
+    torch.testing.assert_close(sets["adjoint"], sets["graph"], rtol=1e-3, atol=1e-4)
+    approximate = condense.distill("mtt", tiny, 2, **SMALL, grad_mode="tesla").stored
+    assert torch.equal(condense.distill("tesla", tiny, 2, **SMALL, lr_img=100.0, lr_lr=1e-5).stored, approximate)
+    assert not torch.allclose(approximate, sets["adjoint"], rtol=1e-3, atol=1e-4)
+
+
+def test_ftd_ends_as_the_average_of_its_iterates(tiny, monkeypatch):
+    seen = []
+    original = tm.Learner.descend
+
+    def descend(self, step, outcome):
+        original(self, step, outcome)
+        seen.append(self.synthetic.images.detach().clone())
+
+    monkeypatch.setattr(tm.Learner, "descend", descend)
+    settings = {**SMALL, "rho": 0.01, "gsam": 0.0}
+    first = condense.distill("ftd", tiny, 1, **{**settings, "lr_img": 0.0}, ema=0.0).stored
+    seen.clear()
+    made = condense.distill("ftd", tiny, 1, **settings, ema=0.9).stored
+    average = first
+    for images in seen:
+        average = 0.9 * average + 0.1 * images
+    torch.testing.assert_close(made, average)
+    assert not torch.allclose(made, seen[-1])
+
+
+def test_the_default_average_forgets_the_first_images_alike():
+    for steps in (100, 5000):
+        config = tm.FTD(steps=steps)
+        group = config.groups(None)["images"]
+        assert group.ema**steps == pytest.approx(0.9995**5000)
+    assert tm.FTD(ema=0.0).groups(None)["images"].ema is None
+
+
+def test_a_closed_gate_changes_nothing(tiny):
+    gated = condense.distill("datm", tiny, 1, **SMALL, gate=0.0)
+    still = condense.distill("datm", tiny, 1, **SMALL, gate=0.0, lr_img=1.0, lr_label=0.5)
+    assert torch.equal(gated.stored, still.stored) and torch.equal(gated.labels.logits, still.labels.logits)
+    moved = condense.distill("datm", tiny, 1, **SMALL, gate=100.0)
+    assert not torch.equal(gated.stored, moved.stored) and not torch.equal(gated.labels.logits, moved.labels.logits)
+
+
+def test_assigned_labels_are_the_mean_softmax_of_the_experts(tiny):
+    made = condense.distill("tesla", tiny, 2, **SMALL, assign_labels=True)
+    assert made.labels.kind == "soft" and made.manifest["label_source"]["rule"] == "mean softmax"
+    targets = made.labels.targets(torch.arange(6))
+    torch.testing.assert_close(targets.sum(1), torch.ones(6))
+    assert not torch.allclose(targets, targets.round())
+
+
+def test_soft_labels_are_judged_beside_random_images_with_labels_of_the_same_experts(tiny):
+    made = condense.distill("datm", tiny, 1, **SMALL)
+    record = condense.evaluate(made, tiny, networks=[NETWORK], runs=1, protocol="quick-soft-v1", cache=False)
+    assert {(entry["arm"], entry["labels"]) for entry in record["results"]} >= {("distilled", "own"), ("random", "own")}
+    made.manifest["label_source"]["experts"]["content"] = "of a file that is not there"
+    record = condense.evaluate(made, tiny, networks=[NETWORK], runs=1, protocol="quick-soft-v1", cache=False)
+    assert [entry["arm"] for entry in record["missing"]] == ["random"]
+
+
+def test_a_diverging_run_keeps_the_last_good_set_and_names_the_knob(tiny, tmp_path):
+    with pytest.raises(CondenseError, match=r"lr_img=1e\+30.*lower the learning rate.*written to"):
+        condense.distill("mtt", tiny, 1, **{**SMALL, "steps": 50}, lr_img=1e30, out=tmp_path / "a.h5")
+    assert condense.load(tmp_path / "a.h5").stored.isfinite().all()
+
+
+def test_inner_optimisers_of_higher_need_the_graph(tiny):
+    made = condense.distill("mtt", tiny, 1, **SMALL, inner_optimizer="adam", grad_mode="graph")
+    assert made.stored.isfinite().all()
+    with pytest.raises(CondenseError, match="inner_optimizer=adam: only grad_mode=graph"):
+        condense.distill("mtt", tiny, 1, **SMALL, inner_optimizer="adam")
+
+
+def test_settings_out_of_range_are_all_named():
+    with pytest.raises(CondenseError, match="grad_mode=exact: unknown"):
+        tm.MTT(grad_mode="exact")
+    with pytest.raises(CondenseError, match="syn_steps=0: must be at least 1; .*momentum=2: must be 0 to 1"):
+        tm.MTT(syn_steps=0, momentum=2)
+    with pytest.raises(CondenseError, match="init=correct: unknown"):
+        tm.MTT(init="correct")
