@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from condense.benchmarks.speed.measure import Parser, aligned, guarded, positive
+from condense.distilled import DistilledSet
 from condense.errors import CondenseError
 from condense.registry import METHODS
 from condense.units import duration, size
@@ -26,34 +27,51 @@ SETTINGS: dict[str, list[str]] = {
 """What differs from a method's defaults."""
 
 
-def _condense(*words: str) -> None:
+def condense(*words: str) -> None:
     """One command of the command line, its progress on this terminal."""
     code = subprocess.run([sys.executable, "-m", "condense", *words]).returncode
     if code:
         raise CondenseError(f"`condense {' '.join(words)}` ended with code {code}")
 
 
-def fill(method: str, data: str, out: Path, *, ipc: int, network: str, minutes: float, protocol: str) -> dict[str, Any]:
-    """The record of ``method`` (settings after colons) on this budget, made and judged where it is not there yet."""
+def fill(
+    method: str,
+    data: str,
+    out: Path,
+    *,
+    ipc: int,
+    network: str,
+    minutes: float,
+    protocol: str,
+    given: Sequence[str] = (),
+    controls: str = "random,noise",
+    teachers: Path | None = None,
+) -> tuple[Path, Path]:
+    """Set and record of ``method`` (settings after colons) on this budget, made and judged where they are not there
+    yet; ``given`` are settings that its name does not show."""
     method, *settings = method.split(":")
     name = data.partition("=")[0].split("/")[-1]
     stem = "-".join([name, method, f"ipc{ipc}", network, f"{minutes:g}min", protocol, *settings])
     made, record = out / "sets" / f"{stem}.h5", out / "records" / f"{stem}.json"
     if not made.exists():
         made.parent.mkdir(parents=True, exist_ok=True)
-        _condense(
+        condense(
             "distill", method, "--data", data, "--ipc", str(ipc), "--network", network, "--minutes", f"{minutes:g}",
-            "--out", str(made), "--run-dir", str(out / "runs" / stem), "--force", "--track", "none",
-            *SETTINGS.get(method, []), *settings,
+            "--out", str(made), "--run-dir", str(out / "runs" / stem), "--force", "--track", "none", *given, *settings,
         )  # fmt: skip
     if not record.exists():
         record.parent.mkdir(parents=True, exist_ok=True)
-        _condense(
-            "evaluate", str(made), "--data", data, "--protocol", protocol, "--controls", "random,noise", "--json",
-            str(record),
+        condense(
+            "evaluate", str(made), "--data", data, "--protocol", protocol, "--controls", controls, "--json",
+            str(record), *(("--teachers", str(teachers)) if teachers else ()),
         )  # fmt: skip
-        _condense("preview", str(made), "--out", str(record.with_suffix(".png")), "--force")
-    return json.loads(record.read_text())
+        condense("preview", str(made), "--out", str(record.with_suffix(".png")), "--force")
+    return made, record
+
+
+def accuracy(entry: dict[str, Any]) -> str:
+    """Mean ± half the 95 % interval of a record's entry, in per cent."""
+    return f"{100 * entry['mean']:.1f} ± {50 * (entry['ci95'][1] - entry['ci95'][0]):.1f}"
 
 
 def table(names: Sequence[str], records: Sequence[dict[str, Any]], steps: Sequence[int]) -> str:
@@ -61,11 +79,8 @@ def table(names: Sequence[str], records: Sequence[dict[str, Any]], steps: Sequen
     rows = [["method", "steps", "seconds", "of it preparing", "peak memory", "distilled", "random", "noise"]]
     for name, record, made in zip(names, records, steps):
         cost = record["cost"]
-        arms = {entry["arm"]: entry for entry in record["results"]}
-        cells = [
-            f"{100 * arm['mean']:.1f} ± {50 * (arm['ci95'][1] - arm['ci95'][0]):.1f}" if arm else "-"
-            for arm in map(arms.get, ("distilled", "random", "noise"))
-        ]
+        arms = {entry["arm"]: accuracy(entry) for entry in record["results"]}
+        cells = [arms.get(arm, "-") for arm in ("distilled", "random", "noise")]
         prepared = duration(cost["preparation_seconds"]) if cost.get("preparation_seconds") else "-"
         rows.append(
             [name, str(made), duration(cost["seconds"] + cost.get("preparation_seconds", 0)), prepared,
@@ -75,7 +90,10 @@ def table(names: Sequence[str], records: Sequence[dict[str, Any]], steps: Sequen
 
 
 def _main(words: Sequence[str]) -> int:
-    known = [name for name in METHODS.names() if METHODS.get(name).order]
+    # Methods of trajectories spend their time on experts: benchmarks/trajectories.py.
+    known = [
+        name for name in METHODS.names() if METHODS.get(name).order and not hasattr(METHODS.get(name).config, "experts")
+    ]
     parser = Parser(prog="python -m condense.benchmarks.equal_time", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--data", required=True, help="real images, as for `condense distill`")
     parser.add_argument("--out", type=Path, required=True, help="folder for sets, records and the table")
@@ -87,29 +105,18 @@ def _main(words: Sequence[str]) -> int:
     options = parser.parse_args(words)
     names, records, steps = options.methods.split(","), [], []
     for method in names:
-        METHODS.get(method.partition(":")[0])
-        records.append(
-            fill(
-                method, options.data, options.out, ipc=options.ipc, network=options.network, minutes=options.minutes,
-                protocol=options.protocol,
-            )
+        bare = method.partition(":")[0]
+        METHODS.get(bare)
+        made, record = fill(
+            method, options.data, options.out, ipc=options.ipc, network=options.network, minutes=options.minutes,
+            protocol=options.protocol, given=SETTINGS.get(bare, ()),
         )  # fmt: skip
-        steps.append(_steps(records[-1], options.out))
+        records.append(json.loads(record.read_text()))
+        steps.append(int(DistilledSet.load(made).manifest["steps_done"]))
         shown = table(names[: len(records)], records, steps)
         (options.out / "table.txt").write_text(shown + "\n")
     print(shown)
     return 0
-
-
-def _steps(record: dict[str, Any], out: Path) -> int:
-    """Outer steps that the record's set was given."""
-    from condense.distilled import DistilledSet
-
-    for path in (out / "sets").glob("*.h5"):
-        made = DistilledSet.load(path)
-        if made.sha256() == record["set"]["sha256"]:
-            return int(made.manifest["steps_done"])
-    raise CondenseError(f"{out}: no set belongs to the record of {record['set']['name']}; make it again")
 
 
 if __name__ == "__main__":

@@ -654,7 +654,9 @@ def _command(job: Job, entry: Method, real: Task) -> str:
     words += ["--tag", job.tag, "--out", f"{_set_name(job, real).replace('/', '-')}.h5"] if job.tag else []
     for given, config in ((job.settings, entry.config), (job.data["options"], DataOptions)):
         defaults = {field.name: field.default for field in dataclasses.fields(config)}
-        words += [f"{key}={_word(value)}" for key, value in given.items() if value != defaults[key]]
+        # Where somebody's experts lie is in the settings; in a command it is a place to fill in.
+        shown = {**given, "experts": "PATH"} if given.get("experts") else given
+        words += [f"{key}={_word(value)}" for key, value in shown.items() if value != defaults[key]]
     words += ["deterministic=true"] * job.deterministic
     words += [f"protocol={job.protocol}"] * (job.protocol != entry.protocol)
     return shlex.join(words)

@@ -609,12 +609,14 @@ class Experts:
         return self._file.seconds(numbers, self.epochs) if self._file is not None else 0.0
 
     def describe(self) -> dict[str, Any]:
-        """For the manifest of a set: the file, the key of the snapshots of these experts, their number and bytes."""
+        """For the manifest of a set: the file (none where it is the cache's), the key of the snapshots of these experts,
+        their number and bytes."""
         if self._file is None:
             return {"path": None, "content": None, "count": self.count, "epochs": self.epochs, "bytes": 0}
+        path = self._file.path.absolute()
         return {
-            "path": str(self._file.path.absolute()), "content": self._file.content(self.count, self.epochs),
-            "count": self.count, "epochs": self.epochs, "bytes": self._file.path.stat().st_size,
+            "path": None if path.is_relative_to(cache_dir().absolute()) else str(path), "content": self._file.content(self.count, self.epochs),
+            "count": self.count, "epochs": self.epochs, "bytes": path.stat().st_size,
             "seconds": round(self.seconds(range(self.count)), 2),
         }  # fmt: skip
 
@@ -786,8 +788,8 @@ def find(described: Mapping[str, Any]) -> Path | None:
     """The file whose experts ``Experts.describe()`` told of, where they lay or in the cache; None where it is gone."""
     if not described.get("content"):
         return None
-    cached = cache_dir() / "trajectories"
-    for path in (Path(described["path"]), *(sorted(cached.glob("*.h5")) if cached.exists() else ())):
+    named, cached = described.get("path"), cache_dir() / "trajectories"
+    for path in (*([Path(named)] if named else []), *(sorted(cached.glob("*.h5")) if cached.exists() else ())):
         with contextlib.suppress(CondenseError):
             file = read(path)
             if file.content(described["count"], described["epochs"]) == described["content"]:

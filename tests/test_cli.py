@@ -24,10 +24,12 @@ from condense.cli import EXIT_CODES
 from condense.run import CHECKPOINT
 
 NETWORK = "convnet-d2-w8-in"
+EXPERTS = f"experts --data digits --network {NETWORK} --count 1 --epochs 2 expert_batch=256"
+MTT = f"distill mtt --data digits --ipc 1 --network {NETWORK} steps=2"
 DM = f"distill dm --data digits --ipc 1 --network {NETWORK} steps=2 batch_real=8"
 VERBS = (
     "ls", "show", "distill", "resume", "evaluate", "suite", "verify", "preview", "leaderboard", "import", "export",
-    "plan",
+    "plan", "experts",
 )  # fmt: skip
 
 
@@ -232,6 +234,22 @@ MISTAKES = {
     "precision to evaluate": (f"{EVALUATE} --precision fp8", "--precision fp8", "auto, fp32 or bf16"),
     "a network too deep": (f"{DM} --network convnet-d6-w8-in", "convnet-d6", "8x8", "the largest depth that fits is 3"),
     "a network too deep to plan": (f"plan{DM[7:]} --network convnet-d6-w8-in", "convnet-d6", "fits is 3"),
+    "experts of a method without any": ("experts --data digits --for dm", "--for dm", "has no experts", "mtt"),
+    "experts of an unknown method": ("experts --data digits --for mdd", "'mdd'", "known: ast,"),
+    "no experts": (f"{EXPERTS} --count 0", "--count 0", "at least 1"),
+    "experts of no epochs": (f"{EXPERTS} --epochs 0", "--epochs 0", "at least 1"),
+    "experts in words": (f"{EXPERTS} --count ten", "--count ten", "whole number"),
+    "experts without data": ("experts --count 1", "--data", "condense experts --help"),
+    "several faults of experts": (
+        f"{EXPERTS} --epochs -1 --dtype half --held-out 1 stepz=4 reszie=8 --device warp",
+        "--epochs -1", "--dtype half", "--held-out 1", "stepz=4", "did you mean 'steps'", "reszie=8", "warp",
+    ),
+    "experts over a set": (f"{EXPERTS} --out {{m}}/set.h5", "{m}/set.h5", "another format", "--force"),
+    "experts in a folder": (f"{EXPERTS} --out {{m}}/folder.h5", "{m}/folder.h5 is a folder", "name a file"),
+    "experts below a file": (f"{EXPERTS} --out {{m}}/notes.txt/a.h5", "notes.txt/a.h5", "Not a directory"),
+    "experts too deep": (f"{EXPERTS} --network convnet-d6-w8-in", "convnet-d6", "the largest depth that fits is 3"),
+    "experts that are missing": (f"{MTT} experts=no.h5", "no.h5: no such file", "condense experts"),
+    "experts that are a set": (f"{MTT} experts={{m}}/set.h5", "{m}/set.h5", "condense experts"),
     "a folder that is no run": ("resume {m}/empty", "{m}/empty: not a run directory", "--run-dir"),
     "a run that is missing": ("resume {m}/nowhere", "{m}/nowhere: not a run directory", "--run-dir"),
     "a run whose config was edited": ("resume {m}/edited", "{m}/edited: config.json", "--force"),
@@ -449,6 +467,17 @@ def test_plan_tells_the_time_of_the_run(monkeypatch, done):
     needs = json.loads(done(f"plan{DM[7:]} steps=1000 --json"))
     assert needs["seconds_per_step"] > 0.01
     assert needs["seconds"] == pytest.approx(1000 * needs["seconds_per_step"], rel=0.3)
+
+
+def test_experts_say_what_was_made_and_what_to_do_next(done):
+    text = done(f"{EXPERTS} --out 'new place/a.h5'")
+    assert text.startswith(f"1 experts of digits, {NETWORK}, 2 epochs: 1 trained now, 0 were there\n")
+    assert "file: new place/a.h5 (" in text and "an expert; " in text and "experts x epochs a minute" in text
+    assert text.endswith(
+        f"next: condense distill mtt --data digits --ipc 10 --network {NETWORK} expert_batch=256 "
+        "'experts=new place/a.h5' buffer_epochs=2\n"
+    )
+    assert "0 trained now, 1 were there" in done(f"{EXPERTS} --out 'new place/a.h5'")
 
 
 def test_version(done):

@@ -33,7 +33,7 @@ SETTINGS = {
     "datm": {**TRAJECTORY, "expand_steps": 3, "gate": 10.0},
 }
 # What moves besides the pixels is held, and pixels are moved as far as the method's size of gradients needs.
-STILL = dict.fromkeys(("mtt", "tesla", "ftd", "ast"), {"lr_lr": 0.0, "lr_img": 1.0})
+STILL = {name: {"lr_lr": 0.0, "lr_img": 1.0} for name in ("mtt", "tesla", "ftd", "ast")}
 STILL["datm"] = {**STILL["mtt"], "lr_label": 0.0}
 WITHOUT_LOSS = {"random"}
 NETWORK = "convnet-d2-w8-in"
@@ -117,7 +117,8 @@ def test_fyi_on_mirror_symmetric_images_leaves_the_loss(name):
     task = condense.task((symmetric(train), labels, test, test_labels), name="tiny")
     entry, losses = METHODS.get(name), []
     for fyi in (False, True):
-        settings = {**SETTINGS[name], **STILL.get(name, {}), "steps": 1, "augment": "none", "init": "real", "factor": 1, "fyi": fyi}
+        settings = {**SETTINGS[name], **STILL.get(name, {}), "steps": 1, "augment": "none"}
+        settings |= {"init": "real", "factor": 1, "fyi": fyi}
         watched = _Frozen(task, 2, NETWORK)
         entry.function(task, entry.config(**settings), watched)
         losses += watched.losses

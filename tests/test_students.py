@@ -299,3 +299,136 @@ def test_a_watcher_sees_the_weights_on_the_way(together):
     for k, student in enumerate(shorter):
         for name, value in student.network.state_dict().items():
             torch.testing.assert_close(seen[k, 4][name], value)
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_a_watcher_sees_a_step_before_its_checkpoint(together, tmp_path, always, monkeypatch):
+    """So that what a resumption passes over was seen by the training that was killed."""
+    events = []
+    original = module._Keeper.after
+
+    def after(keeper, step, state):
+        events.append(("kept", step))
+        original(keeper, step, state)
+
+    monkeypatch.setattr(module._Keeper, "after", after)
+    watch = lambda k, step, state: events.append(("seen", step))  # noqa: E731
+    options = {"device": CPU, "together": together, "checkpoint": tmp_path / "t.pt", "watch": watch}
+    train(students("mlp", 2)[: 1 + together], recipe(steps=3), **options)
+    seen = [("seen", step) for step in (1, 2, 3)]
+    assert [event for event in dict.fromkeys(events) if event[0] == "seen"] == seen
+    for step in (1, 2, 3):
+        assert events.index(("seen", step)) < events.index(("kept", step))
+
+
+# -- updates ----------------------------------------------------------------------------------------------------------
+
+
+def plain(work):
+    return torch.autograd.grad(work.loss(), work.weights)
+
+
+def doubled(work):
+    return [2 * gradient for gradient in plain(work)]
+
+
+def sharpness_aware(work):
+    """The gradient a tenth of its own length further on: weights move, and come back."""
+    first, before = plain(work), [weight.detach().clone() for weight in work.weights]
+    squares = [g.square().flatten(1 if work.stacked else 0).sum(-1) for g in first]
+    length = torch.stack(squares).sum(0).sqrt()
+    with torch.no_grad():
+        for weight, gradient in zip(work.weights, first):
+            scale = length.view(-1, *[1] * (weight.dim() - 1)) if work.stacked else length
+            weight.add_(0.1 * gradient / scale)
+    second = plain(work)
+    with torch.no_grad():
+        for weight, value in zip(work.weights, before):
+            weight.copy_(value)
+    return second
+
+
+def trained(update, together, network=NET, precision="fp32", count=2, **changes):
+    pupils = students(network, count)
+    train(pupils, recipe(**changes), device=CPU, together=together, update=update, precision=precision)
+    return weights(pupils)
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_an_update_of_plain_gradients_changes_no_bit(together, precision):
+    for changes in ({}, {"cutmix": 0.5}):
+        assert equal(trained(plain, together, precision=precision, **changes),
+                     trained(None, together, precision=precision, **changes))  # fmt: skip
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_the_optimiser_steps_along_what_an_update_gives(together):
+    """Twice the gradients are twice the learning rate, bit for bit."""
+    twice = trained(doubled, together, weight_decay=0.0)
+    assert not equal(twice, trained(None, together, weight_decay=0.0))
+    assert equal(twice, trained(None, together, weight_decay=0.0, lr=0.1))
+
+
+@pytest.mark.parametrize("network", [NET, "convnet-d2-w8-bn"])
+def test_an_update_may_move_the_weights_and_is_the_same_stacked(network):
+    together, apart = (trained(sharpness_aware, together, network, count=3) for together in (True, False))
+    for one, other in zip(together, apart):
+        for name, value in one.items():
+            torch.testing.assert_close(value, other[name], rtol=1e-3, atol=1e-4, msg=name)
+    assert not equal(apart, trained(None, False, network, count=3))
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_what_an_update_sees(together):
+    seen = []
+
+    def look(work):
+        logits = work.forward(work.clean)
+        assert logits.dtype == torch.float32 and logits.shape == (*work.clean.shape[:-3], 3)
+        seen.append((work.step, work.epoch, tuple(work.clean.shape), work.stacked, float(work.loss().detach())))
+        return plain(work)
+
+    pupils = students(NET, 1 + together)
+    clean = torch.stack([p.source.images[batch_ids(p.seed, 10, 4, 0)] for p in pupils])
+    losses = [F.cross_entropy(p.network(images), p.source.labels.targets(batch_ids(p.seed, 10, 4, 0)))
+              for p, images in zip(pupils, clean)]  # fmt: skip
+    train(pupils, recipe(augment=None, steps=4), device=CPU, together=together, update=look)
+    head = (2,) if together else ()
+    assert [entry[:4] for entry in seen] == [
+        (step, step // 3, (*head, size, 1, 8, 8), together) for step, size in enumerate((4, 4, 2, 4))
+    ]
+    assert seen[0][4] == pytest.approx(float(sum(losses).detach()), rel=1e-5)
+
+    def shown(work):
+        originals = torch.cat([p.source.images for p in pupils])
+        for image in work.clean.flatten(0, -4):
+            assert bool((image == originals).flatten(1).all(1).any())
+        return plain(work)
+
+    train(pupils, recipe(steps=2, cutmix=1.0), device=CPU, together=together, update=shown)
+
+
+def test_a_slope_in_the_pixels_may_join_the_loss():
+    """What AST's penalty needs: a double backward through ``forward``, the same stacked."""
+
+    def penalised(work):
+        clean = work.clean.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(work.forward(clean).sum(), clean, create_graph=True)
+        mean = slope.square().flatten(1).mean(1).sum() if work.stacked else slope.square().mean()
+        return torch.autograd.grad(work.loss() + mean, work.weights)
+
+    together, apart = trained(penalised, True), trained(penalised, False)
+    for one, other in zip(together, apart):
+        for name, value in one.items():
+            torch.testing.assert_close(value, other[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_a_checkpoint_of_another_update_is_ignored(tmp_path, always):
+    file = tmp_path / "training.pt"
+    for update, first in ((plain, 3), (doubled, 1)):
+        with pytest.raises(Kill):
+            train(students("mlp", 1), recipe(), device=CPU, report=killing(2), checkpoint=file, update=plain)
+        reports = []
+        train(students("mlp", 1), recipe(), device=CPU, report=reports.append, checkpoint=file, update=update)
+        assert reports[0] == first

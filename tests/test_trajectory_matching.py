@@ -319,7 +319,7 @@ def test_inner_optimisers_of_higher_need_the_graph(tiny):
 def test_settings_out_of_range_are_all_named():
     with pytest.raises(CondenseError, match="grad_mode=exact: unknown"):
         tm.MTT(grad_mode="exact")
-    with pytest.raises(CondenseError, match="syn_steps=0: must be at least 1; .*momentum=2: must be 0 to 1"):
+    with pytest.raises(CondenseError, match=r"syn_steps=0: must be at least 1; .*momentum=2: must be 0 to 1"):
         tm.MTT(syn_steps=0, momentum=2)
     with pytest.raises(CondenseError, match="init=correct: unknown"):
         tm.MTT(init="correct")

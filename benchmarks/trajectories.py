@@ -1,0 +1,98 @@
+"""Trajectory matching, from experts to judged sets: ``python -m condense.benchmarks.trajectories --data NAME=PATH``.
+
+Trains each kind of experts once, then makes and judges a set by every method of the family in equal minutes, all by the
+command line in processes of their own. What is there is kept: the same command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from condense.benchmarks import equal_time
+from condense.benchmarks.speed.measure import Parser, aligned, guarded, positive
+from condense.distilled import DistilledSet
+from condense.errors import CondenseError
+from condense.registry import METHODS
+from condense.trajectories import read
+from condense.units import duration, size
+
+KINDS = {"mtt": "mtt", "tesla": "mtt", "ftd": "ftd", "datm": "ftd", "ast": "ast"}
+"""Methods and the one whose experts they are given."""
+SHORT = ["expert_epochs=1", "syn_steps=20", "lr_start=0.03", "lr_lr=1e-4", "lr_img=300", "max_start_epoch=5"]
+"""Settings for few short experts and some hundred steps, for every method: students of 20 steps follow one epoch."""
+SETTINGS: dict[str, list[str]] = {
+    "mtt": SHORT,
+    "tesla": SHORT,
+    # An average over the few hundred steps that a CPU makes.
+    "ftd": [*SHORT, "ema=0.98"],
+    "ast": [*SHORT, "expert_epochs=2", "lr_start=0.003"],
+    "datm": [*SHORT, "expand_steps=100", "gate=1.1"],
+}
+"""What differs from a method's defaults."""
+
+
+def experts(kind: str, data: str, out: Path, *, network: str, count: int, epochs: int) -> Path:
+    """The file of a kind of experts, trained where it is not there yet."""
+    name = data.partition("=")[0].split("/")[-1]
+    path = out / "experts" / f"{name}-{kind}-{network}-{count}x{epochs}.h5"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        equal_time.condense(
+            "experts", "--data", data, "--network", network, "--for", kind, "--count", str(count), "--epochs",
+            str(epochs), "--out", str(path),
+        )  # fmt: skip
+    return path
+
+
+def table(rows: Sequence[tuple[dict[str, Any], DistilledSet, Path]]) -> str:
+    """One row for each record: what experts and set took, and accuracies ± half the 95 % interval."""
+    shown = [["method", "ipc", "experts", "their disk", "steps", "seconds", "peak memory", "distilled", "random"]]
+    for record, made, path in rows:
+        file, cost = read(path), record["cost"]
+        main = [entry for entry in record["results"] if entry["labels"] == record["results"][0]["labels"]]
+        arms = {entry["arm"]: equal_time.accuracy(entry) for entry in main}
+        shown.append(
+            [record["set"]["method"], str(record["set"]["ipc"]), duration(file.seconds(range(file.count), file.epochs)),
+             size(path.stat().st_size), str(made.manifest["steps_done"]), duration(cost["seconds"]),
+             size(cost["peak_memory"]["host"]), arms["distilled"], arms.get("random", "-")]
+        )  # fmt: skip
+    return aligned(shown)
+
+
+def _main(words: Sequence[str]) -> int:
+    parser = Parser(prog="python -m condense.benchmarks.trajectories", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--data", required=True, help="real images, as for `condense distill`")
+    parser.add_argument("--out", type=Path, required=True, help="folder for experts, sets, records and the table")
+    parser.add_argument("--methods", default=",".join(KINDS), help="A,B,...; all of the family by default")
+    parser.add_argument("--ipc", default="10", help="A,B,...: images per class")
+    parser.add_argument("--network", default="convnet-d3-w32-in")
+    parser.add_argument("--count", type=positive, default=5, help="experts of each kind")
+    parser.add_argument("--epochs", type=positive, default=6, help="of an expert's training")
+    parser.add_argument("--minutes", type=float, default=9.0, help="of distilling, for each method and ipc")
+    options = parser.parse_args(words)
+    rows: list[tuple[dict[str, Any], DistilledSet, Path]] = []
+    for ipc in (int(text) for text in options.ipc.split(",")):
+        for method in options.methods.split(","):
+            if method not in KINDS:
+                raise CondenseError(f"--methods {method}: must be of {', '.join(KINDS)}")
+            path = experts(
+                KINDS[method], options.data, options.out, network=options.network, count=options.count,
+                epochs=options.epochs,
+            )  # fmt: skip
+            soft = METHODS.get(method).labels == "soft"
+            made, record = equal_time.fill(
+                method, options.data, options.out, ipc=ipc, network=options.network, minutes=options.minutes,
+                protocol="quick-soft-v1" if soft else "quick-v1", given=[f"experts={path}", *SETTINGS[method]],
+                controls="random", teachers=path if soft else None,
+            )  # fmt: skip
+            rows.append((json.loads(record.read_text()), DistilledSet.load(made), path))
+            (options.out / "table.txt").write_text(table(rows) + "\n")
+    print(table(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    guarded(_main, None)
