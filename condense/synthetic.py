@@ -166,9 +166,10 @@ class SyntheticSet:
         return None if leaf is None else leaf.detach().exp() if self._positive else leaf.detach()
 
     def step_size_slope(self, gradient: Tensor) -> Tensor:
-        """The slope of a loss in the leaf, from its slope in the rate itself."""
+        """What to step the leaf along, from a loss's slope in the rate itself: the rate then moves as far, to first
+        order, whichever the leaf is. (The chain rule would move a rate that has grown by its square too far.)"""
         rate = self.step_size
-        return gradient * rate if self._positive and rate is not None else gradient
+        return gradient / rate if self._positive and rate is not None else gradient
 
     def learn_labels(self, logits: Tensor) -> None:
         """Makes soft labels, logits (N, classes), part of what is learned."""

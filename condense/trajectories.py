@@ -609,13 +609,13 @@ class Experts:
         return self._file.seconds(numbers, self.epochs) if self._file is not None else 0.0
 
     def describe(self) -> dict[str, Any]:
-        """For the manifest of a set: the file (none where it is the cache's), the key of the snapshots of these experts,
-        their number and bytes."""
+        """For the manifest of a set: the file (no path if it is the cache's), key and number of its snapshots."""
         if self._file is None:
             return {"path": None, "content": None, "count": self.count, "epochs": self.epochs, "bytes": 0}
         path = self._file.path.absolute()
         return {
-            "path": None if path.is_relative_to(cache_dir().absolute()) else str(path), "content": self._file.content(self.count, self.epochs),
+            "path": None if path.is_relative_to(cache_dir().absolute()) else str(path),
+            "content": self._file.content(self.count, self.epochs),
             "count": self.count, "epochs": self.epochs, "bytes": path.stat().st_size,
             "seconds": round(self.seconds(range(self.count)), 2),
         }  # fmt: skip

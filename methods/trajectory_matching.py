@@ -136,8 +136,8 @@ class MTT(SyntheticOptions):
     lr_start: float = 0.001
     """Step size of the student at the start (alpha)."""
     step_size: str = "positive"
-    """positive learns its logarithm, at the rate that agrees with ``lr_lr`` at the start; raw the number itself, as
-    released, which may become negative."""
+    """positive steps its logarithm, by what moves the number itself as far to first order; raw the number, as released,
+    which may become negative."""
     momentum: float = 0.5
     """Momentum of pixels and step size."""
     augment: str = "color_crop_cutout_flip_scale_rotate"
@@ -195,11 +195,9 @@ class MTT(SyntheticOptions):
 
     def groups(self, synthetic: SyntheticSet) -> dict[str, Group]:
         """How what is learned is stepped."""
-        # d(log a) = da / a: the same first step as the number itself would make.
-        rate = self.lr_lr / self.lr_start**2 if self.step_size == "positive" else self.lr_lr
         return {
             "images": Group(lr=self.lr_img, momentum=self.momentum),
-            "step_size": Group(lr=rate, momentum=self.momentum),
+            "step_size": Group(lr=self.lr_lr, momentum=self.momentum),
         }
 
     def unrolling(self) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Settings: types, did you mean, and all faults at once; every packaged recipe and protocol parses."""
 
+import dataclasses
 from dataclasses import dataclass
 
 import pytest
@@ -66,13 +67,14 @@ def test_field_docs_come_from_the_source():
 def test_every_recipe_parses(name):
     recipe = config.recipe(name)
     entry = METHODS.get(recipe["method"])
-    settings = {key: value for key, value in recipe.items() if key not in config.RUN_KEYS}
-    config.build(entry.config, settings, name)
-
     from condense import networks
     from condense.evaluation import get_protocol
-    from condense.tasks import datasets
+    from condense.tasks import DataOptions, datasets
 
+    settings = {key: value for key, value in recipe.items() if key not in config.RUN_KEYS}
+    of_data = {field.name for field in dataclasses.fields(DataOptions)} & set(settings)
+    config.build(DataOptions, {key: settings.pop(key) for key in of_data}, name)
+    config.build(entry.config, settings, name)
     assert recipe["data"] in datasets()
     assert recipe["ipc"] >= 1
     networks.check(recipe.get("network", entry.network))

@@ -50,6 +50,8 @@ def test_a_protocol_that_changes_gets_a_new_version():
         "quick-v1": "c1fbf6299bd29d23",
         "quick-soft-v1": "338031c47fa1d896",
         "idc-v1": "b9eb0e50e55e214a",
+        "mtt-v1": "ef52309bf3865c42",
+        "mtt-soft-v1": "d637ac30b00f7671",
     }
     for name, digest in digests.items():
         protocol = get_protocol(name)

@@ -4,12 +4,13 @@ Written by us from descriptions of the procedures (papers and released settings)
 the published steps what they are is kept: fp32, one class after the other, a network built anew for each step, a
 normalised float training set in memory, a permutation of the whole class for each batch, one read of the loss a step.
 Where the releases are needlessly slow in a way that has nothing to do with the procedure (a Python loop that builds
-affine matrices, random parameters drawn twice, crops gathered pixel by pixel), the faster plain way is taken, so the
-ratios printed are on the cautious side.
+affine matrices, random parameters drawn twice, crops gathered pixel by pixel where one shift serves all images), the
+faster plain way is taken, so the ratios printed are on the cautious side.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from condense.augment import OPERATIONS, Parameters
 from condense.tasks import Task
@@ -335,3 +337,258 @@ class DCC(DC):
     """The published loop of class-averaged gradient matching (Lee et al., ICML 2022), after its warm-up."""
 
     together = True
+
+
+# -- trajectory matching and its experts ------------------------------------------------------------------------------
+
+
+Views = tuple[str, Tensor]
+"""One DSA operation and its numbers for each image, (N, k) on the device, as :data:`View` has them for all."""
+
+
+def random_views(generator: torch.Generator, operations: Sequence[str], count: int, size: tuple[int, int]) -> Views:
+    """One of ``operations``, drawn uniformly, with numbers of their own for ``count`` images of ``size`` (H, W)."""
+    device = generator.device
+    operation = operations[int(torch.randint(len(operations), (), generator=generator, device=device))]
+    unit = torch.rand(count, 3, generator=generator, device=device)
+    if operation == "color":
+        return operation, torch.stack([unit[:, 0] - 0.5, 2 * unit[:, 1], unit[:, 2] + 0.5], 1)
+    if operation == "crop":
+        reach = torch.tensor([int(0.125 * side + 0.5) for side in size], device=device)
+        return operation, (unit[:, :2] * (2 * reach + 1)).floor() - reach
+    if operation == "cutout":
+        places = torch.tensor([side + 1 - int(0.5 * side + 0.5) % 2 for side in size], device=device)
+        return operation, (unit[:, :2] * places).floor()
+    if operation == "flip":
+        return operation, (unit[:, :1] < 0.5).float()
+    if operation == "scale":
+        return operation, 1 / 1.2 + (1.2 - 1 / 1.2) * unit[:, :2]
+    return operation, torch.deg2rad(30 * unit[:, :1] - 15)
+
+
+def same_views(views: Parameters, device: torch.device) -> Views:
+    """The product's draw for a batch (one operation, a row for each image) as :data:`Views`."""
+    numbers = [same_view(views, row)[1] for row in range(len(views))]
+    return same_view(views, 0)[0], torch.tensor(numbers, dtype=torch.float32).to(device)
+
+
+def augmented(images: Tensor, views: Views) -> Tensor:
+    """``images`` (N,C,H,W), all changed by the same operation but each with its own numbers; see :func:`siamese`."""
+    operation, numbers = views
+    count, _, height, width = images.shape
+    if operation == "color":
+        brightness, saturation, contrast = numbers.T[..., None, None, None]
+        images = images + brightness
+        mean = images.mean(1, keepdim=True)
+        images = (images - mean) * saturation + mean
+        mean = images.mean((1, 2, 3), keepdim=True)
+        return (images - mean) * contrast + mean
+    if operation == "crop":
+        reach = [int(0.125 * side + 0.5) for side in (height, width)]
+        padded = F.pad(images, (reach[1], reach[1], reach[0], reach[0])).permute(0, 2, 3, 1)
+        ys, xs = (
+            torch.arange(side, device=images.device) + numbers[:, axis : axis + 1].long() + reach[axis]
+            for axis, side in enumerate((height, width))
+        )
+        rows = torch.arange(count, device=images.device)[:, None, None]
+        return padded[rows, ys[:, :, None], xs[:, None, :]].permute(0, 3, 1, 2)
+    if operation == "cutout":
+        inside = []
+        for axis, side in enumerate((height, width)):
+            square = int(0.5 * side + 0.5)
+            offset = torch.arange(side, device=images.device) - numbers[:, axis : axis + 1] + square // 2
+            inside.append((offset >= 0) & (offset < square))
+        return images * ~(inside[0][:, None, :, None] & inside[1][:, None, None, :])
+    if operation == "flip":
+        return torch.where(numbers[:, :, None, None] > 0.5, images.flip(3), images)
+    theta = torch.zeros(count, 2, 3, device=images.device)
+    if operation == "scale":
+        theta[:, 0, 0], theta[:, 1, 1] = numbers.T
+    else:
+        theta[:, 0, 0] = theta[:, 1, 1] = numbers[:, 0].cos()
+        theta[:, 1, 0] = numbers[:, 0].sin()
+        theta[:, 0, 1] = -theta[:, 1, 0]
+    grid = F.affine_grid(theta, list(images.shape), align_corners=True)
+    return F.grid_sample(images, grid, align_corners=True)
+
+
+class MTT:
+    """The published loop of trajectory matching (Cazenavette et al., CVPR 2022), all images in each inner step.
+
+    Autograd goes through the whole graph of the student's training. Reading the experts from disk is left out.
+
+    Args:
+        images: the start, (classes * ipc, C, H, W) in training space, ordered by class.
+        stretch: an expert's weights where students start and those they shall reach, flat in the order of
+            :func:`convnet`'s parameters, on the CPU.
+        syn_steps: training steps of the student.
+        lr_start: its step size at the start, learned at the rate ``lr_lr``.
+
+    Attributes:
+        images: the synthetic pixels, a leaf on the device.
+        rate: the student's step size, likewise.
+        loss: of the last step.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        classes: int,
+        stretch: tuple[Tensor, Tensor],
+        *,
+        device: torch.device,
+        lr_img: float,
+        lr_lr: float,
+        lr_start: float,
+        momentum: float = 0.5,
+        syn_steps: int = 20,
+        operations: Sequence[str] = OPERATIONS,
+        depth: int = 3,
+        width: int = 128,
+        seed: int = 0,
+    ) -> None:
+        channels, height, columns = images.shape[1:]
+        self.shape, self.classes, self.device = (channels, height, columns), classes, device
+        self.stretch, self.syn_steps, self.operations = stretch, syn_steps, operations
+        self.depth, self.width = depth, width
+        self.images = images.detach().to(device).clone().requires_grad_()
+        self.labels = torch.arange(classes, device=device).repeat_interleave(len(images) // classes)
+        self.rate = torch.tensor(lr_start, device=device).requires_grad_()
+        self.optimizers = [
+            torch.optim.SGD([leaf], lr=rate, momentum=momentum)
+            for leaf, rate in ((self.images, lr_img), (self.rate, lr_lr))
+        ]
+        self.generator = torch.Generator(device).manual_seed(seed)
+        self.loss = 0.0
+
+    def step(self, draws: Sequence[Parameters] | None = None) -> None:
+        """One outer step, with random draws of its own unless those of each inner step are given."""
+        net = convnet(self.shape, self.classes, depth=self.depth, width=self.width).to(self.device).train()
+        named = {name: parameter.shape for name, parameter in net.named_parameters()}
+        start, goal = (weights.to(self.device) for weights in self.stretch)
+        theta = start.clone().requires_grad_()
+        for i in range(self.syn_steps):
+            ids = torch.arange(len(self.images), device=self.device)
+            if draws is None:
+                ids = torch.randperm(len(ids), generator=self.generator, device=self.device)
+            shown = self.images[ids]
+            if self.operations:
+                if draws is None:
+                    views = random_views(self.generator, self.operations, len(ids), self.shape[1:])
+                else:
+                    views = same_views(draws[i], self.device)
+                shown = augmented(shown, views)
+            parts = theta.split([shape.numel() for shape in named.values()])
+            weights = {name: part.view(shape) for (name, shape), part in zip(named.items(), parts)}
+            loss = F.cross_entropy(torch.func.functional_call(net, weights, (shown,)), self.labels[ids])
+            (gradient,) = torch.autograd.grad(loss, theta, create_graph=True)
+            theta = theta - self.rate * gradient
+        loss = (theta - goal).square().sum() / (start - goal).square().sum()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        loss.backward()
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.loss = loss.item()
+
+
+class _Images(Dataset):
+    """A float dataset in memory that serves one image at a time."""
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images, self.labels = images, labels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.images[index], self.labels[index]
+
+
+class Expert:
+    """The published training of an expert by plain SGD: one network, fp32, batches of single images put together.
+
+    What each epoch adds, a test of the network and a copy of its weights, is left out.
+
+    Args:
+        task: the real data, served from the CPU; all normalised train images are held in its memory.
+        gsam: how far FTD's sharpness-aware steps look around and GSAM's coefficient; None for MTT's plain steps.
+
+    Attributes:
+        net: the network, in train mode on the device.
+        loss: of the last step; ``right``: the share of its images that the network knew.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        *,
+        device: torch.device,
+        batch: int = 256,
+        lr: float = 0.01,
+        operations: Sequence[str] = OPERATIONS,
+        gsam: tuple[float, float] | None = None,
+        depth: int = 3,
+        width: int = 128,
+        seed: int = 0,
+    ) -> None:
+        self.size, self.operations, self.gsam, self.device = task.shape[1:], operations, gsam, device
+        data = _Images(task.batch(torch.arange(len(task.train))), torch.from_numpy(task.train.labels))
+        self.loader = DataLoader(data, batch, shuffle=True)
+        self.net = convnet(task.shape, task.num_classes, depth=depth, width=width).to(device).train()
+        self.optimizer = torch.optim.SGD(self.net.parameters(), lr=lr)
+        self.generator = torch.Generator(device).manual_seed(seed)
+        self.loss = self.right = 0.0
+
+    def train(self, steps: int) -> None:
+        """So many steps, from the beginning of an epoch."""
+        left = steps
+        while left:
+            for images, labels in itertools.islice(self.loader, left):
+                self.step(images, labels)
+                left -= 1
+
+    def step(self, images: Tensor, labels: Tensor, views: Views | None = None) -> None:
+        """One step on a batch from the CPU, with views of its own unless given."""
+        images, labels = images.float().to(self.device), labels.long().to(self.device)
+        if self.operations:
+            views = views or random_views(self.generator, self.operations, len(images), self.size)
+            images = augmented(images, views)
+        logits = self.net(images)
+        loss = F.cross_entropy(logits, labels)
+        self.right = (logits.detach().cpu().argmax(1) == labels.cpu()).float().mean().item()
+        self.loss = loss.item()
+        self.optimizer.zero_grad()
+        loss.backward()
+        if self.gsam is not None:
+            self._sharpen(images, labels, *self.gsam)
+        self.optimizer.step()
+
+    def _sharpen(self, images: Tensor, labels: Tensor, rho: float, coefficient: float) -> None:
+        """Makes the plain gradients GSAM's, adaptive as FTD has it, one tensor after the other."""
+        parameters, plain, moves = list(self.net.parameters()), [], []
+        with torch.no_grad():
+            length = torch.stack([(p.abs() * _slope(p)).norm() for p in parameters]).norm()
+            for p in parameters:
+                plain.append(_slope(p).clone())
+                moves.append(p.square() * _slope(p) * (rho / (length + 1e-12)))
+                p.add_(moves[-1])
+        self.optimizer.zero_grad()
+        F.cross_entropy(self.net(images), labels).backward()
+        with torch.no_grad():
+            lengths = [
+                torch.stack([one.norm() for one in slopes]).norm() for slopes in (plain, map(_slope, parameters))
+            ]
+            inner = torch.zeros((), device=self.device)
+            for p, before in zip(parameters, plain):
+                inner = inner + (before * _slope(p)).sum()
+            cosine = inner / (lengths[0] * lengths[1] + 1e-12)
+            for p, before, move in zip(parameters, plain, moves):
+                vertical = before - cosine * lengths[0] * _slope(p) / (lengths[1] + 1e-12)
+                _slope(p).sub_(coefficient * vertical)
+                p.sub_(move)
+
+
+def _slope(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
