@@ -37,7 +37,7 @@ import condense
 from condense import networks, rng, tasks
 from condense import run as run_module
 from condense.augment import OPERATIONS, VARIANTS, dsa
-from condense.benchmarks.speed import datadam, dc, dcc, dm, students
+from condense.benchmarks.speed import datadam, dc, dcc, dm, experts, mtt, students
 from condense.benchmarks.speed import dsa as dsa_steps
 from condense.benchmarks.speed.measure import (
     PRODUCT,
@@ -67,10 +67,16 @@ from condense.run import Run, deterministic_kernels, device_name, peak_memory, p
 from condense.students import FixedSource, Student, accuracy, train
 from condense.synthetic import SyntheticSet
 from condense.tasks import Task
+from condense.trajectories import GROUP
+from condense.units import duration
 
 SCHEMA = "condense.gpu-check/1"
-BENCHMARKS: list[StepBenchmark] = [module.BENCHMARK for module in (dm, dc, dsa_steps, dcc, datadam)]
+BENCHMARKS: list[StepBenchmark] = [module.BENCHMARK for module in (dm, dc, dsa_steps, dcc, datadam, mtt)]
 """Steps timed against their published form; a method adds itself here."""
+LONG_STEPS = {"mtt": (4, 1)}
+"""Timed steps, and those before that do not count, of methods whose step is a whole training."""
+SLICE_SECONDS = 5.0
+"""What a slice of the training of stacked experts takes, about."""
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "dm": {"batch_real": 16},
@@ -426,10 +432,12 @@ def check_resume(check: Check) -> tuple[str, Any]:
 def time_benchmarks(check: Check, ipc: int) -> tuple[str, Any]:
     """Published and product steps in turn, what each allocates on the device, and how far their updates differ."""
     precision = pick_precision("auto", check.device)
-    count, warm_up = (2, 1) if check.tiny else (20, 5) if check.cuda else (3, 1)
 
     def measure(benchmark: StepBenchmark) -> dict[str, Any]:
         settings = SETTINGS.get(benchmark.method, {}) if check.tiny else {}
+        count, warm_up = (2, 1) if check.tiny else (3, 1)
+        if check.cuda and not check.tiny:
+            count, warm_up = LONG_STEPS.get(benchmark.method, (20, 5))
         case = check.case(check.big_task, ipc, precision, **settings)
         found = time_steps(benchmark, case, count, warm_up).summary(PUBLISHED, PRODUCT)
         memory = {}
@@ -461,6 +469,37 @@ def time_students(check: Check) -> tuple[str, Any]:
     per_step = {name: 1e3 * seconds / steps for name, seconds in found["median_seconds"].items()}
     words = ", ".join(f"{name} {milliseconds:.1f} ms" for name, milliseconds in per_step.items())
     return f"a step of 5: {words}, ratio {found['ratio']:.2f}", found
+
+
+def time_experts(check: Check) -> tuple[str, Any]:
+    """Experts trained as many together as the product trains them, for some seconds, against the published loop.
+
+    The time of 100 experts of 50 epochs is extrapolated from both.
+    """
+    count, precision = (2 if check.tiny else GROUP if check.cuda else 1), pick_precision("auto", check.device)
+
+    def measure(method: str) -> dict[str, Any]:
+        case = check.case(check.big_task, 1, precision, **(SETTINGS[method] if check.tiny else {}))
+        steps, pairs = (2, 1) if check.tiny else (10, 2)
+        if not check.tiny:
+            probed = experts.compare(case, method, count, steps, 1)["slice_seconds"][PRODUCT] / steps
+            steps = max(steps, math.ceil(SLICE_SECONDS / probed))
+        found = experts.compare(case, method, count, steps, pairs)
+        memory = {}
+        if check.cuda:
+            for side in (PUBLISHED, PRODUCT):
+                memory[side] = experts.measure_alone(case, side, method, count, 3)["device"]
+        return {**found, "tf32": torch.backends.cudnn.allow_tf32, "device_peak_memory": memory}
+
+    results = check.each({method: functools.partial(measure, method) for method in ("mtt", "ftd")})
+    words = []
+    for method, result in results.items():
+        pace, whole = result["experts_epochs_per_minute"][PRODUCT], result[experts.WHOLE][PRODUCT]
+        words.append(
+            f"{method}: {pace:.3g} experts x epochs a minute, {experts.MANY} of {experts.EPOCHS} epochs in "
+            f"{duration(whole)}, {count} together; published / {PRODUCT} {result['ratio']:.2f}"
+        )
+    return "; ".join(words), results
 
 
 # -- (d) variants of a step -------------------------------------------------------------------------------------------
@@ -664,10 +703,11 @@ STAGES = [
     Stage("draws: device = CPU", 5, check_draws),
     Stage("same seed, same bits", 15, check_determinism),
     Stage("killed and resumed", 10, check_resume),
-    Stage("step at ipc 10", 20, functools.partial(time_benchmarks, ipc=10)),
-    Stage("step at ipc 1", 15, functools.partial(time_benchmarks, ipc=1)),
-    Stage("step at ipc 50", 20, functools.partial(time_benchmarks, ipc=50)),
+    Stage("step at ipc 10", 30, functools.partial(time_benchmarks, ipc=10)),
+    Stage("step at ipc 1", 25, functools.partial(time_benchmarks, ipc=1)),
+    Stage("step at ipc 50", 40, functools.partial(time_benchmarks, ipc=50)),
     Stage("students", 20, time_students),
+    Stage("experts", 60, time_experts),
     Stage("variants: precision", 15, functools.partial(time_variants, variants=PRECISIONS)),
     Stage("variants: CUDA graph", 15, functools.partial(time_variants, variants=GRAPH)),
     Stage("variants: torch.compile", 60, functools.partial(time_variants, variants=COMPILE)),

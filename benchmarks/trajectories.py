@@ -21,14 +21,16 @@ from condense.units import duration, size
 
 KINDS = {"mtt": "mtt", "tesla": "mtt", "ftd": "ftd", "datm": "ftd", "ast": "ast"}
 """Methods and the one whose experts they are given."""
-SHORT = ["expert_epochs=1", "syn_steps=20", "lr_start=0.03", "lr_lr=1e-4", "lr_img=300", "max_start_epoch=5"]
+SHORT = ["expert_epochs=1", "syn_steps=20", "lr_start=0.02", "lr_img=300", "max_start_epoch=5"]
 """Settings for few short experts and some hundred steps, for every method: students of 20 steps follow one epoch."""
+RATES = {1: "1e-6", 10: "1e-5"}
+"""lr_lr by images per class; the step size's slope is the larger the fewer images there are."""
 SETTINGS: dict[str, list[str]] = {
     "mtt": SHORT,
     "tesla": SHORT,
     # An average over the few hundred steps that a CPU makes.
     "ftd": [*SHORT, "ema=0.98"],
-    "ast": [*SHORT, "expert_epochs=2", "lr_start=0.003"],
+    "ast": [*SHORT, "expert_epochs=2", "lr_start=0.002"],
     "datm": [*SHORT, "expand_steps=100", "gate=1.1"],
 }
 """What differs from a method's defaults."""
@@ -83,10 +85,11 @@ def _main(words: Sequence[str]) -> int:
                 epochs=options.epochs,
             )  # fmt: skip
             soft = METHODS.get(method).labels == "soft"
+            given = [f"experts={path}", f"lr_lr={RATES.get(ipc, RATES[10])}", *SETTINGS[method]]
             made, record = equal_time.fill(
                 method, options.data, options.out, ipc=ipc, network=options.network, minutes=options.minutes,
-                protocol="quick-soft-v1" if soft else "quick-v1", given=[f"experts={path}", *SETTINGS[method]],
-                controls="random", teachers=path if soft else None,
+                protocol="quick-soft-v1" if soft else "quick-v1", given=given, controls="random",
+                teachers=path if soft else None,
             )  # fmt: skip
             rows.append((json.loads(record.read_text()), DistilledSet.load(made), path))
             (options.out / "table.txt").write_text(table(rows) + "\n")

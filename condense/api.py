@@ -125,6 +125,8 @@ def distill(
     )  # fmt: skip
     entry = METHODS.get(method)
     config = _config(entry, settings)
+    if getattr(config, "experts", ""):  # a run may be resumed from another folder
+        config = dataclasses.replace(config, experts=str(Path(config.experts).resolve()))
     real = data if isinstance(data, Task) else task(data)
     job = _job(
         entry, config, real, ipc, network, seed, device, precision, minutes=minutes, tag=tag, track=track, force=force,

@@ -4,7 +4,6 @@ pickle."""
 from __future__ import annotations
 
 import contextlib
-import difflib
 import hashlib
 import json
 import math
@@ -21,23 +20,22 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from condense import rng
+from condense import container, rng
 from condense.augment import ZCA, Standardise, transform_from_arrays
-from condense.errors import CondenseError, did_you_mean
+from condense.container import AGAIN
+from condense.errors import CondenseError
 from condense.labels import PROVIDERS, HardLabels, Labels
 from condense.synthetic import Stage, decode, stages_from
 
-FORMAT = "condense.distilled"
-VERSION = 1
 IMAGE_TYPES = (np.uint8, np.float16, np.float32)
 ARRAY_TYPES = (*IMAGE_TYPES, np.int64)
-MANIFEST_LIMIT = 64 * 1024 * 1024
-REQUIRED = {
-    "name": str, "dataset": str, "method": str, "network": str, "classes": list, "ipc": int, "space": str,
-    "decode": list, "label_kind": str, "transform": str, "checksums": dict,
-}  # fmt: skip
-"""What every manifest says, and of which type."""
-AGAIN = "copy or make it again"
+FORMAT = container.Format(
+    "condense.distilled", 1, maker="condense distill",
+    required={
+        "name": str, "dataset": str, "method": str, "network": str, "classes": list, "ipc": int, "space": str,
+        "decode": list, "label_kind": str, "transform": str, "checksums": dict,
+    },
+)  # fmt: skip
 
 
 class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
@@ -211,17 +209,10 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
         check_writable(path, force=force, size=self.nbytes()["total"])
         arrays = self.arrays()
         self.manifest |= {"bytes": self.nbytes(), "checksums": checksums(arrays)}
-        manifest = json.dumps(self.manifest, sort_keys=True)
-        with replacing(path) as temporary:
-            import h5py
-
-            # The oldest file layout keeps attributes under 64 KiB; the class names of a large set may outgrow that.
-            with h5py.File(temporary, "w", libver=("v110", "v110")) as file:
-                file.attrs["format"], file.attrs["version"] = FORMAT, VERSION
-                file.attrs["manifest_sha256"] = hashlib.sha256(manifest.encode()).hexdigest()
-                file.attrs["manifest"] = np.bytes_(manifest)
-                for name, array in arrays.items():
-                    file.create_dataset(name, data=array)
+        with replacing(path) as temporary, container.create(temporary) as file:
+            container.sign(file, FORMAT, self.manifest)
+            for name, array in arrays.items():
+                file.create_dataset(name, data=array)
         return path
 
     @classmethod
@@ -275,53 +266,15 @@ def _digest(array: np.ndarray) -> str:
 def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """All arrays and the manifest of a file from anywhere: types, sizes and links are checked before anything is
     read."""
-    import h5py
-
-    if not path.is_file():
-        near = difflib.get_close_matches(path.name, [other.name for other in path.parent.glob("*.h5")], n=1)
-        raise CondenseError(f"{path}: no such file{did_you_mean(path.name, near) or '; `condense distill` makes one'}")
-    try:
-        file = h5py.File(path, "r")
-    except OSError as fault:
-        with path.open("rb") as raw:
-            if raw.read(8) == b"\x89HDF\r\n\x1a\n":
-                raise CondenseError(f"{path}: truncated or damaged; {AGAIN}") from fault
-        raise CondenseError(f"{path}: not an HDF5 file; give one that `condense distill` writes") from fault
-    with file:
-        try:
-            manifest = _read_manifest(path, file)
-            arrays = {}
-            for name, expected in sorted(manifest["checksums"].items()):
-                arrays[name] = _read_array(path, file, name, path.stat().st_size)
-                if _digest(arrays[name]) != expected:
-                    raise CondenseError(f"{path}: the array '{name}' is damaged (its checksum differs); {AGAIN}")
-        except (OSError, RuntimeError, KeyError, ValueError, TypeError) as fault:
-            raise CondenseError(f"{path}: truncated or damaged ({str(fault).splitlines()[0]}); {AGAIN}") from fault
-        if "images" not in arrays or arrays["images"].ndim != 4 or arrays["images"].dtype.type not in IMAGE_TYPES:
-            raise CondenseError(f"{path}: no array 'images' of uint8, float16 or float32 with four dimensions")
+    with container.opened(path, FORMAT) as (file, manifest):
+        arrays = {}
+        for name, expected in sorted(manifest["checksums"].items()):
+            arrays[name] = _read_array(path, file, name, path.stat().st_size)
+            if _digest(arrays[name]) != expected:
+                raise CondenseError(f"{path}: the array '{name}' is damaged (its checksum differs); {AGAIN}")
+    if "images" not in arrays or arrays["images"].ndim != 4 or arrays["images"].dtype.type not in IMAGE_TYPES:
+        raise CondenseError(f"{path}: no array 'images' of uint8, float16 or float32 with four dimensions")
     return arrays, manifest
-
-
-def _read_manifest(path: Path, file: Any) -> dict[str, Any]:
-    marker = file.attrs.get("format")
-    if marker != FORMAT:
-        raise CondenseError(
-            f"{path}: an HDF5 file of another format ({marker or 'unnamed'}); give one that `condense distill` writes"
-        )
-    if int(file.attrs["version"]) > VERSION:
-        raise CondenseError(
-            f"{path}: written by a newer version (format {file.attrs['version']}); update condense-toolkit"
-        )
-    if file.attrs.get_id("manifest").get_storage_size() > MANIFEST_LIMIT:
-        raise CondenseError(f"{path}: its manifest is larger than {MANIFEST_LIMIT} bytes")
-    text = bytes(file.attrs["manifest"])
-    if hashlib.sha256(text).hexdigest() != file.attrs["manifest_sha256"]:
-        raise CondenseError(f"{path}: the manifest is damaged (its checksum differs); {AGAIN}")
-    manifest = json.loads(text)
-    for key, kind in REQUIRED.items():
-        if not isinstance(manifest, dict) or not isinstance(manifest.get(key), kind):
-            raise CondenseError(f"{path}: the manifest has no proper '{key}'; it was not written by this toolkit")
-    return manifest
 
 
 def _read_array(path: Path, file: Any, name: str, file_size: int) -> np.ndarray:
@@ -329,11 +282,7 @@ def _read_array(path: Path, file: Any, name: str, file_size: int) -> np.ndarray:
     stored."""
     import h5py
 
-    parts = name.split("/")
-    for depth in range(len(parts)):
-        link = file.get("/".join(parts[: depth + 1]), getlink=True)
-        if not isinstance(link, h5py.HardLink):
-            raise CondenseError(f"{path}: the array '{name}' is missing or links to another file")
+    container.check_link(path, file, name)
     array = file[name]
     if not isinstance(array, h5py.Dataset) or array.is_virtual or array.external:
         raise CondenseError(f"{path}: '{name}' is not an array stored in this file")

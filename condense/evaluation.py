@@ -538,7 +538,10 @@ def _recorded_teacher(distilled: DistilledSet, teachers: str | Path | None, devi
     from condense import trajectories
 
     path = Path(teachers) if teachers is not None else trajectories.find(source)
-    return None if path is None else trajectories.teacher(path, device, distilled.shape, len(distilled.classes))
+    if path is None:
+        return None
+    same = {"count": source.get("count"), "epoch": distilled.manifest.get("label_source", {}).get("epoch", -1)}
+    return trajectories.teacher(path, device, distilled.shape, len(distilled.classes), **same)
 
 
 def _random_source(seed: int, ipc: int, task: Task, run: int) -> FixedSource:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import hashlib
 import json
 import logging
@@ -30,9 +29,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from condense import networks, rng
+from condense import container, networks, rng
 from condense.banks import agreed_plan, groups, seconds_per_step, transform_digests
-from condense.distilled import AGAIN, MANIFEST_LIMIT, check_writable, replacing
+from condense.container import AGAIN
+from condense.distilled import check_writable, replacing
 from condense.errors import CondenseError, did_you_mean
 from condense.run import Run, device_name
 from condense.students import (
@@ -52,18 +52,18 @@ from condense.version import __version__
 
 _log = logging.getLogger(__name__)
 
-FORMAT = "condense.trajectories"
-VERSION = 1
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 GROUP = 10
 """Most experts that a GPU trains together."""
 PREFETCHED = 64
 """Most snapshots on their way to a GPU."""
-REQUIRED = {
-    "network": str, "layout": list, "classes": list, "image_shape": list, "fingerprint": str, "transform": list,
-    "epochs": int, "dtype": str, "experts": list, "content": str,
-}  # fmt: skip
-"""What every manifest says, and of which type."""
+FORMAT = container.Format(
+    "condense.trajectories", 1, maker="condense experts",
+    required={
+        "network": str, "layout": list, "classes": list, "image_shape": list, "fingerprint": str, "transform": list,
+        "epochs": int, "dtype": str, "experts": list, "content": str,
+    },
+)  # fmt: skip
 WORDS = {
     "fingerprint": "data", "transform": "normalisation", "library_version": "library", "held_out": "held-out share",
     "random_hash_version": "version of the draws", "student_version": "version of the training",
@@ -194,66 +194,24 @@ def read(path: Path) -> Recorded:
     Raises:
         CondenseError: one line: no such file, not our format, newer version, truncated or damaged.
     """
-    import h5py
-
-    if not path.is_file():
-        near = difflib.get_close_matches(path.name, [other.name for other in path.parent.glob("*.h5")], n=1)
-        raise CondenseError(f"{path}: no such file{did_you_mean(path.name, near) or '; `condense experts` makes one'}")
-    try:
-        file = h5py.File(path, "r")
-    except OSError as fault:
-        with path.open("rb") as raw:
-            if raw.read(8) == b"\x89HDF\r\n\x1a\n":
-                raise CondenseError(f"{path}: truncated or damaged; {AGAIN}") from fault
-        raise CondenseError(f"{path}: not an HDF5 file; give one that `condense experts` writes") from fault
-    with file:
-        try:
-            manifest = _read_manifest(path, file)
-            shape = (len(manifest["experts"]), manifest["epochs"] + 1, Layout.read(manifest["layout"]).size)
-            dtype = np.dtype(manifest["dtype"])
-            offset = _offset(path, file, "parameters", shape, dtype)
-            _offset(path, file, "digests", (*shape[:2], 32), np.dtype(np.uint8))
-            digests = file["digests"][()]
-        except (OSError, RuntimeError, KeyError, ValueError, TypeError) as fault:
-            raise CondenseError(f"{path}: truncated or damaged ({str(fault).splitlines()[0]}); {AGAIN}") from fault
+    with container.opened(path, FORMAT) as (file, manifest):
+        if manifest["dtype"] not in DTYPES or manifest["epochs"] < 1 or not manifest["experts"]:
+            raise CondenseError(f"{path}: the manifest is not one of trajectories; it was not written by this toolkit")
+        shape = (len(manifest["experts"]), manifest["epochs"] + 1, Layout.read(manifest["layout"]).size)
+        dtype = np.dtype(manifest["dtype"])
+        offset = _offset(path, file, "parameters", shape, dtype)
+        _offset(path, file, "digests", (*shape[:2], 32), np.dtype(np.uint8))
+        digests = file["digests"][()]
     if hashlib.sha256(digests.tobytes()).hexdigest() != manifest["content"]:
         raise CondenseError(f"{path}: the array 'digests' is damaged (its checksum differs); {AGAIN}")
     return Recorded(path, manifest, np.memmap(path, dtype, "r", offset, shape), digests)
-
-
-def _read_manifest(path: Path, file: Any) -> dict[str, Any]:
-    marker = file.attrs.get("format")
-    if marker != FORMAT:
-        raise CondenseError(
-            f"{path}: an HDF5 file of another format ({marker or 'unnamed'}); give one that `condense experts` writes"
-        )
-    if int(file.attrs["version"]) > VERSION:
-        raise CondenseError(
-            f"{path}: written by a newer version (format {file.attrs['version']}); update condense-toolkit"
-        )
-    if file.attrs.get_id("manifest").get_storage_size() > MANIFEST_LIMIT:
-        raise CondenseError(f"{path}: its manifest is larger than {MANIFEST_LIMIT} bytes")
-    text = bytes(file.attrs["manifest"])
-    if hashlib.sha256(text).hexdigest() != file.attrs["manifest_sha256"]:
-        raise CondenseError(f"{path}: the manifest is damaged (its checksum differs); {AGAIN}")
-    manifest = json.loads(text)
-    for key, kind in REQUIRED.items():
-        if not isinstance(manifest, dict) or not isinstance(manifest.get(key), kind):
-            raise CondenseError(f"{path}: the manifest has no proper '{key}'; it was not written by this toolkit")
-    numbers = [isinstance(entry, dict) and entry.get("seconds") for entry in manifest["experts"]]
-    if not numbers or not all(type(one) in (int, float) for one in numbers) or manifest["epochs"] < 1:
-        raise CondenseError(f"{path}: the manifest has no proper 'experts'; it was not written by this toolkit")
-    if manifest["dtype"] not in DTYPES:
-        raise CondenseError(f"{path}: holds {manifest['dtype']} numbers; it was not written by this toolkit")
-    return manifest
 
 
 def _offset(path: Path, file: Any, name: str, shape: tuple[int, ...], dtype: np.dtype) -> int:
     """Where an array begins in the file, in one piece and of this shape and type."""
     import h5py
 
-    if not isinstance(file.get(name, getlink=True), h5py.HardLink):
-        raise CondenseError(f"{path}: the array '{name}' is missing or links to another file")
+    container.check_link(path, file, name)
     array = file[name]
     if not isinstance(array, h5py.Dataset) or array.is_virtual or array.external or array.chunks is not None:
         raise CondenseError(f"{path}: '{name}' is not an array stored in one piece in this file")
@@ -267,20 +225,14 @@ def _offset(path: Path, file: Any, name: str, shape: tuple[int, ...], dtype: np.
 
 def _write(path: Path, manifest: dict[str, Any], shape: tuple[int, int, int], experts: Iterable[np.ndarray]) -> None:
     """The file, atomically, from the snapshots (epochs + 1, P) of one expert after the other."""
-    import h5py
-
     digests = np.empty((*shape[:2], 32), np.uint8)
-    # The oldest file layout keeps attributes under 64 KiB; the manifest of many experts outgrows that.
-    with replacing(path) as temporary, h5py.File(temporary, "w", libver=("v110", "v110")) as file:
+    with replacing(path) as temporary, container.create(temporary) as file:
         parameters = file.create_dataset("parameters", shape, manifest["dtype"])
         for k, snapshots in enumerate(experts):
             parameters[k] = snapshots
             digests[k] = [np.frombuffer(_digest(snapshot), np.uint8) for snapshot in snapshots]
         file.create_dataset("digests", data=digests)
-        text = json.dumps({**manifest, "content": hashlib.sha256(digests.tobytes()).hexdigest()}, sort_keys=True)
-        file.attrs["format"], file.attrs["version"] = FORMAT, VERSION
-        file.attrs["manifest_sha256"] = hashlib.sha256(text.encode()).hexdigest()
-        file.attrs["manifest"] = np.bytes_(text)
+        container.sign(file, FORMAT, {**manifest, "content": hashlib.sha256(digests.tobytes()).hexdigest()})
 
 
 def nbytes(count: int, epochs: int, layout: Layout, dtype: str = "float16") -> int:

@@ -193,8 +193,8 @@ class MTT(SyntheticOptions):
         )  # fmt: skip
         return Training(recipe, None, None)
 
-    def groups(self, synthetic: SyntheticSet) -> dict[str, Group]:
-        """How what is learned is stepped."""
+    def groups(self) -> dict[str, Any]:
+        """How what is learned is stepped, a :class:`Group` for each tensor."""
         return {
             "images": Group(lr=self.lr_img, momentum=self.momentum),
             "step_size": Group(lr=self.lr_lr, momentum=self.momentum),
@@ -212,11 +212,15 @@ class MTT(SyntheticOptions):
 
 
 def their_experts(config: MTT, run: Run) -> Experts:
-    """The experts of the file that was named, of the cache, or trained now."""
-    last = min(config.max_start_epoch - 1 + config.expert_epochs, config.epochs_needed())
+    """The experts of the file that was named, of the cache, or trained now.
+
+    Under a time limit rather fewer experts than fewer epochs than three stretches that a student imitates.
+    """
+    epochs = config.epochs_needed()
     return provide(
-        run, config.training(run.task), file=config.experts, count=config.num_experts, epochs=config.epochs_needed(),
-        first=config.min_start_epoch, last=last, least=config.min_start_epoch + config.expert_epochs,
+        run, config.training(run.task), file=config.experts, count=config.num_experts, epochs=epochs,
+        first=config.min_start_epoch, last=min(config.max_start_epoch - 1 + config.expert_epochs, epochs),
+        least=min(config.min_start_epoch + 3 * config.expert_epochs, epochs),
     )  # fmt: skip
 
 
@@ -241,7 +245,7 @@ def walk(
         low = min(config.min_start_epoch, high - 1)
         return int(draws.integers(experts.count, 1)), low + int(draws.integers(high - low, 1))
 
-    for step in run.optimise(synthetic, config.steps, **config.groups(synthetic)):
+    for step in run.optimise(synthetic, config.steps, **config.groups()):
         expert, epoch = drawn(step.index)
         following = drawn(step.index + 1)
         experts.prefetch([(following[0], following[1] + later) for later in range(config.expert_epochs + 1)])
@@ -428,10 +432,10 @@ class FTD(MTT):
         """As MTT's, along flat regions: GSAM in float32."""
         return Training(super().training(task).recipe, GSAM(self.rho, self.gsam), "fp32")
 
-    def groups(self, synthetic: SyntheticSet) -> dict[str, Group]:
+    def groups(self) -> dict[str, Any]:
         """As MTT's, with an average of the pixels."""
         decay = 0.9995 ** (5000 / self.steps) if self.ema is None else self.ema
-        groups = super().groups(synthetic)
+        groups = super().groups()
         return {**groups, "images": dataclasses.replace(groups["images"], ema=decay or None)}
 
 
@@ -625,9 +629,9 @@ class DATM(FTD):
         first = self.first_max_start_epoch or max(self.min_start_epoch + 1, self.max_start_epoch // 2)
         return min(self.max_start_epoch, first + (self.max_start_epoch - first) * index // self.expand_steps)
 
-    def groups(self, synthetic: SyntheticSet) -> dict[str, Group]:
+    def groups(self) -> dict[str, Any]:
         """As MTT's, with the labels."""
-        return {**super().groups(synthetic), "labels": Group(lr=self.lr_label, momentum=self.label_momentum)}
+        return {**super().groups(), "labels": Group(lr=self.lr_label, momentum=self.label_momentum)}
 
 
 def recognised(task: Task, run: Run, experts: Experts) -> Tensor:
@@ -654,8 +658,8 @@ def recognised(task: Task, run: Run, experts: Experts) -> Tensor:
 
 def agreed_logits(run: Run, experts: Experts, images: Tensor, classes: Tensor) -> Tensor:
     """Mean logits (N, classes) over the experts that recognise an image; over all of them where none does."""
-    total, every = torch.zeros(len(images), run.task.num_classes, device=images.device), 0.0
-    votes = torch.zeros(len(images), 1, device=images.device)
+    total = torch.zeros(len(images), run.task.num_classes, device=images.device)
+    every, votes = torch.zeros_like(total), torch.zeros(len(images), 1, device=images.device)
     for k in range(experts.count):
         logits = answers(run, experts, experts.at(k, -1), images)
         right = (logits.argmax(1) == classes).float()[:, None]

@@ -1,5 +1,6 @@
 """The published steps equal ours where they must, and the scripts run; nothing here is a matter of time."""
 
+import dataclasses
 import functools
 import importlib
 import json
@@ -60,6 +61,30 @@ def test_the_published_augmentation_draws_from_the_range_of_ours(operation):
     random, views = np.random.default_rng(0), dsa(operation).draw(rng.Draws("range"), 4000, (9, 32))
     theirs = np.array([random_view(random, (operation,), (9, 32))[1] for _ in range(4000)])
     ours = np.array([same_view(views, i)[1] for i in range(4000)], dtype=float)
+    for a, b in ((theirs.min(0), ours.min(0)), (theirs.max(0), ours.max(0))):
+        slack = 0 if operation in ("crop", "cutout", "flip") else 0.02 * np.ptp(ours, 0)
+        assert (np.abs(a - b) <= slack).all()
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_the_published_augmentation_of_single_images_equals_ours(operation):
+    from condense.benchmarks.speed.published import augmented, same_views
+
+    augment = dsa(operation)
+    images = torch.randn(8, 3, 9, 32, generator=rng.generator("images"))
+    for i in range(4):
+        views = augment.draw(rng.Draws("views", i), 8, (9, 32), groups=1)
+        ours = augment.apply(images, views)
+        torch.testing.assert_close(augmented(images, same_views(views, CPU)), ours, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_the_published_augmentation_of_single_images_draws_from_the_range_of_ours(operation):
+    from condense.benchmarks.speed.published import random_views, same_views
+
+    with rng.seeded("range"):
+        theirs = random_views(np.random.default_rng(0), (operation,), 4000, (9, 32), CPU)[1].numpy()
+    ours = same_views(dsa(operation).draw(rng.Draws("range"), 4000, (9, 32)), CPU)[1].numpy()
     for a, b in ((theirs.min(0), ours.min(0)), (theirs.max(0), ours.max(0))):
         slack = 0 if operation in ("crop", "cutout", "flip") else 0.02 * np.ptp(ours, 0)
         assert (np.abs(a - b) <= slack).all()
@@ -354,3 +379,125 @@ def test_the_product_and_published_loops_alternate(tiny_colour):
     case = Case(tiny_colour, 2, 8, CPU, 2, {"batch_real": 6, "inner": 1})
     pairs = time_steps(BENCHMARK, case, 3)
     assert len(pairs.a) == len(pairs.b) == 3
+
+
+# -- trajectory matching and its experts ------------------------------------------------------------------------------
+
+
+def trajectory_case(task, **settings):
+    from condense.benchmarks.speed.measure import Case
+
+    return Case(task, 2, 8, CPU, 2, {"syn_steps": 4, **settings})
+
+
+def test_the_published_mtt_step_equals_ours(tiny_colour):
+    """One graph of all steps against the adjoint: the same gradient but for rounding."""
+    from condense.benchmarks.speed.measure import difference
+    from condense.benchmarks.speed.mtt import BENCHMARK
+
+    gap = difference(BENCHMARK, trajectory_case(tiny_colour), "fp32")
+    assert 0 < gap["median_image"] < 2e-3 and gap["all"] < 2e-2
+
+
+def test_several_published_mtt_steps_equal_ours(tiny_colour):
+    """Pixels and the learned step size, with momentum; and other draws do not agree."""
+    from condense.benchmarks.speed.measure import distance, drive
+    from condense.benchmarks.speed.mtt import BENCHMARK
+
+    case = trajectory_case(tiny_colour, lr_lr=1e-3, lr_start=0.01)
+    config = BENCHMARK.config(case, steps=3)
+    published, other = (BENCHMARK.published(case, config) for _ in range(2))
+    start = published.images.detach().clone()
+    run = Run(case.task, case.ipc, case.network, seed=case.seed)
+    for index in range(3):
+        published.step(BENCHMARK.draws(case, config, run, index))
+        other.step()
+    made = drive("mtt", config, case)
+    update = made.images.detach() - start
+    assert distance(published.images - start, update) < 0.02
+    assert distance(other.images - start, update) > 0.1
+    assert distance(published.rate - 0.01, made.step_size - 0.01) < 1e-3 and published.rate != 0.01
+    assert 0 < published.loss < 2
+
+
+def test_a_published_graph_that_does_not_fit_is_refused(tiny_colour, monkeypatch):
+    from condense import trajectories
+    from condense.benchmarks.speed.measure import time_steps
+    from condense.benchmarks.speed.mtt import BENCHMARK
+    from condense.errors import CondenseError
+
+    case = trajectory_case(tiny_colour)
+    monkeypatch.setattr(trajectories, "free_host_memory", lambda: 10_000)
+    with pytest.raises(CondenseError, match="published graph of 4 steps on 6 images does not fit"):
+        time_steps(BENCHMARK, case, 1)
+
+
+@pytest.mark.parametrize("method", ["mtt", "ftd"])
+def test_a_published_expert_equals_ours(method, tiny_colour):
+    """Four steps from the same weights on the same batches and views; they cross from one epoch to the next."""
+    from condense.benchmarks.speed.experts import Ours, published_loop, training_of
+    from condense.benchmarks.speed.measure import distance
+    from condense.benchmarks.speed.published import convnet, copy_weights, same_views
+    from condense.students import batch_ids, train
+    from condense.trajectories import _student
+
+    case = trajectory_case(tiny_colour, expert_batch=16, expert_lr=0.1)
+    training = training_of(method, case)
+    published, run = published_loop(case, training), Ours(case, training, 1).run
+    student = _student(run, run.task, 0)
+    copy_weights(student.network, published.net)
+    start = torch.nn.utils.parameters_to_vector(published.net.parameters()).detach()
+    for step in range(4):
+        ids = batch_ids(student.seed, len(tiny_colour.train), 16, step)
+        views = training.recipe.augment.draw(rng.Draws(student.seed, "augment", step), len(ids), (8, 8), groups=1)
+        labels = torch.from_numpy(tiny_colour.train.labels)[ids]
+        published.step(tiny_colour.batch(ids), labels, same_views(views, CPU))
+    train([student], dataclasses.replace(training.recipe, steps=4), device=CPU, update=training.update)
+    ours = convnet(tiny_colour.shape, tiny_colour.num_classes, depth=2, width=8)
+    copy_weights(student.network, ours)
+    ends = (torch.nn.utils.parameters_to_vector(net.parameters()).detach() - start for net in (published.net, ours))
+    assert distance(*ends) < 1e-3
+    assert 0 < published.loss < 10 and 0 <= published.right <= 1
+
+
+def test_a_published_expert_trains_over_epochs(tiny_colour):
+    from condense.benchmarks.speed.experts import published_loop, training_of
+
+    case = trajectory_case(tiny_colour, expert_batch=16)
+    expert = published_loop(case, training_of("mtt", case))
+    sizes = []
+    expert.step = lambda images, labels: sizes.append(len(images))
+    expert.train(4)
+    whole, rest = divmod(len(tiny_colour.train), 16)
+    epoch = [16] * whole + [rest] * bool(rest)
+    assert sizes == (epoch * 4)[:4]
+
+
+def test_the_mtt_script(tmp_path, capsys):
+    from condense.benchmarks.speed.mtt import main
+
+    out = tmp_path / "mtt.json"
+    assert ended(main, "--tiny", "--device", "cpu", "--json", out) == 0
+    shown, record = capsys.readouterr().out, json.loads(out.read_text())
+    assert "published / condense, median of 1 pairs" in shown and "condense / published" in shown
+    assert "3 steps of the student" in shown and "real images a class" not in shown
+    assert record["syn_steps"] == 3 and record["update_difference"]["fp32"]["all"] < 2e-2
+    assert all(0 < peak["baseline"] <= peak["host"] for peak in record["peak_memory"].values())
+
+
+def test_the_experts_script(npz, tmp_path, capsys):
+    from condense.benchmarks.speed.experts import main
+
+    out = tmp_path / "experts.json"
+    assert ended(main, "--tiny", "--data", f"small={npz}", "--device", "cpu", "--methods", "ftd", "--out", out) == 0
+    shown, record = capsys.readouterr().out, json.loads(out.read_text())
+    assert "experts x epochs a minute" in shown and "ours of 2 experts at a time" in shown and "small" in shown
+    found = record["methods"]["ftd"]
+    assert record["schema"] == "condense.speed/1" and len(found["ratios"]) == 1
+    for side, seconds in found["median_seconds"].items():
+        epoch = seconds * found["steps_per_epoch"]
+        assert found["experts_epochs_per_minute"][side] == pytest.approx(60 / epoch)
+        assert found["seconds_for_100x50"][side] == pytest.approx(5000 * epoch)
+        assert 0 < found["peak_memory"][side]["baseline"] <= found["peak_memory"][side]["host"]
+    assert ended(main, "--methods", "dm", "--out", out) == 2
+    assert "--methods dm: mtt or ftd" in capsys.readouterr().err

@@ -273,9 +273,9 @@ def test_ftd_ends_as_the_average_of_its_iterates(tiny, monkeypatch):
 def test_the_default_average_forgets_the_first_images_alike():
     for steps in (100, 5000):
         config = tm.FTD(steps=steps)
-        group = config.groups(None)["images"]
+        group = config.groups()["images"]
         assert group.ema**steps == pytest.approx(0.9995**5000)
-    assert tm.FTD(ema=0.0).groups(None)["images"].ema is None
+    assert tm.FTD(ema=0.0).groups()["images"].ema is None
 
 
 def test_a_closed_gate_changes_nothing(tiny):

@@ -346,24 +346,28 @@ Views = tuple[str, Tensor]
 """One DSA operation and its numbers for each image, (N, k) on the device, as :data:`View` has them for all."""
 
 
-def random_views(generator: torch.Generator, operations: Sequence[str], count: int, size: tuple[int, int]) -> Views:
-    """One of ``operations``, drawn uniformly, with numbers of their own for ``count`` images of ``size`` (H, W)."""
-    device = generator.device
-    operation = operations[int(torch.randint(len(operations), (), generator=generator, device=device))]
-    unit = torch.rand(count, 3, generator=generator, device=device)
+def random_views(
+    random: np.random.Generator, operations: Sequence[str], count: int, size: tuple[int, int], device: torch.device
+) -> Views:
+    """One of ``operations``, drawn uniformly, with numbers of their own for ``count`` images of ``size`` (H, W).
+
+    The numbers are drawn on the device, by torch's global generator.
+    """
+    operation = operations[int(random.integers(len(operations)))]
+    unit = torch.rand(3, count, device=device)
     if operation == "color":
-        return operation, torch.stack([unit[:, 0] - 0.5, 2 * unit[:, 1], unit[:, 2] + 0.5], 1)
+        return operation, torch.stack([unit[0] - 0.5, 2 * unit[1], unit[2] + 0.5], 1)
     if operation == "crop":
-        reach = torch.tensor([int(0.125 * side + 0.5) for side in size], device=device)
-        return operation, (unit[:, :2] * (2 * reach + 1)).floor() - reach
+        reach = [int(0.125 * side + 0.5) for side in size]
+        return operation, torch.stack([(u * (2 * k + 1)).floor() - k for u, k in zip(unit, reach)], 1)
     if operation == "cutout":
-        places = torch.tensor([side + 1 - int(0.5 * side + 0.5) % 2 for side in size], device=device)
-        return operation, (unit[:, :2] * places).floor()
+        places = [side + 1 - int(0.5 * side + 0.5) % 2 for side in size]
+        return operation, torch.stack([(u * k).floor() for u, k in zip(unit, places)], 1)
     if operation == "flip":
-        return operation, (unit[:, :1] < 0.5).float()
+        return operation, (unit[:1].T < 0.5).float()
     if operation == "scale":
-        return operation, 1 / 1.2 + (1.2 - 1 / 1.2) * unit[:, :2]
-    return operation, torch.deg2rad(30 * unit[:, :1] - 15)
+        return operation, 1 / 1.2 + (1.2 - 1 / 1.2) * unit[:2].T
+    return operation, torch.deg2rad(30 * unit[:1].T - 15)
 
 
 def same_views(views: Parameters, device: torch.device) -> Views:
@@ -458,7 +462,7 @@ class MTT:
             torch.optim.SGD([leaf], lr=rate, momentum=momentum)
             for leaf, rate in ((self.images, lr_img), (self.rate, lr_lr))
         ]
-        self.generator = torch.Generator(device).manual_seed(seed)
+        self.random = np.random.default_rng(seed)
         self.loss = 0.0
 
     def step(self, draws: Sequence[Parameters] | None = None) -> None:
@@ -470,11 +474,11 @@ class MTT:
         for i in range(self.syn_steps):
             ids = torch.arange(len(self.images), device=self.device)
             if draws is None:
-                ids = torch.randperm(len(ids), generator=self.generator, device=self.device)
+                ids = torch.from_numpy(self.random.permutation(len(ids))).to(self.device)
             shown = self.images[ids]
             if self.operations:
                 if draws is None:
-                    views = random_views(self.generator, self.operations, len(ids), self.shape[1:])
+                    views = random_views(self.random, self.operations, len(ids), self.shape[1:], self.device)
                 else:
                     views = same_views(draws[i], self.device)
                 shown = augmented(shown, views)
@@ -537,7 +541,7 @@ class Expert:
         self.loader = DataLoader(data, batch, shuffle=True)
         self.net = convnet(task.shape, task.num_classes, depth=depth, width=width).to(device).train()
         self.optimizer = torch.optim.SGD(self.net.parameters(), lr=lr)
-        self.generator = torch.Generator(device).manual_seed(seed)
+        self.random = np.random.default_rng(seed)
         self.loss = self.right = 0.0
 
     def train(self, steps: int) -> None:
@@ -552,7 +556,7 @@ class Expert:
         """One step on a batch from the CPU, with views of its own unless given."""
         images, labels = images.float().to(self.device), labels.long().to(self.device)
         if self.operations:
-            views = views or random_views(self.generator, self.operations, len(images), self.size)
+            views = views or random_views(self.random, self.operations, len(images), self.size, self.device)
             images = augmented(images, views)
         logits = self.net(images)
         loss = F.cross_entropy(logits, labels)
@@ -576,16 +580,14 @@ class Expert:
         self.optimizer.zero_grad()
         F.cross_entropy(self.net(images), labels).backward()
         with torch.no_grad():
-            lengths = [
-                torch.stack([one.norm() for one in slopes]).norm() for slopes in (plain, map(_slope, parameters))
-            ]
+            sharp = [_slope(p) for p in parameters]
+            lengths = [torch.stack([slope.norm() for slope in slopes]).norm() for slopes in (plain, sharp)]
             inner = torch.zeros((), device=self.device)
-            for p, before in zip(parameters, plain):
-                inner = inner + (before * _slope(p)).sum()
+            for before, after in zip(plain, sharp):
+                inner = inner + (before * after).sum()
             cosine = inner / (lengths[0] * lengths[1] + 1e-12)
-            for p, before, move in zip(parameters, plain, moves):
-                vertical = before - cosine * lengths[0] * _slope(p) / (lengths[1] + 1e-12)
-                _slope(p).sub_(coefficient * vertical)
+            for p, before, after, move in zip(parameters, plain, sharp, moves):
+                after.sub_(coefficient * (before - cosine * lengths[0] * after / (lengths[1] + 1e-12)))
                 p.sub_(move)
 
 

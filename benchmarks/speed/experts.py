@@ -1,0 +1,280 @@
+"""Experts: ``python -m condense.benchmarks.speed.experts`` times the published training of experts against ours.
+
+Each measurement is a slice of so many SGD steps, ours as ``condense experts --for METHOD`` makes them (several networks
+together where that is faster), the published ones by one network at a time; epochs are extrapolated from it. What an
+epoch adds is in neither: our snapshot, and the published one with a test of the network. Ours build their networks in
+the slice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from condense import networks, rng, tasks
+from condense.benchmarks.speed import published
+from condense.benchmarks.speed.measure import (
+    PRODUCT,
+    PUBLISHED,
+    SCHEMA,
+    Case,
+    Others,
+    Pairs,
+    Parser,
+    _data,
+    _in_child,
+    aligned,
+    alternate,
+    disturbance,
+    gibibytes,
+    guarded,
+    positive,
+    random_task,
+    run_alone,
+    write,
+)
+from condense.benchmarks.speed.unroll import Alone
+from condense.methods.trajectory_matching import GSAM
+from condense.records import environment
+from condense.registry import METHODS
+from condense.run import Run, pick_device, pick_precision
+from condense.students import steps_per_pass, train
+from condense.tasks import Task
+from condense.trajectories import GROUP, Training, _student
+from condense.units import duration
+
+MANY, EPOCHS = 100, 50
+"""Experts and their epochs, as published, for which the time is extrapolated."""
+WHOLE = f"seconds_for_{MANY}x{EPOCHS}"
+"""What records call it."""
+TINY_DATA, TINY_WIDTH, TINY_DEPTH = (3, 12, (3, 8, 8), 1), 8, 2
+"""Classes, images of each, their shape and test images; channels and blocks of the network."""
+
+
+class Ours:
+    """Slices of the product's training of experts, each of other ones.
+
+    Args:
+        case: data, network, device and the run's precision.
+        training: as the method wants it.
+        count: experts of a slice, together where the device is faster so.
+    """
+
+    def __init__(self, case: Case, training: Training, count: int) -> None:
+        self.case, self.training, self.count, self.begun = case, training, count, 0
+        self.run = Run(case.task, 1, case.network, seed=case.seed, device=case.device, quiet=True, track="none")
+        self.precision = training.precision or case.precision
+
+    def train(self, steps: int) -> None:
+        """So many steps of each of the slice's experts."""
+        numbers = range(self.begun, self.begun + self.count)
+        self.begun += self.count
+        recipe = dataclasses.replace(self.training.recipe, steps=steps)
+        train(
+            [_student(self.run, self.run.task, k) for k in numbers], recipe, device=self.case.device,
+            precision=self.precision, update=self.training.update,
+        )  # fmt: skip
+
+
+def training_of(method: str, case: Case) -> Training:
+    """How the method's experts are trained; the case's settings may change it."""
+    return METHODS.get(method).config(**case.settings).training(case.task)
+
+
+def published_loop(case: Case, training: Training) -> published.Expert:
+    """The published training of the same experts."""
+    recipe, update = training.recipe, training.update
+    assert update is None or isinstance(update, GSAM)
+    gsam = None if update is None else (update.rho, update.coefficient)
+    return published.Expert(
+        case.task, device=case.device, batch=recipe.batch, lr=recipe.lr, gsam=gsam, depth=case.depth, width=case.width,
+        operations=recipe.augment.ops if recipe.augment else (), seed=case.seed,
+    )  # fmt: skip
+
+
+def compare(case: Case, method: str, count: int, steps: int, pairs: int) -> dict[str, Any]:
+    """Seconds of one step of one expert, from slices of both kinds in turn after short ones that do not count; their
+    ratio, experts x epochs a minute, and seconds for the published number of experts."""
+    training = training_of(method, case)
+    theirs, ours = published_loop(case, training), Ours(case, training, count)
+    for loop in (theirs, ours):
+        loop.train(min(steps, 3))
+    others = Others()
+    found = alternate(lambda: theirs.train(steps), lambda: ours.train(steps), pairs, case.device)
+    share = others.share()
+    per_step = Pairs([s / steps for s in found.a], [s / (steps * count) for s in found.b])
+    epoch = steps_per_pass(len(case.task.train), training.recipe.batch)
+    summary = per_step.summary(PUBLISHED, PRODUCT)
+    epochs = {name: seconds * epoch for name, seconds in summary["median_seconds"].items()}
+    return {
+        **summary,
+        "batch": training.recipe.batch,
+        "precision": {PUBLISHED: "fp32", PRODUCT: ours.precision},
+        "count": count,
+        "steps": steps,
+        "steps_per_epoch": epoch,
+        "slice_seconds": {PUBLISHED: statistics.median(found.a), PRODUCT: statistics.median(found.b)},
+        "experts_epochs_per_minute": {name: 60 / seconds for name, seconds in epochs.items()},
+        WHOLE: {name: MANY * EPOCHS * seconds for name, seconds in epochs.items()},
+        "others_share": share,
+    }
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Slice:
+    """A loop whose step is a slice, for :func:`run_alone`."""
+
+    train: Callable[[int], None]
+    steps: int
+    images: torch.Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))
+
+    def step(self, draws: Any = None) -> None:
+        self.train(self.steps)
+
+
+def measure_alone(case: Case, side: str, method: str, count: int, steps: int) -> dict[str, int]:
+    """Peak bytes of this process for a slice of one side; to be called in a process of its own.
+
+    A tiny slice goes first, or the peak would count what torch loads when it is first used.
+    """
+
+    def made(case: Case, config: None) -> Slice:
+        training = training_of(method, case)
+        loop = Ours(case, training, count) if side == PRODUCT else published_loop(case, training)
+        return Slice(loop.train, steps)
+
+    def run(case: Case) -> dict[str, int]:
+        return run_alone(Alone("experts", made, lambda *_: None), case, f"{side} {method}", 1)
+
+    small = random_task(*TINY_DATA)
+    run(Case(small, 1, TINY_WIDTH, case.device, TINY_DEPTH, {"expert_batch": 16}, case.precision))
+    return run(case)
+
+
+# -- the command line -------------------------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Parses the options, measures, prints a table and exits."""
+    guarded(_measure, arguments)
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="python -m condense.benchmarks.speed.experts",
+        description="Times the published training of experts (a plain transcription) against this toolkit's, in turn.",
+    )
+    parser.add_argument("--data", help="a name, folder, .npz or .h5; random images shaped like CIFAR-10 when left out")
+    parser.add_argument("--width", type=positive, default=128, help="channels of the ConvNet")
+    parser.add_argument("--depth", type=positive, default=3, help="blocks of the ConvNet")
+    parser.add_argument("--count", type=positive, help=f"experts of ours in a slice; {GROUP} on CUDA, else 1")
+    parser.add_argument("--steps", type=positive, help="steps of each expert in a slice; 200 on CUDA, else 20")
+    parser.add_argument("--pairs", type=positive, default=3, help="slices of each side, in turn")
+    parser.add_argument("--methods", default="mtt,ftd", help="whose experts: mtt (SGD), ftd (GSAM), or both")
+    parser.add_argument("--out", type=Path, required=True, help="file to write the numbers to")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", default="auto", help="of ours, where the method does not need fp32")
+    parser.add_argument("--tiny", action="store_true", help="a few steps on a few small images, to try the script")
+    parser.add_argument("--alone", help=argparse.SUPPRESS)
+    return parser
+
+
+def _measure(words: Sequence[str]) -> int:
+    options = _parser().parse_args(words)
+    methods = options.methods.split(",")
+    for name in methods:
+        if name not in ("mtt", "ftd"):
+            _parser().error(f"--methods {name}: mtt or ftd")
+    if options.tiny:
+        options.width, options.depth, options.count, options.steps, options.pairs = TINY_WIDTH, TINY_DEPTH, 2, 2, 1
+    device = pick_device(options.device)
+    cuda = device.type == "cuda"
+    count, steps = options.count or (GROUP if cuda else 1), options.steps or (200 if cuda else 20)
+    case = _case(options, device)
+    if options.alone:
+        side, method = options.alone.split()
+        print(json.dumps(measure_alone(case, side, method, count, min(steps, 3))))  # the peak is reached by then
+        return 0
+    alone = Alone("experts", lambda case, config: NotImplemented, lambda *_: None)
+    peaks = {
+        method: {side: _in_child(alone, words, f"{side} {method}") for side in (PUBLISHED, PRODUCT)}
+        for method in methods
+    }
+    found = {
+        method: {**compare(case, method, count, steps, options.pairs), "peak_memory": peaks[method]}
+        for method in methods
+    }
+    record = {
+        "schema": SCHEMA,
+        "benchmark": "experts",
+        "data": _data(case.task),
+        "network": case.network,
+        "count": count,
+        "steps": steps,
+        "methods": found,
+        "environment": environment(device, case.precision),
+    }
+    write(options.out, json.dumps(record, indent=1) + "\n")
+    print(_report(record))
+    return 0
+
+
+def _case(options: argparse.Namespace, device: torch.device) -> Case:
+    task: Task
+    if options.data:
+        task = tasks.load(options.data)
+    else:
+        task = random_task(*TINY_DATA) if options.tiny else random_task()
+    settings = {"expert_batch": 16} if options.tiny else {}
+    precision = pick_precision(options.precision, device)
+    case = Case(task, 1, options.width, device, options.depth, settings, precision)
+    with rng.seeded("check"):  # refuses a network that does not fit the images
+        networks.build(case.network, task.shape, task.num_classes)
+    return case
+
+
+def _report(record: Mapping[str, Any]) -> str:
+    rows = [
+        ["experts", "ms a step of one", "experts x epochs a minute", f"{MANY} of {EPOCHS} epochs", "peak memory",
+         "before", "on the device"]
+    ]  # fmt: skip
+    ratios, shares = [], []
+    for method, found in record["methods"].items():
+        for side, peak in found["peak_memory"].items():
+            rows.append(
+                [f"{method}, {side} ({found['precision'][side]})", f"{1e3 * found['median_seconds'][side]:.2f}",
+                 f"{found['experts_epochs_per_minute'][side]:.3g}",
+                 duration(found[WHOLE][side]), gibibytes(peak["host"]),
+                 gibibytes(peak["baseline"]), gibibytes(peak.get("device"))]
+            )  # fmt: skip
+        low, high = min(found["ratios"]), max(found["ratios"])
+        ratios.append(f"{method} {found['ratio']:.2f} ({low:.2f} to {high:.2f})")
+        shares += [found["others_share"]] if found["others_share"] is not None else []
+    first = next(iter(record["methods"].values()))
+    cuda = any("device" in peak for found in record["methods"].values() for peak in found["peak_memory"].values())
+    return "\n".join(
+        [
+            f"experts: {record['data']}; {record['network']}, batches of {first['batch']}; "
+            f"{record['environment']['device']}",
+            f"extrapolated from slices of {record['steps']} of the {first['steps_per_epoch']} steps of an epoch, ours "
+            f"of {record['count']} experts at a time, published ones of one",
+            aligned(rows if cuda else [row[:-1] for row in rows]),
+            f"published / condense, median of {len(first['ratios'])} pairs of slices: {', '.join(ratios)}",
+            *disturbance(max(shares) if shares else None),
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()
