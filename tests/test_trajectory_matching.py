@@ -1,12 +1,14 @@
 """The maths of trajectory matching beyond the unrolled training itself: experts' updates, windows, labels, starts."""
 
+import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 
 import condense
-from condense import networks
+from condense import networks, protocols
 from condense.errors import CondenseError
 from condense.methods import trajectory_matching as tm
 from condense.run import Run
@@ -325,3 +327,44 @@ def test_settings_out_of_range_are_all_named():
         tm.MTT(syn_steps=0, momentum=2)
     with pytest.raises(CondenseError, match="init=correct: unknown"):
         tm.MTT(init="correct")
+
+
+# -- the table --------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_goes_from_experts_to_judged_sets(tiny, tmp_path, monkeypatch, capsys):
+    from conftest import tiny_arrays
+
+    from condense import cli
+    from condense.benchmarks import equal_time, trajectories
+
+    def condense_here(*words):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(list(words))
+        assert ended.value.code == 0, words
+
+    monkeypatch.setattr(equal_time, "condense", condense_here)
+    short = {name: dataclasses.replace(found, steps=10) for name, found in protocols.protocols().items()}
+    monkeypatch.setattr(protocols, "protocols", lambda: short)
+    names = ("train_images", "train_labels", "test_images", "test_labels")
+    np.savez(tmp_path / "tiny.npz", **dict(zip(names, tiny_arrays())))
+    words = [
+        "--data",
+        f"tiny={tmp_path}/tiny.npz",
+        "--out",
+        str(tmp_path / "out"),
+        "--methods",
+        "mtt,datm",
+        "--ipc",
+        "1",
+    ]
+    words += ["--network", NETWORK, "--count", "2", "--epochs", "5", "--minutes", "0.01"]
+    assert trajectories._main(words) == 0
+    table = (tmp_path / "out/table.txt").read_text()
+    rows = [line.split() for line in table.splitlines()[1:]]
+    assert [row[:2] for row in rows] == [["mtt", "1"], ["datm", "1"]]
+    assert all((row[-2], row[-5]) == ("±", "±") for row in rows)  # both arms, for soft labels too
+    kept = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.h5")}
+    assert len(kept) == 4  # two kinds of experts, two sets
+    assert trajectories._main(words) == 0 and (tmp_path / "out/table.txt").read_text() == table
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.h5")} == kept

@@ -185,7 +185,9 @@ def _parser() -> Parser:
     parser.add_argument("--out", type=Path, required=True, help="file to write the numbers to")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", default="auto", help="of ours, where the method does not need fp32")
-    parser.add_argument("--tiny", action="store_true", help="a few steps on a few small images, to try the script")
+    parser.add_argument(
+        "--tiny", action="store_true", help="a few steps on small images, to try the script; sizes are ignored"
+    )
     parser.add_argument("--alone", help=argparse.SUPPRESS)
     return parser
 

@@ -153,7 +153,9 @@ def _parser() -> Parser:
     parser.add_argument("--steps", type=positive, default=3, help="pairs of steps that count, after one that does not")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", type=Path, help="file to write the numbers to")
-    parser.add_argument("--tiny", action="store_true", help="a few steps on a few small images, to try the script")
+    parser.add_argument(
+        "--tiny", action="store_true", help="a few steps on small images, to try the script; sizes are ignored"
+    )
     parser.add_argument("--alone", choices=(PRODUCT, PUBLISHED), help=argparse.SUPPRESS)
     return parser
 
