@@ -38,6 +38,9 @@ class Group:
     """Factor on ``lr`` by the fraction of the run done; constant when None."""
     clamp: tuple[Tensor | float, Tensor | float] | None = None
     """Range (low, high), broadcast against the tensor, that values are clamped to after each update."""
+    positive: bool = False
+    """Steps of SGD down are bent so that values stay above 0: x * x / (x + step), which equals x - step to first
+    order."""
     ema: float | None = None
     """Decay of an exponential average of the iterates, in whose place it steps at the end of the loop."""
 
@@ -198,14 +201,17 @@ class SyntheticOptimizer:
 
 
 def _sgd(old: dict[str, Tensor], gradient: Tensor, group: Group, lr: float, mask: Tensor | None) -> dict[str, Tensor]:
-    """v <- m v + g;  x <- x - lr * mask * v."""
+    """v <- m v + g;  x <- x - lr * mask * v, or bent where the group is positive."""
     if group.weight_decay:
         gradient = gradient + group.weight_decay * old["value"]
     new = {}
     if group.momentum:
         gradient = new["momentum"] = old["momentum"] * group.momentum + gradient
     update = gradient if mask is None else gradient * mask
-    new["value"] = old["value"] - lr * update
+    value, step = old["value"], lr * update
+    new["value"] = (
+        torch.where(step > 0, value.square() / (value + step), value - step) if group.positive else value - step
+    )
     return new
 
 

@@ -142,7 +142,6 @@ class SyntheticSet:
         self.labels = labels or HardLabels(self.classes, task.num_classes)
         self.tensors = {"images": images.requires_grad_(images.is_floating_point())}
         self.label_source: dict[str, Any] = {}
-        self._positive = True
         self._rows = [(self.classes == c).nonzero().squeeze(1) for c in range(task.num_classes)]
 
     @property
@@ -150,26 +149,15 @@ class SyntheticSet:
         """The stored images (N,C,H,W)."""
         return self.tensors["images"]
 
-    def learn_step_size(self, start: float, *, positive: bool = True) -> None:
-        """Makes the learning rate of students part of the set; it travels with it and serves its evaluation.
-
-        ``positive``: the leaf is the logarithm of the rate, which then cannot become negative.
-        """
-        value = math.log(start) if positive else start
-        self.tensors["step_size"] = torch.tensor(value, device=self.images.device).requires_grad_()
-        self._positive = positive
+    def learn_step_size(self, start: float) -> None:
+        """Makes the learning rate of students part of the set; it travels with it and serves its evaluation."""
+        self.tensors["step_size"] = torch.tensor(start, device=self.images.device).requires_grad_()
 
     @property
     def step_size(self) -> Tensor | None:
         """The learned rate as it is now, without a graph; None where it is not learned."""
         leaf = self.tensors.get("step_size")
-        return None if leaf is None else leaf.detach().exp() if self._positive else leaf.detach()
-
-    def step_size_slope(self, gradient: Tensor) -> Tensor:
-        """What to step the leaf along, from a loss's slope in the rate itself: the rate then moves as far, to first
-        order, whichever the leaf is. (The chain rule would move a rate that has grown by its square too far.)"""
-        rate = self.step_size
-        return gradient / rate if self._positive and rate is not None else gradient
+        return None if leaf is None else leaf.detach()
 
     def learn_labels(self, logits: Tensor) -> None:
         """Makes soft labels, logits (N, classes), part of what is learned."""

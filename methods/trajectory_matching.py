@@ -136,8 +136,7 @@ class MTT(SyntheticOptions):
     lr_start: float = 0.001
     """Step size of the student at the start (alpha)."""
     step_size: str = "positive"
-    """positive steps its logarithm, by what moves the number itself as far to first order; raw the number, as released,
-    which may become negative."""
+    """positive bends steps down so that it stays above 0; raw lets it become negative, as released."""
     momentum: float = 0.5
     """Momentum of pixels and step size."""
     augment: str = "color_crop_cutout_flip_scale_rotate"
@@ -197,7 +196,7 @@ class MTT(SyntheticOptions):
         """How what is learned is stepped, a :class:`Group` for each tensor."""
         return {
             "images": Group(lr=self.lr_img, momentum=self.momentum),
-            "step_size": Group(lr=self.lr_lr, momentum=self.momentum),
+            "step_size": Group(lr=self.lr_lr, momentum=self.momentum, positive=self.step_size == "positive"),
         }
 
     def unrolling(self) -> dict[str, Any]:
@@ -226,7 +225,7 @@ def their_experts(config: MTT, run: Run) -> Experts:
 
 def with_step_size(config: MTT, synthetic: SyntheticSet) -> SyntheticSet:
     """The set, with a step size to be learned."""
-    synthetic.learn_step_size(config.lr_start, positive=config.step_size == "positive")
+    synthetic.learn_step_size(config.lr_start)
     return synthetic
 
 
@@ -307,9 +306,7 @@ class Learner:
             step.update(gate=False)
             step.optimizer.note(loss)
             return
-        slopes = dict(outcome.gradients)
-        slopes["step_size"] = self.synthetic.step_size_slope(slopes["step_size"])
-        step.apply(slopes, loss)
+        step.apply(outcome.gradients, loss)
 
 
 def answers(run: Run, experts: Experts, theta: Tensor, images: Tensor) -> Tensor:

@@ -123,3 +123,10 @@ def test_state_goes_on_bit_for_bit():
         resumed.minimise((other - goal).square().sum())
     assert torch.equal(images, other)
     assert torch.equal(optimizer.averages["images"], resumed.averages["images"])
+
+
+def test_a_positive_group_steps_up_freely_and_never_reaches_zero():
+    rates = torch.tensor([1.0, 1.0, 1.0, 1e-3]).requires_grad_()
+    optimizer = SyntheticOptimizer({"rates": rates}, {"rates": Group(lr=1.0, positive=True)}, CLASSES)
+    optimizer.apply({"rates": torch.tensor([-2.0, 1e-3, 100.0, 5.0])})
+    torch.testing.assert_close(rates.detach(), torch.tensor([3.0, 1 / 1.001, 1 / 101, 1e-6 / 5.001]))

@@ -241,7 +241,8 @@ def test_a_positive_step_size_moves_at_first_as_the_raw_one_and_stays_positive(t
     slope = moved("raw", 1e-6) / -1e-6
     assert slope > 0 and moved("positive", 1e-6) == pytest.approx(moved("raw", 1e-6), rel=0.05)
     assert moved("raw", 1.0 / slope) == pytest.approx(-1.0, rel=0.01)  # beyond zero
-    assert -0.5 < moved("positive", 1.0 / slope) < 0
+    assert moved("positive", 1.0 / slope) == pytest.approx(0.5**2 / 1.5 - 0.5, rel=0.01)
+    assert moved("positive", 1e3 / slope) > -0.5
 
 
 def test_grad_modes_agree_over_a_run(tiny):
