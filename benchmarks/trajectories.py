@@ -21,7 +21,7 @@ from condense.units import duration, size
 
 KINDS = {"mtt": "mtt", "tesla": "mtt", "ftd": "ftd", "datm": "ftd", "ast": "ast"}
 """Methods and the one whose experts they are given."""
-SHORT = ["expert_epochs=1", "syn_steps=20", "lr_start=0.02", "lr_img=300", "max_start_epoch=5"]
+SHORT = ["expert_epochs=1", "syn_steps=20", "lr_start=0.02", "lr_img=1000", "max_start_epoch=5"]
 """Settings for few short experts and some hundred steps, for every method: students of 20 steps follow one epoch."""
 RATES = {1: "1e-6", 10: "1e-5"}
 """lr_lr by images per class; the step size's slope is the larger the fewer images there are."""
