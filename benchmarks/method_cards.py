@@ -49,11 +49,8 @@ def card(entry: Method) -> str:
     parts += [" ".join(paragraph.split()) for paragraph in notes.split("\n\n") if paragraph]
     cells = [name for name in config.recipe_names() if name.startswith(f"{entry.name}/")]
     start = cells[0] if cells else ""
-    parts.append(
-        f"```\ncondense distill {entry.name} --data digits --ipc 10 --network convnet-d2-w64-in\n"
-        + (f"condense distill --recipe {start}\n" if start else "")
-        + f"condense show {entry.name}\n```"
-    )
+    words = f"--recipe {start}" if start else f"{entry.name} --data digits --ipc 10 --network convnet-d2-w64-in"
+    parts.append(f"```\ncondense distill {words}\ncondense show {entry.name}\n```")
     settings = [[f"`{name}`", default, meaning] for name, _, default, meaning in config.describe(entry.config)]
     if settings:
         parts.append("## Settings\n\n" + _table(["name", "default", "meaning"], settings))

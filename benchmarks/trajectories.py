@@ -69,17 +69,19 @@ def _main(words: Sequence[str]) -> int:
     parser.add_argument("--data", required=True, help="real images, as for `condense distill`")
     parser.add_argument("--out", type=Path, required=True, help="folder for experts, sets, records and the table")
     parser.add_argument("--methods", default=",".join(KINDS), help="A,B,...; all of the family by default")
-    parser.add_argument("--ipc", default="10", help="A,B,...: images per class")
+    parser.add_argument("--ipc", type=positive, nargs="+", default=[10], help="images per class")
     parser.add_argument("--network", default="convnet-d3-w32-in")
     parser.add_argument("--count", type=positive, default=5, help="experts of each kind")
     parser.add_argument("--epochs", type=positive, default=6, help="of an expert's training")
     parser.add_argument("--minutes", type=float, default=9.0, help="of distilling, for each method and ipc")
     options = parser.parse_args(words)
     rows: list[tuple[dict[str, Any], DistilledSet, Path]] = []
-    for ipc in (int(text) for text in options.ipc.split(",")):
-        for method in options.methods.split(","):
-            if method not in KINDS:
-                raise CondenseError(f"--methods {method}: must be of {', '.join(KINDS)}")
+    methods = options.methods.split(",")
+    for method in methods:
+        if method not in KINDS:
+            raise CondenseError(f"--methods {method}: must be of {', '.join(KINDS)}")
+    for ipc in options.ipc:
+        for method in methods:
             path = experts(
                 KINDS[method], options.data, options.out, network=options.network, count=options.count,
                 epochs=options.epochs,

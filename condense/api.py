@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import shlex
 import shutil
 import time
@@ -125,8 +126,6 @@ def distill(
     )  # fmt: skip
     entry = METHODS.get(method)
     config = _config(entry, settings)
-    if getattr(config, "experts", ""):  # a run may be resumed from another folder
-        config = dataclasses.replace(config, experts=str(Path(config.experts).resolve()))
     real = data if isinstance(data, Task) else task(data)
     job = _job(
         entry, config, real, ipc, network, seed, device, precision, minutes=minutes, tag=tag, track=track, force=force,
@@ -434,6 +433,8 @@ def all_at_once(*checks: Callable[[], Any]) -> list[Any]:
 
 def _config(entry: Method, settings: Mapping[str, Any]) -> Any:
     config: Any = build(entry.config, settings, f"the method '{entry.name}'")
+    if getattr(config, "experts", ""):  # a run may be resumed from another folder
+        config = dataclasses.replace(config, experts=str(Path(config.experts).resolve()))
     if getattr(config, "steps", 1) < 1:
         raise CondenseError(f"steps={config.steps}: must be at least 1")
     return config
@@ -630,7 +631,8 @@ def _finished(job: Job, entry: Method, real: Task, run: Run, synthetic: Syntheti
         "steps_done": run.steps_done,
         "stopped_early": run.stopped_early,
         "preparation": run.preparation,
-        **({} if synthetic.step_size is None else {"learned_lr": float(synthetic.step_size)}),
+        **_learned(synthetic),
+        **({"trajectories": run.trajectories} if run.trajectories else {}),
         **({"label_source": synthetic.label_source} if synthetic.label_source else {}),
         "protocol": job.protocol,
         "data": {"fingerprint": real.fingerprint, "options": job.data["options"]},
@@ -639,12 +641,19 @@ def _finished(job: Job, entry: Method, real: Task, run: Run, synthetic: Syntheti
         "code_version": __version__,
         "cost": {
             "seconds": round(run.elapsed - run.preparation.get("seconds", 0.0), 2),
-            "preparation_seconds": run.preparation.get("seconds", 0.0),
+            # Experts of a named file are free of the time limit, but not of what the set took.
+            "preparation_seconds": run.preparation.get("seconds", run.trajectories.get("seconds", 0.0)),
             "device": device_name(run.device),
             "peak_memory": peak_memory(run.device),
         },
     }
     return DistilledSet(stored, synthetic.labels.to(stored.device), real.transform.to(stored.device), manifest)
+
+
+def _learned(synthetic: SyntheticSet) -> dict[str, float]:
+    """The learned step size, where there is one that can serve as a learning rate."""
+    rate = 0.0 if synthetic.step_size is None else float(synthetic.step_size)
+    return {"learned_lr": rate} if 0 < rate < math.inf else {}
 
 
 def _command(job: Job, entry: Method, real: Task) -> str:
@@ -740,10 +749,11 @@ def _trajectories(
     if not hasattr(config, "training"):
         return None
     count, epochs, layout = config.num_experts, config.epochs_needed(), trajectories.layout_of(network, real)
-    nbytes = needed = trajectories.nbytes(count, epochs, layout)
+    first, last = config.epochs_read()
+    nbytes, needed = (trajectories.nbytes(count, span, layout) for span in (epochs, last - first))
     if config.experts:
         file = trajectories.read(Path(config.experts))
         count, nbytes = min(count, file.count), file.path.stat().st_size
-        needed = trajectories.nbytes(count, min(epochs, file.epochs), layout, file.manifest["dtype"])
+        needed = trajectories.nbytes(count, last - first, layout, file.manifest["dtype"])
     place = trajectories.residency(needed, device)
     return {"experts": count, "epochs": epochs, "bytes": nbytes, "resident_bytes": needed, "place": place}

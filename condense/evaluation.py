@@ -138,10 +138,11 @@ def evaluate(
     _check(distilled, task, architectures, runs, controls)
     ranks = Ranks(where)  # before anything goes to the device, which it picks among several
     task = task.to(where, transform=distilled.transform)
-    if teacher is None:
-        teacher = _recorded_teacher(distilled, teachers, where)
+    lost = ""
+    if teacher is None and (teachers is not None or ("random" in controls and chosen.labels == "soft")):
+        teacher, lost = _recorded_teacher(distilled, teachers, where)
     judge = _Judge(task, chosen, runs, seed, where, precision, cache, quiet, ranks)
-    arms, missing = _arms(judge, distilled, dict.fromkeys(controls), without_augmentation, teacher)
+    arms, missing = _arms(judge, distilled, dict.fromkeys(controls), without_augmentation, teacher, lost)
     try:
         results = judge.results([(arm, network) for network in architectures for arm in arms])
     except (torch.OutOfMemoryError, MemoryError) as fault:
@@ -472,6 +473,7 @@ def _arms(
     controls: Iterable[str],
     without_augmentation: bool,
     teacher: nn.Module | None,
+    lost: str = "",
 ) -> tuple[list[Arm], list[dict[str, str]]]:
     """The arms to train, the distilled ones first, and which cannot be had and why."""
     controls, kind, protocol = list(controls), distilled.labels.kind, judge.protocol
@@ -500,7 +502,8 @@ def _arms(
     for control in controls:
         if control == "random" and soft:
             if teacher is None:
-                missing.append({"arm": control, "why": f"no teacher that gives random images {kind} labels"})
+                why = f"no teacher that gives random images {kind} labels" + (f" ({lost})" if lost else "")
+                missing.append({"arm": control, "why": why})
                 continue
             identity = f"random-{ipc}-{kind}-{content(teacher.state_dict())}-{distilled.labels.rule()}"
             make = functools.partial(_taught_source, judge.seed, ipc, distilled, teacher)
@@ -530,18 +533,31 @@ def _arms(
     return arms, missing
 
 
-def _recorded_teacher(distilled: DistilledSet, teachers: str | Path | None, device: torch.device) -> nn.Module | None:
-    """The mean of the experts that soft labels came from, where they can be found; None where they cannot."""
-    source = distilled.manifest.get("label_source", {}).get("experts", {})
-    if teachers is None and (distilled.labels.kind == "hard" or not source):
-        return None
+def _recorded_teacher(
+    distilled: DistilledSet, teachers: str | Path | None, device: torch.device
+) -> tuple[nn.Module | None, str]:
+    """The mean of the experts that soft labels came from, or None and why there is none.
+
+    Raises:
+        CondenseError: ``teachers`` cannot serve.
+    """
     from condense import trajectories
 
-    path = Path(teachers) if teachers is not None else trajectories.find(source)
+    source = distilled.manifest.get("label_source", {})
+    known = source.get("experts", {})
+    asked = {"count": known.get("count"), "epoch": source.get("epoch", -1)}
+    if teachers is not None:
+        file = trajectories.read(Path(teachers))
+        if known and file.content(known["count"], known["epochs"]) != known["content"]:
+            raise CondenseError(f"--teachers {teachers}: not the experts that the set's labels came from")
+        return trajectories.teacher(file.path, device, distilled.shape, len(distilled.classes), **asked), ""
+    path = trajectories.find(known)
     if path is None:
-        return None
-    same = {"count": source.get("count"), "epoch": distilled.manifest.get("label_source", {}).get("epoch", -1)}
-    return trajectories.teacher(path, device, distilled.shape, len(distilled.classes), **same)
+        return None, "the experts that its labels came from are not found; give --teachers FILE" if known else ""
+    try:
+        return trajectories.teacher(path, device, distilled.shape, len(distilled.classes), **asked), ""
+    except CondenseError as fault:
+        return None, str(fault)
 
 
 def _random_source(seed: int, ipc: int, task: Task, run: int) -> FixedSource:

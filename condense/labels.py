@@ -357,7 +357,7 @@ def relabel(
     logits = _view_answers(teacher, images, epochs, views, seed, classes, batch_size)
     labels = PerViewLabels(logits, seed, views, temperature, squared)
     teachers = {"network": description or type(teacher).__name__, "sha256": content(teacher.state_dict())}
-    outdated = ("bytes", "checksums", "protocol", "learned_lr", "claim", "command")
+    outdated = ("bytes", "checksums", "protocol", "learned_lr", "label_source", "claim", "command")
     kept = {key: value for key, value in distilled.manifest.items() if key not in outdated}
     cost = dict(kept.get("cost", {}))
     if teacher_seconds is None:

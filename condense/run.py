@@ -34,6 +34,9 @@ PREVIOUS = "checkpoint.previous.pt"
 CHECKPOINT_SECONDS = float(os.environ.get("CONDENSE_CHECKPOINT_SECONDS", "20"))
 """Least time between two checkpoints; the environment variable is for tests that kill runs."""
 
+KNOBS = {"images": "lr_img", "step_size": "lr_lr", "labels": "lr_label"}
+"""What methods call the learning rate of a tensor."""
+
 PREVIEW_SECONDS = 60.0
 LOG_SECONDS = 2.0
 CHUNK_PIXELS = 1024 * 1024
@@ -252,6 +255,7 @@ class Run:
     Attributes:
         continues: whether it was asked to go on with what the directory holds.
         preparation: what networks of its own a method has trained on real data, for the manifest; empty where none.
+        trajectories: the experts that a method follows, for the manifest; empty where none.
         expected_preparation: the seconds of that which a rehearsal expects.
     """
 
@@ -293,6 +297,7 @@ class Run:
         self.resumed = self._saved is not None
         self.continues = resume
         self.preparation: dict[str, Any] = {}
+        self.trajectories: dict[str, Any] = {}
         self.expected_preparation = 0.0
         self._kept_before: dict[str, Any] = self._saved["kept"] if self._saved else {}
         self.phase = 0
@@ -574,14 +579,14 @@ class _Keeper:
             self.tracker.close()
 
     def _check(self, step: int) -> None:
-        if self.run.ranks.all(self.optimizer.finite):
+        if self.run.rehearses or self.run.ranks.all(self.optimizer.finite):
             return
         good, state = self.good
         self.optimizer.load_state_dict(state)
+        self.optimizer.take_averages()
         self.run.steps_done = good
         rates = ", ".join(
-            f"{'lr_img' if name == 'images' else 'lr of ' + name}={group.lr:g}"
-            for name, group in self.optimizer.groups.items()
+            f"{KNOBS.get(name, 'lr of ' + name)}={group.lr:g}" for name, group in self.optimizer.groups.items()
         )
         raise Diverged(f"the loss is not finite at step {step} ({rates}): lower the learning rate; kept step {good}")
 

@@ -113,7 +113,8 @@ class Recipe:
 
     def rate(self, step: int) -> float:
         """Learning rate at ``step``."""
-        return self.lr * self.drop_factor ** sum(step >= fraction * self.steps for fraction in self.drops)
+        # A fraction that was made from whole epochs may lie a rounding above them.
+        return self.lr * self.drop_factor ** sum(step >= fraction * self.steps - 1e-6 for fraction in self.drops)
 
 
 @dataclass

@@ -636,7 +636,11 @@ def provide(
     if file:
         named = read(Path(file))
         check_suits(named, run, layout, last)
-        return load(named, run.device, count=min(count, named.count), epochs=named.epochs, first=first, last=last)
+        count, long = min(count, named.count), named.epochs
+        run.keep("experts", _Same(named.content(count, long), named.path))
+        experts = load(named, run.device, count=count, epochs=long, first=first, last=last)
+        run.trajectories = experts.describe()
+        return experts
     source, unit = _source(run, training)
 
     def seconds() -> float:
@@ -667,6 +671,7 @@ def provide(
             experts, trained = load(made.file, run.device, **need, first=first, last=last), made.trained
     credited = experts.seconds(k for k in range(plan.networks) if k not in trained)
     run.credit(credited)
+    run.trajectories = experts.describe()
     run.preparation = {
         "networks": plan.networks, "networks_wanted": count, "steps_each": plan.steps,
         "steps_each_wanted": epochs * unit, "epochs": plan.units, "epochs_wanted": epochs,
@@ -674,6 +679,22 @@ def provide(
         "seconds": round(credited + (time.monotonic() - began if trained else 0.0), 2),
     }  # fmt: skip
     return experts
+
+
+class _Same:
+    """In the checkpoint of a run, which experts of a named file it began with; refuses to go on with others."""
+
+    def __init__(self, content: str, path: Path) -> None:
+        self.content, self.path = content, path
+
+    def state_dict(self) -> dict[str, str]:
+        return {"content": self.content}
+
+    def load_state_dict(self, state: Mapping[str, str]) -> None:
+        if state["content"] != self.content:
+            raise CondenseError(
+                f"{self.path}: holds other experts than when the run began; restore them, or start anew with --force"
+            )
 
 
 def _source(run: Run, training: Training) -> tuple[Task, int]:
@@ -725,7 +746,8 @@ def check_suits(file: Recorded, run: Run, layout: Layout, last: int) -> None:
     if file.epochs < last:
         raise CondenseError(
             f"{file.path}: its experts have {file.epochs} epochs, but {last} are asked for; make longer ones with "
-            f"--epochs {last}, or lower max_start_epoch or expert_epochs"
+            f"--epochs {last}, take what is there with buffer_epochs={file.epochs}, or lower max_start_epoch or "
+            "expert_epochs"
         )
 
 

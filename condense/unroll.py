@@ -90,14 +90,15 @@ def unroll(
         CondenseError: grad_mode, optimizer or its options are unknown or do not go together.
         ValueError: steps, targets or the leaves' names make no sense.
     """
-    if grad_mode not in GRAD_MODES:
-        raise CondenseError(f"grad_mode={grad_mode}: unknown{did_you_mean(grad_mode, GRAD_MODES)}")
+    kind = check(grad_mode, optimizer, momentum)
     if steps < 1 or not targets or not all(1 <= target.step <= steps for target in targets):
         raise ValueError(f"targets after steps {[target.step for target in targets]} of {steps}: needs some in 1..N")
     if "step_size" in leaves:
         raise ValueError("no leaf can be called step_size: that is the rate's gradient")
     options = dict(optimizer_options or {})
-    kind = None if optimizer == "sgd" else _known_to_higher(optimizer, options, grad_mode, momentum)
+    for option in ("lr", "maximize", "decoupled_weight_decay"):  # higher would take these and do nothing with them
+        if option in options:
+            raise CondenseError(f"inner_optimizer={optimizer}: its option {option} cannot be set here; leave it out")
     if kind is None and options:
         raise CondenseError(f"optimizer options {', '.join(options)}: inner_optimizer=sgd takes none but momentum")
 
@@ -242,15 +243,24 @@ def _sgd(rate: Tensor, momentum: float) -> _Advance:
     return advance
 
 
-def _known_to_higher(
-    name: str, options: Mapping[str, Any], grad_mode: str, momentum: float
-) -> type[torch.optim.Optimizer]:
-    """The class of ``torch.optim`` called ``name`` in lower case, where ``higher`` can differentiate what is asked.
+def check(grad_mode: str, optimizer: str = "sgd", momentum: float = 0.0) -> type[torch.optim.Optimizer] | None:
+    """Refuses what :func:`unroll` cannot do.
 
-    Its Adam adds eps before the bias correction, as torch once did; its Rprop has no slope but in the rate; its ASGD
-    takes the rate's own decay for a constant, and waits for the host.
+    Returns:
+        The class of ``torch.optim`` called ``optimizer`` in lower case, whose steps ``higher`` makes; None for SGD. Its
+        Adam adds eps before the bias correction, as torch once did; its Rprop has no slope but in the rate; its ASGD
+        takes the rate's own decay for a constant, and waits for the host.
+
+    Raises:
+        CondenseError: grad_mode or optimizer are unknown or do not go together.
     """
+    if grad_mode not in GRAD_MODES:
+        raise CondenseError(f"grad_mode={grad_mode}: unknown{did_you_mean(grad_mode, GRAD_MODES)}")
+    if optimizer == "sgd":
+        return None
     import higher
+
+    name = optimizer
 
     known = {kind.__name__.lower(): kind for kind in higher.optim._opt_mapping}
     if name not in known:
@@ -261,10 +271,7 @@ def _known_to_higher(
             "use that, or inner_optimizer=sgd"
         )
     if momentum:
-        raise CondenseError(f"inner_optimizer={name}: momentum={momentum} is of sgd only; leave it out")
-    for option in ("lr", "maximize", "decoupled_weight_decay"):  # higher would take these and do nothing with them
-        if option in options:
-            raise CondenseError(f"inner_optimizer={name}: its option {option} cannot be set here; leave it out")
+        raise CondenseError(f"inner_optimizer={name}: inner_momentum={momentum:g} is of sgd only; set it to 0")
     return known[name]
 
 

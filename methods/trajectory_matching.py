@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -21,23 +22,24 @@ from condense.errors import CondenseError, did_you_mean
 from condense.labels import SoftLabels
 from condense.optimizer import Group
 from condense.registry import method
-from condense.run import Run, Step
+from condense.run import Diverged, Run, Step
 from condense.students import Recipe, Work, batch_ids
 from condense.synthetic import INITS, SyntheticOptions, SyntheticSet, central_rows, decode
 from condense.tasks import Task
 from condense.trajectories import Experts, Training, provide
-from condense.unroll import GRAD_MODES, Outcome, Target, unroll
+from condense.unroll import Outcome, StepLoss, Target, check, unroll
+
+_log = logging.getLogger(__name__)
 
 EPS = 1e-12
 """Added to lengths that are divided by."""
 ANSWER_CHUNK = 256
 """Real images that an expert is asked for at once."""
+CLOSED = 20
+"""Steps from the first one on that a gate may hold back before a word is said."""
 DIVERGED = 1e4
 """A matching loss above this ends the run. 1 is the loss of a student that has not moved; real images at the start of a
 run give 1 to 5, and instance norm keeps exploding pixels finite for long."""
-
-StepLoss = Callable[[Tensor, int], Tensor]
-"""Mean loss of the student with flat weights (P,) in an inner step."""
 
 
 # -- how experts are trained ------------------------------------------------------------------------------------------
@@ -153,7 +155,7 @@ class MTT(SyntheticOptions):
     experts: str = ""
     """File of `condense experts`; by default the cache is searched, and what it lacks is trained."""
     num_experts: int = 100
-    """Experts to train where none are given."""
+    """Experts, at most as many as a given file has."""
     buffer_epochs: int | None = None
     """Epochs of an expert's training; by default as many as are read."""
     expert_lr: float = 0.01
@@ -173,16 +175,21 @@ class MTT(SyntheticOptions):
             min_start_epoch=(0, math.inf), max_start_epoch=(self.min_start_epoch + 1, math.inf),
             batch_syn=(1, math.inf), lr_img=(0, largest), lr_lr=(0, largest), lr_start=(1e-12, largest),
             momentum=(0, 1), tesla_factor=(0, largest), inner_momentum=(0, 1), num_experts=(1, math.inf),
-            buffer_epochs=(self.expert_epochs, math.inf), expert_lr=(0, largest), expert_momentum=(0, 1),
-            expert_decay=(0, largest), expert_batch=(1, math.inf),
+            buffer_epochs=(self.min_start_epoch + self.expert_epochs, math.inf), expert_lr=(0, largest),
+            expert_momentum=(0, 1), expert_decay=(0, largest), expert_batch=(1, math.inf),
         )  # fmt: skip
-        for key, known in (("grad_mode", GRAD_MODES), ("step_size", ("positive", "raw"))):
-            if getattr(self, key) not in known:
-                raise CondenseError(f"{key}={getattr(self, key)}: unknown{did_you_mean(getattr(self, key), known)}")
+        known = ("positive", "raw")
+        if self.step_size not in known:
+            raise CondenseError(f"step_size={self.step_size}: unknown{did_you_mean(self.step_size, known)}")
+        check(self.grad_mode, self.inner_optimizer, self.inner_momentum)
 
     def epochs_needed(self) -> int:
         """Epochs of an expert that are trained: up to the last one that a student is compared with."""
         return self.buffer_epochs or self.max_start_epoch - 1 + self.expert_epochs
+
+    def epochs_read(self) -> tuple[int, int]:
+        """The first and the last epoch that students start from or are compared with."""
+        return self.min_start_epoch, min(self.max_start_epoch - 1 + self.expert_epochs, self.epochs_needed())
 
     def training(self, task: Task) -> Training:
         """How the experts are trained: plain SGD at a constant rate, so that students without momentum can follow."""
@@ -210,16 +217,26 @@ class MTT(SyntheticOptions):
 # -- steps that the methods share -------------------------------------------------------------------------------------
 
 
-def their_experts(config: MTT, run: Run) -> Experts:
+def their_experts(config: MTT, run: Run, asked: str = "") -> Experts:
     """The experts of the file that was named, of the cache, or trained now.
 
     Under a time limit rather fewer experts than fewer epochs than three stretches that a student imitates.
+
+    Args:
+        config: the method's settings.
+        run: the method's run.
+        asked: the setting for which experts will be asked about images, which needs more than their weights where
+            these come with running statistics.
     """
-    epochs = config.epochs_needed()
+    if asked and networks.uses_batch_statistics(run.random_network(0)):
+        raise CondenseError(
+            f"{asked}: experts of {networks.name_of(run.network)} cannot be asked about images, as batch norm's "
+            "statistics are not kept; take a network with instance norm"
+        )
+    epochs, (first, last) = config.epochs_needed(), config.epochs_read()
     return provide(
-        run, config.training(run.task), file=config.experts, count=config.num_experts, epochs=epochs,
-        first=config.min_start_epoch, last=min(config.max_start_epoch - 1 + config.expert_epochs, epochs),
-        least=min(config.min_start_epoch + 3 * config.expert_epochs, epochs),
+        run, config.training(run.task), file=config.experts, count=config.num_experts, epochs=epochs, first=first,
+        last=last, least=min(first + 3 * config.expert_epochs, epochs),
     )  # fmt: skip
 
 
@@ -230,11 +247,25 @@ def with_step_size(config: MTT, synthetic: SyntheticSet) -> SyntheticSet:
 
 
 def walk(
-    config: MTT, run: Run, synthetic: SyntheticSet, experts: Experts, window: Callable[[int], int] | None = None
+    config: MTT,
+    run: Run,
+    synthetic: SyntheticSet,
+    experts: Experts,
+    window: Callable[[int], int] | None = None,
+    passed: Sequence[int] = (),
 ) -> Iterator[tuple[Step, int, int]]:
     """The outer loop: each step with the number of an expert and the epoch at which the student starts.
 
-    ``window``: one more than the latest start in step i; ``max_start_epoch`` by default.
+    Args:
+        config: the method's settings.
+        run: the method's run; every one of its ranks does all of the work.
+        synthetic: the set.
+        experts: whose trajectories are followed.
+        window: one more than the latest start in step i; ``max_start_epoch`` by default.
+        passed: epochs after the start, besides the last one, whose weights are asked for too.
+
+    Raises:
+        Diverged: the learned step size is no learning rate at the end.
     """
     latest = experts.epochs - config.expert_epochs + 1  # fewer epochs than asked for, where time was short
 
@@ -247,8 +278,13 @@ def walk(
     for step in run.optimise(synthetic, config.steps, **config.groups()):
         expert, epoch = drawn(step.index)
         following = drawn(step.index + 1)
-        experts.prefetch([(following[0], following[1] + later) for later in range(config.expert_epochs + 1)])
+        experts.prefetch([(following[0], following[1] + later) for later in (0, *passed, config.expert_epochs)])
         yield step, expert, epoch
+    if not 0 < float(synthetic.tensors["step_size"]) < math.inf:
+        raise Diverged(
+            f"the learned step size is {float(synthetic.tensors['step_size']):g} (lr_lr={config.lr_lr:g}, "
+            f"step_size={config.step_size}): lower lr_lr" + ", or take step_size=positive" * (config.step_size == "raw")
+        )
 
 
 class Learner:
@@ -256,7 +292,8 @@ class Learner:
 
     def __init__(self, config: MTT, run: Run, synthetic: SyntheticSet, experts: Experts) -> None:
         self.config, self.run, self.synthetic, self.layout = config, run, synthetic, experts.layout
-        self.net = run.random_network(0)
+        self.net, self.closed = run.random_network(0), 0
+        self.drops = any("drop" in type(module).__name__.lower() for module in self.net.modules())
         self.augmentation: Augmentation = dsa(config.augment, mirror=run.task.mirror)
 
     def loss(self, step: Step, *, weight: float = 1.0, targets: Tensor | None = None) -> StepLoss:
@@ -269,22 +306,30 @@ class Learner:
         """
         size = len(decode(self.synthetic.images.detach(), self.synthetic.stages)[1])
         key, batch = rng.key(*step.key("inner")), min(self.config.batch_syn or size, size)
-        drawn: dict[int, tuple[Tensor, Parameters]] = {}
+        drawn: dict[int, tuple[Tensor | None, Parameters]] = {}
 
-        def plan(i: int) -> tuple[Tensor, Parameters]:
+        def plan(i: int) -> tuple[Tensor | None, Parameters]:
             if i not in drawn:
-                rows = torch.arange(size) if batch == size else batch_ids(key, size, batch, i)
+                # The whole set needs no gathering, whose second derivative would scatter.
+                rows = None if batch == size else batch_ids(key, size, batch, i).to(self.run.device)
+                count = size if rows is None else len(rows)
                 draws = rng.Draws(*step.key("augment"), i)
-                drawn[i] = rows, self.augmentation.draw(draws, len(rows), self.run.task.shape[1:], groups=1)
+                drawn[i] = rows, self.augmentation.draw(draws, count, self.run.task.shape[1:], groups=1)
             return drawn[i]
+
+        def forward(theta: Tensor, images: Tensor, i: int) -> Tensor:
+            weights = self.layout.unflatten(theta)
+            if not self.drops:
+                return torch.func.functional_call(self.net, weights, (images,))
+            with rng.seeded(*step.key("dropout"), i, device=self.run.device):  # the same each time it is made
+                return torch.func.functional_call(self.net, weights, (images,))
 
         def loss(theta: Tensor, i: int) -> Tensor:
             rows, parameters = plan(i)
             images, ids = decode(self.synthetic.images, self.synthetic.stages)
-            rows = rows.to(images.device)
-            shown = self.augmentation.apply(images[rows], parameters)
-            logits = torch.func.functional_call(self.net, self.layout.unflatten(theta), (shown,))
-            wanted = self.synthetic.labels.targets(ids[rows]) if targets is None else targets[ids[rows]]
+            images, ids = (images, ids) if rows is None else (images[rows], ids[rows])
+            logits = forward(theta, self.augmentation.apply(images, parameters), i)
+            wanted = self.synthetic.labels.targets(ids) if targets is None else targets[ids]
             return weight * F.cross_entropy(logits, wanted)
 
         return loss
@@ -303,10 +348,24 @@ class Learner:
         finite = outcome.loss < DIVERGED
         loss = torch.where(finite, outcome.loss, torch.inf)
         if outcome.gradients is None:
+            self.closed += 1
+            if self.closed == step.index + 1 == CLOSED:
+                _log.warning(
+                    "condense: the matching loss was above the gate in each of the first %d steps, so nothing was "
+                    "learned; raise gate, or lower syn_steps or lr_start", CLOSED,
+                )  # fmt: skip
             step.update(gate=False)
             step.optimizer.note(loss)
             return
         step.apply(outcome.gradients, loss)
+
+
+def about_the_set(run: Run, experts: Experts, theta: Tensor, synthetic: SyntheticSet) -> Tensor:
+    """Logits (N, classes) of an expert for the stored images: the mean over the training images of each."""
+    images, ids = decode(synthetic.images.detach(), synthetic.stages)
+    logits = answers(run, experts, theta, images)
+    total = torch.zeros(len(synthetic.images), logits.shape[1], device=logits.device).index_add(0, ids, logits)
+    return total * (len(synthetic.images) / len(images))
 
 
 def answers(run: Run, experts: Experts, theta: Tensor, images: Tensor) -> Tensor:
@@ -337,7 +396,8 @@ def mtt(task: Task, config: MTT, run: Run) -> SyntheticSet:
     Cazenavette, Wang, Torralba, Efros & Zhu, CVPR 2022. The loss is |theta_N - goal|^2 / |start - goal|^2 over all
     weights. Gradients are exact (grad_mode=adjoint equals graph). Released: chunks of the set are taken from the end of
     a permutation, the step size may become negative (step_size=raw), sets are picked by test accuracy; here the last
-    set is kept. Labels are those of the images; the learned step size travels in the set.
+    set is kept. Labels are those of the images; the learned step size travels in the set. Ranks share the training of
+    experts, but each repeats the distilling. Networks with running statistics are trained by the batch's own.
     """
     experts = their_experts(config, run)
     synthetic = with_step_size(config, SyntheticSet.create(task, run.ipc, config, seed=run.seed, device=run.device))
@@ -371,7 +431,8 @@ class TESLA(MTT):
     grad_mode: str = "tesla"
     """See MTT's; adjoint gives the exact gradient at the same memory for about half as much time again."""
     assign_labels: bool = False
-    """Soft labels: in each step the softmax of the expert that is to be reached (published for ImageNet-1K)."""
+    """Soft labels: in each step the softmax of the expert that is to be reached (published for ImageNet-1K). Such a set
+    is judged under protocol=mtt-soft-v1."""
 
 
 @method(
@@ -389,18 +450,18 @@ def tesla(task: Task, config: TESLA, run: Run) -> SyntheticSet:
     evaluates with the labels that the last expert happened to give; here the set's final labels are the mean softmax of
     all experts at the last epoch that students are asked to reach.
     """
-    experts = their_experts(config, run)
+    experts = their_experts(config, run, "assign_labels=true" if config.assign_labels else "")
     synthetic = with_step_size(config, SyntheticSet.create(task, run.ipc, config, seed=run.seed, device=run.device))
     learner = Learner(config, run, synthetic, experts)
     for step, expert, epoch in walk(config, run, synthetic, experts):
         start, goal = experts.at(expert, epoch), experts.at(expert, epoch + config.expert_epochs)
-        assigned = answers(run, experts, goal, synthetic.images.detach()).softmax(1) if config.assign_labels else None
+        assigned = about_the_set(run, experts, goal, synthetic).softmax(1) if config.assign_labels else None
         outcome = learner.unroll(learner.loss(step, targets=assigned), start, [Target(config.syn_steps, goal)])
         learner.descend(step, outcome)
     if config.assign_labels:
         epoch = min(config.max_start_epoch - 1 + config.expert_epochs, experts.epochs)
-        images = synthetic.images.detach()
-        shares = [answers(run, experts, experts.at(k, epoch), images).softmax(1) for k in range(experts.count)]
+        thetas = (experts.at(k, epoch) for k in range(experts.count))
+        shares = [about_the_set(run, experts, theta, synthetic).softmax(1) for theta in thetas]
         synthetic.labels = SoftLabels(torch.stack(shares).mean(0).log())
         synthetic.label_source = {"experts": experts.describe(), "epoch": epoch, "rule": "mean softmax"}
     return synthetic
@@ -458,7 +519,7 @@ def ftd(task: Task, config: FTD, run: Run) -> SyntheticSet:
 
 @dataclass(frozen=True)
 class AST(MTT):
-    """Hyper-parameters of AST; those of CIFAR-10 at 10 images per class in the authors' readme."""
+    """Hyper-parameters of AST: its options as the authors' readme has them, MTT's rates."""
 
     init: str = "representative"
     """How images start: representative (nearest to the centroids of the class in an expert's logits), or as DM's."""
@@ -562,18 +623,20 @@ def ast(task: Task, config: AST, run: Run) -> SyntheticSet:
 
     When to use: where better experts than MTT's are wanted. Cost: experts take about four times MTT's time (a double
     backward in each step); distilling as MTT. Known failure: the released program does not run as it is, so its numbers
-    are unverified; momentum makes early students overshoot.
+    are unverified; momentum makes early students overshoot (lower lr_start).
 
     Shen, Yang & Lam, 2023. Representative images are found for any ipc: the released program takes ipc / 10 images for
-    each of 10 centroids, none at 1 image per class.
+    each of 10 centroids, none at 1 image per class. It loses the experts' momentum where their rate drops; here that
+    stays.
     """
-    experts = their_experts(config, run)
+    experts = their_experts(config, run, "init=representative" if config.init == "representative" else "")
     ids = representative(task, run, experts) if config.init == "representative" else None
     synthetic = with_step_size(
         config, SyntheticSet.create(task, run.ipc, config, seed=run.seed, device=run.device, ids=ids)
     )
     learner = Learner(config, run, synthetic, experts)
-    for step, expert, epoch in walk(config, run, synthetic, experts):
+    passed = () if config.intermediate == "none" else range(1, config.expert_epochs)
+    for step, expert, epoch in walk(config, run, synthetic, experts, passed=passed):
         start = perturbed(experts.at(expert, epoch), experts, config.perturb, step.key("perturb"))
         weight = start_weight(epoch, config.max_start_epoch) if config.balance else 1.0
         targets = on_the_way(config, experts, expert, epoch)
@@ -653,12 +716,13 @@ def recognised(task: Task, run: Run, experts: Experts) -> Tensor:
     return torch.cat(chosen)
 
 
-def agreed_logits(run: Run, experts: Experts, images: Tensor, classes: Tensor) -> Tensor:
+def agreed_logits(run: Run, experts: Experts, synthetic: SyntheticSet) -> Tensor:
     """Mean logits (N, classes) over the experts that recognise an image; over all of them where none does."""
-    total = torch.zeros(len(images), run.task.num_classes, device=images.device)
-    every, votes = torch.zeros_like(total), torch.zeros(len(images), 1, device=images.device)
+    classes = synthetic.classes
+    total = torch.zeros(len(classes), run.task.num_classes, device=classes.device)
+    every, votes = torch.zeros_like(total), torch.zeros(len(classes), 1, device=classes.device)
     for k in range(experts.count):
-        logits = answers(run, experts, experts.at(k, -1), images)
+        logits = about_the_set(run, experts, experts.at(k, -1), synthetic)
         right = (logits.argmax(1) == classes).float()[:, None]
         total, every, votes = total + right * logits, every + logits, votes + right
     return torch.where(votes > 0, total / votes.clamp(min=1), every / experts.count)
@@ -677,23 +741,25 @@ def datm(task: Task, config: DATM, run: Run) -> SyntheticSet:
 
     Guo, Wang, Cazenavette, Li, Zhang & You, ICLR 2024. Labels start as the mean logits of the experts that recognise an
     image, and are stepped with pixels and step size; a step whose matching loss exceeds ``gate`` is left out, and its
-    gradients are not even computed. Where no expert recognises an image, the released program divides by 0; here all
-    are averaged.
+    gradients are not even computed. The published experts have 100 epochs, the last of which choose images and labels
+    (buffer_epochs=100; by default experts end with the last epoch that is matched). Where no expert recognises an
+    image, the released program divides by 0; here all are averaged.
     """
-    experts = their_experts(config, run)
+    experts = their_experts(config, run, "method datm")
     ids = recognised(task, run, experts) if config.init == "correct" else None
     synthetic = with_step_size(
         config, SyntheticSet.create(task, run.ipc, config, seed=run.seed, device=run.device, ids=ids)
     )
-    synthetic.learn_labels(agreed_logits(run, experts, synthetic.images.detach(), synthetic.classes))
+    synthetic.learn_labels(agreed_logits(run, experts, synthetic))
     synthetic.label_source = {
         "experts": experts.describe(),
         "epoch": experts.epochs,
         "rule": "learned from mean logits",
     }
     learner = Learner(config, run, synthetic, experts)
+    gate = None if run.rehearses else config.gate  # a step that is left out would tell nothing of what steps cost
     for step, expert, epoch in walk(config, run, synthetic, experts, config.window):
         start, goal = experts.at(expert, epoch), experts.at(expert, epoch + config.expert_epochs)
-        outcome = learner.unroll(learner.loss(step), start, [Target(config.syn_steps, goal)], gate=config.gate)
+        outcome = learner.unroll(learner.loss(step), start, [Target(config.syn_steps, goal)], gate)
         learner.descend(step, outcome)
     return synthetic

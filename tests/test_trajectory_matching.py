@@ -13,6 +13,7 @@ from condense.errors import CondenseError
 from condense.methods import trajectory_matching as tm
 from condense.run import Run
 from condense.students import Work
+from condense.synthetic import SyntheticSet
 from condense.trajectories import Layout
 
 NETWORK = "convnet-d2-w8-in"
@@ -194,7 +195,7 @@ def test_labels_average_the_experts_that_are_right(tiny, known, monkeypatch):
     ])  # fmt: skip
     Oracle(monkeypatch, logits)
     run = Run(tiny, 1, NETWORK, quiet=True)
-    got = tm.agreed_logits(run, known, torch.zeros(3, 1, 8, 8), classes)
+    got = tm.agreed_logits(run, known, SyntheticSet(tiny, torch.zeros(3, 1, 8, 8), classes))
     torch.testing.assert_close(got[0], (logits[0, 0] + logits[2, 0]) / 2)
     torch.testing.assert_close(got[1], (logits[0, 1] + logits[1, 1]) / 2)
     torch.testing.assert_close(got[2], logits[:, 2].mean(0))  # nobody is right: all count
@@ -240,7 +241,8 @@ def test_a_positive_step_size_moves_at_first_as_the_raw_one_and_stays_positive(t
 
     slope = moved("raw", 1e-6) / -1e-6
     assert slope > 0 and moved("positive", 1e-6) == pytest.approx(moved("raw", 1e-6), rel=0.05)
-    assert moved("raw", 1.0 / slope) == pytest.approx(-1.0, rel=0.01)  # beyond zero
+    with pytest.raises(CondenseError, match=r"the learned step size is -0\.5.*step_size=raw.*lower lr_lr"):
+        moved("raw", 1.0 / slope)
     assert moved("positive", 1.0 / slope) == pytest.approx(0.5**2 / 1.5 - 0.5, rel=0.01)
     assert moved("positive", 1e3 / slope) > -0.5
 
@@ -345,6 +347,8 @@ def test_the_table_goes_from_experts_to_judged_sets(tiny, tmp_path, monkeypatch,
         assert ended.value.code == 0, words
 
     monkeypatch.setattr(equal_time, "condense", condense_here)
+    short_runs = [*trajectories.SHORT, "lr_img=1", "lr_start=0.001"]
+    monkeypatch.setattr(trajectories, "SETTINGS", {"mtt": short_runs, "datm": short_runs})
     short = {name: dataclasses.replace(found, steps=10) for name, found in protocols.protocols().items()}
     monkeypatch.setattr(protocols, "protocols", lambda: short)
     names = ("train_images", "train_labels", "test_images", "test_labels")
@@ -369,3 +373,88 @@ def test_the_table_goes_from_experts_to_judged_sets(tiny, tmp_path, monkeypatch,
     assert len(kept) == 4  # two kinds of experts, two sets
     assert trajectories._main(words) == 0 and (tmp_path / "out/table.txt").read_text() == table
     assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.h5")} == kept
+
+
+# -- what a reader of the issue would try -----------------------------------------------------------------------------
+
+
+def test_dropout_is_drawn_by_the_step(tiny):
+    class Dropping(torch.nn.Sequential):
+        def __init__(self):
+            super().__init__(torch.nn.Flatten(), torch.nn.Dropout(0.5), torch.nn.Linear(64, 3))
+
+    settings = {**SMALL, "network": Dropping}
+    sets = [
+        condense.distill("mtt", tiny, 1, **settings, grad_mode=mode).stored for mode in ("adjoint", "adjoint", "graph")
+    ]
+    assert torch.equal(sets[0], sets[1])
+    torch.testing.assert_close(sets[0], sets[2], rtol=1e-3, atol=1e-4)
+
+
+def test_experts_with_running_statistics_are_not_asked_about_images(tiny):
+    settings = {**SMALL, "network": "convnet-d2-w8-bn"}
+    assert condense.distill("mtt", tiny, 1, **settings).stored.isfinite().all()
+    for method, word in (("datm", "method datm"), ("ast", "init=representative")):
+        with pytest.raises(CondenseError, match=f"{word}: experts of convnet-d2-w8-bn cannot be asked"):
+            condense.distill(method, tiny, 1, **settings, **({"buffer_epochs": 3} if method == "ast" else {}))
+
+
+def test_a_gate_that_stays_shut_is_told(tiny, caplog):
+    condense.distill("datm", tiny, 1, **{**SMALL, "steps": tm.CLOSED + 1}, gate=0.0)
+    assert [record.message for record in caplog.records if "above the gate" in record.message] == [
+        f"condense: the matching loss was above the gate in each of the first {tm.CLOSED} steps, so nothing was "
+        "learned; raise gate, or lower syn_steps or lr_start"
+    ]
+
+
+@pytest.mark.parametrize("method", ["mtt", "tesla", "ftd", "ast", "datm"])
+def test_a_plan_does_not_stop_at_a_large_loss(tiny, method):
+    """Rehearsed experts make a step an epoch, so that students miss them by far."""
+    from condense.api import measure
+
+    needs = measure(method, tiny, 1, network=NETWORK, num_experts=2, lr_start=1.0)
+    assert needs["seconds"] > 0 and needs["trajectories"]["experts"] == 2
+
+
+def test_a_loss_beyond_bounds_ends_the_run(tiny):
+    with pytest.raises(CondenseError, match=r"lr_img=100, lr_lr=1e-05\): lower the learning rate"):
+        condense.distill("mtt", tiny, 1, **{**SMALL, "steps": 30, "lr_start": 50.0}, lr_img=100.0)
+
+
+def test_named_experts_are_in_the_manifest_and_must_stay_the_same(tiny, tmp_path, monkeypatch):
+    from condense import api, run
+
+    file = tmp_path / "e.h5"
+    numbers = {"count": 2, "epochs": 2}
+    api.experts(tiny, network=NETWORK, out=file, expert_batch=8, **numbers)
+    settings = {**SMALL, "experts": str(file), "num_experts": 5}
+    made = condense.distill("mtt", tiny, 1, **settings)
+    known = made.manifest["trajectories"]
+    assert known["count"] == 2 and known["epochs"] == 2 and made.manifest["cost"]["preparation_seconds"] > 0
+    monkeypatch.setattr(run, "CHECKPOINT_SECONDS", 0.0)
+    np.savez(tmp_path / "tiny.npz", train_images=tiny.train.images, train_labels=tiny.train.labels,
+             test_images=tiny.test.images, test_labels=tiny.test.labels)  # fmt: skip
+    task = condense.task(str(tmp_path / "tiny.npz"))
+    api.experts(task, network=NETWORK, out=file, expert_batch=8, force=True, **numbers)
+    original = run.Run.save_checkpoint
+
+    def save(self, step, optimizer):
+        original(self, step, optimizer)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run.Run, "save_checkpoint", save)
+    with pytest.raises(KeyboardInterrupt):
+        condense.distill("mtt", task, 1, **settings, run_dir=tmp_path / "run", out=tmp_path / "a.h5")
+    monkeypatch.setattr(run.Run, "save_checkpoint", original)
+    api.experts(task, network=NETWORK, out=file, expert_batch=8, **{**numbers, "count": 3})
+    with pytest.raises(CondenseError, match="holds other experts than when the run began"):
+        api.resume(tmp_path / "run")
+
+
+def test_teachers_must_be_those_of_the_labels(tiny, tmp_path):
+    from condense import api
+
+    made = condense.distill("datm", tiny, 1, **SMALL)
+    api.experts(tiny, network=NETWORK, out=tmp_path / "other.h5", count=1, epochs=2, expert_batch=8, seed=9)
+    with pytest.raises(CondenseError, match="not the experts that the set's labels came from"):
+        condense.evaluate(made, tiny, networks=[NETWORK], protocol="quick-soft-v1", teachers=tmp_path / "other.h5")

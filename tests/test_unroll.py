@@ -309,7 +309,10 @@ def test_other_optimizers_equal_torch_and_finite_differences(name, options):
         ({"optimizer": "adm", "grad_mode": "graph"}, "inner_optimizer=adm: unknown; did you mean 'adam'?"),
         ({"optimizer": "adam"}, "inner_optimizer=adam: only grad_mode=graph goes through it, not grad_mode=adjoint"),
         ({"optimizer": "adam", "grad_mode": "tesla"}, "not grad_mode=tesla; use that, or inner_optimizer=sgd"),
-        ({"optimizer": "adam", "grad_mode": "graph", "momentum": 0.9}, "inner_optimizer=adam: momentum=0.9 is of sgd"),
+        (
+            {"optimizer": "adam", "grad_mode": "graph", "momentum": 0.9},
+            "inner_optimizer=adam: inner_momentum=0.9 is of sgd",
+        ),
         ({"optimizer": "adam", "grad_mode": "graph", "optimizer_options": {"lr": 1}}, "its option lr cannot be set"),
         ({"optimizer": "adam", "grad_mode": "graph", "optimizer_options": {"maximize": True}}, "option maximize"),
         ({"optimizer": "adam", "grad_mode": "graph", "optimizer_options": {"beta": 1}}, "inner_optimizer=adam: Adam"),
