@@ -31,7 +31,8 @@ SETTINGS: dict[str, list[str]] = {
     # An average over the few hundred steps that a CPU makes.
     "ftd": [*SHORT, "ema=0.98"],
     "ast": [*SHORT, "expert_epochs=2", "lr_start=0.002"],
-    "datm": [*SHORT, "expand_steps=100", "gate=1.1"],
+    # At 1000, one bad step undid a hundred good ones.
+    "datm": [*SHORT, "expand_steps=100", "gate=1.1", "lr_img=300"],
 }
 """What differs from a method's defaults."""
 
