@@ -23,8 +23,8 @@ KINDS = {"mtt": "mtt", "tesla": "mtt", "ftd": "ftd", "datm": "ftd", "ast": "ast"
 """Methods and the one whose experts they are given."""
 SHORT = ["expert_epochs=1", "syn_steps=20", "lr_start=0.02", "lr_img=1000", "max_start_epoch=5"]
 """Settings for few short experts and some hundred steps, for every method: students of 20 steps follow one epoch."""
-RATES = {1: "1e-6", 10: "1e-5"}
-"""lr_lr by images per class; the step size's slope is the larger the fewer images there are."""
+RATES = {1: ["lr_lr=1e-6", "lr_img=300"], 10: ["lr_lr=1e-5"]}
+"""By images per class; slopes are the larger the fewer there are."""
 SETTINGS: dict[str, list[str]] = {
     "mtt": SHORT,
     "tesla": SHORT,
@@ -88,7 +88,7 @@ def _main(words: Sequence[str]) -> int:
                 epochs=options.epochs,
             )  # fmt: skip
             soft = METHODS.get(method).labels == "soft"
-            given = [f"experts={path}", f"lr_lr={RATES.get(ipc, RATES[10])}", *SETTINGS[method]]
+            given = [f"experts={path}", *SETTINGS[method], *RATES.get(ipc, RATES[10])]
             made, record = equal_time.fill(
                 method, options.data, options.out, ipc=ipc, network=options.network, minutes=options.minutes,
                 protocol="quick-soft-v1" if soft else "quick-v1", given=given, controls="random",
