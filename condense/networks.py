@@ -592,6 +592,11 @@ def _redraw(module: nn.Conv2d | nn.Linear) -> None:
         module.bias.copy_(torch.empty(module.bias.shape).uniform_(-bound, bound))
 
 
+def uses_dropout(net: nn.Module) -> bool:
+    """Whether the network draws at random in train mode, so that its draws must be keyed."""
+    return any("drop" in type(module).__name__.lower() for module in net.modules())
+
+
 def uses_batch_statistics(net: nn.Module) -> bool:
     """Whether any layer is a BatchNorm, so that outputs in train mode depend on the other images of the batch."""
     return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in net.modules())

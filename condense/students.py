@@ -26,7 +26,7 @@ from condense.augment import Augmentation, cutmix
 from condense.distilled import replacing
 from condense.errors import CondenseError
 from condense.labels import HardLabels, Labels, content
-from condense.networks import Network
+from condense.networks import Network, uses_dropout
 from condense.run import fast, read_state
 from condense.tasks import Task
 
@@ -187,7 +187,7 @@ def train(
     if together is None:
         together = pick_together(device)
     equal = len({student.source.size for student in students}) == 1
-    drops = any("drop" in type(module).__name__.lower() for module in students[0].network.modules())
+    drops = uses_dropout(students[0].network)
     if together and equal and not drops and len(students) > 1:  # dropout is keyed by student, so these go one by one
         keeper = _Keeper(checkpoint, students, recipe, device, precision, update)
         try:

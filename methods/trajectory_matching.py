@@ -294,7 +294,8 @@ class Learner:
     def __init__(self, config: MTT, run: Run, synthetic: SyntheticSet, experts: Experts) -> None:
         self.config, self.run, self.synthetic, self.layout = config, run, synthetic, experts.layout
         self.net, self.closed = run.random_network(0), 0
-        self.drops = any("drop" in type(module).__name__.lower() for module in self.net.modules())
+        self.drops = networks.uses_dropout(self.net)
+        self.size = len(decode(synthetic.images.detach(), synthetic.stages)[1])
         self.augmentation: Augmentation = dsa(config.augment, mirror=run.task.mirror)
 
     def loss(self, step: Step, *, weight: float = 1.0, targets: Tensor | None = None) -> StepLoss:
@@ -305,8 +306,8 @@ class Learner:
             weight: factor on the loss.
             targets: distributions (N, classes) in place of the set's labels.
         """
-        size = len(decode(self.synthetic.images.detach(), self.synthetic.stages)[1])
-        key, batch = rng.key(*step.key("inner")), min(self.config.batch_syn or size, size)
+        size, key = self.size, rng.key(*step.key("inner"))
+        batch = min(self.config.batch_syn or size, size)
         drawn: dict[int, tuple[Tensor | None, Parameters]] = {}
 
         def plan(i: int) -> tuple[Tensor | None, Parameters]:
