@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from condense.augment import dsa
 from condense.config import build, packaged, read_yaml
 from condense.errors import CondenseError, did_you_mean
-from condense.students import Recipe
+from condense.students import Recipe, check_rule
 
 OWN = "own"
 """Among a protocol's networks: the one that the set was made with."""
@@ -36,13 +36,13 @@ class Protocol:
     batch: int
     """Images per step."""
     lr: list[float]
-    """Learning rate of SGD. Of several, every arm takes the one that does best on held-out real training images."""
+    """Learning rate at the start; of several, every arm takes the best one on held-out real training images."""
     held_out: float
     """Share of each class's real training images that decides between learning rates; never test images."""
     momentum: float
     """Momentum of SGD."""
     weight_decay: float
-    """L2 penalty."""
+    """L2 penalty; the decay of adamw."""
     drops: list[float]
     """Fractions of the budget after which the learning rate drops."""
     drop_factor: float
@@ -57,6 +57,15 @@ class Protocol:
     """dsa (one operation a step), flip-always or idc (flip and colour always, one of crop, scale and rotate)."""
     cutmix: float = 0.0
     """Probability of CutMix in a step."""
+    optimizer: str = "sgd"
+    """sgd or adamw, which decays weights of two or more axes only."""
+    schedule: str = "drops"
+    """drops or cosine, from step to step."""
+    stretch: float = 1.0
+    """Of the cosine: so many times the length of the training."""
+
+    def __post_init__(self) -> None:
+        check_rule(self.optimizer, self.schedule, self.stretch, prefix=f"{self.name}: ")
 
     def budget(self, size: int) -> int:
         """Optimizer steps for a set of ``size`` images."""
@@ -74,6 +83,9 @@ class Protocol:
             drop_factor=self.drop_factor,
             augment=dsa(self.augment, variant=self.augment_variant, mirror=mirror),
             cutmix=self.cutmix,
+            optimizer=self.optimizer,
+            schedule=self.schedule,
+            stretch=self.stretch,
         )
 
 

@@ -12,9 +12,10 @@ import contextlib
 import copy
 import functools
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,7 +25,7 @@ from torch import Tensor
 from condense import rng
 from condense.augment import Augmentation, cutmix
 from condense.distilled import replacing
-from condense.errors import CondenseError
+from condense.errors import CondenseError, did_you_mean
 from condense.labels import HardLabels, Labels, content
 from condense.networks import Network, uses_dropout
 from condense.run import fast, read_state
@@ -64,8 +65,9 @@ class FixedSource:
 
     def batch(self, ids: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
         ids = ids.to(self.images.device)
-        stored = self.ids[ids]
-        return self.labels.view(self.images[ids], stored, epoch), self.labels.targets(stored, epoch)
+        if self.per_view:  # such labels have one image each
+            return self.labels.shown(self.images, ids, epoch)
+        return self.images[ids], self.labels.targets(self.ids[ids])
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         return self.labels.loss(logits, targets)
@@ -97,11 +99,11 @@ class Recipe:
     batch: int
     """Images per step; a smaller set is one batch. The last batch of a pass may be smaller."""
     lr: float
-    """Learning rate of SGD."""
+    """Learning rate at the start."""
     momentum: float
-    """Momentum of SGD."""
+    """Momentum of SGD; AdamW has its own, 0.9 and 0.999."""
     weight_decay: float
-    """L2 penalty on all parameters."""
+    """sgd: L2 penalty on all parameters. adamw: decay, decoupled from the gradient, of weights of two or more axes."""
     drops: tuple[float, ...] = (0.5,)
     """Fractions of the steps after which the learning rate is multiplied by ``drop_factor``; momentum is kept."""
     drop_factor: float = 0.1
@@ -110,11 +112,55 @@ class Recipe:
     """Drawn per step: one operation for the batch, parameters for each image. Left out for per-view labels."""
     cutmix: float = 0.0
     """Probability of CutMix in a step, one box for the batch, whose partners are its own images in another order."""
+    optimizer: str = "sgd"
+    """sgd or adamw."""
+    schedule: str = "drops"
+    """drops (see ``drops``) or cosine: the learning rate falls along half a cosine, from step to step."""
+    stretch: float = 1.0
+    """cosine: the half cosine is so many times as long as the training; at 2 the rate ends at half its start."""
+    warmup: float = 0.0
+    """Fraction of the steps in which the learning rate also grows linearly, from its first part to the whole."""
+
+    def __post_init__(self) -> None:
+        check_rule(self.optimizer, self.schedule, self.stretch)
+        if not 0 <= self.warmup <= 1:
+            raise CondenseError(f"warmup={self.warmup:g}: must be 0 to 1")
+
+    def __repr__(self) -> str:
+        # What a training is known by: a setting that came later is not told where it is as it was done before.
+        return f"Recipe({', '.join(f'{name}={value!r}' for name, value in self.known().items())})"
+
+    def known(self) -> dict[str, Any]:
+        """Every setting by name, but for those added later that stand at what was done before; keys are made of it."""
+        settings = {field.name: (getattr(self, field.name), field.default) for field in fields(self)}
+        return {name: value for name, (value, was) in settings.items() if name not in LATER or value != was}
 
     def rate(self, step: int) -> float:
         """Learning rate at ``step``."""
-        # A fraction that was made from whole epochs may lie a rounding above them.
-        return self.lr * self.drop_factor ** sum(step >= fraction * self.steps - 1e-6 for fraction in self.drops)
+        if self.schedule == "cosine":
+            rate = self.lr / 2 * (1 + math.cos(math.pi * step / (self.steps * self.stretch)))
+        else:  # a fraction that was made from whole epochs may lie a rounding above them
+            rate = self.lr * self.drop_factor ** sum(step >= fraction * self.steps - 1e-6 for fraction in self.drops)
+        grown = (step + 1) / (self.warmup * self.steps) if self.warmup else 1.0
+        return rate * grown if grown < 1 else rate
+
+
+LATER = ("optimizer", "schedule", "stretch", "warmup")
+"""Settings of a recipe that came after files and scores had been made that are known by theirs."""
+OPTIMIZERS, SCHEDULES = ("sgd", "adamw"), ("drops", "cosine")
+
+
+def check_rule(optimizer: str, schedule: str, stretch: float = 1.0, prefix: str = "") -> None:
+    """Refuses an optimizer or schedule that is none; ``prefix`` begins what messages call the settings.
+
+    Raises:
+        CondenseError: one line that names the setting.
+    """
+    for key, word, words in (("optimizer", optimizer, OPTIMIZERS), ("schedule", schedule, SCHEDULES)):
+        if word not in words:
+            raise CondenseError(f"{prefix}{key}={word}: unknown{did_you_mean(word, words)}")
+    if not stretch >= 1:  # a shorter cosine would rise again before the end
+        raise CondenseError(f"{prefix}stretch={stretch:g}: must be at least 1")
 
 
 @dataclass
@@ -239,12 +285,15 @@ Targets = list[tuple[float, Tensor]]
 """Targets of a batch with the weight of each in its loss; more than one where images were mixed."""
 
 
-def _batch(student: Student, recipe: Recipe, step: int) -> tuple[Tensor, Targets, Tensor]:
+def _batch(
+    student: Student, recipe: Recipe, step: int, device: torch.device, precision: str
+) -> tuple[Tensor, Targets, Tensor]:
     """Images and targets of ``step``, augmented and mixed by the recipe or as the labels' own views; then the images
     before that."""
     source = student.source
     ids = batch_ids(student.seed, source.size, recipe.batch, step)
-    clean, targets = source.batch(ids, step // steps_per_pass(source.size, recipe.batch))
+    with fast(device, precision if source.per_view else "fp32"):  # live teachers answer in it
+        clean, targets = source.batch(ids, step // steps_per_pass(source.size, recipe.batch))
     images = clean
     if source.per_view:
         return images, [(1.0, targets)], clean
@@ -330,8 +379,26 @@ class _Keeper:
                 self.path.unlink()
 
 
-def _optimizer(parameters: Sequence[Tensor], recipe: Recipe) -> torch.optim.SGD:
-    return torch.optim.SGD(parameters, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+def _optimizer(parameters: Sequence[Tensor], recipe: Recipe, stacked: bool = False) -> torch.optim.Optimizer:
+    """The recipe's optimiser. Where ``stacked``, parameters have a leading axis of networks."""
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+    # Biases and the scales of norms are not decayed, as for SRe2L's students, whose settings are the family's usual
+    # ones: pulling them to 0 weakens what a norm passes on, and keeps no weight small.
+    matrices = [parameter.ndim - stacked >= 2 for parameter in parameters]
+    groups = [
+        {"params": [parameter for parameter, is_matrix in zip(parameters, matrices) if is_matrix == decayed],
+         "weight_decay": recipe.weight_decay if decayed else 0.0}
+        for decayed in (True, False)
+        if decayed in matrices
+    ]  # fmt: skip
+    return torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.999))
+
+
+def _step(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
 
 
 def _train_one(
@@ -365,7 +432,7 @@ def _train_one(
             _set_random_state(saved["random"], device)
             start = saved["step"]
         for step in range(start, recipe.steps):
-            images, targets, clean = _batch(student, recipe, step)
+            images, targets, clean = _batch(student, recipe, step, device, precision)
 
             def loss(images: Tensor = images, targets: Targets = targets) -> Tensor:
                 return _loss(student.source, forward(images), targets)
@@ -376,8 +443,7 @@ def _train_one(
             else:
                 epoch = step // steps_per_pass(student.source.size, recipe.batch)
                 _set_gradients(weights, update(Work(weights, False, step, epoch, clean, loss, forward)))
-            optimizer.param_groups[0]["lr"] = recipe.rate(step)
-            optimizer.step()
+            _step(optimizer, recipe.rate(step))
             if watch is not None and (step + 1) % watch_every == 0:
                 watch(step + 1, network.state_dict())
             keeper.after(step + 1, state)
@@ -417,7 +483,7 @@ def _train_stacked(
     parameters, buffers = torch.func.stack_module_state(nets)
     shell = copy.deepcopy(nets[0])
     leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
-    optimizer = _optimizer(list(leaves.values()), recipe)
+    optimizer = _optimizer(list(leaves.values()), recipe, stacked=True)
 
     def call(weights: dict[str, Tensor], state: dict[str, Tensor], images: Tensor) -> Tensor:
         return torch.func.functional_call(shell, (weights, state), (images,))
@@ -441,7 +507,7 @@ def _train_stacked(
         optimizer.load_state_dict(saved["optimizer"])
         start = saved["step"]
     for step in range(start, recipe.steps):
-        batches = [_batch(student, recipe, step) for student in students]
+        batches = [_batch(student, recipe, step, device, precision) for student in students]
         images = torch.stack([batch[0] for batch in batches])
 
         def loss(images: Tensor = images, targets: Sequence[Targets] = [batch[1] for batch in batches]) -> Tensor:
@@ -455,8 +521,7 @@ def _train_stacked(
             epoch = step // steps_per_pass(students[0].source.size, recipe.batch)
             clean, weights = torch.stack([batch[2] for batch in batches]), list(leaves.values())
             _set_gradients(weights, update(Work(weights, True, step, epoch, clean, loss, forward)))
-        optimizer.param_groups[0]["lr"] = recipe.rate(step)
-        optimizer.step()
+        _step(optimizer, recipe.rate(step))
         if watch is not None and (step + 1) % watch_every == 0:
             for k in range(len(students)):
                 watch(k, step + 1, {name: value[k].detach() for name, value in (leaves | buffers).items()})
