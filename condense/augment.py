@@ -546,7 +546,7 @@ class Views:
     image_size: tuple[int, int]
     """(H, W) that the boxes were drawn for."""
     box: Tensor
-    """(R, 4) int64 (top, left, height, width) in pixels, inside the image."""
+    """(R, 4) int64 (top, left, height, width) in pixels, inside the image; a shifted one is as large as the image."""
     mirrored: Tensor
     """(R,) bool."""
 
@@ -629,6 +629,155 @@ class CropViews:
         rows = torch.arange(size[0], device=images.device).expand(len(images), -1)
         top, left, height, width = views.box[:, :, None].unbind(1)
         return _stretch(_stretch(images, 2, rows, top, height), 3, columns, left, width)
+
+
+MIXES = ("none", "cutmix", "mixup")
+SHARES = 1 << 16
+"""Drawn shares are whole multiples of 1 / SHARES, so that a last bit that differs between machines cannot show."""
+
+
+@dataclass(frozen=True, eq=False)
+class MixedViews:
+    """An epoch's views of all R images of a set. Without mixing ``partner``, ``share`` and ``patch`` are None."""
+
+    views: Views
+    """Crop and mirror of each image, the one that it also enters other images' views with."""
+    partner: Tensor | None = None
+    """(R,) int64: the image that is mixed in, of the whole set and now and then the image itself."""
+    share: Tensor | None = None
+    """(R,) float32 in [0, 1]: what an image keeps of itself, for CutMix the exact kept area."""
+    patch: Tensor | None = None
+    """(R, 4) int64 (top, left, bottom, right): CutMix's box, clipped at the border; None for MixUp."""
+
+    def to(self, device: torch.device) -> MixedViews:
+        """The same views on ``device``."""
+        moved = (x if x is None else x.to(device) for x in (self.partner, self.share, self.patch))
+        return MixedViews(self.views.to(device), *moved)
+
+
+@dataclass(frozen=True)
+class ViewRule:
+    """How the views of a relabelled set are drawn: a crop or a shift, a mirror flip, and CutMix or MixUp on top.
+
+    A view of image i in epoch e follows from (seed, e, i), the number of images and their size alone: partners are
+    drawn from the whole set, never from a loader's batch, and a partner enters by its own view of that epoch. So labels
+    can be stored without their views, and batches may be of any size and order. Scales and ``alpha`` are kept as their
+    float32 neighbours print, so that a file gives back exactly what was drawn with.
+
+    Raises:
+        CondenseError: a value that cannot be.
+    """
+
+    min_scale: float = 0.08
+    """Least share of the image's area in a random resized crop."""
+    max_scale: float = 1.0
+    """Largest share of the image's area."""
+    flip: bool = True
+    """Mirror half of the views."""
+    pad: int = 0
+    """Above 0: in place of the crop, a shift by up to ``pad`` pixels each way, zeros moving in (pad-and-crop)."""
+    mix: str = "none"
+    """``none``, ``cutmix`` (a box of the partner, of 1 - lambda of the area before clipping) or ``mixup`` (lambda of
+    the image plus 1 - lambda of the partner)."""
+    alpha: float = 1.0
+    """lambda ~ Beta(alpha, alpha), for each image; 1 is uniform."""
+
+    def __post_init__(self) -> None:
+        crop = CropViews(self.min_scale, self.max_scale, self.flip)
+        object.__setattr__(self, "min_scale", crop.min_scale)
+        object.__setattr__(self, "max_scale", crop.max_scale)
+        object.__setattr__(self, "alpha", single(self.alpha))
+        if not 0 <= self.pad <= 255:
+            raise CondenseError(f"pad={self.pad}: must be 0 (crops) to 255 pixels")
+        if self.mix not in MIXES:
+            raise CondenseError(f"mix={self.mix}: unknown{did_you_mean(self.mix, MIXES)}")
+        if not 0 < self.alpha < math.inf:
+            raise CondenseError(f"alpha={self.alpha:g}: must be above 0 and finite")
+
+    @classmethod
+    def of(cls, views: CropViews | ViewRule | None) -> ViewRule:
+        """Plain crops as a rule, a rule as it is; None is the default one."""
+        if isinstance(views, CropViews):
+            return cls(views.min_scale, views.max_scale, views.flip)
+        return cls() if views is None else views
+
+    def draw(self, seed: int, epoch: int, rows: int, image_size: tuple[int, int]) -> MixedViews:
+        """Views of ``epoch`` for a set of ``rows`` images of ``image_size`` (H, W), on the CPU.
+
+        Crops and mirrors are those that :class:`CropViews` draws from ``Draws(seed, "view", epoch)``, whatever the mix.
+        lambda comes from Devroye's formula for symmetric beta variates, exact for every alpha ("Random variate
+        generation in one line of code", 1996): 1/2 (1 + s / sqrt(1 + 1 / ((u^(-1/alpha) - 1) cos^2(2 pi v)))) with
+        uniform u and v and a random sign s, in float64, rounded to a multiple of 1 / SHARES. CutMix's box has
+        floor(sqrt(1 - lambda) size) pixels a side, cut down to an even number, and a centre drawn from all pixels
+        (Yun et al., ICCV 2019).
+        """
+        views = self._placed(Draws(seed, "view", epoch), rows, image_size)
+        if self.mix == "none":
+            return MixedViews(views)
+        bits = Draws(seed, "view-mix", epoch).bits((rows, 6)).cpu()
+        partner = ((bits[:, 0] >> 31) * rows) >> 32
+        share = _symmetric_beta(self.alpha, *bits[:, 1:4].unbind(1))
+        if self.mix == "mixup":
+            return MixedViews(views, partner, share.float())
+        size = torch.tensor(image_size)
+        half = ((1 - share).sqrt()[:, None] * size).long() // 2
+        centre = ((bits[:, 4:] >> 31) * size) >> 32
+        low, high = (centre - half).clamp(min=0), (centre + half).minimum(size)
+        kept = 1 - (high - low).prod(1).double() / (image_size[0] * image_size[1])
+        return MixedViews(views, partner, kept.float(), torch.cat([low, high], 1))
+
+    def _placed(self, draws: Draws, rows: int, image_size: tuple[int, int]) -> Views:
+        """Crops or shifts, and mirrors."""
+        if not self.pad:
+            return CropViews(self.min_scale, self.max_scale, self.flip).draw(draws, rows, image_size)
+        integers = draws.integers(1 << 24, (rows, 3)).cpu()
+        shift = ((integers[:, :2] * (2 * self.pad + 1)) >> 24) - self.pad
+        box = torch.cat([shift, torch.tensor(image_size).expand(rows, 2)], 1)
+        return Views(image_size, box, (integers[:, 2] < 1 << 23) & self.flip)
+
+    def apply(self, images: Tensor, ids: Tensor, drawn: MixedViews) -> Tensor:
+        """The views (B,C,H,W) of images ``ids`` (B,), in their dtype.
+
+        Args:
+            images: (N,C,H,W), those of the whole set: partners are among them.
+            ids: int64, on the device of the images.
+            drawn: of :meth:`draw` for these N images, on the same device.
+
+        Raises:
+            ValueError: the views were drawn for another number or size of images.
+        """
+        size = (images.shape[2], images.shape[3])
+        if len(drawn.views) != len(images) or size != drawn.views.image_size:
+            raise ValueError(
+                f"{len(drawn.views)} views of {drawn.views.image_size} cannot serve {len(images)} images of {size}"
+            )
+        own = self._shown(images, ids, drawn.views)
+        if drawn.partner is None or drawn.share is None:
+            return own
+        partners = self._shown(images, drawn.partner[ids], drawn.views)
+        if drawn.patch is None:
+            share = drawn.share[ids, None, None, None].to(_working(own))
+            return (own * share + partners * (1 - share)).to(own.dtype)
+        top, left, bottom, right = drawn.patch[ids, :, None].unbind(1)
+        rows, columns = (torch.arange(length, device=images.device) for length in size)
+        down, across = (rows >= top) & (rows < bottom), (columns >= left) & (columns < right)
+        return torch.where(down[:, None, :, None] & across[:, None, None, :], partners, own)
+
+    def _shown(self, images: Tensor, ids: Tensor, views: Views) -> Tensor:
+        """The crops or shifts of images ``ids``, before mixing."""
+        images, views = images[ids], views[ids]
+        if not self.pad:
+            return CropViews(self.min_scale, self.max_scale, self.flip).apply(images, views)
+        moved = _shifted(images, views.box[:, :2])
+        return torch.where(views.mirrored[:, None, None, None], moved.flip(3), moved)
+
+
+def _symmetric_beta(alpha: float, *bits: Tensor) -> Tensor:
+    """Beta(alpha, alpha) of three tensors of 63 random bits, float64, in multiples of 1 / SHARES."""
+    u, v = (((x >> 10) + 1).double() * 2.0**-53 for x in bits[:2])
+    sign = (bits[2] & 1) * 2 - 1
+    odds = (u ** (-1 / alpha) - 1) * (2 * math.pi * v).cos() ** 2
+    return ((1 + sign / (1 + 1 / odds).sqrt()) / 2 * SHARES).round() / SHARES
 
 
 def single(x: float) -> float:

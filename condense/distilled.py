@@ -25,7 +25,7 @@ from condense.augment import ZCA, Standardise, transform_from_arrays
 from condense.container import AGAIN
 from condense.errors import CondenseError
 from condense.labels import PROVIDERS, HardLabels, Labels
-from condense.synthetic import Stage, decode, stages_from
+from condense.synthetic import Compensated, Stage, decode, stages_from
 
 IMAGE_TYPES = (np.uint8, np.float16, np.float32)
 ARRAY_TYPES = (*IMAGE_TYPES, np.int64)
@@ -98,6 +98,12 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
         """The decode stages applied when the set is used."""
         return stages_from(self.manifest.get("decode", []))
 
+    @property
+    def compensated(self) -> Compensated | None:
+        """The stage that makes images from such as classes share, where there is one: then labels are of what it
+        makes."""
+        return next((stage for stage in self.stages if isinstance(stage, Compensated)), None)
+
     def nbytes(self) -> dict[str, int]:
         """Bytes of ``images``, ``labels``, ``auxiliary`` (the transform), ``external`` (what training needs beside the
         file) and their ``total``."""
@@ -117,7 +123,7 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
 
     def pictures(self, decoded: bool = False) -> tuple[Tensor, int]:
         """Images for viewing (N,C,H,W) in pixel space, sorted by class, and how many there are of each class."""
-        if decoded:
+        if decoded or self.compensated:
             order = torch.argsort(self.training_images()[1], stable=True)
             return self.images[order], len(order) // len(self.classes)
         stored = self.stored.float() / 255 if self.stored.dtype == torch.uint8 else self.stored.float()
@@ -148,7 +154,7 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
         return self._pixels
 
     def hard_labels(self) -> Tensor:
-        """Class of each stored image, int64 (N,): its hard label, else its place, because images are sorted by class.
+        """Class of each image that has a label, int64 (N,): its hard label, else its place, as classes come in order.
 
         Raises:
             CondenseError: the set has no equal number of images per class.
@@ -156,6 +162,8 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
         if isinstance(self.labels, HardLabels):
             return self.labels.labels
         ipc, classes = self.manifest["ipc"], len(self.classes)
+        if self.compensated:
+            return torch.arange(classes).repeat_interleave(self.compensated.decoded)
         if len(self.stored) != ipc * classes:
             raise CondenseError(f"{self.name}: {len(self.stored)} images are not {ipc} of each of {classes} classes")
         return torch.arange(classes).repeat_interleave(ipc)
@@ -164,27 +172,25 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
         return len(self.training_images()[0])
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        if self.labels.per_view:
-            raise CondenseError(
-                f"{self.name} has {self.labels.kind} labels, which belong to augmented views, not to images: iterate "
-                "`for images, targets in set.batches(epoch, batch_size)` and use `set.loss(logits, targets)`"
-            )
-        return self.images[index], self.labels.targets(self.training_images()[1][index])
+        target = self.labels.targets(self.training_images()[1][index])  # raises where labels belong to views
+        return self.images[index], target
 
     def batches(self, epoch: int, batch_size: int, seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Shuffled batches of one epoch: images (B,C,H,W) in pixel space and their targets. The same for the same
         epoch.
 
-        Per-view labels come with the epoch's augmented images; leave out augmentation of your own. These views are made
-        in training space, as the teacher saw them, and mapped back: whitening and cropping do not commute.
+        Labels of views come with the epoch's augmented and mixed images; leave out augmentation of your own. These
+        views are made in training space, as the teacher saw them, and mapped back: whitening and cropping do not
+        commute.
         """
         order = rng.Draws(seed, "batches", epoch).permutation(len(self))
         pixels, (images, ids) = self.images, self.training_images()
         for chunk in order.split(batch_size):
-            shown = pixels[chunk]
             if self.labels.per_view:
-                shown = self.transform.inverse(self.labels.view(images[chunk], ids[chunk], epoch))
-            yield shown, self.labels.targets(ids[chunk], epoch)
+                views, targets = self.labels.shown(images, chunk, epoch)
+                yield self.transform.inverse(views), targets
+            else:
+                yield pixels[chunk], self.labels.targets(ids[chunk])
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Mean loss that goes with this set's targets, for logits (B, classes)."""
@@ -232,10 +238,14 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
             restored = transform_from_arrays(manifest["transform"], transform, shape)
             loaded = cls(torch.from_numpy(arrays["images"]), provider, restored, manifest)
             loaded.stages  # noqa: B018 - an unknown stage is a fault of the file
-            if provider.per_view and loaded.stages:
+            shared = loaded.compensated
+            if provider.per_view and loaded.stages and not shared:
                 raise CondenseError(f"{provider.kind} labels belong to stored images, which its decode stages cut up")
-            if len(provider) != len(loaded.stored):
-                raise CondenseError(f"{len(loaded.stored)} images but {len(provider)} labels")
+            if shared and len(loaded.stored) != shared.stored:
+                raise CondenseError(f"{len(loaded.stored)} images, but its decode stage needs {shared.stored}")
+            count = shared.decoded * len(loaded.classes) if shared else len(loaded.stored)
+            if len(provider) != count:
+                raise CondenseError(f"{count} images but {len(provider)} labels")
         except KeyError as fault:
             raise CondenseError(
                 f"{path}: the manifest or the file lacks {fault}; it was not written by this toolkit"

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from condense import networks, rng
+from condense import container, networks, rng
 from condense.config import build
 from condense.distilled import DistilledSet
 from condense.errors import CondenseError, did_you_mean
-from condense.labels import HardLabels, content
+from condense.labels import HardLabels, TeacherLabels, content
 from condense.protocols import OWN, Protocol, get_protocol
 from condense.records import (
     SCHEMA,
@@ -115,8 +115,8 @@ def evaluate(
         without_augmentation: also train the distilled and random arms without augmentation, for ARS.
         teacher: what soft or per-view labels were made by, a network in the set's training space; it labels the random
             images in the same way.
-        teachers: file of the experts that they were made by, in place of ``teacher``; the one that the manifest names
-            is found in the cache or where it lay.
+        teachers: file of the experts or teachers that they were made by, in place of ``teacher``; the one that the
+            manifest names is found in the cache or where it lay.
         seed: of the students' weights, shuffles, augmentation and of the random images.
         cache: False trains everything anew and stores nothing.
 
@@ -419,7 +419,7 @@ class _Judge:
         """Where the score of one student is kept; everything that can change it is in the name."""
         recipe = self.recipe(job.arm, job.rate)
         parts = [
-            job.arm.identity, {**dataclasses.asdict(recipe), "augment": str(recipe.augment)},
+            job.arm.identity, {**recipe.known(), "augment": str(recipe.augment)},
             networks.name_of(job.network), networks.library_version(job.network), job.run,
             self.protocol.held_out if job.run == SEARCH else None, self.seed, self.task.fingerprint,
             self.transform_digest, self.precision, device_name(self.device), torch.backends.cudnn.allow_tf32,
@@ -499,6 +499,8 @@ def _arms(
         arms.append(hard)  # HLR compares hard labels with hard labels
     label = main.labels
     soft = label == "own" and kind != "hard"
+    if teacher is None and isinstance(distilled.labels, TeacherLabels):
+        teacher = distilled.labels.teacher
     for control in controls:
         if control == "random" and soft:
             if teacher is None:
@@ -512,8 +514,12 @@ def _arms(
             make = functools.partial(_soft_noise_source, judge.seed, distilled)
             arms.append(Arm(control, label, f"noise-for-{distilled.sha256()}", steps, both, make))
         elif control in ("random", "noise"):
-            make = functools.partial(_random_source if control == "random" else _noise_source, judge.seed, ipc)
-            arms.append(Arm(control, label, f"{control}-{ipc}", steps, both, make))
+            smoothing = getattr(distilled.labels, "smoothing", 0.0)
+            make = functools.partial(
+                _random_source if control == "random" else _noise_source, judge.seed, ipc, smoothing
+            )
+            identity = f"{control}-{ipc}" + (f"-smoothing{smoothing}" if smoothing else "")
+            arms.append(Arm(control, label, identity, steps, both, make))
         elif control == "random-bytes":
             count = _equal_count(distilled)
             make = functools.partial(_random_bytes_source, judge.seed, count)
@@ -536,7 +542,7 @@ def _arms(
 def _recorded_teacher(
     distilled: DistilledSet, teachers: str | Path | None, device: torch.device
 ) -> tuple[nn.Module | None, str]:
-    """The mean of the experts that soft labels came from, or None and why there is none.
+    """The mean of the experts or teachers that soft labels came from, or None and why there is none.
 
     Raises:
         CondenseError: ``teachers`` cannot serve.
@@ -545,6 +551,9 @@ def _recorded_teacher(
 
     source = distilled.manifest.get("label_source", {})
     known = source.get("experts", {})
+    given = teachers is not None and container.format_of(Path(teachers)) != trajectories.FORMAT.name
+    if "teachers" in source or (given and not known):
+        return _squeezed_teacher(distilled, source, teachers, device)
     asked = {"count": known.get("count"), "epoch": source.get("epoch", -1)}
     if teachers is not None:
         file = trajectories.read(Path(teachers))
@@ -560,29 +569,54 @@ def _recorded_teacher(
         return None, str(fault)
 
 
-def _random_source(seed: int, ipc: int, task: Task, run: int) -> FixedSource:
+def _squeezed_teacher(
+    distilled: DistilledSet, source: dict[str, Any], teachers: str | Path | None, device: torch.device
+) -> tuple[nn.Module | None, str]:
+    """The weighted mean of teachers kept whole, or None and why there is none.
+
+    Raises:
+        CondenseError: ``teachers`` cannot serve.
+    """
+    from condense import teachers as kept
+
+    known = source.get("teachers") or {}
+    path = kept.find(known) if teachers is None else Path(teachers)
+    if path is None:
+        return None, "the teachers that its labels came from are not found; give --teachers FILE"
+    try:
+        found = kept.teacher(
+            path, device, distilled.shape, len(distilled.classes), described=known, weights=source.get("weights"),
+            transform=distilled.transform,
+        )  # fmt: skip
+        return found, ""
+    except CondenseError as fault:
+        if teachers is not None:
+            raise CondenseError(f"--teachers {fault}") from fault
+        return None, str(fault)
+
+
+def _random_source(seed: int, ipc: int, smoothing: float, task: Task, run: int) -> FixedSource:
     images, classes = task.per_class(ipc, (seed, "random-arm", run))
-    return FixedSource(images, HardLabels(classes, task.num_classes))
+    return FixedSource(images, HardLabels(classes, task.num_classes, smoothing))
 
 
-def _noise_source(seed: int, ipc: int, task: Task, run: int) -> FixedSource:
+def _noise_source(seed: int, ipc: int, smoothing: float, task: Task, run: int) -> FixedSource:
     classes = torch.arange(task.num_classes).repeat_interleave(ipc)
     noise = torch.randn((len(classes), *task.shape), generator=rng.generator(seed, "noise-arm", run))
-    return FixedSource(noise.to(task.device), HardLabels(classes.to(task.device), task.num_classes))
+    return FixedSource(noise.to(task.device), HardLabels(classes.to(task.device), task.num_classes, smoothing))
 
 
 def _taught_source(
     seed: int, ipc: int, distilled: DistilledSet, teacher: nn.Module, task: Task, run: int
 ) -> FixedSource:
     """Random real images with labels that the set's teacher gives them in the set's own way."""
-    images, _ = task.per_class(ipc, (seed, "random-arm", run))
-    return FixedSource(
-        images, distilled.labels.anew(images, teacher.to(images.device), seed=rng.key(seed, "views", run))
-    )
+    images, classes = task.per_class(ipc, (seed, "random-arm", run))
+    views = rng.key(seed, "views", run)
+    return FixedSource(images, distilled.labels.anew(images, teacher.to(images.device), views, classes))
 
 
 def _soft_noise_source(seed: int, distilled: DistilledSet, task: Task, run: int) -> FixedSource:
-    """Noise images, as many as the set decodes into, with its own labels."""
+    """Noise images, as many as the set decodes into, with its own labels; live teachers are asked about the noise."""
     ids = distilled.training_images()[1]
     noise = torch.randn((len(ids), *task.shape), generator=rng.generator(seed, "noise-arm", run))
     return FixedSource(noise.to(task.device), distilled.labels.to(task.device), ids)

@@ -60,7 +60,48 @@ class FlipUnion:
         return {"stage": "flip-union"}
 
 
-Stage = Formation | FlipUnion
+@dataclass(frozen=True)
+class Compensated:
+    """INFER: stored are ``indices`` real images of each class, then compensators that all classes share.
+
+    Compensator m of index k, stored after the real images as row k * ``teachers`` + m, is kept as (u + 1) / 2, so that
+    8 bits hold it. In pixel space: real image k of every class, and that image plus u, clamped to [0,1], for each m.
+    What comes out is sorted by class; it has labels of its own, so ids count what comes out.
+    """
+
+    classes: int
+    indices: int
+    teachers: int
+    at_load: bool = dataclasses.field(default=True, init=False)
+
+    def __call__(self, images: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        real = images[: self.classes * self.indices].unflatten(0, (self.classes, self.indices, 1))
+        added = images[self.classes * self.indices :].unflatten(0, (self.indices, self.teachers)) * 2 - 1
+        decoded = torch.cat([real, (real + added).clamp(0, 1)], 2).flatten(0, 2)
+        return decoded, torch.arange(len(decoded), device=ids.device)
+
+    @staticmethod
+    def encode(added: Tensor) -> Tensor:
+        """Compensators in pixel space, as they are stored; beyond -1 and 1 they would have no effect."""
+        return (added.clamp(-1, 1) + 1) / 2
+
+    @property
+    def stored(self) -> int:
+        """Stored rows."""
+        return self.indices * (self.classes + self.teachers)
+
+    @property
+    def decoded(self) -> int:
+        """Images that come out, of each class."""
+        return self.indices * (self.teachers + 1)
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "stage": "compensated", "classes": self.classes, "indices": self.indices, "teachers": self.teachers
+        }  # fmt: skip
+
+
+Stage = Formation | FlipUnion | Compensated
 
 
 def stages_from(description: Sequence[dict[str, Any]]) -> list[Stage]:
@@ -75,6 +116,8 @@ def stages_from(description: Sequence[dict[str, Any]]) -> list[Stage]:
             stages.append(Formation(int(entry["factor"]), float(entry.get("pad", 0.0))))
         elif entry.get("stage") == "flip-union":
             stages.append(FlipUnion())
+        elif entry.get("stage") == "compensated":
+            stages.append(Compensated(*(int(entry[key]) for key in ("classes", "indices", "teachers"))))
         else:
             raise CondenseError(
                 f"the set uses the decode stage {entry.get('stage')!r}, which this version does not know"

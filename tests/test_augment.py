@@ -21,6 +21,7 @@ from condense.augment import (
     CropViews,
     Parameters,
     Standardise,
+    ViewRule,
     dsa,
     transform_from_arrays,
 )
@@ -584,6 +585,128 @@ def test_views_that_cannot_be() -> None:
         CropViews().apply(torch.zeros(3, 1, 8, 8), drawn(2, (8, 8)))
     with pytest.raises(ValueError, match="cannot serve"):
         CropViews().apply(torch.zeros(2, 1, 8, 9), drawn(2, (8, 8)))
+
+
+# Mixed views ----------------------------------------------------------------------------------------------------------
+
+RULES = [ViewRule(mix="cutmix"), ViewRule(mix="mixup", alpha=0.8), ViewRule(pad=4, mix="cutmix", alpha=0.3)]
+
+
+def test_golden_mixed_views() -> None:
+    # Stored labels depend on these: they may never change. Worked out from the hash in plain integers and floats.
+    mixed = ViewRule(mix="cutmix").draw(7, 3, 9, (32, 32))
+    assert mixed.partner.tolist() == [1, 7, 2, 5, 6, 4, 8, 5, 8]
+    assert mixed.patch[:3].tolist() == [[16, 2, 32, 22], [8, 0, 32, 26], [12, 16, 32, 32]]
+    assert mixed.share[:3].tolist() == [1 - 320 / 1024, 1 - 624 / 1024, 1 - 320 / 1024]
+    soft = ViewRule(mix="mixup", alpha=0.8, pad=4).draw(7, 3, 3, (32, 32))
+    assert (soft.share.double() * augment.SHARES).tolist() == [39356, 1423, 16278]
+    assert soft.views.box[:, :2].tolist() == [[3, 3], [0, 1], [3, 3]] and soft.patch is None
+    assert soft.partner.tolist() == [0, 2, 0]
+
+
+@pytest.mark.parametrize("rule", [ViewRule(), *RULES[:2]])
+def test_crops_are_those_of_plain_views(rule: ViewRule) -> None:
+    views = rule.draw(7, 3, 9, (32, 32)).views
+    assert torch.equal(views.box, drawn(9, (32, 32)).box) and torch.equal(views.mirrored, drawn(9, (32, 32)).mirrored)
+    assert ViewRule.of(CropViews(0.3, 0.9, False)) == ViewRule(0.3, 0.9, False) and ViewRule.of(rule) is rule
+
+
+@pytest.mark.parametrize("alpha", [0.2, 0.8, 1.0, 3.0])
+def test_shares_are_beta_distributed(alpha: float) -> None:
+    count = 40000
+    share = ViewRule(mix="mixup", alpha=alpha).draw(0, 0, count, (8, 8)).share.double()
+    variance = 1 / (4 * (2 * alpha + 1))
+    kurtosis = 3 - 6 / (2 * alpha + 3)
+    assert abs(float(share.mean()) - 0.5) < 4 * math.sqrt(variance / count)
+    assert abs(float(share.var()) - variance) < 4 * variance * math.sqrt((kurtosis - 1) / count)
+    fourth = float(((share - 0.5) ** 4).mean())
+    assert fourth == pytest.approx(kurtosis * variance**2, rel=0.05)
+    if alpha == 1:
+        assert torch.allclose(torch.histc(share, 10, 0, 1) / count, torch.tensor(0.1).double(), atol=0.01)
+
+
+def test_extreme_draws_are_no_accident() -> None:
+    ends = torch.tensor([0, 2**62, 2**63 - 1])
+    for alpha in (1e-3, 1.0, 1e3):
+        for a in ends:
+            for b in ends:
+                share = augment._symmetric_beta(alpha, a[None], b[None], ends[:1])
+                assert 0 <= float(share) <= 1
+
+
+def test_partners_come_from_the_whole_set() -> None:
+    partner = ViewRule(mix="cutmix").draw(0, 0, 5000, (8, 8)).partner
+    assert partner.min() < 10 and partner.max() > 4990 and len(partner.unique()) > 3000
+    assert abs(float(partner.double().mean()) - 2499.5) < 4 * 5000 / math.sqrt(12 * 5000)
+    mixed = ViewRule(mix="cutmix").draw(0, 0, 5000, (9, 24))
+    kept = 1 - (mixed.patch[:, 2:] - mixed.patch[:, :2]).prod(1) / (9 * 24)
+    torch.testing.assert_close(mixed.share, kept.float())
+    assert (mixed.patch[:, :2] >= 0).all() and (mixed.patch[:, 2:] <= torch.tensor([9, 24])).all()
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_mixed_views_by_hand(rule: ViewRule) -> None:
+    images = noise(7, 3, 9, 12, dtype=torch.float32)
+    mixed = rule.draw(7, 3, 7, (9, 12))
+    ids = torch.tensor([5, 0, 3, 3])
+    shown = rule.apply(images, ids, mixed)
+    plain = ViewRule(rule.min_scale, rule.max_scale, rule.flip, rule.pad)
+    views = plain.apply(images, torch.arange(7), plain.draw(7, 3, 7, (9, 12)))
+    for got, i in zip(shown, ids.tolist()):
+        own, other, share = views[i].clone(), views[mixed.partner[i]], mixed.share[i]
+        if rule.mix == "mixup":
+            own = share * own + (1 - share) * other
+        else:
+            top, left, bottom, right = mixed.patch[i].tolist()
+            own[:, top:bottom, left:right] = other[:, top:bottom, left:right]
+        assert torch.equal(got, own)
+    half = rule.apply(images.half(), ids, mixed)
+    assert half.dtype == torch.float16
+    torch.testing.assert_close(half.float(), shown, atol=2e-2, rtol=0)
+
+
+def test_padded_views_are_torchvisions_crops_of_padded_images() -> None:
+    from torchvision.transforms.functional import crop, hflip, pad
+
+    images, rule = noise(40, 3, 9, 12), ViewRule(pad=2)
+    mixed = rule.draw(7, 3, 40, (9, 12))
+    shown = rule.apply(images, torch.arange(40), mixed)
+    for image, got, box, mirrored in zip(images, shown, mixed.views.box.tolist(), mixed.views.mirrored):
+        expected = crop(pad(image, [2, 2, 2, 2]), box[0] + 2, box[1] + 2, 9, 12)
+        assert torch.equal(got, hflip(expected) if mirrored else expected)
+    shifts = ViewRule(pad=2, flip=False).draw(0, 0, 5000, (9, 12)).views
+    assert not shifts.mirrored.any()
+    for axis in (0, 1):
+        counts = torch.bincount(shifts.box[:, axis] + 2, minlength=5)
+        assert len(counts) == 5 and (counts - 1000).abs().max() < 4 * math.sqrt(800)
+
+
+def test_rules_that_cannot_be() -> None:
+    for words, options in {
+        "views of scale": {"min_scale": 0.0}, "pad=-1": {"pad": -1}, "pad=256": {"pad": 256},
+        "mix=cutmixx.*did you mean 'cutmix'": {"mix": "cutmixx"}, "alpha=0": {"alpha": 0.0}, "alpha=inf": {
+            "alpha": math.inf}, "alpha=nan": {"alpha": math.nan},
+    }.items():  # fmt: skip
+        with pytest.raises(CondenseError, match=words):
+            ViewRule(**options)
+    rule = ViewRule(mix="cutmix")
+    with pytest.raises(ValueError, match="3 views of"):
+        rule.apply(torch.zeros(2, 1, 8, 8), torch.arange(2), rule.draw(0, 0, 3, (8, 8)))
+    with pytest.raises(ValueError, match="cannot serve"):
+        rule.apply(torch.zeros(3, 1, 8, 9), torch.arange(3), rule.draw(0, 0, 3, (8, 8)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rule", RULES)
+def test_mixed_views_on_a_gpu(rule: ViewRule) -> None:
+    images, device, mixed = (
+        noise(20, 3, 16, 16, dtype=torch.float32),
+        torch.device("cuda"),
+        rule.draw(0, 1, 20, (16, 16)),
+    )
+    ids = torch.tensor([3, 19, 0])
+    shown = rule.apply(images.to(device), ids.to(device), mixed.to(device)).cpu()
+    torch.testing.assert_close(shown, rule.apply(images, ids, mixed), atol=1e-6, rtol=0)
 
 
 @pytest.mark.gpu
