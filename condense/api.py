@@ -1,5 +1,5 @@
 """The functions behind the public names: ``condense.task``, ``distill``, ``evaluate``, ``load`` and ``fit``; and
-``experts``."""
+``experts`` and ``teachers``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import math
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from condense import networks, rng, tasks, trajectories
+from condense import teachers as squeezed
 from condense.banks import PLAN
 from condense.config import build
 from condense.distilled import DistilledSet, check_writable, packaged_sets, replacing
@@ -44,7 +45,7 @@ from condense.tasks import DataOptions, Task
 from condense.tracking import check_tracker
 from condense.version import __version__
 
-__all__ = ["distill", "evaluate", "experts", "fit", "load", "resume", "task"]
+__all__ = ["distill", "evaluate", "experts", "fit", "load", "resume", "task", "teachers"]
 
 CONFIG, RESULT = "config.json", "result.json"
 
@@ -253,6 +254,130 @@ def check_experts(
     return _config(entry, settings)
 
 
+def teachers(
+    data: Task | Any,
+    *,
+    networks: str | Sequence[str] | None = None,
+    method: str | None = None,
+    count: int | None = None,
+    epochs: int | None = None,
+    out: str | Path | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    precision: str = "auto",
+    held_out: float | None = None,
+    force: bool = False,
+    quiet: bool = True,
+    **settings: Any,
+) -> squeezed.Made:
+    """Trains the teachers that a method wants, and writes them to one file.
+
+    The same call goes on where an earlier one was stopped, and a larger ``count`` or other networks add to the file.
+
+    Args:
+        data: a :class:`Task`, or what ``condense.task`` takes.
+        networks: their architectures, joined by commas or as a list; the method's when None.
+        method: whose teachers they are; its settings say how they are trained. None: those of ``TeacherOptions``.
+        count: teachers of each architecture; the ``num_teachers`` of the settings when None.
+        epochs: of their training; the ``teacher_epochs`` of the settings when None.
+        out: file to write; None is the file of the cache where methods look for such teachers.
+        seed: the same seed gives the same teachers.
+        device: auto, cpu, cuda, ...
+        precision: auto, fp32 or bf16, where the method does not need one of them.
+        held_out: share of each class that teachers do not see and are judged on; the method's when None (mostly 0,
+            where the real test images judge them).
+        force: replace what other data or trainings left in ``out``, and what is damaged.
+        quiet: no progress on stderr.
+        settings: hyper-parameters of the method.
+
+    Raises:
+        CondenseError: anything wrong with what was given, found before work starts; or a teacher diverged.
+    """
+    config = check_teachers(
+        method, settings, networks=networks, count=count, epochs=epochs, held_out=held_out, device=device,
+        precision=precision,
+    )  # fmt: skip
+    real = data if isinstance(data, Task) else task(data)
+    architectures = config.architectures(METHODS.get(method).network if method else squeezed.NETWORK)
+    for one in architectures:
+        _check_fit(real, 1, one)
+    squeezing = config.squeezing(real)
+    if held_out is not None:
+        squeezing = dataclasses.replace(squeezing, held_out=held_out)
+    where = pick_device(device)
+    run = Run(
+        real, 1, architectures[0], seed=seed, device=where, precision=pick_precision(precision, where),
+        name="teachers", quiet=quiet, track="none",
+    )  # fmt: skip
+    path = Path(out) if out else squeezed.cache_file(run, squeezing)
+    run.directory = squeezed.parts_of(path)  # what is done is kept there, so that a signal may stop it
+    try:
+        with run.stop_on_signal():
+            made = squeezed.record(
+                run, squeezing, path, architectures=architectures, count=config.num_teachers, force=force
+            )
+    except (torch.OutOfMemoryError, MemoryError) as fault:
+        raise CondenseError(f"out of memory on {where}: take smaller --networks or teacher_batch") from fault
+    run.ranks.close()
+    return made
+
+
+def check_teachers(
+    method: str | None,
+    settings: Mapping[str, Any],
+    options: Mapping[str, Any] | None = None,
+    *,
+    networks: str | Sequence[str] | None = None,
+    count: int | None = None,
+    epochs: int | None = None,
+    held_out: float | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+) -> Any:
+    """Finds all mistakes that can be found without the real data; arguments as in :func:`teachers`.
+
+    Returns:
+        The settings of the method, or :class:`~condense.teachers.TeacherOptions`, with what was given in them.
+
+    Raises:
+        CondenseError: every mistake, in one line.
+    """
+    config = METHODS.get(method).config if method else squeezed.TeacherOptions
+    if not hasattr(config, "squeezing"):
+        able = [name for name in METHODS.names() if hasattr(METHODS.get(name).config, "squeezing")]
+        raise CondenseError(f"--for {method}: this method has no teachers; these have: {', '.join(able) or 'none'}")
+    flags = {"count": ("num_teachers", count), "epochs": ("teacher_epochs", epochs)}
+    faults = [
+        f"--{flag} {value}: must be at least 1" for flag, (_, value) in flags.items() if value is not None and value < 1
+    ]
+    settings = {**settings, **{key: value for key, value in flags.values() if value is not None and value > 0}}
+    if networks is not None:
+        settings["committee"] = networks if isinstance(networks, str) else ",".join(networks)
+    if held_out is not None and not 0 <= held_out < 1:
+        faults.append(f"--held-out {held_out:g}: must be at least 0 and less than 1")
+    if settings.get("teachers"):
+        faults.append(f"teachers={settings['teachers']}: are there already; leave it out to train others")
+
+    def flags_are_right() -> None:
+        if faults:
+            raise CondenseError("; ".join(faults))
+
+    def settled() -> Any:
+        if method:
+            return _config(METHODS.get(method), settings)
+        built = build(squeezed.TeacherOptions, settings, "teachers")
+        built.check_teachers()
+        return built
+
+    *_, built = all_at_once(
+        flags_are_right,
+        lambda: build(DataOptions, options or {}, "the data"),
+        lambda: pick_precision(precision, pick_device(device)),
+        settled,
+    )
+    return built
+
+
 def _job(
     entry: Method,
     config: Any,
@@ -435,6 +560,8 @@ def _config(entry: Method, settings: Mapping[str, Any]) -> Any:
     config: Any = build(entry.config, settings, f"the method '{entry.name}'")
     if getattr(config, "experts", ""):  # a run may be resumed from another folder
         config = dataclasses.replace(config, experts=str(Path(config.experts).resolve()))
+    if getattr(config, "teachers", "") and not squeezed.is_public(config.teachers):
+        config = dataclasses.replace(config, teachers=str(Path(config.teachers).resolve()))
     if getattr(config, "steps", 1) < 1:
         raise CondenseError(f"steps={config.steps}: must be at least 1")
     return config
@@ -613,6 +740,7 @@ def _refuse_foreign(job: Job, directory: Path | None, distilled: DistilledSet, r
 def _finished(job: Job, entry: Method, real: Task, run: Run, synthetic: SyntheticSet) -> DistilledSet:
     """The synthetic set as a DistilledSet with its manifest."""
     stored = synthetic.images.detach().cpu()
+    named = run.trajectories or run.teachers
     manifest = {
         "name": _set_name(job, real),
         "dataset": real.name,
@@ -633,6 +761,7 @@ def _finished(job: Job, entry: Method, real: Task, run: Run, synthetic: Syntheti
         "preparation": run.preparation,
         **_learned(synthetic),
         **({"trajectories": run.trajectories} if run.trajectories else {}),
+        **({"teachers": run.teachers} if run.teachers else {}),
         **({"label_source": synthetic.label_source} if synthetic.label_source else {}),
         "protocol": job.protocol,
         "data": {"fingerprint": real.fingerprint, "options": job.data["options"]},
@@ -641,8 +770,8 @@ def _finished(job: Job, entry: Method, real: Task, run: Run, synthetic: Syntheti
         "code_version": __version__,
         "cost": {
             "seconds": round(run.elapsed - run.preparation.get("seconds", 0.0), 2),
-            # Experts of a named file are free of the time limit, but not of what the set took.
-            "preparation_seconds": run.preparation.get("seconds", run.trajectories.get("seconds", 0.0)),
+            # Experts and teachers of a named file are free of the time limit, but not of what the set took.
+            "preparation_seconds": run.preparation.get("seconds", named.get("seconds", 0.0)),
             "device": device_name(run.device),
             "peak_memory": peak_memory(run.device),
         },
@@ -665,8 +794,10 @@ def _command(job: Job, entry: Method, real: Task) -> str:
     words += ["--tag", job.tag, "--out", f"{_set_name(job, real).replace('/', '-')}.h5"] if job.tag else []
     for given, config in ((job.settings, entry.config), (job.data["options"], DataOptions)):
         defaults = {field.name: field.default for field in dataclasses.fields(config)}
-        # Where somebody's experts lie is in the settings; in a command it is a place to fill in.
+        # Where somebody's experts or teachers lie is in the settings; in a command it is a place to fill in.
         shown = {**given, "experts": "PATH"} if given.get("experts") else given
+        if given.get("teachers") and not squeezed.is_public(given["teachers"]):
+            shown = {**shown, "teachers": "PATH"}
         words += [f"{key}={_word(value)}" for key, value in shown.items() if value != defaults[key]]
     words += ["deterministic=true"] * job.deterministic
     words += [f"protocol={job.protocol}"] * (job.protocol != entry.protocol)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from condense import networks, rng
-from condense.augment import dsa
+from condense.augment import Transform, dsa
 from condense.config import require
 from condense.distilled import replacing
 from condense.errors import CondenseError
@@ -245,7 +245,12 @@ def seconds_per_step(
 
 def transform_digests(task: Task) -> list[str]:
     """SHA-256 of each array of the map to training space, by name."""
-    arrays = task.transform.arrays()
+    return digests(task.transform)
+
+
+def digests(transform: Transform) -> list[str]:
+    """SHA-256 of each array of a map to training space, by name."""
+    arrays = transform.arrays()
     return [hashlib.sha256(arrays[name].tobytes()).hexdigest() for name in sorted(arrays)]
 
 

@@ -407,6 +407,69 @@ def experts(
 
 
 @app.command()
+def teachers(
+    data: Data,
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="settings of the teachers, the method and the data")
+    ] = None,
+    networks: Annotated[
+        str | None, typer.Option(help="A,B,...: their architectures; the method's network by default")
+    ] = None,
+    count: Annotated[
+        int | None, _number("--count", int, "teachers of each architecture; num_teachers by default")
+    ] = None,
+    epochs: Annotated[int | None, _number("--epochs", int, "of their training; teacher_epochs by default")] = None,
+    method: Annotated[
+        str | None, typer.Option("--for", metavar="METHOD", help="method whose settings train them; none by default")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="file to write or to add to; one of the cache, where methods look, by default")
+    ] = None,
+    held_out: Annotated[
+        float | None, _number("--held-out", float, "share of each class that they do not see and are judged on")
+    ] = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    download: Download = False,
+    force: Force = False,
+) -> None:
+    """Trains teachers on real data and keeps them. Call it again to go on after a stop, or to add some."""
+    from condense import api, config
+    from condense.registry import METHODS
+    from condense.tasks import DataOptions
+    from condense.teachers import TeacherOptions
+
+    keys: dict[str, Any] = config.parse(settings or [])
+    options, values = _sorted(keys, DataOptions, METHODS.get(method).config if method else TeacherOptions)
+    watched: dict[str, Any] = {
+        "networks": networks, "count": count, "epochs": epochs, "held_out": held_out, "device": device,
+        "precision": precision,
+    }  # fmt: skip
+    api.check_teachers(method, values, options, **watched)
+    real = api.task(data, download=download, **options)
+    made = api.teachers(real, method=method, out=out, seed=seed, force=force, quiet=False, **watched, **values)
+    if not leads():
+        return
+    file, new = made.file, len(made.trained)
+    print(f"{len(file.entries)} teachers of {real.name}, {file.manifest['epochs']} epochs: "
+          f"{new} trained now, {len(file.entries) - new} were there")  # fmt: skip
+    print(f"  file: {file.path} ({size(file.path.stat().st_size)})")
+    members = {name: [e for e in file.entries if e["network"] == name] for name in dict(file.keys)}
+    for name, entries in members.items():
+        scores, seconds = [100 * e["accuracy"] for e in entries], [e["seconds"] for e in entries]
+        spread = f" ({min(scores):.1f} to {max(scores):.1f})" if len(scores) > 1 else ""
+        print(f"  {len(entries)} {name}: {sum(scores) / len(scores):.1f} %{spread} of the {file.manifest['judged_on']} "
+              f"right, {duration(sum(seconds) / len(seconds))} each")  # fmt: skip
+    # What trained them is in the file; how it is called in the settings of the method is left out.
+    words = ["condense", "distill", method or "METHOD", "--data", data, "--ipc", "10"]
+    words += [word for word in settings or [] if word.partition("=")[0] not in ("committee", "num_teachers")]
+    words += [f"teachers={file.path}", f"committee={','.join(members)}"]
+    words += [f"num_teachers={min(map(len, members.values()))}"] * (min(map(len, members.values())) > 1)
+    print(f"  next: {shlex.join(words)}")
+
+
+@app.command()
 def resume(
     run_dir: Annotated[Path, typer.Argument(help="the run's directory")],
     minutes: Annotated[
@@ -446,7 +509,7 @@ def evaluate(
     ] = False,
     teachers: Annotated[
         Path | None,
-        typer.Option(help="file of the experts that soft labels came from, for random images; searched for by default"),
+        typer.Option(help="file of experts or teachers that soft labels came from; searched for by default"),
     ] = None,
     seed: Seed = 0,
     device: Device = "auto",
@@ -525,7 +588,8 @@ def verify(file: SetFile) -> None:
     from condense.distilled import checksums
 
     loaded = _set(file)
-    count, expected = len(loaded.stored), loaded.manifest["ipc"] * len(loaded.classes)
+    expected = loaded.compensated.stored if loaded.compensated else loaded.manifest["ipc"] * len(loaded.classes)
+    count = len(loaded.stored)
     if count != expected:
         raise CondenseError(f"{file}: holds {count} images, but its manifest says {expected}")
     if not bool(loaded.training_images()[0].isfinite().all()):

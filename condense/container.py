@@ -80,6 +80,17 @@ def _manifest(path: Path, file: Any, form: Format) -> dict[str, Any]:
     return manifest
 
 
+def format_of(path: Path) -> str:
+    """The format that a file says it is of; empty where it is no HDF5 file of a named one."""
+    import h5py
+
+    try:
+        with h5py.File(path, "r") as file:
+            return str(file.attrs.get("format", ""))
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError):
+        return ""
+
+
 def create(path: Path) -> Any:
     """A new file, open for writing, in the 1.10 layout: the oldest one keeps attributes under 64 KiB, which the class
     names of a large set or the manifest of many experts may outgrow."""

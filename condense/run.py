@@ -256,6 +256,7 @@ class Run:
         continues: whether it was asked to go on with what the directory holds.
         preparation: what networks of its own a method has trained on real data, for the manifest; empty where none.
         trajectories: the experts that a method follows, for the manifest; empty where none.
+        teachers: the teachers that a method asks, for the manifest; empty where none.
         expected_preparation: the seconds of that which a rehearsal expects.
     """
 
@@ -298,6 +299,7 @@ class Run:
         self.continues = resume
         self.preparation: dict[str, Any] = {}
         self.trajectories: dict[str, Any] = {}
+        self.teachers: dict[str, Any] = {}
         self.expected_preparation = 0.0
         self._kept_before: dict[str, Any] = self._saved["kept"] if self._saved else {}
         self.phase = 0

@@ -29,7 +29,7 @@ MTT = f"distill mtt --data digits --ipc 1 --network {NETWORK} steps=2"
 DM = f"distill dm --data digits --ipc 1 --network {NETWORK} steps=2 batch_real=8"
 VERBS = (
     "ls", "show", "distill", "resume", "evaluate", "suite", "verify", "preview", "leaderboard", "import", "export",
-    "plan", "experts",
+    "plan", "experts", "teachers",
 )  # fmt: skip
 
 
@@ -235,7 +235,7 @@ MISTAKES = {
     "a network too deep": (f"{DM} --network convnet-d6-w8-in", "convnet-d6", "8x8", "the largest depth that fits is 3"),
     "a network too deep to plan": (f"plan{DM[7:]} --network convnet-d6-w8-in", "convnet-d6", "fits is 3"),
     "experts of a method without any": ("experts --data digits --for dm", "--for dm", "has no experts", "mtt"),
-    "experts of an unknown method": ("experts --data digits --for mdd", "'mdd'", "known: ast,"),
+    "experts of an unknown method": ("experts --data digits --for zzz", "'zzz'", "known: ast,"),
     "no experts": (f"{EXPERTS} --count 0", "--count 0", "at least 1"),
     "experts of no epochs": (f"{EXPERTS} --epochs 0", "--epochs 0", "at least 1"),
     "experts in words": (f"{EXPERTS} --count ten", "--count ten", "whole number"),
