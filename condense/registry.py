@@ -81,6 +81,7 @@ class Method:
 
 
 _ATTENTION = "condense.methods.attention_matching"
+_CURRICULUM = "condense.methods.curriculum_synthesis"
 _DISTRIBUTION = "condense.methods.distribution_matching"
 _GRADIENT = "condense.methods.gradient_matching"
 _SELECTION = "condense.methods.selection"
@@ -104,6 +105,7 @@ METHODS: Registry[Method] = Registry(
         "ftd": _TRAJECTORY,
         "ast": _TRAJECTORY,
         "datm": _TRAJECTORY,
+        **dict.fromkeys(("sre2l", "cda", "dwa", "cvdd", "infer", "nrr", "rded"), _CURRICULUM),
     },
 )
 

@@ -16,6 +16,8 @@ TRAJECTORY = {
     "steps": 4, "syn_steps": 3, "expert_epochs": 1, "max_start_epoch": 2, "num_experts": 2, "expert_batch": 8,
     "lr_start": 0.02,
 }  # fmt: skip
+TAUGHT = {"network": "convnet-d2-w8-bn", "teacher_epochs": 2, "teacher_batch": 8}
+RECOVERED = {**TAUGHT, "steps": 4, "label_epochs": 2}
 # Settings that make each method tiny. A method without a row here fails the first test.
 SETTINGS = {
     "random": {},
@@ -31,11 +33,24 @@ SETTINGS = {
     **dict.fromkeys(("mtt", "tesla", "ftd"), TRAJECTORY),
     "ast": {**TRAJECTORY, "buffer_epochs": 3},
     "datm": {**TRAJECTORY, "expand_steps": 3, "gate": 10.0},
+    "sre2l": RECOVERED,
+    "cda": RECOVERED,
+    "dwa": {**RECOVERED, "ascent_steps": 2},
+    "cvdd": {**RECOVERED, "num_teachers": 2, "label_micro": 3},
+    "infer": {**RECOVERED, "num_teachers": 1},
+    "nrr": {**RECOVERED, "pool": 6, "crops": 2},
+    "rded": {**TAUGHT, "pool": 6, "crops": 2},
 }
 # What moves besides the pixels is held, and pixels are moved as far as the method's size of gradients needs.
 STILL = {name: {"lr_lr": 0.0, "lr_img": 1.0} for name in ("mtt", "tesla", "ftd", "ast")}
 STILL["datm"] = {**STILL["mtt"], "lr_label": 0.0}
-WITHOUT_LOSS = {"random"}
+# Noise would be clamped to the range of pixels in the first step.
+STILL |= {name: {"lr_img": 1e-3, "init": "real"} for name in ("sre2l", "cda")}
+WITHOUT_LOSS = {"random", "rded"}
+# Labels of views belong to stored images, so these sets have no decode stages of the user's choice.
+WITHOUT_STAGES = {*WITHOUT_LOSS, "sre2l", "cda", "dwa", "cvdd", "infer", "nrr"}
+STORED = {"infer": 4}
+"""Images that a set of 2 images for each of 3 classes holds, where not 6."""
 NETWORK = "convnet-d2-w8-in"
 
 
@@ -56,7 +71,7 @@ def test_it_makes_a_set_that_survives_its_file(name, tiny, tmp_path):
     made = run(name, tiny, out=tmp_path / "a.h5")
     loaded = condense.load(tmp_path / "a.h5")
     assert loaded.sha256() == made.sha256()
-    assert len(loaded.stored) == 6 and loaded.manifest["ipc"] == 2
+    assert len(loaded.stored) == STORED.get(name, 6) and loaded.manifest["ipc"] == 2
     assert loaded.manifest["method"] == name
     assert loaded.manifest["cost"]["seconds"] >= 0
     assert torch.isfinite(loaded.images).all()
@@ -71,7 +86,7 @@ def test_the_seed_decides(name, tiny):
 
 
 def test_colour_images(name, tiny_colour):
-    assert run(name, tiny_colour).stored.shape == (6, 3, 8, 8)
+    assert run(name, tiny_colour).stored.shape == (STORED.get(name, 6), 3, 8, 8)
 
 
 def test_resumed_equals_uninterrupted(name, tiny, tmp_path, monkeypatch):
@@ -103,8 +118,10 @@ def test_one_small_step_lowers_the_loss(name, tiny):
     entry = METHODS.get(name)
     still = STILL.get(name, {"lr_img": 1e-3})
     for lr_img in (0.0, still["lr_img"]):
-        config = entry.config(**{**SETTINGS[name], **still, "steps": 2, "lr_img": lr_img})
-        watched = _Frozen(tiny, 2, NETWORK)
+        settings = {**SETTINGS[name], **still, "steps": 2, "lr_img": lr_img}
+        network = settings.pop("network", NETWORK)
+        config = entry.config(**settings)
+        watched = _Frozen(tiny, 2, network)
         entry.function(tiny, config, watched)
         losses.append(watched.losses)
     assert losses[0][1] == losses[0][0]  # nothing moved, so nothing changed: the step really is held fixed
@@ -113,8 +130,8 @@ def test_one_small_step_lowers_the_loss(name, tiny):
 
 def test_fyi_on_mirror_symmetric_images_leaves_the_loss(name):
     """They are their own mirror images: a union with these has the same means and mean gradients."""
-    if name in WITHOUT_LOSS:
-        pytest.skip("has no loss")
+    if name in WITHOUT_STAGES:
+        pytest.skip("takes no decode stages")
     train, labels, test, test_labels = tiny_arrays()
     task = condense.task((symmetric(train), labels, test, test_labels), name="tiny")
     entry, losses = METHODS.get(name), []
@@ -134,8 +151,8 @@ def symmetric(images):
 
 
 def test_fyi_with_the_methods_own_decode_stages(name, tiny):
-    if name in WITHOUT_LOSS:
-        pytest.skip("learns nothing")
+    if name in WITHOUT_STAGES:
+        pytest.skip("takes no decode stages")
     with_flips, without = run(name, tiny, fyi=True), run(name, tiny)
     assert with_flips.manifest["distill_decode"] == [{"stage": "flip-union"}]
     assert len(with_flips) == len(without) and not torch.equal(with_flips.stored, without.stored)

@@ -11,6 +11,7 @@ faster plain way is taken, so the ratios printed are on the cautious side.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
 
 from condense.augment import OPERATIONS, Parameters
 from condense.tasks import Task
@@ -494,6 +496,91 @@ class MTT:
         for optimizer in self.optimizers:
             optimizer.step()
         self.loss = loss.item()
+
+
+class SRe2L:
+    """The published recovery of SRe2L (Yin et al., NeurIPS 2023): one batch of every class after the other, hooks on
+    each BatchNorm, fp32. A step is one iteration of each batch, as all of them must be made.
+
+    Args:
+        images: the start, (classes * ipc, C, H, W) in training space, ordered by class.
+        teacher: a network with BatchNorm2d, in eval mode.
+        bounds: the least and the largest value of each channel in training space, (C,) each.
+        steps: iterations of the whole run, along which the rate falls.
+
+    Attributes:
+        images: the synthetic pixels.
+        loss: of the last batch.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        classes: int,
+        teacher: nn.Module,
+        bounds: tuple[Tensor, Tensor],
+        *,
+        device: torch.device,
+        lr_img: float = 0.25,
+        bn_weight: float = 0.01,
+        first: float = 10.0,
+        least: float = 0.08,
+        jitter: int = 4,
+        steps: int = 1000,
+        seed: int = 0,
+    ) -> None:
+        self.images, self.classes, self.device = images.detach().to(device).clone(), classes, device
+        self.teacher = teacher.to(device).eval().requires_grad_(False)
+        self.bounds = [bound.tolist() for bound in bounds]
+        self.lr_img, self.bn_weight, self.jitter, self.steps = lr_img, bn_weight, jitter, steps
+        self.crop = transforms.Compose(
+            [transforms.RandomResizedCrop(tuple(images.shape[2:]), (least, 1.0)), transforms.RandomHorizontalFlip()]
+        )
+        self.terms: list[Tensor] = []
+        norms = [layer for layer in self.teacher.modules() if isinstance(layer, nn.BatchNorm2d)]
+        for number, layer in enumerate(norms):
+            layer.register_forward_hook(self._hook(first if number == 0 else 1.0))
+        ipc = len(images) // classes
+        self.labels = torch.arange(classes, device=device)
+        self.leaves = [self.images[k::ipc].clone().requires_grad_() for k in range(ipc)]
+        self.optimizers = [torch.optim.Adam([leaf], lr=lr_img, betas=(0.5, 0.9)) for leaf in self.leaves]
+        self.random, self.done, self.loss = np.random.default_rng(seed), 0, 0.0
+        torch.manual_seed(seed)
+
+    def _hook(self, weight: float) -> Any:
+        def hook(layer: Any, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
+            x = inputs[0]
+            mean = x.mean([0, 2, 3])
+            variance = x.permute(1, 0, 2, 3).contiguous().view(x.shape[1], -1).var(1, unbiased=False)
+            gap = torch.norm(layer.running_var - variance, 2) + torch.norm(layer.running_mean - mean, 2)
+            self.terms.append(weight * gap)
+
+        return hook
+
+    def step(self, draws: Sequence[tuple[Sequence[int], bool, Sequence[int]]] | None = None) -> None:
+        """One iteration of each batch; ``draws``: box (top, left, height, width), mirror and roll of each to repeat."""
+        size = list(self.images.shape[2:])
+        for k, (leaf, optimizer) in enumerate(zip(self.leaves, self.optimizers)):
+            for group in optimizer.param_groups:
+                group["lr"] = self.lr_img * (1 + math.cos(math.pi * self.done / self.steps)) / 2
+            if draws is None:
+                shown = self.crop(leaf)
+                shift = self.random.integers(0, self.jitter + 1, 2).tolist()
+            else:
+                box, mirrored, shift = draws[k]
+                shown = transforms.functional.resized_crop(leaf, *box, size)
+                shown = transforms.functional.hflip(shown) if mirrored else shown
+            shown = torch.roll(shown, shifts=tuple(shift), dims=(2, 3))
+            optimizer.zero_grad()
+            self.terms.clear()
+            loss = F.cross_entropy(self.teacher(shown), self.labels) + self.bn_weight * sum(self.terms)
+            loss.backward()
+            optimizer.step()
+            for channel, (low, high) in enumerate(zip(*self.bounds)):
+                leaf.data[:, channel] = torch.clamp(leaf.data[:, channel], low, high)
+            self.images[k :: len(self.leaves)] = leaf.data
+            self.loss = loss.item()
+        self.done += 1
 
 
 class _Images(Dataset):

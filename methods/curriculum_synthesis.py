@@ -1,0 +1,1086 @@
+"""Curriculum synthesis: images that trained teachers take for the real data, by their answers and BatchNorm statistics.
+
+Squeeze the real data into teachers, recover images from them, relabel these. Each method below is a way through the
+same steps; what papers change are arguments: who guides which images, where these start, how they are cropped, what may
+move, and what labels the set brings.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from condense import rng
+from condense.augment import CropViews, ViewRule, Views
+from condense.config import require
+from condense.errors import CondenseError, did_you_mean
+from condense.labels import (
+    DistanceLabels,
+    HardLabels,
+    Labels,
+    PerViewLabels,
+    SoftLabels,
+    StaticLabels,
+    TeacherLabels,
+    answers,
+    view_answers,
+    view_distances,
+)
+from condense.networks import Network
+from condense.optimizer import Group
+from condense.registry import method
+from condense.run import Run
+from condense.synthetic import Compensated, SyntheticOptions, SyntheticSet
+from condense.tasks import Task
+from condense.teachers import Committee, TeacherOptions, provide
+
+# -- BatchNorm moments ------------------------------------------------------------------------------------------------
+
+
+class _Matched(torch.autograd.Function):
+    """A BatchNorm by its running statistics, and how far each group's moments lie from them, in one node.
+
+    With a frozen teacher both slopes are known beforehand, so backward is one pass over the map: dy * scale, plus what
+    moves mean and variance.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, variance: Tensor, groups: int, shares: Any
+    ) -> tuple[Tensor, Tensor]:
+        wide, count = torch.promote_types(x.dtype, torch.float32), len(x) // groups
+        flat = x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)
+        # From sums, as torch's own var_mean is ten times as slow on a CPU: what cancels is (mean / deviation)^2 in
+        # 10^7, and a conv's outputs have means of the size of their deviation.
+        values, size = flat.to(wide), count * flat.shape[2]
+        squares = torch.linalg.vector_norm(values, dim=2).square().view(groups, count, -1).sum(1) / size
+        m = values.sum(2).view(groups, count, -1).sum(1) / size
+        s = squares - m.square()
+        gaps = m - mean.to(wide), s - variance.to(wide)
+        lengths = [gap.norm(dim=1) for gap in gaps]
+        # The slope of a length is a unit vector; 0 where there is no gap.
+        along_mean, along_variance = (
+            share / size * gap / length.clamp(min=torch.finfo(wide).tiny)[:, None]
+            for share, gap, length in zip(shares, gaps, lengths)
+        )
+        ctx.save_for_backward(x, scale, m, along_mean, 2 * along_variance)
+        shaped = (1, x.shape[1], *[1] * (x.dim() - 2))
+        y = (x * scale.to(x.dtype).view(shaped)).add_(shift.to(x.dtype).view(shaped))
+        return y, shares[0] * lengths[0] + shares[1] * lengths[1]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, slope: Tensor, weight: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, m, along_mean, along_variance = ctx.saved_tensors
+        factor = weight[:, None] * along_variance
+        offset = weight[:, None] * along_mean - factor * m
+        shaped = (len(x), x.shape[1], *[1] * (x.dim() - 2))
+        each = len(x) // len(m)
+        factor, offset = (part.repeat_interleave(each, 0).view(shaped).to(x.dtype) for part in (factor, offset))
+        moved = (slope * scale.to(x.dtype).view(1, *shaped[1:])).add_(offset).add_(x * factor)
+        return (moved, *[None] * 6)
+
+
+class MatchedNorm(nn.Module):
+    """A BatchNorm of a frozen teacher in eval mode that notes ``distances`` (groups,) of the moments that it sees.
+
+    The distance of a group is ``shares[0] * |mean - running mean| + shares[1] * |variance - running variance|``, plain
+    Euclidean lengths over channels, variance biased; moments are taken over the images and pixels of the group.
+    """
+
+    def __init__(self, norm: nn.modules.batchnorm._BatchNorm, shares: tuple[float, float]) -> None:
+        super().__init__()
+        assert norm.running_mean is not None and norm.running_var is not None
+        ones = torch.ones_like(norm.running_mean)
+        self.weight = nn.Parameter(ones.clone() if norm.weight is None else norm.weight.detach(), requires_grad=False)
+        self.bias = nn.Parameter(ones - ones if norm.bias is None else norm.bias.detach(), requires_grad=False)
+        self.running_mean: Tensor
+        self.running_var: Tensor
+        self.register_buffer("running_mean", norm.running_mean)
+        self.register_buffer("running_var", norm.running_var)
+        self.eps, self.shares, self.groups = norm.eps, shares, 1
+        self.distances: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, ...) to the same shape and dtype; image i is of group i // (N / groups)."""
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        shift = self.bias - scale * self.running_mean
+        y, self.distances = _Matched.apply(
+            x, scale, shift, self.running_mean, self.running_var, self.groups, self.shares
+        )
+        return y
+
+
+class Matcher(nn.Module):
+    """A frozen copy of a teacher that answers, and says how far its maps lie from its BatchNorm statistics.
+
+    Args:
+        net: the teacher; it is not changed.
+        first: weight of the first BatchNorm, in the order of the network's modules; all others weigh 1.
+        shares: weights of means and of variances.
+    """
+
+    def __init__(self, net: Network, first: float = 10.0, shares: tuple[float, float] = (1.0, 1.0)) -> None:
+        super().__init__()
+        self.net: Network = copy.deepcopy(net).eval().requires_grad_(False)
+        found = [(n, m) for n, m in self.net.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self.norms: list[MatchedNorm] = []
+        for number, (name, norm) in enumerate(found):
+            weight = first if number == 0 else 1.0
+            self.norms.append(MatchedNorm(norm, (weight * shares[0], weight * shares[1])))
+            self.net.set_submodule(name, self.norms[-1])
+
+    def forward(self, views: Tensor, groups: int, fast: Callable[[], Any]) -> tuple[Tensor, Tensor]:
+        """Logits float32 (N, classes) of views (N,C,H,W) of ``groups`` equal groups, and distances (groups,).
+
+        ``fast``: makes the context for matrix work. A norm that is not used counts nothing.
+        """
+        for norm in self.norms:
+            norm.groups, norm.distances = groups, None
+        with fast():
+            embedding = self.net.embed(views)
+        logits = self.net.classify(embedding.to(torch.promote_types(embedding.dtype, torch.float32)))
+        distances = [norm.distances for norm in self.norms if norm.distances is not None]
+        return logits, torch.stack(distances).sum(0)
+
+
+# -- views ------------------------------------------------------------------------------------------------------------
+
+SCHEDULES = ("fixed", "step", "linear", "cosine")
+LEAST = 0.08
+"""Least share of the image that a crop keeps."""
+
+
+def crop_scale(schedule: str, t: int, steps: int, milestone: float, least: float = LEAST) -> float:
+    """CDA's lower bound of the crop's area at iteration ``t`` of ``steps``, from 1 (whole images) to ``least``.
+
+    Args:
+        schedule: fixed (``least`` all the time), step (1 until the milestone), linear or cosine (falling until then).
+        t: iteration, from 0.
+        steps: of the whole run.
+        milestone: fraction of the steps after which it is ``least``.
+        least: share of the area.
+    """
+    if schedule == "fixed" or t >= milestone * steps:
+        return least
+    done = t / (milestone * steps)
+    falling = {"step": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+    return least + (1 - least) * falling[schedule]
+
+
+def resampling(views: Views, shift: Tensor, size: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
+    """Matrices that crop, enlarge, mirror and roll: a view of x (..., H, W) is ``rows @ x @ columns.mT``.
+
+    Bilinear, like ``CropViews.apply``, then a cyclic roll. Products with small matrices have cheap, deterministic
+    transposes, where indexing would add atomically.
+
+    Args:
+        views: R of them.
+        shift: int64 (R, 2), by how many pixels down and to the right the view is rolled.
+        size: of the view; the image's by default.
+
+    Returns:
+        rows (R, H', H) and columns (R, W', W), float32.
+    """
+    top, left, height, width = views.box.unbind(1)
+    out = size or views.image_size
+    rows = _stretching(views.image_size[0], out[0], top, height, torch.zeros_like(views.mirrored), shift[:, 0])
+    return rows, _stretching(views.image_size[1], out[1], left, width, views.mirrored, shift[:, 1])
+
+
+def _stretching(size: int, out: int, start: Tensor, length: Tensor, mirrored: Tensor, shift: Tensor) -> Tensor:
+    """(R, out, size): ``length`` (R,) pixels from ``start`` drawn out to ``out``, mirrored, rolled by ``shift``."""
+    places = (torch.arange(out)[None] - shift[:, None]) % out
+    places = torch.where(mirrored[:, None], out - 1 - places, places)
+    # Output o lies at (2o + 1) * length / 2 out - 1/2 in the stretch, kept inside; here in units of 1 / 2 out.
+    position = ((2 * places + 1) * length[:, None] - out).clamp(min=0).minimum(2 * out * (length[:, None] - 1))
+    below = position // (2 * out)
+    above = (below + 1).minimum(length[:, None] - 1)
+    share = (position % (2 * out)).float() / (2 * out)
+    matrix = torch.zeros(len(start), out, size)
+    matrix.scatter_add_(2, (start[:, None] + below)[..., None], (1 - share)[..., None])
+    return matrix.scatter_add_(2, (start[:, None] + above)[..., None], share[..., None])
+
+
+def seen(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Views (G, B, C, H', W') of images (G, B, C, H, W) by matrices (G, H', H) and (G, W', W), one pair a group."""
+    groups, count, channels, height, width = images.shape
+    tall = images.reshape(groups, count * channels * height, width) @ columns.mT
+    tall = tall.view(groups, count * channels, height, -1)
+    return (rows[:, None] @ tall).view(groups, count, channels, rows.shape[1], columns.shape[1])
+
+
+# -- settings that all share ------------------------------------------------------------------------------------------
+
+STORES = {"uint8": torch.uint8, "float16": torch.float16, "float32": torch.float32}
+STARTS = ("noise", "real", "patches")
+LABELS = ("per-view", "teacher", "static", "distances", "soft", "hard")
+CHUNK_PIXELS = 1024 * 1024
+"""Pixels that pass through a teacher at once on an accelerator: 1,024 images of 32x32, 20 of 224x224."""
+
+
+@dataclass(frozen=True)
+class Relabelling(TeacherOptions):
+    """What labels a set brings, and who gives them."""
+
+    labels: str = "per-view"
+    """per-view (stored logits of augmented views), teacher (the teachers' weights; they answer while students learn),
+    static (one vector of logits an image, mixed as images are), distances (NRR-DD's two numbers a view), soft, hard."""
+    label_epochs: int = 300
+    """Epochs of views that are labelled, where labels belong to views."""
+    temperature: float = 20.0
+    """Temperature of targets and loss."""
+    squared: bool = False
+    """Whether the loss is multiplied by the squared temperature."""
+    label_scale: float = LEAST
+    """Least share of the image in a labelled view."""
+    label_pad: int = 0
+    """Labelled views are shifted by up to so many pixels instead of being cropped; 0: cropped."""
+    mix: str = "cutmix"
+    """How labelled views are mixed with those of other images: none, cutmix or mixup."""
+    mix_alpha: float = 1.0
+    """Shares of the mixture are drawn from Beta(mix_alpha, mix_alpha)."""
+    label_statistics: str = "running"
+    """BatchNorm of the teachers that label: running, or batch (that of the labelled views themselves)."""
+    label_micro: int = 8
+    """Views that share statistics where label_statistics=batch."""
+    store: str = "uint8"
+    """How images are kept: uint8, float16 or float32. Labels are those of the images as kept."""
+
+    def __post_init__(self) -> None:
+        self.check_teachers()
+        for key, known in (("labels", LABELS), ("store", STORES), ("label_statistics", ("running", "batch"))):
+            _one_of(self, key, known)
+        require(self, label_epochs=(1, math.inf), label_micro=(2, math.inf))
+        self.rule(mirror=True)
+
+    def rule(self, mirror: bool) -> ViewRule:
+        """The views that are labelled."""
+        return ViewRule(self.label_scale, 1.0, mirror, self.label_pad, self.mix, self.mix_alpha)
+
+
+@dataclass(frozen=True)
+class Recovery(Relabelling):
+    """Hyper-parameters of recovering images from teachers; SRe2L's on small images."""
+
+    steps: int = 1000
+    """Iterations of each image."""
+    init: str = "noise"
+    """How images start: noise (N(0,1)), real (random real images) or patches (RDED's)."""
+    lr_img: float = 0.25
+    """Learning rate of Adam on the pixels; it falls to 0 along a cosine."""
+    bn_weight: float = 0.01
+    """Weight of the distances to BatchNorm statistics (lambda), which are sums over layers: deep teachers need less."""
+    bn_first: float = 10.0
+    """Weight of the first BatchNorm; all others weigh 1."""
+    bn_variance: float = 1.0
+    """Weight of variances; means weigh 1."""
+    batch_classes: int = 100
+    """Classes of a batch, which has one image of each; its images share moments and crops."""
+    min_scale: float = LEAST
+    """Least share of the image that a crop keeps; 1 for no crops."""
+    schedule: str = "fixed"
+    """Curriculum of the least share: fixed, or falling from 1 by step, linear or cosine (CDA)."""
+    milestone: float = 1.0
+    """Fraction of the steps at which the curriculum has arrived."""
+    flip: bool = True
+    """Whether views are mirrored at random; never where a mirror image is another class."""
+    jitter: int = 4
+    """Views are rolled by up to so many pixels, to the right and down."""
+    two_sided: bool = False
+    """Rolled to the left and up as well, as in SRe2L's program for Tiny-ImageNet."""
+    per_image: bool = False
+    """Crops drawn for each image; by default for each batch, as in all published programs."""
+
+    starts: ClassVar[tuple[str, ...]] = STARTS
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        largest = sys.float_info.max
+        for key, known in (("init", self.starts), ("schedule", SCHEDULES)):
+            _one_of(self, key, known)
+        require(
+            self, steps=(1, math.inf), lr_img=(0, largest), bn_weight=(0, largest), bn_first=(0, largest),
+            bn_variance=(0, largest), batch_classes=(1, math.inf), min_scale=(1e-4, 1), milestone=(0, 1),
+            jitter=(0, math.inf),
+        )  # fmt: skip
+
+
+def _one_of(config: Any, key: str, known: Iterable[str]) -> None:
+    value = getattr(config, key)
+    if value not in known:
+        raise CondenseError(f"{key}={value}: unknown{did_you_mean(value, known)}")
+
+
+# -- steps that the methods share -------------------------------------------------------------------------------------
+
+
+def squeezed(config: TeacherOptions, run: Run) -> Committee:
+    """The teachers of a run, all with BatchNorm: of the file that was named, of the cache, or trained now."""
+    committee = provide(
+        run, config.squeezing(run.task), file=config.teachers, architectures=config.architectures(run.network),
+        count=config.num_teachers, batch_norm=True,
+    )  # fmt: skip
+    if run.task.transform.kind != "standardise":
+        raise CondenseError("zca=true: recovered pixels are kept in their range, which whitening does not have")
+    return committee
+
+
+def batches(classes: int, ipc: int, at_once: int) -> list[tuple[int, Tensor]]:
+    """The set's batches: image number k of each of ``at_once`` classes, the first images of all classes first.
+
+    Returns:
+        (k, rows) of each: rows, int64 (B,), of a set sorted by class.
+    """
+    parts = torch.arange(classes).split(at_once)
+    return [(k, part * ipc + k) for k in range(ipc) for part in parts]
+
+
+@dataclass(frozen=True)
+class Guide:
+    """A teacher and the batches that it guides."""
+
+    matcher: Matcher
+    numbers: Sequence[int]
+    """Of the batches."""
+    weights: Sequence[float] | None = None
+    """Of its loss in each of them; 1 where None."""
+    parameters: Mapping[str, Tensor] | None = None
+    """Stand in for the teacher's own weights."""
+
+
+def drawn(config: Recovery, run: Run, index: int, rows: int) -> tuple[Tensor, Tensor]:
+    """Matrices of the views of step ``index``, one pair for each of ``rows`` batches or images (see ``resampling``)."""
+    least = crop_scale(config.schedule, index, config.steps, config.milestone, config.min_scale)
+    crops = CropViews(least, 1.0, config.flip and run.task.mirror)
+    views = crops.draw(rng.Draws(run.seed, "crop", index), rows, (run.task.shape[1], run.task.shape[2]))
+    reach, low = (2 * config.jitter + 1, config.jitter) if config.two_sided else (config.jitter + 1, 0)
+    shift = rng.Draws(run.seed, "roll", index).integers(reach, (rows, 2)) - low
+    tall, wide = resampling(views, shift)
+    return tall.to(run.device), wide.to(run.device)
+
+
+def recovery_loss(logits: Tensor, classes: Tensor, distances: Tensor, weight: float) -> Tensor:
+    """Of each batch (G,): mean cross-entropy of logits (G*B, C) to classes (G*B,), plus ``weight`` distances."""
+    losses = F.cross_entropy(logits, classes, reduction="none").view(len(distances), -1).mean(1)
+    return losses + weight * distances
+
+
+def recover(
+    config: Recovery,
+    run: Run,
+    synthetic: SyntheticSet,
+    guides: Sequence[Guide],
+    parts: Sequence[Tensor],
+    classes: Sequence[Tensor],
+    *,
+    compose: Callable[[Tensor, Sequence[int]], Tensor] = lambda leaves, numbers: leaves,
+    clamp: bool = True,
+    mask: Tensor | None = None,
+) -> None:
+    """The loop of every method: all batches move in each step, each by its own views, moments and guides.
+
+    In eval mode images do not meet but in the moments, so batches pass through a teacher together, as many as memory
+    likes, and ranks share them out.
+
+    Args:
+        config: of the method.
+        run: its run.
+        synthetic: whose ``images`` are learned.
+        guides: who guides which batches.
+        parts: rows of ``images``, int64 (R,), that belong to each batch.
+        classes: classes (B,) of the batch's images.
+        compose: makes images (G, B, C, H, W) of the batches ``numbers`` from their rows (G, R, C, H, W).
+        clamp: keep pixels in the range of pixels.
+        mask: factor on updates of the images.
+    """
+    task, images = run.task, synthetic.images
+    mine = set(range(run.ranks.rank, len(parts), run.ranks.world))
+    low, high = (task.transform(torch.full((task.shape[0], 1, 1), end, device=run.device)) for end in (0.0, 1.0))
+    group = Group(
+        lr=config.lr_img, optimizer="adam", betas=(0.5, 0.9), schedule=cosine, clamp=(low, high) if clamp else None
+    )
+    offsets = [0, *itertools.accumulate(map(len, classes))]
+    for step in run.optimise(synthetic, config.steps, sharded=run.ranks.world > 1, images=group):
+        tall, wide = drawn(config, run, step.index, offsets[-1] if config.per_image else len(parts))
+        gradient, total = torch.zeros_like(images), torch.zeros((), device=run.device)
+        for guide in guides:
+            for numbers in together(guide.numbers, mine, classes, run):
+                rows = torch.stack([parts[g] for g in numbers]).to(run.device)
+                wanted = torch.cat([classes[g] for g in numbers]).to(run.device)
+                leaves = images.detach()[rows].requires_grad_()
+                shown = compose(leaves, numbers)
+                if config.per_image:
+                    spots = torch.cat([torch.arange(offsets[g], offsets[g + 1]) for g in numbers]).to(run.device)
+                    views = seen(shown.flatten(0, 1)[:, None], tall[spots], wide[spots]).flatten(0, 1)
+                else:
+                    spots = torch.tensor(numbers, device=run.device)
+                    views = seen(shown, tall[spots], wide[spots]).flatten(0, 1)
+                losses = recovery_loss(*_asked(guide, views, wanted, len(numbers), run), config.bn_weight)
+                if guide.weights is not None:
+                    at = [guide.numbers.index(g) for g in numbers]
+                    losses = losses * torch.tensor([guide.weights[i] for i in at], device=run.device)
+                loss = losses.sum()
+                gradient.index_add_(0, rows.flatten(), torch.autograd.grad(loss, leaves)[0].flatten(0, 1))
+                total += loss.detach()
+        step.apply({"images": gradient}, total, mask=mask)
+
+
+def _asked(guide: Guide, views: Tensor, wanted: Tensor, groups: int, run: Run) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits, classes and distances, as :func:`recovery_loss` takes them."""
+    if guide.parameters is None:
+        logits, distances = guide.matcher(views, groups, run.fast)
+    else:
+        logits, distances = torch.func.functional_call(guide.matcher, dict(guide.parameters), (views, groups, run.fast))
+    return logits, wanted, distances
+
+
+def cosine(progress: float) -> float:
+    """Factor on the learning rate: from 1 to 0 over the run."""
+    return (1 + math.cos(math.pi * progress)) / 2
+
+
+def together(numbers: Sequence[int], mine: set[int], classes: Sequence[Tensor], run: Run) -> Iterator[list[int]]:
+    """Batches of equal size that pass through a teacher at once, bounded by pixels; at least one each time."""
+    height, width = run.task.shape[1:]
+    most = run.forward_chunk(gradients=True) or CHUNK_PIXELS // (height * width)
+    left = [g for g in numbers if g in mine]
+    for size, same in itertools.groupby(left, key=lambda g: len(classes[g])):
+        found = list(same)
+        at_once = max(1, most // size)
+        yield from (found[i : i + at_once] for i in range(0, len(found), at_once))
+
+
+def started(config: Recovery, run: Run, net: Network) -> SyntheticSet:
+    """The set as it starts: noise, real images, or RDED's patches, scored by ``net``."""
+    if config.init == "patches":
+        pixels = confident_patches(run, net, RDED())
+        classes = torch.arange(run.task.num_classes).repeat_interleave(run.ipc)
+        images = run.task.transform(pixels.to(run.device))
+        return SyntheticSet(run.task, images.contiguous(), classes)
+    return SyntheticSet.create(run.task, run.ipc, SyntheticOptions(init=config.init), seed=run.seed, device=run.device)
+
+
+def finished(
+    config: Relabelling,
+    run: Run,
+    images: Tensor,
+    classes: Tensor,
+    committee: Committee,
+    weights: Sequence[float] | None = None,
+) -> SyntheticSet:
+    """The set as it is kept, with the labels that the committee gives the images as kept.
+
+    Args:
+        config: of the method.
+        run: its run.
+        images: (N,C,H,W) in training space, sorted by class.
+        classes: int64 (N,).
+        committee: the teachers.
+        weights: of their logits; equal where None.
+    """
+    stored = kept(run.task.transform.inverse(images.detach()).clamp(0, 1), config.store)
+    labels = relabelled(config, run, stored, classes, committee, weights)
+    made = SyntheticSet(run.task, stored, classes, space="pixel", labels=labels)
+    made.tensors["images"].requires_grad_(False)
+    if labels.kind != "hard":
+        made.label_source = {"teachers": committee.describe(), "weights": list(weights) if weights else None}
+    return made
+
+
+def kept(pixels: Tensor, store: str) -> Tensor:
+    """Pixels in [0,1] as a file keeps them; uint8 are rounded, never compressed."""
+    return (pixels * 255).round().to(torch.uint8) if store == "uint8" else pixels.to(STORES[store])
+
+
+def relabelled(
+    config: Relabelling,
+    run: Run,
+    stored: Tensor,
+    classes: Tensor,
+    committee: Committee,
+    weights: Sequence[float] | None = None,
+) -> Labels:
+    """The labels that a committee gives stored images (N,C,H,W), of the kind that ``config`` names."""
+    task, count = run.task, run.task.num_classes
+    pixels = stored.float() / 255 if stored.dtype == torch.uint8 else stored.float()
+    images, rule = task.transform(pixels), config.rule(task.mirror)
+    seed, teacher = rng.key(run.seed, "labels"), committee.mean(weights)
+    kind, temperature, squared = config.labels, config.temperature, config.squared
+    statistics: dict[str, Any] = {"statistics": config.label_statistics, "micro": config.label_micro}
+    # A rehearsal asks once, and is told the size of all.
+    epochs = 1 if run.rehearses else config.label_epochs
+    quiet = run.quiet or not run.ranks.leads
+    with run.fast():
+        if kind == "hard":
+            return HardLabels(classes, count)
+        if kind == "soft":
+            return SoftLabels(answers(teacher, images, **statistics))
+        if kind == "static":
+            return StaticLabels(answers(teacher, images, **statistics).half(), seed, rule, temperature, squared)
+        if kind == "teacher":
+            members, names = zip(*((member.network, member.name) for member in committee.members))
+            return TeacherLabels(
+                members, len(images), seed, rule, temperature, squared, weights=weights, names=names,
+                shape=task.shape, **statistics,
+            )  # fmt: skip
+        if kind == "distances":
+            found = view_distances(
+                teacher, images, classes, epochs, rule, seed, classes=count, quiet=quiet, **statistics
+            )
+            return DistanceLabels(found.expand(config.label_epochs, -1, -1), classes, count, seed, rule, **statistics)
+        logits = view_answers(teacher, images, epochs, rule, seed, classes=count, quiet=quiet, **statistics)
+        return PerViewLabels(logits.expand(config.label_epochs, -1, -1), seed, rule, temperature, squared, **statistics)
+
+
+def by_class(run: Run, at_once: int) -> tuple[list[tuple[int, Tensor]], list[Tensor]]:
+    """The batches of a set of ``run.ipc`` images a class, and the classes of their images."""
+    found = batches(run.task.num_classes, run.ipc, at_once)
+    return found, [rows // run.ipc for _, rows in found]
+
+
+# -- SRe2L and CDA ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SRe2L(Recovery):
+    """Hyper-parameters of SRe2L."""
+
+
+@method(
+    "sre2l", config=SRe2L, year=2023, labels="per-view", protocol="sre2l-v1", network="resnet18-bn",
+    paper="Squeeze, Recover and Relabel: Dataset Condensation at ImageNet Scale From A New Perspective",
+)  # fmt: skip
+def sre2l(task: Task, config: SRe2L, run: Run) -> SyntheticSet:
+    """Dreams images that a teacher gives their class and finds the real data's moments in; then labels their views.
+
+    When to use: many classes and large images, where matching costs too much; with soft labels. Cost: a teacher, then
+    ``steps`` passes forward and back over the set. Known failure: with hard labels such images teach little; small
+    nets with few BatchNorms say little about images.
+
+    Yin, Xing & Shen, NeurIPS 2023. L = CE + bn_weight * (sum over BatchNorms, the first times 10, of |mean - running
+    mean| + |variance - running variance|). The released program saves JPEG, crops nothing at 32x32 (min_scale=1
+    flip=false), and labels CIFAR with batch statistics (label_statistics=batch); images here are 8-bit at least.
+    """
+    committee = squeezed(config, run)
+    synthetic = started(config, run, committee.members[0].network)
+    found, classes = by_class(run, config.batch_classes)
+    matchers = [matcher(config, member.network) for member in committee.members]
+    # Several teachers take turns: image number k is recovered from teacher k modulo their number.
+    numbers = [[g for g, (k, _) in enumerate(found) if k % len(matchers) == m] for m in range(len(matchers))]
+    guides = [Guide(one, own) for one, own in zip(matchers, numbers) if own]
+    recover(config, run, synthetic, guides, [rows for _, rows in found], classes)
+    return finished(config, run, synthetic.images, synthetic.classes, committee)
+
+
+def matcher(config: Recovery, net: Network) -> Matcher:
+    """A teacher as it guides."""
+    return Matcher(net, config.bn_first, (1.0, config.bn_variance))
+
+
+@dataclass(frozen=True)
+class CDA(Recovery):
+    """Hyper-parameters of CDA; those of Tiny-ImageNet."""
+
+    steps: int = 4000
+    """See SRe2L's."""
+    lr_img: float = 0.4
+    """See SRe2L's."""
+    bn_weight: float = 0.05
+    """See SRe2L's."""
+    schedule: str = "cosine"
+    """See SRe2L's. The released program's default milestone of 0 means none."""
+
+
+@method(
+    "cda", config=CDA, year=2024, labels="per-view", protocol="cda-v1", network="resnet18-bn",
+    paper="Dataset Distillation via Curriculum Data Synthesis in Large Data Era",
+)  # fmt: skip
+def cda(task: Task, config: CDA, run: Run) -> SyntheticSet:
+    """SRe2L from easy to hard: crops hold the whole image at first, and ever smaller parts of it later.
+
+    When to use: in place of SRe2L, at no cost. Cost: as SRe2L. Known failure: as SRe2L.
+
+    Yin & Shen, TMLR 2024. Only the lower bound of the crop's area falls; the upper one is 1 throughout.
+    """
+    return sre2l(task, config, run)
+
+
+# -- DWA --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DWA(Recovery):
+    """Hyper-parameters of DWA; those of CIFAR."""
+
+    init: str = "real"
+    """See SRe2L's."""
+    bn_variance: float = 11.0
+    """See SRe2L's; 2 for ImageNet-1K."""
+    labels: str = "teacher"
+    """See SRe2L's."""
+    ascent_steps: int = 12
+    """Steps of the teacher's weights up the loss of the first images (K)."""
+    rho: float = 0.015
+    """Length of all of these steps together."""
+    accumulate: bool = False
+    """As released: a batch begins with the displacement that the one before it (of the same image number) left."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, ascent_steps=(1, math.inf), rho=(0, sys.float_info.max))
+
+
+def displaced(
+    net: Network, weights: Mapping[str, Tensor], views: Tensor, classes: Tensor, steps: int, rho: float
+) -> dict[str, Tensor]:
+    """New weights, ``rho`` at most from ``weights``: ``steps`` steps of equal length up the cross-entropy of views.
+
+    Args:
+        net: in eval mode; it is not changed.
+        weights: its parameters by name, from which the steps start.
+        views: (B,C,H,W).
+        classes: int64 (B,).
+        steps: K.
+        rho: length of all steps together, in the Euclidean norm over all weights.
+    """
+    moved = {name: value.detach().clone() for name, value in weights.items()}
+    for _ in range(steps):
+        leaves = {name: value.requires_grad_() for name, value in moved.items()}
+        logits = torch.func.functional_call(net, leaves, (views,))
+        slopes = torch.autograd.grad(F.cross_entropy(logits, classes), list(leaves.values()))
+        length = torch.stack([slope.square().sum() for slope in slopes]).sum().sqrt() + 1e-12
+        moved = {
+            name: (leaf + rho / steps * slope / length).detach() for (name, leaf), slope in zip(leaves.items(), slopes)
+        }
+    return moved
+
+
+@method(
+    "dwa", config=DWA, year=2024, labels="teacher", protocol="dwa-v1", network="resnet18-bn",
+    paper="Diversity-Driven Synthesis: Enhancing Dataset Distillation through Directed Weight Adjustment",
+)  # fmt: skip
+def dwa(task: Task, config: DWA, run: Run) -> SyntheticSet:
+    """SRe2L from real images, each batch by a teacher pushed away from what it knew of these, so that sets are varied.
+
+    When to use: from 10 images per class, where SRe2L's images resemble each other. Cost: SRe2L's, and the batches pass
+    one by one, as each has weights of its own (they are kept: one teacher a batch). Known failure: as SRe2L.
+
+    Du, Zhang, Hu, Huang & Zhou, NeurIPS 2024. The displacement follows the cross-entropy of the first views alone; the
+    teacher itself never changes. The released program never takes the displacement back (accumulate=true), and lets
+    gradients of earlier images into the first ascent step of the next batch, which is not reproduced.
+    """
+    committee = squeezed(config, run)
+    net = committee.members[0].network
+    synthetic = started(config, run, net)
+    found, classes = by_class(run, config.batch_classes)
+    tall, wide = drawn(config, run, 0, len(found))
+    own: dict[str, Tensor] = dict(net.named_parameters())
+    guides, weights, one = [], own, matcher(config, net)
+    start = synthetic.images.detach().clone()
+    for g, (k, part) in enumerate(found):
+        if not config.accumulate or (g and found[g - 1][0] != k):
+            weights = own
+        at = torch.tensor([g], device=run.device)
+        views = seen(start[part.to(run.device)][None], tall[at], wide[at])[0]
+        weights = displaced(net, weights, views, classes[g].to(run.device), config.ascent_steps, config.rho)
+        guides.append(Guide(one, [g], parameters={f"net.{name}": value for name, value in weights.items()}))
+    recover(config, run, synthetic, guides, [part for _, part in found], classes)
+    return finished(config, run, synthetic.images, synthetic.classes, committee)
+
+
+# -- CV-DD ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CVDD(Recovery):
+    """Hyper-parameters of CV-DD."""
+
+    steps: int = 4000
+    """See SRe2L's."""
+    init: str = "patches"
+    """See SRe2L's."""
+    label_statistics: str = "batch"
+    """See SRe2L's."""
+    num_teachers: int = 5
+    """Teachers of each architecture."""
+    voters: int = 2
+    """Teachers that guide an image together."""
+    priors: str = ""
+    """How well students do on sets made from each teacher alone, in per cent, joined by commas; by default all vote
+    alike."""
+    vote_temperature: float = 5.0
+    """Temperature of the votes in recovery."""
+    label_temperature: float = 10.0
+    """Temperature of the votes in labels, where all teachers take part."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, voters=(1, math.inf), vote_temperature=(1e-6, math.inf), label_temperature=(1e-6, math.inf))
+        self.prior_list()
+
+    def prior_list(self) -> list[float]:
+        """The priors as numbers; none where none are given."""
+        try:
+            return [float(word) for word in self.priors.split(",")] if self.priors else []
+        except ValueError:
+            raise CondenseError(f"priors={self.priors}: must be numbers joined by commas, one a teacher") from None
+
+
+def votes(priors: Sequence[float], temperature: float) -> list[float]:
+    """Weights of teachers: the softmax of their priors (in per cent) over ``temperature``."""
+    return torch.tensor(priors, dtype=torch.float64).div(temperature).softmax(0).tolist()
+
+
+def committees(priors: Sequence[float], voters: int, ipc: int, key: Sequence[int | str]) -> list[tuple[int, ...]]:
+    """Which teachers guide image number k of every class, for each k below ``ipc``.
+
+    One image: the teachers with the highest priors. Else all subsets in turn, in random order, then random ones.
+    """
+    if ipc == 1:
+        best = sorted(range(len(priors)), key=lambda i: -priors[i])[:voters]
+        return [tuple(sorted(best))]
+    every = list(itertools.combinations(range(len(priors)), voters))
+    draws = rng.Draws(*key)
+    order = draws.permutation(len(every)).tolist()
+    more = draws.integers(len(every), max(ipc - len(every), 0)).tolist()
+    return [every[i] for i in [*order, *more][:ipc]]
+
+
+@method(
+    "cvdd", config=CVDD, year=2025, labels="per-view", protocol="cvdd-v1", network="resnet18-bn",
+    paper="Dataset Distillation via Committee Voting",
+)  # fmt: skip
+def cvdd(task: Task, config: CVDD, run: Run) -> SyntheticSet:
+    """SRe2L from real patches, each image guided by two teachers of a committee, labelled by all with batch statistics.
+
+    When to use: where several teachers can be afforded. Cost: SRe2L's times ``voters``, and the teachers. Known
+    failure: labels by batch statistics depend on the views labelled together.
+
+    Cui, Li, Ma, Bi, Luo & Shen, 2025. Votes are the softmax of priors over 5 in recovery, over 10 in labels; priors are
+    what students reach on a set from one teacher alone, so they cost a distillation each: by default all vote alike.
+    The released labels keep dropout on; here it is off.
+    """
+    committee = squeezed(config, run)
+    priors = config.prior_list() or [0.0] * len(committee.members)
+    if len(priors) != len(committee.members) or config.voters > len(priors):
+        raise CondenseError(
+            f"priors={config.priors or 'none'}, voters={config.voters}: there are {len(committee.members)} teachers; "
+            "give a prior for each and at most as many voters (num_teachers=, committee=)"
+        )
+    synthetic = started(config, run, committee.members[0].network)
+    found, classes = by_class(run, config.batch_classes)
+    chosen = committees(priors, config.voters, run.ipc, (run.seed, "committees"))
+    guides = []
+    for m, member in enumerate(committee.members):
+        own = [g for g, (k, _) in enumerate(found) if m in chosen[k]]
+        shares = [votes([priors[i] for i in chosen[found[g][0]]], config.vote_temperature) for g in own]
+        weights = [share[chosen[found[g][0]].index(m)] for g, share in zip(own, shares)]
+        guides += [Guide(matcher(config, member.network), own, weights)] * bool(own)
+    recover(config, run, synthetic, guides, [rows for _, rows in found], classes)
+    return finished(
+        config, run, synthetic.images, synthetic.classes, committee, votes(priors, config.label_temperature)
+    )
+
+
+# -- INFER ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class INFER(Recovery):
+    """Hyper-parameters of INFER; those of CIFAR."""
+
+    init: str = "real"
+    """What compensators are added to: real (random real images)."""
+    bn_weight: float = 1.0
+    """See SRe2L's; 0.01 for ImageNet-1K."""
+    min_scale: float = 1.0
+    """See SRe2L's; 0.08 for larger images."""
+    flip: bool = False
+    """See SRe2L's; true for larger images."""
+    num_teachers: int = 4
+    """Teachers of each architecture; each has compensators of its own (M in all)."""
+    labels: str = "static"
+    """See SRe2L's."""
+    temperature: float = 30.0
+    """See SRe2L's."""
+    label_pad: int = 4
+    """See SRe2L's."""
+    mix: str = "mixup"
+    """See SRe2L's."""
+    mix_alpha: float = 0.8
+    """See SRe2L's."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.init != "real":
+            raise CondenseError(f"init={self.init}: compensators are added to real images; leave it at real")
+
+
+def indices(ipc: int, classes: int, teachers: int) -> int:
+    """K: real images a class, so that these and K * ``teachers`` compensators need no more room than ``ipc`` images."""
+    return math.floor(ipc / (teachers / classes + 1))
+
+
+@method(
+    "infer", config=INFER, year=2025, labels="static", protocol="infer-v1", network="resnet18-bn",
+    paper="Breaking Class Barriers: Efficient Dataset Distillation via Inter-Class Feature Compensator",
+)  # fmt: skip
+def infer(task: Task, config: INFER, run: Run) -> SyntheticSet:
+    """Adds to real images compensators that all classes share, one for each teacher, and keeps one label an image.
+
+    When to use: where labels must be small, from some images per class on. Cost: SRe2L's for one image in each batch.
+    Known failure: needs more than one image per class; students see (M + 1) times as many images as are kept apart.
+
+    Zhang, Du, Li, Xie & Zhou, ICLR 2025. Kept are K real images a class and K * M compensators, added when the set is
+    used; K is such that they need the room of ``ipc`` images a class. Labels are the teachers' mean logits, mixed as
+    images are. The released program keeps every sum as a JPEG.
+    """
+    committee = squeezed(config, run)
+    count, teachers = task.num_classes, len(committee.members)
+    number = indices(run.ipc, count, teachers)
+    if number < 1:
+        raise CondenseError(
+            f"--ipc {run.ipc}: {teachers} compensators and the real images of {count} classes do not fit; give at "
+            f"least {math.ceil(1 + teachers / count)}, or num_teachers="
+        )
+    real = SyntheticSet.create(task, number, SyntheticOptions(), seed=run.seed, device=run.device)
+    base = real.images.detach()
+    at_once = torch.arange(count).split(config.batch_classes)
+    # Batches that share a compensator (index, teacher) are parts of one sum.
+    found = [(k, m, part) for k in range(number) for m in range(teachers) for part in at_once]
+    shared = SyntheticSet(task, torch.zeros(number * teachers, *task.shape, device=run.device),
+                          torch.zeros(number * teachers, dtype=torch.int64))  # fmt: skip
+
+    def summed(leaves: Tensor, numbers: Sequence[int]) -> Tensor:
+        rows = torch.stack([found[g][2] * number + found[g][0] for g in numbers]).to(run.device)
+        return base[rows] + leaves
+
+    guides = [
+        Guide(matcher(config, member.network), [g for g, (_, owner, _) in enumerate(found) if owner == m])
+        for m, member in enumerate(committee.members)
+    ]
+    parts = [torch.tensor([k * teachers + m]) for k, m, _ in found]
+    recover(config, run, shared, guides, parts, [part for *_, part in found], compose=summed, clamp=False)
+    stage = Compensated(count, number, teachers)
+    inverse = task.transform.inverse
+    pixels = inverse(base).clamp(0, 1)
+    added = inverse(shared.images.detach()) - inverse(torch.zeros_like(shared.images))
+    stored = kept(torch.cat([pixels, stage.encode(added)]), config.store)
+    decoded, _ = stage(stored.float() / (255 if stored.dtype == torch.uint8 else 1), torch.arange(len(stored)))
+    classes = torch.arange(count, device=run.device).repeat_interleave(stage.decoded)
+    labels = relabelled(config, run, decoded, classes, committee)
+    rows = torch.cat([real.classes, shared.classes.to(run.device)])
+    made = SyntheticSet(task, stored, rows, space="pixel", stages=[stage], labels=labels)
+    made.tensors["images"].requires_grad_(False)
+    made.label_source = {"teachers": committee.describe(), "weights": None}
+    return made
+
+
+# -- NRR-DD -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class NRR(Recovery):
+    """Hyper-parameters of NRR-DD. No program and few settings are public: these are SRe2L's, the others our own."""
+
+    init: str = "critical"
+    """See SRe2L's, and critical: crops where the teacher looks, of which it is least sure."""
+    labels: str = "per-view"
+    """See SRe2L's; distances keeps two numbers a view."""
+    threshold: float = 0.5
+    """Pixels whose activation (0 to 1) lies above this stay as they are (epsilon); others move by what they lack."""
+    pool: int = 300
+    """Real images of each class that crops are taken from."""
+    crops: int = 5
+    """Crops of each of these."""
+
+    starts: ClassVar[tuple[str, ...]] = (*STARTS, "critical")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, threshold=(0, 1), pool=(1, math.inf), crops=(1, math.inf))
+
+
+def activation(net: Network, images: Tensor, classes: Tensor) -> Tensor:
+    """Where a network looks for a class: float32 (N, H, W) in [0,1], the largest of each image 1 (0 where nothing).
+
+    The last map with more than one pixel times its slope in the logit, summed over channels, negatives cut: on
+    networks that end in a mean over the map and a linear layer this is the class activation map (Zhou et al., 2016).
+
+    Args:
+        net: in eval mode.
+        images: (N,C,H,W) in training space.
+        classes: int64 (N,).
+    """
+    maps: list[Tensor] = []
+    with torch.enable_grad():
+        logits = net.classify(net.embed(images.detach().requires_grad_(), maps))
+        last = [one for one in maps if one.shape[2] * one.shape[3] > 1][-1]
+        (slope,) = torch.autograd.grad(logits.gather(1, classes[:, None]).sum(), last)
+    found = (slope * last.detach()).sum(1, keepdim=True).relu()
+    found = F.interpolate(found, size=images.shape[2:], mode="bilinear", align_corners=False)[:, 0]
+    return found / found.flatten(1).amax(1).clamp(min=torch.finfo(found.dtype).tiny)[:, None, None]
+
+
+@method(
+    "nrr", config=NRR, year=2025, labels="per-view", protocol="rded-v1", network="resnet18-bn",
+    paper="Enhancing Dataset Distillation via Non-Critical Region Refinement",
+)  # fmt: skip
+def nrr(task: Task, config: NRR, run: Run) -> SyntheticSet:
+    """Refines crops of real images, but only where the teacher does not look; labels may be two numbers a view.
+
+    When to use: where real texture shall stay in the images; with labels=distances where labels must be small. Cost: as
+    SRe2L. Known failure: a reconstruction from the paper's abstract and notes of others, so published numbers are out
+    of reach of comparison.
+
+    Tran, Le, Le, Cai & Phung, CVPR 2025. Reconstructed: crops are the ones with most activation of each image, of
+    which those with the least confidence are kept; updates (Adam's, not gradients) are multiplied by max(0, threshold -
+    activation), found once, at the start.
+    """
+    committee = squeezed(config, run)
+    net = committee.members[0].network
+    found, classes = by_class(run, config.batch_classes)
+    if config.init == "critical":
+        pixels = critical_patches(run, net, config)
+        labels = torch.arange(task.num_classes).repeat_interleave(run.ipc)
+        synthetic = SyntheticSet(task, task.transform(pixels.to(run.device)), labels)
+    else:
+        synthetic = started(config, run, net)
+    start, own = synthetic.images.detach().clone(), synthetic.classes
+    mask = torch.cat([activation(net, *part) for part in zip(start.split(256), own.split(256))])
+    mask = (config.threshold - mask).clamp(min=0)[:, None]
+    recover(config, run, synthetic, [Guide(matcher(config, net), range(len(found)))], [rows for _, rows in found],
+            classes, mask=mask)  # fmt: skip
+    return finished(config, run, synthetic.images, own, committee)
+
+
+# -- RDED -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RDED(Relabelling):
+    """Hyper-parameters of RDED."""
+
+    pool: int = 300
+    """Real images of each class that crops are taken from."""
+    crops: int = 5
+    """Crops of each of these, of which the surest counts."""
+    factor: int = 1
+    """Each image is a collage of factor x factor crops; 2 from 128x128 pixels on."""
+    labels: str = "teacher"
+    """See SRe2L's."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, pool=(1, math.inf), crops=(1, math.inf), factor=(1, math.inf))
+
+
+def square_crops(images: Tensor, draws: rng.Draws, crops: int, size: int) -> tuple[Tensor, Views]:
+    """Random square crops (N * crops, C, size, size) of images (N,C,S,S'), and their boxes; image by image.
+
+    Areas are uniform in 8 to 100 % of the largest square, places too.
+    """
+    count, _, height, width = images.shape
+    rows = count * crops
+    side = (draws.uniform(rows, LEAST, 1.0).double().sqrt() * min(height, width)).round().long().clamp(min=1)
+    unit = draws.uniform((rows, 2)).double()
+    top = (unit[:, 0] * (height - side + 1)).long()
+    left = (unit[:, 1] * (width - side + 1)).long()
+    views = Views((height, width), torch.stack([top, left, side, side], 1), torch.zeros(rows, dtype=torch.bool))
+    tall, wide = resampling(views, torch.zeros(rows, 2, dtype=torch.int64), (size, size))
+    repeated = images.repeat_interleave(crops, 0)[:, None]
+    return seen(repeated, tall.to(images.device), wide.to(images.device))[:, 0], views
+
+
+def _scores(run: Run, net: Network, crops: Tensor, classes: Tensor) -> Tensor:
+    """Cross-entropy (N,) of crops, padded with zeros to the size of images."""
+    height, width = run.task.shape[1:]
+    down, right = height - crops.shape[2], width - crops.shape[3]
+    padded = F.pad(crops, (right // 2, right - right // 2, down // 2, down - down // 2))
+    return F.cross_entropy(answers(net, padded), classes, reduction="none")
+
+
+def pooled(run: Run, c: int, pool: int) -> Tensor:
+    """Up to ``pool`` random real images of class ``c``, in training space."""
+    return run.task.per_class(pool, (run.seed, "pool"), [c])[0]
+
+
+def _check_square(task: Task, factor: int) -> int:
+    """The side of a crop."""
+    _, height, width = task.shape
+    if height != width or height % factor:
+        raise CondenseError(
+            f"factor={factor}: images of {task.name} are {height}x{width}; collages need squares that it divides"
+        )
+    return height // factor
+
+
+def confident_patches(run: Run, net: Network, config: RDED) -> Tensor:
+    """RDED's images (classes * ipc, C,H,W) in pixel space: collages of the crops that the teacher is surest of.
+
+    Of each real image the crop with the lowest cross-entropy counts, of these the lowest ``ipc * factor^2`` of a class
+    are taken; where the pool is too small, crops come again.
+    """
+    size, need = _check_square(run.task, config.factor), run.ipc * config.factor**2
+    made = []
+    for c in range(run.task.num_classes):
+        images = pooled(run, c, config.pool)
+        crops, _ = square_crops(images, rng.Draws(run.seed, "patches", c), config.crops, size)
+        classes = torch.full((len(crops),), c, device=crops.device)
+        scores = _scores(run, net, crops, classes).view(len(images), config.crops)
+        least, which = scores.min(1)
+        order = least.argsort(stable=True)
+        order = order[torch.arange(need, device=order.device) % len(order)]
+        made.append(crops.view(len(images), config.crops, *crops.shape[1:])[order, which[order]])
+    tiles = torch.cat(made).view(-1, config.factor, config.factor, *made[0].shape[1:])
+    pictures = tiles.permute(0, 3, 1, 4, 2, 5).reshape(-1, *run.task.shape)
+    return run.task.transform.inverse(pictures).clamp(0, 1)
+
+
+def critical_patches(run: Run, net: Network, config: NRR) -> Tensor:
+    """NRR-DD's first images (classes * ipc, C,H,W) in pixel space: of each real image the crop with the highest mean
+    activation, of these the ``ipc`` with the lowest confidence."""
+    size, made = _check_square(run.task, 1), []
+    for c in range(run.task.num_classes):
+        images = pooled(run, c, config.pool)
+        crops, views = square_crops(images, rng.Draws(run.seed, "patches", c), config.crops, size)
+        looks = activation(net, images, torch.full((len(images),), c, device=images.device)).cpu()
+        means = torch.stack(
+            [looks[i // config.crops, y : y + h, x : x + w].mean() for i, (y, x, h, w) in enumerate(views.box.tolist())]
+        )
+        which = means.view(len(images), config.crops).argmax(1).to(crops.device)
+        best = crops.view(len(images), config.crops, *crops.shape[1:])[
+            torch.arange(len(images), device=crops.device), which
+        ]
+        order = _scores(run, net, best, torch.full((len(best),), c, device=best.device)).argsort(descending=True)
+        made.append(best[order[torch.arange(run.ipc, device=order.device) % len(order)]])
+    return run.task.transform.inverse(torch.cat(made)).clamp(0, 1)
+
+
+@method(
+    "rded", config=RDED, year=2024, order=0, labels="teacher", protocol="rded-v1", network="resnet18-bn",
+    paper="On the Diversity and Realism of Distilled Dataset: An Efficient Dataset Distillation Paradigm",
+)  # fmt: skip
+def rded(task: Task, config: RDED, run: Run) -> SyntheticSet:
+    """Keeps the crops of real images that a teacher is surest of, as collages, with the teacher's labels; no descent.
+
+    When to use: as the control that every recovered set must beat, and as a good set in minutes. Cost: a teacher, and
+    one pass over some crops. Known failure: sure crops are alike, so gains over random images shrink as sets grow.
+
+    Sun, Shi, Yang & Lin, CVPR 2024. The released students also permute the tiles of collages, which is not done here;
+    with factor=1 there is nothing to permute. The paper's labels of regions are not in the released program either.
+    """
+    committee = squeezed(config, run)
+    pixels = confident_patches(run, committee.members[0].network, config).to(run.device)
+    classes = torch.arange(task.num_classes, device=run.device).repeat_interleave(run.ipc)
+    return finished(config, run, task.transform(pixels), classes, committee)
