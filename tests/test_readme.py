@@ -84,7 +84,7 @@ def test_the_walk_through_teaches_a_network(tmp_path, monkeypatch, short_protoco
             )
 
     space = {"MyNetwork": small, "pixels": pixels}
-    first, use, second, fit = (text for kind, text in WALK if kind == "python")
+    first, use, second, label, fit = (text for kind, text in WALK if kind == "python")
     kinds = []
     for loop in (first, second):
         exec(loop.replace("range(300)", "range(100)"), space)
@@ -93,5 +93,6 @@ def test_the_walk_through_teaches_a_network(tmp_path, monkeypatch, short_protoco
         assert (space["guess"] == truth).float().mean() > 0.7
         assert len(space["names"]) == len(truth) and set(space["names"]) <= set("0123456789")
     assert kinds == ["hard", "per-view"]
+    exec(label.replace("300", "2"), space | {"teacher": teacher})
     exec(fit, space)
     assert space["network"](space["distilled"].transform(pixels)).shape == (len(truth), 10)
