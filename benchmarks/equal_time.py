@@ -90,9 +90,11 @@ def table(names: Sequence[str], records: Sequence[dict[str, Any]], steps: Sequen
 
 
 def _main(words: Sequence[str]) -> int:
-    # Methods of trajectories spend their time on experts: benchmarks/trajectories.py.
+    # Methods that spend their time on experts or teachers have tables of their own: trajectories.py, curriculum.py.
     known = [
-        name for name in METHODS.names() if METHODS.get(name).order and not hasattr(METHODS.get(name).config, "experts")
+        name
+        for name in METHODS.names()
+        if METHODS.get(name).order and not {"experts", "teachers"} & vars(METHODS.get(name).config).keys()
     ]
     parser = Parser(prog="python -m condense.benchmarks.equal_time", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--data", required=True, help="real images, as for `condense distill`")

@@ -37,7 +37,7 @@ import condense
 from condense import networks, rng, tasks
 from condense import run as run_module
 from condense.augment import OPERATIONS, VARIANTS, dsa
-from condense.benchmarks.speed import datadam, dc, dcc, dm, experts, mtt, students
+from condense.benchmarks.speed import datadam, dc, dcc, dm, experts, mtt, sre2l, students
 from condense.benchmarks.speed import dsa as dsa_steps
 from condense.benchmarks.speed.measure import (
     PRODUCT,
@@ -71,7 +71,7 @@ from condense.trajectories import GROUP
 from condense.units import duration
 
 SCHEMA = "condense.gpu-check/1"
-BENCHMARKS: list[StepBenchmark] = [module.BENCHMARK for module in (dm, dc, dsa_steps, dcc, datadam, mtt)]
+BENCHMARKS: list[StepBenchmark] = [module.BENCHMARK for module in (dm, dc, dsa_steps, dcc, datadam, mtt, sre2l)]
 """Steps timed against their published form; a method adds itself here."""
 LONG_STEPS = {"mtt": (4, 1)}
 """Timed steps, and those before that do not count, of methods whose step is a whole training."""
@@ -92,6 +92,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 for _name, _settings in (("ast", {"buffer_epochs": 3}), ("datm", {"expand_steps": 3, "gate": 10.0})):
     SETTINGS[_name] = {**SETTINGS["mtt"], **_settings}
+SETTINGS |= {name: {"labels": "hard", "store": "float32"} for name in ("sre2l", "cda", "dwa", "cvdd", "infer", "nrr")}
+for _name, _settings in (("dwa", {"ascent_steps": 2}), ("nrr", {"pool": 16}), ("cvdd", {"voters": 1})):
+    SETTINGS[_name] |= _settings
 """What makes one step of a method small enough for a CPU; a method without an entry keeps its defaults."""
 
 FORWARD_TOLERANCE = 1e-4
@@ -287,8 +290,12 @@ def _distil(
     Raises:
         Killed: before step ``kill_at``.
     """
-    config = METHODS.get(name).config(**{**SETTINGS.get(name, {}), "steps": steps})
+    settings = {**SETTINGS.get(name, {}), "steps": steps}
     case = dataclasses.replace(check.case(check.task(), 2, precision), device=device)
+    if hasattr(METHODS.get(name).config, "teachers"):  # the same one on every device
+        case = dataclasses.replace(case, norm="bn")
+        settings |= {"teachers": str(sre2l.teacher_file(case)), "num_teachers": 1}
+    config = METHODS.get(name).config(**settings)
     start: list[Tensor] = []
 
     def between(run: Run, index: int) -> None:
@@ -297,8 +304,11 @@ def _distil(
         if index == kill_at:
             raise Killed
 
-    images = drive(name, config, case, between, **options).images.detach().cpu()
-    return images, images - start[0]
+    made = drive(name, config, case, between, **options)
+    images = made.images.detach()
+    images = (images if made.space == "training" else case.task.transform.to(images.device)(images)).cpu()
+    # Of what is kept in another form than it is learned in there is no change to tell.
+    return images, images - start[0] if images.shape == start[0].shape else images
 
 
 class Killed(Exception):
@@ -438,7 +448,7 @@ def time_benchmarks(check: Check, ipc: int) -> tuple[str, Any]:
         count, warm_up = (2, 1) if check.tiny else (3, 1)
         if check.cuda and not check.tiny:
             count, warm_up = LONG_STEPS.get(benchmark.method, (20, 5))
-        case = check.case(check.big_task, ipc, precision, **settings)
+        case = dataclasses.replace(check.case(check.big_task, ipc, precision, **settings), norm=benchmark.norm)
         found = time_steps(benchmark, case, count, warm_up).summary(PUBLISHED, PRODUCT)
         memory = {}
         if check.cuda:  # a CPU knows peaks of whole processes only; the scripts in speed/ start one for each

@@ -42,7 +42,7 @@ class Suite:
     tasks: dict[str, Any]
     """Data by name: ``ipc``, a list of images per class, ``network`` that methods match with, ``controls`` (arms)."""
     methods: dict[str, Any]
-    """Method, with settings by ``DATA-ipcN``."""
+    """Method, with settings by ``DATA-ipcN``; null where a cell shall not be made."""
 
 
 @dataclass(frozen=True)
@@ -161,6 +161,7 @@ def cells(suite: Suite, methods: Sequence[str] = (), datasets: Sequence[str] = (
         for ipc in task.ipc
         for method in suite.methods
         if not methods or method in methods
+        if suite.methods[method].get(f"{data}-ipc{ipc}", {}) is not None
         for seed in suite.seeds
     ]
 

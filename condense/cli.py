@@ -502,7 +502,7 @@ def evaluate(
         str | None, typer.Option(help="a name of `condense ls protocols`; the set's own by default")
     ] = None,
     controls: Annotated[
-        str, typer.Option(help="arms beside the set: random,random-bytes,noise,full,full-equal, or none")
+        str, typer.Option(help="arms beside the set: random,random-hard,random-bytes,noise,full,full-equal, or none")
     ] = "random",
     without_augmentation: Annotated[
         bool, typer.Option("--without-augmentation", help="also train set and random images so, for the score ARS")

@@ -51,7 +51,7 @@ from condense.tracking import Progress
 from condense.units import by
 
 Architecture = Callable[..., nn.Module]
-CONTROLS = ("random", "random-bytes", "noise", "full", "full-equal")
+CONTROLS = ("random", "random-hard", "random-bytes", "noise", "full", "full-equal")
 SEARCH = -1
 """Stands for the run's number in the draws of the student that tries a learning rate."""
 
@@ -109,7 +109,8 @@ def evaluate(
             protocol's when None, where "own" is the one that the set was made with.
         runs: students per arm; the protocol's number when None.
         protocol: name; the one in the manifest, else dc-v1 (dc-soft-v1 for labels that are not hard), when None.
-        controls: any of random (equal images per class), random-bytes (hard-labelled 8-bit real images of the set's
+        controls: any of random (equal images per class), random-hard (these with their classes, where the protocol
+            judges softer labels), random-bytes (hard-labelled 8-bit real images of the set's
             total bytes), noise, full, full-equal (full data for the distilled arm's number of steps). On the soft track
             noise gets the set's own labels, and random needs their ``teacher``.
         without_augmentation: also train the distilled and random arms without augmentation, for ARS.
@@ -520,6 +521,9 @@ def _arms(
             )
             identity = f"{control}-{ipc}" + (f"-smoothing{smoothing}" if smoothing else "")
             arms.append(Arm(control, label, identity, steps, both, make))
+        elif control == "random-hard":
+            make = functools.partial(_random_source, judge.seed, ipc, 0.0)
+            arms.append(Arm(control, "hard", f"random-{ipc}", steps, both, make))
         elif control == "random-bytes":
             count = _equal_count(distilled)
             make = functools.partial(_random_bytes_source, judge.seed, count)

@@ -485,6 +485,17 @@ def test_the_mtt_script(tmp_path, capsys):
     assert all(0 < peak["baseline"] <= peak["host"] for peak in record["peak_memory"].values())
 
 
+def test_the_sre2l_script(tmp_path, capsys):
+    from condense.benchmarks.speed.sre2l import main
+
+    out = tmp_path / "sre2l.json"
+    assert ended(main, "--tiny", "--device", "cpu", "--json", out) == 0
+    shown, record = capsys.readouterr().out, json.loads(out.read_text())
+    assert "published / condense, median of 1 pairs" in shown and "real images a class" not in shown
+    assert record["update_difference"]["fp32"]["all"] < 1e-3
+    assert all(0 < peak["baseline"] <= peak["host"] for peak in record["peak_memory"].values())
+
+
 def test_the_experts_script(npz, tmp_path, capsys):
     from condense.benchmarks.speed.experts import main
 

@@ -47,6 +47,14 @@ def run(place, **options):
     return suites.run(suite, place / "out", data={"tiny": str(place / "tiny.npz")}, **options)
 
 
+def test_a_cell_that_cannot_be_is_left_out():
+    """A method that needs more images than a cell has would fail there each time."""
+    found = suites.cells(suites.get_suite("small-soft"))
+    infer = [(cell.data, cell.ipc) for cell in found if cell.method == "infer"]
+    assert infer == [("digits", 10), ("cifar10-jpeg", 10)]
+    assert sum(cell.method == "sre2l" for cell in found) == 4
+
+
 def test_a_table_is_made_once(place, monkeypatch):
     outcome = run(place)
     assert len(outcome.made) == 4 and not outcome.kept and not outcome.failed

@@ -60,10 +60,12 @@ class Case:
     precision: str = "fp32"
     """Of the product's matrix work; the published step is always fp32."""
     seed: int = 0
+    norm: str = "in"
+    """Of the ConvNet."""
 
     @property
     def network(self) -> str:
-        return f"convnet-d{self.depth}-w{self.width}-in"
+        return f"convnet-d{self.depth}-w{self.width}-{self.norm}"
 
     def start(self, options: SyntheticOptions) -> Tensor:
         """The images that the product begins with, on the device."""
@@ -93,6 +95,8 @@ class StepBenchmark:
     """Published real images per class and step."""
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """What a comparison needs to differ from the method's defaults."""
+    norm: str = "in"
+    """Of the ConvNet that the method needs."""
 
     def config(self, case: Case, **changes: Any) -> Any:
         """The method's configuration on ``case``."""
@@ -304,7 +308,8 @@ def difference(benchmark: StepBenchmark, case: Case, precision: str) -> dict[str
         run = Run(case.task, case.ipc, case.network, seed=case.seed, device=case.device)
         published.step(benchmark.draws(case, config, run, 0))
         made = drive(benchmark.method, config, case)
-    ours, theirs = made.images - start, published.images - start
+    images = made.images if made.space == "training" else case.task.transform(made.images)
+    ours, theirs = images - start, published.images - start
     each = [distance(a, b) for a, b in zip(ours, theirs)]
     return {"all": distance(ours, theirs), "median_image": statistics.median(each)}
 

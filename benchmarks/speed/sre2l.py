@@ -10,7 +10,6 @@ import argparse
 import dataclasses
 import functools
 import json
-import statistics
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,13 +33,11 @@ from condense.benchmarks.speed.measure import (
     _data,
     _in_child,
     _report,
-    distance,
-    drive,
+    difference,
     guarded,
     positive,
     random_task,
     run_alone,
-    tf32,
     time_steps,
     write,
 )
@@ -54,15 +51,6 @@ TINY_DATA = (3, 4, (3, 8, 8), 1)
 """Classes, images of each, their shape and test images."""
 WARM = 256
 """Random inputs that give a teacher its running statistics; how good it is does not change what a step costs."""
-
-
-@dataclass(frozen=True)
-class NormCase(Case):
-    """A case whose network has BatchNorm."""
-
-    @property
-    def network(self) -> str:
-        return f"convnet-d{self.depth}-w{self.width}-bn"
 
 
 @functools.cache
@@ -95,7 +83,8 @@ class RecoveryBenchmark(StepBenchmark):
 
     def config(self, case: Case, **changes: Any) -> Any:
         """The method's configuration on ``case``; labels are none of the step's work."""
-        return super().config(case, **changes, teachers=str(teacher_file(case)), labels="hard", store="float32")
+        fixed = {"teachers": str(teacher_file(case)), "labels": "hard", "store": "float32"}
+        return super().config(case, **{**changes, **fixed})
 
 
 def published_loop(case: Case, config: Any) -> published.SRe2L:
@@ -128,22 +117,7 @@ def draws(case: Case, config: Any, run: Run, index: int) -> list[tuple[list[int]
     return list(zip(views.box.tolist(), views.mirrored.tolist(), shift.tolist()))
 
 
-BENCHMARK = RecoveryBenchmark(METHOD, published_loop, draws)
-
-
-def update_difference(case: Case) -> dict[str, float]:
-    """As :func:`measure.difference`, of images that the product gives back as pixels; from real images, as noise would
-    be clamped. Adam's first step is the sign of a slope times its rate, so a few slopes next to 0 tell most."""
-    config = BENCHMARK.config(case, steps=1, init="real")
-    loop = published_loop(case, config)
-    start = loop.images.clone()
-    with tf32(False):
-        run = Run(case.task, case.ipc, case.network, seed=case.seed, device=case.device)
-        loop.step(draws(case, config, run, 0))
-        ours = case.task.transform(drive(METHOD, config, case).images.detach()) - start
-    theirs = loop.images - start
-    each = [distance(a, b) for a, b in zip(ours, theirs)]
-    return {"all": distance(ours, theirs), "median_image": statistics.median(each)}
+BENCHMARK = RecoveryBenchmark(METHOD, published_loop, draws, norm="bn")
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -178,7 +152,7 @@ def _compare(words: Sequence[str]) -> int:
     device = pick_device(options.device)
     if options.alone:
         # A tiny step goes first, or the peak would count what torch loads when it is first used.
-        run_alone(BENCHMARK, NormCase(random_task(*TINY_DATA), 1, 8, device, 2), options.alone, 1)
+        run_alone(BENCHMARK, Case(random_task(*TINY_DATA), 1, 8, device, 2, norm="bn"), options.alone, 1)
         print(json.dumps(run_alone(BENCHMARK, _case(options, device), options.alone, options.steps)))
         return 0
     # The children first: later this process would hold memory that they do not need.
@@ -196,8 +170,7 @@ def _compare(words: Sequence[str]) -> int:
         **pairs.summary(PUBLISHED, PRODUCT),
         "peak_memory": peaks,
         "update_difference": {
-            precision: update_difference(dataclasses.replace(case, precision=precision))
-            for precision in dict.fromkeys(("fp32", case.precision))
+            precision: difference(BENCHMARK, case, precision) for precision in dict.fromkeys(("fp32", case.precision))
         },
         "others_share": share,
         "environment": environment(device, case.precision),
@@ -214,7 +187,7 @@ def _case(options: argparse.Namespace, device: torch.device) -> Case:
         task = tasks.load(options.data)
     else:
         task = random_task(*TINY_DATA) if options.tiny else random_task(per_class=50)
-    case = NormCase(task, options.ipc, options.width, device, options.depth)
+    case = Case(task, options.ipc, options.width, device, options.depth, norm="bn")
     with rng.seeded("check"):  # refuses a network that does not fit the images
         networks.build(case.network, task.shape, task.num_classes)
     return dataclasses.replace(case, precision=pick_precision(options.precision, device))

@@ -1,0 +1,132 @@
+"""Curriculum synthesis, from teachers to judged sets: ``python -m condense.benchmarks.curriculum --data NAME=PATH``.
+
+Trains a committee once, then makes and judges a set by every method of the family beside three controls: random images
+with the same labels, random images with their classes, and noise with the same labels. All by the command line in
+processes of their own. What is there is kept: the same command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from condense import teachers
+from condense.benchmarks.equal_time import accuracy, condense
+from condense.benchmarks.speed.measure import Parser, aligned, guarded, positive
+from condense.errors import CondenseError
+from condense.units import duration, size
+
+METHODS = ("sre2l", "cda", "dwa", "cvdd", "infer", "nrr", "rded")
+SMALL = ["temperature=4"]
+"""For every method: small teachers have small logits."""
+SETTINGS: dict[str, list[str]] = {
+    "sre2l": [],
+    "cda": ["lr_img=0.25", "bn_weight=0.01"],
+    "dwa": [],
+    "cvdd": ["label_statistics=running"],
+    "infer": ["bn_weight=0.01"],
+    "nrr": [],
+    "rded": [],
+}
+"""What differs from a method's defaults."""
+SHARED = {"cvdd", "infer"}
+"""Methods that take all teachers; the others take the first."""
+CONTROLS = "random,random-hard,noise"
+
+
+def squeeze(data: str, out: Path, *, network: str, count: int, epochs: int) -> Path:
+    """The file of a committee, trained where it is not there yet."""
+    path = out / f"teachers-{_name(data)}-{network}-{count}x{epochs}.h5"
+    if not path.exists():
+        condense(
+            "teachers", "--data", data, "--networks", network, "--count", str(count), "--epochs", str(epochs), "--for",
+            "sre2l", "--out", str(path),
+        )  # fmt: skip
+    return path
+
+
+def fill(
+    method: str, data: str, out: Path, committee: Path, *, ipc: int, network: str, steps: int, count: int, protocol: str
+) -> dict[str, Any]:
+    """The record of a method (settings after colons), made and judged where it is not there yet."""
+    bare, *words = method.split(":")
+    stem = "-".join([_name(data), bare, f"ipc{ipc}", network, f"{steps}steps", protocol, *words])
+    made, record = out / "sets" / f"{stem}.h5", out / "records" / f"{stem}.json"
+    for path in (made, record):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    if not made.exists():
+        given = [f"teachers={committee}", *SMALL, *SETTINGS[bare], *([] if bare == "rded" else [f"steps={steps}"])]
+        given += [f"num_teachers={count}"] * (bare in SHARED)
+        condense(
+            "distill", bare, "--data", data, "--ipc", str(ipc), "--network", network, "--out", str(made), "--run-dir",
+            str(out / "runs" / stem), "--force", "--track", "none", *_last([*given, *words]),
+        )  # fmt: skip
+    if not record.exists():
+        condense(
+            "evaluate", str(made), "--data", data, "--protocol", protocol, "--controls", CONTROLS, "--teachers",
+            str(committee), "--json", str(record),
+        )  # fmt: skip
+        condense("preview", str(made), "--out", str(record.with_suffix(".png")), "--force")
+    return dict(json.loads(record.read_text()))
+
+
+def _last(words: Sequence[str]) -> list[str]:
+    """Of several values for a setting, the last."""
+    return [f"{key}={value}" for key, value in dict(word.split("=", 1) for word in words).items()]
+
+
+def _name(data: str) -> str:
+    return data.partition("=")[0].split("/")[-1]
+
+
+def table(methods: Sequence[str], records: Sequence[dict[str, Any]]) -> str:
+    """One row for each record: labels, bytes, seconds, and accuracies ± half the 95 % interval."""
+    arms = ("distilled", "random", "random-hard", "noise")
+    rows = [["method", "labels", "label bytes", "image bytes", "seconds", "peak memory", *arms]]
+    for method, record in zip(methods, records):
+        found = {entry["arm"]: accuracy(entry) for entry in record["results"]}
+        made, cost = record["set"], record["cost"]
+        rows.append(
+            [method, made["label_kind"], size(made["bytes"]["labels"]), size(made["bytes"]["images"]),
+             duration(cost["seconds"]), size(cost["peak_memory"]["host"]), *(found.get(arm, "-") for arm in arms)]
+        )  # fmt: skip
+    return aligned(rows)
+
+
+def _main(words: Sequence[str]) -> int:
+    parser = Parser(prog="python -m condense.benchmarks.curriculum", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--data", required=True, help="real images, as for `condense distill`")
+    parser.add_argument("--out", type=Path, required=True, help="folder for teachers, sets, records and the table")
+    parser.add_argument("--methods", default=",".join(METHODS), help="A,B:KEY=VALUE,...; all of the family by default")
+    parser.add_argument("--ipc", type=positive, default=10)
+    parser.add_argument("--network", default="convnet-d3-w32-bn", help="of teachers and students")
+    parser.add_argument("--count", type=positive, default=3, help="teachers")
+    parser.add_argument("--epochs", type=positive, default=12, help="of a teacher's training")
+    parser.add_argument("--steps", type=positive, default=1000, help="iterations of each image")
+    parser.add_argument("--protocol", default="quick-soft-v1")
+    options = parser.parse_args(words)
+    methods = options.methods.split(",")
+    for method in methods:
+        if method.partition(":")[0] not in METHODS:
+            raise CondenseError(f"--methods {method}: must be of {', '.join(METHODS)}")
+    options.out.mkdir(parents=True, exist_ok=True)
+    committee = squeeze(options.data, options.out, network=options.network, count=options.count, epochs=options.epochs)
+    records: list[dict[str, Any]] = []
+    for method in methods:
+        record = fill(
+            method, options.data, options.out, committee, ipc=options.ipc, network=options.network,
+            steps=options.steps, count=options.count, protocol=options.protocol,
+        )  # fmt: skip
+        records.append(record)
+        (options.out / "table.txt").write_text(table(methods, records) + "\n")
+    for entry in teachers.read(committee).entries:
+        print(f"teacher {entry['network']} {entry['number']}: {100 * entry['accuracy']:.1f} %, "
+              f"{duration(entry['seconds'])}")  # fmt: skip
+    print(table(methods, records))
+    return 0
+
+
+if __name__ == "__main__":
+    guarded(_main, None)
