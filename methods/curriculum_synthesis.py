@@ -302,6 +302,10 @@ class Recovery(Relabelling):
     per_image: bool = False
     """Crops drawn for each image; by default for each batch, as in all published programs."""
 
+    at_once: int | None = None
+    """Images of each class that move together; all by default. Fewer need less memory, four times that of their float32
+    pixels, but a time limit then leaves the last ones as they started."""
+
     starts: ClassVar[tuple[str, ...]] = STARTS
 
     def __post_init__(self) -> None:
@@ -312,7 +316,7 @@ class Recovery(Relabelling):
         require(
             self, steps=(1, math.inf), lr_img=(0, largest), bn_weight=(0, largest), bn_first=(0, largest),
             bn_variance=(0, largest), batch_classes=(1, math.inf), min_scale=(1e-4, 1), milestone=(0, 1),
-            jitter=(0, math.inf),
+            jitter=(0, math.inf), at_once=(1, math.inf),
         )  # fmt: skip
 
 
@@ -336,14 +340,23 @@ def squeezed(config: TeacherOptions, run: Run) -> Committee:
     return committee
 
 
-def batches(classes: int, ipc: int, at_once: int) -> list[tuple[int, Tensor]]:
-    """The set's batches: image number k of each of ``at_once`` classes, the first images of all classes first.
+@dataclass(frozen=True)
+class Batch:
+    """Images that share moments and, mostly, crops."""
 
-    Returns:
-        (k, rows) of each: rows, int64 (B,), of a set sorted by class.
-    """
-    parts = torch.arange(classes).split(at_once)
-    return [(k, part * ipc + k) for k in range(ipc) for part in parts]
+    index: int
+    """Number of its images among those of their classes."""
+    rows: Tensor
+    """Rows of what is learned, int64 (R,)."""
+    classes: Tensor
+    """Classes of its images, int64 (B,)."""
+
+
+def by_class(run: Run, at_once: int) -> list[Batch]:
+    """The batches of a set of ``run.ipc`` images a class, sorted by class: each has one image of each of ``at_once``
+    classes; the first images of all classes come first."""
+    parts = torch.arange(run.task.num_classes).split(at_once)
+    return [Batch(k, part * run.ipc + k, part) for k in range(run.ipc) for part in parts]
 
 
 @dataclass(frozen=True)
@@ -351,10 +364,8 @@ class Guide:
     """A teacher and the batches that it guides."""
 
     matcher: Matcher
-    numbers: Sequence[int]
-    """Of the batches."""
-    weights: Sequence[float] | None = None
-    """Of its loss in each of them; 1 where None."""
+    weights: Mapping[int, float]
+    """Weight of its loss, by number of the batch."""
     parameters: Mapping[str, Tensor] | None = None
     """Stand in for the teacher's own weights."""
 
@@ -381,8 +392,7 @@ def recover(
     run: Run,
     synthetic: SyntheticSet,
     guides: Sequence[Guide],
-    parts: Sequence[Tensor],
-    classes: Sequence[Tensor],
+    batches: Sequence[Batch],
     *,
     compose: Callable[[Tensor, Sequence[int]], Tensor] = lambda leaves, numbers: leaves,
     clamp: bool = True,
@@ -398,51 +408,62 @@ def recover(
         run: its run.
         synthetic: whose ``images`` are learned.
         guides: who guides which batches.
-        parts: rows of ``images``, int64 (R,), that belong to each batch.
-        classes: classes (B,) of the batch's images.
+        batches: all of them; their numbers are their places.
         compose: makes images (G, B, C, H, W) of the batches ``numbers`` from their rows (G, R, C, H, W).
         clamp: keep pixels in the range of pixels.
-        mask: factor on updates of the images.
+        mask: factor on updates of the images, one row for each.
     """
     task, images = run.task, synthetic.images
-    mine = set(range(run.ranks.rank, len(parts), run.ranks.world))
     low, high = (task.transform(torch.full((task.shape[0], 1, 1), end, device=run.device)) for end in (0.0, 1.0))
     group = Group(
         lr=config.lr_img, optimizer="adam", betas=(0.5, 0.9), schedule=cosine, clamp=(low, high) if clamp else None
     )
-    offsets = [0, *itertools.accumulate(map(len, classes))]
-    for step in run.optimise(synthetic, config.steps, sharded=run.ranks.world > 1, images=group):
-        tall, wide = drawn(config, run, step.index, offsets[-1] if config.per_image else len(parts))
-        gradient, total = torch.zeros_like(images), torch.zeros((), device=run.device)
-        for guide in guides:
-            for numbers in together(guide.numbers, mine, classes, run):
-                rows = torch.stack([parts[g] for g in numbers]).to(run.device)
-                wanted = torch.cat([classes[g] for g in numbers]).to(run.device)
-                leaves = images.detach()[rows].requires_grad_()
-                shown = compose(leaves, numbers)
-                if config.per_image:
-                    spots = torch.cat([torch.arange(offsets[g], offsets[g + 1]) for g in numbers]).to(run.device)
-                    views = seen(shown.flatten(0, 1)[:, None], tall[spots], wide[spots]).flatten(0, 1)
-                else:
-                    spots = torch.tensor(numbers, device=run.device)
-                    views = seen(shown, tall[spots], wide[spots]).flatten(0, 1)
-                losses = recovery_loss(*_asked(guide, views, wanted, len(numbers), run), config.bn_weight)
-                if guide.weights is not None:
-                    at = [guide.numbers.index(g) for g in numbers]
-                    losses = losses * torch.tensor([guide.weights[i] for i in at], device=run.device)
-                loss = losses.sum()
-                gradient.index_add_(0, rows.flatten(), torch.autograd.grad(loss, leaves)[0].flatten(0, 1))
-                total += loss.detach()
-        step.apply({"images": gradient}, total, mask=mask)
+    sizes = [len(batch.classes) if config.per_image else 1 for batch in batches]
+    spots = torch.arange(sum(sizes)).split(sizes)  # rows of the drawn views that belong to each batch
+    for wave in waves(batches, config.at_once):
+        rows = torch.cat([batches[g].rows for g in wave]).unique().to(run.device)
+        place = torch.zeros(len(images), dtype=torch.int64, device=run.device)
+        place[rows] = torch.arange(len(rows), device=run.device)
+        whole = len(rows) == len(images)
+        part = synthetic if whole else SyntheticSet(task, images.detach()[rows], synthetic.classes[rows])
+        mine, still = set(wave[run.ranks.rank :: run.ranks.world]), None if mask is None else mask[rows]
+        for step in run.optimise(part, config.steps, sharded=run.ranks.world > 1, images=group):
+            tall, wide = drawn(config, run, step.index, sum(sizes))
+            gradient, total = torch.zeros_like(part.images), torch.zeros((), device=run.device)
+            for guide in guides:
+                for numbers in together([g for g in guide.weights if g in mine], batches, run):
+                    at = place[torch.stack([batches[g].rows for g in numbers]).to(run.device)]
+                    leaves = part.images.detach()[at].requires_grad_()
+                    shown, drawn_for = compose(leaves, numbers), torch.cat([spots[g] for g in numbers]).to(run.device)
+                    shown = shown.flatten(0, 1)[:, None] if config.per_image else shown
+                    views = seen(shown, tall[drawn_for], wide[drawn_for]).flatten(0, 1)
+                    wanted = torch.cat([batches[g].classes for g in numbers]).to(run.device)
+                    logits, distances = guided(guide, views, len(numbers), run)
+                    weights = torch.tensor([guide.weights[g] for g in numbers], device=run.device)
+                    loss = (weights * recovery_loss(logits, wanted, distances, config.bn_weight)).sum()
+                    gradient.index_add_(0, at.flatten(), torch.autograd.grad(loss, leaves)[0].flatten(0, 1))
+                    total += loss.detach()
+            step.apply({"images": gradient}, total, mask=still)
+        if not whole:
+            with torch.no_grad():
+                images[rows] = part.images
 
 
-def _asked(guide: Guide, views: Tensor, wanted: Tensor, groups: int, run: Run) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits, classes and distances, as :func:`recovery_loss` takes them."""
+def guided(guide: Guide, views: Tensor, groups: int, run: Run) -> tuple[Tensor, Tensor]:
+    """Logits and distances that a guide gives; see :class:`Matcher`."""
     if guide.parameters is None:
         logits, distances = guide.matcher(views, groups, run.fast)
     else:
         logits, distances = torch.func.functional_call(guide.matcher, dict(guide.parameters), (views, groups, run.fast))
-    return logits, wanted, distances
+    return logits, distances
+
+
+def waves(batches: Sequence[Batch], at_once: int | None) -> list[list[int]]:
+    """Numbers of the batches that move together: those of ``at_once`` images of each class, or all."""
+    known = sorted({batch.index for batch in batches})
+    span = at_once or len(known)
+    chosen = [set(known[i : i + span]) for i in range(0, len(known), span)]
+    return [[g for g, batch in enumerate(batches) if batch.index in some] for some in chosen]
 
 
 def cosine(progress: float) -> float:
@@ -450,15 +471,14 @@ def cosine(progress: float) -> float:
     return (1 + math.cos(math.pi * progress)) / 2
 
 
-def together(numbers: Sequence[int], mine: set[int], classes: Sequence[Tensor], run: Run) -> Iterator[list[int]]:
+def together(numbers: Sequence[int], batches: Sequence[Batch], run: Run) -> Iterator[list[int]]:
     """Batches of equal size that pass through a teacher at once, bounded by pixels; at least one each time."""
     height, width = run.task.shape[1:]
     most = run.forward_chunk(gradients=True) or CHUNK_PIXELS // (height * width)
-    left = [g for g in numbers if g in mine]
-    for size, same in itertools.groupby(left, key=lambda g: len(classes[g])):
+    for size, same in itertools.groupby(numbers, key=lambda g: len(batches[g].classes)):
         found = list(same)
-        at_once = max(1, most // size)
-        yield from (found[i : i + at_once] for i in range(0, len(found), at_once))
+        span = max(1, most // size)
+        yield from (found[i : i + span] for i in range(0, len(found), span))
 
 
 def started(config: Recovery, run: Run, net: Network) -> SyntheticSet:
@@ -543,12 +563,6 @@ def relabelled(
         return PerViewLabels(logits.expand(config.label_epochs, -1, -1), seed, rule, temperature, squared, **statistics)
 
 
-def by_class(run: Run, at_once: int) -> tuple[list[tuple[int, Tensor]], list[Tensor]]:
-    """The batches of a set of ``run.ipc`` images a class, and the classes of their images."""
-    found = batches(run.task.num_classes, run.ipc, at_once)
-    return found, [rows // run.ipc for _, rows in found]
-
-
 # -- SRe2L and CDA ----------------------------------------------------------------------------------------------------
 
 
@@ -574,12 +588,13 @@ def sre2l(task: Task, config: SRe2L, run: Run) -> SyntheticSet:
     """
     committee = squeezed(config, run)
     synthetic = started(config, run, committee.members[0].network)
-    found, classes = by_class(run, config.batch_classes)
-    matchers = [matcher(config, member.network) for member in committee.members]
+    batches, count = by_class(run, config.batch_classes), len(committee.members)
     # Several teachers take turns: image number k is recovered from teacher k modulo their number.
-    numbers = [[g for g, (k, _) in enumerate(found) if k % len(matchers) == m] for m in range(len(matchers))]
-    guides = [Guide(one, own) for one, own in zip(matchers, numbers) if own]
-    recover(config, run, synthetic, guides, [rows for _, rows in found], classes)
+    guides = [
+        Guide(matcher(config, member.network), {g: 1.0 for g, one in enumerate(batches) if one.index % count == m})
+        for m, member in enumerate(committee.members)
+    ]
+    recover(config, run, synthetic, guides, batches)
     return finished(config, run, synthetic.images, synthetic.classes, committee)
 
 
@@ -683,19 +698,19 @@ def dwa(task: Task, config: DWA, run: Run) -> SyntheticSet:
     committee = squeezed(config, run)
     net = committee.members[0].network
     synthetic = started(config, run, net)
-    found, classes = by_class(run, config.batch_classes)
-    tall, wide = drawn(config, run, 0, len(found))
+    batches, one = by_class(run, config.batch_classes), matcher(config, net)
+    tall, wide = drawn(config, run, 0, len(batches))
     own: dict[str, Tensor] = dict(net.named_parameters())
-    guides, weights, one = [], own, matcher(config, net)
-    start = synthetic.images.detach().clone()
-    for g, (k, part) in enumerate(found):
-        if not config.accumulate or (g and found[g - 1][0] != k):
+    guides, weights, start = [], own, synthetic.images.detach().clone()
+    for g, batch in enumerate(batches):
+        if not config.accumulate or (g and batches[g - 1].index != batch.index):
             weights = own
         at = torch.tensor([g], device=run.device)
-        views = seen(start[part.to(run.device)][None], tall[at], wide[at])[0]
-        weights = displaced(net, weights, views, classes[g].to(run.device), config.ascent_steps, config.rho)
-        guides.append(Guide(one, [g], parameters={f"net.{name}": value for name, value in weights.items()}))
-    recover(config, run, synthetic, guides, [part for _, part in found], classes)
+        views = seen(start[batch.rows.to(run.device)][None], tall[at], wide[at])[0]
+        classes = batch.classes.to(run.device)
+        weights = displaced(net, weights, views, classes, config.ascent_steps, config.rho)
+        guides.append(Guide(one, {g: 1.0}, {f"net.{name}": value for name, value in weights.items()}))
+    recover(config, run, synthetic, guides, batches)
     return finished(config, run, synthetic.images, synthetic.classes, committee)
 
 
@@ -779,15 +794,17 @@ def cvdd(task: Task, config: CVDD, run: Run) -> SyntheticSet:
             "give a prior for each and at most as many voters (num_teachers=, committee=)"
         )
     synthetic = started(config, run, committee.members[0].network)
-    found, classes = by_class(run, config.batch_classes)
+    batches = by_class(run, config.batch_classes)
     chosen = committees(priors, config.voters, run.ipc, (run.seed, "committees"))
-    guides = []
-    for m, member in enumerate(committee.members):
-        own = [g for g, (k, _) in enumerate(found) if m in chosen[k]]
-        shares = [votes([priors[i] for i in chosen[found[g][0]]], config.vote_temperature) for g in own]
-        weights = [share[chosen[found[g][0]].index(m)] for g, share in zip(own, shares)]
-        guides += [Guide(matcher(config, member.network), own, weights)] * bool(own)
-    recover(config, run, synthetic, guides, [rows for _, rows in found], classes)
+    shares = [dict(zip(some, votes([priors[m] for m in some], config.vote_temperature))) for some in chosen]
+    guides = [
+        Guide(
+            matcher(config, member.network),
+            {g: shares[one.index][m] for g, one in enumerate(batches) if m in shares[one.index]},
+        )
+        for m, member in enumerate(committee.members)
+    ]
+    recover(config, run, synthetic, guides, batches)
     return finished(
         config, run, synthetic.images, synthetic.classes, committee, votes(priors, config.label_temperature)
     )
@@ -856,22 +873,22 @@ def infer(task: Task, config: INFER, run: Run) -> SyntheticSet:
         )
     real = SyntheticSet.create(task, number, SyntheticOptions(), seed=run.seed, device=run.device)
     base = real.images.detach()
-    at_once = torch.arange(count).split(config.batch_classes)
-    # Batches that share a compensator (index, teacher) are parts of one sum.
-    found = [(k, m, part) for k in range(number) for m in range(teachers) for part in at_once]
     shared = SyntheticSet(task, torch.zeros(number * teachers, *task.shape, device=run.device),
                           torch.zeros(number * teachers, dtype=torch.int64))  # fmt: skip
+    # Batches of other classes add to the same compensator.
+    owners = [(k, m, part) for k in range(number) for m in range(teachers)
+              for part in torch.arange(count).split(config.batch_classes)]  # fmt: skip
+    batches = [Batch(k, torch.tensor([k * teachers + m]), part) for k, m, part in owners]
 
     def summed(leaves: Tensor, numbers: Sequence[int]) -> Tensor:
-        rows = torch.stack([found[g][2] * number + found[g][0] for g in numbers]).to(run.device)
+        rows = torch.stack([batches[g].classes * number + batches[g].index for g in numbers]).to(run.device)
         return base[rows] + leaves
 
     guides = [
-        Guide(matcher(config, member.network), [g for g, (_, owner, _) in enumerate(found) if owner == m])
+        Guide(matcher(config, member.network), {g: 1.0 for g, (_, owner, _) in enumerate(owners) if owner == m})
         for m, member in enumerate(committee.members)
     ]
-    parts = [torch.tensor([k * teachers + m]) for k, m, _ in found]
-    recover(config, run, shared, guides, parts, [part for *_, part in found], compose=summed, clamp=False)
+    recover(config, run, shared, guides, batches, compose=summed, clamp=False)
     stage = Compensated(count, number, teachers)
     inverse = task.transform.inverse
     pixels = inverse(base).clamp(0, 1)
@@ -950,7 +967,7 @@ def nrr(task: Task, config: NRR, run: Run) -> SyntheticSet:
     """
     committee = squeezed(config, run)
     net = committee.members[0].network
-    found, classes = by_class(run, config.batch_classes)
+    batches = by_class(run, config.batch_classes)
     if config.init == "critical":
         pixels = critical_patches(run, net, config)
         labels = torch.arange(task.num_classes).repeat_interleave(run.ipc)
@@ -960,8 +977,8 @@ def nrr(task: Task, config: NRR, run: Run) -> SyntheticSet:
     start, own = synthetic.images.detach().clone(), synthetic.classes
     mask = torch.cat([activation(net, *part) for part in zip(start.split(256), own.split(256))])
     mask = (config.threshold - mask).clamp(min=0)[:, None]
-    recover(config, run, synthetic, [Guide(matcher(config, net), range(len(found)))], [rows for _, rows in found],
-            classes, mask=mask)  # fmt: skip
+    recover(config, run, synthetic, [Guide(matcher(config, net), dict.fromkeys(range(len(batches)), 1.0))], batches,
+            mask=mask)  # fmt: skip
     return finished(config, run, synthetic.images, own, committee)
 
 

@@ -184,6 +184,13 @@ def test_how_many_batches_pass_at_once_changes_nothing_but_rounding(tiny, monkey
     torch.testing.assert_close(made(tiny, name, 3, **changes).stored, whole.stored, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["sre2l", "dwa", "nrr"])
+def test_images_that_move_in_turn_end_where_they_would_together(tiny, name):
+    changes = {"labels": "hard", "store": "float32", **({"pool": 6, "crops": 2} if name == "nrr" else {})}
+    together = made(tiny, name, 3, **changes)
+    torch.testing.assert_close(made(tiny, name, 3, at_once=2, **changes).stored, together.stored, rtol=1e-3, atol=1e-3)
+
+
 def test_classes_in_several_batches_have_moments_of_their_own(tiny):
     one = made(tiny, labels="hard", store="float32")
     two = made(tiny, labels="hard", store="float32", batch_classes=2)
@@ -294,12 +301,8 @@ def test_a_committee_sums_its_weighted_losses(tiny):
 
         watched = Watched(tiny, 1, NETWORK, quiet=True, track="none")
         synthetic = room.started(config, watched, members[0].network)
-        found, classes = room.by_class(watched, 100)
-        room.recover(
-            config, watched, synthetic,
-            [room.Guide(room.matcher(config, members[i].network), [0], [weight]) for i, weight in guides],
-            [rows for _, rows in found], classes,
-        )  # fmt: skip
+        asked = [room.Guide(room.matcher(config, members[i].network), {0: weight}) for i, weight in guides]
+        room.recover(config, watched, synthetic, asked, room.by_class(watched, 100))
         slopes.append(taken["images"])
     torch.testing.assert_close(slopes[0], 0.25 * slopes[1] + 0.75 * slopes[2], rtol=1e-4, atol=1e-6)
 
