@@ -52,7 +52,7 @@ def fill(
 ) -> dict[str, Any]:
     """The record of a method (settings after colons), made and judged where it is not there yet."""
     bare, *words = method.split(":")
-    stem = "-".join([_name(data), bare, f"ipc{ipc}", network, f"{steps}steps", protocol, *words])
+    stem = "-".join([bare, f"ipc{ipc}", f"{steps}steps", protocol, *words, "of", committee.stem])
     made, record = out / "sets" / f"{stem}.h5", out / "records" / f"{stem}.json"
     for path in (made, record):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -711,7 +711,8 @@ def _execute(
     except Diverged as fault:
         if run.synthetic is None or job.out is None or not run.ranks.leads:
             raise
-        _finished(job, entry, real, run, run.synthetic).save(job.out, force=True)
+        kept = run.salvage() if run.salvage else run.synthetic
+        _finished(job, entry, real, run, kept).save(job.out, force=True)
         raise CondenseError(f"{fault}, written to {job.out}") from fault
     except OSError as fault:
         if directory is None:
@@ -821,15 +822,28 @@ class _Trial(Run):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.ends: list[float] = []
+        self.loops = self.state_bytes = 0
 
     def optimise(self, synthetic: SyntheticSet, steps: int, **options: Any) -> Iterator[Step]:
+        """Of several loops, which are alike, the first tells the pace."""
+        self.loops += 1
         for step in super().optimise(synthetic, steps, **options):
+            self.state_bytes = max(self.state_bytes, _nbytes(step.optimizer.state_dict()))
             yield step
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
+            if self.loops > 1:
+                return
             self.ends.append(time.monotonic())
             if len(self.ends) > 2 and self.ends[-1] - self.ends[0] > self.SECONDS:
                 return
+
+
+def _nbytes(state: Any) -> int:
+    """Of all tensors in nested dictionaries."""
+    if isinstance(state, torch.Tensor):
+        return state.numel() * state.element_size()
+    return sum(map(_nbytes, state.values())) if isinstance(state, dict) else 0
 
 
 def measure(
@@ -856,17 +870,19 @@ def measure(
     if steps is not None and trial.ends:
         warm = len(trial.ends) - 1  # the first step warms up
         per_step = (trial.ends[-1] - trial.ends[0]) / warm if warm else seconds
+        steps *= trial.loops
         seconds = trial.ends[0] - began + per_step * (steps - 1)
-    seconds += trial.expected_preparation
-    made = DistilledSet(synthetic.images.detach(), synthetic.labels, real.transform, {})
+    seconds += trial.expected_preparation + trial.expected_labelling
+    made = DistilledSet(synthetic.images.detach(), synthetic.labels, real.transform.to(synthetic.images.device), {})
     return {
         "seconds_per_step": per_step,
         "steps": steps,
         "seconds": seconds,
         "preparation_seconds": trial.expected_preparation,
+        "labelling_seconds": trial.expected_labelling,
         "peak_memory": peak_memory(where),
         "set_bytes": made.nbytes(),
-        "checkpoint_bytes": 4 * made.nbytes()["images"],  # pixels and momentum, in two checkpoints
+        "checkpoint_bytes": 2 * trial.state_bytes,  # the last one and the one before it
         "trajectories": _trajectories(config, real, network or entry.network, where),
         "real_bytes": int(real.train.images.nbytes + real.test.images.nbytes),
         "device": device_name(where),

@@ -588,7 +588,8 @@ class CropViews:
         """Views for ``rows`` images of ``image_size`` (H, W), on the CPU; row i of a fresh stream depends on i alone.
 
         The area is uniform, the aspect ratio log-uniform in 3/4..4/3. As in torchvision, the first of ten tries that
-        lies inside the image counts, else the largest centred crop of a permitted ratio.
+        lies inside the image counts, else the largest centred crop of a permitted ratio. A least scale of 1 is the
+        whole image, whatever its ratio.
         """
         h, w = image_size
         integers = draws.integers(1 << 24, (rows, 2 * TRIES + 3)).cpu()
@@ -610,6 +611,8 @@ class CropViews:
             return torch.where(found, (integers[:, column] * (free + 1)) >> 24, free // 2)
 
         box = torch.stack([place(-3, h - height), place(-2, w - width), height, width], 1)
+        if self.min_scale == 1:
+            box = torch.tensor([0, 0, h, w]).repeat(rows, 1)
         return Views((h, w), box, (integers[:, -1] < 1 << 23) & self.flip)
 
     def apply(self, images: Tensor, views: Views) -> Tensor:

@@ -766,9 +766,12 @@ def plan(
     print(f"{asked.method} on {real.name}, ipc {asked.ipc}, {needs['device']}")
     before = needs["preparation_seconds"]
     per_step += f", {duration(before)} of it training networks on real data" if before else ""
+    labelling = needs["labelling_seconds"]
+    per_step += f", {duration(labelling)} of it labelling" if labelling else ""
     print(f"  time:   {duration(needs['seconds'])}{per_step}")
     print(f"  memory: {memory} at peak")
-    print(f"  disk:   {size(needs['set_bytes']['total'])} set, {size(needs['checkpoint_bytes'])} checkpoints")
+    parts = ", ".join(f"{size(needs['set_bytes'][part])} {part}" for part in ("images", "labels"))
+    print(f"  disk:   {size(needs['set_bytes']['total'])} set ({parts}), {size(needs['checkpoint_bytes'])} checkpoints")
     if needs["trajectories"]:
         found = needs["trajectories"]
         print(f"  experts: {found['experts']} of {found['epochs']} epochs, {size(found['bytes'])} on disk; "

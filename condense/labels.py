@@ -432,7 +432,8 @@ class TeacherLabels:
         micro: int = 8,
     ) -> None:
         members = [members] if isinstance(members, nn.Module) else list(members)
-        self.teacher = MeanLogits(members, weights).eval()
+        known = [*members[0].parameters(), *members[0].buffers(), torch.empty(0)]
+        self.teacher = MeanLogits(members, weights).to(known[0].device).eval()
         self.images, self.seed = images, seed
         self.views = ViewRule(mix="cutmix") if views is None else ViewRule.of(views)
         self.temperature, self.squared = _temperature(temperature), squared
@@ -966,6 +967,7 @@ def view_answers(
     batch_size: int = 256,
     start: int = 0,
     into: Any = None,
+    report: Callable[[int], None] | None = None,
     quiet: bool = True,
 ) -> Tensor:
     """The teacher's logits on the views of a whole set, float16 (epochs, N, classes) on the CPU, epoch by epoch.
@@ -992,7 +994,7 @@ def view_answers(
         CondenseError: answers that are no such logits or not finite as float16, or an ``into`` or ``start`` that does
             not fit.
     """
-    how = _Asking(statistics, micro, batch_size, start, into, quiet)
+    how = _Asking(statistics, micro, batch_size, start, into, report, quiet)
     return _each_view(teacher, images, epochs, views, seed, classes, how, classes, lambda logits, ids, drawn: logits)
 
 
@@ -1010,6 +1012,7 @@ def view_distances(
     batch_size: int = 256,
     start: int = 0,
     into: Any = None,
+    report: Callable[[int], None] | None = None,
     quiet: bool = True,
 ) -> Tensor:
     """-log of the teacher's probabilities of the classes of both images in each view, float16 (epochs, N, 2) on the
@@ -1022,7 +1025,7 @@ def view_distances(
         two = torch.stack([known[ids], known[drawn.partner[ids]]], 1)
         return -F.log_softmax(logits, -1).gather(1, two)
 
-    how = _Asking(statistics, micro, batch_size, start, into, quiet)
+    how = _Asking(statistics, micro, batch_size, start, into, report, quiet)
     return _each_view(teacher, images, epochs, views, seed, classes, how, 2, distances)
 
 
@@ -1035,6 +1038,7 @@ class _Asking:
     batch_size: int
     start: int
     into: Any
+    report: Callable[[int], None] | None
     quiet: bool
 
 
@@ -1082,6 +1086,8 @@ def _each_view(
         if hasattr(into, "flush"):
             into.flush()  # what a kill must not lose
         progress.update(epoch + 1)
+        if how.report is not None:
+            how.report(epoch + 1)
     progress.close()
     return torch.from_numpy(into if isinstance(into, np.ndarray) else into[()])
 

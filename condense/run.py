@@ -257,7 +257,9 @@ class Run:
         preparation: what networks of its own a method has trained on real data, for the manifest; empty where none.
         trajectories: the experts that a method follows, for the manifest; empty where none.
         teachers: the teachers that a method asks, for the manifest; empty where none.
-        expected_preparation: the seconds of that which a rehearsal expects.
+        salvage: makes what a diverged run has of use into a set; None where ``synthetic`` is that set.
+        expected_preparation: the seconds of preparing that a rehearsal expects.
+        expected_labelling: the seconds of labelling that a rehearsal expects.
     """
 
     rehearses = False
@@ -300,7 +302,8 @@ class Run:
         self.preparation: dict[str, Any] = {}
         self.trajectories: dict[str, Any] = {}
         self.teachers: dict[str, Any] = {}
-        self.expected_preparation = 0.0
+        self.salvage: Callable[[], SyntheticSet] | None = None
+        self.expected_preparation = self.expected_labelling = 0.0
         self._kept_before: dict[str, Any] = self._saved["kept"] if self._saved else {}
         self.phase = 0
         self._finished: list[dict[str, Tensor]] = self._saved["finished"] if self._saved else []

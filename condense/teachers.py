@@ -316,6 +316,8 @@ def provide(
     began, chosen = time.monotonic(), wanted[: plan.networks]
     if run.rehearses or not all(isinstance(one, str) for one in architectures):  # a name must say what is kept
         committee, from_cache = _unkept(run, shorter, source, chosen, plan.unit_steps, again), 0
+        if run.rehearses:  # as large as wanted
+            committee = _filled(committee, run, source, wanted)
         credited = 0.0
     else:
         keys = [(networks.name_of(one), k) for one, k in chosen]
@@ -766,6 +768,16 @@ def _unkept(
                 )  # fmt: skip
     judged_on = "held-out images" if squeezing.held_out else "test images"
     return Committee(tuple(members[pair] for pair in chosen), "", judged_on)
+
+
+def _filled(committee: Committee, run: Run, source: Task, wanted: Sequence[tuple[Architecture, int]]) -> Committee:
+    """The committee with untrained members in the place of those that are wanting."""
+    members = list(committee.members)
+    for one, k in wanted[len(members) :]:
+        with rng.seeded("layout"):
+            net = networks.build(one, source.shape, source.num_classes)
+        members.append(Member(_frozen(net, run.device), networks.name_of(one), 0.0, number=k))
+    return dataclasses.replace(committee, members=tuple(members))
 
 
 def _frozen(net: networks.Network, device: torch.device) -> networks.Network:

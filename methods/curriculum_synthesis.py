@@ -7,14 +7,19 @@ move, and what labels the set brings.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import itertools
+import json
 import math
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,6 +27,7 @@ from torch import Tensor, nn
 from condense import rng
 from condense.augment import CropViews, ViewRule, Views
 from condense.config import require
+from condense.distilled import replacing
 from condense.errors import CondenseError, did_you_mean
 from condense.labels import (
     DistanceLabels,
@@ -32,13 +38,14 @@ from condense.labels import (
     StaticLabels,
     TeacherLabels,
     answers,
+    content,
     view_answers,
     view_distances,
 )
 from condense.networks import Network
 from condense.optimizer import Group
 from condense.registry import method
-from condense.run import Run
+from condense.run import Interrupted, Run
 from condense.synthetic import Compensated, SyntheticOptions, SyntheticSet
 from condense.tasks import Task
 from condense.teachers import Committee, TeacherOptions, provide
@@ -254,6 +261,9 @@ class Relabelling(TeacherOptions):
     """BatchNorm of the teachers that label: running, or batch (that of the labelled views themselves)."""
     label_micro: int = 8
     """Views that share statistics where label_statistics=batch."""
+    calibrate: str = ""
+    """FerKD's LOW,MID,TOP of the teacher's confidence in a view, for labels=per-view: below LOW and above TOP the view
+    is left out, below MID its class, smoothed, takes the label's place. Empty: all labels as they are."""
     store: str = "uint8"
     """How images are kept: uint8, float16 or float32. Labels are those of the images as kept."""
 
@@ -261,8 +271,23 @@ class Relabelling(TeacherOptions):
         self.check_teachers()
         for key, known in (("labels", LABELS), ("store", STORES), ("label_statistics", ("running", "batch"))):
             _one_of(self, key, known)
-        require(self, label_epochs=(1, math.inf), label_micro=(2, math.inf))
+        require(self, label_epochs=(1, math.inf), label_micro=(2, math.inf), temperature=(1e-6, sys.float_info.max))
         self.rule(mirror=True)
+        self.thresholds()
+        if self.labels == "distances" and self.mix == "none":
+            raise CondenseError("mix=none: labels=distances are to the classes of two images; take cutmix or mixup")
+
+    def thresholds(self) -> list[float] | None:
+        """``calibrate`` as three numbers; None where it is empty."""
+        if not self.calibrate:
+            return None
+        if self.labels != "per-view":
+            raise CondenseError(f"calibrate={self.calibrate}: serves labels=per-view, not labels={self.labels}")
+        try:
+            low, mid, top = map(float, self.calibrate.split(","))
+        except ValueError:
+            raise CondenseError(f"calibrate={self.calibrate}: must be LOW,MID,TOP, e.g. 0.15,0.3,0.95") from None
+        return [low, mid, top]
 
     def rule(self, mirror: bool) -> ViewRule:
         """The views that are labelled."""
@@ -303,8 +328,8 @@ class Recovery(Relabelling):
     """Crops drawn for each image; by default for each batch, as in all published programs."""
 
     at_once: int | None = None
-    """Images of each class that move together; all by default. Fewer need less memory, four times that of their float32
-    pixels, but a time limit then leaves the last ones as they started."""
+    """Images of each class that move together; all by default. Fewer need less memory: beside all pixels once, some
+    eight times the float32 pixels of these. A time limit then leaves the last ones as they started."""
 
     starts: ClassVar[tuple[str, ...]] = STARTS
 
@@ -331,13 +356,15 @@ def _one_of(config: Any, key: str, known: Iterable[str]) -> None:
 
 def squeezed(config: TeacherOptions, run: Run) -> Committee:
     """The teachers of a run, all with BatchNorm: of the file that was named, of the cache, or trained now."""
-    committee = provide(
+    if run.task.transform.kind != "standardise":
+        raise CondenseError("zca=true: recovered pixels are kept in their range, which whitening does not have")
+    start = getattr(config, "init", "")
+    if start in ("patches", "critical"):
+        side(run.task, 1, f"init={start}")
+    return provide(
         run, config.squeezing(run.task), file=config.teachers, architectures=config.architectures(run.network),
         count=config.num_teachers, batch_norm=True,
     )  # fmt: skip
-    if run.task.transform.kind != "standardise":
-        raise CondenseError("zca=true: recovered pixels are kept in their range, which whitening does not have")
-    return committee
 
 
 @dataclass(frozen=True)
@@ -370,15 +397,28 @@ class Guide:
     """Stand in for the teacher's own weights."""
 
 
-def drawn(config: Recovery, run: Run, index: int, rows: int) -> tuple[Tensor, Tensor]:
-    """Matrices of the views of step ``index``, one pair for each of ``rows`` batches or images (see ``resampling``)."""
+def drawn(config: Recovery, run: Run, index: int, rows: int, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Matrices of the views of step ``index`` (see :func:`resampling`).
+
+    Args:
+        config: of the method.
+        run: its run.
+        index: the step.
+        rows: views that are drawn, one for each batch or image of the set.
+        wanted: which of them are made into matrices, int64.
+    """
     least = crop_scale(config.schedule, index, config.steps, config.milestone, config.min_scale)
     crops = CropViews(least, 1.0, config.flip and run.task.mirror)
     views = crops.draw(rng.Draws(run.seed, "crop", index), rows, (run.task.shape[1], run.task.shape[2]))
     reach, low = (2 * config.jitter + 1, config.jitter) if config.two_sided else (config.jitter + 1, 0)
     shift = rng.Draws(run.seed, "roll", index).integers(reach, (rows, 2)) - low
-    tall, wide = resampling(views, shift)
-    return tall.to(run.device), wide.to(run.device)
+    tall, wide = (send(matrix, run.device) for matrix in resampling(views[wanted], shift[wanted]))
+    return tall, wide
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device, without waiting for it."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def recovery_loss(logits: Tensor, classes: Tensor, distances: Tensor, weight: float) -> Tensor:
@@ -421,32 +461,71 @@ def recover(
     sizes = [len(batch.classes) if config.per_image else 1 for batch in batches]
     spots = torch.arange(sum(sizes)).split(sizes)  # rows of the drawn views that belong to each batch
     for wave in waves(batches, config.at_once):
-        rows = torch.cat([batches[g].rows for g in wave]).unique().to(run.device)
-        place = torch.zeros(len(images), dtype=torch.int64, device=run.device)
-        place[rows] = torch.arange(len(rows), device=run.device)
+        rows = torch.cat([batches[g].rows for g in wave]).unique()
         whole = len(rows) == len(images)
-        part = synthetic if whole else SyntheticSet(task, images.detach()[rows], synthetic.classes[rows])
-        mine, still = set(wave[run.ranks.rank :: run.ranks.world]), None if mask is None else mask[rows]
-        for step in run.optimise(part, config.steps, sharded=run.ranks.world > 1, images=group):
-            tall, wide = drawn(config, run, step.index, sum(sizes))
-            gradient, total = torch.zeros_like(part.images), torch.zeros((), device=run.device)
-            for guide in guides:
-                for numbers in together([g for g in guide.weights if g in mine], batches, run):
-                    at = place[torch.stack([batches[g].rows for g in numbers]).to(run.device)]
-                    leaves = part.images.detach()[at].requires_grad_()
-                    shown, drawn_for = compose(leaves, numbers), torch.cat([spots[g] for g in numbers]).to(run.device)
+        chosen = rows.to(run.device)
+        part = synthetic if whole else SyntheticSet(task, images.detach()[chosen], synthetic.classes[chosen])
+        mine, still = wave[run.ranks.rank :: run.ranks.world], None if mask is None else mask[chosen]
+        wanted = torch.cat([spots[g] for g in mine]) if mine else spots[0][:0]
+        work = _planned(guides, batches, mine, rows, wanted, spots, run)
+        try:
+            for step in run.optimise(part, config.steps, sharded=run.ranks.world > 1, images=group):
+                tall, wide = drawn(config, run, step.index, sum(sizes), wanted)
+                gradient, total = torch.zeros_like(part.images), torch.zeros((), device=run.device)
+                for one in work:
+                    leaves = part.images.detach()[one.at].requires_grad_()
+                    shown = compose(leaves, one.numbers)
                     shown = shown.flatten(0, 1)[:, None] if config.per_image else shown
-                    views = seen(shown, tall[drawn_for], wide[drawn_for]).flatten(0, 1)
-                    wanted = torch.cat([batches[g].classes for g in numbers]).to(run.device)
-                    logits, distances = guided(guide, views, len(numbers), run)
-                    weights = torch.tensor([guide.weights[g] for g in numbers], device=run.device)
-                    loss = (weights * recovery_loss(logits, wanted, distances, config.bn_weight)).sum()
-                    gradient.index_add_(0, at.flatten(), torch.autograd.grad(loss, leaves)[0].flatten(0, 1))
+                    views = seen(shown, tall[one.views], wide[one.views]).flatten(0, 1)
+                    logits, distances = guided(one.guide, views, len(one.numbers), run)
+                    losses = recovery_loss(logits, one.classes, distances, config.bn_weight)
+                    loss = (one.weights * losses).sum()
+                    gradient.index_add_(0, one.at.flatten(), torch.autograd.grad(loss, leaves)[0].flatten(0, 1))
                     total += loss.detach()
-            step.apply({"images": gradient}, total, mask=still)
-        if not whole:
-            with torch.no_grad():
-                images[rows] = part.images
+                step.apply({"images": gradient}, total, mask=still)
+        finally:  # also what a run that diverged had of use
+            if not whole:
+                with torch.no_grad():
+                    images[chosen] = part.images
+
+
+@dataclass(frozen=True)
+class Work:
+    """What passes through a teacher at once, with all that stays the same from step to step, on the device."""
+
+    guide: Guide
+    numbers: list[int]
+    """Of its batches."""
+    at: Tensor
+    """Rows of what moves (G, R)."""
+    views: Tensor
+    """Rows of the step's matrices."""
+    classes: Tensor
+    """Of the images (G * B,)."""
+    weights: Tensor
+    """Of the losses (G,)."""
+
+
+def _planned(
+    guides: Sequence[Guide],
+    batches: Sequence[Batch],
+    mine: Sequence[int],
+    rows: Tensor,
+    wanted: Tensor,
+    spots: Sequence[Tensor],
+    run: Run,
+) -> list[Work]:
+    """The work of each step on the batches ``mine``; ``rows`` and ``wanted`` (both ascending) are what moves and what
+    is drawn."""
+    work, own = [], set(mine)
+    for guide in guides:
+        for numbers in together([g for g in guide.weights if g in own], batches, run):
+            at = torch.searchsorted(rows, torch.stack([batches[g].rows for g in numbers]))
+            views = torch.searchsorted(wanted, torch.cat([spots[g] for g in numbers]))
+            classes = torch.cat([batches[g].classes for g in numbers])
+            weights = torch.tensor([guide.weights[g] for g in numbers])
+            work.append(Work(guide, numbers, *(part.to(run.device) for part in (at, views, classes, weights))))
+    return work
 
 
 def guided(guide: Guide, views: Tensor, groups: int, run: Run) -> tuple[Tensor, Tensor]:
@@ -539,8 +618,8 @@ def relabelled(
     kind, temperature, squared = config.labels, config.temperature, config.squared
     statistics: dict[str, Any] = {"statistics": config.label_statistics, "micro": config.label_micro}
     # A rehearsal asks once, and is told the size of all.
-    epochs = 1 if run.rehearses else config.label_epochs
-    quiet = run.quiet or not run.ranks.leads
+    epochs, began = 1 if run.rehearses else config.label_epochs, time.monotonic()
+    how: dict[str, Any] = {**statistics, "classes": count, "quiet": run.quiet or not run.ranks.leads}
     with run.fast():
         if kind == "hard":
             return HardLabels(classes, count)
@@ -554,13 +633,43 @@ def relabelled(
                 members, len(images), seed, rule, temperature, squared, weights=weights, names=names,
                 shape=task.shape, **statistics,
             )  # fmt: skip
-        if kind == "distances":
-            found = view_distances(
-                teacher, images, classes, epochs, rule, seed, classes=count, quiet=quiet, **statistics
-            )
-            return DistanceLabels(found.expand(config.label_epochs, -1, -1), classes, count, seed, rule, **statistics)
-        logits = view_answers(teacher, images, epochs, rule, seed, classes=count, quiet=quiet, **statistics)
-        return PerViewLabels(logits.expand(config.label_epochs, -1, -1), seed, rule, temperature, squared, **statistics)
+        two = kind == "distances"
+        with _store(config, run, stored, seed, 2 if two else count) as where:
+            if two:
+                found = view_distances(teacher, images, classes, epochs, rule, seed, **how, **where)
+            else:
+                found = view_answers(teacher, images, epochs, rule, seed, **how, **where)
+    if run.rehearses:
+        run.expected_labelling = (time.monotonic() - began) * config.label_epochs
+        found = found.expand(config.label_epochs, -1, -1)
+    if two:
+        return DistanceLabels(found, classes, count, seed, rule, **statistics)
+    return PerViewLabels(
+        found, seed, rule, temperature, squared, calibrate=config.thresholds(),
+        hard=classes if config.calibrate else None, **statistics,
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _store(config: Relabelling, run: Run, stored: Tensor, seed: int, width: int) -> Iterator[dict[str, Any]]:
+    """Where labels of views go while they are made, as keywords of ``view_answers``: into a file of the run's folder,
+    so that memory holds one epoch and a run that was killed goes on in the middle; else into memory."""
+    if run.directory is None or run.rehearses or not run.ranks.leads:
+        yield {}
+        return
+    path, state = run.directory / "labels.npy", run.directory / "labels.json"
+    shape, key = (config.label_epochs, len(stored), width), [content({"images": stored}), seed, str(config), width]
+    known = json.loads(state.read_text()) if path.exists() and state.exists() else {}
+    start = known["epochs"] if known.get("key") == key else 0
+    into = np.lib.format.open_memmap(path, "r+" if start else "w+", np.float16, shape)
+
+    def report(done: int) -> None:
+        with replacing(state) as temporary:
+            temporary.write_text(json.dumps({"key": key, "epochs": done}))
+        if run.asked_to_stop and run.ranks.world == 1:
+            raise Interrupted(f"stopped while labelling views; go on with: condense resume {run.directory}")
+
+    yield {"into": into, "start": start, "report": report}
 
 
 # -- SRe2L and CDA ----------------------------------------------------------------------------------------------------
@@ -594,8 +703,9 @@ def sre2l(task: Task, config: SRe2L, run: Run) -> SyntheticSet:
         Guide(matcher(config, member.network), {g: 1.0 for g, one in enumerate(batches) if one.index % count == m})
         for m, member in enumerate(committee.members)
     ]
+    run.salvage = functools.partial(finished, config, run, synthetic.images, synthetic.classes, committee)
     recover(config, run, synthetic, guides, batches)
-    return finished(config, run, synthetic.images, synthetic.classes, committee)
+    return run.salvage()
 
 
 def matcher(config: Recovery, net: Network) -> Matcher:
@@ -642,7 +752,19 @@ class DWA(Recovery):
     """See SRe2L's."""
     bn_variance: float = 11.0
     """See SRe2L's; 2 for ImageNet-1K."""
+    min_scale: float = 1.0
+    """See SRe2L's; 0.08 for larger images."""
+    flip: bool = False
+    """See SRe2L's; true for larger images."""
     labels: str = "teacher"
+    """See SRe2L's."""
+    temperature: float = 30.0
+    """See SRe2L's."""
+    label_pad: int = 4
+    """See SRe2L's."""
+    mix: str = "mixup"
+    """See SRe2L's."""
+    mix_alpha: float = 0.8
     """See SRe2L's."""
     ascent_steps: int = 12
     """Steps of the teacher's weights up the loss of the first images (K)."""
@@ -692,14 +814,15 @@ def dwa(task: Task, config: DWA, run: Run) -> SyntheticSet:
     one by one, as each has weights of its own (they are kept: one teacher a batch). Known failure: as SRe2L.
 
     Du, Zhang, Hu, Huang & Zhou, NeurIPS 2024. The displacement follows the cross-entropy of the first views alone; the
-    teacher itself never changes. The released program never takes the displacement back (accumulate=true), and lets
-    gradients of earlier images into the first ascent step of the next batch, which is not reproduced.
+    teacher itself never changes. Of several teachers the first recovers, all label. The released program never takes
+    the displacement back (accumulate=true), and lets gradients of earlier images into the first ascent step of the next
+    batch, which is not reproduced.
     """
     committee = squeezed(config, run)
     net = committee.members[0].network
     synthetic = started(config, run, net)
     batches, one = by_class(run, config.batch_classes), matcher(config, net)
-    tall, wide = drawn(config, run, 0, len(batches))
+    tall, wide = drawn(config, run, 0, len(batches), torch.arange(len(batches)))
     own: dict[str, Tensor] = dict(net.named_parameters())
     guides, weights, start = [], own, synthetic.images.detach().clone()
     for g, batch in enumerate(batches):
@@ -710,8 +833,9 @@ def dwa(task: Task, config: DWA, run: Run) -> SyntheticSet:
         classes = batch.classes.to(run.device)
         weights = displaced(net, weights, views, classes, config.ascent_steps, config.rho)
         guides.append(Guide(one, {g: 1.0}, {f"net.{name}": value for name, value in weights.items()}))
+    run.salvage = functools.partial(finished, config, run, synthetic.images, synthetic.classes, committee)
     recover(config, run, synthetic, guides, batches)
-    return finished(config, run, synthetic.images, synthetic.classes, committee)
+    return run.salvage()
 
 
 # -- CV-DD ------------------------------------------------------------------------------------------------------------
@@ -786,16 +910,18 @@ def cvdd(task: Task, config: CVDD, run: Run) -> SyntheticSet:
     what students reach on a set from one teacher alone, so they cost a distillation each: by default all vote alike.
     The released labels keep dropout on; here it is off.
     """
-    committee = squeezed(config, run)
-    priors = config.prior_list() or [0.0] * len(committee.members)
-    if len(priors) != len(committee.members) or config.voters > len(priors):
+    wanted, given = len(config.architectures(run.network)) * config.num_teachers, config.prior_list()
+    if len(given) not in (0, wanted) or config.voters > wanted:
         raise CondenseError(
-            f"priors={config.priors or 'none'}, voters={config.voters}: there are {len(committee.members)} teachers; "
-            "give a prior for each and at most as many voters (num_teachers=, committee=)"
+            f"priors={config.priors or 'none'}, voters={config.voters}: there are {wanted} teachers; give a prior for "
+            "each and at most as many voters (num_teachers=, committee=)"
         )
+    committee = squeezed(config, run)
+    count = len(committee.members)  # fewer than wanted where time was short
+    priors, voters = given[:count] or [0.0] * count, min(config.voters, count)
     synthetic = started(config, run, committee.members[0].network)
     batches = by_class(run, config.batch_classes)
-    chosen = committees(priors, config.voters, run.ipc, (run.seed, "committees"))
+    chosen = committees(priors, voters, run.ipc, (run.seed, "committees"))
     shares = [dict(zip(some, votes([priors[m] for m in some], config.vote_temperature))) for some in chosen]
     guides = [
         Guide(
@@ -804,10 +930,10 @@ def cvdd(task: Task, config: CVDD, run: Run) -> SyntheticSet:
         )
         for m, member in enumerate(committee.members)
     ]
+    weights = votes(priors, config.label_temperature)
+    run.salvage = functools.partial(finished, config, run, synthetic.images, synthetic.classes, committee, weights)
     recover(config, run, synthetic, guides, batches)
-    return finished(
-        config, run, synthetic.images, synthetic.classes, committee, votes(priors, config.label_temperature)
-    )
+    return run.salvage()
 
 
 # -- INFER ------------------------------------------------------------------------------------------------------------
@@ -888,20 +1014,23 @@ def infer(task: Task, config: INFER, run: Run) -> SyntheticSet:
         Guide(matcher(config, member.network), {g: 1.0 for g, (_, owner, _) in enumerate(owners) if owner == m})
         for m, member in enumerate(committee.members)
     ]
+
+    def done() -> SyntheticSet:
+        stage, inverse = Compensated(count, number, teachers), task.transform.inverse
+        added = inverse(shared.images.detach()) - inverse(torch.zeros_like(shared.images))
+        stored = kept(torch.cat([inverse(base).clamp(0, 1), stage.encode(added)]), config.store)
+        decoded, _ = stage(stored.float() / (255 if stored.dtype == torch.uint8 else 1), torch.arange(len(stored)))
+        classes = torch.arange(count, device=run.device).repeat_interleave(stage.decoded)
+        labels = relabelled(config, run, decoded, classes, committee)
+        rows = torch.cat([real.classes, shared.classes.to(run.device)])
+        made = SyntheticSet(task, stored, rows, space="pixel", stages=[stage], labels=labels)
+        made.tensors["images"].requires_grad_(False)
+        made.label_source = {"teachers": committee.describe(), "weights": None}
+        return made
+
+    run.salvage = done
     recover(config, run, shared, guides, batches, compose=summed, clamp=False)
-    stage = Compensated(count, number, teachers)
-    inverse = task.transform.inverse
-    pixels = inverse(base).clamp(0, 1)
-    added = inverse(shared.images.detach()) - inverse(torch.zeros_like(shared.images))
-    stored = kept(torch.cat([pixels, stage.encode(added)]), config.store)
-    decoded, _ = stage(stored.float() / (255 if stored.dtype == torch.uint8 else 1), torch.arange(len(stored)))
-    classes = torch.arange(count, device=run.device).repeat_interleave(stage.decoded)
-    labels = relabelled(config, run, decoded, classes, committee)
-    rows = torch.cat([real.classes, shared.classes.to(run.device)])
-    made = SyntheticSet(task, stored, rows, space="pixel", stages=[stage], labels=labels)
-    made.tensors["images"].requires_grad_(False)
-    made.label_source = {"teachers": committee.describe(), "weights": None}
-    return made
+    return done()
 
 
 # -- NRR-DD -----------------------------------------------------------------------------------------------------------
@@ -943,7 +1072,10 @@ def activation(net: Network, images: Tensor, classes: Tensor) -> Tensor:
     maps: list[Tensor] = []
     with torch.enable_grad():
         logits = net.classify(net.embed(images.detach().requires_grad_(), maps))
-        last = [one for one in maps if one.shape[2] * one.shape[3] > 1][-1]
+        wide = [one for one in maps if one.shape[2] * one.shape[3] > 1]
+        if not wide:
+            raise CondenseError("the teacher has no maps that show where it looks; take a network of convolutions")
+        last = wide[-1]
         (slope,) = torch.autograd.grad(logits.gather(1, classes[:, None]).sum(), last)
     found = (slope * last.detach()).sum(1, keepdim=True).relu()
     found = F.interpolate(found, size=images.shape[2:], mode="bilinear", align_corners=False)[:, 0]
@@ -961,9 +1093,9 @@ def nrr(task: Task, config: NRR, run: Run) -> SyntheticSet:
     SRe2L. Known failure: a reconstruction from the paper's abstract and notes of others, so published numbers are out
     of reach of comparison.
 
-    Tran, Le, Le, Cai & Phung, CVPR 2025. Reconstructed: crops are the ones with most activation of each image, of
-    which those with the least confidence are kept; updates (Adam's, not gradients) are multiplied by max(0, threshold -
-    activation), found once, at the start.
+    Tran, Le, Le, Cai & Phung, CVPR 2025. Reconstructed: crops are the ones with most activation of each image, of which
+    those with the least confidence are kept; updates (Adam's, not gradients) are multiplied by max(0, threshold -
+    activation), found once, at the start. Of several teachers the first recovers, all label.
     """
     committee = squeezed(config, run)
     net = committee.members[0].network
@@ -977,9 +1109,10 @@ def nrr(task: Task, config: NRR, run: Run) -> SyntheticSet:
     start, own = synthetic.images.detach().clone(), synthetic.classes
     mask = torch.cat([activation(net, *part) for part in zip(start.split(256), own.split(256))])
     mask = (config.threshold - mask).clamp(min=0)[:, None]
-    recover(config, run, synthetic, [Guide(matcher(config, net), dict.fromkeys(range(len(batches)), 1.0))], batches,
-            mask=mask)  # fmt: skip
-    return finished(config, run, synthetic.images, own, committee)
+    guide = Guide(matcher(config, net), dict.fromkeys(range(len(batches)), 1.0))
+    run.salvage = functools.partial(finished, config, run, synthetic.images, own, committee)
+    recover(config, run, synthetic, [guide], batches, mask=mask)
+    return run.salvage()
 
 
 # -- RDED -------------------------------------------------------------------------------------------------------------
@@ -997,6 +1130,8 @@ class RDED(Relabelling):
     """Each image is a collage of factor x factor crops; 2 from 128x128 pixels on."""
     labels: str = "teacher"
     """See SRe2L's."""
+    label_scale: float = 1.0
+    """See SRe2L's; published is 1 / factor."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -1010,11 +1145,11 @@ def square_crops(images: Tensor, draws: rng.Draws, crops: int, size: int) -> tup
     """
     count, _, height, width = images.shape
     rows = count * crops
-    side = (draws.uniform(rows, LEAST, 1.0).double().sqrt() * min(height, width)).round().long().clamp(min=1)
+    edge = (draws.uniform(rows, LEAST, 1.0).double().sqrt() * min(height, width)).round().long().clamp(min=1)
     unit = draws.uniform((rows, 2)).double()
-    top = (unit[:, 0] * (height - side + 1)).long()
-    left = (unit[:, 1] * (width - side + 1)).long()
-    views = Views((height, width), torch.stack([top, left, side, side], 1), torch.zeros(rows, dtype=torch.bool))
+    top = (unit[:, 0] * (height - edge + 1)).long()
+    left = (unit[:, 1] * (width - edge + 1)).long()
+    views = Views((height, width), torch.stack([top, left, edge, edge], 1), torch.zeros(rows, dtype=torch.bool))
     tall, wide = resampling(views, torch.zeros(rows, 2, dtype=torch.int64), (size, size))
     repeated = images.repeat_interleave(crops, 0)[:, None]
     return seen(repeated, tall.to(images.device), wide.to(images.device))[:, 0], views
@@ -1033,13 +1168,12 @@ def pooled(run: Run, c: int, pool: int) -> Tensor:
     return run.task.per_class(pool, (run.seed, "pool"), [c])[0]
 
 
-def _check_square(task: Task, factor: int) -> int:
-    """The side of a crop."""
+def side(task: Task, factor: int, words: str) -> int:
+    """Of a crop, in pixels; refuses what cannot be cut into squares, by the user's ``words``."""
     _, height, width = task.shape
     if height != width or height % factor:
-        raise CondenseError(
-            f"factor={factor}: images of {task.name} are {height}x{width}; collages need squares that it divides"
-        )
+        raise CondenseError(f"{words}: images of {task.name} are {height}x{width}; crops need squares"
+                            + f" that {factor} divides" * (factor > 1))  # fmt: skip
     return height // factor
 
 
@@ -1049,7 +1183,8 @@ def confident_patches(run: Run, net: Network, config: RDED) -> Tensor:
     Of each real image the crop with the lowest cross-entropy counts, of these the lowest ``ipc * factor^2`` of a class
     are taken; where the pool is too small, crops come again.
     """
-    size, need = _check_square(run.task, config.factor), run.ipc * config.factor**2
+    size = side(run.task, config.factor, f"factor={config.factor}")
+    need = run.ipc * config.factor**2
     made = []
     for c in range(run.task.num_classes):
         images = pooled(run, c, config.pool)
@@ -1068,7 +1203,7 @@ def confident_patches(run: Run, net: Network, config: RDED) -> Tensor:
 def critical_patches(run: Run, net: Network, config: NRR) -> Tensor:
     """NRR-DD's first images (classes * ipc, C,H,W) in pixel space: of each real image the crop with the highest mean
     activation, of these the ``ipc`` with the lowest confidence."""
-    size, made = _check_square(run.task, 1), []
+    size, made = run.task.shape[1], []
     for c in range(run.task.num_classes):
         images = pooled(run, c, config.pool)
         crops, views = square_crops(images, rng.Draws(run.seed, "patches", c), config.crops, size)
@@ -1096,8 +1231,10 @@ def rded(task: Task, config: RDED, run: Run) -> SyntheticSet:
     one pass over some crops. Known failure: sure crops are alike, so gains over random images shrink as sets grow.
 
     Sun, Shi, Yang & Lin, CVPR 2024. The released students also permute the tiles of collages, which is not done here;
-    with factor=1 there is nothing to permute. The paper's labels of regions are not in the released program either.
+    with factor=1 there is nothing to permute. The paper's labels of regions are not in the released program either. Of
+    several teachers the first scores, all label.
     """
+    side(task, config.factor, f"factor={config.factor}")
     committee = squeezed(config, run)
     pixels = confident_patches(run, committee.members[0].network, config).to(run.device)
     classes = torch.arange(task.num_classes, device=run.device).repeat_interleave(run.ipc)

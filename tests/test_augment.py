@@ -715,3 +715,11 @@ def test_views_on_a_gpu() -> None:
     device = torch.device("cuda")
     shown = CropViews().apply(images.to(device), views.to(device)).cpu()
     torch.testing.assert_close(shown, CropViews().apply(images, views), atol=1e-6, rtol=0)
+
+
+def test_a_scale_of_one_is_the_whole_image_whatever_its_ratio():
+    from condense.augment import CropViews
+    from condense.rng import Draws
+
+    views = CropViews(1.0, 1.0, flip=False).draw(Draws(0, "whole"), 4, (9, 20))
+    assert views.box.tolist() == [[0, 0, 9, 20]] * 4

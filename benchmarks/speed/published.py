@@ -527,6 +527,7 @@ class SRe2L:
         least: float = 0.08,
         jitter: int = 4,
         steps: int = 1000,
+        flip: bool = True,
         seed: int = 0,
     ) -> None:
         self.images, self.classes, self.device = images.detach().to(device).clone(), classes, device
@@ -534,7 +535,10 @@ class SRe2L:
         self.bounds = [bound.tolist() for bound in bounds]
         self.lr_img, self.bn_weight, self.jitter, self.steps = lr_img, bn_weight, jitter, steps
         self.crop = transforms.Compose(
-            [transforms.RandomResizedCrop(tuple(images.shape[2:]), (least, 1.0)), transforms.RandomHorizontalFlip()]
+            [
+                transforms.RandomResizedCrop(tuple(images.shape[2:]), (least, 1.0)),
+                transforms.RandomHorizontalFlip(0.5 if flip else 0.0),
+            ]
         )
         self.terms: list[Tensor] = []
         norms = [layer for layer in self.teacher.modules() if isinstance(layer, nn.BatchNorm2d)]

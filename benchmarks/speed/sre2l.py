@@ -45,6 +45,7 @@ from condense.records import environment
 from condense.run import Run, pick_device, pick_precision
 from condense.synthetic import SyntheticOptions
 from condense.tasks import Task
+from condense.units import by
 
 METHOD = "sre2l"
 TINY_DATA = (3, 4, (3, 8, 8), 1)
@@ -71,7 +72,7 @@ def teacher(network: str, shape: tuple[int, int, int], classes: int) -> nn.Modul
 
 def teacher_file(case: Case) -> Path:
     """The teacher as a checkpoint, which a run can be given."""
-    path = Path(_folder().name) / f"{case.network}-{case.task.num_classes}.pt"
+    path = Path(_folder().name) / f"{case.network}-{case.task.num_classes}-{by(case.task.shape)}.pt"
     if not path.exists():
         torch.save(teacher(case.network, case.task.shape, case.task.num_classes).state_dict(), path)
     return path
@@ -104,7 +105,7 @@ def published_loop(case: Case, config: Any) -> published.SRe2L:
     return published.SRe2L(
         case.start(SyntheticOptions(init=config.init)), classes, theirs, (ends[0], ends[1]), device=case.device,
         lr_img=config.lr_img, bn_weight=config.bn_weight, first=config.bn_first, least=config.min_scale,
-        jitter=config.jitter, steps=config.steps, seed=case.seed,
+        jitter=config.jitter, steps=config.steps, flip=config.flip and case.task.mirror, seed=case.seed,
     )  # fmt: skip
 
 
