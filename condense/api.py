@@ -30,6 +30,8 @@ from condense.protocols import get_protocol
 from condense.registry import METHODS, Method
 from condense.run import (
     CHECKPOINT,
+    LABELS,
+    LABELS_STATE,
     PREVIOUS,
     Diverged,
     Run,
@@ -641,7 +643,7 @@ def _prepare(directory: Path, job: Job) -> None:
     """Makes the run directory and writes the resolved config; what an earlier run left there goes."""
     directory.mkdir(parents=True, exist_ok=True)
     if (directory / CONFIG).exists():
-        for name in (RESULT, CHECKPOINT, PREVIOUS, PLAN, "log.jsonl"):
+        for name in (RESULT, CHECKPOINT, PREVIOUS, PLAN, LABELS, LABELS_STATE, "log.jsonl"):
             (directory / name).unlink(missing_ok=True)
         for name in ("previews", "tensorboard"):
             shutil.rmtree(directory / name, ignore_errors=True)
@@ -708,6 +710,9 @@ def _execute(
                     "sha256": distilled.sha256(),
                 }
                 _write_json(directory / RESULT, result)
+                if job.out is not None:  # the set has them
+                    for name in (LABELS, LABELS_STATE):
+                        (directory / name).unlink(missing_ok=True)
     except Diverged as fault:
         if run.synthetic is None or job.out is None or not run.ranks.leads:
             raise

@@ -106,7 +106,8 @@ class TeacherOptions:
 
     teachers: str = ""
     """A file of `condense teachers`, a torch checkpoint (.pt, .pth) of the run's network, or torchvision:NAME or
-    timm:NAME for public weights; by default the cache is searched, and what it lacks is trained."""
+    timm:NAME for public weights, of several joined by commas; by default the cache is searched, and what it lacks is
+    trained."""
     committee: str = ""
     """Architectures of the teachers, joined by commas; the run's network by default."""
     num_teachers: int = 1
@@ -145,11 +146,10 @@ class TeacherOptions:
             except CondenseError as fault:
                 raise CondenseError(f"committee={self.committee}: {fault}") from fault
         if is_public(self.teachers):
-            networks.check(self.teachers)
-            if self.committee or self.num_teachers > 1:
-                raise CondenseError(
-                    f"teachers={self.teachers}: is one network of its own; leave out committee and num_teachers"
-                )
+            for name in self.teachers.split(","):
+                networks.check(name)
+            if self.committee:
+                raise CondenseError(f"teachers={self.teachers}: says what the committee is; leave out committee")
 
     def _named(self) -> list[str]:
         return [name.strip() for name in self.committee.split(",")] if self.committee else []
@@ -162,6 +162,11 @@ class TeacherOptions:
             cutmix=self.teacher_cutmix, optimizer=self.teacher_optimizer, schedule="cosine",
         )  # fmt: skip
         return Squeezing(recipe, self.teacher_epochs)
+
+    def wanted(self, own: Architecture) -> int:
+        """Number of teachers that are asked for."""
+        public = is_public(self.teachers)
+        return len(self.teachers.split(",")) if public else len(self.architectures(own)) * self.num_teachers
 
     def architectures(self, own: Architecture) -> list[Architecture]:
         """What teachers are to be had: the committee, or ``own``, the run's network."""
@@ -788,15 +793,17 @@ def _frozen(net: networks.Network, device: torch.device) -> networks.Network:
 
 
 def is_public(file: str) -> bool:
-    """Whether ``file`` names public weights, ``torchvision:NAME`` or ``timm:NAME``, and no file."""
-    return file.partition(":")[0] in LIBRARIES and ":" in file
+    """Whether ``file`` names public weights, ``torchvision:NAME`` or ``timm:NAME``, or several joined by commas."""
+    return all(word.partition(":")[0] in LIBRARIES and ":" in word for word in file.split(","))
 
 
 def _named(run: Run, file: str, architectures: Sequence[Architecture], count: int) -> Committee:
     """The teachers that ``file`` names, checked against the run."""
     task = run.task
     if is_public(file):
-        return _judged(run, _public(file, task.shape, task.num_classes, task.transform), file, file)
+        nets = {one: _public(one, task.shape, task.num_classes, task.transform) for one in file.split(",")}
+        judged = [_judged(run, net, one, one) for one, net in nets.items()]
+        return Committee(tuple(one.members[0] for one in judged), file, judged[0].judged_on)
     path = Path(file)
     if path.suffix in CHECKPOINTS:
         if len(architectures) > 1 or count > 1:
@@ -1083,17 +1090,20 @@ def teacher(
         chosen = [places[digest] for digest in wanted] or range(len(recorded.entries))
         return Committee(tuple(recorded.member(k, device) for k in chosen)).mean(weights)
     names = [str(name) for name in (described or {}).get("networks", [])]
-    if shape is None or classes is None or len(names) != 1:
+    if shape is None or classes is None or len(names) != len(file.split(",") if is_public(file) else [file]):
         raise CondenseError(f"{file}: only a set that was labelled by it says what it is; give a file of "
                             "`condense teachers`")  # fmt: skip
     if is_public(file):
         if transform is None:
             raise CondenseError(f"{file}: public weights need the normalisation of their images")
-        net: networks.Network = _public(file, shape, classes, transform)
+        nets: list[networks.Network] = [_public(one, shape, classes, transform) for one in file.split(",")]
     else:
         networks.check(names[0])
-        net = _checkpoint(path, names[0], shape, classes)
-    digest = _digest(net.state_dict())
-    if wanted != [digest]:
+        nets = [_checkpoint(path, names[0], shape, classes)]
+    found = [_digest(net.state_dict()) for net in nets]
+    if wanted != found:
         raise others
-    return Committee((Member(_frozen(net, device), names[0], math.nan, sha256=digest),)).mean(weights)
+    members = [
+        Member(_frozen(net, device), name, math.nan, sha256=digest) for net, name, digest in zip(nets, names, found)
+    ]
+    return Committee(tuple(members)).mean(weights)

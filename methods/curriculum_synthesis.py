@@ -45,6 +45,8 @@ from condense.labels import (
 from condense.networks import Network
 from condense.optimizer import Group
 from condense.registry import method
+from condense.run import LABELS as VIEWS
+from condense.run import LABELS_STATE as VIEWS_STATE
 from condense.run import Interrupted, Run
 from condense.synthetic import Compensated, SyntheticOptions, SyntheticSet
 from condense.tasks import Task
@@ -657,7 +659,7 @@ def _store(config: Relabelling, run: Run, stored: Tensor, seed: int, width: int)
     if run.directory is None or run.rehearses or not run.ranks.leads:
         yield {}
         return
-    path, state = run.directory / "labels.npy", run.directory / "labels.json"
+    path, state = run.directory / VIEWS, run.directory / VIEWS_STATE
     shape, key = (config.label_epochs, len(stored), width), [content({"images": stored}), seed, str(config), width]
     known = json.loads(state.read_text()) if path.exists() and state.exists() else {}
     start = known["epochs"] if known.get("key") == key else 0
@@ -910,7 +912,7 @@ def cvdd(task: Task, config: CVDD, run: Run) -> SyntheticSet:
     what students reach on a set from one teacher alone, so they cost a distillation each: by default all vote alike.
     The released labels keep dropout on; here it is off.
     """
-    wanted, given = len(config.architectures(run.network)) * config.num_teachers, config.prior_list()
+    wanted, given = config.wanted(run.network), config.prior_list()
     if len(given) not in (0, wanted) or config.voters > wanted:
         raise CondenseError(
             f"priors={config.priors or 'none'}, voters={config.voters}: there are {wanted} teachers; give a prior for "

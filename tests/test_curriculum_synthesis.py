@@ -295,6 +295,7 @@ def test_labelling_that_was_killed_goes_on_in_the_middle(tmp_path, monkeypatch, 
         made(task, labels=kind, label_epochs=6, run_dir=tmp_path / "run", out=tmp_path / "a.h5")
     assert condense.api.resume(tmp_path / "run").sha256() == whole.sha256()
     assert len(asked) == 4 + 6 - 3  # three epochs were done
+    assert not list((tmp_path / "run").glob("labels*"))  # the set has them
 
 
 @pytest.mark.parametrize("name", ["sre2l", "infer"])

@@ -742,6 +742,23 @@ def test_public_weights_take_images_of_the_training_space(zca, channels, tmp_pat
     torch.testing.assert_close(again(task.batch(ids)), committee.mean()(task.batch(ids)))
 
 
+def test_several_public_weights_are_a_committee(tiny, monkeypatch):
+    heads = {name: Head(3) for name in ("one", "two")}
+    known = {
+        name: teachers._Weights(3, [0.5] * 3, [0.2] * 3, lambda head=head: copy.deepcopy(head), "place", "origin")
+        for name, head in heads.items()
+    }
+    monkeypatch.setattr(teachers, "_torchvision", known.get)
+    run, file = a_run(tiny), "torchvision:one,torchvision:two"
+    committee = provided(tiny, run, file=file)
+    assert [member.name for member in committee.members] == file.split(",")
+    told, images = json.loads(json.dumps(run.teachers)), tiny.batch(torch.arange(5))
+    again = teacher(find(told), CPU, tiny.shape, 3, described=told, transform=tiny.transform)
+    torch.testing.assert_close(again(images), committee.mean()(images))
+    assert dataclasses.replace(OPTIONS, teachers=file).wanted("mlp") == 2
+    assert dataclasses.replace(OPTIONS, num_teachers=3).wanted("mlp") == 3
+
+
 def test_public_weights_that_cannot_be_had_are_told_in_one_line(tiny, tmp_path, monkeypatch):
     import torchvision.models._api as loader
 
@@ -797,7 +814,7 @@ def test_settings_are_checked_and_used(tiny):
         ({"teacher_optimizer": "adam"}, "teacher_optimizer=adam: unknown; did you mean 'adamw'?"),
         ({"teacher_augment": "crop_flop"}, "teacher_augment=crop_flop: "),
         ({"committee": "mlp,resnet19-bn"}, "committee=mlp,resnet19-bn: unknown network 'resnet19-bn'"),
-        ({"teachers": "torchvision:resnet18", "num_teachers": 2}, "leave out committee and num_teachers"),
+        ({"teachers": "torchvision:resnet18", "committee": "mlp"}, "says what the committee is; leave out committee"),
     ):  # fmt: skip
         assert expected in refusal(lambda change=change: TeacherOptions(**change).check_teachers()), expected
     TeacherOptions(committee="mlp, resnet18-bn", teachers="x.h5").check_teachers()
