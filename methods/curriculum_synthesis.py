@@ -116,7 +116,7 @@ class MatchedNorm(nn.Module):
         self.running_var: Tensor
         self.register_buffer("running_mean", norm.running_mean)
         self.register_buffer("running_var", norm.running_var)
-        self.eps, self.shares, self.groups = norm.eps, shares, 1
+        self.eps, self.shares, self.groups, self.share = norm.eps, shares, 1, 1.0
         self.distances: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -136,16 +136,21 @@ class Matcher(nn.Module):
         net: the teacher; it is not changed.
         first: weight of the first BatchNorm, in the order of the network's modules; all others weigh 1.
         shares: weights of means and of variances.
+        averaged: distances are means over BatchNorms by their weights, not sums.
     """
 
-    def __init__(self, net: Network, first: float = 10.0, shares: tuple[float, float] = (1.0, 1.0)) -> None:
+    def __init__(
+        self, net: Network, first: float = 10.0, shares: tuple[float, float] = (1.0, 1.0), averaged: bool = False
+    ) -> None:
         super().__init__()
+        self.averaged = averaged
         self.net: Network = copy.deepcopy(net).eval().requires_grad_(False)
         found = [(n, m) for n, m in self.net.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self.norms: list[MatchedNorm] = []
         for number, (name, norm) in enumerate(found):
             weight = first if number == 0 else 1.0
             self.norms.append(MatchedNorm(norm, (weight * shares[0], weight * shares[1])))
+            self.norms[-1].share = weight
             self.net.set_submodule(name, self.norms[-1])
 
     def forward(self, views: Tensor, groups: int, fast: Callable[[], Any]) -> tuple[Tensor, Tensor]:
@@ -158,8 +163,9 @@ class Matcher(nn.Module):
         with fast():
             embedding = self.net.embed(views)
         logits = self.net.classify(embedding.to(torch.promote_types(embedding.dtype, torch.float32)))
-        distances = [norm.distances for norm in self.norms if norm.distances is not None]
-        return logits, torch.stack(distances).sum(0)
+        used = [(norm.share, norm.distances) for norm in self.norms if norm.distances is not None]
+        total = torch.stack([distances for _, distances in used]).sum(0)
+        return logits, total / sum(share for share, _ in used) if self.averaged else total
 
 
 # -- views ------------------------------------------------------------------------------------------------------------
@@ -310,6 +316,8 @@ class Recovery(Relabelling):
     """Weight of the distances to BatchNorm statistics (lambda), which are sums over layers: deep teachers need less."""
     bn_first: float = 10.0
     """Weight of the first BatchNorm; all others weigh 1."""
+    bn_mean: bool = False
+    """Average the distances over BatchNorms instead of adding them up: one weight then serves teachers of any depth."""
     bn_variance: float = 1.0
     """Weight of variances; means weigh 1."""
     batch_classes: int = 100
@@ -712,7 +720,7 @@ def sre2l(task: Task, config: SRe2L, run: Run) -> SyntheticSet:
 
 def matcher(config: Recovery, net: Network) -> Matcher:
     """A teacher as it guides."""
-    return Matcher(net, config.bn_first, (1.0, config.bn_variance))
+    return Matcher(net, config.bn_first, (1.0, config.bn_variance), config.bn_mean)
 
 
 @dataclass(frozen=True)

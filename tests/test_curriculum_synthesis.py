@@ -85,6 +85,15 @@ def test_fused_moments_equal_hooks(name, shares):
     torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-10, atol=1e-10)
 
 
+def test_averaged_distances_are_the_sum_over_the_weights():
+    net, views = warm("resnet18-bn"), torch.randn(4, 3, 16, 16, dtype=torch.float64)
+    total, mean = (
+        room.Matcher(net, 10.0, averaged=flag)(views, 2, contextlib.nullcontext)[1] for flag in (False, True)
+    )
+    norms = sum(isinstance(layer, nn.BatchNorm2d) for layer in net.modules())
+    torch.testing.assert_close(mean, total / (10 + norms - 1))
+
+
 def test_moments_that_agree_have_no_slope():
     """A length has no slope at 0: images whose moments are the running ones must not make NaN."""
     norm = nn.BatchNorm2d(2).double().eval()
