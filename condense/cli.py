@@ -330,7 +330,9 @@ def _report(made: Any, out: Path, run_dir: Path, data: str) -> None:
     if not leads():
         return
     manifest = made.manifest
-    images = f"{len(made.stored)} images of {size(made.nbytes()['images'])}"
+    bytes_ = made.nbytes()
+    images = f"{len(made.stored)} images of {size(bytes_['images'])}"
+    images += f" with {made.labels.kind} labels of {size(bytes_['labels'])}" * (made.labels.kind != "hard")
     total = manifest["settings"].get("steps")
     steps = f", {manifest['steps_done']} of {total} steps" if total else ""
     cost, first = manifest["cost"], manifest.get("preparation")
