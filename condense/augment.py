@@ -651,11 +651,14 @@ class MixedViews:
     """(R,) float32 in [0, 1]: what an image keeps of itself, for CutMix the exact kept area."""
     patch: Tensor | None = None
     """(R, 4) int64 (top, left, bottom, right): CutMix's box, clipped at the border; None for MixUp."""
+    partner_views: Views | None = None
+    """Crop and mirror that each image's partner enters with, where it is not the partner's own of ``views``: where rows
+    are of different epochs."""
 
     def to(self, device: torch.device) -> MixedViews:
         """The same views on ``device``."""
-        moved = (x if x is None else x.to(device) for x in (self.partner, self.share, self.patch))
-        return MixedViews(self.views.to(device), *moved)
+        parts = (self.partner, self.share, self.patch, self.partner_views)
+        return MixedViews(self.views.to(device), *(x if x is None else x.to(device) for x in parts))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -754,10 +757,12 @@ class ViewRule:
             raise ValueError(
                 f"{len(drawn.views)} views of {drawn.views.image_size} cannot serve {len(images)} images of {size}"
             )
-        own = self._shown(images, ids, drawn.views)
+        own = self._shown(images[ids], drawn.views[ids])
         if drawn.partner is None or drawn.share is None:
             return own
-        partners = self._shown(images, drawn.partner[ids], drawn.views)
+        partner = drawn.partner[ids]
+        entering = drawn.views[partner] if drawn.partner_views is None else drawn.partner_views[ids]
+        partners = self._shown(images[partner], entering)
         if drawn.patch is None:
             share = drawn.share[ids, None, None, None].to(_working(own))
             return (own * share + partners * (1 - share)).to(own.dtype)
@@ -766,9 +771,8 @@ class ViewRule:
         down, across = (rows >= top) & (rows < bottom), (columns >= left) & (columns < right)
         return torch.where(down[:, None, :, None] & across[:, None, None, :], partners, own)
 
-    def _shown(self, images: Tensor, ids: Tensor, views: Views) -> Tensor:
-        """The crops or shifts of images ``ids``, before mixing."""
-        images, views = images[ids], views[ids]
+    def _shown(self, images: Tensor, views: Views) -> Tensor:
+        """The crops or shifts of images, before mixing."""
         if not self.pad:
             return CropViews(self.min_scale, self.max_scale, self.flip).apply(images, views)
         moved = _shifted(images, views.box[:, :2])

@@ -28,7 +28,7 @@ from condense.labels import PROVIDERS, HardLabels, Labels
 from condense.synthetic import Compensated, Stage, decode, stages_from
 
 IMAGE_TYPES = (np.uint8, np.float16, np.float32)
-ARRAY_TYPES = (*IMAGE_TYPES, np.int64)
+ARRAY_TYPES = (*IMAGE_TYPES, np.int8, np.uint16, np.int64)
 FORMAT = container.Format(
     "condense.distilled", 1, maker="condense distill",
     required={

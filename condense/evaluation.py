@@ -141,7 +141,7 @@ def evaluate(
     task = task.to(where, transform=distilled.transform)
     lost = ""
     if teacher is None and (teachers is not None or ("random" in controls and chosen.labels == "soft")):
-        teacher, lost = _recorded_teacher(distilled, teachers, where)
+        teacher, lost = recorded_teacher(distilled, teachers, where)
     judge = _Judge(task, chosen, runs, seed, where, precision, cache, quiet, ranks)
     arms, missing = _arms(judge, distilled, dict.fromkeys(controls), without_augmentation, teacher, lost)
     try:
@@ -543,7 +543,7 @@ def _arms(
     return arms, missing
 
 
-def _recorded_teacher(
+def recorded_teacher(
     distilled: DistilledSet, teachers: str | Path | None, device: torch.device
 ) -> tuple[nn.Module | None, str]:
     """The mean of the experts or teachers that soft labels came from, or None and why there is none.

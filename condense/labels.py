@@ -14,6 +14,10 @@ per-view     2 C bytes per view       what a teacher said of the view           
 teacher      the teachers themselves  what they say of the view, asked each time   RDED, DWA, CV-DD
 static       2 C bytes per image      logits, mixed as the images are              INFER
 distances    4 bytes per view         a teacher's surprise at the two classes      NRR-DD
+lowrank      r bytes per view         per-view, on a basis of r vectors            see light_labels.py
+topk         4 k bytes per view       per-view, the k largest logits               LPQLD
+pool         per-view, of few epochs  per-view, drawn from these                   LPLD
+teacher-int8 the teachers in 8 bits   what they say of the view
 ============ ======================== ============================================ =========================
 
 A provider knows the loss that goes with its targets, writes itself as plain arrays and counts its bytes.
@@ -58,6 +62,15 @@ class Labels(Protocol):
     kind: str
     per_view: bool
     """True where targets come with views of the provider's own making, so that no other augmentation is due."""
+
+    @property
+    def exactness(self) -> str:
+        """exact: a teacher's own answers on the very views, to float16; lossy: these, coded within an error that the
+        labels state; approximate: something that stands for them."""
+
+    @property
+    def step_cost(self) -> str:
+        """What a student's step costs beyond drawing and making the views, in words."""
 
     def __len__(self) -> int:
         """Number of stored images that have labels."""
@@ -121,6 +134,8 @@ class HardLabels:
 
     kind = "hard"
     per_view = False
+    exactness = "approximate"
+    step_cost = "none"
 
     def __init__(self, labels: Tensor, classes: int, smoothing: float = 0.0) -> None:
         self.labels, self.classes, self.smoothing = labels.long(), classes, single(smoothing)
@@ -174,6 +189,8 @@ class SoftLabels:
 
     kind = "soft"
     per_view = False
+    exactness = "approximate"
+    step_cost = "a softmax"
 
     def __init__(self, logits: Tensor) -> None:
         self.logits = logits
@@ -252,6 +269,8 @@ class PerViewLabels:
 
     kind = "per-view"
     per_view = True
+    exactness = "exact"
+    step_cost = "reading 2 C bytes a view"
 
     def __init__(
         self,
@@ -268,15 +287,37 @@ class PerViewLabels:
         statistics: str = "running",
         micro: int = 8,
     ) -> None:
-        self.logits, self.seed, self.views = logits.half(), seed, ViewRule.of(views)
-        self.temperature, self.squared = _temperature(temperature), squared
-        self.loss_kind, self.gamma, self.hard = loss_kind, single(gamma), hard
-        self.calibrate = None if calibrate is None else tuple(single(x) for x in calibrate)
-        self.statistics, self.micro = _check_statistics(statistics, micro)
+        self.logits = logits.half()
         if logits.ndim != 3 or not len(logits):
             raise CondenseError(f"per-view logits must be (epochs, images, classes), not {tuple(logits.shape)}")
         if not all(bool(epoch.isfinite().all()) for epoch in self.logits):  # by epoch: the store may exceed the memory
             raise CondenseError("per-view logits are not finite as float16; was the teacher trained?")
+        epochs, images, classes = logits.shape
+        self._settle(
+            (epochs, images, classes), seed, views, temperature, squared, loss_kind, gamma, calibrate, hard,
+            statistics, micro,
+        )  # fmt: skip
+
+    def _settle(
+        self,
+        shape: tuple[int, int, int],
+        seed: int,
+        views: CropViews | ViewRule | None = None,
+        temperature: float = 20.0,
+        squared: bool = True,
+        loss_kind: str = "kl",
+        gamma: float = 0.0,
+        calibrate: Sequence[float] | None = None,
+        hard: Tensor | None = None,
+        statistics: str = "running",
+        micro: int = 8,
+    ) -> None:
+        """All but the logits themselves, which are kept as (E, N, C) = ``shape`` in one way or another."""
+        self.shape, self.seed, self.views = shape, seed, ViewRule.of(views)
+        self.temperature, self.squared = _temperature(temperature), squared
+        self.loss_kind, self.gamma, self.hard = loss_kind, single(gamma), hard
+        self.calibrate = None if calibrate is None else tuple(single(x) for x in calibrate)
+        self.statistics, self.micro = _check_statistics(statistics, micro)
         if loss_kind not in LOSSES:
             raise CondenseError(f"loss_kind={loss_kind}: unknown{did_you_mean(loss_kind, LOSSES)}")
         if not 0 <= self.gamma < math.inf:
@@ -289,26 +330,32 @@ class PerViewLabels:
             if len(self.calibrate) != 3 or not 0 <= self.calibrate[0] <= self.calibrate[1] <= self.calibrate[2] <= 1:
                 raise CondenseError(f"calibrate={self.calibrate}: must be low <= mid <= top between 0 and 1")
         if hard is not None:
-            _check_classes(hard, logits.shape[1], logits.shape[2])
+            _check_classes(hard, shape[1], shape[2])
         elif self.gamma or self.calibrate is not None:
             word = "gamma" if self.gamma else "calibrate"
             raise CondenseError(f"{word}: needs the class of each image; give hard")
 
     def __len__(self) -> int:
-        return self.logits.shape[1]
+        return self.shape[1]
 
     @property
     def epochs(self) -> int:
         """Stored epochs E, after which views and targets repeat."""
-        return len(self.logits)
+        return self.shape[0]
+
+    def terms(self) -> dict[str, Any]:
+        """Everything that the labels follow from besides the logits, as keywords of this class."""
+        return {
+            "seed": self.seed, "views": self.views, "temperature": self.temperature, "squared": self.squared,
+            "loss_kind": self.loss_kind, "gamma": self.gamma, "calibrate": self.calibrate, "hard": self.hard,
+            "statistics": self.statistics, "micro": self.micro or 8,
+        }  # fmt: skip
 
     def targets(self, ids: Tensor) -> Tensor:
         raise _of_views(self)
 
     def shown(self, images: Tensor, ids: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
-        epoch %= self.epochs
-        views, ids, drawn = _views(self, images, ids, epoch)
-        logits = self.logits[epoch][ids.to(self.logits.device)].to(images.device).float()
+        views, ids, drawn, logits = self._found(images, ids, epoch)
         if self.loss_kind == "mse":
             return views, torch.stack([logits, self._truth(ids, drawn)], 1) if self.gamma else logits
         targets = (logits / self.temperature).softmax(-1)
@@ -320,10 +367,21 @@ class PerViewLabels:
             targets = torch.where(sure < mid, smoothed, targets).where((sure >= low) & (sure <= top), 0.0)
         return views, targets
 
+    def _found(self, images: Tensor, ids: Tensor, epoch: int) -> tuple[Tensor, Tensor, MixedViews, Tensor]:
+        """Views of the images, the ids on their device, what was drawn for the epoch, and float32 logits (B, C)."""
+        epoch %= self.epochs
+        views, ids, drawn = _views(self, images, ids, epoch)
+        return views, ids, drawn, self._read(torch.full_like(ids, epoch), ids).to(images.device)
+
+    def _read(self, epochs: Tensor, ids: Tensor) -> Tensor:
+        """Stored logits, float32 (B, C), of images ``ids`` (B,) in stored epochs ``epochs`` (B,)."""
+        where = self.logits.device
+        return self.logits[epochs.to(where), ids.to(where)].float()
+
     def _truth(self, ids: Tensor, drawn: MixedViews) -> Tensor:
         """The classes of views, float32 (B, C): one, or two with their shares."""
         assert self.hard is not None
-        own = F.one_hot(self.hard.to(ids.device), self.logits.shape[2]).float()
+        own = F.one_hot(self.hard.to(ids.device), self.shape[2]).float()
         return _mixed(own, ids, drawn)
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -334,8 +392,11 @@ class PerViewLabels:
         return F.mse_loss(logits, targets[:, 0]) + self.gamma * F.cross_entropy(logits, targets[:, 1])
 
     def arrays(self) -> dict[str, np.ndarray]:
-        arrays = {
-            "logits": self.logits.detach().cpu().numpy(),
+        return {"logits": self.logits.detach().cpu().numpy(), **self._settled()}
+
+    def _settled(self) -> dict[str, np.ndarray]:
+        """The arrays of :meth:`terms`; :func:`_terms_from` reads them."""
+        arrays: dict[str, np.ndarray] = {
             "loss": np.array([self.temperature, self.gamma], np.float32),
             "flags": np.array([self.squared, LOSSES.index(self.loss_kind)], np.uint8),
             **_rule_arrays(self.views, self.seed, self.statistics, self.micro),
@@ -359,12 +420,10 @@ class PerViewLabels:
     def anew(self, images: Tensor, teacher: nn.Module, seed: int, hard: Tensor | None = None) -> PerViewLabels:
         logits = view_answers(
             teacher, images, self.epochs, self.views, seed,
-            classes=self.logits.shape[2], statistics=self.statistics, micro=self.micro,
+            classes=self.shape[2], statistics=self.statistics, micro=self.micro,
         )  # fmt: skip
-        made = copy.copy(self)
-        made.logits, made.seed = logits.to(images.device), seed
-        made.hard = None if self.hard is None else _classes(images, teacher, hard)
-        return made
+        hard = None if self.hard is None else _classes(images, teacher, hard)
+        return PerViewLabels(logits.to(images.device), **{**self.terms(), "seed": seed, "hard": hard})
 
     def rule(self) -> str:
         loss = f"{self.loss_kind}, T={self.temperature}, squared={self.squared}, gamma={self.gamma}"
@@ -372,18 +431,8 @@ class PerViewLabels:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray], classes: int) -> PerViewLabels:
-        views, seed, statistics, micro = _rule_from(arrays)
-        temperature, gamma = _array(arrays, "loss", np.float32, (2,)).tolist()
-        squared, loss = _array(arrays, "flags", np.uint8, (2,)).tolist()
-        if squared > 1 or loss >= len(LOSSES):
-            raise CondenseError(f"labels/flags must be 0 or 1, not {squared} and {loss}")
-        calibrate = _array(arrays, "calibrate", np.float32, (3,)).tolist() if "calibrate" in arrays else None
-        hard = _classes_from(arrays, classes) if "hard" in arrays else None
-        return cls(
-            torch.from_numpy(_array(arrays, "logits", np.float16, (None, None, classes))), seed, views, temperature,
-            bool(squared), loss_kind=LOSSES[loss], gamma=gamma, calibrate=calibrate, hard=hard,
-            statistics=statistics, micro=micro,
-        )  # fmt: skip
+        logits = torch.from_numpy(_array(arrays, "logits", np.float16, (None, None, classes)))
+        return cls(logits, **_terms_from(arrays, classes))
 
 
 class TeacherLabels:
@@ -415,6 +464,8 @@ class TeacherLabels:
 
     kind = "teacher"
     per_view = True
+    exactness = "exact"
+    step_cost = "a forward pass of the teachers"
 
     def __init__(
         self,
@@ -492,7 +543,7 @@ class TeacherLabels:
         return moved
 
     def anew(self, images: Tensor, teacher: nn.Module, seed: int, hard: Tensor | None = None) -> TeacherLabels:
-        return TeacherLabels(
+        return type(self)(
             teacher, len(images), seed, self.views, self.temperature, self.squared,
             statistics=self.statistics, micro=self.micro,
         )  # fmt: skip
@@ -551,6 +602,8 @@ class StaticLabels:
 
     kind = "static"
     per_view = True
+    exactness = "approximate"
+    step_cost = "reading one or two vectors a view"
 
     def __init__(
         self,
@@ -644,6 +697,8 @@ class DistanceLabels:
 
     kind = "distances"
     per_view = True
+    exactness = "approximate"
+    step_cost = "reading 4 bytes a view"
 
     def __init__(
         self,
@@ -894,6 +949,21 @@ def _rule_from(arrays: Mapping[str, np.ndarray]) -> tuple[ViewRule, int, str, in
     if flip > 1 or mix >= len(MIXES):
         raise CondenseError(f"labels/choices has values that no view has ({flip}, {pad}, {mix})")
     return ViewRule(low, high, bool(flip), pad, MIXES[mix], alpha), seed, STATISTICS[micro != 0], micro
+
+
+def _terms_from(arrays: Mapping[str, np.ndarray], classes: int) -> dict[str, Any]:
+    """What :meth:`PerViewLabels.terms` gave."""
+    views, seed, statistics, micro = _rule_from(arrays)
+    temperature, gamma = _array(arrays, "loss", np.float32, (2,)).tolist()
+    squared, loss = _array(arrays, "flags", np.uint8, (2,)).tolist()
+    if squared > 1 or loss >= len(LOSSES):
+        raise CondenseError(f"labels/flags must be 0 or 1, not {squared} and {loss}")
+    return {
+        "seed": seed, "views": views, "temperature": temperature, "squared": bool(squared),
+        "loss_kind": LOSSES[loss], "gamma": gamma, "statistics": statistics, "micro": micro,
+        "calibrate": _array(arrays, "calibrate", np.float32, (3,)).tolist() if "calibrate" in arrays else None,
+        "hard": _classes_from(arrays, classes) if "hard" in arrays else None,
+    }  # fmt: skip
 
 
 def _known_networks(text: bytes) -> tuple[list[str], networks.Shape]:
@@ -1212,7 +1282,8 @@ def _check_stages(distilled: DistilledSet) -> None:
         raise CondenseError(f"{distilled.name}: views are labelled by stored image, and this set decodes into more")
 
 
-PROVIDERS: Registry[Any] = Registry("label kind")
+_LIGHT = "condense.light_labels"
+PROVIDERS: Registry[Any] = Registry("label kind", dict.fromkeys(("lowrank", "topk", "pool", "teacher-int8"), _LIGHT))
 PROVIDERS.add("hard", HardLabels)
 PROVIDERS.add("soft", SoftLabels)
 PROVIDERS.add("per-view", PerViewLabels)

@@ -29,7 +29,7 @@ MTT = f"distill mtt --data digits --ipc 1 --network {NETWORK} steps=2"
 DM = f"distill dm --data digits --ipc 1 --network {NETWORK} steps=2 batch_real=8"
 VERBS = (
     "ls", "show", "distill", "resume", "evaluate", "suite", "verify", "preview", "leaderboard", "import", "export",
-    "plan", "experts", "teachers",
+    "plan", "experts", "teachers", "lighten", "labels",
 )  # fmt: skip
 
 

@@ -843,19 +843,19 @@ def soft_set(task, committee, weights=None):
 def test_the_source_of_labels_is_found_or_named(tiny, good, tmp_path):
     committee, images = provided(tiny, count=2), tiny.batch(torch.arange(5))
     made_set = soft_set(tiny, committee, [3.0, 1.0])
-    found, why = evaluation._recorded_teacher(made_set, None, CPU)
+    found, why = evaluation.recorded_teacher(made_set, None, CPU)
     assert why == "" and torch.equal(found(images), committee.mean([3.0, 1.0])(images))
     record = condense.evaluate(made_set, tiny, networks=[NETWORK], runs=1, protocol="quick-soft-v1", cache=False)
     assert ("random", "own") in {(entry["arm"], entry["labels"]) for entry in record["results"]}
     for path in (cache_dir() / "teachers").glob("*.h5"):
         path.rename(tmp_path / "moved.h5")
-    assert evaluation._recorded_teacher(made_set, None, CPU) == (
+    assert evaluation.recorded_teacher(made_set, None, CPU) == (
         None, "the teachers that its labels came from are not found; give --teachers FILE"
     )  # fmt: skip
-    found, _ = evaluation._recorded_teacher(made_set, tmp_path / "moved.h5", CPU)
+    found, _ = evaluation.recorded_teacher(made_set, tmp_path / "moved.h5", CPU)
     assert torch.equal(found(images), committee.mean([3.0, 1.0])(images))
     others = made(tiny, tmp_path / "others.h5", options=dataclasses.replace(OPTIONS, teacher_lr=0.1)).file.path
-    line = refusal(lambda: evaluation._recorded_teacher(made_set, others, CPU))
+    line = refusal(lambda: evaluation.recorded_teacher(made_set, others, CPU))
     assert line.startswith(f"--teachers {others}: holds other teachers")
 
 
@@ -865,14 +865,14 @@ def test_either_kind_of_file_serves_where_the_manifest_names_none(tiny, good, tm
     run = Run(tiny, 1, PLAIN, quiet=True, track="none")
     experts = trajectories.record(run, trajectories.Training(recipe), tmp_path / "e.h5", count=1, epochs=1).file.path
     assert "another format (condense.trajectories)" in refusal(
-        lambda: evaluation._recorded_teacher(made_set, experts, CPU)
+        lambda: evaluation.recorded_teacher(made_set, experts, CPU)
     )
     del made_set.manifest["label_source"]
-    found, _ = evaluation._recorded_teacher(made_set, experts, CPU)
+    found, _ = evaluation.recorded_teacher(made_set, experts, CPU)
     assert torch.equal(found(images), trajectories.teacher(experts, CPU)(images))
-    found, _ = evaluation._recorded_teacher(made_set, good, CPU)
+    found, _ = evaluation.recorded_teacher(made_set, good, CPU)
     assert torch.equal(found(images), teacher(good, CPU)(images))
-    assert evaluation._recorded_teacher(made_set, None, CPU) == (None, "")
+    assert evaluation.recorded_teacher(made_set, None, CPU) == (None, "")
 
 
 @pytest.fixture

@@ -1,0 +1,301 @@
+"""Lightening: every kind from every set that can give it, what the file says of it, and both verbs."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from conftest import command_line, tiny_arrays
+
+import condense
+from condense import config, evaluation
+from condense.errors import CondenseError
+from condense.labels import DistanceLabels, PerViewLabels, TeacherLabels, view_distances
+from condense.light_labels import CodedLabels, Int8TeacherLabels
+from condense.methods import label_lightening as room
+from condense.methods.label_lightening import KINDS, Point, asked_kinds, compare, lighten, table
+
+NETWORK = "convnet-d2-w8-bn"
+TAUGHT = {"network": NETWORK, "teacher_epochs": 2, "teacher_batch": 8}
+STORED = ("lowrank", "topk", "pool", "distances", "per-view", "hard")
+"""What stored logits of mixed views give without a teacher."""
+
+
+@pytest.fixture
+def real():
+    return condense.task(tiny_arrays(), name="tiny")
+
+
+@pytest.fixture
+def per_view(real):
+    """RDED's images with six epochs of labels, and teachers in the cache."""
+    return condense.distill("rded", real, 2, labels="per-view", label_epochs=6, temperature=4.0, **TAUGHT)
+
+
+@pytest.fixture
+def live(real):
+    """The same with the teacher itself."""
+    return condense.distill("rded", real, 2, temperature=4.0, **TAUGHT)
+
+
+def forgotten(made):
+    """A set that does not say who made its labels."""
+    made.manifest.pop("label_source")
+    return made
+
+
+def refusal(call):
+    with pytest.raises(CondenseError) as fault:
+        call()
+    assert "\n" not in str(fault.value)
+    return str(fault.value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_either_set(kind, per_view, live, real, tmp_path):
+    for made in (per_view, live):
+        settings = {} if kind in STORED[-1:] or kind in ("soft", "static", "teacher") else {"label_epochs": 4}
+        light = lighten(made, kind, real, **settings)
+        assert light.labels.kind == {"teacher": "teacher-int8"}.get(kind, kind) and len(light.labels) == 6
+        assert torch.equal(light.stored, made.stored) and light.name == f"{made.name}.{kind}"
+        known = light.manifest["lightened"]
+        assert known["kind"] == kind and known["exactness"] in ("exact", "lossy", "approximate") and known["step_cost"]
+        assert known["bytes"]["before"] == made.labels.nbytes() and known["bytes"]["after"] == light.labels.nbytes()
+        assert known["settings"].items() >= settings.items()
+        lossy = isinstance(light.labels, CodedLabels | Int8TeacherLabels)
+        assert (known["error"] is not None) == lossy
+        assert ("protocol" in light.manifest) == (kind != "hard")
+        again = condense.load(light.save(tmp_path / f"{made.labels.kind}.h5"))
+        assert again.manifest["lightened"] == json.loads(json.dumps(known))
+        assert again.labels.rule() == light.labels.rule()
+        images, ids = again.training_images()
+        if light.labels.per_view:
+            views, targets = again.labels.shown(images, ids, 5)
+            assert bool(views.isfinite().all()) and bool(targets.isfinite().all())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stored_labels_need_no_teacher(kind, per_view):
+    made = forgotten(per_view)
+    if kind in STORED:
+        assert lighten(made, kind).manifest["lightened"]["kind"] == kind
+        return
+    line = refusal(lambda: lighten(made, kind))
+    assert "its per-view labels do not give these" in line and "give --teachers FILE" in line
+
+
+def test_codes_of_stored_labels_are_of_the_same_views(per_view):
+    light = lighten(per_view, "lowrank", rank=3)
+    images, ids = per_view.training_images()
+    for epoch in (0, 5, 8):
+        views, targets = per_view.labels.shown(images, ids, epoch)
+        seen, asked = light.labels.shown(images, ids, epoch)
+        assert torch.equal(seen, views)
+        torch.testing.assert_close(asked, targets, atol=0.01, rtol=0)
+    assert light.manifest["label_source"] == per_view.manifest["label_source"]
+    assert light.manifest["protocol"] == per_view.manifest["protocol"]
+    assert light.labels.temperature == 4.0 and lighten(per_view, "lowrank", temperature=2).labels.temperature == 2.0
+
+
+def test_live_teachers_are_asked_about_their_own_views(live):
+    """What they are asked for is what they would have answered."""
+    light, labels = lighten(live, "per-view", label_epochs=3), live.labels
+    assert isinstance(labels, TeacherLabels) and light.labels.views == labels.views
+    images, ids = live.training_images()
+    for epoch in range(3):
+        views, targets = labels.shown(images, ids, epoch)
+        seen, asked = light.labels.shown(images, ids, epoch)
+        assert torch.equal(seen, views)
+        torch.testing.assert_close(asked, targets, atol=2e-3, rtol=0)
+
+
+def test_distances_from_stored_logits_are_the_teachers(per_view, real):
+    light = lighten(per_view, "distances")
+    teacher, _ = evaluation.recorded_teacher(per_view, None, torch.device("cpu"))
+    terms, images = per_view.labels.terms(), per_view.training_images()[0]
+    asked = view_distances(
+        teacher, images, per_view.hard_labels(), 6, terms["views"], terms["seed"], classes=3,
+        statistics=terms["statistics"], micro=terms["micro"],
+    )  # fmt: skip
+    assert isinstance(light.labels, DistanceLabels)
+    torch.testing.assert_close(light.labels.distances, asked, atol=0.01, rtol=0.01)
+
+
+def test_a_pool_keeps_a_share_in_any_code(per_view):
+    for values, more in (("half", {}), ("int8", {}), ("lowrank", {"rank": 2}), ("topk", {"k": 1, "fill": "mr"})):
+        light = lighten(per_view, "pool", keep=0.34, values=values, **more)
+        assert light.labels.shape == (2, 6, 3) and light.labels.epochs == 6 and light.labels.code.name == values
+        assert light.manifest["lightened"]["exactness"] == ("exact" if values == "half" else "lossy")
+    assert lighten(per_view, "pool", keep=0.01).labels.shape[0] == 1
+
+
+def test_teachers_of_a_file(live, per_view, real, tmp_path):
+    file = condense.api.teachers(
+        real, networks=[NETWORK, "convnet-d1-w4-bn"], epochs=1, teacher_batch=8, out=tmp_path / "teachers.h5"
+    ).file.path
+    made = forgotten(per_view)
+    for kind in ("teacher", "static", "lowrank"):
+        light = lighten(made, kind, teachers=file)
+        assert light.manifest["label_source"]["teachers"]["networks"] == [NETWORK, "convnet-d1-w4-bn"]
+    light = lighten(made, "teacher", teachers=file, weights="float32")
+    assert light.labels.names == (NETWORK, "convnet-d1-w4-bn") and type(light.labels) is TeacherLabels
+    assert light.manifest["lightened"]["error"] is None
+    hard = condense.distill("random", real, 2, network=NETWORK)
+    light = lighten(hard, "topk", teachers=file, label_epochs=2, k=2)
+    assert light.labels.views.mix == "cutmix" and light.labels.temperature == 20.0
+    assert "give --teachers FILE" in refusal(lambda: lighten(hard, "soft"))
+
+
+def test_a_teacher_that_is_handed_over(per_view):
+    net, _ = evaluation.recorded_teacher(per_view, None, torch.device("cpu"))
+    light = lighten(per_view, "lowrank", teacher=net.members[0], label_epochs=2, rank=2)
+    assert light.manifest["teacher"]["sha256"] and "label_source" not in light.manifest
+    line = refusal(lambda: lighten(per_view, "teacher", teacher=net.members[0]))
+    assert "have no names that a file could keep" in line
+
+
+def test_random_images_get_such_labels_when_judged(per_view, real, monkeypatch):
+    quick = dataclasses.replace(evaluation.get_protocol("quick-v1"), steps=3, labels="soft")
+    monkeypatch.setattr(evaluation, "get_protocol", lambda name: quick)
+    for kind, settings in (("pool", {"keep": 0.5, "values": "topk"}), ("teacher", {})):
+        light = lighten(per_view, kind, **settings)
+        record = condense.evaluate(light, real, networks=NETWORK, runs=1, controls=["random"])
+        assert [entry["arm"] for entry in record["results"]] == ["distilled", "random"] and not record["missing"]
+        assert record["set"]["bytes"]["labels"] == light.labels.nbytes()
+
+
+@pytest.mark.parametrize(
+    "kind, settings, line",
+    [
+        ("lowrang", {}, "--labels lowrang: unknown; did you mean 'lowrank'?"),
+        ("lowrank", {"rang": 3}, "rang=3: no such setting of labels=lowrank; did you mean 'rank'?"),
+        ("lowrank", {"rank": 4}, "rank=4: must be 1 to 3, the number of classes"),
+        ("topk", {"label_epochs": 7}, "label_epochs=7: 6 are stored; leave it out, or give --teachers FILE"),
+        ("pool", {"mix": "mixup"}, "mix=mixup (stored: cutmix): the stored labels are of other views"),
+        ("pool", {"keep": 0}, "keep=0: must be above 0 and at most 1"),
+        ("pool", {"values": "zip"}, "values=zip: unknown"),
+        ("teacher", {"weights": "int4"}, "weights=int4: unknown; did you mean 'int8'?"),
+        ("per-view", {"label_epochs": 0}, "label_epochs=0: must be at least 1"),
+    ],
+)
+def test_refusals(kind, settings, line, per_view):
+    assert refusal(lambda: lighten(per_view, kind, **settings)).startswith(line)
+
+
+def test_other_data_and_sets_that_cannot(per_view, real):
+    other = condense.task(tiny_arrays(classes=2), name="two")
+    line = refusal(lambda: lighten(per_view, "lowrank", other))
+    assert line.startswith("--data two: has other classes (2) than the set (3)")
+    larger = condense.task(tiny_arrays(size=12), name="large")
+    assert "images are 1x12x12" in refusal(lambda: lighten(per_view, "lowrank", larger))
+    cut = condense.distill("dm", real, 1, network="convnet-d2-w8-in", steps=1, batch_real=6, factor=2, init="collage")
+    assert "only labels=hard fit these" in refusal(lambda: lighten(cut, "soft"))
+    assert len(lighten(cut, "hard").labels) == 3
+    twice = lighten(lighten(per_view, "lowrank", rank=3), "topk", k=1)  # the teachers are asked again
+    assert twice.manifest["lightened"]["bytes"]["before"] == per_view.labels.nbytes()
+    assert "do not give these" in refusal(lambda: lighten(forgotten(lighten(per_view, "lowrank")), "topk"))
+
+
+def test_every_setting_says_what_it_means():
+    for options, make in KINDS.values():
+        assert all(meaning for _, _, _, meaning in config.describe(options)) and make.__doc__
+
+
+# -- accuracy against bytes -------------------------------------------------------------------------------------------
+
+
+def test_kinds_are_named_with_their_settings():
+    assert asked_kinds("own,lowrank:rank=2,topk,topk") == ["own", "lowrank:rank=2", "topk"] and asked_kinds("") == []
+    assert "--kinds tokp: unknown; did you mean 'topk'?" in refusal(lambda: asked_kinds("tokp"))
+    assert "rang=2: no such setting of labels=lowrank" in refusal(lambda: asked_kinds("lowrank:rang=2"))
+
+
+def test_bytes_alone_and_what_is_missing(per_view):
+    points = compare(forgotten(per_view))
+    assert [point.words for point in points] == ["own", *(kind for kind in KINDS if kind != "per-view")]
+    assert {point.words for point in points if point.missing} == {"teacher", "static", "soft"}
+    assert isinstance(per_view.labels, PerViewLabels) and points[0].bytes == per_view.labels.nbytes()
+    assert all(point.mean is None for point in points)
+    text = table(points)
+    assert "own (per-view)" in text and "static is missing: " in text and "accuracy" not in text
+
+
+def quick(monkeypatch):
+    """Three steps in place of a protocol's."""
+    known = dataclasses.replace(evaluation.get_protocol("quick-v1"), steps=3, labels="soft")
+    for module in (evaluation, room):
+        monkeypatch.setattr(module, "get_protocol", lambda name: known)
+
+
+def test_students_are_trained_on_each(per_view, real, monkeypatch):
+    quick(monkeypatch)
+    points = compare(per_view, ["own", "pool:keep=0.5", "hard"], real, network=NETWORK, runs=2)
+    assert all(point.mean is not None and point.ci95 is not None for point in points)
+    assert points[1].bytes < points[0].bytes and "95 % interval" in table(points)
+
+
+def test_the_protocol_must_hear_the_labels(per_view, real):
+    line = refusal(lambda: compare(per_view, ["own"], real, protocol="quick-v1"))
+    assert line.startswith("--protocol quick-v1: judges classes alone")
+
+
+def test_the_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    points = [Point("own", "per-view", 1000, 0, mean=0.5, ci95=(0.4, 0.6)), Point("topk", "topk", 100, 50, mean=0.45),
+              Point("soft", missing="no teacher")]  # fmt: skip
+    for name in ("a.png", "a.svg"):
+        assert room.chart(points, tmp_path / name, "set").stat().st_size > 1000
+    assert "there are none; give --data" in refusal(lambda: room.chart(points[2:], tmp_path / "b.png", "set"))
+    assert "must end in .png" in refusal(lambda: room.chart(points, tmp_path / "b.doc", "set"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "a.svg"]
+
+
+# -- the verbs --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    return lambda words: command_line(words, capsys)
+
+
+def test_the_verbs(per_view, call, tmp_path, monkeypatch):
+    import numpy as np
+
+    quick(monkeypatch)
+    per_view.save("set.h5")
+    np.savez("tiny.npz", **dict(zip(("x_train", "y_train", "x_test", "y_test"), tiny_arrays())))
+    result = call("lighten set.h5 --labels lowrank rank=2 --out light.h5")
+    assert result.code == 0, result.err
+    light = condense.load("light.h5")
+    assert f"lightened {per_view.name}: {light.labels.nbytes()} bytes of labels" in result.out
+    assert "lowrank labels, lossy; a step costs: " in result.out and "  error: centred logits off by " in result.out
+    assert "exists; choose another name or give --force" in call("lighten set.h5 --labels hard --out light.h5").err
+    assert call("lighten set.h5 --labels hard --out light.h5 --force").code == 0
+    assert condense.load("light.h5").labels.kind == "hard"
+    result = call("lighten set.h5 --labels topk k=9 --out other.h5")
+    assert result.code == 2 and result.err == "condense: k=9: must be 1 to 3, the number of classes\n"
+    result = call("labels set.h5 --kinds own,lowrank:rank=2,topk:k=1,hard")
+    assert result.code == 0 and "own (per-view)" in result.out and "lowrank:rank=2" in result.out, result.err
+    result = call("labels set.h5 --plot a.png")
+    assert result.code == 2 and result.err == "condense: --plot a.png: draws accuracies; give --data\n"
+    assert not (tmp_path / "other.h5").exists() and not (tmp_path / "a.png").exists()
+
+
+def test_the_verb_labels_trains_and_draws(per_view, call, real, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    quick(monkeypatch)
+    monkeypatch.setattr(condense.api, "task", lambda *words, **options: real)
+    per_view.save("set.h5")
+    result = call(f"labels set.h5 --data tiny --kinds own,topk:k=1 --network {NETWORK} --runs 2 --plot a.png")
+    assert result.code == 0, result.err
+    assert "95 % interval" in result.out and "picture: a.png" in result.out and (tmp_path / "a.png").exists()
+    result = call("lighten set.h5 --data tiny --labels pool keep=0.5 --out light.h5")
+    assert result.code == 0 and "condense evaluate light.h5 --data tiny" in result.out
+
+
+def test_a_missing_matplotlib_is_found_before_any_work(per_view, call, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    per_view.save("set.h5")
+    result = call("labels set.h5 --data nowhere --plot a.png")
+    assert result.code == 2 and "pip install 'condense-toolkit[plots]'" in result.err and result.out == ""
