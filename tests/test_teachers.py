@@ -608,10 +608,10 @@ def test_a_rehearsal_makes_one_short_network_and_tells_of_all(tiny, monkeypatch)
     monkeypatch.setattr(teachers, "seconds_per_step", lambda *words: 0.1)
     run = a_run(tiny)
     run.rehearses = True
-    trained, student = [], teachers._student
-    monkeypatch.setattr(teachers, "_student", lambda *w: (trained.append(w[2:]), student(*w))[1])
+    trained, train = [], teachers._train
+    monkeypatch.setattr(teachers, "_train", lambda *w: (trained.append((w[3], list(w[4]))), train(*w))[1])
     committee = provided(tiny, run, architectures=[NETWORK, PLAIN], count=2)
-    assert trained == [(NETWORK, 0)] and not (cache_dir() / "teachers").exists()
+    assert trained == [(NETWORK, [0])] and not (cache_dir() / "teachers").exists()
     # The others are there untrained, so that sizes are those of the whole committee.
     assert [member.name for member in committee.members] == [NETWORK, PLAIN] * 2
     assert run.expected_preparation == pytest.approx(0.1 * 4 * 10)
