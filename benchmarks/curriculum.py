@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from condense import teachers
-from condense.benchmarks.equal_time import accuracy, condense
+from condense.benchmarks import equal_time
 from condense.benchmarks.speed.measure import Parser, aligned, guarded, positive
 from condense.errors import CondenseError
 from condense.units import duration, size
@@ -38,9 +38,9 @@ CONTROLS = "random,random-hard,noise"
 
 def squeeze(data: str, out: Path, *, network: str, count: int, epochs: int) -> Path:
     """The file of a committee, trained where it is not there yet."""
-    path = out / f"teachers-{_name(data)}-{network}-{count}x{epochs}.h5"
+    path = out / f"teachers-{equal_time.name_of(data)}-{network}-{count}x{epochs}.h5"
     if not path.exists():
-        condense(
+        equal_time.condense(
             "teachers", "--data", data, "--networks", network, "--count", str(count), "--epochs", str(epochs), "--for",
             "sre2l", "--out", str(path),
         )  # fmt: skip
@@ -51,34 +51,14 @@ def fill(
     method: str, data: str, out: Path, committee: Path, *, ipc: int, network: str, steps: int, count: int, protocol: str
 ) -> dict[str, Any]:
     """The record of a method (settings after colons), made and judged where it is not there yet."""
-    bare, *words = method.split(":")
-    stem = "-".join([bare, f"ipc{ipc}", f"{steps}steps", protocol, *words, "of", committee.stem])
-    made, record = out / "sets" / f"{stem}.h5", out / "records" / f"{stem}.json"
-    for path in (made, record):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    if not made.exists():
-        given = [f"teachers={committee}", *SMALL, *SETTINGS[bare], *([] if bare == "rded" else [f"steps={steps}"])]
-        given += [f"num_teachers={count}"] * (bare in SHARED)
-        condense(
-            "distill", bare, "--data", data, "--ipc", str(ipc), "--network", network, "--out", str(made), "--run-dir",
-            str(out / "runs" / stem), "--force", "--track", "none", *_last([*given, *words]),
-        )  # fmt: skip
-    if not record.exists():
-        condense(
-            "evaluate", str(made), "--data", data, "--protocol", protocol, "--controls", CONTROLS, "--teachers",
-            str(committee), "--json", str(record),
-        )  # fmt: skip
-        condense("preview", str(made), "--out", str(record.with_suffix(".png")), "--force")
+    bare = method.partition(":")[0]
+    given = [f"teachers={committee}", *SMALL, *SETTINGS[bare], *([] if bare == "rded" else [f"steps={steps}"])]
+    given += [f"num_teachers={count}"] * (bare in SHARED)
+    _, record = equal_time.fill(
+        method, data, out, ipc=ipc, network=network, minutes=None, protocol=protocol, given=given, controls=CONTROLS,
+        teachers=committee, budget=f"{steps}steps-of-{committee.stem}",
+    )  # fmt: skip
     return dict(json.loads(record.read_text()))
-
-
-def _last(words: Sequence[str]) -> list[str]:
-    """Of several values for a setting, the last."""
-    return [f"{key}={value}" for key, value in dict(word.split("=", 1) for word in words).items()]
-
-
-def _name(data: str) -> str:
-    return data.partition("=")[0].split("/")[-1]
 
 
 def table(methods: Sequence[str], records: Sequence[dict[str, Any]]) -> str:
@@ -86,7 +66,7 @@ def table(methods: Sequence[str], records: Sequence[dict[str, Any]]) -> str:
     arms = ("distilled", "random", "random-hard", "noise")
     rows = [["method", "labels", "label bytes", "image bytes", "seconds", "peak memory", *arms]]
     for method, record in zip(methods, records):
-        found = {entry["arm"]: accuracy(entry) for entry in record["results"]}
+        found = {entry["arm"]: equal_time.accuracy(entry) for entry in record["results"]}
         made, cost = record["set"], record["cost"]
         rows.append(
             [method, made["label_kind"], size(made["bytes"]["labels"]), size(made["bytes"]["images"]),

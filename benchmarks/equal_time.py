@@ -34,6 +34,11 @@ def condense(*words: str) -> None:
         raise CondenseError(f"`condense {' '.join(words)}` ended with code {code}")
 
 
+def name_of(data: str) -> str:
+    """What files call the data of ``--data``."""
+    return data.partition("=")[0].split("/")[-1]
+
+
 def fill(
     method: str,
     data: str,
@@ -41,23 +46,29 @@ def fill(
     *,
     ipc: int,
     network: str,
-    minutes: float,
+    minutes: float | None,
     protocol: str,
     given: Sequence[str] = (),
     controls: str = "random,noise",
     teachers: Path | None = None,
+    budget: str = "",
 ) -> tuple[Path, Path]:
     """Set and record of ``method`` (settings after colons) on this budget, made and judged where they are not there
-    yet; ``given`` are settings that its name does not show."""
+    yet.
+
+    Args:
+        given: settings that its name does not show; those of the name come after them, and count.
+        budget: what files call it where it is no number of minutes.
+    """
     method, *settings = method.split(":")
-    name = data.partition("=")[0].split("/")[-1]
-    stem = "-".join([name, method, f"ipc{ipc}", network, f"{minutes:g}min", protocol, *settings])
+    limit = [] if minutes is None else ["--minutes", f"{minutes:g}"]
+    stem = "-".join([name_of(data), method, f"ipc{ipc}", network, budget or f"{minutes:g}min", protocol, *settings])
     made, record = out / "sets" / f"{stem}.h5", out / "records" / f"{stem}.json"
     if not made.exists():
         made.parent.mkdir(parents=True, exist_ok=True)
         condense(
-            "distill", method, "--data", data, "--ipc", str(ipc), "--network", network, "--minutes", f"{minutes:g}",
-            "--out", str(made), "--run-dir", str(out / "runs" / stem), "--force", "--track", "none", *given, *settings,
+            "distill", method, "--data", data, "--ipc", str(ipc), "--network", network, *limit, "--out", str(made),
+            "--run-dir", str(out / "runs" / stem), "--force", "--track", "none", *given, *settings,
         )  # fmt: skip
     if not record.exists():
         record.parent.mkdir(parents=True, exist_ok=True)
@@ -89,17 +100,18 @@ def table(names: Sequence[str], records: Sequence[dict[str, Any]], steps: Sequen
     return aligned(rows)
 
 
+def methods() -> list[str]:
+    """Those that learn and spend their time on neither experts nor teachers, which have tables of their own
+    (``trajectories``, ``curriculum``)."""
+    entries = [METHODS.get(name) for name in METHODS.names()]
+    return [e.name for e in entries if e.order and not (hasattr(e.config, "experts") or hasattr(e.config, "teachers"))]
+
+
 def _main(words: Sequence[str]) -> int:
-    # Methods that spend their time on experts or teachers have tables of their own: trajectories.py, curriculum.py.
-    known = [
-        name
-        for name in METHODS.names()
-        if METHODS.get(name).order and not {"experts", "teachers"} & vars(METHODS.get(name).config).keys()
-    ]
     parser = Parser(prog="python -m condense.benchmarks.equal_time", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--data", required=True, help="real images, as for `condense distill`")
     parser.add_argument("--out", type=Path, required=True, help="folder for sets, records and the table")
-    parser.add_argument("--methods", default=",".join(known), help="A,B:KEY=VALUE,...; all that learn by default")
+    parser.add_argument("--methods", default=",".join(methods()), help="A,B:KEY=VALUE,...; all that learn by default")
     parser.add_argument("--ipc", type=positive, default=1)
     parser.add_argument("--network", default="convnet-d3-w32-in")
     parser.add_argument("--minutes", type=float, default=10.0, help="of distilling, for each method")

@@ -39,8 +39,7 @@ SETTINGS: dict[str, list[str]] = {
 
 def experts(kind: str, data: str, out: Path, *, network: str, count: int, epochs: int) -> Path:
     """The file of a kind of experts, trained where it is not there yet."""
-    name = data.partition("=")[0].split("/")[-1]
-    path = out / "experts" / f"{name}-{kind}-{network}-{count}x{epochs}.h5"
+    path = out / "experts" / f"{equal_time.name_of(data)}-{kind}-{network}-{count}x{epochs}.h5"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         equal_time.condense(

@@ -206,6 +206,13 @@ def test_the_dm_script(npz, tmp_path, capsys):
         assert 0 < peak["baseline"] <= peak["host"]
 
 
+def test_equal_time_leaves_out_what_needs_experts_or_teachers():
+    from condense.benchmarks.equal_time import methods
+
+    assert {"dm", "dc", "dance"} <= set(methods())
+    assert not {"random", "mtt", "tesla", "ftd", "ast", "datm", "sre2l", "cda", "infer", "rded"} & set(methods())
+
+
 def test_random_images_are_called_so():
     from condense.benchmarks.speed.measure import _data, random_task
 
@@ -486,10 +493,11 @@ def test_the_mtt_script(tmp_path, capsys):
 
 
 def test_the_sre2l_script(tmp_path, capsys):
-    from condense.benchmarks.speed.sre2l import main
+    from condense.benchmarks.speed.measure import main
+    from condense.benchmarks.speed.sre2l import BENCHMARK
 
     out = tmp_path / "sre2l.json"
-    assert ended(main, "--tiny", "--device", "cpu", "--json", out) == 0
+    assert ended(functools.partial(main, BENCHMARK), "--tiny", "--device", "cpu", "--json", out) == 0
     shown, record = capsys.readouterr().out, json.loads(out.read_text())
     assert "published / condense, median of 1 pairs" in shown and "real images a class" not in shown
     assert record["update_difference"]["fp32"]["all"] < 1e-3

@@ -6,14 +6,17 @@ A method is added by a file as small as ``dm.py``: its published step in ``publi
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import dataclasses
+import functools
 import gc
 import json
 import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,6 +42,8 @@ from condense.tasks import Split, Task
 
 SCHEMA = "condense.speed/1"
 PRODUCT, PUBLISHED = "condense", "published"
+TINY_DATA = (3, 4, (3, 8, 8), 1)
+"""Classes, images of each, their shape and test images, to try a script."""
 QUIET = 0.05
 """Largest share of the processors that others may use while steps are timed, without a warning."""
 
@@ -91,12 +96,18 @@ class StepBenchmark:
     """The published loop on a case, for a configuration of the method."""
     draws: Callable[[Case, Any, Run, int], Any]
     """``draws(case, config, run, index)``: the draws of the run's step ``index``, for the published step to repeat."""
-    batch_real: int = 256
-    """Published real images per class and step."""
+    batch_real: int | None = 256
+    """Published real images per class and step; None for a step that sees none."""
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """What a comparison needs to differ from the method's defaults."""
     norm: str = "in"
     """Of the ConvNet that the method needs."""
+    width: int = 128
+    """Channels that its script takes by default."""
+    pairs: int = 5
+    """Pairs of steps that its script times by default."""
+    tiny: bool = False
+    """Whether its script offers `--tiny`; then a tiny step also goes before memory is measured."""
 
     def config(self, case: Case, **changes: Any) -> Any:
         """The method's configuration on ``case``."""
@@ -346,6 +357,14 @@ def run_alone(benchmark: StepBenchmark, case: Case, variant: str, steps: int) ->
     return found
 
 
+@functools.cache
+def scratch() -> Path:
+    """Where this process keeps experts and teachers; gone with it."""
+    folder = tempfile.TemporaryDirectory(prefix="condense-speed-")
+    atexit.register(folder.cleanup)
+    return Path(folder.name)
+
+
 # -- the command line of a step benchmark -----------------------------------------------------------------------------
 
 
@@ -410,15 +429,22 @@ def _parser(benchmark: StepBenchmark) -> Parser:
     )
     parser.add_argument("--data", help="a name, folder, .npz or .h5; random images shaped like CIFAR-10 when left out")
     parser.add_argument("--ipc", type=positive, default=10)
-    parser.add_argument("--width", type=positive, default=128, help="channels of the ConvNet")
+    parser.add_argument("--width", type=positive, default=benchmark.width, help="channels of the ConvNet")
     parser.add_argument("--depth", type=positive, default=3, help="blocks of the ConvNet")
+    if benchmark.batch_real:
+        parser.add_argument(
+            "--batch-real", type=positive, default=benchmark.batch_real, help="real images of each class in a step"
+        )
     parser.add_argument(
-        "--batch-real", type=positive, default=benchmark.batch_real, help="real images of each class in a step"
+        "--steps", type=positive, default=benchmark.pairs, help="pairs of steps that count, after one that does not"
     )
-    parser.add_argument("--steps", type=positive, default=5, help="pairs of steps that count, after one that does not")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", default="auto", help="of the product: auto, fp32 or bf16")
     parser.add_argument("--json", type=Path, help="file to write the numbers to")
+    if benchmark.tiny:
+        parser.add_argument(
+            "--tiny", action="store_true", help="a few steps on small images, to try the script; sizes are ignored"
+        )
     parser.add_argument("--alone", choices=(PRODUCT, PUBLISHED), help=argparse.SUPPRESS)
     return parser
 
@@ -427,12 +453,17 @@ def _compare(benchmark: StepBenchmark, words: Sequence[str]) -> int:
     options = _parser(benchmark).parse_args(words)
     device = pick_device(options.device)
     precision = pick_precision(options.precision, device)
+    if benchmark.tiny and options.tiny:
+        options.ipc, options.width, options.depth, options.steps = 2, 8, 2, 1
     if options.alone:
-        print(json.dumps(run_alone(benchmark, _case(options, device, precision), options.alone, options.steps)))
+        if benchmark.tiny:  # or the peak would count what torch loads when it is first used
+            run_alone(benchmark, Case(random_task(*TINY_DATA), 1, 8, device, 2, norm=benchmark.norm), options.alone, 1)
+        case = _case(benchmark, options, device, precision)
+        print(json.dumps(run_alone(benchmark, case, options.alone, options.steps)))
         return 0
     # The children first: later this process would hold memory that they do not need.
     peaks = {variant: _in_child(benchmark, words, variant) for variant in (PUBLISHED, PRODUCT)}
-    case = _case(options, device, precision)
+    case = _case(benchmark, options, device, precision)
     others = Others()
     pairs = time_steps(benchmark, case, options.steps)
     share = others.share()
@@ -444,7 +475,7 @@ def _compare(benchmark: StepBenchmark, words: Sequence[str]) -> int:
         "data": _data(case.task),
         "ipc": case.ipc,
         "network": case.network,
-        "batch_real": options.batch_real,
+        **({"batch_real": options.batch_real} if benchmark.batch_real else {}),
         **pairs.summary(PUBLISHED, PRODUCT),
         "peak_memory": peaks,
         "update_difference": differences,
@@ -457,10 +488,11 @@ def _compare(benchmark: StepBenchmark, words: Sequence[str]) -> int:
     return 0
 
 
-def _case(options: argparse.Namespace, device: torch.device, precision: str) -> Case:
-    task = tasks.load(options.data) if options.data else random_task()
-    settings = {"batch_real": options.batch_real}
-    case = Case(task, options.ipc, options.width, device, options.depth, settings, precision)
+def _case(benchmark: StepBenchmark, options: argparse.Namespace, device: torch.device, precision: str) -> Case:
+    small = benchmark.tiny and options.tiny
+    task = tasks.load(options.data) if options.data else random_task(*(TINY_DATA if small else ()))
+    settings = {"batch_real": options.batch_real} if benchmark.batch_real else {}
+    case = Case(task, options.ipc, options.width, device, options.depth, settings, precision, norm=benchmark.norm)
     with rng.seeded("check"):  # refuses a network that does not fit the images
         networks.build(case.network, task.shape, task.num_classes)
     return case
@@ -498,8 +530,9 @@ def _report(record: dict[str, Any]) -> str:
     low, high = min(record["ratios"]), max(record["ratios"])
     return "\n".join(
         [
-            f"{record['method']}: {record['data']}; ipc {record['ipc']}, {record['network']}, "
-            f"{record['batch_real']} real images a class; {device}",
+            f"{record['method']}: {record['data']}; ipc {record['ipc']}, {record['network']}"
+            + (f", {record['batch_real']} real images a class" if "batch_real" in record else "")
+            + f"; {device}",
             aligned(rows if cuda else [row[:-1] for row in rows]),
             f"published / condense, median of {len(record['ratios'])} pairs: {record['ratio']:.2f} "
             f"({low:.2f} to {high:.2f})",

@@ -7,9 +7,7 @@ one graph of all steps, ours by the adjoint, which makes each step a second time
 from __future__ import annotations
 
 import argparse
-import functools
 import json
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +23,7 @@ from condense.benchmarks.speed.measure import (
     PRODUCT,
     PUBLISHED,
     SCHEMA,
+    TINY_DATA,
     Case,
     Others,
     Parser,
@@ -37,6 +36,7 @@ from condense.benchmarks.speed.measure import (
     positive,
     random_task,
     run_alone,
+    scratch,
     time_steps,
     write,
 )
@@ -49,14 +49,6 @@ METHOD = "mtt"
 EPOCHS = 10
 """Steps of the expert from the weights where students start to those they shall reach, each a whole epoch of its own
 few images."""
-TINY_DATA = (3, 4, (3, 8, 8), 1)
-"""Classes, images of each, their shape and test images."""
-
-
-@functools.cache
-def _folder() -> tempfile.TemporaryDirectory[str]:
-    """Where this process keeps experts; gone with it."""
-    return tempfile.TemporaryDirectory(prefix="condense-speed-")
 
 
 def expert_file(case: Case) -> Path:
@@ -68,7 +60,7 @@ def expert_file(case: Case) -> Path:
     few = case.task.hold_out(1.0, ("speed", "expert"))
     run = Run(few, 1, case.network, seed=case.seed, device=case.device, quiet=True, track="none")
     recipe = Recipe(0, batch=case.task.num_classes, lr=0.01, momentum=0.0, weight_decay=0.0, drops=())
-    path = Path(_folder().name) / f"{case.network}-{case.device.type}.h5"
+    path = scratch() / f"{case.network}-{case.device.type}.h5"
     trajectories.record(run, trajectories.Training(recipe), path, count=1, epochs=EPOCHS, dtype="float32", force=True)
     return path
 
@@ -212,7 +204,7 @@ def _table(record: dict[str, Any]) -> str:
         f"{METHOD}: {record['data']}; ipc {record['ipc']}, {record['network']}, {record['syn_steps']} steps of the "
         f"student; {record['environment']['device']}"
     )
-    lines = _report({**record, "batch_real": 0}).splitlines()[1:]
+    lines = _report(record).splitlines()[1:]
     used = {name: peak.get("device", peak["host"] - peak["baseline"]) for name, peak in record["peak_memory"].items()}
     share = f"memory of the steps, condense / published: {used[PRODUCT] / max(used[PUBLISHED], 1):.2f}"
     return "\n".join([head, *lines, share])
