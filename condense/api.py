@@ -21,7 +21,7 @@ from torch import nn
 
 from condense import networks, rng, tasks, trajectories
 from condense import teachers as squeezed
-from condense.banks import PLAN
+from condense.banks import PLAN, parts_of
 from condense.config import build
 from condense.distilled import DistilledSet, check_writable, packaged_sets, replacing
 from condense.errors import CondenseError, did_you_mean
@@ -30,9 +30,9 @@ from condense.protocols import get_protocol
 from condense.registry import METHODS, Method
 from condense.run import (
     CHECKPOINT,
-    LABELS,
-    LABELS_STATE,
     PREVIOUS,
+    VIEW_LABELS,
+    VIEW_LABELS_STATE,
     Diverged,
     Run,
     Step,
@@ -203,16 +203,22 @@ def experts(
         quiet=quiet, track="none",
     )  # fmt: skip
     path = Path(out) if out else trajectories.cache_file(run, training, epochs, dtype)
-    run.directory = trajectories.parts_of(path)  # what is done is kept there, so that a signal may stop it
+    with _training(run, path, "a smaller --network or batch"):
+        return trajectories.record(
+            run, training, path, count=config.num_experts, epochs=epochs, dtype=dtype, force=force
+        )
+
+
+@contextlib.contextmanager
+def _training(run: Run, path: Path, smaller: str) -> Iterator[None]:
+    """While networks are trained for the file ``path``: what is done is kept beside it, so a signal may stop it."""
+    run.directory = parts_of(path)
     try:
         with run.stop_on_signal():
-            made = trajectories.record(
-                run, training, path, count=config.num_experts, epochs=epochs, dtype=dtype, force=force
-            )
+            yield
     except (torch.OutOfMemoryError, MemoryError) as fault:
-        raise CondenseError(f"out of memory on {where}: take a smaller --network or batch") from fault
+        raise CondenseError(f"out of memory on {run.device}: take {smaller}") from fault
     run.ranks.close()
-    return made
 
 
 def check_experts(
@@ -312,16 +318,10 @@ def teachers(
         name="teachers", quiet=quiet, track="none",
     )  # fmt: skip
     path = Path(out) if out else squeezed.cache_file(run, squeezing)
-    run.directory = squeezed.parts_of(path)  # what is done is kept there, so that a signal may stop it
-    try:
-        with run.stop_on_signal():
-            made = squeezed.record(
-                run, squeezing, path, architectures=architectures, count=config.num_teachers, force=force
-            )
-    except (torch.OutOfMemoryError, MemoryError) as fault:
-        raise CondenseError(f"out of memory on {where}: take smaller --networks or teacher_batch") from fault
-    run.ranks.close()
-    return made
+    with _training(run, path, "smaller --networks or teacher_batch"):
+        return squeezed.record(
+            run, squeezing, path, architectures=architectures, count=config.num_teachers, force=force
+        )
 
 
 def check_teachers(
@@ -643,7 +643,7 @@ def _prepare(directory: Path, job: Job) -> None:
     """Makes the run directory and writes the resolved config; what an earlier run left there goes."""
     directory.mkdir(parents=True, exist_ok=True)
     if (directory / CONFIG).exists():
-        for name in (RESULT, CHECKPOINT, PREVIOUS, PLAN, LABELS, LABELS_STATE, "log.jsonl"):
+        for name in (RESULT, CHECKPOINT, PREVIOUS, PLAN, VIEW_LABELS, VIEW_LABELS_STATE, "log.jsonl"):
             (directory / name).unlink(missing_ok=True)
         for name in ("previews", "tensorboard"):
             shutil.rmtree(directory / name, ignore_errors=True)
@@ -711,7 +711,7 @@ def _execute(
                 }
                 _write_json(directory / RESULT, result)
                 if job.out is not None:  # the set has them
-                    for name in (LABELS, LABELS_STATE):
+                    for name in (VIEW_LABELS, VIEW_LABELS_STATE):
                         (directory / name).unlink(missing_ok=True)
     except Diverged as fault:
         if run.synthetic is None or job.out is None or not run.ranks.leads:

@@ -65,6 +65,13 @@ Precision = Annotated[str, typer.Option(help="auto, fp32 or bf16, for work witho
 Seed = Annotated[int, _number("--seed", int, "the same seed gives the same result")]
 Force = Annotated[bool, typer.Option("--force", help="overwrite what exists")]
 Download = Annotated[bool, typer.Option("--download", help="fetch a registered dataset that is not on disk")]
+AddTo = Annotated[
+    Path | None,
+    typer.Option("--out", help="file to write or to add to; one of the cache, where methods look, by default"),
+]
+HeldOut = Annotated[
+    float | None, _number("--held-out", float, "share of each class that they do not see and are judged on")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 KINDS = ("methods", "datasets", "networks", "recipes", "protocols", "suites", "sets")
@@ -362,12 +369,8 @@ def experts(
         int | None, _number("--epochs", int, "of their training; as many as the method reads by default")
     ] = None,
     method: Annotated[str, typer.Option("--for", metavar="METHOD", help="method whose experts they are")] = "mtt",
-    out: Annotated[
-        Path | None, typer.Option(help="file to write or to add to; one of the cache, where methods look, by default")
-    ] = None,
-    held_out: Annotated[
-        float | None, _number("--held-out", float, "share of each class that they do not see and are judged on")
-    ] = None,
+    out: AddTo = None,
+    held_out: HeldOut = None,
     dtype: Annotated[str, typer.Option(help="float16 or float32, of the stored weights")] = "float16",
     seed: Seed = 0,
     device: Device = "auto",
@@ -424,12 +427,8 @@ def teachers(
     method: Annotated[
         str | None, typer.Option("--for", metavar="METHOD", help="method whose settings train them; none by default")
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="file to write or to add to; one of the cache, where methods look, by default")
-    ] = None,
-    held_out: Annotated[
-        float | None, _number("--held-out", float, "share of each class that they do not see and are judged on")
-    ] = None,
+    out: AddTo = None,
+    held_out: HeldOut = None,
     seed: Seed = 0,
     device: Device = "auto",
     precision: Precision = "auto",

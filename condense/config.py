@@ -62,6 +62,17 @@ def build(config: type[C], settings: Mapping[str, Any], where: str) -> C:
     return config(**values)  # type: ignore[arg-type]
 
 
+def one_of(config: Any, **known: Iterable[str]) -> None:
+    """For a config's ``__post_init__``: each named field is one of its known words.
+
+    Raises:
+        CondenseError: the first field that is not, with the nearest word.
+    """
+    for key, words in known.items():
+        if getattr(config, key) not in words:
+            raise CondenseError(f"{key}={getattr(config, key)}: unknown{did_you_mean(getattr(config, key), words)}")
+
+
 _WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
 
 

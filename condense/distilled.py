@@ -26,6 +26,7 @@ from condense.container import AGAIN
 from condense.errors import CondenseError
 from condense.labels import PROVIDERS, HardLabels, Labels
 from condense.synthetic import Compensated, Stage, decode, stages_from
+from condense.tasks import unit
 
 IMAGE_TYPES = (np.uint8, np.float16, np.float32)
 ARRAY_TYPES = (*IMAGE_TYPES, np.int8, np.uint16, np.int64)
@@ -126,7 +127,7 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
         if decoded or self.compensated:
             order = torch.argsort(self.training_images()[1], stable=True)
             return self.images[order], len(order) // len(self.classes)
-        stored = self.stored.float() / 255 if self.stored.dtype == torch.uint8 else self.stored.float()
+        stored = unit(self.stored)
         pixels = stored if self.manifest["space"] == "pixel" else self.transform.inverse(stored)
         return pixels, self.manifest["ipc"]
 
@@ -135,8 +136,7 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
     def training_images(self) -> tuple[Tensor, Tensor]:
         """Decoded images (M,C,H,W) float32 in training space, and the stored index (M,) of each. What students see."""
         if self._decoded is None:
-            stored = self.stored.float() / 255 if self.stored.dtype == torch.uint8 else self.stored.float()
-            images, ids = decode(stored, self.stages)
+            images, ids = decode(unit(self.stored), self.stages)
             self._decoded = (self.transform(images) if self.manifest["space"] == "pixel" else images), ids
         return self._decoded
 

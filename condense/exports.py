@@ -23,7 +23,7 @@ from condense.exchange import folder_name, library
 from condense.labels import HardLabels, SoftLabels
 from condense.records import summary
 from condense.synthetic import decode
-from condense.tasks import Task
+from condense.tasks import Task, unit
 from condense.units import by
 
 FORMS = ("imagefolder", "pt", "safetensors", "hf")
@@ -168,8 +168,7 @@ def _pixels(distilled: DistilledSet) -> Tensor:
     """Decoded images (M,C,H,W) float32 in pixel space; those stored there without a detour that would round them."""
     if distilled.manifest["space"] != "pixel":
         return distilled.transform.inverse(distilled.training_images()[0])
-    stored = distilled.stored.float() / 255 if distilled.stored.dtype == torch.uint8 else distilled.stored.float()
-    return decode(stored, distilled.stages)[0]
+    return decode(unit(distilled.stored), distilled.stages)[0]
 
 
 def _write_folder(rounded: DistilledSet, folder: Path) -> None:

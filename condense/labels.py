@@ -483,8 +483,7 @@ class TeacherLabels:
         micro: int = 8,
     ) -> None:
         members = [members] if isinstance(members, nn.Module) else list(members)
-        known = [*members[0].parameters(), *members[0].buffers(), torch.empty(0)]
-        self.teacher = MeanLogits(members, weights).to(known[0].device).eval()
+        self.teacher = MeanLogits(members, weights).eval()
         self.images, self.seed = images, seed
         self.views = ViewRule(mix="cutmix") if views is None else ViewRule.of(views)
         self.temperature, self.squared = _temperature(temperature), squared
@@ -810,11 +809,17 @@ class MeanLogits(nn.Module):
         if not members or len(shares) != len(members) or min(shares) < 0 or not 0 < sum(shares) < math.inf:
             raise CondenseError(f"weights {shares} of {len(members)} teachers: give one of at least 0 for each")
         self.weights: Tensor
-        self.register_buffer("weights", torch.tensor([share / sum(shares) for share in shares]))
+        weighed = torch.tensor([share / sum(shares) for share in shares], device=device_of(self.members))
+        self.register_buffer("weights", weighed)
 
     def forward(self, images: Tensor) -> Tensor:
         logits = torch.stack([member(images).float() for member in self.members])
         return (self.weights[:, None, None] * logits).sum(0)
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module's weights are; the CPU where it has none."""
+    return next((value.device for value in module.state_dict().values()), torch.device("cpu"))
 
 
 def _kl(logits: Tensor, targets: Tensor, temperature: float, squared: bool) -> Tensor:
@@ -1058,6 +1063,7 @@ def view_answers(
         into: float16 (epochs, N, classes), a ``numpy.memmap`` or an HDF5 dataset open for writing, that takes each
             epoch when it is done, so that memory need hold one only and a run that was cut short goes on from
             ``start``. An HDF5 dataset is read whole at the end.
+        report: called with the number of epochs that are done, after each.
         quiet: show no progress.
 
     Raises:
@@ -1077,13 +1083,7 @@ def view_distances(
     seed: int,
     *,
     classes: int,
-    statistics: str = "running",
-    micro: int = 8,
-    batch_size: int = 256,
-    start: int = 0,
-    into: Any = None,
-    report: Callable[[int], None] | None = None,
-    quiet: bool = True,
+    **how: Any,
 ) -> Tensor:
     """-log of the teacher's probabilities of the classes of both images in each view, float16 (epochs, N, 2) on the
     CPU: what :class:`DistanceLabels` store. ``hard`` (N,) are the images' classes, ``views`` mix; the rest is as for
@@ -1095,21 +1095,20 @@ def view_distances(
         two = torch.stack([known[ids], known[drawn.partner[ids]]], 1)
         return -F.log_softmax(logits, -1).gather(1, two)
 
-    how = _Asking(statistics, micro, batch_size, start, into, report, quiet)
-    return _each_view(teacher, images, epochs, views, seed, classes, how, 2, distances)
+    return _each_view(teacher, images, epochs, views, seed, classes, _Asking(**how), 2, distances)
 
 
 @dataclass(frozen=True)
 class _Asking:
     """How a teacher is taken through the views; see :func:`view_answers`."""
 
-    statistics: str
-    micro: int
-    batch_size: int
-    start: int
-    into: Any
-    report: Callable[[int], None] | None
-    quiet: bool
+    statistics: str = "running"
+    micro: int = 8
+    batch_size: int = 256
+    start: int = 0
+    into: Any = None
+    report: Callable[[int], None] | None = None
+    quiet: bool = True
 
 
 @torch.no_grad()
@@ -1220,7 +1219,7 @@ def relabel(
     if epochs < 1:
         raise CondenseError(f"epochs={epochs}: must be at least 1")
     began = time.monotonic()
-    device = next((parameter.device for parameter in teacher.parameters()), torch.device("cpu"))
+    device = device_of(teacher)
     images, classes = distilled.training_images()[0].to(device), len(distilled.classes)
     rule = ViewRule(flip=distilled.manifest.get("mirror", True)) if views is None else ViewRule.of(views)
     hard = distilled.hard_labels() if gamma or calibrate is not None else None

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from condense import rng
-from condense.augment import CropViews, MixedViews, ViewRule, Views
+from condense.augment import MixedViews, ViewRule, Views
 from condense.errors import CondenseError, did_you_mean
 from condense.labels import (
     PROVIDERS,
@@ -658,20 +658,11 @@ class Int8TeacherLabels(TeacherLabels):
     kind = "teacher-int8"
     exactness = "lossy"
 
-    def __init__(
-        self,
-        members: nn.Module | Sequence[nn.Module],
-        images: int,
-        seed: int,
-        views: CropViews | ViewRule | None = None,
-        temperature: float = 20.0,
-        squared: bool = True,
-        **more: Any,
-    ) -> None:
+    def __init__(self, members: nn.Module | Sequence[nn.Module], *terms: Any, **more: Any) -> None:
         kept = [copy.deepcopy(net) for net in ([members] if isinstance(members, nn.Module) else members)]
         for net in kept:
             _round(net)
-        super().__init__(kept, images, seed, views, temperature, squared, **more)
+        super().__init__(kept, *terms, **more)
 
     def _members(self) -> dict[str, np.ndarray]:
         arrays = {"weights": _numpy(self.teacher.weights)}

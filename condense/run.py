@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 
 CHECKPOINT = "checkpoint.pt"
 PREVIOUS = "checkpoint.previous.pt"
-LABELS, LABELS_STATE = "labels.npy", "labels.json"
+VIEW_LABELS, VIEW_LABELS_STATE = "labels.npy", "labels.json"
 """Labels of views in making, and how many epochs of them are done."""
 CHECKPOINT_SECONDS = float(os.environ.get("CONDENSE_CHECKPOINT_SECONDS", "20"))
 """Least time between two checkpoints; the environment variable is for tests that kill runs."""

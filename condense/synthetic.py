@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from condense import rng
-from condense.config import require
-from condense.errors import CondenseError, did_you_mean
+from condense.config import one_of, require
+from condense.errors import CondenseError
 from condense.labels import HardLabels, Labels, SoftLabels
 from condense.tasks import Task
 
@@ -150,8 +150,7 @@ class SyntheticOptions:
     """What ``init`` may be; a method with a start of its own adds its word and finds the images itself."""
 
     def __post_init__(self) -> None:
-        if self.init not in self.inits:
-            raise CondenseError(f"init={self.init}: unknown{did_you_mean(self.init, self.inits)}")
+        one_of(self, init=self.inits)
         require(self, factor=(1, math.inf))
 
 

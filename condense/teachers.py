@@ -31,7 +31,17 @@ from torch import Tensor, nn
 
 from condense import container, networks, rng
 from condense.augment import Transform, dsa
-from condense.banks import agreed_plan, digests, groups, seconds_per_step, transform_digests
+from condense.banks import (
+    Same,
+    agreed_plan,
+    digests,
+    expected,
+    groups,
+    parts_of,
+    seconds_per_step,
+    taught,
+    transform_digests,
+)
 from condense.config import require
 from condense.container import AGAIN
 from condense.distilled import check_writable, replacing
@@ -47,7 +57,6 @@ from condense.students import (
     accuracy,
     check_rule,
     pick_together,
-    steps_per_pass,
     train,
 )
 from condense.tasks import Task, cache_dir
@@ -74,13 +83,6 @@ FORMAT = container.Format(
 )  # fmt: skip
 DTYPES = (np.float16, np.float32, np.float64, np.int32, np.int64, np.uint8, np.bool_)
 """What arrays of a file may be of."""
-WORDS = {
-    "fingerprint": "data", "transform": "normalisation", "held_out": "held-out share", "image_shape": "image size",
-    "random_hash_version": "version of the draws", "student_version": "version of the training",
-    "epochs": "number of epochs",
-}  # fmt: skip
-"""What messages call an entry of the manifest, where not by its name."""
-
 State = dict[str, Tensor]
 Key = tuple[str, int]
 """A member's network and number."""
@@ -223,9 +225,7 @@ class Committee:
         Raises:
             CondenseError: not one weight of at least 0 for each member, or all are 0.
         """
-        module = MeanLogits([member.network for member in self.members], weights)
-        device = next(iter(self.members[0].network.state_dict().values())).device
-        return module.to(device).requires_grad_(False).eval()
+        return MeanLogits([member.network for member in self.members], weights).requires_grad_(False).eval()
 
     def describe(self) -> dict[str, Any]:
         """For the manifest of a set: where they are (no path if in the cache), which, how good and how large."""
@@ -292,10 +292,10 @@ def provide(
         committee = _named(run, file, architectures, count)
         if batch_norm:
             require_batch_norm(committee)
-        run.keep("teachers", _Same(committee.content, file))
+        run.keep("teachers", Same(committee.content, file, "teachers"))
         run.teachers = committee.describe()
         return committee
-    source, unit = _source(run, squeezing)
+    source, unit = taught(run, squeezing.recipe.batch, squeezing.held_out)
     precision = squeezing.precision or run.precision
     for one in architectures:
         with rng.seeded("layout"):
@@ -340,22 +340,6 @@ def provide(
         "seconds": round(credited + (time.monotonic() - began if trained else 0.0), 2),
     }  # fmt: skip
     return committee
-
-
-class _Same:
-    """In the checkpoint of a run, which named teachers it began with; refuses to go on with others."""
-
-    def __init__(self, content: str, file: str) -> None:
-        self.content, self.file = content, file
-
-    def state_dict(self) -> dict[str, str]:
-        return {"content": self.content}
-
-    def load_state_dict(self, state: Mapping[str, str]) -> None:
-        if state["content"] != self.content:
-            raise CondenseError(
-                f"{self.file}: holds other teachers than when the run began; restore them, or start anew with --force"
-            )
 
 
 # -- the file ---------------------------------------------------------------------------------------------------------
@@ -512,11 +496,6 @@ def cache_file(run: Run, squeezing: Squeezing) -> Path:
     return cache_dir() / "teachers" / f"{hashlib.sha256(text.encode()).hexdigest()}.h5"
 
 
-def parts_of(path: Path) -> Path:
-    """The folder beside a file in making that holds its finished members, and the state of those in training."""
-    return path.with_name(path.name + ".parts")
-
-
 @dataclass(frozen=True, eq=False)
 class Made:
     """What :func:`record` did."""
@@ -566,7 +545,7 @@ def record(
 
 def _record(run: Run, squeezing: Squeezing, path: Path, wanted: Sequence[Key], again: str, force: bool) -> Made:
     began, ranks = time.monotonic(), run.ranks
-    source, unit = _source(run, squeezing)
+    source, unit = taught(run, squeezing.recipe.batch, squeezing.held_out)
     about = {
         **facts(run, squeezing), "data": run.task.name, "options": dataclasses.asdict(run.task.options),
         "classes": list(run.task.classes), "image_shape": list(run.task.shape), "steps_per_epoch": unit,
@@ -618,7 +597,7 @@ def _have(path: Path, about: Mapping[str, Any], force: bool) -> dict[Key, tuple[
     """The sound members of the file and of its parts by key: each with its place in a file."""
     have: dict[Key, tuple[Recorded, int]] = {}
     for place in (path, *sorted(parts_of(path).glob("*.h5"))):
-        file = _expected(place, about, force, force or place != path)
+        file = expected(place, read, about, "teachers", force, force or place != path)
         for k, key in enumerate(file.keys if file is not None else ()):
             assert file is not None
             if key in have:
@@ -634,43 +613,6 @@ def _have(path: Path, about: Mapping[str, Any], force: bool) -> dict[Key, tuple[
             if sound and not stale:
                 have[key] = file, k
     return have
-
-
-def _expected(path: Path, about: Mapping[str, Any], other: bool, damaged: bool) -> Recorded | None:
-    """The teachers there, where they are of this training; None where there are none.
-
-    Args:
-        path: of the file.
-        about: the manifest that it should have, but for the members.
-        other: give up what is of another training.
-        damaged: give up what cannot be read.
-    """
-    if not path.exists():
-        return None
-    try:
-        found = read(path)
-    except CondenseError as fault:
-        if damaged:
-            return None
-        raise CondenseError(f"{fault}, or replace it with --force") from fault
-    free = ("data", "options", "steps_per_epoch", "judged_on", "code_version")
-    faults = []
-    for key, value in json.loads(json.dumps(about)).items():
-        known = found.manifest.get(key)
-        if key not in free and known != value:
-            short = all(isinstance(one, int | float) or len(str(one)) < 40 for one in (known, value))
-            faults.append(WORDS.get(key, key) + f" ({known}, not {value})" * short)
-    if faults and not other:
-        raise CondenseError(
-            f"{path}: holds teachers of another {', '.join(faults)}; take another --out, or replace it with --force"
-        )
-    return None if faults else found
-
-
-def _source(run: Run, squeezing: Squeezing) -> tuple[Task, int]:
-    """The real data that teachers learn from, and the steps of an epoch."""
-    source = run.task.hold_out(squeezing.held_out, (run.seed, "held-out")) if squeezing.held_out else run.task
-    return source, steps_per_pass(len(source.train), squeezing.recipe.batch)
 
 
 def _check_last_batch(net: nn.Module, name: str, size: int, batch: int) -> None:

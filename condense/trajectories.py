@@ -30,7 +30,16 @@ import torch
 from torch import Tensor, nn
 
 from condense import container, networks, rng
-from condense.banks import agreed_plan, groups, seconds_per_step, transform_digests
+from condense.banks import (
+    Same,
+    agreed_plan,
+    expected,
+    groups,
+    parts_of,
+    seconds_per_step,
+    taught,
+    transform_digests,
+)
 from condense.container import AGAIN
 from condense.distilled import check_writable, replacing
 from condense.errors import CondenseError, did_you_mean
@@ -43,7 +52,6 @@ from condense.students import (
     Update,
     accuracy,
     pick_together,
-    steps_per_pass,
     train,
 )
 from condense.tasks import Task, cache_dir
@@ -64,12 +72,6 @@ FORMAT = container.Format(
         "epochs": int, "dtype": str, "experts": list, "content": str,
     },
 )  # fmt: skip
-WORDS = {
-    "fingerprint": "data", "transform": "normalisation", "library_version": "library", "held_out": "held-out share",
-    "random_hash_version": "version of the draws", "student_version": "version of the training",
-    "epochs": "number of epochs", "image_shape": "image size", "schedule_epochs": "schedule",
-}  # fmt: skip
-"""What messages call an entry of the manifest, where not by its name."""
 
 
 @dataclass(frozen=True)
@@ -269,11 +271,6 @@ def cache_file(run: Run, training: Training, epochs: int, dtype: str = "float16"
     return cache_dir() / "trajectories" / f"{hashlib.sha256(text.encode()).hexdigest()}-e{epochs}.h5"
 
 
-def parts_of(path: Path) -> Path:
-    """The folder beside a file in making that holds its finished experts."""
-    return path.with_name(path.name + ".parts")
-
-
 @dataclass(frozen=True, eq=False)
 class Made:
     """What :func:`record` did."""
@@ -319,7 +316,7 @@ def record(
         raise CondenseError(f"--dtype {dtype}: unknown{did_you_mean(dtype, DTYPES)}")
     began, ranks = time.monotonic(), run.ranks
     known, layout = facts(run, training, epochs, dtype), layout_of(run.network, run.task)
-    source, unit = _source(run, training)
+    source, unit = taught(run, training.recipe.batch, training.held_out)
     about = {
         **known, "data": run.task.name, "options": dataclasses.asdict(run.task.options), "layout": layout.describe(),
         "classes": list(run.task.classes), "image_shape": list(run.task.shape), "epochs": epochs,
@@ -327,10 +324,10 @@ def record(
     }  # fmt: skip
     if ranks.leads:
         check_writable(path, force=True)
-    there, parts = _expected(path, about, force, force), parts_of(path)
+    there, parts = expected(path, read, about, "experts", force, force), parts_of(path)
     have = {} if there is None else {k: (there, k) for k in range(there.count) if _whole(there, k, force)}
     for place in parts.glob("[0-9]*.h5"):
-        part = _expected(place, about, force, True)
+        part = expected(place, read, about, "experts", force, True)
         if part is not None and _whole(part, 0, True):
             have.setdefault(int(place.stem), (part, 0))
     numbers = range(max(count, 0 if there is None else there.count))
@@ -353,38 +350,6 @@ def record(
             shutil.rmtree(parts, ignore_errors=True)
     ranks.close()
     return Made(read(path), missing, time.monotonic() - began)
-
-
-def _expected(path: Path, about: dict[str, Any], other: bool, damaged: bool) -> Recorded | None:
-    """The experts there, where they are of this training; None where there are none.
-
-    Args:
-        path: of the file.
-        about: the manifest that it should have, but for the experts.
-        other: give up what is of another training.
-        damaged: give up what cannot be read.
-    """
-    if not path.exists():
-        return None
-    try:
-        found = read(path)
-    except CondenseError as fault:
-        if damaged:
-            return None
-        raise CondenseError(f"{fault}, or replace it with --force") from fault
-    free = ("data", "options", "steps_per_epoch", "code_version")
-    faults = {}
-    for key, value in json.loads(json.dumps(about)).items():
-        known = found.manifest.get(key)
-        if key not in free and known != value:
-            short = all(isinstance(one, int | float) or len(str(one)) < 40 for one in (known, value))
-            faults[key] = WORDS.get(key, key) + f" ({known}, not {value})" * short
-    if len(faults) > 1:
-        faults.pop("layout", None)  # it follows from the others
-    if faults and not other:
-        words = ", ".join(faults.values())
-        raise CondenseError(f"{path}: holds experts of another {words}; take another --out, or replace it with --force")
-    return None if faults else found
 
 
 def _whole(file: Recorded, k: int, damaged: bool) -> bool:
@@ -637,11 +602,11 @@ def provide(
         named = read(Path(file))
         check_suits(named, run, layout, last)
         count, long = min(count, named.count), named.epochs
-        run.keep("experts", _Same(named.content(count, long), named.path))
+        run.keep("experts", Same(named.content(count, long), named.path, "experts"))
         experts = load(named, run.device, count=count, epochs=long, first=first, last=last)
         run.trajectories = experts.describe()
         return experts
-    source, unit = _source(run, training)
+    source, unit = taught(run, training.recipe.batch, training.held_out)
 
     def seconds() -> float:
         together = min(count, GROUP) if pick_together(run.device) else 1
@@ -679,28 +644,6 @@ def provide(
         "seconds": round(credited + (time.monotonic() - began if trained else 0.0), 2),
     }  # fmt: skip
     return experts
-
-
-class _Same:
-    """In the checkpoint of a run, which experts of a named file it began with; refuses to go on with others."""
-
-    def __init__(self, content: str, path: Path) -> None:
-        self.content, self.path = content, path
-
-    def state_dict(self) -> dict[str, str]:
-        return {"content": self.content}
-
-    def load_state_dict(self, state: Mapping[str, str]) -> None:
-        if state["content"] != self.content:
-            raise CondenseError(
-                f"{self.path}: holds other experts than when the run began; restore them, or start anew with --force"
-            )
-
-
-def _source(run: Run, training: Training) -> tuple[Task, int]:
-    """The real data that experts learn from, and the steps of an epoch."""
-    source = run.task.hold_out(training.held_out, (run.seed, "held-out")) if training.held_out else run.task
-    return source, steps_per_pass(len(source.train), training.recipe.batch)
 
 
 def _cached(path: Path, device: torch.device, *, count: int, epochs: int, first: int, last: int) -> Experts | None:

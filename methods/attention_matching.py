@@ -13,8 +13,8 @@ from torch import Tensor
 
 from condense import networks
 from condense.augment import dsa
-from condense.config import require
-from condense.errors import CondenseError, did_you_mean
+from condense.config import one_of, require
+from condense.errors import CondenseError
 from condense.methods.distribution_matching import class_means, distribution_loss
 from condense.optimizer import Group
 from condense.registry import method
@@ -102,8 +102,7 @@ class DataDAM(SyntheticOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.preset not in PRESETS:
-            raise CondenseError(f"preset={self.preset}: unknown{did_you_mean(self.preset, PRESETS)}")
+        one_of(self, preset=PRESETS)
         require(
             self, steps=(1, math.inf), lr_img=(0, sys.float_info.max), momentum=(0, 1), batch_real=(1, math.inf),
             power=(1, 16), mmd_weight=(0, math.inf), scale=(0, sys.float_info.max),

@@ -15,7 +15,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -25,11 +25,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from condense import rng
-from condense.augment import CropViews, ViewRule, Views
-from condense.config import require
+from condense.augment import CropViews, ViewRule, Views, neighbours, send
+from condense.config import one_of, require
 from condense.distilled import replacing
-from condense.errors import CondenseError, did_you_mean
+from condense.errors import CondenseError
 from condense.labels import (
+    STATISTICS,
     DistanceLabels,
     HardLabels,
     Labels,
@@ -45,11 +46,9 @@ from condense.labels import (
 from condense.networks import Network
 from condense.optimizer import Group
 from condense.registry import method
-from condense.run import LABELS as VIEWS
-from condense.run import LABELS_STATE as VIEWS_STATE
-from condense.run import Interrupted, Run
+from condense.run import VIEW_LABELS, VIEW_LABELS_STATE, Interrupted, Run
 from condense.synthetic import Compensated, SyntheticOptions, SyntheticSet
-from condense.tasks import Task
+from condense.tasks import Task, unit
 from condense.teachers import Committee, TeacherOptions, provide
 
 # -- BatchNorm moments ------------------------------------------------------------------------------------------------
@@ -102,11 +101,14 @@ class _Matched(torch.autograd.Function):
 class MatchedNorm(nn.Module):
     """A BatchNorm of a frozen teacher in eval mode that notes ``distances`` (groups,) of the moments that it sees.
 
-    The distance of a group is ``shares[0] * |mean - running mean| + shares[1] * |variance - running variance|``, plain
-    Euclidean lengths over channels, variance biased; moments are taken over the images and pixels of the group.
+    The distance of a group is ``importance * (shares[0] * |mean - running mean| + shares[1] * |variance - running
+    variance|)``, plain Euclidean lengths over channels, variance biased; moments are taken over the images and pixels
+    of the group.
     """
 
-    def __init__(self, norm: nn.modules.batchnorm._BatchNorm, shares: tuple[float, float]) -> None:
+    def __init__(
+        self, norm: nn.modules.batchnorm._BatchNorm, shares: tuple[float, float], importance: float = 1.0
+    ) -> None:
         super().__init__()
         assert norm.running_mean is not None and norm.running_var is not None
         ones = torch.ones_like(norm.running_mean)
@@ -116,7 +118,8 @@ class MatchedNorm(nn.Module):
         self.running_var: Tensor
         self.register_buffer("running_mean", norm.running_mean)
         self.register_buffer("running_var", norm.running_var)
-        self.eps, self.shares, self.groups, self.share = norm.eps, shares, 1, 1.0
+        self.shares, self.importance = (importance * shares[0], importance * shares[1]), importance
+        self.eps, self.groups = norm.eps, 1
         self.distances: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -148,9 +151,7 @@ class Matcher(nn.Module):
         found = [(n, m) for n, m in self.net.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self.norms: list[MatchedNorm] = []
         for number, (name, norm) in enumerate(found):
-            weight = first if number == 0 else 1.0
-            self.norms.append(MatchedNorm(norm, (weight * shares[0], weight * shares[1])))
-            self.norms[-1].share = weight
+            self.norms.append(MatchedNorm(norm, shares, 1.0 if number else first))
             self.net.set_submodule(name, self.norms[-1])
 
     def forward(self, views: Tensor, groups: int, fast: Callable[[], Any]) -> tuple[Tensor, Tensor]:
@@ -163,9 +164,9 @@ class Matcher(nn.Module):
         with fast():
             embedding = self.net.embed(views)
         logits = self.net.classify(embedding.to(torch.promote_types(embedding.dtype, torch.float32)))
-        used = [(norm.share, norm.distances) for norm in self.norms if norm.distances is not None]
+        used = [(norm.importance, norm.distances) for norm in self.norms if norm.distances is not None]
         total = torch.stack([distances for _, distances in used]).sum(0)
-        return logits, total / sum(share for share, _ in used) if self.averaged else total
+        return logits, total / sum(importance for importance, _ in used) if self.averaged else total
 
 
 # -- views ------------------------------------------------------------------------------------------------------------
@@ -216,11 +217,8 @@ def _stretching(size: int, out: int, start: Tensor, length: Tensor, mirrored: Te
     """(R, out, size): ``length`` (R,) pixels from ``start`` drawn out to ``out``, mirrored, rolled by ``shift``."""
     places = (torch.arange(out)[None] - shift[:, None]) % out
     places = torch.where(mirrored[:, None], out - 1 - places, places)
-    # Output o lies at (2o + 1) * length / 2 out - 1/2 in the stretch, kept inside; here in units of 1 / 2 out.
-    position = ((2 * places + 1) * length[:, None] - out).clamp(min=0).minimum(2 * out * (length[:, None] - 1))
-    below = position // (2 * out)
-    above = (below + 1).minimum(length[:, None] - 1)
-    share = (position % (2 * out)).float() / (2 * out)
+    below, above, part = neighbours(places, out, length[:, None])
+    share = part.float() / (2 * out)
     matrix = torch.zeros(len(start), out, size)
     matrix.scatter_add_(2, (start[:, None] + below)[..., None], (1 - share)[..., None])
     return matrix.scatter_add_(2, (start[:, None] + above)[..., None], share[..., None])
@@ -277,8 +275,7 @@ class Relabelling(TeacherOptions):
 
     def __post_init__(self) -> None:
         self.check_teachers()
-        for key, known in (("labels", LABELS), ("store", STORES), ("label_statistics", ("running", "batch"))):
-            _one_of(self, key, known)
+        one_of(self, labels=LABELS, store=STORES, label_statistics=STATISTICS)
         require(self, label_epochs=(1, math.inf), label_micro=(2, math.inf), temperature=(1e-6, sys.float_info.max))
         self.rule(mirror=True)
         self.thresholds()
@@ -346,19 +343,12 @@ class Recovery(Relabelling):
     def __post_init__(self) -> None:
         super().__post_init__()
         largest = sys.float_info.max
-        for key, known in (("init", self.starts), ("schedule", SCHEDULES)):
-            _one_of(self, key, known)
+        one_of(self, init=self.starts, schedule=SCHEDULES)
         require(
             self, steps=(1, math.inf), lr_img=(0, largest), bn_weight=(0, largest), bn_first=(0, largest),
             bn_variance=(0, largest), batch_classes=(1, math.inf), min_scale=(1e-4, 1), milestone=(0, 1),
             jitter=(0, math.inf), at_once=(1, math.inf),
         )  # fmt: skip
-
-
-def _one_of(config: Any, key: str, known: Iterable[str]) -> None:
-    value = getattr(config, key)
-    if value not in known:
-        raise CondenseError(f"{key}={value}: unknown{did_you_mean(value, known)}")
 
 
 # -- steps that the methods share -------------------------------------------------------------------------------------
@@ -387,6 +377,8 @@ class Batch:
     """Rows of what is learned, int64 (R,)."""
     classes: Tensor
     """Classes of its images, int64 (B,)."""
+    beside: Tensor | None = None
+    """Rows of fixed images, int64 (B,), that what is learned is added to."""
 
 
 def by_class(run: Run, at_once: int) -> list[Batch]:
@@ -426,11 +418,6 @@ def drawn(config: Recovery, run: Run, index: int, rows: int, wanted: Tensor) -> 
     return tall, wide
 
 
-def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on the device, without waiting for it."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
 def recovery_loss(logits: Tensor, classes: Tensor, distances: Tensor, weight: float) -> Tensor:
     """Of each batch (G,): mean cross-entropy of logits (G*B, C) to classes (G*B,), plus ``weight`` distances."""
     losses = F.cross_entropy(logits, classes, reduction="none").view(len(distances), -1).mean(1)
@@ -444,7 +431,7 @@ def recover(
     guides: Sequence[Guide],
     batches: Sequence[Batch],
     *,
-    compose: Callable[[Tensor, Sequence[int]], Tensor] = lambda leaves, numbers: leaves,
+    fixed: Tensor | None = None,
     clamp: bool = True,
     mask: Tensor | None = None,
 ) -> None:
@@ -459,7 +446,7 @@ def recover(
         synthetic: whose ``images`` are learned.
         guides: who guides which batches.
         batches: all of them; their numbers are their places.
-        compose: makes images (G, B, C, H, W) of the batches ``numbers`` from their rows (G, R, C, H, W).
+        fixed: images (M,C,H,W) that the batches' own rows of are added to what is learned; None: that is the images.
         clamp: keep pixels in the range of pixels.
         mask: factor on updates of the images, one row for each.
     """
@@ -484,10 +471,10 @@ def recover(
                 gradient, total = torch.zeros_like(part.images), torch.zeros((), device=run.device)
                 for one in work:
                     leaves = part.images.detach()[one.at].requires_grad_()
-                    shown = compose(leaves, one.numbers)
+                    shown = leaves if fixed is None else fixed[one.beside] + leaves
                     shown = shown.flatten(0, 1)[:, None] if config.per_image else shown
                     views = seen(shown, tall[one.views], wide[one.views]).flatten(0, 1)
-                    logits, distances = guided(one.guide, views, len(one.numbers), run)
+                    logits, distances = guided(one.guide, views, len(one.at), run)
                     losses = recovery_loss(logits, one.classes, distances, config.bn_weight)
                     loss = (one.weights * losses).sum()
                     gradient.index_add_(0, one.at.flatten(), torch.autograd.grad(loss, leaves)[0].flatten(0, 1))
@@ -504,8 +491,6 @@ class Work:
     """What passes through a teacher at once, with all that stays the same from step to step, on the device."""
 
     guide: Guide
-    numbers: list[int]
-    """Of its batches."""
     at: Tensor
     """Rows of what moves (G, R)."""
     views: Tensor
@@ -514,6 +499,8 @@ class Work:
     """Of the images (G * B,)."""
     weights: Tensor
     """Of the losses (G,)."""
+    beside: Tensor | None
+    """Rows of fixed images (G, B)."""
 
 
 def _planned(
@@ -534,7 +521,11 @@ def _planned(
             views = torch.searchsorted(wanted, torch.cat([spots[g] for g in numbers]))
             classes = torch.cat([batches[g].classes for g in numbers])
             weights = torch.tensor([guide.weights[g] for g in numbers])
-            work.append(Work(guide, numbers, *(part.to(run.device) for part in (at, views, classes, weights))))
+            at, views, classes, weights = (part.to(run.device) for part in (at, views, classes, weights))
+            beside = [rows for rows in (batches[g].beside for g in numbers) if rows is not None]
+            work.append(
+                Work(guide, at, views, classes, weights, torch.stack(beside).to(run.device) if beside else None)
+            )
     return work
 
 
@@ -573,11 +564,14 @@ def together(numbers: Sequence[int], batches: Sequence[Batch], run: Run) -> Iter
 def started(config: Recovery, run: Run, net: Network) -> SyntheticSet:
     """The set as it starts: noise, real images, or RDED's patches, scored by ``net``."""
     if config.init == "patches":
-        pixels = confident_patches(run, net, RDED())
-        classes = torch.arange(run.task.num_classes).repeat_interleave(run.ipc)
-        images = run.task.transform(pixels.to(run.device))
-        return SyntheticSet(run.task, images.contiguous(), classes)
+        return from_pixels(run, confident_patches(run, net, RDED()))
     return SyntheticSet.create(run.task, run.ipc, SyntheticOptions(init=config.init), seed=run.seed, device=run.device)
+
+
+def from_pixels(run: Run, pixels: Tensor) -> SyntheticSet:
+    """A set that starts from images (classes * ipc, C,H,W) in pixel space, sorted by class."""
+    classes = torch.arange(run.task.num_classes).repeat_interleave(run.ipc)
+    return SyntheticSet(run.task, run.task.transform(pixels.to(run.device)).contiguous(), classes)
 
 
 def finished(
@@ -622,8 +616,7 @@ def relabelled(
 ) -> Labels:
     """The labels that a committee gives stored images (N,C,H,W), of the kind that ``config`` names."""
     task, count = run.task, run.task.num_classes
-    pixels = stored.float() / 255 if stored.dtype == torch.uint8 else stored.float()
-    images, rule = task.transform(pixels), config.rule(task.mirror)
+    images, rule = task.transform(unit(stored)), config.rule(task.mirror)
     seed, teacher = rng.key(run.seed, "labels"), committee.mean(weights)
     kind, temperature, squared = config.labels, config.temperature, config.squared
     statistics: dict[str, Any] = {"statistics": config.label_statistics, "micro": config.label_micro}
@@ -667,7 +660,7 @@ def _store(config: Relabelling, run: Run, stored: Tensor, seed: int, width: int)
     if run.directory is None or run.rehearses or not run.ranks.leads:
         yield {}
         return
-    path, state = run.directory / VIEWS, run.directory / VIEWS_STATE
+    path, state = run.directory / VIEW_LABELS, run.directory / VIEW_LABELS_STATE
     shape, key = (config.label_epochs, len(stored), width), [content({"images": stored}), seed, str(config), width]
     known = json.loads(state.read_text()) if path.exists() and state.exists() else {}
     start = known["epochs"] if known.get("key") == key else 0
@@ -1012,16 +1005,14 @@ def infer(task: Task, config: INFER, run: Run) -> SyntheticSet:
     shared = SyntheticSet(task, torch.zeros(number * teachers, *task.shape, device=run.device),
                           torch.zeros(number * teachers, dtype=torch.int64))  # fmt: skip
     # Batches of other classes add to the same compensator.
-    owners = [(k, m, part) for k in range(number) for m in range(teachers)
-              for part in torch.arange(count).split(config.batch_classes)]  # fmt: skip
-    batches = [Batch(k, torch.tensor([k * teachers + m]), part) for k, m, part in owners]
-
-    def summed(leaves: Tensor, numbers: Sequence[int]) -> Tensor:
-        rows = torch.stack([batches[g].classes * number + batches[g].index for g in numbers]).to(run.device)
-        return base[rows] + leaves
-
+    batches = [
+        Batch(k, torch.tensor([k * teachers + m]), part, part * number + k)
+        for k in range(number) for m in range(teachers) for part in torch.arange(count).split(config.batch_classes)
+    ]  # fmt: skip
     guides = [
-        Guide(matcher(config, member.network), {g: 1.0 for g, (_, owner, _) in enumerate(owners) if owner == m})
+        Guide(
+            matcher(config, member.network), {g: 1.0 for g, one in enumerate(batches) if int(one.rows) % teachers == m}
+        )
         for m, member in enumerate(committee.members)
     ]
 
@@ -1029,7 +1020,7 @@ def infer(task: Task, config: INFER, run: Run) -> SyntheticSet:
         stage, inverse = Compensated(count, number, teachers), task.transform.inverse
         added = inverse(shared.images.detach()) - inverse(torch.zeros_like(shared.images))
         stored = kept(torch.cat([inverse(base).clamp(0, 1), stage.encode(added)]), config.store)
-        decoded, _ = stage(stored.float() / (255 if stored.dtype == torch.uint8 else 1), torch.arange(len(stored)))
+        decoded, _ = stage(unit(stored), torch.arange(len(stored)))
         classes = torch.arange(count, device=run.device).repeat_interleave(stage.decoded)
         labels = relabelled(config, run, decoded, classes, committee)
         rows = torch.cat([real.classes, shared.classes.to(run.device)])
@@ -1039,7 +1030,7 @@ def infer(task: Task, config: INFER, run: Run) -> SyntheticSet:
         return made
 
     run.salvage = done
-    recover(config, run, shared, guides, batches, compose=summed, clamp=False)
+    recover(config, run, shared, guides, batches, fixed=base, clamp=False)
     return done()
 
 
@@ -1110,12 +1101,8 @@ def nrr(task: Task, config: NRR, run: Run) -> SyntheticSet:
     committee = squeezed(config, run)
     net = committee.members[0].network
     batches = by_class(run, config.batch_classes)
-    if config.init == "critical":
-        pixels = critical_patches(run, net, config)
-        labels = torch.arange(task.num_classes).repeat_interleave(run.ipc)
-        synthetic = SyntheticSet(task, task.transform(pixels.to(run.device)), labels)
-    else:
-        synthetic = started(config, run, net)
+    critical = config.init == "critical"
+    synthetic = from_pixels(run, critical_patches(run, net, config)) if critical else started(config, run, net)
     start, own = synthetic.images.detach().clone(), synthetic.classes
     mask = torch.cat([activation(net, *part) for part in zip(start.split(256), own.split(256))])
     mask = (config.threshold - mask).clamp(min=0)[:, None]
@@ -1246,6 +1233,5 @@ def rded(task: Task, config: RDED, run: Run) -> SyntheticSet:
     """
     side(task, config.factor, f"factor={config.factor}")
     committee = squeezed(config, run)
-    pixels = confident_patches(run, committee.members[0].network, config).to(run.device)
-    classes = torch.arange(task.num_classes, device=run.device).repeat_interleave(run.ipc)
-    return finished(config, run, task.transform(pixels), classes, committee)
+    synthetic = from_pixels(run, confident_patches(run, committee.members[0].network, config))
+    return finished(config, run, synthetic.images, synthetic.classes, committee)

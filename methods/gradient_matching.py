@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from condense import augment, banks, networks, rng
 from condense.banks import OwnNetworks
-from condense.config import require
-from condense.errors import CondenseError, did_you_mean
+from condense.config import one_of, require
+from condense.errors import CondenseError
 from condense.labels import HardLabels
 from condense.optimizer import Group
 from condense.registry import method
@@ -373,8 +373,7 @@ class IDC(SyntheticOptions, OwnNetworks):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.metric not in DISTANCES:
-            raise CondenseError(f"metric={self.metric}: unknown{did_you_mean(self.metric, DISTANCES)}")
+        one_of(self, metric=DISTANCES)
         require(
             self, steps=(1, math.inf), lr_img=(0, sys.float_info.max), momentum=(0, 0.99), batch_real=(1, math.inf),
             batch_syn_max=(1, math.inf), snapshots=(2, math.inf), net_steps=(1, math.inf),

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from condense import container, evaluation, rng
 from condense import teachers as squeezed
 from condense.augment import ViewRule
-from condense.config import build, parse, require
+from condense.config import build, one_of, parse, require
 from condense.distilled import DistilledSet, replacing
 from condense.errors import CondenseError, did_you_mean, need
 from condense.labels import (
@@ -156,8 +156,7 @@ class PoolOptions(TopKOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.values not in CODES:
-            raise CondenseError(f"values={self.values}: unknown{did_you_mean(self.values, CODES)}")
+        one_of(self, values=CODES)
         if not 0 < self.keep <= 1:
             raise CondenseError(f"keep={self.keep:g}: must be above 0 and at most 1")
 
@@ -171,8 +170,7 @@ class Teacher(TargetOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.weights not in ("int8", "float32"):
-            raise CondenseError(f"weights={self.weights}: unknown{did_you_mean(self.weights, ('int8', 'float32'))}")
+        one_of(self, weights=("int8", "float32"))
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from condense import networks, rng
 from condense.augment import Augmentation, Parameters, dsa
-from condense.config import require
-from condense.errors import CondenseError, did_you_mean
+from condense.config import one_of, require
+from condense.errors import CondenseError
 from condense.labels import SoftLabels
 from condense.optimizer import Group
 from condense.registry import method
@@ -178,9 +178,7 @@ class MTT(SyntheticOptions):
             buffer_epochs=(self.min_start_epoch + self.expert_epochs, math.inf), expert_lr=(0, largest),
             expert_momentum=(0, 1), expert_decay=(0, largest), expert_batch=(1, math.inf),
         )  # fmt: skip
-        known = ("positive", "raw")
-        if self.step_size not in known:
-            raise CondenseError(f"step_size={self.step_size}: unknown{did_you_mean(self.step_size, known)}")
+        one_of(self, step_size=("positive", "raw"))
         check(self.grad_mode, self.inner_optimizer, self.inner_momentum)
 
     def epochs_needed(self) -> int:
@@ -554,8 +552,7 @@ class AST(MTT):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self, perturb=(0, sys.float_info.max), penalty=(0, sys.float_info.max))
-        if self.intermediate not in BETAS:
-            raise CondenseError(f"intermediate={self.intermediate}: unknown{did_you_mean(self.intermediate, BETAS)}")
+        one_of(self, intermediate=BETAS)
 
     def training(self, task: Task) -> Training:
         """SGD with momentum and one drop, on a loss that is kept smooth; in float32 for its second derivative."""
