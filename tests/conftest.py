@@ -41,6 +41,21 @@ def tiny_arrays(classes=3, train=12, test=6, channels=1, size=8, seed=0):
     return (*part(train), *part(test))
 
 
+def tiny_archive(folder):
+    """``tiny_arrays`` as ``tiny.npz`` in a folder: its path."""
+    keys = ("train_images", "train_labels", "test_images", "test_labels")
+    np.savez(folder / "tiny.npz", **dict(zip(keys, tiny_arrays())))
+    return folder / "tiny.npz"
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch, capsys):
+    """``call(words)`` runs the command line in ``tmp_path``, where ``tiny.npz`` lies: exit code and what it printed."""
+    tiny_archive(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return lambda words: command_line(words, capsys)
+
+
 @pytest.fixture
 def tiny():
     """3 classes of 12 train and 6 test grey images of 8x8."""

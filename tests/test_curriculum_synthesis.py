@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import command_line, tiny_arrays
+from conftest import command_line, tiny_archive, tiny_arrays
 from torch import nn
 
 import condense
@@ -276,20 +276,13 @@ def test_a_plan_counts_images_that_move_in_turn(tiny):
 # -- what is kept of a run that ends early ----------------------------------------------------------------------------
 
 
-def archive(folder):
-    path = folder / "tiny.npz"
-    names = ("train_images", "train_labels", "test_images", "test_labels")
-    np.savez(path, **dict(zip(names, tiny_arrays())))
-    return path
-
-
 class Killed(BaseException):
     """Stands for SIGKILL: nothing in the product catches it."""
 
 
 @pytest.mark.parametrize("kind", ["per-view", "distances"])
 def test_labelling_that_was_killed_goes_on_in_the_middle(tmp_path, monkeypatch, kind):
-    task, asked = condense.task(str(archive(tmp_path))), []
+    task, asked = condense.task(str(tiny_archive(tmp_path))), []
     whole = made(task, labels=kind, label_epochs=6)
     original = condense.labels.answers
 
@@ -535,7 +528,7 @@ def test_votes_need_a_prior_for_each_teacher(tiny, untaught):
 
 
 def test_teachers_of_a_file_serve_method_and_judge(tiny, tmp_path, capsys):
-    archive(tmp_path)
+    tiny_archive(tmp_path)
     data, teachers, out = tmp_path / "tiny.npz", tmp_path / "teachers.h5", tmp_path / "rded.h5"
     words = (
         f"teachers --data {data} --networks {NETWORK} --count 1 --epochs 2 --for rded teacher_batch=8 --out {teachers}"
@@ -553,7 +546,7 @@ def test_teachers_of_a_file_serve_method_and_judge(tiny, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_two_ranks_make_the_set_of_one(tiny, tmp_path):
-    archive(tmp_path)
+    tiny_archive(tmp_path)
     sets = []
     for ranks, launcher in ((1, ()), (2, ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"))):
         out = tmp_path / f"{ranks}.h5"

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_arrays
+from conftest import tiny_archive, tiny_arrays
 
 import condense
 from condense import evaluation, protocols, records
@@ -325,8 +325,7 @@ def test_two_ranks_give_the_record_of_one(made, tmp_path):
     import subprocess
     import sys
 
-    np.savez(tmp_path / "tiny.npz", **dict(zip(("train_images", "train_labels", "test_images", "test_labels"),
-                                               tiny_arrays())))  # fmt: skip
+    tiny_archive(tmp_path)
     made.save(tmp_path / "set.h5")
     (tmp_path / "rank.py").write_text(RANK)
     found = []

@@ -1,8 +1,7 @@
 """A whole table: made, skipped where it is there, resumed where it was stopped, and the sets worth shipping."""
 
-import numpy as np
 import pytest
-from conftest import command_line, tiny_arrays
+from conftest import command_line, tiny_archive
 
 import condense
 from condense import protocols, records
@@ -36,8 +35,7 @@ def short_protocols(monkeypatch):
 @pytest.fixture
 def place(tmp_path):
     """A folder with the suite and its data."""
-    names = ("train_images", "train_labels", "test_images", "test_labels")
-    np.savez(tmp_path / "tiny.npz", **dict(zip(names, tiny_arrays())))
+    tiny_archive(tmp_path)
     (tmp_path / "mini.yaml").write_text(TEXT)
     return tmp_path
 

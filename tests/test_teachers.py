@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import command_line, tiny_arrays
+from conftest import tiny_arrays
 from torch import nn
 
 import condense
@@ -877,16 +877,6 @@ def test_either_kind_of_file_serves_where_the_manifest_names_none(tiny, good, tm
     found, _ = evaluation.recorded_teacher(made_set, good, CPU)
     assert torch.equal(found(images), teacher(good, CPU)(images))
     assert evaluation.recorded_teacher(made_set, None, CPU) == (None, "")
-
-
-@pytest.fixture
-def call(tmp_path, monkeypatch, capsys):
-    """``call(words)`` runs the command line in ``tmp_path``, where tiny data lie: its exit code and what it printed."""
-    keys = ("train_images", "train_labels", "test_images", "test_labels")
-    np.savez(tmp_path / "tiny.npz", **dict(zip(keys, tiny_arrays())))
-    monkeypatch.chdir(tmp_path)
-
-    return lambda words: command_line(words, capsys)
 
 
 TEACHERS = f"teachers --data tiny.npz --networks {NETWORK},{PLAIN} {SMALL} --precision fp32"

@@ -16,7 +16,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import command_line, tiny_arrays
+from conftest import tiny_arrays
 
 import condense
 from condense import api, banks, networks, rng, students, trajectories
@@ -603,16 +603,6 @@ def test_a_stop_says_how_to_go_on_and_keeps_finished_experts(tiny, tmp_path, mon
 
 
 # -- from the command line --------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def call(tmp_path, monkeypatch, capsys):
-    """``call(words)`` runs the command line in ``tmp_path``, where tiny data lie: its exit code and what it printed."""
-    keys = ("train_images", "train_labels", "test_images", "test_labels")
-    np.savez(tmp_path / "tiny.npz", **dict(zip(keys, tiny_arrays())))
-    monkeypatch.chdir(tmp_path)
-
-    return lambda words: command_line(words, capsys)
 
 
 EXPERTS = f"experts --data tiny.npz --network {NETWORK} {MTT} --precision fp32"

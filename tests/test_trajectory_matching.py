@@ -336,7 +336,7 @@ def test_settings_out_of_range_are_all_named():
 
 
 def test_the_table_goes_from_experts_to_judged_sets(tiny, tmp_path, monkeypatch, capsys):
-    from conftest import tiny_arrays
+    from conftest import tiny_archive
 
     from condense import cli
     from condense.benchmarks import equal_time, trajectories
@@ -353,8 +353,7 @@ def test_the_table_goes_from_experts_to_judged_sets(tiny, tmp_path, monkeypatch,
     monkeypatch.setattr(trajectories, "SETTINGS", {"mtt": short_runs, "datm": short_runs})
     short = {name: dataclasses.replace(found, steps=10) for name, found in protocols.protocols().items()}
     monkeypatch.setattr(protocols, "protocols", lambda: short)
-    names = ("train_images", "train_labels", "test_images", "test_labels")
-    np.savez(tmp_path / "tiny.npz", **dict(zip(names, tiny_arrays())))
+    tiny_archive(tmp_path)
     words = [
         "--data",
         f"tiny={tmp_path}/tiny.npz",
