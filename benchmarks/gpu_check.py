@@ -62,6 +62,8 @@ from condense.benchmarks.speed.measure import (
 )
 from condense.errors import CondenseError
 from condense.labels import HardLabels
+from condense.light_labels import Int8TeacherLabels
+from condense.methods.label_lightening import KINDS, lighten
 from condense.registry import METHODS
 from condense.run import Run, deterministic_kernels, device_name, peak_memory, pick_device, pick_precision
 from condense.students import FixedSource, Student, accuracy, train
@@ -92,7 +94,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 for _name, _settings in (("ast", {"buffer_epochs": 3}), ("datm", {"expand_steps": 3, "gate": 10.0})):
     SETTINGS[_name] = {**SETTINGS["mtt"], **_settings}
-SETTINGS |= {name: {"labels": "hard", "store": "float32"} for name in ("sre2l", "cda", "dwa", "cvdd", "infer", "nrr")}
+SETTINGS |= {
+    name: {"labels": "hard", "store": "float32"}
+    for name in ("sre2l", "cda", "dwa", "cvdd", "infer", "nrr", "lpld", "lpqld")
+}
 for _name, _settings in (("dwa", {"ascent_steps": 2}), ("nrr", {"pool": 16}), ("cvdd", {"voters": 1})):
     SETTINGS[_name] |= _settings
 """What makes one step of a method small enough for a CPU; a method without an entry keeps its defaults."""
@@ -327,6 +332,44 @@ def check_methods(check: Check) -> tuple[str, Any]:
     with tf32(False):
         results = check.each({name: functools.partial(compare, name) for name in _with_steps(check)})
     return f"{len(results)} methods; worst update {_worst(results, 'update')}", results
+
+
+def check_labels(check: Check) -> tuple[str, Any]:
+    """Every kind of labels: views and targets on the device against the CPU, made on the CPU and made there."""
+    task, cpu = check.task(), torch.device("cpu")
+    case = dataclasses.replace(check.case(task, 2), norm="bn", device=cpu)
+    teacher = sre2l.teacher(case.network, task.shape, task.num_classes).eval()
+    made = condense.distill("random", task, 2, network=case.network, device="cpu")
+    images = made.training_images()[0]
+    ids = torch.arange(len(images))
+
+    def shown(labels: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+        there = labels.to(device)
+        if not labels.per_view:
+            return images, there.targets(ids.to(device)).cpu()
+        views, targets = there.shown(images.to(device), ids, 3)
+        return views.cpu(), targets.cpu()
+
+    def light(kind: str, device: str) -> Any:
+        if kind == "teacher":  # whose architecture a set must name
+            net = copy.deepcopy(teacher).to(device)
+            return Int8TeacherLabels(net, len(images), 0, names=[case.network], shape=task.shape)
+        few = {name: 2 for name in ("label_epochs", "projector_steps") if hasattr(KINDS[kind][0], name)}
+        return lighten(made, kind, task, teacher, device=device, **few).labels
+
+    def compare(kind: str) -> dict[str, Any]:
+        labels = light(kind, "cpu")
+        (views, targets), (there, found) = shown(labels, cpu), shown(labels, check.device)
+        errors = {"views": distance(there, views), "targets": distance(found.float(), targets.float())}
+        fits = max(errors.values()) <= FORWARD_TOLERANCE
+        # Codes of logits that differ by a rounding differ by a step, trained projectors by what training makes of one.
+        anew = shown(light(kind, str(check.device)), cpu)[1]
+        errors["made there"] = distance(anew.float(), targets.float())
+        return {**errors, "passed": fits and errors["made there"] <= GRADIENT_TOLERANCE}
+
+    with tf32(False):
+        results = check.each({kind: functools.partial(compare, kind) for kind in KINDS})
+    return f"{len(results)} kinds; worst targets {_worst(results, 'targets')}", results
 
 
 def check_augmentation(check: Check) -> tuple[str, Any]:
@@ -709,6 +752,7 @@ class Stage:
 STAGES = [
     Stage("networks: device = CPU", 20, check_networks),
     Stage("methods: device = CPU", 15, check_methods),
+    Stage("labels: device = CPU", 30, check_labels),
     Stage("augmentation: device = CPU", 5, check_augmentation),
     Stage("draws: device = CPU", 5, check_draws),
     Stage("same seed, same bits", 15, check_determinism),

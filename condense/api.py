@@ -887,11 +887,20 @@ def measure(
         "labelling_seconds": trial.expected_labelling,
         "peak_memory": peak_memory(where),
         "set_bytes": made.nbytes(),
+        "views": _labelled(made, config, trial),
         "checkpoint_bytes": 2 * trial.state_bytes,  # the last one and the one before it
         "trajectories": _trajectories(config, real, network or entry.network, where),
         "real_bytes": int(real.train.images.nbytes + real.test.images.nbytes),
         "device": device_name(where),
     }
+
+
+def _labelled(made: DistilledSet, config: Any, trial: Run) -> dict[str, Any] | None:
+    """What labels of views the set would bring, and whose; None where it would bring others."""
+    if not made.labels.per_view:
+        return None
+    epochs, teachers = getattr(config, "label_epochs", None), trial.teachers.get("networks", [])
+    return {"kind": made.labels.kind, "images": len(made.labels), "epochs": epochs, "teachers": teachers}
 
 
 def _trajectories(

@@ -281,7 +281,7 @@ WORDS = {
     "epochs": "number of epochs", "image_shape": "image size", "schedule_epochs": "schedule",
 }  # fmt: skip
 """What messages call an entry of a manifest, where not by its name."""
-FREE = ("data", "options", "steps_per_epoch", "judged_on", "code_version")
+FREE = ("data", "options", "steps_per_epoch", "judged_on", "code_version", "normalisation")
 """Entries in which files of the same training may differ."""
 
 

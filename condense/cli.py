@@ -12,6 +12,7 @@ import json
 import os
 import shlex
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -566,7 +567,7 @@ def lighten(
     download: Download = False,
     force: Force = False,
 ) -> None:
-    """Gives a set lighter labels."""
+    """Gives a set lighter labels. Call it again to go on after a stop."""
     from condense import api, config, evaluation
     from condense.distilled import check_writable
     from condense.methods import label_lightening as room
@@ -575,8 +576,10 @@ def lighten(
     keys: dict[str, Any] = config.parse(settings or [])
     made = _set(file)
     real = api.task(data, download=download, **evaluation.data_options(made)) if data is not None else None
-    light = room.lighten(made, labels, real, teachers=teachers, device=device, quiet=False, **keys)
+    light = room.lighten(made, labels, real, teachers=teachers, device=device, quiet=False, beside=out, **keys)
     light.save(out, force=force)
+    for path in room.answer_files(out):
+        path.unlink(missing_ok=True)
     known = light.manifest["lightened"]
     before, after = known["bytes"]["before"], known["bytes"]["after"] + known["bytes"]["external"]
     print(f"lightened {made.name}: {size(after)} of labels, {100 * after / before:.3g} % of {size(before)}"
@@ -841,20 +844,41 @@ def plan(
     network: Network = None,
     recipe: Recipe = None,
     device: Device = "auto",
+    classes: Annotated[
+        int | None, _number("--classes", int, "without METHOD and --data: bytes of labels for so many classes alone")
+    ] = None,
+    label_epochs: Annotated[
+        int | None, _number("--label-epochs", int, "for --classes: labelled epochs of views; 300 by default")
+    ] = None,
     precision: Precision = "auto",
     download: Download = False,
     as_json: AsJson = False,
 ) -> None:
-    """Says what time, memory and disk a run would need. It makes a few of the run's steps."""
-    from condense import api
+    """Says what time, memory and disk a run would need. It makes a few of the run's steps.
 
+    Where the set's labels are of views, bytes of every kind of labels too; with --classes these alone.
+    """
+    from condense import api
+    from condense.methods.label_lightening import EPOCHS
+
+    if classes is not None:
+        if method or settings or data or recipe:
+            raise CondenseError(f"--classes {classes}: plans labels without METHOD and --data; leave out it or these")
+        _plan_labels(classes, ipc, EPOCHS if label_epochs is None else label_epochs, network, as_json)
+        return
+    if label_epochs is not None:
+        raise CondenseError(f"--label-epochs {label_epochs}: goes with --classes; write label_epochs={label_epochs}")
     asked, options, values = _request(method, settings, data, ipc, network, recipe, device=device, precision=precision)
     real = api.task(asked.data, download=download, **options)
     needs = api.measure(
         asked.method, real, asked.ipc, network=asked.network, device=device, precision=precision, **values
     )
+    views, kinds = needs["views"], []
+    if views:
+        views["epochs"] = views["epochs"] or EPOCHS
+        kinds = _kinds(real.num_classes, views["images"], views["epochs"], views["teachers"], real.shape)
     if as_json:
-        print(json.dumps(needs, indent=1))
+        print(json.dumps({**needs, "labels": _rows(kinds)}, indent=1))
         return
     per_step = f" ({needs['steps']} steps of {duration(needs['seconds_per_step'])})" if needs["steps"] else ""
     memory = ", ".join(f"{size(count)} {where}" for where, count in needs["peak_memory"].items())
@@ -871,6 +895,50 @@ def plan(
         found = needs["trajectories"]
         print(f"  experts: {found['experts']} of {found['epochs']} epochs, {size(found['bytes'])} on disk; "
               f"{size(found['resident_bytes'])} of them {_PLACES[found['place']]}")  # fmt: skip
+
+    if kinds:
+        _print_kinds(kinds, views["images"], views["epochs"])
+
+
+def _plan_labels(classes: int, ipc: int | None, epochs: int, network: str | None, as_json: bool) -> None:
+    """The part of `plan` that needs no data."""
+    if ipc is None:
+        raise CondenseError(f"--ipc missing; give --classes {classes} --ipc N")
+    network, images = network or "torchvision:resnet18", classes * ipc
+    for flag, value, least in (("--classes", classes, 2), ("--ipc", ipc, 1), ("--label-epochs", epochs, 1)):
+        if value < least:
+            raise CondenseError(f"{flag} {value}: must be at least {least}")
+    kinds = _kinds(classes, images, epochs, [network], _PICTURE)
+    if as_json:
+        about = {"classes": classes, "images": images, "epochs": epochs, "teachers": [network]}
+        print(json.dumps({"views": about, "labels": _rows(kinds)}, indent=1))
+        return
+    print(f"{classes} classes, ipc {ipc}; teacher: {network} on images {by(_PICTURE)}")
+    _print_kinds(kinds, images, epochs)
+
+
+_PICTURE = (3, 224, 224)
+"""Images that a teacher sees where there are no data."""
+
+
+def _kinds(classes: int, images: int, epochs: int, teachers: list[str], shape: tuple[int, int, int]) -> list[Any]:
+    """Bytes of every kind of labels."""
+    from condense.methods.label_lightening import int8_bytes, label_bytes
+
+    weights = int8_bytes(teachers, shape, classes) if teachers else None
+    return label_bytes(classes, images, epochs, teacher_bytes=weights)
+
+
+def _rows(kinds: list[Any]) -> list[dict[str, Any]]:
+    keys = {"labels": "words", "kind": "kind", "bytes": "bytes", "external": "external", "exactness": "exactness"}
+    return [{name: getattr(kind, key) for name, key in keys.items()} for kind in kinds]
+
+
+def _print_kinds(kinds: list[Any], images: int, epochs: int) -> None:
+    from condense.methods.label_lightening import table
+
+    print(f"  labels of {images} images, {epochs} epochs of views, by kind:")
+    print(textwrap.indent(table(kinds, "per-view"), "    "))
 
 
 _PLACES = {

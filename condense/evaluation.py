@@ -168,7 +168,7 @@ def _record(
     """The record of what came out, with what follows from it; foreign parts of the manifest are left out."""
     manifest, kind, data = distilled.manifest, distilled.labels.kind, judge.task
     cost, made_by, own = known_cost(manifest.get("cost")), manifest.get("command"), manifest["network"]
-    set_seed = manifest.get("seed")
+    set_seed, needs = manifest.get("seed"), distilled.nbytes()
     return {
         "schema": SCHEMA,
         "set": {
@@ -180,7 +180,8 @@ def _record(
             "seed": set_seed if isinstance(set_seed, int) else None,
             "label_kind": kind,
             "network": own,
-            "bytes": distilled.nbytes(),
+            "bytes": {**needs, "stored": needs["total"] - needs["external"]},
+            "labelling": {"exactness": distilled.labels.exactness, "step_cost": distilled.labels.step_cost},
             "command": made_by if isinstance(made_by, str) and len(made_by) <= TEXT_LIMIT else None,
         },
         "data": {
@@ -500,7 +501,7 @@ def _arms(
         arms.append(hard)  # HLR compares hard labels with hard labels
     label = main.labels
     soft = label == "own" and kind != "hard"
-    if teacher is None and isinstance(distilled.labels, TeacherLabels):
+    if isinstance(distilled.labels, TeacherLabels) and (teacher is None or kind == "projector"):
         teacher = distilled.labels.teacher
     for control in controls:
         if control == "random" and soft:

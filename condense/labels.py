@@ -18,6 +18,7 @@ lowrank      r bytes per view         per-view, on a basis of r vectors         
 topk         4 k bytes per view       per-view, the k largest logits               LPQLD
 pool         per-view, of few epochs  per-view, drawn from these                   LPLD
 teacher-int8 the teachers in 8 bits   what they say of the view
+projector    changes of a public net  what it says of the view, asked each time    HeLlO
 ============ ======================== ============================================ =========================
 
 A provider knows the loss that goes with its targets, writes itself as plain arrays and counts its bytes.
@@ -34,6 +35,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -318,12 +320,7 @@ class PerViewLabels:
         self.loss_kind, self.gamma, self.hard = loss_kind, single(gamma), hard
         self.calibrate = None if calibrate is None else tuple(single(x) for x in calibrate)
         self.statistics, self.micro = _check_statistics(statistics, micro)
-        if loss_kind not in LOSSES:
-            raise CondenseError(f"loss_kind={loss_kind}: unknown{did_you_mean(loss_kind, LOSSES)}")
-        if not 0 <= self.gamma < math.inf:
-            raise CondenseError(f"gamma={gamma:g}: must be at least 0 and finite")
-        if loss_kind == "kl" and self.gamma:
-            raise CondenseError(f"gamma={gamma:g}: weighs the classes in loss_kind=mse; leave it out or take that")
+        check_loss(loss_kind, self.gamma, hard)
         if self.calibrate is not None:
             if loss_kind != "kl":
                 raise CondenseError("calibrate: needs distributions to replace; take loss_kind=kl")
@@ -331,9 +328,8 @@ class PerViewLabels:
                 raise CondenseError(f"calibrate={self.calibrate}: must be low <= mid <= top between 0 and 1")
         if hard is not None:
             _check_classes(hard, shape[1], shape[2])
-        elif self.gamma or self.calibrate is not None:
-            word = "gamma" if self.gamma else "calibrate"
-            raise CondenseError(f"{word}: needs the class of each image; give hard")
+        elif self.calibrate is not None:
+            raise CondenseError("calibrate: needs the class of each image; give hard")
 
     def __len__(self) -> int:
         return self.shape[1]
@@ -358,7 +354,7 @@ class PerViewLabels:
         views, ids, drawn, logits = self._found(images, ids, epoch)
         if self.loss_kind == "mse":
             return views, torch.stack([logits, self._truth(ids, drawn)], 1) if self.gamma else logits
-        targets = (logits / self.temperature).softmax(-1)
+        targets = (logits / self.temperature_at(epoch)).softmax(-1)
         if self.calibrate is not None:
             low, mid, top = self.calibrate
             sure = logits.softmax(-1).amax(-1, keepdim=True)
@@ -366,6 +362,10 @@ class PerViewLabels:
             smoothed = (1 - SMOOTHING) * truth + SMOOTHING / (truth.shape[1] - 1) * (1 - truth)
             targets = torch.where(sure < mid, smoothed, targets).where((sure >= low) & (sure <= top), 0.0)
         return views, targets
+
+    def temperature_at(self, epoch: int) -> float:
+        """T of the targets in a student's ``epoch``."""
+        return self.temperature
 
     def _found(self, images: Tensor, ids: Tensor, epoch: int) -> tuple[Tensor, Tensor, MixedViews, Tensor]:
         """Views of the images, the ids on their device, what was drawn for the epoch, and float32 logits (B, C)."""
@@ -387,9 +387,7 @@ class PerViewLabels:
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         if self.loss_kind == "kl":
             return _kl(logits, targets, self.temperature, self.squared)
-        if not self.gamma:
-            return F.mse_loss(logits, targets)
-        return F.mse_loss(logits, targets[:, 0]) + self.gamma * F.cross_entropy(logits, targets[:, 1])
+        return _squares(logits, targets, self.gamma)
 
     def arrays(self) -> dict[str, np.ndarray]:
         return {"logits": self.logits.detach().cpu().numpy(), **self._settled()}
@@ -484,13 +482,26 @@ class TeacherLabels:
     ) -> None:
         members = [members] if isinstance(members, nn.Module) else list(members)
         self.teacher = MeanLogits(members, weights).eval()
+        self._settle(images, seed, views, temperature, squared, statistics, micro)
+        self.names, self.shape = tuple(names), shape
+        if names and (len(names) != len(members) or shape is None):
+            raise CondenseError(f"{len(members)} teachers but {len(names)} names, images of {shape}: give all of them")
+
+    def _settle(
+        self,
+        images: int,
+        seed: int,
+        views: CropViews | ViewRule | None,
+        temperature: float,
+        squared: bool,
+        statistics: str = "running",
+        micro: int = 8,
+    ) -> None:
+        """All but the teachers."""
         self.images, self.seed = images, seed
         self.views = ViewRule(mix="cutmix") if views is None else ViewRule.of(views)
         self.temperature, self.squared = _temperature(temperature), squared
-        self.names, self.shape = tuple(names), shape
         self.statistics, self.micro = _check_statistics(statistics, micro)
-        if names and (len(names) != len(members) or shape is None):
-            raise CondenseError(f"{len(members)} teachers but {len(names)} names, images of {shape}: give all of them")
 
     def __len__(self) -> int:
         return self.images
@@ -822,11 +833,31 @@ def device_of(module: nn.Module) -> torch.device:
     return next((value.device for value in module.state_dict().values()), torch.device("cpu"))
 
 
-def _kl(logits: Tensor, targets: Tensor, temperature: float, squared: bool) -> Tensor:
+def _kl(logits: Tensor, targets: Tensor, temperature: float | Tensor, squared: bool) -> Tensor:
     """KL divergence of targets (B, C) to softmax(logits / T): the mean over rows of targets that are not all 0."""
     rows = targets.flatten(1).any(1).sum().clamp(min=1)
     loss = F.kl_div(F.log_softmax(logits / temperature, -1), targets, reduction="sum") / rows
     return loss * temperature**2 if squared else loss
+
+
+def check_loss(loss_kind: str, gamma: float, hard: Tensor | None) -> None:
+    """Refuses a loss of views that cannot be."""
+    if loss_kind not in LOSSES:
+        raise CondenseError(f"loss_kind={loss_kind}: unknown{did_you_mean(loss_kind, LOSSES)}")
+    if not 0 <= gamma < math.inf:
+        raise CondenseError(f"gamma={gamma:g}: must be at least 0 and finite")
+    if loss_kind == "kl" and gamma:
+        raise CondenseError(f"gamma={gamma:g}: weighs the classes in loss_kind=mse; leave it out or take that")
+    if gamma and hard is None:
+        raise CondenseError("gamma: needs the class of each image; give hard")
+
+
+def _squares(logits: Tensor, targets: Tensor, gamma: float) -> Tensor:
+    """Mean squared difference to logits (B, C); where gamma is not 0 targets are (B, 2, C), logits and classes, and
+    gamma times the cross-entropy with these is added."""
+    if not gamma:
+        return F.mse_loss(logits, targets)
+    return F.mse_loss(logits, targets[:, 0]) + gamma * F.cross_entropy(logits, targets[:, 1])
 
 
 def _temperature(value: float) -> float:
@@ -1098,6 +1129,48 @@ def view_distances(
     return _each_view(teacher, images, epochs, views, seed, classes, _Asking(**how), 2, distances)
 
 
+@torch.no_grad()
+def epoch_answers(
+    teacher: nn.Module,
+    images: Tensor,
+    views: ViewRule,
+    seed: int,
+    epoch: int,
+    *,
+    classes: int,
+    statistics: str = "running",
+    micro: int = 8,
+    batch_size: int = 256,
+    wanted: Tensor | None = None,
+) -> Iterator[tuple[Tensor, Tensor, MixedViews]]:
+    """The teacher's logits on the views of one epoch, part by part: rows of the images, int64 (B,) on the CPU, logits
+    float32 (B, classes), and all that was drawn for the epoch.
+
+    ``wanted`` (N,) marks rows that matter, all when None. No others are asked for with running statistics; with those
+    of the batch, whose others have a say, only micro-batches without any are left out. The rest is as for
+    :func:`view_answers`.
+
+    Raises:
+        CondenseError: answers that are no such logits.
+    """
+    statistics, micro = _check_statistics(statistics, micro)
+    drawn = _drawn(views, seed, epoch, len(images), (images.shape[2], images.shape[3]), images.device)
+    if statistics == "batch":
+        parts = _parts(rng.Draws(seed, "label-batch", epoch).permutation(len(images)), micro)
+        parts = parts if wanted is None else [part for part in parts if bool(wanted[part].any())]
+    else:
+        rows = torch.arange(len(images)) if wanted is None else wanted.nonzero()[:, 0]
+        parts = list(rows.split(batch_size))
+    for part in parts:
+        ids = part.to(images.device)
+        logits = answers(
+            teacher, views.apply(images, ids, drawn), statistics=statistics, micro=len(ids), batch_size=len(ids)
+        )
+        if logits.shape != (len(ids), classes):
+            raise CondenseError(f"the teacher answers {tuple(logits.shape)}, not ({len(ids)}, {classes}) logits")
+        yield part, logits, drawn
+
+
 @dataclass(frozen=True)
 class _Asking:
     """How a teacher is taken through the views; see :func:`view_answers`."""
@@ -1124,31 +1197,18 @@ def _each_view(
     keep: Callable[[Tensor, Tensor, MixedViews], Tensor],
 ) -> Tensor:
     """``keep(logits, ids, drawn)`` (B, width) of every view, float16 (epochs, N, width)."""
-    statistics, micro = _check_statistics(how.statistics, how.micro)
     shape = (epochs, len(images), width)
     into = np.empty(shape, np.float16) if how.into is None else how.into
     if tuple(into.shape) != shape or into.dtype != np.float16:
         raise CondenseError(f"into: must be float16 {shape} to take the labels, not {into.dtype} {tuple(into.shape)}")
     if not 0 <= how.start <= (epochs if how.into is not None else 0):
         raise CondenseError(f"start={how.start}: of {epochs} epochs, those before it must be in into")
-    size, device = (images.shape[2], images.shape[3]), images.device
     progress = Progress("relabel", epochs, how.start, how.quiet)
+    asked: dict[str, Any] = {"statistics": how.statistics, "micro": how.micro, "batch_size": how.batch_size}
     for epoch in range(how.start, epochs):
-        drawn = _drawn(views, seed, epoch, len(images), size, device)
-        order = torch.arange(len(images))
-        if statistics == "batch":
-            parts = _parts(rng.Draws(seed, "label-batch", epoch).permutation(len(images)), micro)
-        else:
-            parts = list(order.split(how.batch_size))
         done = torch.empty(shape[1:], dtype=torch.float16)
-        for part in parts:
-            ids = part.to(device)
-            logits = answers(
-                teacher, views.apply(images, ids, drawn), statistics=statistics, micro=len(ids), batch_size=len(ids)
-            )
-            if logits.shape != (len(ids), classes):
-                raise CondenseError(f"the teacher answers {tuple(logits.shape)}, not ({len(ids)}, {classes}) logits")
-            done[part] = keep(logits, ids, drawn).to("cpu", torch.float16)
+        for part, logits, drawn in epoch_answers(teacher, images, views, seed, epoch, classes=classes, **asked):
+            done[part] = keep(logits, part.to(images.device), drawn).to("cpu", torch.float16)
         if not bool(done.isfinite().all()):
             raise CondenseError("the teacher's answers are not finite as float16; was it trained?")
         into[epoch] = done.numpy()
@@ -1159,6 +1219,43 @@ def _each_view(
             how.report(epoch + 1)
     progress.close()
     return torch.from_numpy(into if isinstance(into, np.ndarray) else into[()])
+
+
+@contextlib.contextmanager
+def stored_answers(
+    path: Path, state: Path, key: Sequence[Any], shape: tuple[int, int, int], stop: Callable[[], None] | None = None
+) -> Iterator[dict[str, Any]]:
+    """Where labels of views go while they are made, as keywords of :func:`view_answers`: into a file, so that memory
+    holds one epoch, and who was killed goes on with the epoch that was not done. The caller removes both files.
+
+    Args:
+        path: .npy of float16 ``shape``.
+        state: JSON that says how many epochs are done, and of what.
+        key: strings and numbers that the labels follow from; of another key the files are begun anew.
+        shape: (records, images, width).
+        stop: called after each epoch, when it is on disk; may raise.
+
+    Raises:
+        CondenseError: the files cannot be written, or the disk has no room for them.
+    """
+    from condense.distilled import check_writable, replacing
+
+    key = [*key, *shape, rng.HASH_VERSION]
+    known = json.loads(state.read_text()) if path.exists() and state.exists() else {}
+    start = known["epochs"] if known.get("key") == key else 0
+    if not start:
+        state.unlink(missing_ok=True)  # it must not speak of what comes now
+        check_writable(path, force=True, size=2 * math.prod(shape))
+        path.parent.mkdir(parents=True, exist_ok=True)
+    into = np.lib.format.open_memmap(path, "r+" if start else "w+", np.float16, shape)
+
+    def report(done: int) -> None:
+        with replacing(state) as temporary:
+            temporary.write_text(json.dumps({"key": key, "epochs": done}))
+        if stop is not None:
+            stop()
+
+    yield {"into": into, "start": start, "report": report}
 
 
 def content(tensors: Mapping[str, Tensor]) -> str:
@@ -1282,7 +1379,10 @@ def _check_stages(distilled: DistilledSet) -> None:
 
 
 _LIGHT = "condense.light_labels"
-PROVIDERS: Registry[Any] = Registry("label kind", dict.fromkeys(("lowrank", "topk", "pool", "teacher-int8"), _LIGHT))
+PROVIDERS: Registry[Any] = Registry(
+    "label kind",
+    {**dict.fromkeys(("lowrank", "topk", "pool", "teacher-int8"), _LIGHT), "projector": "condense.projectors"},
+)
 PROVIDERS.add("hard", HardLabels)
 PROVIDERS.add("soft", SoftLabels)
 PROVIDERS.add("per-view", PerViewLabels)

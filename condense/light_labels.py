@@ -21,7 +21,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -30,7 +31,8 @@ import torch
 from torch import Tensor, nn
 
 from condense import rng
-from condense.augment import MixedViews, ViewRule, Views
+from condense.augment import MixedViews, ViewRule, Views, single
+from condense.config import one_of, require
 from condense.errors import CondenseError, did_you_mean
 from condense.labels import (
     PROVIDERS,
@@ -38,13 +40,17 @@ from condense.labels import (
     TeacherLabels,
     _array,
     _classes,
+    _kl,
     _moved,
     _nbytes,
     _terms_from,
+    epoch_answers,
     view_answers,
 )
+from condense.tracking import Progress
 
 FILLS = ("mrs", "mr")
+MOST_RANK, MOST_KEPT = 64, 10
 MOST_RECORDS = 1 << 27
 """Classes times labelled epochs, of a pool."""
 
@@ -229,8 +235,7 @@ class LowRank:
             CondenseError: the rank is not in 1..C.
         """
         classes = logits.shape[2]
-        if not 1 <= rank <= classes:
-            raise CondenseError(f"rank={rank}: must be 1 to {classes}, the number of classes")
+        _check_size("rank", rank, classes)
         with torch.autocast(logits.device.type, enabled=False):
             total = torch.zeros(classes, dtype=torch.float64, device=logits.device)
             square = torch.zeros(classes, classes, dtype=torch.float64, device=logits.device)
@@ -305,8 +310,7 @@ class TopK:
             CondenseError: k is not in 1..C, an unknown fill, or there are more than 65,536 classes.
         """
         classes = logits.shape[2]
-        if not 1 <= k <= classes:
-            raise CondenseError(f"k={k}: must be 1 to {classes}, the number of classes")
+        _check_size("k", k, classes)
         if fill not in FILLS:
             raise CondenseError(f"fill={fill}: unknown{did_you_mean(fill, FILLS)}")
         if classes > 1 << 16:
@@ -355,6 +359,16 @@ class TopK:
 
 
 CODES: dict[str, Any] = {code.name: code for code in (Half, Bytes, LowRank, TopK)}
+
+
+def _check_size(word: str, value: int, classes: int) -> None:
+    if not 1 <= value <= classes:
+        raise CondenseError(f"{word}={value}: must be 1 to {classes}, the number of classes")
+
+
+def usual(classes: int, most: int) -> int:
+    """How many axes or logits are kept where nobody says: a quarter of the classes, at most ``most``."""
+    return min(most, max(1, classes // 4))
 
 
 def _centred(rows: Tensor) -> Tensor:
@@ -515,25 +529,39 @@ class PoolLabels(CodedLabels):
     keeps records of its loader's batches, which hold mixed classes; batches of ours are free, so the class takes their
     place. With values in another code this is LPQLD's pruning and quantisation.
 
+    ``cooling=(factor, every, least)`` is LPQLD's dynamic knowledge reuse: in a student's epoch e the temperature of
+    targets and loss is T * factor^(e // every), but not below ``least`` (or T, where that is lower), so that a record
+    that comes again teaches something else. Targets then are (B, C + 1), the temperature behind the classes.
+
     Args:
         code: of logits (K, N, C).
         error: how far it is from what was encoded.
         of: E, labelled epochs.
+        cooling: None or three numbers.
         terms: what :meth:`PerViewLabels.terms` gives, with ``hard``.
 
     Raises:
-        CondenseError: as ``PerViewLabels``, or no classes, or K is not in 1..E.
+        CondenseError: as ``PerViewLabels``, or no classes, or K is not in 1..E, or a cooling that cannot be.
     """
 
     kind = "pool"
 
-    def __init__(self, code: Code, error: Fidelity, of: int, **terms: Any) -> None:
+    def __init__(
+        self, code: Code, error: Fidelity, of: int, cooling: Sequence[float] | None = None, **terms: Any
+    ) -> None:
         super().__init__(code, error, **terms)
         if self.hard is None:
             raise CondenseError("pool: needs the class of each image; give hard")
         if not code.shape[0] <= of <= MOST_RECORDS // self.shape[2]:  # a stranger's file must not claim the memory
             raise CondenseError(f"a pool of {code.shape[0]} epochs cannot be of {of}")
-        self.of = of
+        self.of, self.cooling = of, None if cooling is None else tuple(single(x) for x in cooling)
+        if self.cooling is not None:
+            factor, every, least = self.cooling
+            if not (0 < factor <= 1 and 1 <= every < math.inf and 0 < least < math.inf):
+                raise CondenseError(f"cooling={self.cooling}: must be a factor up to 1, epochs from 1 on, and a "
+                                    "temperature above 0")  # fmt: skip
+            if self.loss_kind != "kl":
+                raise CondenseError("cooling: needs distributions at a temperature; take loss_kind=kl")
         self.kept = pooled_epochs(self.seed, self.shape[2], of, self.shape[0])
         self._latest: tuple[Any, MixedViews, Tensor] | None = None
 
@@ -548,7 +576,12 @@ class PoolLabels(CodedLabels):
 
     @classmethod
     def pruned(
-        cls, labels: PerViewLabels, count: int, code: Code | None = None, hard: Tensor | None = None
+        cls,
+        labels: PerViewLabels,
+        count: int,
+        code: Code | None = None,
+        hard: Tensor | None = None,
+        cooling: Sequence[float] | None = None,
     ) -> PoolLabels:
         """``count`` records of each class of ``labels``.
 
@@ -557,21 +590,52 @@ class PoolLabels(CodedLabels):
             count: K.
             code: whose settings the values are kept with; float16 when None.
             hard: int64 (N,), classes of the images, where the labels have none.
+            cooling: of the pool.
 
         Raises:
             CondenseError: K is not in 1..E.
         """
         hard = labels.hard if labels.hard is not None else hard
-        if not 1 <= count <= labels.epochs:
-            raise CondenseError(f"a pool of {count} epochs: must be 1 to {labels.epochs}, those that are labelled")
+        _check_kept(count, labels.epochs)
         if hard is None:
             raise CondenseError("pool: needs the class of each image; give hard")
         kept = pooled_epochs(labels.seed, labels.shape[2], labels.epochs, count)
         epochs = kept[hard.cpu()].T.to(labels.logits.device)  # (K, N)
         records = labels.logits[epochs, torch.arange(len(hard), device=epochs.device)]
-        chosen = Half.encode(records) if code is None else code.like(records)
-        part = PerViewLabels(records, **{**labels.terms(), "hard": hard})
-        return _coded(cls, part, chosen, of=labels.epochs)
+        encode = Half.encode if code is None else code.like
+        return cls.recorded(records, labels.epochs, encode, cooling, **{**labels.terms(), "hard": hard})
+
+    @classmethod
+    def recorded(
+        cls,
+        records: Tensor,
+        of: int,
+        encode: Callable[[Tensor], Code],
+        cooling: Sequence[float] | None = None,
+        **terms: Any,
+    ) -> PoolLabels:
+        """Labels of the records (K, N, C) of ``of`` epochs, as :func:`pool_answers` gives them; ``terms`` are those of
+        ``PerViewLabels``."""
+        part = PerViewLabels(records, **terms)
+        made: PoolLabels = _coded(cls, part, encode(part.logits), of=of, cooling=cooling)
+        return made
+
+    def temperature_at(self, epoch: int) -> float:
+        if self.cooling is None:
+            return self.temperature
+        factor, every, least = self.cooling
+        return max(min(least, self.temperature), self.temperature * factor ** (epoch // every))
+
+    def shown(self, images: Tensor, ids: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+        views, targets = super().shown(images, ids, epoch)
+        if self.cooling is None:
+            return views, targets
+        return views, torch.cat([targets, targets.new_full((len(targets), 1), self.temperature_at(epoch))], 1)
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        if self.cooling is None:
+            return super().loss(logits, targets)
+        return _kl(logits, targets[:, :-1], targets[0, -1], self.squared)  # a batch is of one epoch
 
     def slots(self, epoch: int) -> Tensor:
         """Which of its records each class shows in a student's ``epoch``, int64 (C,)."""
@@ -597,13 +661,25 @@ class PoolLabels(CodedLabels):
 
     def arrays(self) -> dict[str, np.ndarray]:
         name = np.frombuffer(self.code.name.encode(), np.uint8)
-        return {**super().arrays(), "of": np.array([self.of], np.int64), "code": name}
+        cooling = {} if self.cooling is None else {"cooling": np.array(self.cooling, np.float32)}
+        return {**super().arrays(), "of": np.array([self.of], np.int64), "code": name, **cooling}
+
+    def anew(self, images: Tensor, teacher: nn.Module, seed: int, hard: Tensor | None = None) -> PoolLabels:
+        """Only what is kept is asked for."""
+        hard = _classes(images, teacher, hard)
+        terms = {**self.terms(), "seed": seed, "hard": hard}
+        records = pool_answers(
+            teacher, images, hard, self.of, self.views, seed, self.shape[0],
+            classes=self.shape[2], statistics=self.statistics, micro=self.micro or 8,
+        )  # fmt: skip
+        return PoolLabels.recorded(records.to(images.device), self.of, self.code.like, self.cooling, **terms)
 
     def like(self, labels: PerViewLabels) -> CodedLabels:
-        return PoolLabels.pruned(labels, self.shape[0], self.code)
+        return PoolLabels.pruned(labels, self.shape[0], self.code, cooling=self.cooling)
 
     def rule(self) -> str:
-        return f"{super().rule()}, pool of {self.shape[0]}"
+        cooled = "" if self.cooling is None else f", cooling={self.cooling}"
+        return f"{super().rule()}, pool of {self.shape[0]}{cooled}"
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray], classes: int) -> PoolLabels:
@@ -611,13 +687,76 @@ class PoolLabels(CodedLabels):
         if name not in CODES:
             raise CondenseError(f"labels/code names '{name[:20]}', which is none of {', '.join(CODES)}")
         (of,) = _array(arrays, "of", np.int64, (1,)).tolist()
-        return cls(CODES[name].from_arrays(arrays, classes), of=of, **_known(arrays, classes))
+        cooling = _array(arrays, "cooling", np.float32, (3,)).tolist() if "cooling" in arrays else None
+        return cls(CODES[name].from_arrays(arrays, classes), of=of, cooling=cooling, **_known(arrays, classes))
 
 
 def pooled_epochs(seed: int, classes: int, of: int, count: int) -> Tensor:
     """The epochs, of ``of``, that each class keeps: int64 (classes, count), sorted."""
     order = rng.Draws(seed, "pool-kept").bits((classes, of)).argsort(dim=1, stable=True)
     return order[:, :count].sort(1).values
+
+
+@torch.no_grad()
+def pool_answers(
+    teacher: nn.Module,
+    images: Tensor,
+    hard: Tensor,
+    epochs: int,
+    views: ViewRule,
+    seed: int,
+    count: int,
+    *,
+    classes: int,
+    statistics: str = "running",
+    micro: int = 8,
+    batch_size: int = 256,
+    start: int = 0,
+    into: np.ndarray | None = None,
+    report: Callable[[int], None] | None = None,
+    quiet: bool = True,
+) -> Tensor:
+    """The records of a pool, float16 (count, N, classes) on the CPU: the teacher's logits on the views of those epochs
+    that the class of each image keeps, in their order. It is asked about nothing else, but for what its statistics need
+    (see :func:`condense.labels.epoch_answers`).
+
+    Args:
+        teacher, images, views, seed, classes, statistics, micro, batch_size, report, quiet: see
+            :func:`condense.labels.view_answers`.
+        hard: int64 (N,), classes of the images.
+        epochs: E, of which ``count`` are kept of each class.
+        start: first epoch to label; what those before gave is in ``into``.
+        into: float16 (count, N, classes) that takes each epoch when it is done.
+
+    Raises:
+        CondenseError: the count is not in 1..E, or answers that are no such logits.
+    """
+    _check_kept(count, epochs)
+    kept = pooled_epochs(seed, classes, epochs, count)[hard.cpu()]  # (N, K)
+    records = np.empty((count, len(images), classes), np.float16) if into is None else into
+    asked: dict[str, Any] = {"statistics": statistics, "micro": micro, "batch_size": batch_size}
+    progress = Progress("relabel", epochs, start, quiet)
+    for epoch in range(start, epochs):
+        wanted, slot = (kept == epoch).max(1)
+        if not bool(wanted.any()):
+            continue
+        parts = epoch_answers(teacher, images, views, seed, epoch, classes=classes, wanted=wanted, **asked)
+        for part, logits, _ in parts:
+            mine = wanted[part]
+            rows = part[mine]
+            records[slot[rows].numpy(), rows.numpy()] = logits[mine.to(logits.device)].to("cpu", torch.float16).numpy()
+        if isinstance(records, np.memmap):
+            records.flush()  # what a kill must not lose
+        progress.update(epoch + 1)
+        if report is not None:
+            report(epoch + 1)
+    progress.close()
+    return torch.from_numpy(records)
+
+
+def _check_kept(count: int, epochs: int) -> None:
+    if not 1 <= count <= epochs:
+        raise CondenseError(f"a pool of {count} epochs: must be 1 to {epochs}, those that are labelled")
 
 
 def _joined(rule: ViewRule, seed: int, source: Tensor, size: tuple[int, int]) -> MixedViews:
@@ -643,6 +782,64 @@ def _joined(rule: ViewRule, seed: int, source: Tensor, size: tuple[int, int]) ->
         views([drawn.views[mine] for mine, drawn, _ in parts]), joined("partner"), joined("share"), joined("patch"),
         views(partners) if partners else None,
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """Settings of pools, mixed into the settings of what makes some."""
+
+    keep: float = 0.1
+    """Share of the labelled epochs that is kept of each class."""
+    values: str = "half"
+    """What logits are kept as: half, int8, lowrank or topk."""
+    k: int | None = None
+    """values=topk: logits that are kept; otherwise a quarter of the classes, at most 10."""
+    fill: str = "mrs"
+    """values=topk: what stands for the others: mrs (the view's smallest logit) or mr (nothing; the k share all
+    probability)."""
+    rank: int | None = None
+    """values=lowrank: axes, and bytes a view; otherwise a quarter of the classes, at most 64."""
+    cooling: float = 1.0
+    """Factor on the temperature after every cool_epochs epochs of a student (LPQLD); 1: it stays."""
+    cool_epochs: int = 30
+    """Epochs of a student at one temperature."""
+    cool_least: float = 2.0
+    """Temperature below which it does not fall."""
+
+    def check_pruning(self) -> None:
+        """For ``__post_init__``: refuses settings out of range, and words that are none."""
+        largest = sys.float_info.max
+        one_of(self, values=CODES, fill=FILLS)
+        require(
+            self, k=(1, math.inf), rank=(1, math.inf), cooling=(1e-6, 1), cool_epochs=(1, math.inf),
+            cool_least=(1e-6, largest),
+        )  # fmt: skip
+        if not 0 < self.keep <= 1:
+            raise CondenseError(f"keep={self.keep:g}: must be above 0 and at most 1")
+
+    def check_classes(self, classes: int) -> None:
+        """Finds before the work what does not fit so many classes."""
+        word, value = ("rank", self.rank) if self.values == "lowrank" else ("k", self.k)
+        if value is not None and self.values in ("lowrank", "topk"):
+            _check_size(word, value, classes)
+
+    def count(self, epochs: int) -> int:
+        """Epochs that a class keeps of those that are labelled, at least one."""
+        return max(1, round(self.keep * epochs))
+
+    def encode(self, logits: Tensor, means: bool = False) -> Code:
+        """``logits`` (E, N, C) as they are kept; ``means``: see :class:`LowRank`."""
+        classes = logits.shape[2]
+        if self.values == "lowrank":
+            return LowRank.encode(logits, self.rank or usual(classes, MOST_RANK), means)
+        if self.values == "topk":
+            return TopK.encode(logits, self.k or usual(classes, MOST_KEPT), self.fill)
+        code: Code = CODES[self.values].encode(logits)
+        return code
+
+    def cooled(self) -> tuple[float, float, float] | None:
+        """What :class:`PoolLabels` call ``cooling``."""
+        return None if self.cooling == 1 else (self.cooling, self.cool_epochs, self.cool_least)
 
 
 # Teachers in 8 bits ---------------------------------------------------------------------------------------------------

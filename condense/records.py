@@ -19,6 +19,7 @@ from condense import rng
 from condense.distilled import replacing
 from condense.errors import CondenseError
 from condense.run import device_name, peak_memory
+from condense.units import size
 
 SCHEMA = "condense.record/1"
 RESAMPLES = 10000
@@ -236,6 +237,9 @@ def table(record: dict[str, Any]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
     lines.insert(1, "  ".join("-" * width for width in widths))
+    total, external = (record["set"]["bytes"][part] for part in ("total", "external"))
+    if external:
+        lines.append(f"bytes: {size(total - external)} stored, {size(external)} external, {size(total)} together")
     for network, values in record["scores"].items():
         if values:
             lines.append(f"{network}: " + ", ".join(_score(name, score) for name, score in values.items()))
@@ -326,8 +330,11 @@ def _inconsistent(record: dict[str, Any]) -> Iterator[str]:
         yield "two entries of 'results' are of the same arm and network"
     if len({entry["steps"] for entry in results if entry["arm"] != "full"}) > 1:
         yield "'steps' differ between arms of one budget"
-    if made["bytes"]["total"] != sum(size for part, size in made["bytes"].items() if part != "total"):
+    parts = {part: size for part, size in made["bytes"].items() if part not in ("total", "stored")}
+    if made["bytes"]["total"] != sum(parts.values()):
         yield "'set.bytes.total' is not the sum of its parts"
+    elif made["bytes"].get("stored") not in (None, made["bytes"]["total"] - parts["external"]):
+        yield "'set.bytes.stored' is not the total without external bytes"
     for name, known in (
         ("scores", scores(results, made["label_kind"])),
         ("cross_architecture", cross_architecture(results, made["network"])),

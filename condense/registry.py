@@ -84,6 +84,8 @@ _ATTENTION = "condense.methods.attention_matching"
 _CURRICULUM = "condense.methods.curriculum_synthesis"
 _DISTRIBUTION = "condense.methods.distribution_matching"
 _GRADIENT = "condense.methods.gradient_matching"
+_PRUNING = "condense.methods.label_pruning"
+_PROJECTION = "condense.methods.label_projection"
 _SELECTION = "condense.methods.selection"
 _TRAJECTORY = "condense.methods.trajectory_matching"
 
@@ -106,6 +108,8 @@ METHODS: Registry[Method] = Registry(
         "ast": _TRAJECTORY,
         "datm": _TRAJECTORY,
         **dict.fromkeys(("sre2l", "cda", "dwa", "cvdd", "infer", "nrr", "rded"), _CURRICULUM),
+        **dict.fromkeys(("lpld", "lpqld"), _PRUNING),
+        "hello": _PROJECTION,
     },
 )
 

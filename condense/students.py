@@ -413,7 +413,7 @@ def _train_one(
     update: Update | None,
 ) -> None:
     network, start = student.network, 0
-    weights: list[Tensor] = list(network.parameters())
+    weights: list[Tensor] = [weight for weight in network.parameters() if weight.requires_grad]
     optimizer = _optimizer(weights, recipe)
 
     def forward(images: Tensor) -> Tensor:

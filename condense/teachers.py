@@ -550,6 +550,8 @@ def _record(run: Run, squeezing: Squeezing, path: Path, wanted: Sequence[Key], a
         **facts(run, squeezing), "data": run.task.name, "options": dataclasses.asdict(run.task.options),
         "classes": list(run.task.classes), "image_shape": list(run.task.shape), "steps_per_epoch": unit,
         "judged_on": "held-out images" if squeezing.held_out else "test images", "code_version": __version__,
+        "normalisation": {name: array.tolist() for name, array in run.task.transform.arrays().items()}
+        if run.task.transform.kind == "standardise" else None,
     }  # fmt: skip
     if ranks.leads:
         check_writable(path, force=True)
@@ -820,6 +822,29 @@ def _checkpoint(path: Path, network: Architecture, shape: tuple[int, int, int], 
     Raises:
         CondenseError: no such file, it holds more than tensors, or they do not fit.
     """
+    state = _saved(path)
+    with rng.seeded("layout"):
+        net = networks.build(network, shape, classes)
+    if isinstance(net, networks.Wrapped) and not any(name.startswith("model.") for name in state):
+        state = {f"model.{name}": value for name, value in state.items()}  # by its library's own names
+    if misfit := _load(net, state):
+        raise CondenseError(f"{path}: does not fit {networks.name_of(network)} for {by(shape)} images of {classes} "
+                            f"classes: {misfit}")  # fmt: skip
+    return net
+
+
+def fill(net: nn.Module, path: Path, named: str) -> None:
+    """Gives ``net`` the weights of a file of ``torch.save``; ``named`` is what messages call both.
+
+    Raises:
+        CondenseError: no such file, it holds more than tensors, or they do not fit.
+    """
+    if misfit := _load(net, _saved(path)):
+        raise CondenseError(f"{named}: the file does not fit: {misfit}")
+
+
+def _saved(path: Path) -> State:
+    """What a file of ``torch.save`` holds of a network, without what other tools put around it."""
     if not path.is_file():
         raise CondenseError(f"{path}: no such file")
     try:
@@ -838,14 +863,7 @@ def _checkpoint(path: Path, network: Architecture, shape: tuple[int, int, int], 
     for prefix in ("_orig_mod.", "module."):  # what torch.compile and DataParallel put before names
         if all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): value for name, value in state.items()}
-    with rng.seeded("layout"):
-        net = networks.build(network, shape, classes)
-    if isinstance(net, networks.Wrapped) and not any(name.startswith("model.") for name in state):
-        state = {f"model.{name}": value for name, value in state.items()}  # by its library's own names
-    if misfit := _load(net, state):
-        raise CondenseError(f"{path}: does not fit {networks.name_of(network)} for {by(shape)} images of {classes} "
-                            f"classes: {misfit}")  # fmt: skip
-    return net
+    return dict(state)
 
 
 def _load(net: nn.Module, state: Mapping[str, Tensor]) -> str:
@@ -894,12 +912,14 @@ class _Public(networks.Network):
 
 
 @dataclass(frozen=True)
-class _Weights:
+class Weights:
     """Public weights, not loaded yet."""
 
     classes: int
     mean: Sequence[float]
     std: Sequence[float]
+    size: tuple[int, int]
+    """Height and width of the images that they were made for."""
     load: Callable[[], nn.Module]
     """Gives the network with its weights; fetches them where they are not here."""
     place: str
@@ -908,40 +928,43 @@ class _Weights:
     """Where they are fetched from."""
 
 
-def _torchvision(name: str) -> _Weights:
+def torchvision_weights(name: str, named: str) -> Weights:
+    """The default weights of a torchvision model; ``named`` is what messages call it."""
     from torchvision import models
 
     known = models.list_models(module=models)
     if name not in known:
         hint = did_you_mean(f"torchvision:{name}", [f"torchvision:{other}" for other in known])
-        raise CondenseError(f"teachers=torchvision:{name}: unknown{hint}")
+        raise CondenseError(f"{named}: unknown{hint}")
     weights: Any = models.get_model_weights(name).DEFAULT
     preset = weights.transforms()
     place = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rpartition("/")[2]
-    return _Weights(
-        len(weights.meta["categories"]), preset.mean, preset.std,
+    return Weights(
+        len(weights.meta["categories"]), preset.mean, preset.std, (preset.crop_size[0], preset.crop_size[0]),
         lambda: models.get_model(name, weights=weights, progress=False), str(place), weights.url,
     )  # fmt: skip
 
 
-def _timm(name: str) -> _Weights:
+def timm_weights(name: str, named: str) -> Weights:
+    """The weights that timm has for a model; ``named`` is what messages call it."""
     try:
         import timm
     except ImportError as error:
-        raise need("timm", "timm", f"teachers=timm:{name}") from error
+        raise need("timm", "timm", named) from error
     if not timm.is_model(name):
         hint = did_you_mean(f"timm:{name}", [f"timm:{other}" for other in timm.list_models()])
-        raise CondenseError(f"teachers=timm:{name}: unknown{hint}")
+        raise CondenseError(f"{named}: unknown{hint}")
     found = timm.models.get_pretrained_cfg(name)
     if found is None or not (found.hf_hub_id or found.url):
-        raise CondenseError(f"teachers=timm:{name}: timm has no weights for it")
+        raise CondenseError(f"{named}: timm has no weights for it")
     repository = found.hf_hub_id or ""
     origin = f"https://huggingface.co/{repository}" if repository else str(found.url)
     cache = "the Hugging Face cache (HF_HOME), below hub/models--" + repository.replace("/", "--")
     place = cache if repository else str(Path(torch.hub.get_dir()) / "checkpoints" / origin.rpartition("/")[2])
-    return _Weights(
-        found.num_classes, found.mean, found.std, lambda: timm.create_model(name, pretrained=True), place, origin
-    )
+    return Weights(
+        found.num_classes, found.mean, found.std, (found.input_size[1], found.input_size[2]),
+        lambda: timm.create_model(name, pretrained=True), place, origin,
+    )  # fmt: skip
 
 
 def _public(file: str, shape: tuple[int, int, int], classes: int, transform: Transform) -> _Public:
@@ -951,7 +974,7 @@ def _public(file: str, shape: tuple[int, int, int], classes: int, transform: Tra
         CondenseError: unknown, of another number of classes, or they are neither here nor can be fetched.
     """
     library, _, name = file.partition(":")
-    weights = {"torchvision": _torchvision, "timm": _timm}[library](name)
+    weights = {"torchvision": torchvision_weights, "timm": timm_weights}[library](name, f"teachers={file}")
     if weights.classes != classes:
         raise CondenseError(f"teachers={file}: its weights tell {weights.classes} classes apart, the data have "
                             f"{classes}; give a checkpoint of these, or leave it out to train teachers")  # fmt: skip

@@ -21,6 +21,11 @@ def size(count: int) -> str:
     return f"{count} bytes"
 
 
+def binary(count: int) -> str:
+    """``5.6 GiB``, ``28 GiB``: what many papers call GB."""
+    return f"{count / 2**30:.{1 if count < 10 * 2**30 else 0}f} GiB"
+
+
 def by(shape: Iterable[int]) -> str:
     """``3x32x32``."""
     return "x".join(map(str, shape)) or "a single number"

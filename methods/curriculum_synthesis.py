@@ -11,7 +11,6 @@ import contextlib
 import copy
 import functools
 import itertools
-import json
 import math
 import sys
 import time
@@ -19,7 +18,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,7 +25,6 @@ from torch import Tensor, nn
 from condense import rng
 from condense.augment import CropViews, ViewRule, Views, neighbours, send
 from condense.config import one_of, require
-from condense.distilled import replacing
 from condense.errors import CondenseError
 from condense.labels import (
     STATISTICS,
@@ -40,9 +37,11 @@ from condense.labels import (
     TeacherLabels,
     answers,
     content,
+    stored_answers,
     view_answers,
     view_distances,
 )
+from condense.light_labels import PoolLabels, Pruning, pool_answers
 from condense.networks import Network
 from condense.optimizer import Group
 from condense.registry import method
@@ -53,9 +52,13 @@ from condense.teachers import Committee, TeacherOptions, provide
 
 # -- BatchNorm moments ------------------------------------------------------------------------------------------------
 
+Moments = tuple[Tensor, Tensor]
+"""Means and biased variances of channels, a row for each group or class."""
+
 
 class _Matched(torch.autograd.Function):
-    """A BatchNorm by its running statistics, and how far each group's moments lie from them, in one node.
+    """A BatchNorm by its running statistics, and how far each group's moments lie from ``mean`` and ``variance``, (C,)
+    or a row for each group, in one node.
 
     With a frozen teacher both slopes are known beforehand, so backward is one pass over the map: dy * scale, plus what
     moves mean and variance.
@@ -103,7 +106,7 @@ class MatchedNorm(nn.Module):
 
     The distance of a group is ``importance * (shares[0] * |mean - running mean| + shares[1] * |variance - running
     variance|)``, plain Euclidean lengths over channels, variance biased; moments are taken over the images and pixels
-    of the group.
+    of the group. ``targets``, two tensors (groups, C), stand in for the running ones there, not in what comes out.
     """
 
     def __init__(
@@ -120,15 +123,15 @@ class MatchedNorm(nn.Module):
         self.register_buffer("running_var", norm.running_var)
         self.shares, self.importance = (importance * shares[0], importance * shares[1]), importance
         self.eps, self.groups = norm.eps, 1
+        self.targets: Moments | None = None
         self.distances: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, ...) to the same shape and dtype; image i is of group i // (N / groups)."""
         scale = self.weight * (self.running_var + self.eps).rsqrt()
         shift = self.bias - scale * self.running_mean
-        y, self.distances = _Matched.apply(
-            x, scale, shift, self.running_mean, self.running_var, self.groups, self.shares
-        )
+        mean, variance = self.targets or (self.running_mean, self.running_var)
+        y, self.distances = _Matched.apply(x, scale, shift, mean, variance, self.groups, self.shares)
         return y
 
 
@@ -154,13 +157,17 @@ class Matcher(nn.Module):
             self.norms.append(MatchedNorm(norm, shares, 1.0 if number else first))
             self.net.set_submodule(name, self.norms[-1])
 
-    def forward(self, views: Tensor, groups: int, fast: Callable[[], Any]) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, views: Tensor, groups: int, fast: Callable[[], Any], targets: Sequence[Moments] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Logits float32 (N, classes) of views (N,C,H,W) of ``groups`` equal groups, and distances (groups,).
 
-        ``fast``: makes the context for matrix work. A norm that is not used counts nothing.
+        ``fast``: makes the context for matrix work. ``targets``: what moments shall be, for each norm and group; the
+        running statistics where None. A norm that is not used counts nothing.
         """
-        for norm in self.norms:
+        for number, norm in enumerate(self.norms):
             norm.groups, norm.distances = groups, None
+            norm.targets = None if targets is None else targets[number]
         with fast():
             embedding = self.net.embed(views)
         logits = self.net.classify(embedding.to(torch.promote_types(embedding.dtype, torch.float32)))
@@ -273,9 +280,11 @@ class Relabelling(TeacherOptions):
     store: str = "uint8"
     """How images are kept: uint8, float16 or float32. Labels are those of the images as kept."""
 
+    kinds: ClassVar[tuple[str, ...]] = LABELS  # pool too, where the settings have those of Pruning
+
     def __post_init__(self) -> None:
         self.check_teachers()
-        one_of(self, labels=LABELS, store=STORES, label_statistics=STATISTICS)
+        one_of(self, labels=self.kinds, store=STORES, label_statistics=STATISTICS)
         require(self, label_epochs=(1, math.inf), label_micro=(2, math.inf), temperature=(1e-6, sys.float_info.max))
         self.rule(mirror=True)
         self.thresholds()
@@ -372,7 +381,7 @@ class Batch:
     """Images that share moments and, mostly, crops."""
 
     index: int
-    """Number of its images among those of their classes."""
+    """Number of its images among those of their classes; of the class, where a batch has all images of one."""
     rows: Tensor
     """Rows of what is learned, int64 (R,)."""
     classes: Tensor
@@ -397,6 +406,9 @@ class Guide:
     """Weight of its loss, by number of the batch."""
     parameters: Mapping[str, Tensor] | None = None
     """Stand in for the teacher's own weights."""
+    targets: Sequence[Moments] | None = None
+    """For each BatchNorm the moments of every class, in place of the running statistics; batches are of one class then.
+    """
 
 
 def drawn(config: Recovery, run: Run, index: int, rows: int, wanted: Tensor) -> tuple[Tensor, Tensor]:
@@ -474,7 +486,7 @@ def recover(
                     shown = leaves if fixed is None else fixed[one.beside] + leaves
                     shown = shown.flatten(0, 1)[:, None] if config.per_image else shown
                     views = seen(shown, tall[one.views], wide[one.views]).flatten(0, 1)
-                    logits, distances = guided(one.guide, views, len(one.at), run)
+                    logits, distances = guided(one, views, run)
                     losses = recovery_loss(logits, one.classes, distances, config.bn_weight)
                     loss = (one.weights * losses).sum()
                     gradient.index_add_(0, one.at.flatten(), torch.autograd.grad(loss, leaves)[0].flatten(0, 1))
@@ -501,6 +513,8 @@ class Work:
     """Of the losses (G,)."""
     beside: Tensor | None
     """Rows of fixed images (G, B)."""
+    targets: Sequence[Moments] | None
+    """Moments (G, C) that those of each BatchNorm shall have; None: the running ones."""
 
 
 def _planned(
@@ -522,19 +536,22 @@ def _planned(
             classes = torch.cat([batches[g].classes for g in numbers])
             weights = torch.tensor([guide.weights[g] for g in numbers])
             at, views, classes, weights = (part.to(run.device) for part in (at, views, classes, weights))
-            beside = [rows for rows in (batches[g].beside for g in numbers) if rows is not None]
-            work.append(
-                Work(guide, at, views, classes, weights, torch.stack(beside).to(run.device) if beside else None)
-            )
+            found = [rows for rows in (batches[g].beside for g in numbers) if rows is not None]
+            beside, targets = torch.stack(found).to(run.device) if found else None, None
+            if guide.targets is not None:
+                own_class = classes.view(len(numbers), -1)[:, 0]
+                targets = [(mean[own_class], variance[own_class]) for mean, variance in guide.targets]
+            work.append(Work(guide, at, views, classes, weights, beside, targets))
     return work
 
 
-def guided(guide: Guide, views: Tensor, groups: int, run: Run) -> tuple[Tensor, Tensor]:
+def guided(one: Work, views: Tensor, run: Run) -> tuple[Tensor, Tensor]:
     """Logits and distances that a guide gives; see :class:`Matcher`."""
+    asked, guide = (views, len(one.at), run.fast, one.targets), one.guide
     if guide.parameters is None:
-        logits, distances = guide.matcher(views, groups, run.fast)
+        logits, distances = guide.matcher(*asked)
     else:
-        logits, distances = torch.func.functional_call(guide.matcher, dict(guide.parameters), (views, groups, run.fast))
+        logits, distances = torch.func.functional_call(guide.matcher, dict(guide.parameters), asked)
     return logits, distances
 
 
@@ -581,6 +598,7 @@ def finished(
     classes: Tensor,
     committee: Committee,
     weights: Sequence[float] | None = None,
+    labelling: Callable[..., Labels] | None = None,
 ) -> SyntheticSet:
     """The set as it is kept, with the labels that the committee gives the images as kept.
 
@@ -591,9 +609,10 @@ def finished(
         classes: int64 (N,).
         committee: the teachers.
         weights: of their logits; equal where None.
+        labelling: what makes the labels, in place of :func:`relabelled`.
     """
     stored = kept(run.task.transform.inverse(images.detach()).clamp(0, 1), config.store)
-    labels = relabelled(config, run, stored, classes, committee, weights)
+    labels = (labelling or relabelled)(config, run, stored, classes, committee, weights)
     made = SyntheticSet(run.task, stored, classes, space="pixel", labels=labels)
     made.tensors["images"].requires_grad_(False)
     if labels.kind != "hard":
@@ -636,17 +655,27 @@ def relabelled(
                 members, len(images), seed, rule, temperature, squared, weights=weights, names=names,
                 shape=task.shape, **statistics,
             )  # fmt: skip
-        two = kind == "distances"
-        with _store(config, run, stored, seed, 2 if two else count) as where:
+        two, pruning = kind == "distances", config if kind == "pool" and isinstance(config, Pruning) else None
+        records = asked = config.label_epochs if pruning is None else pruning.count(config.label_epochs)
+        if pruning is not None and config.label_statistics == "batch":  # those beside what is kept are asked about too
+            asked = min(config.label_epochs, records * count)
+        with in_making(config, run, stored, seed, records, 2 if two else count) as where:
             if two:
                 found = view_distances(teacher, images, classes, epochs, rule, seed, **how, **where)
+            elif pruning is not None and not run.rehearses:
+                found = pool_answers(teacher, images, classes, epochs, rule, seed, records, **how, **where)
             else:
                 found = view_answers(teacher, images, epochs, rule, seed, **how, **where)
     if run.rehearses:
-        run.expected_labelling = (time.monotonic() - began) * config.label_epochs
-        found = found.expand(config.label_epochs, -1, -1)
+        run.expected_labelling = (time.monotonic() - began) * asked
+        found = found.expand(records, -1, -1)
     if two:
         return DistanceLabels(found, classes, count, seed, rule, **statistics)
+    if pruning is not None:
+        return PoolLabels.recorded(
+            found, config.label_epochs, pruning.encode, pruning.cooled(), seed=seed, views=rule,
+            temperature=temperature, squared=squared, hard=classes, **statistics,
+        )  # fmt: skip
     return PerViewLabels(
         found, seed, rule, temperature, squared, calibrate=config.thresholds(),
         hard=classes if config.calibrate else None, **statistics,
@@ -654,25 +683,24 @@ def relabelled(
 
 
 @contextlib.contextmanager
-def _store(config: Relabelling, run: Run, stored: Tensor, seed: int, width: int) -> Iterator[dict[str, Any]]:
-    """Where labels of views go while they are made, as keywords of ``view_answers``: into a file of the run's folder,
-    so that memory holds one epoch and a run that was killed goes on in the middle; else into memory."""
+def in_making(
+    config: Relabelling, run: Run, stored: Tensor, seed: int, records: int, width: int
+) -> Iterator[dict[str, Any]]:
+    """Where ``records`` labels of views of each image go while they are made, as keywords of ``view_answers``: into a
+    file of the run's folder, so that memory holds one epoch and a run that was killed goes on in the middle; else into
+    memory."""
     if run.directory is None or run.rehearses or not run.ranks.leads:
         yield {}
         return
-    path, state = run.directory / VIEW_LABELS, run.directory / VIEW_LABELS_STATE
-    shape, key = (config.label_epochs, len(stored), width), [content({"images": stored}), seed, str(config), width]
-    known = json.loads(state.read_text()) if path.exists() and state.exists() else {}
-    start = known["epochs"] if known.get("key") == key else 0
-    into = np.lib.format.open_memmap(path, "r+" if start else "w+", np.float16, shape)
 
-    def report(done: int) -> None:
-        with replacing(state) as temporary:
-            temporary.write_text(json.dumps({"key": key, "epochs": done}))
+    def stop() -> None:
         if run.asked_to_stop and run.ranks.world == 1:
             raise Interrupted(f"stopped while labelling views; go on with: condense resume {run.directory}")
 
-    yield {"into": into, "start": start, "report": report}
+    path, state = run.directory / VIEW_LABELS, run.directory / VIEW_LABELS_STATE
+    key = [content({"images": stored}), seed, str(config)]
+    with stored_answers(path, state, key, (records, len(stored), width), stop) as where:
+        yield where
 
 
 # -- SRe2L and CDA ----------------------------------------------------------------------------------------------------
@@ -1147,9 +1175,13 @@ def square_crops(images: Tensor, draws: rng.Draws, crops: int, size: int) -> tup
     top = (unit[:, 0] * (height - edge + 1)).long()
     left = (unit[:, 1] * (width - edge + 1)).long()
     views = Views((height, width), torch.stack([top, left, edge, edge], 1), torch.zeros(rows, dtype=torch.bool))
-    tall, wide = resampling(views, torch.zeros(rows, 2, dtype=torch.int64), (size, size))
-    repeated = images.repeat_interleave(crops, 0)[:, None]
-    return seen(repeated, tall.to(images.device), wide.to(images.device))[:, 0], views
+    return cropped(images.repeat_interleave(crops, 0), views, size), views
+
+
+def cropped(images: Tensor, views: Views, size: int) -> Tensor:
+    """The box of each image (N,C,H,W), resized to (N,C,size,size)."""
+    tall, wide = resampling(views, torch.zeros(len(views), 2, dtype=torch.int64), (size, size))
+    return seen(images[:, None], tall.to(images.device), wide.to(images.device))[:, 0]
 
 
 def _scores(run: Run, net: Network, crops: Tensor, classes: Tensor) -> Tensor:
@@ -1174,27 +1206,42 @@ def side(task: Task, factor: int, words: str) -> int:
     return height // factor
 
 
-def confident_patches(run: Run, net: Network, config: RDED) -> Tensor:
-    """RDED's images (classes * ipc, C,H,W) in pixel space: collages of the crops that the teacher is surest of.
+def surest(run: Run, net: Network, config: RDED, c: int) -> tuple[Tensor, Tensor, Views]:
+    """The crops (M,C,s,s) of class ``c`` that the teacher is surest of, M = ipc * factor^2, whole real images
+    (M,C,H,W) that they are of, and where they lie.
 
-    Of each real image the crop with the lowest cross-entropy counts, of these the lowest ``ipc * factor^2`` of a class
-    are taken; where the pool is too small, crops come again.
+    Of each real image the crop with the lowest cross-entropy counts, of these the lowest are taken; where the pool is
+    too small, crops come again.
     """
-    size = side(run.task, config.factor, f"factor={config.factor}")
-    need = run.ipc * config.factor**2
-    made = []
-    for c in range(run.task.num_classes):
-        images = pooled(run, c, config.pool)
-        crops, _ = square_crops(images, rng.Draws(run.seed, "patches", c), config.crops, size)
-        classes = torch.full((len(crops),), c, device=crops.device)
-        scores = _scores(run, net, crops, classes).view(len(images), config.crops)
-        least, which = scores.min(1)
-        order = least.argsort(stable=True)
-        order = order[torch.arange(need, device=order.device) % len(order)]
-        made.append(crops.view(len(images), config.crops, *crops.shape[1:])[order, which[order]])
-    tiles = torch.cat(made).view(-1, config.factor, config.factor, *made[0].shape[1:])
-    pictures = tiles.permute(0, 3, 1, 4, 2, 5).reshape(-1, *run.task.shape)
-    return run.task.transform.inverse(pictures).clamp(0, 1)
+    size, need = side(run.task, config.factor, f"factor={config.factor}"), run.ipc * config.factor**2
+    images = pooled(run, c, config.pool)
+    crops, views = square_crops(images, rng.Draws(run.seed, "patches", c), config.crops, size)
+    classes = torch.full((len(crops),), c, device=crops.device)
+    scores = _scores(run, net, crops, classes).view(len(images), config.crops)
+    least, which = scores.min(1)
+    order = least.argsort(stable=True)
+    order = order[torch.arange(need, device=order.device) % len(order)]
+    chosen = order * config.crops + which[order]
+    return crops[chosen], images[order], views[chosen.cpu()]
+
+
+def confident_patches(run: Run, net: Network, config: RDED) -> Tensor:
+    """RDED's images (classes * ipc, C,H,W) in pixel space: collages of the crops that the teacher is surest of."""
+    tiles = torch.cat([surest(run, net, config, c)[0] for c in range(run.task.num_classes)])
+    return run.task.transform.inverse(collages(tiles, config.factor)).clamp(0, 1)
+
+
+def collages(tiles: Tensor, factor: int) -> Tensor:
+    """Images (N,C,S,S) of factor x factor tiles (N * factor^2,C,s,s) each, row by row."""
+    grid = tiles.view(-1, factor, factor, *tiles.shape[1:])
+    return grid.permute(0, 3, 1, 4, 2, 5).reshape(len(grid), tiles.shape[1], factor * tiles.shape[2], -1)
+
+
+def cut_up(images: Tensor, factor: int) -> Tensor:
+    """The tiles of :func:`collages`."""
+    count, channels, height, width = images.shape
+    grid = images.view(count, channels, factor, height // factor, factor, width // factor)
+    return grid.permute(0, 2, 4, 1, 3, 5).reshape(-1, channels, height // factor, width // factor)
 
 
 def critical_patches(run: Run, net: Network, config: NRR) -> Tensor:

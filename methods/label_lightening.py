@@ -12,6 +12,7 @@ pool      few of the labelled epochs, drawn from (LPLD, LPQLD)      stored label
 distances two numbers a view (NRR-DD)                               stored labels of mixed views, or teachers
 per-view  all logits of some epochs                                 stored labels of views, or teachers
 teacher   the teachers, 8 bits a weight                             teachers
+projector low-rank changes of a public network (HeLlO)              teachers, real data, the network
 static    one vector an image, mixed as images are (INFER)          teachers
 soft      one distribution an image                                 teachers
 hard      one class an image                                        nothing
@@ -20,12 +21,13 @@ hard      one class an image                                        nothing
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from condense import container, evaluation, rng
+from condense import container, evaluation, networks, rng, trajectories
 from condense import teachers as squeezed
 from condense.augment import ViewRule
 from condense.config import build, one_of, parse, require
@@ -49,32 +51,38 @@ from condense.labels import (
     StaticLabels,
     TeacherLabels,
     answers,
+    check_loss,
     content,
+    stored_answers,
     view_answers,
     view_distances,
 )
 from condense.light_labels import (
-    CODES,
-    Bytes,
-    Code,
+    MOST_KEPT,
+    MOST_RANK,
     CodedLabels,
     Half,
     Int8TeacherLabels,
     LowRank,
     LowRankLabels,
     PoolLabels,
+    Pruning,
     TopK,
     TopKLabels,
     fidelity,
+    pool_answers,
+    usual,
 )
+from condense.methods.label_projection import Projection, fitted
+from condense.projectors import ProjectorLabels
 from condense.protocols import get_protocol
-from condense.run import pick_device
+from condense.run import Interrupted, pick_device
 from condense.tasks import Task
-from condense.units import by, size
+from condense.tracking import Progress
+from condense.units import binary, by, size
 
 EPOCHS = 300
 """Labelled epochs of views where neither the set nor the settings say how many."""
-MOST_RANK, MOST_KEPT = 64, 10
 PICTURES = (".png", ".pdf", ".svg")
 
 # Settings -------------------------------------------------------------------------------------------------------------
@@ -144,21 +152,12 @@ class TopKOptions(PerView):
 
 
 @dataclass(frozen=True)
-class PoolOptions(TopKOptions):
+class PoolOptions(Pruning, PerView):
     """Settings of labels=pool."""
-
-    keep: float = 0.1
-    """Share of the labelled epochs that is kept of each class."""
-    values: str = "half"
-    """What logits are kept as: half, int8, lowrank or topk."""
-    rank: int | None = None
-    """For values=lowrank; see lowrank's."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of(self, values=CODES)
-        if not 0 < self.keep <= 1:
-            raise CondenseError(f"keep={self.keep:g}: must be above 0 and at most 1")
+        self.check_pruning()
 
 
 @dataclass(frozen=True)
@@ -171,6 +170,25 @@ class Teacher(TargetOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of(self, weights=("int8", "float32"))
+
+
+@dataclass(frozen=True)
+class ProjectorOptions(Projection, TargetOptions):
+    """Settings of labels=projector."""
+
+    loss_kind: str = "kl"
+    """Of students: kl (at the temperature) or mse (of logits, as published)."""
+    gamma: float = 0.0
+    """loss_kind=mse: weight of the cross-entropy with the images' classes (beta)."""
+    weak_epochs: str = ""
+    """Where --teachers are experts: their epochs whose mean logits teach, e.g. 2,4,6; the labels' epoch by default."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_projection()
+        check_loss(self.loss_kind, self.gamma, torch.zeros(0))
+        if not all(word.isdigit() for word in self.weak_epochs.split(",") if self.weak_epochs):
+            raise CondenseError(f"weak_epochs={self.weak_epochs}: must be numbers of epochs, e.g. 2,4,6")
 
 
 @dataclass(frozen=True)
@@ -229,6 +247,8 @@ class Job:
     teachers: str | Path | None
     device: torch.device
     quiet: bool
+    task: Task | None = None
+    beside: Path | None = None
 
     @functools.cached_property
     def images(self) -> Tensor:
@@ -364,13 +384,17 @@ def per_view(job: Job, config: PerView) -> PerViewLabels:
         logits = stored.logits[: config.label_epochs]
         terms = {**stored.terms(), **_targets(job, config)}
     else:
-        rule = _rule(job, config)
-        logits = _ask(job, config.label_epochs, rule)
-        terms = {**rule, **_targets(job, config)}
-        own = job.distilled.labels
-        if isinstance(own, PerViewLabels):
-            terms |= {"loss_kind": own.loss_kind, "gamma": own.gamma, "calibrate": own.calibrate, "hard": own.hard}
-    return PerViewLabels(logits.to(job.device), **terms).to(job.device)
+        terms = _terms(job, config)
+        logits = _ask(job, config.label_epochs, terms)
+    return PerViewLabels(logits, **terms)
+
+
+def _terms(job: Job, config: PerView) -> dict[str, Any]:
+    """All but the logits of labels that are asked for, as keywords of ``PerViewLabels``."""
+    terms, own = {**_rule(job, config), **_targets(job, config)}, job.distilled.labels
+    if isinstance(own, PerViewLabels):
+        terms |= {"loss_kind": own.loss_kind, "gamma": own.gamma, "calibrate": own.calibrate, "hard": own.hard}
+    return terms
 
 
 def _epochs(job: Job, asked: int | None) -> int:
@@ -379,37 +403,65 @@ def _epochs(job: Job, asked: int | None) -> int:
 
 
 def _ask(job: Job, epochs: int | None, rule: dict[str, Any]) -> Tensor:
-    return view_answers(
-        job.taught.network, job.images, _epochs(job, epochs), rule["views"], rule["seed"],
-        classes=len(job.distilled.classes), statistics=rule["statistics"], micro=rule["micro"], quiet=job.quiet,
-    )  # fmt: skip
+    epochs, classes = _epochs(job, epochs), len(job.distilled.classes)
+    with _in_making(job, rule, epochs, classes) as where:
+        return view_answers(
+            job.taught.network, job.images, epochs, rule["views"], rule["seed"], classes=classes,
+            statistics=rule["statistics"], micro=rule["micro"], quiet=job.quiet, **where,
+        )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _in_making(job: Job, rule: dict[str, Any], records: int, width: int, **of: Tensor) -> Iterator[dict[str, Any]]:
+    """Where ``records`` labels of views of each image go while teachers are asked, as keywords of ``view_answers``:
+    into a file beside that of the set, if there will be one; see :func:`condense.labels.stored_answers`. ``of`` is what
+    they follow from besides images, teachers and ``rule``."""
+    if job.beside is None:
+        yield {}
+        return
+    asked = [content({"images": job.images, **of}), content(job.taught.network.state_dict())]
+    key = [*asked, rule["seed"], str(rule["views"]), rule["statistics"], rule["micro"]]
+    try:
+        with stored_answers(*answer_files(job.beside), key, (records, len(job.images), width)) as where:
+            yield where
+    except KeyboardInterrupt:
+        raise Interrupted("stopped while labelling views; give the same command again to go on") from None
+
+
+def answer_files(file: Path) -> tuple[Path, Path]:
+    """Where the teachers' answers are kept while a set for ``file`` is in making, and how far they are."""
+    return file.with_name(f"{file.name}.views.npy"), file.with_name(f"{file.name}.views.json")
 
 
 def lowrank(job: Job, config: LowRankOptions) -> LowRankLabels:
     """Labels of views on few axes."""
-    return LowRankLabels.of(per_view(job, config), config.rank or _part(job, MOST_RANK))
+    rank = config.rank or usual(len(job.distilled.classes), MOST_RANK)
+    return LowRankLabels.of(per_view(job, config).to(job.device), rank)
 
 
 def topk(job: Job, config: TopKOptions) -> TopKLabels:
     """The largest logits of views."""
-    return TopKLabels.of(per_view(job, config), config.k or _part(job, MOST_KEPT), config.fill)
+    kept = config.k or usual(len(job.distilled.classes), MOST_KEPT)
+    return TopKLabels.of(per_view(job, config).to(job.device), kept, config.fill)
 
 
 def pool(job: Job, config: PoolOptions) -> PoolLabels:
-    """Few epochs of labels of views."""
-    labels = per_view(job, config)
-    count = max(1, round(config.keep * labels.epochs))
-    probe = labels.logits[:1]
-    made: dict[str, Callable[[], Code]] = {
-        "half": lambda: Half.encode(probe), "int8": lambda: Bytes.encode(probe),
-        "lowrank": lambda: LowRank.encode(probe, config.rank or _part(job, MOST_RANK), labels.loss_kind == "mse"),
-        "topk": lambda: TopK.encode(probe, config.k or _part(job, MOST_KEPT), config.fill),
-    }  # fmt: skip
-    return PoolLabels.pruned(labels, count, made[config.values](), job.classes)
-
-
-def _part(job: Job, most: int) -> int:
-    return min(most, max(1, len(job.distilled.classes) // 4))
+    """Few epochs of labels of views; teachers are asked about these alone."""
+    if job.stored is not None:
+        labels = per_view(job, config)
+        code = config.encode(labels.logits[:1], labels.loss_kind == "mse")
+        return PoolLabels.pruned(labels, config.count(labels.epochs), code, job.classes, config.cooled())
+    terms, epochs = {**_terms(job, config), "hard": job.classes}, _epochs(job, config.label_epochs)
+    classes = len(job.distilled.classes)
+    config.check_classes(classes)
+    count = config.count(epochs)
+    with _in_making(job, terms, count, classes, classes=job.classes, epochs=torch.tensor(epochs)) as where:
+        records = pool_answers(
+            job.taught.network, job.images, job.classes, epochs, terms["views"], terms["seed"], count, classes=classes,
+            statistics=terms["statistics"], micro=terms["micro"], quiet=job.quiet, **where,
+        )  # fmt: skip
+    encode = functools.partial(config.encode, means=terms.get("loss_kind") == "mse")
+    return PoolLabels.recorded(records.to(job.device), epochs, encode, config.cooled(), **terms)
 
 
 def teacher(job: Job, config: Teacher) -> TeacherLabels:
@@ -424,6 +476,36 @@ def teacher(job: Job, config: Teacher) -> TeacherLabels:
         list(taught.network.members), images=len(job.images), weights=taught.network.weights.tolist(),
         names=taught.names, shape=job.distilled.shape, **_rule(job, config), **_targets(job, config),
     )  # fmt: skip
+
+
+def projector(job: Job, config: ProjectorOptions) -> ProjectorLabels:
+    """Changes of a public network that were learned from the real data."""
+    if job.task is None:
+        raise CondenseError("labels=projector: is trained on the real data; give --data")
+    rule, task = _rule(job, config), job.task.to(job.device)
+    weak = _weak(job, config.weak_epochs) if config.weak_epochs else job.taught.network
+    progress = Progress("projector", config.projector_steps, 0, job.quiet)
+    made, known = fitted(
+        task, weak, config, rule["views"], rule["seed"], device=job.device, report=progress.update,
+        checkpoint=None,
+    )  # fmt: skip
+    progress.close()
+    hard = job.distilled.hard_labels() if config.gamma else None
+    return ProjectorLabels.of(
+        made, known, len(job.images), rule["seed"], rule["views"], loss_kind=config.loss_kind, gamma=config.gamma,
+        hard=hard, **_targets(job, config),
+    )  # fmt: skip
+
+
+def _weak(job: Job, epochs: str) -> nn.Module:
+    """The mean logits of some epochs of the experts that are named."""
+    path = None if job.teachers is None else Path(job.teachers)
+    if path is None or container.format_of(path) != trajectories.FORMAT.name:
+        raise CondenseError(f"weak_epochs={epochs}: are of experts; give --teachers FILE of `condense experts`")
+    shape, classes = job.distilled.shape, len(job.distilled.classes)
+    return MeanLogits([
+        trajectories.teacher(path, job.device, shape, classes, epoch=int(epoch)) for epoch in epochs.split(",")
+    ]).eval()  # fmt: skip
 
 
 def static(job: Job, config: Static) -> StaticLabels:
@@ -453,11 +535,12 @@ def distances(job: Job, config: Distances) -> DistanceLabels:
                                 "with mix=none; give --teachers FILE and mix=cutmix")  # fmt: skip
         found = torch.stack([_from_logits(stored, job, e) for e in range(_epochs(job, config.label_epochs))])
     else:
-        terms = _rule(job, config)
-        found = view_distances(
-            job.taught.network, job.images, job.classes, _epochs(job, config.label_epochs), terms["views"],
-            terms["seed"], classes=classes, statistics=terms["statistics"], micro=terms["micro"], quiet=job.quiet,
-        )  # fmt: skip
+        terms, epochs = _rule(job, config), _epochs(job, config.label_epochs)
+        with _in_making(job, terms, epochs, 2, classes=job.classes) as where:
+            found = view_distances(
+                job.taught.network, job.images, job.classes, epochs, terms["views"], terms["seed"], classes=classes,
+                statistics=terms["statistics"], micro=terms["micro"], quiet=job.quiet, **where,
+            )  # fmt: skip
     return DistanceLabels(found.to(job.device), job.classes, classes, weight=config.weight, **terms)
 
 
@@ -482,7 +565,8 @@ def hard(job: Job, config: Hard) -> HardLabels:
 
 KINDS: dict[str, tuple[Any, Callable[[Job, Any], Labels]]] = {
     "lowrank": (LowRankOptions, lowrank), "topk": (TopKOptions, topk), "pool": (PoolOptions, pool),
-    "teacher": (Teacher, teacher), "static": (Static, static), "distances": (Distances, distances),
+    "teacher": (Teacher, teacher), "projector": (ProjectorOptions, projector), "static": (Static, static),
+    "distances": (Distances, distances),
     "soft": (Soft, soft), "hard": (Hard, hard), "per-view": (PerView, per_view),
 }  # fmt: skip
 """The settings of each kind, and what makes it."""
@@ -500,6 +584,7 @@ def lighten(
     teachers: str | Path | None = None,
     device: str = "auto",
     quiet: bool = True,
+    beside: Path | None = None,
     **settings: Any,
 ) -> DistilledSet:
     """The same images with labels of another kind.
@@ -516,6 +601,9 @@ def lighten(
         teachers: file of teachers (or experts) that are asked.
         device: where they compute.
         quiet: show no progress.
+        beside: file that the set will be written to. What teachers say of views is then kept beside it, in
+            :func:`answer_files`, so that memory holds one epoch while they are asked, and the same call after a kill
+            goes on in the middle. The caller removes these files when the set is written.
         settings: of the kind.
 
     Raises:
@@ -532,7 +620,7 @@ def lighten(
     if kind != "hard" and distilled.stages and not distilled.compensated:
         raise CondenseError(f"{distilled.name}: its stored images are decoded into more; only labels=hard fit these")
     began = time.monotonic()
-    job = Job(distilled, teacher, teachers, pick_device(device), quiet)
+    job = Job(distilled, teacher, teachers, pick_device(device), quiet, task, beside)
     labels = make(job, config).to(torch.device("cpu"))
     asked = "taught" in vars(job)
     source = {} if kind == "hard" else job.taught.known if asked else _kept(distilled)
@@ -575,6 +663,60 @@ def _check_data(distilled: DistilledSet, task: Task) -> None:
                             f"{by(distilled.shape)}; give the data that it was made from, or resize=")  # fmt: skip
 
 
+# Bytes before there is a set ------------------------------------------------------------------------------------------
+
+_RULE = 3 * 8 + 3 * 4 + 3
+"""Bytes that views follow from, of whatever kind."""
+
+
+def label_bytes(
+    classes: int,
+    images: int,
+    epochs: int,
+    *,
+    teacher_bytes: int | None = None,
+    projector_bytes: tuple[int, int] | None = None,
+) -> list[Point]:
+    """What labels of every kind would need at their usual settings, the heaviest first.
+
+    Args:
+        classes: C.
+        images: N, of the set.
+        epochs: E, labelled epochs of views.
+        teacher_bytes: of labels=teacher, see :func:`int8_bytes`; None: no such row.
+        projector_bytes: of labels=projector, in the file and external; None: no such row.
+    """
+    views, terms = epochs * images, _RULE + 2 * 4 + 2
+    coded = terms + 3 * 4  # the stated error
+    number = 1 if classes <= 1 << 8 else 2 if classes <= 1 << 16 else 8
+    rank, k, pruning = usual(classes, MOST_RANK), usual(classes, MOST_KEPT), PoolOptions()
+    pooled = 2 * pruning.count(epochs) * images * classes + number * images + 8 + len(Half.name) + coded
+    rows: list[tuple[str, int, int, Any]] = [
+        ("per-view", 2 * views * classes + terms, 0, PerViewLabels),
+        (f"lowrank:rank={rank}", views * rank + rank * (4 + 2 * classes) + 2 * classes + coded, 0, LowRank),
+        (f"pool:keep={pruning.keep:g}", pooled, 0, Half),
+        ("distances", 4 * views + 8 * images + 4 + _RULE, 0, DistanceLabels),
+        ("static", 2 * images * classes + 4 + 1 + _RULE, 0, StaticLabels),
+        ("soft", 4 * images * classes, 0, SoftLabels),
+        ("hard", math.ceil(images * math.ceil(math.log2(classes)) / 8), 0, HardLabels),
+    ]
+    if classes <= 1 << 16:
+        rows.append((f"topk:k={k}", views * (k * (2 + number) + 2) + coded, 0, TopK))
+    if teacher_bytes is not None:
+        rows.append(("teacher:weights=int8", teacher_bytes, 0, Int8TeacherLabels))
+    if projector_bytes is not None:
+        rows.append(("projector", *projector_bytes, ProjectorLabels))
+    points = [Point(words, words.partition(":")[0], own, out, made.exactness) for words, own, out, made in rows]
+    return sorted(points, key=lambda point: -point.bytes - point.external)
+
+
+def int8_bytes(names: Sequence[str], shape: networks.Shape, classes: int) -> int:
+    """Bytes of labels=teacher of networks of these architectures, which follow from no weight."""
+    with rng.seeded("layout"):
+        members = [networks.build(name, shape, classes) for name in names]
+    return Int8TeacherLabels(members, 0, 0, names=names, shape=shape).nbytes()
+
+
 # Accuracy against bytes -----------------------------------------------------------------------------------------------
 
 
@@ -609,7 +751,7 @@ def asked_kinds(text: str) -> list[str]:
     return list(dict.fromkeys(words))
 
 
-def _settings(word: str) -> tuple[str, dict[str, str]]:
+def _settings(word: str) -> tuple[str, dict[str, Any]]:
     kind, *rest = word.split(":")
     if kind not in KINDS:
         raise CondenseError(f"--kinds {kind}: unknown{did_you_mean(kind, [*KINDS, 'own'])}")
@@ -667,7 +809,7 @@ def compare(
             if word != "own":
                 kind, settings = _settings(word)
                 made = lighten(
-                    distilled, kind, None, teacher, teachers=teachers, device=device, quiet=quiet, **settings
+                    distilled, kind, task, teacher, teachers=teachers, device=device, quiet=quiet, **settings
                 )
         except CondenseError as fault:
             points.append(Point(word, missing=str(fault)))
@@ -686,23 +828,29 @@ def compare(
     return points
 
 
-def table(points: Sequence[Point]) -> str:
-    """The points as lines for a terminal; what could not be made is below."""
+def table(points: Sequence[Point], whole: str = "own") -> str:
+    """The points as lines for a terminal, as shares of ``whole``; what could not be made is below."""
     made = [point for point in points if not point.missing]
-    full = next((p.bytes + p.external for p in made if p.words == "own"), None)
-    judged = any(point.mean is not None for point in made)
-    rows = [("labels", "bytes", "external", "of own", "exactness", *(("accuracy", "95 % interval") if judged else ()),
-             "a step costs")]  # fmt: skip
+    full = next((p.bytes + p.external for p in made if p.words == whole), None)
+    judged, costs = any(point.mean is not None for point in made), any(point.step_cost for point in made)
+    rows = [("labels", "bytes", "external", f"of {whole}", "exactness",
+             *(("accuracy", "95 % interval") if judged else ()), *(("a step costs",) if costs else ()))]  # fmt: skip
     for p in made:
         share = f"{100 * (p.bytes + p.external) / full:.3g} %" if full else ""
         bounds = "" if p.ci95 is None else "{:.1f} to {:.1f}".format(*(100 * bound for bound in p.ci95))
         reached = ("" if p.mean is None else f"{100 * p.mean:.1f} %", bounds) if judged else ()
         named = p.words + f" ({p.kind})" * (p.words == "own")
-        rows.append((named, size(p.bytes), size(p.external), share, p.exactness, *reached, p.step_cost))
+        needs = (_size(p.bytes), _size(p.external), share)
+        rows.append((named, *needs, p.exactness, *reached, *((p.step_cost,) if costs else ())))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
     lines.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join([*lines, *(f"{p.words} is missing: {p.missing}" for p in points if p.missing)])
+
+
+def _size(count: int) -> str:
+    """In both units where they are far apart."""
+    return size(count) + (f" ({binary(count)})" if count >= 2**30 else "")
 
 
 def check_plot(path: Path) -> None:

@@ -234,6 +234,11 @@ MISTAKES = {
     "precision to evaluate": (f"{EVALUATE} --precision fp8", "--precision fp8", "auto, fp32 or bf16"),
     "a network too deep": (f"{DM} --network convnet-d6-w8-in", "convnet-d6", "8x8", "the largest depth that fits is 3"),
     "a network too deep to plan": (f"plan{DM[7:]} --network convnet-d6-w8-in", "convnet-d6", "fits is 3"),
+    "labels of no classes": ("plan --classes 1 --ipc 1", "--classes 1", "at least 2"),
+    "labels of no epochs": ("plan --classes 9 --ipc 1 --label-epochs 0", "--label-epochs 0", "at least 1"),
+    "labels of how many images": ("plan --classes 9", "--ipc missing", "--classes 9 --ipc N"),
+    "labels with and without data": ("plan dm --classes 9 --ipc 1", "--classes 9", "leave out"),
+    "epochs of what": (f"plan{DM[7:]} --label-epochs 5", "--label-epochs 5", "label_epochs=5"),
     "experts of a method without any": ("experts --data digits --for dm", "--for dm", "has no experts", "mtt"),
     "experts of an unknown method": ("experts --data digits --for zzz", "'zzz'", "known: ast,"),
     "no experts": (f"{EXPERTS} --count 0", "--count 0", "at least 1"),
@@ -455,6 +460,31 @@ def test_plan(done, monkeypatch):
     assert needs["set_bytes"]["images"] == 10 * 64 * 4
     assert "time:" in done("plan random --data digits --ipc 1")
     assert os.listdir() == []
+
+
+def test_plan_tells_what_labels_need(done):
+    words = "plan rded --data digits --ipc 1 --network convnet-d2-w4-bn teacher_epochs=1 labels=per-view"
+    words += " label_epochs=40"
+    text = done(words)
+    assert "  labels of 10 images, 40 epochs of views, by kind:\n" in text and "    teacher:weights=int8  " in text
+    needs = json.loads(done(f"{words} --json"))
+    kinds = {row["kind"]: row for row in needs["labels"]}
+    assert kinds["per-view"]["bytes"] == needs["set_bytes"]["labels"] and kinds["per-view"]["exactness"] == "exact"
+    assert needs["views"] == {"kind": "per-view", "images": 10, "epochs": 40, "teachers": ["convnet-d2-w4-bn"]}
+    assert "labels of" not in done("plan random --data digits --ipc 1")
+
+
+def test_plan_of_labels_without_data(done):
+    text = done("plan --classes 1000 --ipc 10")
+    assert text.startswith("1000 classes, ipc 10; teacher: torchvision:resnet18 on images 3x224x224\n")
+    assert "labels of 10000 images, 300 epochs" in text and "6.0 GB (5.6 GiB)" in text
+    rows = json.loads(done("plan --classes 1000 --ipc 10 --json"))["labels"]
+    kinds = {row["kind"]: row["bytes"] for row in rows}
+    named = len(json.dumps({"names": ["torchvision:resnet18"], "shape": [3, 224, 224]})) + 4 + 8 + 4 + 1 + 39
+    # Its weights, a scale for each of 5,800 channels, biases of 1,000 classes, and 20 norms of 4,800 channels.
+    assert kinds["teacher"] == 11_678_912 + 4 * 5800 + 4 * 1000 + 16 * 4800 + 8 * 20 + named
+    fewer = json.loads(done("plan --classes 10 --ipc 2 --label-epochs 3 --network convnet-d3-w8-bn --json"))
+    assert {row["kind"]: row["bytes"] for row in fewer["labels"]}["per-view"] == 2 * 3 * 20 * 10 + 49
 
 
 def test_plan_tells_the_time_of_the_run(monkeypatch, done):

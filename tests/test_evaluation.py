@@ -50,7 +50,10 @@ def test_the_record_has_the_contracts_fields(made, tiny):
     assert record["schema"] == "condense.record/1"
     assert set(record) >= {"set", "protocol", "runs", "seed", "results", "scores", "cost", "environment", "command"}
     assert set(record["set"]) >= {"name", "sha256", "method", "dataset", "ipc", "label_kind", "bytes"}
-    assert set(record["set"]["bytes"]) == {"images", "labels", "auxiliary", "external", "total"}
+    bytes_ = record["set"]["bytes"]
+    assert set(bytes_) == {"images", "labels", "auxiliary", "external", "total", "stored"}
+    assert bytes_["stored"] == bytes_["total"] - bytes_["external"]
+    assert record["set"]["labelling"] == {"exactness": "approximate", "step_cost": "none"}
     assert record["protocol"] == {"name": "quick-v1", "version": 1, "labels": "hard"}
     assert len(record["results"]) == 2 * 6
     assert records.check_record(json.loads(json.dumps(record))) == []

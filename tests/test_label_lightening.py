@@ -1,7 +1,9 @@
 """Lightening: every kind from every set that can give it, what the file says of it, and both verbs."""
 
+import contextlib
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,10 +12,36 @@ from conftest import command_line, tiny_arrays
 import condense
 from condense import config, evaluation
 from condense.errors import CondenseError
-from condense.labels import DistanceLabels, PerViewLabels, TeacherLabels, view_distances
-from condense.light_labels import CodedLabels, Int8TeacherLabels
+from condense.labels import (
+    DistanceLabels,
+    HardLabels,
+    PerViewLabels,
+    SoftLabels,
+    StaticLabels,
+    TeacherLabels,
+    view_distances,
+)
+from condense.light_labels import (
+    MOST_KEPT,
+    MOST_RANK,
+    CodedLabels,
+    Int8TeacherLabels,
+    LowRankLabels,
+    PoolLabels,
+    TopKLabels,
+    usual,
+)
 from condense.methods import label_lightening as room
-from condense.methods.label_lightening import KINDS, Point, asked_kinds, compare, lighten, table
+from condense.methods.label_lightening import (
+    KINDS,
+    Point,
+    asked_kinds,
+    compare,
+    int8_bytes,
+    label_bytes,
+    lighten,
+    table,
+)
 
 NETWORK = "convnet-d2-w8-bn"
 TAUGHT = {"network": NETWORK, "teacher_epochs": 2, "teacher_batch": 8}
@@ -199,6 +227,112 @@ def test_other_data_and_sets_that_cannot(per_view, real):
 def test_every_setting_says_what_it_means():
     for options, make in KINDS.values():
         assert all(meaning for _, _, _, meaning in config.describe(options)) and make.__doc__
+
+
+# -- bytes before there is a set --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("classes, images, epochs", [(2, 4, 1), (5, 7, 12), (257, 3, 5), (300, 2, 20)])
+def test_the_bytes_of_a_plan_are_those_of_the_labels(classes, images, epochs):
+    logits, hard = torch.randn(epochs, images, classes), torch.arange(images) % classes
+    views = PerViewLabels(logits, 0)
+    made = [
+        views, LowRankLabels.of(views, usual(classes, MOST_RANK)), TopKLabels.of(views, usual(classes, MOST_KEPT)),
+        PoolLabels.pruned(views, room.PoolOptions().count(epochs), hard=hard),
+        DistanceLabels(logits[:, :, :2], hard, classes, 0), StaticLabels(logits[0].half(), 0), SoftLabels(logits[0]),
+        HardLabels(hard, classes),
+    ]  # fmt: skip
+    points = label_bytes(classes, images, epochs)
+    assert {p.kind: (p.bytes, p.external, p.exactness) for p in points} == {
+        one.kind: (one.nbytes(), one.external_nbytes(), one.exactness) for one in made
+    }
+    assert asked_kinds(",".join(p.words for p in points))  # as `condense labels` understands them
+    assert [p.bytes for p in points] == sorted((p.bytes for p in points), reverse=True)
+
+
+def test_teachers_and_projectors_in_a_plan(live):
+    weights = int8_bytes([NETWORK], (1, 8, 8), 3)
+    assert weights == lighten(live, "teacher").labels.nbytes()
+    points = {p.kind: p for p in label_bytes(3, 6, 4, teacher_bytes=weights, projector_bytes=(10, 2000))}
+    assert points["teacher"].bytes == weights and points["teacher"].exactness == "lossy"
+    assert (points["projector"].bytes, points["projector"].external) == (10, 2000) and set(points) == set(KINDS)
+
+
+def test_more_classes_than_topk_can_number():
+    points = {p.kind: p for p in label_bytes(70_000, 2, 10)}
+    views = PerViewLabels(torch.zeros(10, 2, 70_000), 0)
+    assert points["pool"].bytes == PoolLabels.pruned(views, 1, hard=torch.arange(2)).nbytes() and "topk" not in points
+
+
+@pytest.mark.parametrize("ipc, told", [(10, "6.0 GB (5.6 GiB)"), (50, "30.0 GB (28 GiB)"), (200, "120.0 GB (112 GiB)")])
+def test_the_figures_of_the_field(ipc, told):
+    """ImageNet-1K's labels of 300 epochs: 5.6 GB, 28 GB and 112 GB are binary units."""
+    points = label_bytes(1000, 1000 * ipc, 300)
+    assert points[0].bytes - 49 == 2 * 300 * 1000 * ipc * 1000  # 2 E N C
+    assert f"per-view         {told}  0 bytes" in table(points, "per-view")
+
+
+# -- labelling that is cut short --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What was asked of teachers, an epoch a time; the epoch ``stop`` is not answered."""
+    seen, original = SimpleNamespace(epochs=0, stop=None), condense.labels.answers
+
+    def counted(*arguments, **options):
+        if seen.epochs == seen.stop:
+            raise KeyboardInterrupt
+        seen.epochs += 1
+        return original(*arguments, **options)
+
+    monkeypatch.setattr("condense.labels.answers", counted)
+
+    def during(call, stop=None):
+        seen.epochs, seen.stop = 0, stop
+        return call(), seen.epochs
+
+    return during
+
+
+@pytest.mark.parametrize("kind", ["per-view", "lowrank", "topk", "distances"])
+def test_labelling_that_was_killed_goes_on_in_the_middle(kind, live, call, asked, tmp_path):
+    live.save("set.h5")
+    words = f"lighten set.h5 --labels {kind} label_epochs=6 --out"
+    assert call(f"{words} whole.h5").code == 0
+    result, epochs = asked(lambda: call(f"{words} new/light.h5"), stop=4)
+    assert result.code == 130 and epochs == 4
+    assert result.err.splitlines()[-1].endswith("stopped while labelling views; give the same command again to go on")
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["light.h5.views.json", "light.h5.views.npy"]
+    result, epochs = asked(lambda: call(f"{words} new/light.h5"))
+    assert result.code == 0 and epochs == 2
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["light.h5"]
+    whole, light = condense.load("whole.h5"), condense.load("new/light.h5")
+    for made in (whole, light):
+        made.manifest["lightened"].pop("seconds")
+    assert light.manifest == whole.manifest and light.sha256() == whole.sha256()
+
+
+def test_answers_of_others_are_not_taken(live, per_view, real, asked, tmp_path):
+    """What another set, teacher or rule left is begun anew; another code of the same answers goes on."""
+    out = tmp_path / "light.h5"
+    other = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))
+    another = condense.distill("random", real, 2, network=NETWORK)
+
+    def epochs(made, kind, stop=None, **settings):
+        def call():
+            with contextlib.suppress(KeyboardInterrupt):
+                lighten(made, kind, beside=out, label_epochs=4, **settings)
+
+        return asked(call, stop)[1]
+
+    assert epochs(live, "topk", 3) == 3 and epochs(live, "lowrank", 0) == 0 and epochs(live, "per-view") == 1
+    assert epochs(live, "per-view") == 0  # all are there until the set is written
+    assert epochs(live, "per-view", label_scale=0.5) == epochs(live, "per-view", teacher=other) == 4
+    assert epochs(another, "per-view", teacher=other) == epochs(live, "distances") == 4
+    assert epochs(live, "per-view", 2) == 2 and epochs(live, "per-view", 0, mix="mixup") == 0
+    assert epochs(live, "per-view") == 4  # the last one took the place of what was there
+    assert epochs(per_view, "lowrank") == 0  # from stored labels
 
 
 # -- accuracy against bytes -------------------------------------------------------------------------------------------

@@ -57,6 +57,17 @@ def tables(text):
     return [html.unescape(re.sub(r"<[^>]+>", " ", section)) for section in sections]
 
 
+def test_bytes_from_outside_and_what_labels_are(results, built):
+    content = record(label_kind="teacher")
+    content["set"]["bytes"]["external"] += 44_700_000
+    content["set"]["bytes"]["total"] += 44_700_000
+    content["set"]["labelling"] = {"exactness": "exact", "step_cost": "a forward pass of the teachers"}
+    write(results, "a", content)
+    text = tables(built()[1])[0]
+    assert "teacher labels, exact; a step costs: a forward pass of the teachers" in text
+    assert "external 44.7 MB; 1.2 MB stored, 45.9 MB with external" in text
+
+
 def edited(change, **values):
     """A good record with one fault."""
     content = record(**values)

@@ -116,7 +116,8 @@ def record():
         "set": {
             "name": "digits/dm-ipc1", "sha256": "0" * 64, "method": "dm", "dataset": "digits", "ipc": 1, "seed": 0,
             "label_kind": "hard", "network": "n", "command": None,
-            "bytes": {"images": 1, "labels": 1, "auxiliary": 1, "external": 0, "total": 3},
+            "bytes": {"images": 1, "labels": 1, "auxiliary": 1, "external": 0, "total": 3, "stored": 3},
+            "labelling": {"exactness": "approximate", "step_cost": "none"},
         },
         "data": {"name": "digits", "fingerprint": "f", "same": True},
         "protocol": {"name": "quick-v1", "version": 1, "labels": "hard"},
@@ -152,6 +153,9 @@ def test_a_written_record_is_read_back(record, tmp_path):
         (lambda r: r["scores"]["n"]["IOR"].update(value=0.9), "'scores' does not follow from the other"),
         (lambda r: r["scores"]["n"].update(LRS={"value": 0.99, "ci95": None}), "'scores' does not follow"),
         (lambda r: r["set"]["bytes"].update(total=1), "'set.bytes.total' is not the sum of its parts"),
+        (lambda r: r["set"]["bytes"].update(external=1, total=4, stored=4), "'set.bytes.stored' is not the total"),
+        (lambda r: r["set"]["labelling"].update(exactness="good"), "'set.labelling.exactness': 'good' is not one of"),
+        (lambda r: r["set"]["labelling"].pop("step_cost"), "lacks 'step_cost' in 'set.labelling'"),
         (lambda r: r["time"][0].update(train_seconds=0.001), "'time' does not follow"),
         (lambda r: r["results"].append(r["results"][0]), "two entries of 'results' are of the same arm"),
         (lambda r: r["results"][0].update(steps=50_000), "'steps' differ between arms of one budget"),
@@ -169,6 +173,18 @@ def test_faulty_records_are_named(record, tmp_path, change, message):
     with pytest.raises(CondenseError, match=message) as fault:
         records.read_record(tmp_path / "r.json")
     assert str(fault.value).startswith(str(tmp_path / "r.json")) and "\n" not in str(fault.value)
+
+
+def test_records_from_before_these_fields_are_good(record):
+    del record["set"]["labelling"], record["set"]["bytes"]["stored"]
+    assert records.check_record(record) == []
+
+
+def test_external_bytes_are_told_apart(record):
+    assert "external" not in records.table(record)
+    record["set"]["bytes"].update(external=44_700_000, total=44_700_003)
+    assert records.check_record(record) == []
+    assert "bytes: 3 bytes stored, 44.7 MB external, 44.7 MB together" in records.table(record).splitlines()
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", "[" * 100_000, '{"schema": NaN}', "\udcff"])

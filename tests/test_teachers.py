@@ -732,8 +732,8 @@ def test_public_weights_take_images_of_the_training_space(zca, channels, tmp_pat
     task = condense.task(tiny_arrays(channels=channels), name="tiny", zca=zca)
     mean, std = [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]
     head = Head(3)
-    weights = teachers._Weights(3, mean, std, lambda: copy.deepcopy(head), "place", "origin")
-    monkeypatch.setattr(teachers, "_torchvision", lambda name: weights)
+    weights = teachers.Weights(3, mean, std, (8, 8), lambda: copy.deepcopy(head), "place", "origin")
+    monkeypatch.setattr(teachers, "torchvision_weights", lambda name, named: weights)
     run, ids = a_run(task), torch.arange(5)
     committee = provided(task, run, file="torchvision:head")
     require_batch_norm(committee)
@@ -749,10 +749,12 @@ def test_public_weights_take_images_of_the_training_space(zca, channels, tmp_pat
 def test_several_public_weights_are_a_committee(tiny, monkeypatch):
     heads = {name: Head(3) for name in ("one", "two")}
     known = {
-        name: teachers._Weights(3, [0.5] * 3, [0.2] * 3, lambda head=head: copy.deepcopy(head), "place", "origin")
+        name: teachers.Weights(
+            3, [0.5] * 3, [0.2] * 3, (8, 8), lambda head=head: copy.deepcopy(head), "place", "origin"
+        )
         for name, head in heads.items()
     }
-    monkeypatch.setattr(teachers, "_torchvision", known.get)
+    monkeypatch.setattr(teachers, "torchvision_weights", lambda name, named: known[name])
     run, file = a_run(tiny), "torchvision:one,torchvision:two"
     committee = provided(tiny, run, file=file)
     assert [member.name for member in committee.members] == file.split(",")

@@ -1,0 +1,120 @@
+"""Kinds of labels for one set, from bytes to accuracy: ``python -m condense.benchmarks.lightening --data NAME=PATH``.
+
+Makes RDED's images with stored labels of views, gives them every other kind, and trains students on each, all by the
+command line in processes of their own. What is there is kept: the same command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from condense.benchmarks import curriculum, equal_time
+from condense.benchmarks.speed.measure import Parser, aligned, guarded, positive
+from condense.distilled import DistilledSet
+from condense.methods.label_lightening import Point, chart
+from condense.students import steps_per_pass
+from condense.units import duration, size
+
+OWN = "own"
+KINDS = (
+    OWN, "lowrank:rank=4", "lowrank:rank=2", "lowrank:rank=1", "topk:k=2", "topk:k=1", "pool:keep=0.1",
+    "pool:keep=0.045", "pool:keep=0.08:values=lowrank:rank=6", "pool:keep=0.05:values=lowrank:rank=3",
+    "pool:keep=0.007", "distances", "static", "soft", "hard", "teacher:weights=float32", "teacher", "projector",
+    "projector:adapter_rank=2", "projector:loss_kind=mse:gamma=0.1",
+)  # fmt: skip
+"""What is compared; ``own`` is the stored labels."""
+
+
+def full(data: str, out: Path, committee: Path, *, ipc: int, network: str, epochs: int) -> Path:
+    """RDED's set with stored labels of ``epochs`` epochs of views, made where it is not there yet."""
+    made = out / "sets" / f"{equal_time.name_of(data)}-rded-ipc{ipc}-{epochs}epochs-of-{committee.stem}.h5"
+    if not made.exists():
+        made.parent.mkdir(parents=True, exist_ok=True)
+        equal_time.condense(
+            "distill", "rded", "--data", data, "--ipc", str(ipc), "--network", network, "--out", str(made), "--run-dir",
+            str(out / "runs" / made.stem), "--force", "--track", "none", f"teachers={committee}", "labels=per-view",
+            f"label_epochs={epochs}", *curriculum.SMALL,
+        )  # fmt: skip
+    return made
+
+
+def fill(word: str, stored: Path, data: str, out: Path, protocol: str) -> tuple[Path, dict[str, Any]]:
+    """Set and record of a kind (settings after colons), made and judged where they are not there yet."""
+    kind, *settings = word.split(":")
+    stem = "-".join([stored.stem, kind, *settings])
+    made, record = stored.with_name(f"{stem}.h5"), out / "records" / f"{stem}-{protocol}.json"
+    if word == OWN:
+        made = stored
+    elif not made.exists():
+        equal_time.condense("lighten", str(stored), "--labels", kind, "--data", data, "--out", str(made), *settings)
+    if not record.exists():
+        record.parent.mkdir(parents=True, exist_ok=True)
+        controls = "random,random-hard" if word == OWN else "none"
+        equal_time.condense(
+            "evaluate", str(made), "--data", data, "--protocol", protocol, "--controls", controls, "--json", str(record)
+        )
+    return made, dict(json.loads(record.read_text()))
+
+
+def row(word: str, stored: int, made: Path, record: dict[str, Any]) -> list[str]:
+    """Labels, their bytes with what lies outside, their share of ``stored`` bytes, and what students need and reach."""
+    entry, known = record["results"][0], record["set"]
+    lightened = DistilledSet.load(made).manifest.get("lightened", {})
+    inside, outside = known["bytes"]["labels"], known["bytes"]["external"]
+    passes = entry["steps"] / steps_per_pass(len(DistilledSet.load(made)), 256)
+    return [
+        word, known["labelling"]["exactness"], size(inside), size(outside) if outside else "-",
+        f"{100 * inside / stored:.3g} %", f"{100 * (inside + outside) / stored:.3g} %",
+        duration(lightened["seconds"]) if lightened else "-",
+        duration(entry["seconds"] / len(entry["accuracies"]) / passes), equal_time.accuracy(entry),
+    ]  # fmt: skip
+
+
+HEADINGS = ["labels", "exactness", "bytes", "external", "of own", "with external", "made in", "epoch", "accuracy"]
+
+
+def point(word: str, record: dict[str, Any]) -> Point:
+    """What the chart draws."""
+    entry, known = record["results"][0], record["set"]
+    return Point(
+        word, known["label_kind"], known["bytes"]["labels"], known["bytes"]["external"], mean=entry["mean"],
+        ci95=tuple(entry["ci95"]),
+    )  # fmt: skip
+
+
+def _main(words: Sequence[str]) -> int:
+    parser = Parser(prog="python -m condense.benchmarks.lightening", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--data", required=True, help="real images, as for `condense distill`")
+    parser.add_argument("--out", type=Path, required=True, help="folder for teachers, sets, records, table and picture")
+    parser.add_argument("--kinds", default=",".join(KINDS), help="KIND:KEY=VALUE,...; many of all kinds by default")
+    parser.add_argument("--ipc", type=positive, default=10)
+    parser.add_argument("--network", default="convnet-d3-w32-bn", help="of teachers and students")
+    parser.add_argument("--count", type=positive, default=3, help="trained teachers, of which the first labels")
+    parser.add_argument("--epochs", type=positive, default=12, help="of a teacher's training")
+    parser.add_argument("--label-epochs", type=positive, default=300, help="stored epochs of views")
+    parser.add_argument("--protocol", default="quick-soft-v1")
+    options = parser.parse_args(words)
+    options.out.mkdir(parents=True, exist_ok=True)
+    committee = curriculum.squeeze(
+        options.data, options.out, network=options.network, count=options.count, epochs=options.epochs
+    )
+    stored = full(
+        options.data, options.out, committee, ipc=options.ipc, network=options.network, epochs=options.label_epochs
+    )
+    whole = DistilledSet.load(stored).nbytes()["labels"]
+    rows, points = [HEADINGS], []
+    for word in options.kinds.split(","):
+        made, record = fill(word, stored, options.data, options.out, options.protocol)
+        rows.append(row(word, whole, made, record))
+        points.append(point(word, record))
+        (options.out / "table.txt").write_text(aligned(rows) + "\n")
+    print(aligned(rows))
+    print(f"picture: {chart(points, options.out / 'labels.png', stored.stem.partition('-of-')[0])}")
+    return 0
+
+
+if __name__ == "__main__":
+    guarded(_main, None)
