@@ -354,7 +354,7 @@ def check_labels(check: Check) -> tuple[str, Any]:
         if kind == "teacher":  # whose architecture a set must name
             net = copy.deepcopy(teacher).to(device)
             return Int8TeacherLabels(net, len(images), 0, names=[case.network], shape=task.shape)
-        few = {name: 2 for name in ("label_epochs", "projector_steps") if hasattr(KINDS[kind][0], name)}
+        few: dict[str, Any] = {name: 2 for name in ("label_epochs", "projector_steps") if hasattr(KINDS[kind][0], name)}
         return lighten(made, kind, task, teacher, device=device, **few).labels
 
     def compare(kind: str) -> dict[str, Any]:

@@ -22,8 +22,8 @@ OWN = "own"
 KINDS = (
     OWN, "lowrank:rank=4", "lowrank:rank=2", "lowrank:rank=1", "topk:k=2", "topk:k=1", "pool:keep=0.1",
     "pool:keep=0.045", "pool:keep=0.08:values=lowrank:rank=6", "pool:keep=0.05:values=lowrank:rank=3",
-    "pool:keep=0.007", "distances", "static", "soft", "hard", "teacher:weights=float32", "teacher", "projector",
-    "projector:adapter_rank=2", "projector:loss_kind=mse:gamma=0.1",
+    "pool:keep=0.02:values=lowrank:rank=9", "pool:keep=0.007", "distances", "static", "soft", "hard",
+    "teacher:weights=float32", "teacher", "projector", "projector:adapter_rank=2", "projector:loss_kind=mse:gamma=0.1",
 )  # fmt: skip
 """What is compared; ``own`` is the stored labels."""
 

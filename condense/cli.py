@@ -924,9 +924,11 @@ _PICTURE = (3, 224, 224)
 def _kinds(classes: int, images: int, epochs: int, teachers: list[str], shape: tuple[int, int, int]) -> list[Any]:
     """Bytes of every kind of labels."""
     from condense.methods.label_lightening import int8_bytes, label_bytes
+    from condense.methods.label_projection import projector_bytes
 
     weights = int8_bytes(teachers, shape, classes) if teachers else None
-    return label_bytes(classes, images, epochs, teacher_bytes=weights)
+    projector = projector_bytes(shape, range(classes)) if shape[0] in (1, 3) else None
+    return label_bytes(classes, images, epochs, teacher_bytes=weights, projector_bytes=projector)
 
 
 def _rows(kinds: list[Any]) -> list[dict[str, Any]]:

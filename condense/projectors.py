@@ -262,7 +262,8 @@ def _open_clip(name: str, tag: str, named: str) -> Backbone:
     encoder = Encoder(_Clip(model.visual), (3, int(height), int(width)), cfg["mean"], cfg["std"])
 
     def text(classes: Sequence[str], prompts: Sequence[str]) -> Tensor:
-        device = next(model.parameters()).device
+        device = next(encoder.parameters()).device  # which the image tower may have been moved to, alone
+        model.to(device)
         words = [word.replace("_", " ") for word in classes]
         with torch.autocast(device.type, enabled=False):
             made: Tensor = open_clip.build_zero_shot_classifier(
@@ -294,7 +295,7 @@ def adapted(encoder: Encoder, pixels: Tensor) -> list[str]:
     return [name for name, slope in zip(copies, slopes) if slope is not None]
 
 
-class Projector(nn.Module):
+class Projector(networks.Network):
     """Images in a set's training space to logits (B, classes). What requires grad is what is stored.
 
     Args:
@@ -333,7 +334,7 @@ class Projector(nn.Module):
             self.head_pair = nn.ParameterList()
             if head_rank:
                 self.register_buffer("start", start, persistent=False)
-                self._pair(*start.shape, head_rank, start.device, self.head_pair, self.head_pair)
+                self._pair(start.shape[0], start.shape[1], head_rank, start.device, self.head_pair, self.head_pair)
             else:
                 self.head = nn.Parameter(start.clone())
         self.bias = nn.Parameter(torch.zeros(start.shape[1], device=start.device))
@@ -363,16 +364,17 @@ class Projector(nn.Module):
         with torch.autocast(a.device.type, enabled=False):
             return self.start + a @ b
 
-    def forward(self, images: Tensor) -> Tensor:
-        """(B,C,H,W) in training space to float32 logits (B, classes)."""
-        features = torch.func.functional_call(self.encoder, self.weights(), (self.pixels(images),))
-        return cosines(features, self.columns(), self.log_scale.exp(), self.bias)
+    def embed(self, x: Tensor, maps: list[Tensor] | None = None) -> Tensor:
+        """(B,C,H,W) in training space to features (B, D); no maps are told."""
+        if self.transform.mean.device != x.device:
+            self.transform = self.transform.to(x.device)
+        pixels = self.transform.inverse(x)
+        found: Tensor = torch.func.functional_call(self.encoder, self.weights(), (pixels,))
+        return found
 
-    def pixels(self, images: Tensor) -> Tensor:
-        """From training space to pixels."""
-        if self.transform.mean.device != images.device:
-            self.transform = self.transform.to(images.device)
-        return self.transform.inverse(images)
+    def classify(self, embedding: Tensor) -> Tensor:
+        """Features to float32 logits (B, classes)."""
+        return cosines(embedding, self.columns(), self.log_scale.exp(), self.bias)
 
     @torch.no_grad()
     def rounded(self) -> Projector:
@@ -523,7 +525,7 @@ class ProjectorLabels(TeacherLabels):
             CondenseError: it is not here or another one, or the stored arrays do not fit it.
         """
         if self._merged is None:
-            self._merged = Merged(build(self.known, self.parts)).to(self.device)
+            self._merged = Merged(build(self.known, self.parts, self.device))
         return self._merged
 
     def shown(self, images: Tensor, ids: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
@@ -630,8 +632,8 @@ def _stated(text: bytes, classes: int) -> dict[str, Any]:
         raise CondenseError("labels/projector does not describe one; copy or make the set again") from fault
 
 
-def build(known: Mapping[str, Any], parts: Mapping[str, np.ndarray]) -> Projector:
-    """The projector that a file describes, on the CPU, with the public network that it names.
+def build(known: Mapping[str, Any], parts: Mapping[str, np.ndarray], device: torch.device) -> Projector:
+    """The projector that a file describes, with the public network that it names.
 
     Raises:
         CondenseError: the network is not here or another one, or the arrays do not fit it.
@@ -640,7 +642,7 @@ def build(known: Mapping[str, Any], parts: Mapping[str, np.ndarray]) -> Projecto
     found = None
     for word in dict.fromkeys([str(wanted["name"]), str(wanted.get("path", wanted["name"]))]):
         try:
-            found = find(word, tuple(known["shape"]), torch.device("cpu"), what)
+            found = find(word, tuple(known["shape"]), device, what)
             break
         except CondenseError as fault:
             missing = fault
@@ -663,8 +665,8 @@ def build(known: Mapping[str, Any], parts: Mapping[str, np.ndarray]) -> Projecto
         start = found.text(known["classes"], known["prompts"])
     else:
         with torch.no_grad():
-            width = found.encoder(torch.zeros(1, *found.encoder.shape)).shape[1]
-        start = torch.zeros(width, classes)
+            width = found.encoder(torch.zeros(1, *found.encoder.shape, device=device)).shape[1]
+        start = torch.zeros(width, classes, device=device)
     made = Projector(
         found.encoder, names, int(known["rank"]), start, int(known["head_rank"]), found.scale, transform
     )  # fmt: skip

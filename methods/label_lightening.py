@@ -480,14 +480,14 @@ def teacher(job: Job, config: Teacher) -> TeacherLabels:
 
 def projector(job: Job, config: ProjectorOptions) -> ProjectorLabels:
     """Changes of a public network that were learned from the real data."""
+    weak = _weak(job, config.weak_epochs) if config.weak_epochs else job.taught.network
     if job.task is None:
         raise CondenseError("labels=projector: is trained on the real data; give --data")
     rule, task = _rule(job, config), job.task.to(job.device)
-    weak = _weak(job, config.weak_epochs) if config.weak_epochs else job.taught.network
     progress = Progress("projector", config.projector_steps, 0, job.quiet)
     made, known = fitted(
         task, weak, config, rule["views"], rule["seed"], device=job.device, report=progress.update,
-        checkpoint=None,
+        checkpoint=None if job.beside is None else job.beside.with_name(f"{job.beside.name}.projector"),
     )  # fmt: skip
     progress.close()
     hard = job.distilled.hard_labels() if config.gamma else None

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from condense import projectors, rng
-from condense.augment import ViewRule
+from condense import networks, projectors, rng
+from condense.augment import Standardise, ViewRule
 from condense.banks import groups
 from condense.config import one_of, require
 from condense.errors import CondenseError
@@ -36,7 +36,7 @@ from condense.methods.curriculum_synthesis import (
     surest,
 )
 from condense.optimizer import Group
-from condense.projectors import Encoder, Projector, ProjectorLabels
+from condense.projectors import Backbone, Encoder, Projector, ProjectorLabels
 from condense.registry import method
 from condense.run import Run
 from condense.students import Recipe, Student, train
@@ -145,20 +145,18 @@ def fitted(
     """
     transform = projectors.plain(task.transform, "labels=projector")
     backbone = projectors.find(config.backbone, task.shape, device)
-    head = config.head or ("text" if backbone.text is not None else "mean")
-    prompts = config.prompts.split("|")
-    if head == "text":
-        if backbone.text is None:
-            raise CondenseError(f"head=text: backbone={config.backbone} has no text tower; take head=mean")
-        start = backbone.text([str(name) for name in task.classes], prompts)
+    if head_of(config, backbone) == "text":
+        assert backbone.text is not None
+        start = backbone.text([str(name) for name in task.classes], config.prompts.split("|"))
     else:
-        each = [functools.partial(task.per_class, MEANS, (seed, "means"), [c]) for c in range(task.num_classes)]
-        start = projectors.means(backbone.encoder, [lambda draw=draw: transform.inverse(draw()[0]) for draw in each])
-    names = projectors.adapted(backbone.encoder, transform.inverse(task.batch(torch.arange(2))))
-    made = Projector(
-        backbone.encoder, names, config.adapter_rank, start.to(device), config.head_rank if head == "text" else 0,
-        backbone.scale, transform, seed,
-    )  # fmt: skip
+
+        def some(c: int) -> Tensor:
+            return transform.inverse(task.per_class(MEANS, (seed, "means"), [c])[0])
+
+        each = [functools.partial(some, c) for c in range(task.num_classes)]
+        start = projectors.means(backbone.encoder, each)
+    pixels = transform.inverse(task.batch(torch.arange(2)))
+    made, known = untrained(backbone, config, task.classes, start.to(device), transform, pixels, seed)
     recipe = Recipe(
         steps=config.projector_steps, batch=config.projector_batch, lr=config.projector_lr, momentum=0.9,
         weight_decay=0.0, drops=(), optimizer="adamw", schedule="cosine",
@@ -171,15 +169,64 @@ def fitted(
     if not all(bool(weight.half().isfinite().all()) for weight in made.parameters()):  # as they will be kept
         raise CondenseError(f"diverged: the projector's weights are not finite; lower projector_lr, now "
                             f"{config.projector_lr:g}")  # fmt: skip
+    return made, known
+
+
+def head_of(config: Projection, backbone: Backbone) -> str:
+    """How the head starts.
+
+    Raises:
+        CondenseError: of text, which the backbone does not have.
+    """
+    if config.head == "text" and backbone.text is None:
+        raise CondenseError(f"head=text: backbone={config.backbone} has no text tower; take head=mean")
+    return config.head or ("text" if backbone.text is not None else "mean")
+
+
+def untrained(
+    backbone: Backbone,
+    config: Projection,
+    classes: Sequence[Any],
+    start: Tensor,
+    transform: Standardise,
+    pixels: Tensor,
+    seed: int = 0,
+) -> tuple[Projector, dict[str, Any]]:
+    """A projector as its training begins, and what a file states of it.
+
+    Args:
+        backbone: the public network.
+        config: what is adapted.
+        classes: their names.
+        start: (D, classes), the head.
+        transform: from pixels to the training space of the set.
+        pixels: (B,C,H,W), some images.
+        seed: of its random values.
+    """
+    head, names = head_of(config, backbone), projectors.adapted(backbone.encoder, pixels)
+    rank = config.head_rank if head == "text" else 0
+    made = Projector(backbone.encoder, names, config.adapter_rank, start, rank, backbone.scale, transform, seed)
     external = backbone.known["bytes"] + (backbone.text_bytes if head == "text" else 0)
     known = {
         "backbone": {**backbone.known, "bytes": external}, "names": names, "rank": config.adapter_rank,
-        "head_rank": config.head_rank if head == "text" else 0, "head": head, "shape": list(task.shape),
-        "mean": transform.mean.tolist(), "std": transform.std.tolist(),
+        "head_rank": rank, "head": head, "shape": list(pixels.shape[1:]), "mean": transform.mean.tolist(),
+        "std": transform.std.tolist(),
     }  # fmt: skip
     if head == "text":
-        known |= {"classes": [str(name) for name in task.classes], "prompts": prompts}
+        known |= {"classes": [str(name) for name in classes], "prompts": config.prompts.split("|")}
     return made, known
+
+
+def projector_bytes(shape: networks.Shape, classes: Sequence[Any], config: Projection | None = None) -> tuple[int, int]:
+    """Bytes of labels=projector for images (C,H,W), in the file and of the public network; settings are the usual ones
+    when None."""
+    config = config or Projection()
+    backbone = projectors.find(config.backbone, shape, torch.device("cpu"))
+    pixels, middle = torch.rand(2, *shape, generator=rng.generator("layout")), torch.full((shape[0],), 0.5)
+    start = torch.zeros(answers(backbone.encoder, pixels).shape[1], len(classes))
+    made, known = untrained(backbone, config, classes, start, Standardise(middle, middle), pixels)
+    labels = ProjectorLabels(known, made.arrays(), 0, 0)
+    return labels.nbytes(), labels.external_nbytes()
 
 
 # HeLlO ----------------------------------------------------------------------------------------------------------------
@@ -220,25 +267,25 @@ def enlarged(tiles: Tensor, size: int) -> Tensor:
 
 
 def projected(
-    config: HeLlO,
-    _: Relabelling,
+    config: Relabelling,
     run: Run,
     stored: Tensor,
     classes: Tensor,
     committee: Committee,
     weights: Sequence[float] | None = None,
 ) -> Labels:
-    """Labels of a projector that the run trains on the real data."""
+    """Labels of a projector that the run trains on the real data; in the place of ``relabelled``."""
+    assert isinstance(config, HeLlO)
     steps = 1 if run.rehearses else config.projector_steps
     again = f"stopped while training its projector; go on with: condense resume {run.directory}"
-    ((_, report),) = groups(run, [0], steps, "a projector", again)
     rule, seed, began = config.rule(run.task.mirror), rng.key(run.seed, "labels"), time.monotonic()
-    keeps = run.directory is not None and run.ranks.leads and not run.rehearses
-    made, known = fitted(
-        run.task, committee.mean(weights), dataclasses.replace(config, projector_steps=steps), rule, seed,
-        device=run.device, precision=run.precision, report=report,
-        checkpoint=run.directory / "projector.train" if keeps and run.directory else None,
-    )  # fmt: skip
+    place = run.directory if run.ranks.leads and not run.rehearses else None
+    for _, report in groups(run, [0], steps, "a projector", again):
+        made, known = fitted(
+            run.task, committee.mean(weights), dataclasses.replace(config, projector_steps=steps), rule, seed,
+            device=run.device, precision=run.precision, report=report,
+            checkpoint=None if place is None else place / "projector.train",
+        )  # fmt: skip
     if run.rehearses:
         run.expected_labelling = (time.monotonic() - began) * config.projector_steps
     return ProjectorLabels.of(made, known, len(stored), seed, rule, config.temperature, config.squared)
@@ -275,6 +322,6 @@ def hello(task: Task, config: HeLlO, run: Run) -> SyntheticSet:
                 tiles = cut_up(synthetic.images, config.factor)[rows]
                 gap = features(encoder, run, enlarged(tiles, task.shape[1])) - wanted[rows]
                 step.accumulate(gap.square().mean(1).sum() / len(wanted))
-            step.step()
-    labelling = functools.partial(projected, config) if config.labels == "projector" else None
+            step.update()
+    labelling = projected if config.labels == "projector" else None
     return finished(config, run, synthetic.images, synthetic.classes, committee, labelling=labelling)

@@ -83,6 +83,8 @@ def refusal(call):
 def test_every_kind_of_either_set(kind, per_view, live, real, tmp_path):
     for made in (per_view, live):
         settings = {} if kind in STORED[-1:] or kind in ("soft", "static", "teacher") else {"label_epochs": 4}
+        if kind == "projector":
+            settings = {"projector_steps": 2, "projector_batch": 4}
         light = lighten(made, kind, real, **settings)
         assert light.labels.kind == {"teacher": "teacher-int8"}.get(kind, kind) and len(light.labels) == 6
         assert torch.equal(light.stored, made.stored) and light.name == f"{made.name}.{kind}"
@@ -347,7 +349,7 @@ def test_kinds_are_named_with_their_settings():
 def test_bytes_alone_and_what_is_missing(per_view):
     points = compare(forgotten(per_view))
     assert [point.words for point in points] == ["own", *(kind for kind in KINDS if kind != "per-view")]
-    assert {point.words for point in points if point.missing} == {"teacher", "static", "soft"}
+    assert {point.words for point in points if point.missing} == {"teacher", "projector", "static", "soft"}
     assert isinstance(per_view.labels, PerViewLabels) and points[0].bytes == per_view.labels.nbytes()
     assert all(point.mean is None for point in points)
     text = table(points)

@@ -40,6 +40,7 @@ SETTINGS = {
     "infer": {**RECOVERED, "num_teachers": 1},
     "nrr": {**RECOVERED, "pool": 6, "crops": 2},
     "rded": {**TAUGHT, "pool": 6, "crops": 2},
+    "hello": {**TAUGHT, "pool": 6, "crops": 2, "projector_steps": 3, "projector_batch": 4},
     "lpld": {**RECOVERED, "label_epochs": 6, "keep": 0.34},
     "lpqld": {**RECOVERED, "label_epochs": 6, "keep": 0.34, "cool_epochs": 1},
 }
@@ -48,7 +49,7 @@ STILL = {name: {"lr_lr": 0.0, "lr_img": 1.0} for name in ("mtt", "tesla", "ftd",
 STILL["datm"] = {**STILL["mtt"], "lr_label": 0.0}
 # Noise would be clamped to the range of pixels in the first step.
 STILL |= {name: {"lr_img": 1e-3, "init": "real"} for name in ("sre2l", "cda", "lpld", "lpqld")}
-WITHOUT_LOSS = {"random", "rded"}
+WITHOUT_LOSS = {"random", "rded", "hello"}
 # Labels of views belong to stored images, so these sets have no decode stages of the user's choice.
 WITHOUT_STAGES = {*WITHOUT_LOSS, "sre2l", "cda", "dwa", "cvdd", "infer", "nrr", "lpld", "lpqld"}
 STORED = {"infer": 4}
