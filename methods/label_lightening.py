@@ -84,6 +84,7 @@ from condense.units import binary, by, size
 EPOCHS = 300
 """Labelled epochs of views where neither the set nor the settings say how many."""
 PICTURES = (".png", ".pdf", ".svg")
+MARKERS = "osD^v<>"
 
 # Settings -------------------------------------------------------------------------------------------------------------
 
@@ -868,7 +869,8 @@ def check_plot(path: Path) -> None:
 
 
 def chart(points: Sequence[Point], path: Path, title: str) -> Path:
-    """A picture of accuracy (bars: 95 % intervals) against the bytes of labels, external ones included.
+    """A picture of accuracy (bars: 95 % intervals) against the bytes of labels, external ones included; a hollow mark
+    shows them without. The legend's order is that of accuracy.
 
     Raises:
         CondenseError: as :func:`check_plot`, or no point has an accuracy.
@@ -876,22 +878,24 @@ def chart(points: Sequence[Point], path: Path, title: str) -> Path:
     check_plot(path)
     from matplotlib.figure import Figure
 
-    shown = [point for point in points if point.mean is not None]
+    shown = sorted((p for p in points if p.mean is not None), key=lambda p: -(p.mean or 0))
     if not shown:
         raise CondenseError(f"--plot {path}: draws accuracies, and there are none; give --data")
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    for point in shown:
+    for number, point in enumerate(shown, 1):
         assert point.mean is not None
         low, high = point.ci95 or (point.mean, point.mean)
         where, mean = point.bytes + point.external, 100 * point.mean
         bars = [[mean - 100 * low], [100 * high - mean]]
-        marker = "s" if point.words == "own" else "o"
-        axes.errorbar([where], [mean], yerr=bars, fmt=marker, capsize=3)
-        axes.annotate(point.words, (where, mean), xytext=(5, 5), textcoords="offset points", fontsize=8)
+        look = {"color": f"C{number % 10}", "marker": MARKERS[number % len(MARKERS)]}  # 10 and 7: each looks different
+        axes.errorbar([where], [mean], yerr=bars, capsize=3, linestyle="", label=f"{number}  {point.words}", **look)
+        axes.annotate(str(number), (where, mean), xytext=(5, 5), textcoords="offset points", fontsize=8)
+        if point.external:
+            axes.plot([point.bytes, where], [mean, mean], linestyle=":", markerfacecolor="none", markevery=[0], **look)
     axes.set(xscale="log", xlabel="bytes of labels", ylabel="accuracy, %", title=title)
     axes.grid(alpha=0.3)
-    axes.margins(x=0.15)  # room for the words beside the last point
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     with replacing(path) as temporary:
         figure.savefig(temporary, format=path.suffix.lower()[1:], dpi=150)
     return path
