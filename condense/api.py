@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from condense import networks, rng, tasks, trajectories
+from condense import networks, projectors, rng, tasks, trajectories
 from condense import teachers as squeezed
 from condense.banks import PLAN, parts_of
 from condense.config import build
@@ -804,6 +804,8 @@ def _command(job: Job, entry: Method, real: Task) -> str:
         shown = {**given, "experts": "PATH"} if given.get("experts") else given
         if given.get("teachers") and not squeezed.is_public(given["teachers"]):
             shown = {**shown, "teachers": "PATH"}
+        if given.get("backbone"):
+            shown = {**shown, "backbone": projectors.shown(given["backbone"])}
         words += [f"{key}={_word(value)}" for key, value in shown.items() if value != defaults[key]]
     words += ["deterministic=true"] * job.deterministic
     words += [f"protocol={job.protocol}"] * (job.protocol != entry.protocol)

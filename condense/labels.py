@@ -564,7 +564,7 @@ class TeacherLabels:
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray], classes: int) -> TeacherLabels:
         views, seed, statistics, micro = _rule_from(arrays)
-        (count,) = _array(arrays, "images", np.int64, (1,)).tolist()
+        count = _count(arrays)
         (temperature,) = _array(arrays, "loss", np.float32, (1,)).tolist()
         (squared,) = _array(arrays, "flags", np.uint8, (1,)).tolist()
         names, shape = _known_networks(_array(arrays, "networks", np.uint8, (None,)).tobytes())
@@ -954,6 +954,14 @@ def _array(arrays: Mapping[str, np.ndarray], name: str, kind: Any, shape: tuple[
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise CondenseError(f"labels/{name} must be {np.dtype(kind)} ({wanted}), not {array.dtype} {array.shape}")
     return array
+
+
+def _count(arrays: Mapping[str, np.ndarray]) -> int:
+    """How many images labels say that they are for."""
+    (count,) = _array(arrays, "images", np.int64, (1,)).tolist()
+    if count < 0:
+        raise CondenseError(f"labels/images must be at least 0, not {count}")
+    return int(count)
 
 
 def _classes_from(arrays: Mapping[str, np.ndarray], classes: int) -> Tensor:

@@ -45,6 +45,7 @@ from condense.labels import (
     _check_classes,
     _classes,
     _classes_from,
+    _count,
     _mixed,
     _nbytes,
     _rule_from,
@@ -113,6 +114,10 @@ class Backbone:
     text_bytes: int = 0
     """Of the text tower."""
 
+    def external(self, head: str) -> int:
+        """Bytes of the encoder, with the text tower where that makes the head."""
+        return int(self.known["bytes"]) + (self.text_bytes if head == "text" else 0)
+
 
 class _Clip(nn.Module):
     """The image tower of a CLIP model, behind ``embed``."""
@@ -152,12 +157,20 @@ def find(word: str, shape: networks.Shape, device: torch.device, what: str = "ba
         made = _teacher(Path(word), named, {"name": word, "path": str(Path(word).absolute())})
     else:
         hint = did_you_mean(word, SHIPPED)
-        raise CondenseError(f"{named}: unknown{hint}; write {', '.join(SHIPPED)}, FILE.h5 of `condense teachers`, or "
-                            f"LIBRARY:NAME with one of {', '.join(LIBRARIES)}")  # fmt: skip
+        raise CondenseError(f"{named}: unknown{hint}; or write FILE.h5 of `condense teachers`, or LIBRARY:NAME with "
+                            f"one of {', '.join(LIBRARIES)}")  # fmt: skip
     if shape[0] not in (1, made.encoder.shape[0]):
         raise CondenseError(f"{named}: takes images of {made.encoder.shape[0]} channels, not {shape[0]}")
     made.encoder.to(device)
     return made
+
+
+def shown(word: str) -> str:
+    """A backbone's name as commands in records show it: where somebody's file lies is a place to fill in."""
+    if word.endswith(".h5"):
+        return "PATH"
+    name, at, weights = word.partition("@")
+    return f"{name}@PATH" if at and Path(weights).is_file() else word
 
 
 def _known(net: nn.Module, about: Mapping[str, Any]) -> dict[str, Any]:
@@ -265,9 +278,10 @@ def _open_clip(name: str, tag: str, named: str) -> Backbone:
         device = next(encoder.parameters()).device  # which the image tower may have been moved to, alone
         model.to(device)
         words = [word.replace("_", " ") for word in classes]
+        templates = [functools.partial(prompt.replace, "{}") for prompt in prompts]  # class to text
         with torch.autocast(device.type, enabled=False):
             made: Tensor = open_clip.build_zero_shot_classifier(
-                model, open_clip.get_tokenizer(name), words, list(prompts), device=device
+                model, open_clip.get_tokenizer(name), words, templates, device=device
             )
         return made.float()
 
@@ -457,11 +471,6 @@ def plain(transform: Transform, words: str) -> Standardise:
     return transform
 
 
-def takes_class(prompt: str) -> bool:
-    """Whether a prompt has {} where the class stands, and no other braces."""
-    return "{}" in prompt and not set("{}") & set(prompt.replace("{}", ""))
-
-
 # Labels ---------------------------------------------------------------------------------------------------------------
 
 
@@ -585,7 +594,7 @@ class ProjectorLabels(TeacherLabels):
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray], classes: int) -> ProjectorLabels:
         views, seed, _, _ = _rule_from(arrays)
-        (count,) = _array(arrays, "images", np.int64, (1,)).tolist()
+        count = _count(arrays)
         temperature, gamma = _array(arrays, "loss", np.float32, (2,)).tolist()
         squared, loss = _array(arrays, "flags", np.uint8, (2,)).tolist()
         if squared > 1 or loss >= len(LOSSES):
@@ -619,12 +628,14 @@ def _stated(text: bytes, classes: int) -> dict[str, Any]:
         fits = all(isinstance(known[key], kind) for key, kind in kinds.items()) and known["head"] in HEADS
         fits = fits and all(isinstance(word, str) and word.isprintable() for word in words)
         fits = fits and len(set(known["names"])) == len(known["names"])  # each has its share of memory
-        fits = fits and isinstance(backbone["bytes"], int) and backbone["bytes"] >= 0
+        fits = fits and isinstance(backbone["bytes"], int) and 0 <= backbone["bytes"] < 1 << 63
         fits = fits and len(shape) == 3 and all(isinstance(size, int) and size > 0 for size in shape)
         fits = fits and known["rank"] > 0 and known["head_rank"] >= 0 and _normalisation(known, shape[0])
         if fits and known["head"] == "text":
-            fits = len(known["classes"]) == classes and all(isinstance(word, str) for word in known["classes"])
-            fits = fits and bool(known["prompts"]) and all(map(takes_class, known["prompts"]))
+            fits = isinstance(known["classes"], list) and len(known["classes"]) == classes
+            fits = fits and all(isinstance(word, str) for word in known["classes"])
+            fits = fits and bool(known["prompts"]) and all("{}" in prompt for prompt in known["prompts"])
+            fits = fits and all(isinstance(prompt, str) for prompt in known["prompts"])
         if not fits:
             raise ValueError("no projector")
         return dict(known)
@@ -648,9 +659,9 @@ def build(known: Mapping[str, Any], parts: Mapping[str, np.ndarray], device: tor
             missing = fault
     if found is None:
         raise missing
-    if found.known["sha256"] != wanted["sha256"]:
-        raise CondenseError(f"{what}{wanted['name']}: is another network than that of these labels (its checksum "
-                            "differs); restore it")  # fmt: skip
+    if (found.known["sha256"], found.external(known["head"])) != (wanted["sha256"], wanted["bytes"]):
+        raise CondenseError(f"{what}{wanted['name']}: is another network than that of these labels (its checksum or "
+                            "size differs); restore it")  # fmt: skip
     transform = Standardise(torch.tensor(known["mean"]), torch.tensor(known["std"]))
     names = [str(name) for name in known["names"]]
     matrices = {name for name, weight in found.encoder.named_parameters() if weight.ndim > 1}

@@ -24,7 +24,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import json
 import math
+import re
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +38,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from condense import container, evaluation, networks, rng, trajectories
+from condense import container, evaluation, networks, projectors, rng, trajectories
 from condense import teachers as squeezed
 from condense.augment import ViewRule
 from condense.config import build, one_of, parse, require
@@ -188,7 +191,7 @@ class ProjectorOptions(Projection, TargetOptions):
         super().__post_init__()
         self.check_projection()
         check_loss(self.loss_kind, self.gamma, torch.zeros(0))
-        if not all(word.isdigit() for word in self.weak_epochs.split(",") if self.weak_epochs):
+        if self.weak_epochs and not re.fullmatch(r"[0-9]+(,[0-9]+)*", self.weak_epochs):
             raise CondenseError(f"weak_epochs={self.weak_epochs}: must be numbers of epochs, e.g. 2,4,6")
 
 
@@ -282,6 +285,11 @@ class Job:
             return Taught(net, {"teacher": about})
         if self.teachers is not None and container.format_of(Path(self.teachers)) == squeezed.FORMAT.name:
             return _of_file(Path(self.teachers), source, made, self.device)
+        if self.teachers is None and isinstance(made.labels, ProjectorLabels):  # not its teachers: it differs from them
+            net = made.labels.to(self.device).teacher
+            about = {"network": f"projector of {made.labels.known['backbone']['name']}",
+                     "sha256": content(net.state_dict())}  # fmt: skip
+            return Taught(net, {"teacher": about})
         if self.teachers is None and isinstance(made.labels, TeacherLabels):
             return Taught(made.labels.to(self.device).teacher, _kept(made), made.labels.names)
         found, why = evaluation.recorded_teacher(made, self.teachers, self.device)
@@ -481,10 +489,12 @@ def teacher(job: Job, config: Teacher) -> TeacherLabels:
 
 def projector(job: Job, config: ProjectorOptions) -> ProjectorLabels:
     """Changes of a public network that were learned from the real data."""
-    weak = _weak(job, config.weak_epochs) if config.weak_epochs else job.taught.network
+    if config.weak_epochs:
+        job.taught = _weak(job, config.weak_epochs)
+    weak = job.taught.network
     if job.task is None:
         raise CondenseError("labels=projector: is trained on the real data; give --data")
-    rule, task = _rule(job, config), job.task.to(job.device)
+    rule, task = _rule(job, config), job.task.to(job.device, job.distilled.transform)
     progress = Progress("projector", config.projector_steps, 0, job.quiet)
     made, known = fitted(
         task, weak, config, rule["views"], rule["seed"], device=job.device, report=progress.update,
@@ -498,15 +508,21 @@ def projector(job: Job, config: ProjectorOptions) -> ProjectorLabels:
     )  # fmt: skip
 
 
-def _weak(job: Job, epochs: str) -> nn.Module:
+def _weak(job: Job, epochs: str) -> Taught:
     """The mean logits of some epochs of the experts that are named."""
     path = None if job.teachers is None else Path(job.teachers)
     if path is None or container.format_of(path) != trajectories.FORMAT.name:
         raise CondenseError(f"weak_epochs={epochs}: are of experts; give --teachers FILE of `condense experts`")
+    file, chosen = trajectories.read(path), [int(epoch) for epoch in epochs.split(",")]
+    if max(chosen) > file.epochs:
+        raise CondenseError(f"weak_epochs={epochs}: the experts of {path} have {file.epochs} epochs")
     shape, classes = job.distilled.shape, len(job.distilled.classes)
-    return MeanLogits([
-        trajectories.teacher(path, job.device, shape, classes, epoch=int(epoch)) for epoch in epochs.split(",")
-    ]).eval()  # fmt: skip
+    members = [trajectories.teacher(path, job.device, shape, classes, epoch=epoch) for epoch in chosen]
+    about = {
+        "path": str(path.absolute()), "count": file.count, "epochs": file.epochs,
+        "content": file.content(file.count, file.epochs),
+    }  # fmt: skip
+    return Taught(MeanLogits(members).eval(), {"label_source": {"experts": about, "weak_epochs": chosen}})
 
 
 def static(job: Job, config: Static) -> StaticLabels:
@@ -632,6 +648,13 @@ def lighten(
     manifest = {key: value for key, value in distilled.manifest.items() if key not in outdated}
     known = {key: value for key, value in dataclasses.asdict(config).items() if value is not None}
     manifest |= source
+    seconds = time.monotonic() - began
+    cost = dict(manifest.get("cost", {}))
+    if "seconds" in cost:  # an unknown cost stays unknown
+        cost["preparation_seconds"] = round(cost.get("preparation_seconds", 0.0) + seconds, 2)
+        manifest["cost"] = cost
+    if isinstance(made_by := distilled.manifest.get("command"), str):
+        manifest["command"] = f"{made_by} && {_command(distilled, kind, config, task, teachers)}"
     manifest["lightened"] = {
         "kind": kind, "settings": known, "exactness": labels.exactness, "step_cost": labels.step_cost,
         "error": _error(job, labels),
@@ -639,10 +662,24 @@ def lighten(
             "before": before.get("before", old.nbytes() + old.external_nbytes()),
             "after": labels.nbytes(), "external": labels.external_nbytes(),
         },
-        "seconds": round(time.monotonic() - began, 2),
+        "seconds": round(seconds, 2),
     }  # fmt: skip
     manifest["name"] = distilled.name + ("-" if "." in distilled.name.rpartition("/")[2] else ".") + kind
     return DistilledSet(distilled.stored, labels, distilled.transform, manifest)
+
+
+def _command(distilled: DistilledSet, kind: str, config: Any, task: Task | None, teachers: str | Path | None) -> str:
+    """The command line that gives the set these labels; what is as by default is left out, and where files of somebody
+    lie there is a place to fill in."""
+    words = ["condense", "lighten", distilled.file_name, "--labels", kind]
+    words += ["--data", evaluation.data_word(task)] if task is not None else []
+    words += ["--teachers", "PATH"] * (teachers is not None)
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if value != field.default:
+            value = projectors.shown(value) if field.name == "backbone" else value
+            words.append(f"{field.name}={json.dumps(value) if isinstance(value, bool) else value}")
+    return shlex.join([*words, "--out", f"{distilled.file_name.removesuffix('.h5')}.{kind}.h5"])
 
 
 def _error(job: Job, labels: Labels) -> dict[str, float] | None:
@@ -888,7 +925,10 @@ def chart(points: Sequence[Point], path: Path, title: str) -> Path:
         low, high = point.ci95 or (point.mean, point.mean)
         where, mean = point.bytes + point.external, 100 * point.mean
         bars = [[mean - 100 * low], [100 * high - mean]]
-        look = {"color": f"C{number % 10}", "marker": MARKERS[number % len(MARKERS)]}  # 10 and 7: each looks different
+        look: dict[str, Any] = {
+            "color": f"C{number % 10}",
+            "marker": MARKERS[number % len(MARKERS)],
+        }  # 10 and 7: each looks different
         axes.errorbar([where], [mean], yerr=bars, capsize=3, linestyle="", label=f"{number}  {point.words}", **look)
         axes.annotate(str(number), (where, mean), xytext=(5, 5), textcoords="offset points", fontsize=8)
         if point.external:

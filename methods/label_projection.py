@@ -85,8 +85,8 @@ class Projection:
             self, adapter_rank=(1, math.inf), head_rank=(1, math.inf), projector_steps=(1, math.inf),
             projector_batch=(1, math.inf), projector_lr=(0, sys.float_info.max), hard_weight=(0, sys.float_info.max),
         )  # fmt: skip
-        if not all(map(projectors.takes_class, self.prompts.split("|"))):
-            raise CondenseError(f"prompts={self.prompts}: each needs {{}} where the class stands, and no other braces")
+        if not all("{}" in prompt for prompt in self.prompts.split("|")):
+            raise CondenseError(f"prompts={self.prompts}: each needs {{}} where the class stands")
 
 
 class Lessons:
@@ -206,9 +206,8 @@ def untrained(
     head, names = head_of(config, backbone), projectors.adapted(backbone.encoder, pixels)
     rank = config.head_rank if head == "text" else 0
     made = Projector(backbone.encoder, names, config.adapter_rank, start, rank, backbone.scale, transform, seed)
-    external = backbone.known["bytes"] + (backbone.text_bytes if head == "text" else 0)
     known = {
-        "backbone": {**backbone.known, "bytes": external}, "names": names, "rank": config.adapter_rank,
+        "backbone": {**backbone.known, "bytes": backbone.external(head)}, "names": names, "rank": config.adapter_rank,
         "head_rank": rank, "head": head, "shape": list(pixels.shape[1:]), "mean": transform.mean.tolist(),
         "std": transform.std.tolist(),
     }  # fmt: skip

@@ -95,6 +95,11 @@ def test_every_kind_of_either_set(kind, per_view, live, real, tmp_path):
         lossy = isinstance(light.labels, CodedLabels | Int8TeacherLabels)
         assert (known["error"] is not None) == lossy
         assert ("protocol" in light.manifest) == (kind != "hard")
+        before, after = (one.manifest["cost"].get("preparation_seconds", 0.0) for one in (made, light))
+        assert after == pytest.approx(before + known["seconds"], abs=0.011)
+        asked = [f"{key}={value}" for key, value in settings.items()]
+        words = ["condense lighten tiny-rded-ipc2.h5 --labels", kind, "--data tiny=PATH", *asked]
+        assert light.manifest["command"].startswith(f"{made.manifest['command']} && {' '.join(words)}")
         again = condense.load(light.save(tmp_path / f"{made.labels.kind}.h5"))
         assert again.manifest["lightened"] == json.loads(json.dumps(known))
         assert again.labels.rule() == light.labels.rule()
@@ -312,6 +317,7 @@ def test_labelling_that_was_killed_goes_on_in_the_middle(kind, live, call, asked
     whole, light = condense.load("whole.h5"), condense.load("new/light.h5")
     for made in (whole, light):
         made.manifest["lightened"].pop("seconds")
+        made.manifest["cost"].pop("preparation_seconds")  # which they are part of
     assert light.manifest == whole.manifest and light.sha256() == whole.sha256()
 
 
