@@ -56,6 +56,7 @@ def fill(word: str, stored: Path, data: str, out: Path, protocol: str) -> tuple[
         equal_time.condense(
             "evaluate", str(made), "--data", data, "--protocol", protocol, "--controls", controls, "--json", str(record)
         )
+        equal_time.condense("preview", str(made), "--out", str(record.with_suffix(".png")), "--force")
     return made, dict(json.loads(record.read_text()))
 
 
