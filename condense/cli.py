@@ -548,18 +548,22 @@ def evaluate(
 def lighten(
     file: SetFile,
     labels: Annotated[
-        str, typer.Option(help="KIND: lowrank, topk, pool, teacher, static, distances, soft, hard or per-view")
+        str,
+        typer.Option(help="KIND: lowrank, topk, pool, teacher, projector, static, distances, soft, hard or per-view"),
     ],
     out: Annotated[Path, typer.Option(help="file to write")],
     settings: Annotated[
         list[str] | None,
         typer.Argument(
             metavar="KEY=VALUE",
-            help="rank (lowrank), k and fill (topk), keep and values (pool), weights (teacher), weight (distances), "
-            "smoothing (hard); of labels of views label_epochs, temperature, squared, label_scale, label_pad, mix, ...",
+            help="rank (lowrank), k and fill (topk), keep and values (pool), weights (teacher), backbone, "
+            "adapter_rank, projector_steps, ... (projector), weight (distances), smoothing (hard); of labels of views "
+            "label_epochs, temperature, squared, label_scale, label_pad, mix, ...",
         ),
     ] = None,
-    data: Annotated[str | None, typer.Option("--data", help=f"{_DATA}; compared with the set's")] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", help=f"{_DATA}; compared with the set's, and what a projector learns from")
+    ] = None,
     teachers: Annotated[
         Path | None, typer.Option(help="file of teachers to ask; stored labels, or the set's own, by default")
     ] = None,
@@ -890,7 +894,9 @@ def plan(
     print(f"  time:   {duration(needs['seconds'])}{per_step}")
     print(f"  memory: {memory} at peak")
     parts = ", ".join(f"{size(needs['set_bytes'][part])} {part}" for part in ("images", "labels"))
-    print(f"  disk:   {size(needs['set_bytes']['total'])} set ({parts}), {size(needs['checkpoint_bytes'])} checkpoints")
+    outside = needs["set_bytes"]["external"]  # of a public network, which no set holds
+    print(f"  disk:   {size(needs['set_bytes']['total'] - outside)} set ({parts}), {size(needs['checkpoint_bytes'])} "
+          "checkpoints" + f"; {size(outside)} external" * bool(outside))  # fmt: skip
     if needs["trajectories"]:
         found = needs["trajectories"]
         print(f"  experts: {found['experts']} of {found['epochs']} epochs, {size(found['bytes'])} on disk; "

@@ -1249,13 +1249,17 @@ def stored_answers(
     from condense.distilled import check_writable, replacing
 
     key = [*key, *shape, rng.HASH_VERSION]
-    known = json.loads(state.read_text()) if path.exists() and state.exists() else {}
-    start = known["epochs"] if known.get("key") == key else 0
+    start, into = 0, None
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # what cannot be read is begun anew
+        known = json.loads(state.read_text())
+        if known["key"] == key:
+            into = np.lib.format.open_memmap(path, "r+")
+            start = int(known["epochs"]) if (into.shape, into.dtype) == (shape, np.float16) else 0
     if not start:
         state.unlink(missing_ok=True)  # it must not speak of what comes now
         check_writable(path, force=True, size=2 * math.prod(shape))
         path.parent.mkdir(parents=True, exist_ok=True)
-    into = np.lib.format.open_memmap(path, "r+" if start else "w+", np.float16, shape)
+        into = np.lib.format.open_memmap(path, "w+", np.float16, shape)
 
     def report(done: int) -> None:
         with replacing(state) as temporary:

@@ -22,6 +22,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import logging
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -128,8 +129,9 @@ class _Clip(nn.Module):
 
     def embed(self, x: Tensor) -> Tensor:
         """(B,3,H,W) to (B,D)."""
-        found: Tensor = self.visual(x)
-        return found
+        found = self.visual(x)
+        first: Tensor = found if isinstance(found, Tensor) else found[0]  # CoCa's tower gives its tokens too
+        return first
 
 
 def find(word: str, shape: networks.Shape, device: torch.device, what: str = "backbone=") -> Backbone:
@@ -149,7 +151,7 @@ def find(word: str, shape: networks.Shape, device: torch.device, what: str = "ba
     if library in LIBRARIES and rest:
         name, _, weights = rest.partition("@")
         made = {"open_clip": _open_clip, "timm": _timm, "torchvision": _torchvision}[library](name, weights, named)
-        if weights and Path(weights).is_file():
+        if weights and _is_file(weights):
             made.known["path"] = f"{library}:{name}@{Path(weights).absolute()}"
     elif word in SHIPPED:
         made = _teacher(_FOLDER / f"{word}.h5", named, {"name": word})
@@ -170,7 +172,14 @@ def shown(word: str) -> str:
     if word.endswith(".h5"):
         return "PATH"
     name, at, weights = word.partition("@")
-    return f"{name}@PATH" if at and Path(weights).is_file() else word
+    return f"{name}@PATH" if at and _is_file(weights) else word
+
+
+def _is_file(path: str) -> bool:
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):  # names that no file can have
+        return False
 
 
 def _known(net: nn.Module, about: Mapping[str, Any]) -> dict[str, Any]:
@@ -192,6 +201,8 @@ def _normalisation(known: Any, channels: int) -> bool:
 
 def _teacher(path: Path, named: str, about: dict[str, Any]) -> Backbone:
     """The first network of a file of teachers."""
+    if not _is_file(str(path)):
+        raise CondenseError(f"{named}: no such file: {path}")
     try:
         file = teachers.read(path)
         channels, height, width = file.manifest["image_shape"]
@@ -207,6 +218,7 @@ def _teacher(path: Path, named: str, about: dict[str, Any]) -> Backbone:
 
 def _fetched(load: Callable[[], nn.Module], named: str, origin: str, place: str) -> nn.Module:
     """A network with its weights, or one line that says which file is wanted where."""
+    logging.disable(logging.ERROR)  # libraries log what the line will say
     try:
         with rng.seeded("layout"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -216,10 +228,12 @@ def _fetched(load: Callable[[], nn.Module], named: str, origin: str, place: str)
         raise CondenseError(f"{named}: its weights are not here and cannot be fetched ({reason}); get {origin} "
                             f"elsewhere, and put it at {place} or name the file: {named.partition('@')[0]}@FILE"
                             ) from fault  # fmt: skip
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _of_file(net: nn.Module, path: str, named: str) -> nn.Module:
-    if not Path(path).is_file():
+    if not _is_file(path):
         raise CondenseError(f"{named}: no such file: {path}")
     teachers.fill(net, Path(path), named)
     return net
@@ -260,7 +274,7 @@ def _open_clip(name: str, tag: str, named: str) -> Backbone:
     if name not in known:
         raise CondenseError(f"{named}: open_clip has no model {name}{did_you_mean(name, known)}")
     tags = open_clip.list_pretrained_tags_by_model(name)
-    local = Path(tag).is_file() if tag else False
+    local = bool(tag) and _is_file(tag)
     if not local and tag not in tags:
         raise CondenseError(f"{named}: neither a file nor weights that open_clip has for {name} "
                             f"({', '.join(tags) or 'none'}); write open_clip:{name}@TAG or @FILE")  # fmt: skip
@@ -279,10 +293,14 @@ def _open_clip(name: str, tag: str, named: str) -> Backbone:
         model.to(device)
         words = [word.replace("_", " ") for word in classes]
         templates = [functools.partial(prompt.replace, "{}") for prompt in prompts]  # class to text
+        try:
+            tokenizer = open_clip.get_tokenizer(name)
+        except Exception as fault:  # of other libraries, which fail in their own ways
+            reason = (str(fault) or type(fault).__name__).strip().splitlines()[0]
+            raise CondenseError(f"{named}: its tokenizer cannot be had ({reason}); install what it needs, or take "
+                                "head=mean") from fault  # fmt: skip
         with torch.autocast(device.type, enabled=False):
-            made: Tensor = open_clip.build_zero_shot_classifier(
-                model, open_clip.get_tokenizer(name), words, templates, device=device
-            )
+            made: Tensor = open_clip.build_zero_shot_classifier(model, tokenizer, words, templates, device=device)
         return made.float()
 
     whole = _known(model, {"name": named.partition("=")[2]})  # another text tower would make another head
@@ -585,7 +603,7 @@ class ProjectorLabels(TeacherLabels):
         """The same projector on other images; ``teacher`` is that projector."""
         made = copy.copy(self.to(images.device))
         made.images, made.seed = len(images), seed
-        made.hard = None if self.hard is None else _classes(images, self.teacher, hard)
+        made.hard = None if self.hard is None else _classes(images, made.teacher, hard)
         return made
 
     def rule(self) -> str:

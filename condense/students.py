@@ -344,6 +344,7 @@ class _Keeper:
             images, targets = student.source.batch(first, epoch=0)
             state = {**student.network.state_dict(), "first images": images, "first targets": targets}
             known += [str(student.seed), str(student.source.size), content(state)]
+            known += [student.source.key] if hasattr(student.source, "key") else []  # what first targets do not show
         self.key = " ".join(known)
 
     @property

@@ -180,17 +180,19 @@ class Teacher(TargetOptions):
 class ProjectorOptions(Projection, TargetOptions):
     """Settings of labels=projector."""
 
-    loss_kind: str = "kl"
-    """Of students: kl (at the temperature) or mse (of logits, as published)."""
-    gamma: float = 0.0
-    """loss_kind=mse: weight of the cross-entropy with the images' classes (beta)."""
+    loss_kind: str = ""
+    """Of students: kl (at the temperature) or mse (of logits, as published); otherwise as in the set's labels, or
+    kl."""
+    gamma: float | None = None
+    """loss_kind=mse: weight of the cross-entropy with the images' classes (beta); otherwise as in the set's labels, or
+    0."""
     weak_epochs: str = ""
     """Where --teachers are experts: their epochs whose mean logits teach, e.g. 2,4,6; the labels' epoch by default."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_projection()
-        check_loss(self.loss_kind, self.gamma, torch.zeros(0))
+        check_loss(self.loss_kind or "kl", self.gamma or 0.0, torch.zeros(0))
         if self.weak_epochs and not re.fullmatch(r"[0-9]+(,[0-9]+)*", self.weak_epochs):
             raise CondenseError(f"weak_epochs={self.weak_epochs}: must be numbers of epochs, e.g. 2,4,6")
 
@@ -253,6 +255,7 @@ class Job:
     quiet: bool
     task: Task | None = None
     beside: Path | None = None
+    kind: str = ""
 
     @functools.cached_property
     def images(self) -> Tensor:
@@ -285,12 +288,13 @@ class Job:
             return Taught(net, {"teacher": about})
         if self.teachers is not None and container.format_of(Path(self.teachers)) == squeezed.FORMAT.name:
             return _of_file(Path(self.teachers), source, made, self.device)
-        if self.teachers is None and isinstance(made.labels, ProjectorLabels):  # not its teachers: it differs from them
+        live = self.teachers is None and self.kind not in ("teacher", "projector")  # which ask who taught the projector
+        if live and isinstance(made.labels, ProjectorLabels):
             net = made.labels.to(self.device).teacher
             about = {"network": f"projector of {made.labels.known['backbone']['name']}",
                      "sha256": content(net.state_dict())}  # fmt: skip
             return Taught(net, {"teacher": about})
-        if self.teachers is None and isinstance(made.labels, TeacherLabels):
+        if self.teachers is None and isinstance(made.labels, TeacherLabels) and made.labels.names:
             return Taught(made.labels.to(self.device).teacher, _kept(made), made.labels.names)
         found, why = evaluation.recorded_teacher(made, self.teachers, self.device)
         if found is None:
@@ -398,11 +402,13 @@ def per_view(job: Job, config: PerView) -> PerViewLabels:
     return PerViewLabels(logits, **terms)
 
 
-def _terms(job: Job, config: PerView) -> dict[str, Any]:
+def _terms(job: Job, config: TargetOptions) -> dict[str, Any]:
     """All but the logits of labels that are asked for, as keywords of ``PerViewLabels``."""
     terms, own = {**_rule(job, config), **_targets(job, config)}, job.distilled.labels
     if isinstance(own, PerViewLabels):
-        terms |= {"loss_kind": own.loss_kind, "gamma": own.gamma, "calibrate": own.calibrate, "hard": own.hard}
+        terms["calibrate"] = own.calibrate
+    if isinstance(own, PerViewLabels | ProjectorLabels):
+        terms |= {"loss_kind": own.loss_kind, "gamma": own.gamma, "hard": own.hard}
     return terms
 
 
@@ -431,15 +437,17 @@ def _in_making(job: Job, rule: dict[str, Any], records: int, width: int, **of: T
     asked = [content({"images": job.images, **of}), content(job.taught.network.state_dict())]
     key = [*asked, rule["seed"], str(rule["views"]), rule["statistics"], rule["micro"]]
     try:
-        with stored_answers(*answer_files(job.beside), key, (records, len(job.images), width)) as where:
+        with stored_answers(*answer_files(job.beside)[:2], key, (records, len(job.images), width)) as where:
             yield where
     except KeyboardInterrupt:
         raise Interrupted("stopped while labelling views; give the same command again to go on") from None
 
 
-def answer_files(file: Path) -> tuple[Path, Path]:
-    """Where the teachers' answers are kept while a set for ``file`` is in making, and how far they are."""
-    return file.with_name(f"{file.name}.views.npy"), file.with_name(f"{file.name}.views.json")
+def answer_files(file: Path) -> tuple[Path, Path, Path]:
+    """Where the teachers' answers are kept while a set for ``file`` is in making, how far they are, and the state of a
+    projector in training."""
+    views, done, projector = (file.with_name(f"{file.name}.{end}") for end in ("views.npy", "views.json", "projector"))
+    return views, done, projector
 
 
 def lowrank(job: Job, config: LowRankOptions) -> LowRankLabels:
@@ -470,7 +478,8 @@ def pool(job: Job, config: PoolOptions) -> PoolLabels:
             statistics=terms["statistics"], micro=terms["micro"], quiet=job.quiet, **where,
         )  # fmt: skip
     encode = functools.partial(config.encode, means=terms.get("loss_kind") == "mse")
-    return PoolLabels.recorded(records.to(job.device), epochs, encode, config.cooled(), **terms)
+    cooling = config.cooled() or getattr(job.distilled.labels, "cooling", None)
+    return PoolLabels.recorded(records.to(job.device), epochs, encode, cooling, **terms)
 
 
 def teacher(job: Job, config: Teacher) -> TeacherLabels:
@@ -496,15 +505,21 @@ def projector(job: Job, config: ProjectorOptions) -> ProjectorLabels:
         raise CondenseError("labels=projector: is trained on the real data; give --data")
     rule, task = _rule(job, config), job.task.to(job.device, job.distilled.transform)
     progress = Progress("projector", config.projector_steps, 0, job.quiet)
-    made, known = fitted(
-        task, weak, config, rule["views"], rule["seed"], device=job.device, report=progress.update,
-        checkpoint=None if job.beside is None else job.beside.with_name(f"{job.beside.name}.projector"),
-    )  # fmt: skip
+    try:
+        made, known = fitted(
+            task, weak, config, rule["views"], rule["seed"], statistics=rule["statistics"], micro=rule["micro"],
+            device=job.device, report=progress.update, checkpoint=job.beside and answer_files(job.beside)[2],
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        raise Interrupted("stopped while training a projector; give the same command again to go on") from None
     progress.close()
-    hard = job.distilled.hard_labels() if config.gamma else None
+    own = _terms(job, config)
+    loss_kind = config.loss_kind or own.get("loss_kind", "kl")
+    gamma = (own.get("gamma", 0.0) if loss_kind == "mse" else 0.0) if config.gamma is None else config.gamma
+    hard = job.distilled.hard_labels() if gamma else None
     return ProjectorLabels.of(
-        made, known, len(job.images), rule["seed"], rule["views"], loss_kind=config.loss_kind, gamma=config.gamma,
-        hard=hard, **_targets(job, config),
+        made, known, len(job.images), rule["seed"], rule["views"], loss_kind=loss_kind, gamma=gamma, hard=hard,
+        **_targets(job, config),
     )  # fmt: skip
 
 
@@ -607,13 +622,13 @@ def lighten(
     """The same images with labels of another kind.
 
     The manifest's ``lightened`` says what was done: kind, settings, exactness, cost of a step, error and bytes. It
-    keeps what it says of the teachers; it loses the old set's claim and command, and its protocol where one of both has
-    hard labels.
+    keeps what it says of the teachers, and its command goes on with this one; seconds count as preparation. It loses
+    the old set's claim, and its protocol where one of both has hard labels.
 
     Args:
         distilled: any set, for labels of views without decode stages that cut stored images up.
         kind: a name of :data:`KINDS`.
-        task: the real data, only to find that they are others than the set's.
+        task: the real data, compared with the set's; ``projector`` learns from them.
         teacher: a network in the set's training space that is asked, in place of the set's own teachers.
         teachers: file of teachers (or experts) that are asked.
         device: where they compute.
@@ -637,7 +652,7 @@ def lighten(
     if kind != "hard" and distilled.stages and not distilled.compensated:
         raise CondenseError(f"{distilled.name}: its stored images are decoded into more; only labels=hard fit these")
     began = time.monotonic()
-    job = Job(distilled, teacher, teachers, pick_device(device), quiet, task, beside)
+    job = Job(distilled, teacher, teachers, pick_device(device), quiet, task, beside, kind)
     labels = make(job, config).to(torch.device("cpu"))
     asked = "taught" in vars(job)
     source = {} if kind == "hard" else job.taught.known if asked else _kept(distilled)

@@ -21,7 +21,7 @@ from condense.augment import Standardise, ViewRule
 from condense.banks import groups
 from condense.config import one_of, require
 from condense.errors import CondenseError
-from condense.labels import Labels, answers
+from condense.labels import Labels, answers, check_loss
 from condense.methods.curriculum_synthesis import (
     LABELS,
     RDED,
@@ -46,6 +46,8 @@ from condense.teachers import Committee
 
 MEANS = 200
 """Real images of each class whose mean features start a projector's head."""
+REHEARSED = 4
+"""Steps that tell how long one takes, the first apart."""
 TILES = 256
 """Patches that pass through the public network at once while images are refined."""
 
@@ -95,8 +97,20 @@ class Lessons:
 
     per_view = True
 
-    def __init__(self, task: Task, weak: nn.Module, rule: ViewRule, seed: int, hard_weight: float) -> None:
+    def __init__(
+        self,
+        task: Task,
+        weak: nn.Module,
+        rule: ViewRule,
+        seed: int,
+        hard_weight: float,
+        statistics: str = "running",
+        micro: int = 8,
+        key: str = "",
+    ) -> None:
         self.task, self.weak, self.rule, self.seed, self.hard_weight = task, weak, rule, seed, hard_weight
+        self.asked: dict[str, Any] = {"statistics": statistics, "micro": micro}
+        self.key = f"{rule} {seed} {hard_weight} {self.asked} {key}"
         self.size = len(task.train)
         self.labels = torch.as_tensor(task.train.labels)
 
@@ -110,7 +124,7 @@ class Lessons:
         if drawn.partner is not None and drawn.share is not None:
             share = drawn.share[:, None]
             truth = share * truth + (1 - share) * truth[drawn.partner]
-        return views, torch.stack([answers(self.weak, views), truth], 1)
+        return views, torch.stack([answers(self.weak, views, **self.asked), truth], 1)
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """MSE(f(x), y') + lambda CE(f(x), y)."""
@@ -125,6 +139,8 @@ def fitted(
     seed: int,
     *,
     device: torch.device,
+    statistics: str = "running",
+    micro: int = 8,
     precision: str = "fp32",
     checkpoint: Path | None = None,
     report: Callable[[int], None] | None = None,
@@ -137,6 +153,7 @@ def fitted(
         config: what is adapted and how it is trained.
         rule: of the views that it learns from, which should be those of its use.
         seed: of everything that is drawn.
+        statistics, micro: of the teachers' BatchNorm, see :func:`condense.labels.answers`.
         device, precision: of the training.
         checkpoint, report: see :func:`condense.students.train`.
 
@@ -161,7 +178,7 @@ def fitted(
         steps=config.projector_steps, batch=config.projector_batch, lr=config.projector_lr, momentum=0.9,
         weight_decay=0.0, drops=(), optimizer="adamw", schedule="cosine",
     )  # fmt: skip
-    lessons = Lessons(task, weak, rule, seed, config.hard_weight)
+    lessons = Lessons(task, weak, rule, seed, config.hard_weight, statistics, micro, str(config))
     train(
         [Student(made, lessons, rng.key(seed, "projector"))], recipe, device=device, precision=precision,
         report=report, checkpoint=checkpoint, together=False,
@@ -244,12 +261,17 @@ class HeLlO(Projection, RDED):
     the public network; with factor=1 none are."""
     refine_lr: float = 0.01
     """Learning rate of Adam on their pixels."""
+    loss_kind: str = "kl"
+    """Of students: kl (at the temperature), or mse (of logits), as published."""
+    gamma: float = 0.0
+    """loss_kind=mse: weight of the cross-entropy with the images' classes (beta). Not published."""
 
     kinds: ClassVar[tuple[str, ...]] = (*LABELS, "projector")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_projection()
+        check_loss(self.loss_kind, self.gamma, torch.zeros(0))
         require(self, refine_steps=(0, math.inf), refine_lr=(0, sys.float_info.max))
 
 
@@ -275,19 +297,30 @@ def projected(
 ) -> Labels:
     """Labels of a projector that the run trains on the real data; in the place of ``relabelled``."""
     assert isinstance(config, HeLlO)
-    steps = 1 if run.rehearses else config.projector_steps
+    steps = min(REHEARSED, config.projector_steps) if run.rehearses else config.projector_steps
     again = f"stopped while training its projector; go on with: condense resume {run.directory}"
     rule, seed, began = config.rule(run.task.mirror), rng.key(run.seed, "labels"), time.monotonic()
     place = run.directory if run.ranks.leads and not run.rehearses else None
+    ends: list[float] = []
+
+    def note(report: Callable[[int], None], done: int) -> None:
+        ends.append(time.monotonic())
+        report(done)
+
     for _, report in groups(run, [0], steps, "a projector", again):
         made, known = fitted(
             run.task, committee.mean(weights), dataclasses.replace(config, projector_steps=steps), rule, seed,
-            device=run.device, precision=run.precision, report=report,
+            statistics=config.label_statistics, micro=config.label_micro, device=run.device, precision=run.precision,
+            report=functools.partial(note, report),
             checkpoint=None if place is None else place / "projector.train",
         )  # fmt: skip
     if run.rehearses:
-        run.expected_labelling = (time.monotonic() - began) * config.projector_steps
-    return ProjectorLabels.of(made, known, len(stored), seed, rule, config.temperature, config.squared)
+        each = (ends[-1] - ends[0]) / max(1, steps - 1)
+        run.expected_labelling = ends[0] - began + each * (config.projector_steps - 1)
+    return ProjectorLabels.of(
+        made, known, len(stored), seed, rule, config.temperature, config.squared,
+        loss_kind=config.loss_kind, gamma=config.gamma, hard=classes if config.gamma else None,
+    )  # fmt: skip
 
 
 @method(
@@ -302,9 +335,12 @@ def hello(task: Task, config: HeLlO, run: Run) -> SyntheticSet:
     small teacher in 8 bits (labels=teacher of condense lighten) may weigh less; RDED's labels are better on large sets.
 
     Yu et al., ICCV 2025. No code is public: weight of the classes, steps, rates and prompts are a reconstruction, and
-    the mean of all teachers stands for the nine checkpoints. A time limit does not shorten the projector's training.
+    the mean of all teachers stands for the nine checkpoints. Published students learn by loss_kind=mse with some gamma;
+    kl is what the other methods' students learn by. A time limit does not shorten the projector's training.
     """
     side(task, config.factor, f"factor={config.factor}")
+    if config.labels == "projector":  # what cannot be had is found before any training
+        head_of(config, projectors.find(config.backbone, task.shape, torch.device("cpu")))
     committee = squeezed(config, run)
     scorer = committee.members[0].network
     synthetic = from_pixels(run, confident_patches(run, scorer, config))

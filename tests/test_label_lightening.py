@@ -321,6 +321,16 @@ def test_labelling_that_was_killed_goes_on_in_the_middle(kind, live, call, asked
     assert light.manifest == whole.manifest and light.sha256() == whole.sha256()
 
 
+@pytest.mark.parametrize("state", ["{", "[]", '{"key": 1}'])
+def test_a_damaged_state_of_labelling_begins_anew(state, live, call, asked, tmp_path):
+    live.save("set.h5")
+    words = "lighten set.h5 --labels per-view label_epochs=6 --out new/light.h5"
+    assert asked(lambda: call(words), stop=4)[0].code == 130
+    (tmp_path / "new/light.h5.views.json").write_text(state)
+    result, epochs = asked(lambda: call(words))
+    assert result.code == 0 and epochs == 6
+
+
 def test_answers_of_others_are_not_taken(live, per_view, real, asked, tmp_path):
     """What another set, teacher or rule left is begun anew; another code of the same answers goes on."""
     out = tmp_path / "light.h5"

@@ -21,7 +21,7 @@ from condense import evaluation, networks, projectors, rng, students, teachers, 
 from condense.augment import Standardise, ViewRule
 from condense.distilled import DistilledSet
 from condense.errors import CondenseError
-from condense.labels import MeanLogits, TeacherLabels
+from condense.labels import MeanLogits, TeacherLabels, answers
 from condense.methods import curriculum_synthesis, label_lightening
 from condense.methods import label_projection as room
 from condense.methods.label_lightening import lighten
@@ -858,6 +858,53 @@ def test_a_training_that_was_killed_ends_with_the_same_bits(colour, weak, backbo
     assert 1 not in reached[5:] and reached[-1] == 8 and not place.exists()
     for name, array in whole.arrays().items():
         assert np.array_equal(array, made.arrays()[name]), name
+
+
+def test_a_training_with_other_settings_begins_anew(colour, weak, backbone, tmp_path, monkeypatch):
+    monkeypatch.setattr(students, "CHECKPOINT_SECONDS", 0.0)
+    place = tmp_path / "projector.train"
+
+    def fit(report=None, **settings):
+        words = {"projector_steps": 4, "projector_batch": 9, **settings}
+        config = room.Projection(backbone=str(backbone), **words)
+        return room.fitted(colour, weak, config, RULE, 7, device=CPU, checkpoint=place, report=report)[0].arrays()
+
+    def stop(done):
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(stop, hard_weight=0.0)
+    assert place.exists()
+    resumed = fit(hard_weight=5.0)  # no batch of either shows the difference
+    clean = fit(hard_weight=5.0)
+    assert all(np.array_equal(resumed[name], array) for name, array in clean.items())
+
+
+def test_statistics_of_the_batch_are_those_of_lessons(colour, weak):
+    views, targets = room.Lessons(colour, weak, RULE, 7, 0.1, "batch", 5).batch(torch.arange(10), 0)
+    assert torch.equal(targets[:, 0], answers(weak, views, statistics="batch", micro=5))
+    assert not torch.allclose(targets[:, 0], answers(weak, views), atol=1e-3)
+
+
+def test_loss_and_teachers_of_a_set_that_is_a_projectors(colour, backbone, plain, weak):
+    settings = {**TAUGHT, **QUICK, "backbone": str(backbone), "loss_kind": "mse", "gamma": 0.5}
+    made = condense.distill("hello", colour, 1, pool=6, crops=2, **settings)
+    assert made.labels.loss_kind == "mse" and made.labels.gamma == 0.5
+    views = lighten(made, "per-view", label_epochs=2)
+    assert (views.labels.loss_kind, views.labels.gamma) == ("mse", 0.5) and "label_source" not in views.manifest
+    again = lighten(made, "projector", colour, backbone=str(backbone), **QUICK)
+    assert (again.labels.loss_kind, again.labels.gamma) == ("mse", 0.5)
+    assert lighten(made, "teacher").labels.names == (NETWORK,)  # those that taught the projector
+    assert again.manifest["label_source"] == made.manifest["label_source"]
+
+
+def test_hello_finds_what_cannot_be_had_before_it_trains(colour, monkeypatch):
+    from condense.methods import label_projection
+
+    monkeypatch.setattr(label_projection, "squeezed", lambda *_: pytest.fail("teachers were trained"))
+    for settings in ({"backbone": "nonsense"}, {"head": "text"}):
+        refusal(lambda settings=settings: condense.distill("hello", colour, 1, **TAUGHT, **settings))
 
 
 def test_experts_of_some_epochs_teach_together(plain, colour, backbone, tmp_path, monkeypatch):
