@@ -15,6 +15,7 @@ from condense.benchmarks import curriculum, equal_time
 from condense.benchmarks.speed.measure import Parser, aligned, guarded, positive
 from condense.distilled import DistilledSet
 from condense.methods.label_lightening import Point, chart
+from condense.protocols import get_protocol
 from condense.students import steps_per_pass
 from condense.units import duration, size
 
@@ -63,9 +64,11 @@ def fill(word: str, stored: Path, data: str, out: Path, protocol: str) -> tuple[
 def row(word: str, stored: int, made: Path, record: dict[str, Any]) -> list[str]:
     """Labels, their bytes with what lies outside, their share of ``stored`` bytes, and what students need and reach."""
     entry, known = record["results"][0], record["set"]
-    lightened = DistilledSet.load(made).manifest.get("lightened", {})
+    distilled = DistilledSet.load(made)
+    lightened = distilled.manifest.get("lightened", {})
     inside, outside = known["bytes"]["labels"], known["bytes"]["external"]
-    passes = entry["steps"] / steps_per_pass(len(DistilledSet.load(made)), 256)
+    batch = get_protocol(record["protocol"]["name"]).batch
+    passes = entry["steps"] / steps_per_pass(len(distilled), batch)
     return [
         word, known["labelling"]["exactness"], size(inside), size(outside) if outside else "-",
         f"{100 * inside / stored:.3g} %", f"{100 * (inside + outside) / stored:.3g} %",

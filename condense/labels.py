@@ -382,7 +382,7 @@ class PerViewLabels:
         """The classes of views, float32 (B, C): one, or two with their shares."""
         assert self.hard is not None
         own = F.one_hot(self.hard.to(ids.device), self.shape[2]).float()
-        return _mixed(own, ids, drawn)
+        return mixed(own, ids, drawn)
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         if self.loss_kind == "kl":
@@ -640,8 +640,8 @@ class StaticLabels:
 
     def shown(self, images: Tensor, ids: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
         views, ids, drawn = _views(self, images, ids, epoch)
-        mixed = _mixed(self.logits.to(images.device).float(), ids, drawn)
-        return views, (mixed / self.temperature).softmax(-1)
+        logits = mixed(self.logits.to(images.device).float(), ids, drawn)
+        return views, (logits / self.temperature).softmax(-1)
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         return _kl(logits, targets, self.temperature, self.squared)
@@ -909,7 +909,7 @@ def _drawn(
     return views.draw(seed, epoch, rows, size).to(device)
 
 
-def _mixed(values: Tensor, ids: Tensor, drawn: MixedViews) -> Tensor:
+def mixed(values: Tensor, ids: Tensor, drawn: MixedViews) -> Tensor:
     """Rows ``ids`` of ``values`` (N, C), mixed with those of their partners as the views are."""
     if drawn.partner is None or drawn.share is None:
         return values[ids]
@@ -1375,14 +1375,25 @@ def relabelled(
     teachers = {"network": description or type(teacher).__name__, "sha256": content(teacher.state_dict())}
     outdated = ("bytes", "checksums", "protocol", "learned_lr", "label_source", "claim", "command")
     kept = {key: value for key, value in distilled.manifest.items() if key not in outdated}
-    cost = dict(kept.get("cost", {}))
-    if seconds is None:
-        cost.pop("seconds", None)
-    elif "seconds" in cost:  # an unknown cost stays unknown
-        cost["preparation_seconds"] = round(cost.get("preparation_seconds", 0.0) + seconds, 2)
-    name = distilled.name + ("-" if "." in distilled.name.rpartition("/")[2] else ".") + "relabelled"
-    manifest = {**kept, "name": name, "cost": cost, "teacher": teachers}
+    cost = prepared(kept.get("cost", {}), seconds)
+    manifest = {**kept, "name": tagged(distilled.name, "relabelled"), "cost": cost, "teacher": teachers}
     return DistilledSet(distilled.stored, labels, distilled.transform, manifest)
+
+
+def prepared(cost: Mapping[str, Any], seconds: float | None) -> dict[str, Any]:
+    """A set's cost with seconds of work done for its labels elsewhere; None: it is unknown, and what is unknown stays
+    so."""
+    known = dict(cost)
+    if seconds is None:
+        known.pop("seconds", None)
+    elif "seconds" in known:
+        known["preparation_seconds"] = round(known.get("preparation_seconds", 0.0) + seconds, 2)
+    return known
+
+
+def tagged(name: str, tag: str) -> str:
+    """A set's name with one more word in its tag."""
+    return name + ("-" if "." in name.rpartition("/")[2] else ".") + tag
 
 
 def _check_stages(distilled: DistilledSet) -> None:

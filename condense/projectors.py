@@ -47,7 +47,6 @@ from condense.labels import (
     _classes,
     _classes_from,
     _count,
-    _mixed,
     _nbytes,
     _rule_from,
     _squares,
@@ -55,6 +54,7 @@ from condense.labels import (
     answers,
     check_loss,
     content,
+    mixed,
 )
 
 SHIPPED = ("tiny20-convnet-d3-w64-bn",)
@@ -146,17 +146,19 @@ def find(word: str, shape: networks.Shape, device: torch.device, what: str = "ba
     Raises:
         CondenseError: an unknown name, a missing package, weights that are not here, or images that it cannot take.
     """
-    named = what + word
+    named, about = what + word, {"name": word}
     library, _, rest = word.partition(":")
     if library in LIBRARIES and rest:
         name, _, weights = rest.partition("@")
-        made = {"open_clip": _open_clip, "timm": _timm, "torchvision": _torchvision}[library](name, weights, named)
+        made = {"open_clip": _open_clip, "timm": _timm, "torchvision": _torchvision}[library](
+            name, weights, named, about
+        )
         if weights and _is_file(weights):
             made.known["path"] = f"{library}:{name}@{Path(weights).absolute()}"
     elif word in SHIPPED:
-        made = _teacher(_FOLDER / f"{word}.h5", named, {"name": word})
+        made = _teacher(_FOLDER / f"{word}.h5", named, about)
     elif word.endswith(".h5"):
-        made = _teacher(Path(word), named, {"name": word, "path": str(Path(word).absolute())})
+        made = _teacher(Path(word), named, {**about, "path": str(Path(word).absolute())})
     else:
         hint = did_you_mean(word, SHIPPED)
         raise CondenseError(f"{named}: unknown{hint}; or write FILE.h5 of `condense teachers`, or LIBRARY:NAME with "
@@ -239,7 +241,9 @@ def _of_file(net: nn.Module, path: str, named: str) -> nn.Module:
     return net
 
 
-def _library(weights: teachers.Weights, make: Callable[[], nn.Module], file: str, named: str, about: str) -> Backbone:
+def _library(
+    weights: teachers.Weights, make: Callable[[], nn.Module], file: str, named: str, about: dict[str, Any]
+) -> Backbone:
     if file:
         with rng.seeded("layout"):
             net = _of_file(make(), file, named)
@@ -247,25 +251,25 @@ def _library(weights: teachers.Weights, make: Callable[[], nn.Module], file: str
         net = _fetched(weights.load, named, weights.origin, weights.place)
     shape = (3, *weights.size)
     encoder = Encoder(networks.Wrapped(net, shape, weights.classes, name=named), shape, weights.mean, weights.std)
-    return Backbone(encoder, _known(encoder.net, {"name": about}))
+    return Backbone(encoder, _known(encoder.net, about))
 
 
-def _torchvision(name: str, file: str, named: str) -> Backbone:
+def _torchvision(name: str, file: str, named: str, about: dict[str, Any]) -> Backbone:
     from torchvision import models
 
     weights = teachers.torchvision_weights(name, named)
     make = functools.partial(models.get_model, name, weights=None, num_classes=weights.classes)
-    return _library(weights, make, file, named, named.partition("=")[2])
+    return _library(weights, make, file, named, about)
 
 
-def _timm(name: str, file: str, named: str) -> Backbone:
+def _timm(name: str, file: str, named: str, about: dict[str, Any]) -> Backbone:
     weights = teachers.timm_weights(name, named)
     import timm
 
-    return _library(weights, functools.partial(timm.create_model, name), file, named, named.partition("=")[2])
+    return _library(weights, functools.partial(timm.create_model, name), file, named, about)
 
 
-def _open_clip(name: str, tag: str, named: str) -> Backbone:
+def _open_clip(name: str, tag: str, named: str, about: dict[str, Any]) -> Backbone:
     try:
         import open_clip
     except ImportError as error:
@@ -303,7 +307,7 @@ def _open_clip(name: str, tag: str, named: str) -> Backbone:
             made: Tensor = open_clip.build_zero_shot_classifier(model, tokenizer, words, templates, device=device)
         return made.float()
 
-    whole = _known(model, {"name": named.partition("=")[2]})  # another text tower would make another head
+    whole = _known(model, about)  # another text tower would make another head
     size = _known(encoder.net, {})["bytes"]
     return Backbone(encoder, {**whole, "bytes": size}, float(model.logit_scale.exp()), text, whole["bytes"] - size)
 
@@ -563,7 +567,7 @@ class ProjectorLabels(TeacherLabels):
         if self.hard is None or not self.gamma:
             return views, logits
         truth = F.one_hot(self.hard.to(ids.device), logits.shape[1]).float()
-        return views, torch.stack([logits, _mixed(truth, ids, drawn)], 1)
+        return views, torch.stack([logits, mixed(truth, ids, drawn)], 1)
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         return super().loss(logits, targets) if self.loss_kind == "kl" else _squares(logits, targets, self.gamma)
@@ -597,9 +601,7 @@ class ProjectorLabels(TeacherLabels):
         moved._merged = None if self._merged is None else copy.deepcopy(self._merged).to(device)
         return moved
 
-    def anew(
-        self, images: Tensor, teacher: nn.Module, seed: int, hard: Tensor | None = None
-    ) -> ProjectorLabels:  # fmt: skip
+    def anew(self, images: Tensor, teacher: nn.Module, seed: int, hard: Tensor | None = None) -> ProjectorLabels:
         """The same projector on other images; ``teacher`` is that projector."""
         made = copy.copy(self.to(images.device))
         made.images, made.seed = len(images), seed

@@ -56,7 +56,9 @@ from condense.labels import (
     answers,
     check_loss,
     content,
+    prepared,
     stored_answers,
+    tagged,
     view_answers,
     view_distances,
 )
@@ -664,10 +666,8 @@ def lighten(
     known = {key: value for key, value in dataclasses.asdict(config).items() if value is not None}
     manifest |= source
     seconds = time.monotonic() - began
-    cost = dict(manifest.get("cost", {}))
-    if "seconds" in cost:  # an unknown cost stays unknown
-        cost["preparation_seconds"] = round(cost.get("preparation_seconds", 0.0) + seconds, 2)
-        manifest["cost"] = cost
+    if "cost" in manifest:
+        manifest["cost"] = prepared(manifest["cost"], seconds)
     if isinstance(made_by := distilled.manifest.get("command"), str):
         manifest["command"] = f"{made_by} && {_command(distilled, kind, config, task, teachers)}"
     manifest["lightened"] = {
@@ -679,7 +679,7 @@ def lighten(
         },
         "seconds": round(seconds, 2),
     }  # fmt: skip
-    manifest["name"] = distilled.name + ("-" if "." in distilled.name.rpartition("/")[2] else ".") + kind
+    manifest["name"] = tagged(distilled.name, kind)
     return DistilledSet(distilled.stored, labels, distilled.transform, manifest)
 
 
@@ -940,10 +940,8 @@ def chart(points: Sequence[Point], path: Path, title: str) -> Path:
         low, high = point.ci95 or (point.mean, point.mean)
         where, mean = point.bytes + point.external, 100 * point.mean
         bars = [[mean - 100 * low], [100 * high - mean]]
-        look: dict[str, Any] = {
-            "color": f"C{number % 10}",
-            "marker": MARKERS[number % len(MARKERS)],
-        }  # 10 and 7: each looks different
+        # 10 colours and 7 markers: each of 70 looks different.
+        look: dict[str, Any] = {"color": f"C{number % 10}", "marker": MARKERS[number % len(MARKERS)]}
         axes.errorbar([where], [mean], yerr=bars, capsize=3, linestyle="", label=f"{number}  {point.words}", **look)
         axes.annotate(str(number), (where, mean), xytext=(5, 5), textcoords="offset points", fontsize=8)
         if point.external:

@@ -21,7 +21,7 @@ from condense.augment import Standardise, ViewRule
 from condense.banks import groups
 from condense.config import one_of, require
 from condense.errors import CondenseError
-from condense.labels import Labels, answers, check_loss
+from condense.labels import Labels, answers, check_loss, mixed
 from condense.methods.curriculum_synthesis import (
     LABELS,
     RDED,
@@ -116,15 +116,13 @@ class Lessons:
 
     def batch(self, ids: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
         """Views (B,C,H,W) of the images ``ids``, mixed among themselves, and targets (B, 2, classes)."""
-        images, own = self.task.batch(ids), torch.arange(len(ids))
+        images = self.task.batch(ids)
+        own = torch.arange(len(ids), device=images.device)
         seed = rng.key(self.seed, "lesson", epoch, int(ids[0]))  # an image comes once an epoch
         drawn = self.rule.draw(seed, 0, len(ids), self.task.shape[1:]).to(images.device)
-        views = self.rule.apply(images, own.to(images.device), drawn)
+        views = self.rule.apply(images, own, drawn)
         truth = F.one_hot(self.labels[ids.cpu()], self.task.num_classes).float().to(images.device)
-        if drawn.partner is not None and drawn.share is not None:
-            share = drawn.share[:, None]
-            truth = share * truth + (1 - share) * truth[drawn.partner]
-        return views, torch.stack([answers(self.weak, views, **self.asked), truth], 1)
+        return views, torch.stack([answers(self.weak, views, **self.asked), mixed(truth, own, drawn)], 1)
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """MSE(f(x), y') + lambda CE(f(x), y)."""
