@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from condense import teachers
 from condense.benchmarks import equal_time
 from condense.benchmarks.speed.measure import Parser, aligned, guarded, positive
 from condense.errors import CondenseError
-from condense.units import duration, size
+from condense.formatting import duration, size
+from condense.networks import saved
 
 METHODS = ("sre2l", "cda", "dwa", "cvdd", "infer", "nrr", "rded")
 SMALL = ["temperature=4"]
@@ -101,7 +101,7 @@ def _main(words: Sequence[str]) -> int:
         )  # fmt: skip
         records.append(record)
         (options.out / "table.txt").write_text(table(methods, records) + "\n")
-    for entry in teachers.read(committee).entries:
+    for entry in saved.read(committee).entries:
         print(f"teacher {entry['network']} {entry['number']}: {100 * entry['accuracy']:.1f} %, "
               f"{duration(entry['seconds'])}")  # fmt: skip
     print(table(methods, records))

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from condense.benchmarks.speed.measure import Parser, aligned, guarded, positive
-from condense.distilled import DistilledSet
 from condense.errors import CondenseError
+from condense.formatting import duration, size
 from condense.registry import METHODS
-from condense.units import duration, size
+from condense.sets import DistilledSet
 
 SETTINGS: dict[str, list[str]] = {
     # At 1 image per class the published warm-up of 250 networks would fill some ten CPU minutes; this is a third.

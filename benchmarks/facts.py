@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from condense.benchmarks.leaderboard import PUBLISHED, RESULTS, Published, read_published
-from condense.records import main_entries, read_record
-from condense.units import duration
+from condense.formatting import duration
+from condense.judge import main_entries, read_record
 
 
 @functools.cache

@@ -25,12 +25,11 @@ from markupsafe import Markup
 
 from condense.benchmarks import charts
 from condense.benchmarks.charts import Chart, Line, Point
-from condense.distilled import replacing_folder
 from condense.errors import CondenseError
-from condense.protocols import protocols
-from condense.records import USES, arm_name, main_entries, read_record
+from condense.files import replacing_folder
+from condense.formatting import duration, size
+from condense.judge import USES, arm_name, main_entries, protocols, read_record
 from condense.registry import METHODS
-from condense.units import duration, size
 from condense.version import __version__
 
 HERE = Path(__file__).parent

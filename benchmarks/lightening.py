@@ -13,11 +13,11 @@ from typing import Any
 
 from condense.benchmarks import curriculum, equal_time
 from condense.benchmarks.speed.measure import Parser, aligned, guarded, positive
-from condense.distilled import DistilledSet
-from condense.methods.label_lightening import Point, chart
-from condense.protocols import get_protocol
-from condense.students import steps_per_pass
-from condense.units import duration, size
+from condense.formatting import duration, size
+from condense.judge import get_protocol
+from condense.lighten import Point, chart
+from condense.sets import DistilledSet
+from condense.training import steps_per_pass
 
 OWN = "own"
 KINDS = (

@@ -11,11 +11,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from condense import api, records
+from condense import api
 from condense.benchmarks import suite as suites
-from condense.distilled import DistilledSet, save_grid
 from condense.errors import CondenseError
-from condense.units import by, size
+from condense.formatting import by, size
+from condense.judge import records, scoring
+from condense.sets import DistilledSet, save_grid
 
 LIMIT = 1_000_000
 """Bytes of the largest set that is packaged."""
@@ -31,7 +32,7 @@ def best(suite: suites.Suite, out: Path) -> list[tuple[suites.Cell, dict[str, An
         if not path.exists():
             continue
         record = records.read_record(path)
-        mean = next(e["mean"] for e in records.main_entries(record) if e["network"] == record["set"]["network"])
+        mean = next(e["mean"] for e in scoring.main_entries(record) if e["network"] == record["set"]["network"])
         key = (cell.data, cell.ipc)
         if key not in found or mean > found[key][0]:
             found[key] = (mean, cell, record)
@@ -48,8 +49,8 @@ def unchanged(whole: dict[str, Any], half: dict[str, Any]) -> bool:
 
     That is the paired 95 % interval, which must reach 0 unless the move is below a tenth of the tolerance.
     """
-    for a, b in zip(records.main_entries(whole), records.main_entries(half)):
-        gap = records.summary([y - x for x, y in zip(a["accuracies"], b["accuracies"])])
+    for a, b in zip(scoring.main_entries(whole), scoring.main_entries(half)):
+        gap = scoring.summary([y - x for x, y in zip(a["accuracies"], b["accuracies"])])
         surely_lower = gap["ci95"] is not None and gap["ci95"][1] < 0 and gap["mean"] < -TOLERANCE / 10
         if abs(gap["mean"]) > TOLERANCE or surely_lower:
             return False
@@ -109,7 +110,7 @@ def write(suite: suites.Suite, out: Path, to: Path, data: dict[str, str]) -> lis
         if made.nbytes()["total"] > LIMIT:
             print(f"{made.name}: {made.nbytes()['total']} bytes, left out")
             continue
-        main = next(e for e in records.main_entries(record) if e["network"] == record["set"]["network"])
+        main = next(e for e in scoring.main_entries(record) if e["network"] == record["set"]["network"])
         made.manifest["claim"] = {
             **{key: main[key] for key in ("network", "mean", "std")},
             "runs": record["runs"],

@@ -10,14 +10,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from condense import api, evaluation, networks, records
+from condense import api, networks
 from condense.benchmarks import leaderboard
 from condense.config import build, packaged, read_yaml
-from condense.distilled import DistilledSet, save_grid
+from condense.data import DATASETS, Task
+from condense.device import pick_device
 from condense.errors import CondenseError, did_you_mean
-from condense.protocols import OWN, get_protocol
-from condense.run import Ranks, pick_device
-from condense.tasks import DATASETS, Task
+from condense.jobs import checks as checks_module
+from condense.jobs import job
+from condense.judge import OWN, evaluation, get_protocol, records
+from condense.judge import arms as arms_module
+from condense.ranks import Ranks
+from condense.sets import DistilledSet, save_grid
 from condense.tracking import leads
 
 RECORDS, SETS, RUNS, PAGE = "records", "sets", "runs", "page"
@@ -112,15 +116,15 @@ def _suite(text: str, where: str) -> Suite:
     for data, content in suite.tasks.items():
         task = build(_Data, _mapping(content, f"{where}: {data}"), f"{where}: {data}")
         checks.append(functools.partial(networks.check, task.network))
-        checks += [functools.partial(evaluation.check_control, name) for name in task.controls]
+        checks += [functools.partial(arms_module.check_control, name) for name in task.controls]
         suite.tasks[data] = task
         known |= {f"{data}-ipc{ipc}": task.network for ipc in task.ipc}
     for method, cells in suite.methods.items():
-        checks.append(functools.partial(api.check, method, {}))
+        checks.append(functools.partial(checks_module.check, method, {}))
         suite.methods[method] = _mapping(cells, f"{where}: {method}")
         for name, values in suite.methods[method].items():
             checks.append(functools.partial(_check_cell, method, name, values, known, f"{where}: {method}, {name}"))
-    api.all_at_once(*checks)
+    checks_module.all_at_once(*checks)
     return suite
 
 
@@ -134,7 +138,7 @@ def _check_cell(method: str, name: str, values: Any, known: Mapping[str, str], w
     if name not in known:
         raise CondenseError(f"{where}: none of the suite's cells{did_you_mean(name, known)}")
     try:
-        api.check(method, _mapping(values, where), network=known[name])
+        checks_module.check(method, _mapping(values, where), network=known[name])
     except CondenseError as fault:
         raise CondenseError(f"{where}: {fault}") from fault
 
@@ -246,7 +250,7 @@ def _is_current(path: Path, suite: Suite, cell: Cell, real: Task, device: str, p
     asked = {cell.network if name == OWN else name for name in suite.networks}
     arms = {entry["arm"] for entry in [*record["results"], *record["missing"]]}
     return (
-        record["set"]["command"] == api.command(**_asked(suite, cell, real), device=device, precision=precision)
+        record["set"]["command"] == job.command(**_asked(suite, cell, real), device=device, precision=precision)
         and record["data"]["fingerprint"] == real.fingerprint
         and (record["protocol"]["name"], record["protocol"]["version"]) == (protocol.name, protocol.version)
         and record["runs"] == suite.runs

@@ -13,11 +13,11 @@ from typing import Any
 
 from condense.benchmarks import equal_time
 from condense.benchmarks.speed.measure import Parser, aligned, guarded, positive
-from condense.distilled import DistilledSet
 from condense.errors import CondenseError
+from condense.formatting import duration, size
+from condense.pretraining import read
 from condense.registry import METHODS
-from condense.trajectories import read
-from condense.units import duration, size
+from condense.sets import DistilledSet
 
 KINDS = {"mtt": "mtt", "tesla": "mtt", "ftd": "ftd", "datm": "ftd", "ast": "ast"}
 """Methods and the one whose experts they are given."""

@@ -21,18 +21,18 @@ if not os.path.isdir(os.path.join(os.path.dirname(__file__), "methods")) and os.
     __path__.append(_checkout)
 
 if TYPE_CHECKING:
-    from condense.api import distill, evaluate, fit, load, task
-    from condense.distilled import DistilledSet
-    from condense.labels import relabel
+    from condense.api import distill, load, task
+    from condense.judge import evaluate, fit
+    from condense.sets import DistilledSet, relabel
 
 _PUBLIC = {
     "task": "condense.api",
     "distill": "condense.api",
-    "evaluate": "condense.api",
+    "evaluate": "condense.judge",
     "load": "condense.api",
-    "fit": "condense.api",
-    "relabel": "condense.labels",
-    "DistilledSet": "condense.distilled",
+    "fit": "condense.judge",
+    "relabel": "condense.sets",
+    "DistilledSet": "condense.sets",
 }
 
 __all__ = ["CondenseError", "DistilledSet", "__version__", "distill", "evaluate", "fit", "load", "relabel", "task"]

@@ -80,36 +80,34 @@ class Method:
         return (self.function.__doc__ or "").strip().split("\n")[0]
 
 
-_ATTENTION = "condense.methods.attention_matching"
-_CURRICULUM = "condense.methods.curriculum_synthesis"
-_DISTRIBUTION = "condense.methods.distribution_matching"
-_GRADIENT = "condense.methods.gradient_matching"
-_PRUNING = "condense.methods.label_pruning"
-_PROJECTION = "condense.methods.label_projection"
-_SELECTION = "condense.methods.selection"
-_TRAJECTORY = "condense.methods.trajectory_matching"
-
 METHODS: Registry[Method] = Registry(
     "method",
     {
-        "random": _SELECTION,
-        "dm": _DISTRIBUTION,
-        "dc": _GRADIENT,
-        "dsa": _GRADIENT,
-        "dcc": _GRADIENT,
-        "dsac": _GRADIENT,
-        "idc": _GRADIENT,
-        "datadam": _ATTENTION,
-        "idm": _DISTRIBUTION,
-        "dance": _DISTRIBUTION,
-        "mtt": _TRAJECTORY,
-        "tesla": _TRAJECTORY,
-        "ftd": _TRAJECTORY,
-        "ast": _TRAJECTORY,
-        "datm": _TRAJECTORY,
-        **dict.fromkeys(("sre2l", "cda", "dwa", "cvdd", "infer", "nrr", "rded"), _CURRICULUM),
-        **dict.fromkeys(("lpld", "lpqld"), _PRUNING),
-        "hello": _PROJECTION,
+        "random": "condense.methods.selection",
+        "dm": "condense.methods.distribution_matching",
+        "dc": "condense.methods.gradient_matching",
+        "dsa": "condense.methods.gradient_matching",
+        "dcc": "condense.methods.gradient_matching",
+        "dsac": "condense.methods.gradient_matching",
+        "idc": "condense.methods.gradient_matching",
+        "datadam": "condense.methods.attention_matching",
+        "idm": "condense.methods.distribution_matching",
+        "dance": "condense.methods.distribution_matching",
+        "mtt": "condense.methods.trajectory_matching.mtt",
+        "tesla": "condense.methods.trajectory_matching.tesla",
+        "ftd": "condense.methods.trajectory_matching.ftd",
+        "ast": "condense.methods.trajectory_matching.ast",
+        "datm": "condense.methods.trajectory_matching.datm",
+        "sre2l": "condense.methods.curriculum_synthesis.sre2l",
+        "cda": "condense.methods.curriculum_synthesis.sre2l",
+        "dwa": "condense.methods.curriculum_synthesis.dwa",
+        "cvdd": "condense.methods.curriculum_synthesis.cvdd",
+        "infer": "condense.methods.curriculum_synthesis.infer",
+        "nrr": "condense.methods.curriculum_synthesis.nrr",
+        "rded": "condense.methods.curriculum_synthesis.rded",
+        "lpld": "condense.methods.label_lightening.lpld",
+        "lpqld": "condense.methods.label_lightening.lpld",
+        "hello": "condense.methods.label_lightening.hello",
     },
 )
 

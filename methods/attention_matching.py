@@ -14,13 +14,12 @@ from torch import Tensor
 from condense import networks
 from condense.augment import dsa
 from condense.config import one_of, require
+from condense.data import Task
+from condense.engine import Group, Run
 from condense.errors import CondenseError
 from condense.methods.distribution_matching import class_means, distribution_loss
-from condense.optimizer import Group
 from condense.registry import method
-from condense.run import Run
-from condense.synthetic import SyntheticOptions, SyntheticSet
-from condense.tasks import Task
+from condense.sets import SyntheticOptions, SyntheticSet
 
 
 def attention(maps: Tensor, power: float) -> Tensor:

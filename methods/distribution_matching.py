@@ -15,15 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from condense import banks, networks
+from condense import networks
 from condense.augment import dsa
-from condense.banks import OwnNetworks
 from condense.config import require
-from condense.optimizer import Group
+from condense.data import Task
+from condense.engine import Group, Run, Step
+from condense.pretraining import OwnNetworks
+from condense.pretraining import snapshots as snapshots_module
 from condense.registry import method
-from condense.run import Run, Step
-from condense.synthetic import SyntheticOptions, SyntheticSet
-from condense.tasks import Task
+from condense.sets import SyntheticOptions, SyntheticSet
 
 
 def class_means(features: Tensor, labels: Tensor, classes: list[int]) -> Tensor:
@@ -195,7 +195,7 @@ def idm(task: Task, config: IDM, run: Run) -> SyntheticSet:
     """
     synthetic = SyntheticSet.create(task, run.ipc, config, seed=run.seed, device=run.device)
     augment = dsa(config.augment, mirror=task.mirror)
-    bank = banks.record(
+    bank = snapshots_module.record(
         run, config.recipe(task), count=config.networks, units=config.snapshots - 1, unit_steps=config.net_steps
     )
     net = run.random_network(0).eval()
@@ -270,7 +270,7 @@ def dance(task: Task, config: DANCE, run: Run) -> SyntheticSet:
     synthetic = SyntheticSet.create(task, run.ipc, config, seed=run.seed, device=run.device, space="pixel")
     augment = dsa(config.augment, variant="idc", mirror=task.mirror)
     epoch = math.ceil(len(run.task.train) / config.batch_net)
-    experts = banks.record(
+    experts = snapshots_module.record(
         run, config.recipe(task, drops=(2 / 3, 5 / 6)), count=config.networks, units=config.expert_epochs,
         unit_steps=epoch, ends=True,
     )  # fmt: skip

@@ -13,17 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from condense import augment, banks, networks, rng
-from condense.banks import OwnNetworks
+from condense import augment, networks, rng
 from condense.config import one_of, require
+from condense.data import Task
+from condense.engine import Group, Run, Step
 from condense.errors import CondenseError
 from condense.labels import HardLabels
-from condense.optimizer import Group
+from condense.pretraining import OwnNetworks
+from condense.pretraining import snapshots as snapshots_module
 from condense.registry import method
-from condense.run import Run, Step
-from condense.students import FixedSource, Recipe, Student, train
-from condense.synthetic import SyntheticOptions, SyntheticSet
-from condense.tasks import Task
+from condense.sets import SyntheticOptions, SyntheticSet
+from condense.training import FixedSource, Recipe, Student, train
 
 View = Callable[..., Tensor]
 EPS = 1e-6
@@ -415,7 +415,7 @@ def idc(task: Task, config: IDC, run: Run) -> SyntheticSet:
     weights = [parameter for parameter in net.parameters() if parameter.dim() == 4]
     if not weights:
         raise CondenseError(f"--network {networks.name_of(run.network)}: idc matches convolutions, and it has none")
-    bank = banks.record(
+    bank = snapshots_module.record(
         run, config.recipe(task), count=config.networks, units=config.snapshots - 1, unit_steps=config.net_steps
     )
     images = Group(lr=config.rate(run.ipc, task.shape) / (1 - config.momentum), clamp=(0.0, 1.0))

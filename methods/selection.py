@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
+from condense.data import Task
+from condense.engine import Run
 from condense.registry import method
-from condense.run import Run
-from condense.synthetic import SyntheticSet
-from condense.tasks import Task
+from condense.sets import SyntheticSet
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import struct
 import zlib
 from pathlib import Path
 
-from condense.records import cross_architecture, scores, summary, time_to_accuracy
+from condense.judge import cross_architecture, scores, summary, time_to_accuracy
 
 OWN = "convnet-d3-w128-in"
 

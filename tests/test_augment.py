@@ -14,17 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from condense import augment
-from condense.augment import (
-    OPERATIONS,
-    ZCA,
-    Augmentation,
-    CropViews,
-    Parameters,
-    Standardise,
-    ViewRule,
-    dsa,
-    transform_from_arrays,
-)
+from condense.augment import OPERATIONS, Augmentation, CropViews, Parameters, ViewRule, dsa, siamese
+from condense.augment import views as views_module
+from condense.data import ZCA, Standardise, transform_from_arrays
 from condense.errors import CondenseError
 from condense.rng import Draws, generator, seeded
 
@@ -374,7 +366,7 @@ def test_mirror_false_never_flips(variant: str, monkeypatch: pytest.MonkeyPatch)
     assert "flip" not in augmentation.ops
     p = augmentation.draw(Draws("mirror"), 500, (8, 8))
     assert OPERATIONS.index("flip") not in p.operation
-    monkeypatch.setattr(augment, "_flip", None)
+    monkeypatch.setattr(siamese, "_flip", None)
     augmentation.apply(noise(500, 1, 8, 8), p)
 
 
@@ -433,7 +425,7 @@ def test_gathered_adjoint_of_resampling(size: tuple[int, int], align_corners: bo
         y = F.grid_sample(x, grid, align_corners=align_corners)
         g = noise(6, 3, *size).flip(0)
         (expected,) = torch.autograd.grad(y, x, g)
-        torch.testing.assert_close(augment._resample_adjoint(g, matrix, align_corners), expected, atol=1e-11, rtol=0)
+        torch.testing.assert_close(siamese._resample_adjoint(g, matrix, align_corners), expected, atol=1e-11, rtol=0)
 
 
 def test_gpu_route_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -443,7 +435,7 @@ def test_gpu_route_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     y = augmentation.apply(x, p)
     (expected,) = torch.autograd.grad(y, x, y.detach())
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-    monkeypatch.setattr(augment, "_send", lambda x, images, dtype=None: x if dtype is None else x.to(dtype))
+    monkeypatch.setattr(siamese, "_send", lambda x, images, dtype=None: x if dtype is None else x.to(dtype))
     z = augmentation.apply(x, p)
     assert torch.equal(z, y)
     torch.testing.assert_close(torch.autograd.grad(z, x, y.detach())[0], expected, atol=1e-11, rtol=0)
@@ -630,7 +622,7 @@ def test_extreme_draws_are_no_accident() -> None:
     for alpha in (1e-3, 1.0, 1e3):
         for a in ends:
             for b in ends:
-                share = augment._symmetric_beta(alpha, a[None], b[None], ends[:1])
+                share = views_module._symmetric_beta(alpha, a[None], b[None], ends[:1])
                 assert 0 <= float(share) <= 1
 
 

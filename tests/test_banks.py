@@ -6,11 +6,12 @@ import pytest
 import torch
 
 import condense
-from condense import banks, networks
-from condense.api import measure
-from condense.run import Run
-from condense.students import Recipe
-from condense.tasks import cache_dir
+from condense import networks
+from condense.data import cache_dir
+from condense.engine import Run, checkpoint
+from condense.jobs import measure
+from condense.pretraining import budget, snapshots
+from condense.training import Recipe
 
 NETWORK = "convnet-d2-w8-in"
 RECIPE = Recipe(steps=0, batch=8, lr=0.05, momentum=0.9, weight_decay=0.0, drops=())
@@ -21,7 +22,7 @@ def a_run(task, **options):
 
 
 def recorded(task, run=None, count=2, units=3, unit_steps=4, ends=False):
-    return banks.record(run or a_run(task), RECIPE, count=count, units=units, unit_steps=unit_steps, ends=ends)
+    return snapshots.record(run or a_run(task), RECIPE, count=count, units=units, unit_steps=unit_steps, ends=ends)
 
 
 def same(a, b):
@@ -33,7 +34,7 @@ def test_snapshots_are_the_start_and_each_unit(tiny):
     bank = recorded(tiny)
     assert (bank.networks, bank.snapshots) == (2, 4)
     for k in range(2):
-        start = banks._student(a_run(tiny), k).network.state_dict()
+        start = snapshots._student(a_run(tiny), k).network.state_dict()
         for name, value in bank.weights(k, 0).items():
             torch.testing.assert_close(value, start[name], rtol=1e-3, atol=1e-6)
     shorter = recorded(tiny, units=1, unit_steps=4, ends=True)
@@ -56,8 +57,8 @@ def test_the_networks_learn_the_real_data(tiny):
 def test_found_in_the_cache_and_a_larger_bank_trains_only_what_lacks(tiny, monkeypatch):
     first = recorded(tiny)
     trained = []
-    original = banks._train
-    monkeypatch.setattr(banks, "_train", lambda *words: (trained.extend(words[3]), original(*words))[1])
+    original = snapshots._train
+    monkeypatch.setattr(snapshots, "_train", lambda *words: (trained.extend(words[3]), original(*words))[1])
     run = a_run(tiny)
     assert same(recorded(tiny, run), first) and trained == []
     assert run.preparation["from_cache"] == 2 and run.preparation["seconds"] > 0
@@ -83,9 +84,9 @@ def test_a_damaged_file_is_trained_again(tiny):
 
 
 def test_a_time_limit_takes_whole_units_or_fewer_networks(tiny, monkeypatch):
-    monkeypatch.setattr(banks, "_seconds_per_step", lambda run, recipe: 1.0)
+    monkeypatch.setattr(snapshots, "_seconds_per_step", lambda run, recipe: 1.0)
     for minutes, expected in ((1.0, (2, 2)), (0.35, (1, 1)), (0.01, (1, 1)), (60.0, (2, 3))):
-        plan = banks._agreed_plan(a_run(tiny, minutes=minutes), RECIPE, banks._Plan(2, 3, 4))
+        plan = snapshots._agreed_plan(a_run(tiny, minutes=minutes), RECIPE, budget._Plan(2, 3, 4))
         assert (plan.networks, plan.units) == expected  # a third of a minute: 20 steps, 5 units of 4 for 2 networks
 
 
@@ -97,12 +98,12 @@ def test_a_resumed_run_keeps_its_plan(tiny, tmp_path, monkeypatch):
     task = condense.task(str(data))
     options = {"network": NETWORK, "steps": 3, "batch_real": 6, "networks": 2, "expert_epochs": 3}
     made = condense.distill("dance", task, 1, minutes=5, run_dir=tmp_path / "run", out=tmp_path / "a.h5", **options)
-    plan = json.loads((tmp_path / "run" / banks.PLAN).read_text())
+    plan = json.loads((tmp_path / "run" / budget.PLAN).read_text())
     (tmp_path / "a.h5").unlink()
     (tmp_path / "run" / "result.json").unlink()
     (tmp_path / "run" / "checkpoint.pt").unlink()
     (tmp_path / "run" / "checkpoint.previous.pt").unlink(missing_ok=True)
-    monkeypatch.setattr(banks, "_seconds_per_step", lambda run, recipe: 1e6)  # the machine became slow
+    monkeypatch.setattr(snapshots, "_seconds_per_step", lambda run, recipe: 1e6)  # the machine became slow
     again = condense.api.resume(tmp_path / "run")
     assert again.sha256() == made.sha256()
     assert again.manifest["preparation"]["steps_each"] == plan["units"] * plan["unit_steps"]
@@ -127,14 +128,14 @@ def test_a_factory_is_not_kept(tiny):
 
 def test_ctrl_c_ends_in_one_line_and_finished_networks_stay(tiny, tmp_path, monkeypatch):
     run = a_run(tiny, directory=tmp_path)
-    original = banks._write
+    original = snapshots._write
 
     def write(path, entry):
         original(path, entry)
         run._stop = True
 
-    monkeypatch.setattr(banks, "_write", write)
-    with pytest.raises(banks.Interrupted, match="condense resume"):
+    monkeypatch.setattr(snapshots, "_write", write)
+    with pytest.raises(checkpoint.Interrupted, match="condense resume"):
         recorded(tiny, run)
     fresh = a_run(tiny)
     recorded(tiny, fresh)

@@ -11,7 +11,7 @@ import torch
 
 from condense import networks, rng
 from condense.augment import OPERATIONS, dsa
-from condense.run import Run
+from condense.engine import Run
 
 CPU = torch.device("cpu")
 
@@ -250,7 +250,7 @@ def test_the_students_script(tmp_path, capsys):
 
 
 def test_gpu_check_on_a_cpu(npz, tmp_path, capsys):
-    from condense.benchmarks.gpu_check import STAGES, main
+    from condense.benchmarks.gpu_check.__main__ import STAGES, main
 
     out = tmp_path / "out"
     assert ended(main, "--device", "cpu", "--tiny", "--out", out, "--data", npz) == 0, capsys.readouterr()
@@ -263,7 +263,7 @@ def test_gpu_check_on_a_cpu(npz, tmp_path, capsys):
 
 
 def check_on(tmp_path, minutes=5.0):
-    from condense.benchmarks.gpu_check import Check
+    from condense.benchmarks.gpu_check.check import Check
 
     return Check(CPU, minutes, tmp_path, True, None)
 
@@ -273,7 +273,8 @@ def saved(tmp_path):
 
 
 def test_gpu_check_goes_on_after_failures(tmp_path):
-    from condense.benchmarks.gpu_check import Stage, run_stage, table
+    from condense.benchmarks.gpu_check.__main__ import Stage, run_stage
+    from condense.benchmarks.gpu_check.check import table
 
     def fail():
         raise RuntimeError("a kernel is missing\nand more")
@@ -300,7 +301,7 @@ def test_gpu_check_goes_on_after_failures(tmp_path):
 def test_gpu_check_stops_in_time_and_keeps_what_is_done(tmp_path):
     import time
 
-    from condense.benchmarks.gpu_check import Stage, run_stage
+    from condense.benchmarks.gpu_check.__main__ import Stage, run_stage
 
     check = check_on(tmp_path, minutes=1.2 / 60)
 
@@ -317,7 +318,7 @@ def test_gpu_check_stops_in_time_and_keeps_what_is_done(tmp_path):
 
 
 def test_gpu_check_records_the_running_stage_before_it_runs(tmp_path):
-    from condense.benchmarks.gpu_check import Stage, run_stage
+    from condense.benchmarks.gpu_check.__main__ import Stage, run_stage
 
     def body(check):
         return saved(tmp_path)["stages"]["now"]["status"], None
@@ -330,7 +331,7 @@ def test_gpu_check_records_the_running_stage_before_it_runs(tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
 def test_gpu_check_without_a_gpu_is_one_clear_line(tmp_path, capsys):
-    from condense.benchmarks.gpu_check import main
+    from condense.benchmarks.gpu_check.__main__ import main
 
     assert ended(main, "--out", tmp_path) == 2
     error = capsys.readouterr().err
@@ -339,7 +340,7 @@ def test_gpu_check_without_a_gpu_is_one_clear_line(tmp_path, capsys):
 
 @pytest.mark.gpu
 def test_gpu_check_on_cuda(tmp_path):
-    from condense.benchmarks.gpu_check import main
+    from condense.benchmarks.gpu_check.__main__ import main
 
     code = ended(main, "--minutes", 1, "--out", tmp_path)
     record = saved(tmp_path)
@@ -428,13 +429,13 @@ def test_several_published_mtt_steps_equal_ours(tiny_colour):
 
 
 def test_a_published_graph_that_does_not_fit_is_refused(tiny_colour, monkeypatch):
-    from condense import trajectories
     from condense.benchmarks.speed.measure import time_steps
     from condense.benchmarks.speed.mtt import BENCHMARK
     from condense.errors import CondenseError
+    from condense.pretraining import experts
 
     case = trajectory_case(tiny_colour)
-    monkeypatch.setattr(trajectories, "free_host_memory", lambda: 10_000)
+    monkeypatch.setattr(experts, "free_host_memory", lambda: 10_000)
     with pytest.raises(CondenseError, match="published graph of 4 steps on 6 images does not fit"):
         time_steps(BENCHMARK, case, 1)
 
@@ -445,8 +446,8 @@ def test_a_published_expert_equals_ours(method, tiny_colour):
     from condense.benchmarks.speed.experts import Ours, published_loop, training_of
     from condense.benchmarks.speed.measure import distance
     from condense.benchmarks.speed.published import convnet, copy_weights, same_views
-    from condense.students import batch_ids, train
-    from condense.trajectories import _student
+    from condense.pretraining.trajectories import _student
+    from condense.training import batch_ids, train
 
     case = trajectory_case(tiny_colour, expert_batch=16, expert_lr=0.1)
     training = training_of(method, case)

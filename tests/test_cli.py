@@ -20,8 +20,8 @@ from PIL import Image
 
 import condense
 from condense import cli
-from condense.cli import EXIT_CODES
-from condense.run import CHECKPOINT
+from condense.cli import EXIT_CODES, listing
+from condense.engine import CHECKPOINT
 
 NETWORK = "convnet-d2-w8-in"
 EXPERTS = f"experts --data digits --network {NETWORK} --count 1 --epochs 2 expert_batch=256"
@@ -319,7 +319,7 @@ def test_a_fault_of_ours_is_one_line_too(call, monkeypatch):
     def broken(kind):
         raise RuntimeError("two\nlines")
 
-    monkeypatch.setattr(cli, "_listing", broken)
+    monkeypatch.setattr(listing, "_listing", broken)
     result = call("ls methods")
     assert result.code == 1
     assert result.err == "condense: a fault of ours: RuntimeError: two lines; --debug shows where\n"
@@ -330,7 +330,7 @@ def test_ctrl_c_outside_a_run(call, monkeypatch):
     def interrupted(kind):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_listing", interrupted)
+    monkeypatch.setattr(listing, "_listing", interrupted)
     result = call("ls")
     assert (result.code, result.err) == (130, "condense: interrupted\n")
 
@@ -400,7 +400,7 @@ def test_preview(done, material):
 
 def test_a_ready_made_set_goes_by_its_name(done, material, monkeypatch):
     monkeypatch.setattr("condense.api.packaged_sets", lambda: {"digits/ready": material / "set.h5"})
-    monkeypatch.setattr("condense.distilled.packaged_sets", lambda: {"digits/ready": material / "set.h5"})
+    monkeypatch.setattr("condense.sets.distilled.packaged_sets", lambda: {"digits/ready": material / "set.h5"})
     assert "good" in done("verify digits/ready")
     assert "digits/random-ipc2" in done("show digits/ready")
 
@@ -489,7 +489,7 @@ def test_plan_of_labels_without_data(done):
 
 def test_plan_tells_the_time_of_the_run(monkeypatch, done):
     """Each step is made to last 10 ms: 1,000 of them last 10 s and a little more."""
-    from condense.optimizer import SyntheticOptimizer
+    from condense.engine import SyntheticOptimizer
 
     original = SyntheticOptimizer.step
     monkeypatch.setattr(SyntheticOptimizer, "step", lambda *a, **k: (time.sleep(0.01), original(*a, **k))[1])

@@ -68,8 +68,8 @@ def test_every_recipe_parses(name):
     recipe = config.recipe(name)
     entry = METHODS.get(recipe["method"])
     from condense import networks
-    from condense.evaluation import get_protocol
-    from condense.tasks import DataOptions, datasets
+    from condense.data import DataOptions, datasets
+    from condense.judge import get_protocol
 
     settings = {key: value for key, value in recipe.items() if key not in config.RUN_KEYS}
     of_data = {field.name for field in dataclasses.fields(DataOptions)} & set(settings)

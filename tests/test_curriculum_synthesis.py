@@ -17,12 +17,14 @@ from torch import nn
 import condense
 from condense import networks, rng
 from condense.augment import CropViews
+from condense.augment import views as views_module
+from condense.engine import Run
 from condense.errors import CondenseError
-from condense.methods import curriculum_synthesis as room
+from condense.methods.curriculum_synthesis import bn_matching, cvdd, dwa, infer, initial, nrr, patches, recovery
+from condense.methods.curriculum_synthesis import crops as crops_module
+from condense.pretraining.committee import provide
 from condense.registry import METHODS
-from condense.run import Run
-from condense.synthetic import Compensated
-from condense.teachers import provide
+from condense.sets import Compensated
 
 NETWORK = "convnet-d2-w8-bn"
 TAUGHT = {"network": NETWORK, "teacher_epochs": 2, "teacher_batch": 8}
@@ -76,7 +78,7 @@ def test_fused_moments_equal_hooks(name, shares):
     classes = torch.tensor([0, 1, 2, 0, 3, 1])
     weight = torch.tensor([0.3, 0.7], dtype=torch.float64)
     found = []
-    for asked in (lambda: room.Matcher(net, 10.0, shares)(views, 2, contextlib.nullcontext),
+    for asked in (lambda: bn_matching.Matcher(net, 10.0, shares)(views, 2, contextlib.nullcontext),
                   lambda: hooked(net, views, 2, 10.0, shares)):  # fmt: skip
         logits, distances = asked()
         loss = F.cross_entropy(logits, classes) + (weight * distances).sum()
@@ -88,7 +90,7 @@ def test_fused_moments_equal_hooks(name, shares):
 def test_averaged_distances_are_the_sum_over_the_weights():
     net, views = warm("resnet18-bn"), torch.randn(4, 3, 16, 16, dtype=torch.float64)
     total, mean = (
-        room.Matcher(net, 10.0, averaged=flag)(views, 2, contextlib.nullcontext)[1] for flag in (False, True)
+        bn_matching.Matcher(net, 10.0, averaged=flag)(views, 2, contextlib.nullcontext)[1] for flag in (False, True)
     )
     norms = sum(isinstance(layer, nn.BatchNorm2d) for layer in net.modules())
     torch.testing.assert_close(mean, total / (10 + norms - 1))
@@ -100,7 +102,7 @@ def test_moments_that_agree_have_no_slope():
     x = torch.randn(4, 2, 3, 3, dtype=torch.float64)
     norm.running_mean.copy_(x.mean((0, 2, 3)))
     norm.running_var.copy_(x.transpose(0, 1).flatten(1).var(1, correction=0))
-    one = room.MatchedNorm(norm, (1.0, 1.0))
+    one = bn_matching.MatchedNorm(norm, (1.0, 1.0))
     x.requires_grad_()
     one(x)
     (slope,) = torch.autograd.grad(one.distances.sum(), x)
@@ -110,10 +112,10 @@ def test_moments_that_agree_have_no_slope():
 def test_a_matcher_leaves_its_teacher_alone():
     net = warm(NETWORK, dtype=torch.float32)
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    logits, _ = room.Matcher(net)(torch.randn(4, 3, 16, 16), 2, contextlib.nullcontext)
+    logits, _ = bn_matching.Matcher(net)(torch.randn(4, 3, 16, 16), 2, contextlib.nullcontext)
     assert logits.shape == (4, 4)
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
-    assert not any(isinstance(layer, room.MatchedNorm) for layer in net.modules())
+    assert not any(isinstance(layer, bn_matching.MatchedNorm) for layer in net.modules())
 
 
 # -- views ------------------------------------------------------------------------------------------------------------
@@ -121,13 +123,13 @@ def test_a_matcher_leaves_its_teacher_alone():
 
 def test_the_crop_schedules_have_the_papers_values():
     def scale(schedule, t):
-        return room.crop_scale(schedule, t, 100, 0.5)
+        return crops_module.crop_scale(schedule, t, 100, 0.5)
 
     assert scale("fixed", 0) == scale("cosine", 50) == scale("step", 99) == 0.08
     assert scale("step", 49) == scale("linear", 0) == scale("cosine", 0) == 1.0
     assert scale("linear", 25) == pytest.approx(0.08 + 0.92 / 2)
     assert scale("cosine", 25) == pytest.approx(0.08 + 0.92 * (1 + math.cos(math.pi / 2)) / 2)
-    assert room.crop_scale("cosine", 0, 100, 0.0) == 0.08  # the released default: no curriculum
+    assert crops_module.crop_scale("cosine", 0, 100, 0.0) == 0.08  # the released default: no curriculum
 
 
 def test_views_by_matrices_are_crops_mirrors_and_rolls():
@@ -135,8 +137,8 @@ def test_views_by_matrices_are_crops_mirrors_and_rolls():
     crops = CropViews(0.1, 1.0, flip=True)
     views = crops.draw(rng.Draws(0, "views"), 3, (9, 12))
     shift = torch.tensor([[0, 3], [2, 0], [-1, 4]])
-    rows, columns = room.resampling(views, shift)
-    got = room.seen(images, rows, columns)
+    rows, columns = views_module.resampling(views, shift)
+    got = views_module.seen(images, rows, columns)
     for g in range(3):
         one = crops.apply(images[g], views[torch.tensor([g, g])])
         torch.testing.assert_close(got[g], one.roll(tuple(shift[g].tolist()), (2, 3)), rtol=1e-5, atol=1e-5)
@@ -145,8 +147,8 @@ def test_views_by_matrices_are_crops_mirrors_and_rolls():
 def test_a_view_of_the_whole_image_changes_no_bit():
     images = torch.randn(1, 2, 3, 8, 8)
     whole = CropViews(1.0, 1.0, flip=False).draw(rng.Draws(0, "x"), 1, (8, 8))
-    rows, columns = room.resampling(whole, torch.zeros(1, 2, dtype=torch.int64))
-    assert torch.equal(room.seen(images, rows, columns), images)
+    rows, columns = views_module.resampling(whole, torch.zeros(1, 2, dtype=torch.int64))
+    assert torch.equal(views_module.seen(images, rows, columns), images)
 
 
 # -- recovery ---------------------------------------------------------------------------------------------------------
@@ -159,7 +161,7 @@ def made(task, name="sre2l", ipc=2, **changes):
 def published_images(task, ipc, steps, config):
     """What the plainly written published loop makes of the same start with the same draws and the same teacher."""
     from condense.benchmarks.speed import published
-    from condense.synthetic import SyntheticOptions, SyntheticSet
+    from condense.sets import SyntheticOptions, SyntheticSet
 
     run = Run(task, ipc, NETWORK, quiet=True, track="none")
     committee = provide(run, config.squeezing(task), architectures=[NETWORK], count=1)
@@ -189,7 +191,7 @@ def test_how_many_batches_pass_at_once_changes_nothing_but_rounding(tiny, monkey
     changes = {"num_teachers": 2} if name in ("cvdd", "infer") else {}
     changes |= {"labels": "hard", "store": "float32"}
     whole = made(tiny, name, 3, **changes)
-    monkeypatch.setattr("condense.run.GRADIENT_PIXELS", 1)
+    monkeypatch.setattr("condense.engine.run.GRADIENT_PIXELS", 1)
     torch.testing.assert_close(made(tiny, name, 3, **changes).stored, whole.stored, rtol=1e-3, atol=1e-3)
 
 
@@ -251,7 +253,7 @@ def test_calibrated_labels_leave_views_out(tiny):
 @pytest.mark.parametrize("name", ["sre2l", "cda", "dwa", "cvdd", "infer", "nrr", "rded"])
 def test_a_plan_states_what_is_made(tiny, name):
     """Bytes of images and labels are those of the set, whatever a rehearsal leaves out."""
-    from condense.api import measure
+    from condense.jobs import measure
 
     changes = {"num_teachers": 2} if name in ("cvdd", "infer") else {}
     changes |= {"pool": 6, "crops": 2} if name in ("nrr", "rded") else {}
@@ -267,7 +269,7 @@ def test_a_plan_states_what_is_made(tiny, name):
 
 
 def test_a_plan_counts_images_that_move_in_turn(tiny):
-    from condense.api import measure
+    from condense.jobs import measure
 
     once, in_turn = (measure("sre2l", tiny, 4, **{**SMALL, "at_once": count}) for count in (4, 1))
     assert in_turn["steps"] == 4 * once["steps"] == 12
@@ -292,7 +294,7 @@ def test_labelling_that_was_killed_goes_on_in_the_middle(tmp_path, monkeypatch, 
             raise Killed
         return original(*arguments, **options)
 
-    monkeypatch.setattr("condense.labels.answers", counted)
+    monkeypatch.setattr("condense.labels.teacher_logits.answers", counted)
     with pytest.raises(Killed):
         made(task, labels=kind, label_epochs=6, run_dir=tmp_path / "run", out=tmp_path / "a.h5")
     assert condense.api.resume(tmp_path / "run").sha256() == whole.sha256()
@@ -322,13 +324,13 @@ def test_a_displacement_is_a_step_up_the_loss_and_leaves_the_teacher():
     def loss(weights):
         return F.cross_entropy(torch.func.functional_call(net, weights, (views,)), classes)
 
-    moved = room.displaced(net, own, views, classes, 1, 0.1)
+    moved = dwa.displaced(net, own, views, classes, 1, 0.1)
     leaves = {name: value.detach().clone().requires_grad_() for name, value in own.items()}
     slopes = torch.autograd.grad(loss(leaves), list(leaves.values()))
     length = torch.cat([slope.flatten() for slope in slopes]).norm()
     for (name, value), slope in zip(moved.items(), slopes):
         torch.testing.assert_close(value, own[name] + 0.1 * slope / length)
-    several = room.displaced(net, own, views, classes, 5, 0.1)
+    several = dwa.displaced(net, own, views, classes, 5, 0.1)
     gone = torch.cat([(several[name] - own[name]).flatten() for name in own]).norm()
     assert 0 < float(gone) <= 0.1 * (1 + 1e-5) and float(loss(several)) > float(loss(own))
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
@@ -343,17 +345,17 @@ def test_the_released_drift_tells_only_where_an_image_number_has_several_batches
 
 
 def test_votes_are_the_softmax_of_priors():
-    assert room.votes([60.0, 60.0], 5.0) == pytest.approx([0.5, 0.5])
-    assert room.votes([64.0, 50.0], 5.0)[0] == pytest.approx(1 / (1 + math.exp(-14 / 5)))
-    assert sum(room.votes([63, 65.3, 68.5, 67.6, 67.4], 10.0)) == pytest.approx(1)
+    assert cvdd.votes([60.0, 60.0], 5.0) == pytest.approx([0.5, 0.5])
+    assert cvdd.votes([64.0, 50.0], 5.0)[0] == pytest.approx(1 / (1 + math.exp(-14 / 5)))
+    assert sum(cvdd.votes([63, 65.3, 68.5, 67.6, 67.4], 10.0)) == pytest.approx(1)
 
 
 def test_committees_are_the_best_or_all_in_turn():
     priors = [63, 65.3, 68.5, 67.6, 67.4]
-    assert room.committees(priors, 2, 1, (0,)) == [(2, 3)]
-    ten = room.committees(priors, 2, 10, (0,))
+    assert cvdd.committees(priors, 2, 1, (0,)) == [(2, 3)]
+    ten = cvdd.committees(priors, 2, 10, (0,))
     assert len(set(ten)) == 10 and ten != sorted(ten)
-    many = room.committees(priors, 2, 50, (0,))
+    many = cvdd.committees(priors, 2, 50, (0,))
     assert many[:10] == ten and len(many) == 50 and all(i < j for i, j in many)
 
 
@@ -373,15 +375,15 @@ def test_a_committee_sums_its_weighted_losses(tiny):
                     yield step
 
         watched = Watched(tiny, 1, NETWORK, quiet=True, track="none")
-        synthetic = room.started(config, watched, members[0].network)
-        asked = [room.Guide(room.matcher(config, members[i].network), {0: weight}) for i, weight in guides]
-        room.recover(config, watched, synthetic, asked, room.by_class(watched, 100))
+        synthetic = initial.started(config, watched, members[0].network)
+        asked = [recovery.Guide(bn_matching.matcher(config, members[i].network), {0: weight}) for i, weight in guides]
+        recovery.recover(config, watched, synthetic, asked, recovery.by_class(watched, 100))
         slopes.append(taken["images"])
     torch.testing.assert_close(slopes[0], 0.25 * slopes[1] + 0.75 * slopes[2], rtol=1e-4, atol=1e-6)
 
 
 def test_how_many_indices_fit_as_the_paper_counts():
-    assert [room.indices(*case) for case in ((10, 100, 4), (10, 10, 4), (50, 10, 4), (1, 10, 1))] == [9, 7, 35, 0]
+    assert [infer.indices(*case) for case in ((10, 100, 4), (10, 10, 4), (50, 10, 4), (1, 10, 1))] == [9, 7, 35, 0]
 
 
 def test_compensated_images_are_sums():
@@ -401,7 +403,7 @@ def test_compensated_images_are_sums():
 def test_infer_keeps_no_more_than_its_images_and_comes_back_whole(tiny, tmp_path, capsys):
     path = tmp_path / "infer.h5"
     one = made(tiny, "infer", 4, num_teachers=1, out=path)
-    number = room.indices(4, 3, 1)
+    number = infer.indices(4, 3, 1)
     assert number == 3 and len(one.stored) == number * (3 + 1) <= 4 * 3 and len(one) == 2 * number * 3
     loaded = condense.load(path)
     assert torch.equal(loaded.training_images()[0], one.training_images()[0])
@@ -423,7 +425,7 @@ def test_infer_needs_room_for_its_compensators(tiny):
 def test_the_activation_is_the_class_activation_map_of_a_mean_pooled_net():
     net = warm("resnet18-bn", dtype=torch.float32)
     images, classes = torch.randn(3, 3, 16, 16), torch.tensor([2, 0, 3])
-    got = room.activation(net, images, classes)
+    got = nrr.activation(net, images, classes)
     maps = net.features(images)[-1]
     cam = torch.einsum("nchw,nc->nhw", maps, net.classify.weight[classes]).relu()
     cam = F.interpolate(cam[:, None], size=(16, 16), mode="bilinear", align_corners=False)[:, 0]
@@ -440,7 +442,7 @@ def test_nrr_moves_only_what_is_not_looked_at(tiny):
         **{key: SMALL[key] for key in ("teacher_epochs", "teacher_batch")}, pool=6, crops=2
     )
     net = provide(run, config.squeezing(tiny), architectures=[NETWORK], count=1).members[0].network
-    looks = room.activation(net, still.training_images()[0], torch.arange(3).repeat_interleave(2))
+    looks = nrr.activation(net, still.training_images()[0], torch.arange(3).repeat_interleave(2))
     critical = (looks >= 0.5)[:, None].expand_as(still.stored)
     assert bool(critical.any())
     assert torch.equal(moved.stored[critical], still.stored[critical])
@@ -456,7 +458,7 @@ def test_rded_takes_the_crops_that_its_teacher_is_surest_of(tiny):
         images = tiny.per_class(6, (0, "pool"), [c])[0]
         best = []
         for i in range(6):
-            crops, views = room.square_crops(images, rng.Draws(0, "patches", c), 3, 8)
+            crops, views = patches.square_crops(images, rng.Draws(0, "patches", c), 3, 8)
             losses = [float(F.cross_entropy(net(crop[None]), torch.tensor([c]))) for crop in crops[3 * i : 3 * i + 3]]
             least = int(np.argmin(losses))
             best.append((losses[least], crops[3 * i + least]))
@@ -483,7 +485,7 @@ def test_a_teacher_without_batch_norm_is_refused_before_any_is_trained(tiny, unt
 @pytest.fixture
 def untaught(monkeypatch):
     """No teacher can be trained: what is wrong must be found before."""
-    monkeypatch.setattr("condense.teachers.train", None)
+    monkeypatch.setattr("condense.pretraining.teachers.train", None)
 
 
 def test_images_that_hold_no_squares_are_refused(untaught):

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import condense
-from condense.augment import ZCA, Standardise
-from condense.distilled import DistilledSet, save_grid
+from condense.data import ZCA, Standardise
 from condense.errors import CondenseError
 from condense.labels import HardLabels, SoftLabels
+from condense.sets import DistilledSet, save_grid
 
 
 def make(stored=None, labels=None, transform=None, **manifest):
@@ -252,7 +252,7 @@ def test_a_manifest_without_a_key(file, key):
 
 
 def test_fewer_labels_than_images(file):
-    from condense.distilled import checksums
+    from condense.sets import checksums
 
     def change(opened, manifest):
         del opened["labels/hard"]

@@ -5,10 +5,11 @@ import torch
 import torch.nn.functional as F
 
 import condense
-from condense import augment, banks, networks, rng
+from condense import augment, networks, rng
+from condense.engine import Run
 from condense.methods import distribution_matching as dm
+from condense.pretraining import snapshots
 from condense.registry import METHODS
-from condense.run import Run
 
 NETWORK = "convnet-d2-w8-in"
 OWN = {"networks": 2, "batch_real": 6}
@@ -20,12 +21,12 @@ def made_by(name, task, **settings):
     config = entry.config(**OWN, **settings)
     run = Run(task, 2, NETWORK, quiet=True)
     found = []
-    original = banks.record
-    banks.record = lambda *words, **options: (found.append(original(*words, **options)), found[-1])[1]
+    original = snapshots.record
+    snapshots.record = lambda *words, **options: (found.append(original(*words, **options)), found[-1])[1]
     try:
         pixels = entry.function(task, config, run).images.detach()
     finally:
-        banks.record = original
+        snapshots.record = original
     space = "pixel" if name == "dance" else "training"
     start = dm.SyntheticSet.create(task, 2, config, seed=0, device=torch.device("cpu"), space=space)
     return pixels, found[0], config, start
@@ -113,7 +114,7 @@ def test_a_dance_step_equals_its_formula(tiny):
 def test_they_do_not_depend_on_class_chunks(name, tiny, monkeypatch):
     settings = {"steps": 2, **({"expert_epochs": 1} if name == "dance" else {"snapshots": 2, "net_steps": 2})}
     whole, *_ = made_by(name, tiny, **settings)
-    monkeypatch.setattr("condense.run.CHUNK_PIXELS", 64 * 6)  # one class at a time
+    monkeypatch.setattr("condense.engine.run.CHUNK_PIXELS", 64 * 6)  # one class at a time
     torch.testing.assert_close(made_by(name, tiny, **settings)[0], whole, rtol=1e-4, atol=1e-4)
 
 

@@ -9,9 +9,14 @@ import torch
 from conftest import tiny_archive, tiny_arrays
 
 import condense
-from condense import evaluation, protocols, records
+from condense import tracking
 from condense.errors import CondenseError
+from condense.judge import arms as arms_module
+from condense.judge import evaluation, records
+from condense.judge import protocol as protocol_module
+from condense.judge import students as students_module
 from condense.labels import SoftLabels
+from condense.training import loop
 
 NETWORK = "convnet-d2-w8-in"
 
@@ -26,15 +31,15 @@ def short_protocols(monkeypatch):
     """Every protocol with 20 steps, two passes over the full data and two runs."""
     short = {
         name: dataclasses.replace(protocol, steps=20, full_epochs=2, runs=2)
-        for name, protocol in protocols.protocols().items()
+        for name, protocol in protocol_module.protocols().items()
     }
-    monkeypatch.setattr(protocols, "protocols", lambda: short)
+    monkeypatch.setattr(protocol_module, "protocols", lambda: short)
     return short
 
 
 def count_trainings(monkeypatch):
     counted = []
-    original = evaluation.train
+    original = loop.train
 
     def watch(students, *arguments, **options):
         counted.append(len(students))
@@ -118,14 +123,14 @@ def test_the_very_images_of_the_random_arm_have_no_improvement_over_it(made, tin
 def test_equal_bytes_are_counted_with_labels_and_transform(made, tiny):
     stored = 6 * 64 * 4 + 2 + 8  # six float32 images, six labels of two bits, mean and std
     assert made.nbytes()["total"] == stored
-    count = evaluation._equal_count(made)
+    count = arms_module._equal_count(made)
     assert count == stored * 8 // (64 * 8 + 2) == 24
-    source = evaluation._random_bytes_source(0, 26, tiny, 0)
+    source = arms_module._random_bytes_source(0, 26, tiny, 0)
     counts = torch.bincount(source.labels.labels, minlength=3).tolist()
     assert sum(counts) == 26 and sorted(counts) == [8, 9, 9]
-    assert evaluation._even_shares(10, [2, 9, 9]) == [2, 4, 4] and evaluation._even_shares(11, [5, 5, 1]) == [5, 5, 1]
-    assert sum(evaluation._random_bytes_source(0, 2, tiny, 0).labels.labels.bincount(minlength=3)) == 2
-    assert evaluation._random_bytes_source(0, 1000, tiny, 0).size == 36  # all there are
+    assert arms_module._even_shares(10, [2, 9, 9]) == [2, 4, 4] and arms_module._even_shares(11, [5, 5, 1]) == [5, 5, 1]
+    assert sum(arms_module._random_bytes_source(0, 2, tiny, 0).labels.labels.bincount(minlength=3)) == 2
+    assert arms_module._random_bytes_source(0, 1000, tiny, 0).size == 36  # all there are
 
 
 # -- learning rates ---------------------------------------------------------------------------------------------------
@@ -148,17 +153,17 @@ def test_the_rate_is_chosen_on_held_out_training_images_never_on_test_images(mad
 def test_the_search_follows_the_held_out_images(made, tiny, monkeypatch):
     """The rate with the best student on the held-out images wins; the students are those of the inner task."""
     seen = []
-    original = evaluation.accuracy
+    original = loop.accuracy
 
     def watch(network, task, **options):
         seen.append((task.test.rows is not None, len(task.train), original(network, task, **options)))
         return seen[-1][2]
 
-    monkeypatch.setattr(evaluation, "accuracy", watch)
+    monkeypatch.setattr(students_module, "accuracy", watch)
     record = condense.evaluate(made, tiny, networks="mlp", runs=1, protocol="dc-tuned-v1", controls=[])
     tried = [value for held_out, size, value in seen if held_out and size == 33]
     assert len(tried) == 5 and len(seen) == 6
-    rates = protocols.get_protocol("dc-tuned-v1").lr
+    rates = protocol_module.get_protocol("dc-tuned-v1").lr
     assert record["results"][0]["lr"] == rates[tried.index(max(tried))]
 
 
@@ -218,7 +223,7 @@ def test_the_soft_track_judges_own_labels_and_never_replaces_them(soft, tiny):
 @pytest.mark.parametrize("kind", ["soft", "per-view"])
 def test_with_their_teacher_random_images_get_the_same_kind_of_labels(made, tiny, kind):
     from condense import networks, rng
-    from condense.labels import relabel
+    from condense.sets import relabel
 
     with rng.seeded("teacher"):
         teacher = networks.build(NETWORK, tiny.shape, 3)
@@ -239,7 +244,7 @@ def test_with_their_teacher_random_images_get_the_same_kind_of_labels(made, tiny
 
 def test_per_view_labels_have_no_arm_without_augmentation(made, tiny):
     from condense import networks
-    from condense.labels import relabel
+    from condense.sets import relabel
 
     taught = relabel(made, networks.build(NETWORK, tiny.shape, 3), 2)
     record = condense.evaluate(taught, tiny, runs=1, controls=[], without_augmentation=True)
@@ -267,7 +272,7 @@ def numbers(record):
 
 def test_killed_and_called_again_gives_the_same_record_and_trains_only_the_rest(made, tiny, monkeypatch):
     whole = condense.evaluate(made, tiny, runs=2, cache=False)
-    original = evaluation.train
+    original = loop.train
     calls = []
 
     def dying(*arguments, **options):
@@ -285,19 +290,19 @@ def test_killed_and_called_again_gives_the_same_record_and_trains_only_the_rest(
 
 
 def test_killed_in_the_middle_of_a_student_goes_on_there(made, tiny, monkeypatch):
-    from condense import students
+    from condense.training import checkpoint
 
     whole = condense.evaluate(made, tiny, runs=1, cache=False, controls=[])
-    monkeypatch.setattr(students, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(checkpoint, "CHECKPOINT_SECONDS", 0.0)
     steps = []
 
-    class Dying(evaluation.Progress):
+    class Dying(tracking.Progress):
         def update(self, step, *text):
             steps.append(step)
             if len(steps) == 12:
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluation, "Progress", Dying)
+    monkeypatch.setattr(students_module, "Progress", Dying)
     with pytest.raises(KeyboardInterrupt):
         condense.evaluate(made, tiny, runs=1, controls=[])
     again = condense.evaluate(made, tiny, runs=1, controls=[])

@@ -16,15 +16,13 @@ from PIL import Image
 from test_distilled import make
 
 import condense
-from condense import exports
-from condense.augment import ZCA, Standardise
 from condense.cli import EXIT_CODES
-from condense.distilled import DistilledSet
+from condense.data import ZCA, DataOptions, Standardise
 from condense.errors import CondenseError
-from condense.exchange import folder_name, import_set
-from condense.exports import eight_bits, export_set
+from condense.exchange import eight_bits, export_set, exporting, folder_name, import_set
+from condense.judge import evaluation
 from condense.labels import SoftLabels
-from condense.tasks import DataOptions
+from condense.sets import DistilledSet
 
 LABELS = torch.arange(3).repeat_interleave(2)
 
@@ -145,10 +143,10 @@ def test_the_cost_of_8_bits_is_what_it_is():
 
 def test_accuracy_lost_is_a_paired_difference(task):
     made = make(task.batch(torch.arange(0, 36, 6)), transform=task.transform, network="mlp", protocol="quick-v1")
-    same = exports.accuracy_lost(made, made, task, runs=2)
+    same = evaluation.accuracy_lost(made, made, task, runs=2)
     assert same["before"] == same["after"] and same["difference"] == 0 and same["ci95"] == [0, 0]
     other = make(pixels(), transform=task.transform, network="mlp", protocol="quick-v1")
-    lost = exports.accuracy_lost(made, other, task, runs=2)
+    lost = evaluation.accuracy_lost(made, other, task, runs=2)
     assert lost["difference"] == pytest.approx(lost["after"] - lost["before"]) and lost["difference"] < 0
 
 
@@ -514,7 +512,7 @@ def test_a_failed_export_leaves_the_old_one(tmp_path, monkeypatch):
     def full(image):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(exports, "_png", full)
+    monkeypatch.setattr(exporting, "_png", full)
     with pytest.raises(CondenseError, match="No space left"):
         export_set(make(), tmp_path / "a", "imagefolder", force=True)
     assert {path: path.read_bytes() for path in (tmp_path / "a").rglob("*.png")} == before

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 
 import condense
 from condense import augment, networks, rng
+from condense.data import cache_dir
+from condense.engine import Run
 from condense.methods import gradient_matching as gm
-from condense.run import Run
-from condense.tasks import cache_dir
 
 NETWORK = "convnet-d2-w8-in"
 
@@ -88,7 +88,7 @@ def test_real_gradients_in_chunks_equal_one_pass(tiny, monkeypatch):
     weights = gm.matched_weights(net)
     images, labels = tiny.per_class(12, (0, "real"))
     whole = torch.autograd.grad(F.cross_entropy(net(images), labels), weights)
-    monkeypatch.setattr("condense.run.GRADIENT_PIXELS", 5 * 64)
+    monkeypatch.setattr("condense.engine.run.GRADIENT_PIXELS", 5 * 64)
     parts = gm.real_gradients(net, images, labels, weights, run)
     for a, b in zip(whole, parts):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)

@@ -10,38 +10,28 @@ import torch
 from conftest import command_line, tiny_arrays
 
 import condense
-from condense import config, evaluation
+from condense import config
 from condense.errors import CondenseError
+from condense.judge import evaluation, label_source, protocol
 from condense.labels import (
-    DistanceLabels,
-    HardLabels,
-    PerViewLabels,
-    SoftLabels,
-    StaticLabels,
-    TeacherLabels,
-    view_distances,
-)
-from condense.light_labels import (
     MOST_KEPT,
     MOST_RANK,
     CodedLabels,
+    DistanceLabels,
+    HardLabels,
     Int8TeacherLabels,
     LowRankLabels,
+    PerViewLabels,
     PoolLabels,
+    SoftLabels,
+    StaticLabels,
+    TeacherLabels,
     TopKLabels,
     usual,
+    view_distances,
 )
-from condense.methods import label_lightening as room
-from condense.methods.label_lightening import (
-    KINDS,
-    Point,
-    asked_kinds,
-    compare,
-    int8_bytes,
-    label_bytes,
-    lighten,
-    table,
-)
+from condense.lighten import KINDS, Point, asked_kinds, compare, comparison, int8_bytes, label_bytes, lighten, table
+from condense.lighten import settings as settings_module
 
 NETWORK = "convnet-d2-w8-bn"
 TAUGHT = {"network": NETWORK, "teacher_epochs": 2, "teacher_batch": 8}
@@ -146,7 +136,7 @@ def test_live_teachers_are_asked_about_their_own_views(live):
 
 def test_distances_from_stored_logits_are_the_teachers(per_view, real):
     light = lighten(per_view, "distances")
-    teacher, _ = evaluation.recorded_teacher(per_view, None, torch.device("cpu"))
+    teacher, _ = label_source.recorded_teacher(per_view, None, torch.device("cpu"))
     terms, images = per_view.labels.terms(), per_view.training_images()[0]
     asked = view_distances(
         teacher, images, per_view.hard_labels(), 6, terms["views"], terms["seed"], classes=3,
@@ -182,7 +172,7 @@ def test_teachers_of_a_file(live, per_view, real, tmp_path):
 
 
 def test_a_teacher_that_is_handed_over(per_view):
-    net, _ = evaluation.recorded_teacher(per_view, None, torch.device("cpu"))
+    net, _ = label_source.recorded_teacher(per_view, None, torch.device("cpu"))
     light = lighten(per_view, "lowrank", teacher=net.members[0], label_epochs=2, rank=2)
     assert light.manifest["teacher"]["sha256"] and "label_source" not in light.manifest
     line = refusal(lambda: lighten(per_view, "teacher", teacher=net.members[0]))
@@ -190,7 +180,7 @@ def test_a_teacher_that_is_handed_over(per_view):
 
 
 def test_random_images_get_such_labels_when_judged(per_view, real, monkeypatch):
-    quick = dataclasses.replace(evaluation.get_protocol("quick-v1"), steps=3, labels="soft")
+    quick = dataclasses.replace(protocol.get_protocol("quick-v1"), steps=3, labels="soft")
     monkeypatch.setattr(evaluation, "get_protocol", lambda name: quick)
     for kind, settings in (("pool", {"keep": 0.5, "values": "topk"}), ("teacher", {})):
         light = lighten(per_view, kind, **settings)
@@ -245,7 +235,7 @@ def test_the_bytes_of_a_plan_are_those_of_the_labels(classes, images, epochs):
     views = PerViewLabels(logits, 0)
     made = [
         views, LowRankLabels.of(views, usual(classes, MOST_RANK)), TopKLabels.of(views, usual(classes, MOST_KEPT)),
-        PoolLabels.pruned(views, room.PoolOptions().count(epochs), hard=hard),
+        PoolLabels.pruned(views, settings_module.PoolOptions().count(epochs), hard=hard),
         DistanceLabels(logits[:, :, :2], hard, classes, 0), StaticLabels(logits[0].half(), 0), SoftLabels(logits[0]),
         HardLabels(hard, classes),
     ]  # fmt: skip
@@ -293,7 +283,7 @@ def asked(monkeypatch):
         seen.epochs += 1
         return original(*arguments, **options)
 
-    monkeypatch.setattr("condense.labels.answers", counted)
+    monkeypatch.setattr("condense.labels.teacher_logits.answers", counted)
 
     def during(call, stop=None):
         seen.epochs, seen.stop = 0, stop
@@ -374,8 +364,8 @@ def test_bytes_alone_and_what_is_missing(per_view):
 
 def quick(monkeypatch):
     """Three steps in place of a protocol's."""
-    known = dataclasses.replace(evaluation.get_protocol("quick-v1"), steps=3, labels="soft")
-    for module in (evaluation, room):
+    known = dataclasses.replace(protocol.get_protocol("quick-v1"), steps=3, labels="soft")
+    for module in (evaluation, comparison):
         monkeypatch.setattr(module, "get_protocol", lambda name: known)
 
 
@@ -396,9 +386,9 @@ def test_the_picture(tmp_path):
     points = [Point("own", "per-view", 1000, 0, mean=0.5, ci95=(0.4, 0.6)), Point("topk", "topk", 100, 50, mean=0.45),
               Point("soft", missing="no teacher")]  # fmt: skip
     for name in ("a.png", "a.svg"):
-        assert room.chart(points, tmp_path / name, "set").stat().st_size > 1000
-    assert "there are none; give --data" in refusal(lambda: room.chart(points[2:], tmp_path / "b.png", "set"))
-    assert "must end in .png" in refusal(lambda: room.chart(points, tmp_path / "b.doc", "set"))
+        assert comparison.chart(points, tmp_path / name, "set").stat().st_size > 1000
+    assert "there are none; give --data" in refusal(lambda: comparison.chart(points[2:], tmp_path / "b.png", "set"))
+    assert "must end in .png" in refusal(lambda: comparison.chart(points, tmp_path / "b.doc", "set"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "a.svg"]
 
 

@@ -13,18 +13,16 @@ from conftest import tiny_archive
 from torch import nn
 
 import condense
-from condense import labels as core
-from condense import light_labels, networks, rng
+from condense import networks, rng
 from condense.augment import CropViews, ViewRule
+from condense.engine import Run
 from condense.errors import CondenseError
-from condense.labels import PerViewLabels, view_answers
-from condense.light_labels import PoolLabels, TopK, pool_answers
-from condense.methods import curriculum_synthesis as room
-from condense.methods import label_pruning
-from condense.methods.label_lightening import lighten
-from condense.run import Run
-from condense.synthetic import SyntheticOptions, SyntheticSet
-from condense.teachers import provide
+from condense.labels import PerViewLabels, PoolLabels, TopK, codes, pool_answers, teacher_logits, view_answers
+from condense.lighten import lighten
+from condense.methods.curriculum_synthesis import bn_matching, recovery
+from condense.methods.label_lightening import lpld
+from condense.pretraining.committee import provide
+from condense.sets import SyntheticOptions, SyntheticSet
 
 NETWORK, CLASSES = "convnet-d2-w8-bn", 3
 SMALL = {"network": NETWORK, "teacher_epochs": 2, "teacher_batch": 8, "steps": 3, "label_epochs": 20}
@@ -90,7 +88,7 @@ def double(run):
 def test_the_moments_of_classes_are_those_of_their_real_images(tiny_colour, name, chunk, monkeypatch):
     monkeypatch.setattr(Run, "forward_chunk", lambda run, gradients=False: chunk)
     run, net = double(a_run(tiny_colour)), warm(name, (3, 8, 8))
-    found, expected = label_pruning.class_moments(run, net), plain_moments(net, run.task)
+    found, expected = lpld.class_moments(run, net), plain_moments(net, run.task)
     assert len(found) == len(expected) == sum(isinstance(layer, nn.BatchNorm2d) for layer in net.modules())
     for (means, variances), classes in zip(found, expected):
         torch.testing.assert_close(means, torch.stack([mean for mean, _ in classes]), rtol=1e-10, atol=1e-10)
@@ -100,8 +98,8 @@ def test_the_moments_of_classes_are_those_of_their_real_images(tiny_colour, name
 
 def test_single_precision_is_near(tiny_colour):
     net = warm(NETWORK, (3, 8, 8))
-    found = label_pruning.class_moments(a_run(tiny_colour), warm(NETWORK, (3, 8, 8)).float())
-    exact = label_pruning.class_moments(double(a_run(tiny_colour)), net)
+    found = lpld.class_moments(a_run(tiny_colour), warm(NETWORK, (3, 8, 8)).float())
+    exact = lpld.class_moments(double(a_run(tiny_colour)), net)
     for one, other in zip(found, exact):
         torch.testing.assert_close(one[0].double(), other[0], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(one[1].double(), other[1], rtol=1e-4, atol=1e-5)
@@ -110,11 +108,11 @@ def test_single_precision_is_near(tiny_colour):
 def test_ranks_share_the_classes_out(tiny):
     """Rank 1 hands its sums over, rank 0 adds them to its own."""
     net, given, found = warm(NETWORK, (1, 8, 8)), [], []
-    whole = label_pruning.class_moments(double(a_run(tiny)), net)
+    whole = lpld.class_moments(double(a_run(tiny)), net)
     for rank, add in ((1, lambda one: given.append(one.clone())), (0, lambda one: one.add_(given.pop(0)))):
         run = double(a_run(tiny))
         run.ranks = types.SimpleNamespace(rank=rank, world=2, leads=rank == 0, sum=add)
-        found = label_pruning.class_moments(run, net)
+        found = lpld.class_moments(run, net)
     assert not given
     for one, other in zip(found, whole):
         assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
@@ -124,12 +122,12 @@ def test_ranks_share_the_classes_out(tiny):
 def test_loss_and_slope_with_moments_of_classes_equal_the_formula(name):
     net, classes = warm(name, (3, 16, 16)), torch.tensor([2, 2, 2, 0, 0, 0])
     views = torch.randn(6, 3, 16, 16, dtype=torch.float64, requires_grad=True)
-    matcher, first, lam = room.Matcher(net, 10.0), 10.0, 0.3
+    matcher, first, lam = bn_matching.Matcher(net, 10.0), 10.0, 0.3
     widths = [len(norm.running_mean) for norm in matcher.norms]
     targets = [tuple(torch.rand(2, CLASSES, width, dtype=torch.float64)) for width in widths]
     groups = [(mean[[2, 0]], variance[[2, 0]]) for mean, variance in targets]
     logits, distances = matcher(views, 2, contextlib.nullcontext, groups)
-    losses = room.recovery_loss(logits, classes, distances, lam)
+    losses = recovery.recovery_loss(logits, classes, distances, lam)
     found = losses, torch.autograd.grad(losses.sum(), views)[0]
 
     plain = []
@@ -146,14 +144,14 @@ def test_loss_and_slope_with_moments_of_classes_equal_the_formula(name):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
     again = matcher(views, 2, contextlib.nullcontext)[1]  # targets do not stay
-    assert torch.equal(again, room.Matcher(net, 10.0)(views, 2, contextlib.nullcontext)[1])
+    assert torch.equal(again, bn_matching.Matcher(net, 10.0)(views, 2, contextlib.nullcontext)[1])
 
 
 # -- recovery ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_batch_has_all_images_of_one_class(tiny):
-    batches = label_pruning.of_one_class(a_run(tiny, 4))
+    batches = lpld.of_one_class(a_run(tiny, 4))
     rows = torch.arange(CLASSES).repeat_interleave(4)
     assert len(batches) == CLASSES
     for c, one in enumerate(batches):
@@ -164,8 +162,8 @@ def test_a_batch_has_all_images_of_one_class(tiny):
 @pytest.mark.parametrize("pixels", [1, 3 * 64 * 2, 1 << 20])
 @pytest.mark.parametrize("at_once", [None, 2])
 def test_targets_follow_the_batches_that_pass(tiny, monkeypatch, pixels, at_once):
-    monkeypatch.setattr("condense.run.GRADIENT_PIXELS", pixels)
-    seen, original = [], room.guided
+    monkeypatch.setattr("condense.engine.run.GRADIENT_PIXELS", pixels)
+    seen, original = [], recovery.guided
 
     def watched(one, views, run):
         whole, groups = one.guide.targets, one.classes.view(len(one.at), -1)
@@ -175,7 +173,7 @@ def test_targets_follow_the_batches_that_pass(tiny, monkeypatch, pixels, at_once
         seen.append(groups[:, 0].tolist())
         return original(one, views, run)
 
-    monkeypatch.setattr(room, "guided", watched)
+    monkeypatch.setattr(recovery, "guided", watched)
     made(tiny, labels="hard", at_once=at_once)
     assert sorted(c for part in seen for c in part) == sorted(list(range(CLASSES)) * 3)
 
@@ -213,7 +211,7 @@ def plain_loop(task, ipc, steps, config):
 
 @pytest.mark.parametrize("at_once", [None, 1])
 def test_lpld_equals_the_plain_loop(tiny, at_once):
-    config = label_pruning.LPLD(teacher_epochs=2, teacher_batch=8, steps=3)
+    config = lpld.LPLD(teacher_epochs=2, teacher_batch=8, steps=3)
     ours = made(tiny, store="float32", labels="hard", ipc=4, at_once=at_once).training_images()[0]
     torch.testing.assert_close(ours, plain_loop(tiny, 4, 3, config), rtol=1e-3, atol=1e-3)
 
@@ -221,10 +219,10 @@ def test_lpld_equals_the_plain_loop(tiny, at_once):
 def test_the_classes_moments_matter(tiny, monkeypatch):
     one = made(tiny, labels="hard", store="float32")
 
-    def shuffled(run, net, original=label_pruning.class_moments):
+    def shuffled(run, net, original=lpld.class_moments):
         return [(mean.roll(1, 0), variance.roll(1, 0)) for mean, variance in original(run, net)]
 
-    monkeypatch.setattr(label_pruning, "class_moments", shuffled)
+    monkeypatch.setattr(lpld, "class_moments", shuffled)
     assert not torch.equal(one.stored, made(tiny, labels="hard", store="float32").stored)
 
 
@@ -347,7 +345,7 @@ def test_labelling_that_was_killed_goes_on_in_the_middle(tmp_path, monkeypatch):
         """Stands for SIGKILL."""
 
     task, asked = condense.task(str(tiny_archive(tmp_path))), []
-    whole, original = made(task, keep=0.2), core.answers
+    whole, original = made(task, keep=0.2), teacher_logits.answers
 
     def counted(*arguments, **options):
         asked.append(1)
@@ -355,7 +353,7 @@ def test_labelling_that_was_killed_goes_on_in_the_middle(tmp_path, monkeypatch):
             raise Killed
         return original(*arguments, **options)
 
-    monkeypatch.setattr(core, "answers", counted)
+    monkeypatch.setattr(teacher_logits, "answers", counted)
     with pytest.raises(Killed):
         made(task, keep=0.2, run_dir=tmp_path / "run", out=tmp_path / "a.h5")
     assert condense.api.resume(tmp_path / "run").sha256() == whole.sha256()
@@ -462,7 +460,7 @@ def test_a_plan_states_what_is_made(tiny, changes):
     ],
 )
 def test_what_cannot_be_is_found_before_the_work(tiny, name, words, line, monkeypatch):
-    monkeypatch.setattr("condense.teachers.train", None)
+    monkeypatch.setattr("condense.pretraining.teachers.train", None)
     key, _, value = words.partition("=")
     with pytest.raises(CondenseError) as fault:
         made(tiny, name, **{key: value})
@@ -473,4 +471,4 @@ def test_a_pool_of_more_than_all_is_refused():
     net = warm(NETWORK, (1, 8, 8), dtype=torch.float32)
     with pytest.raises(CondenseError, match="a pool of 5 epochs: must be 1 to 4, those that are labelled"):
         pool_answers(net, pictures(), HARD, 4, RULE, 5, 5, classes=CLASSES)
-    assert light_labels.usual(1000, 10) == 10 and light_labels.usual(2, 10) == 1
+    assert codes.usual(1000, 10) == 10 and codes.usual(2, 10) == 1

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 import condense
 from condense import networks, rng
-from condense.augment import ZCA, CropViews, Standardise, ViewRule
-from condense.distilled import DistilledSet
+from condense.augment import CropViews, ViewRule
+from condense.data import ZCA, Standardise
 from condense.errors import CondenseError
 from condense.labels import (
     DistanceLabels,
@@ -20,12 +20,11 @@ from condense.labels import (
     SoftLabels,
     StaticLabels,
     TeacherLabels,
-    relabel,
-    relabelled,
     view_answers,
     view_distances,
 )
-from condense.students import FixedSource, Recipe, Student, TaskSource, accuracy, train
+from condense.sets import DistilledSet, relabel, relabelled
+from condense.training import FixedSource, Recipe, Student, TaskSource, accuracy, train
 
 CPU = torch.device("cpu")
 NETWORK = "convnet-d2-w8-in"
@@ -676,7 +675,7 @@ def softened(teacher, images):
 def test_students_see_the_views_of_their_pass_and_no_other_augmentation(tiny, chosen, teacher, together):
     """Two passes of two batches, against the update written out."""
     from condense.augment import dsa
-    from condense.students import batch_ids
+    from condense.training import batch_ids
 
     made = relabel(chosen, teacher, 2)
     images, ids = made.training_images()
@@ -702,8 +701,7 @@ def test_students_see_the_views_of_their_pass_and_no_other_augmentation(tiny, ch
 @pytest.mark.parametrize("kind", ["smoothed", "teacher", *KINDS])
 def test_students_learn_from_every_kind(kind, together, tmp_path, monkeypatch):
     """As by hand: the views and the loss of the labels, and from a checkpoint too."""
-    from condense import students as room
-    from condense.students import batch_ids
+    from condense.training import batch_ids, checkpoint
 
     labels, images = made_of(kind), pictures()
 
@@ -729,7 +727,7 @@ def test_students_learn_from_every_kind(kind, together, tmp_path, monkeypatch):
             optimizer.step()
     for a, b in zip(weights(trained), weights(by_hand)):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
-    monkeypatch.setattr(room, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(checkpoint, "CHECKPOINT_SECONDS", 0.0)
     killed = fresh_ones()
 
     def kill(done):
@@ -792,7 +790,7 @@ def test_a_relabelled_set_teaches(tiny, chosen, teacher):
 def test_the_judge_has_every_arm_for_every_kind(tiny, chosen, monkeypatch, kind):
     import dataclasses
 
-    from condense import evaluation
+    from condense.judge import evaluation, protocol
 
     with rng.seeded("judged"):
         net = networks.build(NAMES[0], (1, 8, 8), 3)
@@ -810,7 +808,7 @@ def test_the_judge_has_every_arm_for_every_kind(tiny, chosen, monkeypatch, kind)
         "batch": lambda: PerViewLabels(asked(statistics="batch", micro=2), 0, rule, statistics="batch", micro=2),
     }[kind]()
     made = relabelled(chosen, labels, net)
-    quick = dataclasses.replace(evaluation.get_protocol("quick-v1"), steps=3, labels="soft")
+    quick = dataclasses.replace(protocol.get_protocol("quick-v1"), steps=3, labels="soft")
     monkeypatch.setattr(evaluation, "get_protocol", lambda name: quick)
     record = condense.evaluate(
         made, tiny, networks=NETWORK, runs=2, controls=["random", "noise"], without_augmentation=True,
@@ -831,10 +829,10 @@ def test_the_judge_has_every_arm_for_every_kind(tiny, chosen, monkeypatch, kind)
 
 
 def test_random_images_are_smoothed_as_those_of_the_set(chosen, tiny):
-    from condense import evaluation
+    from condense.judge import arms
 
     made = DistilledSet(chosen.stored, HardLabels(chosen.hard_labels(), 3, 0.1), chosen.transform, chosen.manifest)
-    for make in (evaluation._random_source, evaluation._noise_source):
+    for make in (arms._random_source, arms._noise_source):
         assert make(0, 2, 0.1, tiny, 0).labels.smoothing == made.labels.smoothing
     assert made.sha256() != chosen.sha256()
 
@@ -842,10 +840,10 @@ def test_random_images_are_smoothed_as_those_of_the_set(chosen, tiny):
 def test_the_judge_and_fit_take_such_sets(tiny, chosen, teacher, monkeypatch):
     import dataclasses
 
-    from condense import evaluation
+    from condense.judge import evaluation, protocol
 
     made = relabel(chosen, teacher, 2)
-    quick = dataclasses.replace(evaluation.get_protocol("quick-v1"), steps=3, labels="soft")
+    quick = dataclasses.replace(protocol.get_protocol("quick-v1"), steps=3, labels="soft")
     monkeypatch.setattr(evaluation, "get_protocol", lambda name: quick)
     record = condense.evaluate(made, tiny, networks=NETWORK, runs=1, controls=["random"])
     assert record["set"]["label_kind"] == "per-view"

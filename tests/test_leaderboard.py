@@ -14,7 +14,7 @@ from leaderboard_records import OWN, png, record, sample, write
 
 from condense.benchmarks import charts, leaderboard
 from condense.errors import CondenseError
-from condense.records import scores, time_to_accuracy
+from condense.judge import scores, time_to_accuracy
 
 
 @pytest.fixture

@@ -9,25 +9,29 @@ import torch
 from torch import nn
 
 import condense
-from condense import light_labels, networks, rng
+from condense import networks, rng
 from condense.augment import ViewRule
-from condense.distilled import DistilledSet
 from condense.errors import CondenseError
-from condense.labels import PROVIDERS, PerViewLabels, TeacherLabels, view_answers
-from condense.light_labels import (
+from condense.labels import (
+    PROVIDERS,
     Bytes,
     Half,
     Int8TeacherLabels,
     LowRank,
     LowRankLabels,
+    PerViewLabels,
     PoolLabels,
+    TeacherLabels,
     TopK,
     TopKLabels,
     dequantised,
     fidelity,
     pooled_epochs,
     quantised,
+    view_answers,
 )
+from condense.labels import codes as codes_module
+from condense.sets import DistilledSet
 
 NETWORK, IMAGES, CLASSES = "convnet-d2-w8-bn", 6, 3
 HARD = torch.tensor([0, 0, 1, 1, 2, 2])
@@ -401,4 +405,4 @@ def test_every_kind_says_what_it_is():
         assert (
             labels.exactness == ("exact" if name in ("pool", "pool, mse and classes") else "lossy") and labels.step_cost
         )
-    assert set(light_labels.CODES) == {"half", "int8", "lowrank", "topk"}
+    assert set(codes_module.CODES) == {"half", "int8", "lowrank", "topk"}

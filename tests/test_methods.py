@@ -7,10 +7,10 @@ import torch
 from conftest import tiny_arrays
 
 import condense
-from condense.api import resume
+from condense.engine import Run
 from condense.errors import CondenseError
+from condense.jobs import resume
 from condense.registry import METHODS
-from condense.run import Run
 
 TRAJECTORY = {
     "steps": 4, "syn_steps": 3, "expert_epochs": 1, "max_start_epoch": 2, "num_experts": 2, "expert_batch": 8,
@@ -97,7 +97,7 @@ def test_resumed_equals_uninterrupted(name, tiny, tmp_path, monkeypatch):
     steps = SETTINGS[name].get("steps")
     if steps is None:
         pytest.skip("makes no steps")
-    monkeypatch.setattr("condense.run.CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr("condense.engine.run.CHECKPOINT_SECONDS", 0.0)
     data = tmp_path / "data.npz"
     save_npz(tiny, data)
     task = condense.task(str(data))
@@ -260,7 +260,7 @@ def plain_dm(task, ipc, settings, seed):
     """The published loop written plainly: per class, one network pass for real and one for synthetic images."""
     from condense import networks, rng
     from condense.augment import dsa
-    from condense.synthetic import SyntheticOptions, SyntheticSet
+    from condense.sets import SyntheticOptions, SyntheticSet
 
     synthetic = SyntheticSet.create(task, ipc, SyntheticOptions(), seed=seed, device=torch.device("cpu"))
     pixels = synthetic.images.detach().clone().requires_grad_()
@@ -290,7 +290,7 @@ def test_dm_equals_the_plain_published_loop(tiny):
 
 def test_dm_does_not_depend_on_class_chunks(tiny, monkeypatch):
     whole = run("dm", tiny, precision="fp32")
-    monkeypatch.setattr("condense.run.CHUNK_PIXELS", 64 * 6)  # one class at a time
+    monkeypatch.setattr("condense.engine.run.CHUNK_PIXELS", 64 * 6)  # one class at a time
     torch.testing.assert_close(run("dm", tiny, precision="fp32").stored, whole.stored, rtol=1e-4, atol=1e-4)
 
 
@@ -302,7 +302,7 @@ def test_dm_through_batch_norm(tiny):
 def test_dm_fyi_on_mirror_symmetric_images_changes_nothing(tiny):
     """Their union with the mirror images has the same class means, so loss and gradient agree without augmentation."""
     from condense.methods.distribution_matching import class_means, distribution_loss
-    from condense.synthetic import FlipUnion, SyntheticSet
+    from condense.sets import FlipUnion, SyntheticSet
 
     half = torch.randn(6, 1, 8, 4)
     symmetric = torch.cat([half, half.flip(-1)], -1)
@@ -337,8 +337,8 @@ def test_fyi_is_refused_where_mirroring_changes_the_class():
 
 def two_loops(task, config, run):
     """Learns a first set, then a second one that starts from it: what squeeze-and-recover methods do."""
-    from condense.optimizer import Group
-    from condense.synthetic import SyntheticOptions, SyntheticSet
+    from condense.engine import Group
+    from condense.sets import SyntheticOptions, SyntheticSet
 
     start = 0.0
     for part in range(2):
@@ -353,7 +353,7 @@ def two_loops(task, config, run):
 
 @pytest.mark.parametrize("stop", range(1, 7))
 def test_a_method_with_two_loops_resumes(tiny, tmp_path, monkeypatch, stop):
-    monkeypatch.setattr("condense.run.CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr("condense.engine.run.CHECKPOINT_SECONDS", 0.0)
     whole = two_loops(tiny, None, Run(tiny, 2, NETWORK, quiet=True))
     saves = []
     original = Run.save_checkpoint

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from condense.optimizer import Group, SyntheticOptimizer
+from condense.engine import Group, SyntheticOptimizer
 
 CLASSES = torch.tensor([0, 0, 1, 1])
 

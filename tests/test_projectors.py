@@ -17,17 +17,21 @@ from conftest import tiny_arrays
 from torch import nn
 
 import condense
-from condense import evaluation, networks, projectors, rng, students, teachers, trajectories
-from condense.augment import Standardise, ViewRule
-from condense.distilled import DistilledSet
+from condense import networks, rng
+from condense.augment import ViewRule
+from condense.data import Standardise
+from condense.engine import Run
 from condense.errors import CondenseError
-from condense.labels import MeanLogits, TeacherLabels, answers
-from condense.methods import curriculum_synthesis, label_lightening
-from condense.methods import label_projection as room
-from condense.methods.label_lightening import lighten
-from condense.projectors import SHIPPED, Encoder, Merged, Projector, ProjectorLabels
+from condense.judge import evaluation, protocol
+from condense.labels import Merged, Projector, ProjectorLabels, TeacherLabels, adapters, answers
+from condense.lighten import kinds, lighten, projection
+from condense.methods.curriculum_synthesis import patches, relabelling
+from condense.networks import SHIPPED, Encoder, MeanLogits, pretrained
+from condense.networks import saved as saved_module
+from condense.pretraining import committee, experts
 from condense.registry import METHODS
-from condense.run import Run
+from condense.sets import DistilledSet
+from condense.training import checkpoint
 
 CPU = torch.device("cpu")
 NETWORK = "convnet-d2-w8-bn"
@@ -72,7 +76,7 @@ def middle(channels=3):
 
 def projector(found, head_rank=0, rank=2, seed=0, classes=3, channels=3, start=None):
     """A projector that is as its training begins, of a head of random columns."""
-    names = projectors.adapted(found.encoder, torch.rand(2, channels, 16, 16))
+    names = adapters.adapted(found.encoder, torch.rand(2, channels, 16, 16))
     with torch.no_grad():
         width = found.encoder(torch.rand(1, channels, 16, 16)).shape[1]
     start = F.normalize(torch.randn(width, classes), dim=0) if start is None else start
@@ -120,12 +124,12 @@ def clip_word(clips, name):
 @pytest.fixture
 def small_torchvision(monkeypatch):
     """torchvision's models made for images of 32x32 and five classes."""
-    known = teachers.torchvision_weights
+    known = pretrained.torchvision_weights
 
     def small(name, named):
         return dataclasses.replace(known(name, named), size=(32, 32), classes=5)
 
-    monkeypatch.setattr(teachers, "torchvision_weights", small)
+    monkeypatch.setattr(pretrained, "torchvision_weights", small)
 
 
 def torchvision_word(name, folder, seed=0):
@@ -157,7 +161,7 @@ def grouped():
     with rng.seeded("grouped"):
         net = stirred(Grouped())
     encoder = Encoder(net, (3, 16, 16), [0.5] * 3, [0.3, 0.2, 0.1])
-    return projectors.Backbone(encoder, {"name": "grouped", "sha256": "", "bytes": size(net)})
+    return pretrained.Backbone(encoder, {"name": "grouped", "sha256": "", "bytes": size(net)})
 
 
 @pytest.fixture
@@ -173,8 +177,8 @@ def own(tmp_path, tiny):
 @pytest.mark.parametrize("head_rank", [0, 2])
 @pytest.mark.parametrize("word", [*SHIPPED, "own"])
 def test_a_projector_starts_as_the_frozen_networks_cosines(word, head_rank, own):
-    found = projectors.find(str(own) if word == "own" else word, (1, 16, 16), CPU)
-    file = teachers.read(own if word == "own" else projectors._FOLDER / f"{word}.h5")
+    found = pretrained.find(str(own) if word == "own" else word, (1, 16, 16), CPU)
+    file = saved_module.read(own if word == "own" else pretrained._FOLDER / f"{word}.h5")
     with rng.seeded("start"):
         made = projector(found, head_rank, channels=1)
         pixels = torch.rand(4, 1, 16, 16)
@@ -196,7 +200,7 @@ def test_a_head_of_text_starts_as_zero_shot_clip(name, clips):
     import open_clip
 
     model = clips[name].model
-    found = projectors.find(clip_word(clips, name), (3, 32, 32), CPU)
+    found = pretrained.find(clip_word(clips, name), (3, 32, 32), CPU)
     classes, pixels = ["cat", "tabby_dog", "{ur}"], torch.rand(4, 3, 32, 32)
     made = projector(found, 2, start=found.text(classes, PROMPTS))
     mean, std = (torch.tensor(x)[:, None, None] for x in (model.visual.preprocess_cfg[key] for key in ("mean", "std")))
@@ -213,9 +217,9 @@ def test_a_head_of_text_starts_as_zero_shot_clip(name, clips):
 
 
 def test_means_are_centred_and_of_unit_length(own):
-    encoder = projectors.find(str(own), (1, 8, 8), CPU).encoder
+    encoder = pretrained.find(str(own), (1, 8, 8), CPU).encoder
     batches = [torch.rand(5, 1, 8, 8) ** k for k in (1, 2, 3)]
-    found = projectors.means(encoder, [lambda pixels=pixels: pixels for pixels in batches])
+    found = projection.means(encoder, [lambda pixels=pixels: pixels for pixels in batches])
     features = [encoder(pixels) for pixels in batches]
     rows = torch.stack([torch.stack([row / row.norm() for row in part]).mean(0) for part in features])
     rows = rows - rows.mean(0)
@@ -252,7 +256,7 @@ def close(made, images):
 
 @pytest.mark.parametrize("head_rank", [0, 2])
 def test_changes_in_the_weights_of_what_is_shipped(head_rank):
-    found = projectors.find(SHIPPED[0], (3, 16, 16), CPU)
+    found = pretrained.find(SHIPPED[0], (3, 16, 16), CPU)
     made = moved(projector(found, head_rank))
     assert made.names == [f"net.convs.{k}.weight" for k in range(3)]
     close(made, torch.randn(3, 3, 16, 16))
@@ -262,7 +266,7 @@ def test_changes_in_the_weights_of_what_is_shipped(head_rank):
 @pytest.mark.parametrize("name", ["resnet18", "shufflenet_v2_x0_5"])
 def test_changes_in_the_weights_of_a_library(name, small_torchvision, tmp_path):
     """With BatchNorm, and with convolutions of a channel each."""
-    found = projectors.find(torchvision_word(name, tmp_path), (3, 16, 16), CPU)
+    found = pretrained.find(torchvision_word(name, tmp_path), (3, 16, 16), CPU)
     made = moved(projector(found), 0.03)
     layers = {path: layer for path, layer in found.encoder.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)}
     assert sum(isinstance(layer, nn.Linear) for layer in layers.values()) == 1
@@ -275,7 +279,7 @@ def test_timm_names_its_networks_too(tmp_path):
     timm = pytest.importorskip("timm")
     with rng.seeded("timm"):
         net = stirred(timm.create_model("test_vit"))
-    found = projectors.find(f"timm:test_vit@{saved(net, tmp_path / 'vit.pt')}", (1, 8, 8), CPU)
+    found = pretrained.find(f"timm:test_vit@{saved(net, tmp_path / 'vit.pt')}", (1, 8, 8), CPU)
     made = moved(projector(found, channels=1), 0.03)
     assert "net.model.blocks.0.attn.qkv.weight" in made.names and "net.model.patch_embed.proj.weight" in made.names
     assert not any("head" in name for name in made.names)
@@ -294,7 +298,7 @@ def test_changes_in_the_weights_of_groups_and_attention(grouped):
 
 @pytest.mark.parametrize("name, layers", [("condense-rn", RN), ("condense-vit", ["conv1", *VIT])])
 def test_changes_in_the_weights_of_clip(name, layers, clips):
-    found = projectors.find(clip_word(clips, name), (3, 16, 16), CPU)
+    found = pretrained.find(clip_word(clips, name), (3, 16, 16), CPU)
     made = moved(projector(found, 2), 0.03)
     wanted = {f"net.visual.{layer}.weight" for layer in layers}
     if name == "condense-vit":
@@ -360,12 +364,12 @@ def test_clip_from_end_to_end(name, head, clips, plain, colour, weak, tmp_path):
 
 def test_training_moves_clips_weights_and_starts_from_its_text(clips, colour, weak):
     """An unadapted text head would answer with the public network's own logits."""
-    config = room.Projection(backbone=clip_word(clips, "condense-vit"), head_rank=2, **QUICK)
-    made, known = room.fitted(colour, weak, config, ViewRule(), 0, device=CPU)
+    config = projection.Projection(backbone=clip_word(clips, "condense-vit"), head_rank=2, **QUICK)
+    made, known = projection.fitted(colour, weak, config, ViewRule(), 0, device=CPU)
     assert known["head"] == "text" and known["classes"] == ["0", "1", "2"] and known["prompts"] == ["a photo of a {}."]
     assert all(bool(a.any()) for a in [*made.low, made.head_pair[0]])
-    found = projectors.find(config.backbone, colour.shape, CPU)
-    torch.testing.assert_close(made.start, found.text(["0", "1", "2"], [projectors.PROMPT]))
+    found = pretrained.find(config.backbone, colour.shape, CPU)
+    torch.testing.assert_close(made.start, found.text(["0", "1", "2"], [pretrained.PROMPT]))
 
 
 def small(made, task, weak, **settings):
@@ -624,7 +628,7 @@ def test_no_json_of_a_head_of_text_is_more_than_one_line(clips, plain, colour, w
     ],
 )
 def test_unknown_backbones(word, words):
-    line = refusal(lambda: projectors.find(word, (3, 16, 16), CPU))
+    line = refusal(lambda: pretrained.find(word, (3, 16, 16), CPU))
     assert line.startswith(f"backbone={word}: ") and words in line
 
 
@@ -640,14 +644,14 @@ def test_unknown_backbones(word, words):
 )
 def test_unknown_models_of_libraries(word, words, clips):
     pytest.importorskip("timm")
-    line = refusal(lambda: projectors.find(word, (3, 16, 16), CPU))
+    line = refusal(lambda: pretrained.find(word, (3, 16, 16), CPU))
     assert line.startswith(f"backbone={word}: ") and words in line
 
 
 @pytest.mark.parametrize("package, extra", [("open_clip", "clip"), ("timm", "timm")])
 def test_a_missing_package(package, extra, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
-    line = refusal(lambda: projectors.find(f"{package}:RN50@openai", (3, 16, 16), CPU))
+    line = refusal(lambda: pretrained.find(f"{package}:RN50@openai", (3, 16, 16), CPU))
     assert f"backbone={package}:RN50@openai" in line and f"pip install 'condense-toolkit[{extra}]'" in line
 
 
@@ -659,14 +663,14 @@ class Unreachable:
 def test_weights_that_cannot_be_fetched(monkeypatch):
     open_clip = pytest.importorskip("open_clip")
     monkeypatch.setattr(open_clip, "create_model", Unreachable())
-    line = refusal(lambda: projectors.find("open_clip:RN50@openai", (3, 16, 16), CPU))
+    line = refusal(lambda: pretrained.find("open_clip:RN50@openai", (3, 16, 16), CPU))
     for words in ("cannot be fetched (no route to host); get https://", "HF_HOME", "open_clip:RN50@FILE"):
         assert words in line
-    known = teachers.torchvision_weights("resnet18", "")
+    known = pretrained.torchvision_weights("resnet18", "")
     for load, reason in ((Unreachable(), "no route to host"), (lambda: 1 / 0, "division by zero")):
         weights = dataclasses.replace(known, load=load)
-        monkeypatch.setattr(teachers, "torchvision_weights", lambda name, named, weights=weights: weights)
-        line = refusal(lambda: projectors.find("torchvision:resnet18", (3, 16, 16), CPU))
+        monkeypatch.setattr(pretrained, "torchvision_weights", lambda name, named, weights=weights: weights)
+        line = refusal(lambda: pretrained.find("torchvision:resnet18", (3, 16, 16), CPU))
         assert f"({reason}); get https://download.pytorch.org/" in line
         assert f"put it at {known.place} or name the file: backbone=torchvision:resnet18@FILE" in line
 
@@ -674,12 +678,12 @@ def test_weights_that_cannot_be_fetched(monkeypatch):
 def test_files_that_are_no_such_weights(small_torchvision, clips, tmp_path):
     word = torchvision_word("shufflenet_v2_x0_5", tmp_path)
     file = word.partition("@")[2]
-    assert "the file does not fit: " in refusal(lambda: projectors.find(word.replace("x0_5@", "x1_0@"), (3, 8, 8), CPU))
+    assert "the file does not fit: " in refusal(lambda: pretrained.find(word.replace("x0_5@", "x1_0@"), (3, 8, 8), CPU))
     (tmp_path / "text.pt").write_text("no weights")
     for library in ("torchvision:resnet18", "open_clip:condense-rn"):
-        line = refusal(lambda library=library: projectors.find(f"{library}@{tmp_path / 'text.pt'}", (3, 8, 8), CPU))
+        line = refusal(lambda library=library: pretrained.find(f"{library}@{tmp_path / 'text.pt'}", (3, 8, 8), CPU))
         assert str(tmp_path / "text.pt") in line
-    assert file in refusal(lambda: projectors.find(f"open_clip:condense-rn@{file}", (3, 8, 8), CPU))
+    assert file in refusal(lambda: pretrained.find(f"open_clip:condense-rn@{file}", (3, 8, 8), CPU))
 
 
 def test_whitened_images_and_grey_backbones(own, plain, colour, weak, tmp_path):
@@ -694,7 +698,7 @@ def test_whitened_images_and_grey_backbones(own, plain, colour, weak, tmp_path):
     assert line == f"backbone={own}: takes images of 1 channels, not 3"
     out = tmp_path / "white.h5"
     condense.api.teachers(white, networks=[NETWORK], epochs=1, teacher_batch=8, out=out)
-    line = refusal(lambda: projectors.find(str(out), (3, 16, 16), CPU))
+    line = refusal(lambda: pretrained.find(str(out), (3, 16, 16), CPU))
     assert line == f"backbone={out}: {out}: does not say how its images were normalised; make it again, without zca"
 
 
@@ -703,11 +707,11 @@ def test_whitened_images_and_grey_backbones(own, plain, colour, weak, tmp_path):
     {"mean": [0.5] * 3, "std": [0.5, 0.5, 0.0]}, {"mean": [math.nan] * 3, "std": [0.5] * 3},
 ])  # fmt: skip
 def test_a_backbone_file_of_a_stranger(normalised, backbone, monkeypatch):
-    file = teachers.read(backbone)
+    file = saved_module.read(backbone)
     file.manifest["normalisation"] = normalised
-    monkeypatch.setattr(teachers, "read", lambda path: file)
+    monkeypatch.setattr(committee, "read", lambda path: file)
     assert "does not say how its images were normalised" in refusal(
-        lambda: projectors.find(str(backbone), (3, 16, 16), CPU)
+        lambda: pretrained.find(str(backbone), (3, 16, 16), CPU)
     )
 
 
@@ -798,12 +802,12 @@ RULE = ViewRule(mix="cutmix", min_scale=0.5)
 
 
 def trained(task, weak, backbone, steps, **options):
-    config = room.Projection(backbone=str(backbone), projector_steps=steps, projector_batch=9, projector_lr=0.02)
-    return room.fitted(task, weak, config, RULE, 7, device=CPU, **options)[0]
+    config = projection.Projection(backbone=str(backbone), projector_steps=steps, projector_batch=9, projector_lr=0.02)
+    return projection.fitted(task, weak, config, RULE, 7, device=CPU, **options)[0]
 
 
 def test_training_lowers_the_loss_of_other_views(colour, weak, backbone, monkeypatch):
-    lessons = room.Lessons(colour, weak, RULE, 99, 0.1)
+    lessons = projection.Lessons(colour, weak, RULE, 99, 0.1)
     seen = [lessons.batch(torch.arange(36), epoch) for epoch in range(4)]
 
     def loss(made):
@@ -812,7 +816,7 @@ def test_training_lowers_the_loss_of_other_views(colour, weak, backbone, monkeyp
 
     made = trained(colour, weak, backbone, 60)
     with monkeypatch.context() as patch:
-        patch.setattr(room, "train", lambda *words, **options: 0.0)
+        patch.setattr(projection, "train", lambda *words, **options: 0.0)
         untouched = trained(colour, weak, backbone, 60)
     assert not any(bool(a.any()) for a in untouched.low)
     assert loss(made) < 0.5 * loss(untouched)
@@ -822,7 +826,7 @@ def test_training_lowers_the_loss_of_other_views(colour, weak, backbone, monkeyp
 
 def test_lessons_are_of_the_views_that_the_weak_teachers_saw(colour, weak):
     ids = torch.tensor([0, 30, 15])
-    views, targets = room.Lessons(colour, weak, RULE, 0, 0.25).batch(ids, 3)
+    views, targets = projection.Lessons(colour, weak, RULE, 0, 0.25).batch(ids, 3)
     drawn = RULE.draw(rng.key(0, "lesson", 3, 0), 0, 3, (16, 16))
     assert torch.equal(views, RULE.apply(colour.batch(ids), torch.arange(3), drawn))
     truth, own = torch.zeros(3, 3), [0, 2, 1]
@@ -832,8 +836,8 @@ def test_lessons_are_of_the_views_that_the_weak_teachers_saw(colour, weak):
     assert float(truth.max(1).values.min()) < 1
     torch.testing.assert_close(targets[:, 1], truth)
     torch.testing.assert_close(targets[:, 0], weak(views), rtol=1e-5, atol=1e-5)
-    assert not torch.equal(views, room.Lessons(colour, weak, RULE, 0, 0.25).batch(ids, 4)[0])
-    whole = room.Lessons(colour, weak, ViewRule(mix="none"), 0, 0.25)
+    assert not torch.equal(views, projection.Lessons(colour, weak, RULE, 0, 0.25).batch(ids, 4)[0])
+    whole = projection.Lessons(colour, weak, ViewRule(mix="none"), 0, 0.25)
     assert whole.batch(ids, 3)[1][:, 1].tolist() == torch.eye(3)[[0, 2, 1]].tolist()
     given = torch.randn(3, 3)
     rows = given.double()
@@ -843,7 +847,7 @@ def test_lessons_are_of_the_views_that_the_weak_teachers_saw(colour, weak):
 
 
 def test_a_training_that_was_killed_ends_with_the_same_bits(colour, weak, backbone, tmp_path, monkeypatch):
-    monkeypatch.setattr(students, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(checkpoint, "CHECKPOINT_SECONDS", 0.0)
     whole, place, reached = trained(colour, weak, backbone, 8), tmp_path / "projector.train", []
 
     def report(done):
@@ -861,13 +865,13 @@ def test_a_training_that_was_killed_ends_with_the_same_bits(colour, weak, backbo
 
 
 def test_a_training_with_other_settings_begins_anew(colour, weak, backbone, tmp_path, monkeypatch):
-    monkeypatch.setattr(students, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(checkpoint, "CHECKPOINT_SECONDS", 0.0)
     place = tmp_path / "projector.train"
 
     def fit(report=None, **settings):
         words = {"projector_steps": 4, "projector_batch": 9, **settings}
-        config = room.Projection(backbone=str(backbone), **words)
-        return room.fitted(colour, weak, config, RULE, 7, device=CPU, checkpoint=place, report=report)[0].arrays()
+        config = projection.Projection(backbone=str(backbone), **words)
+        return projection.fitted(colour, weak, config, RULE, 7, device=CPU, checkpoint=place, report=report)[0].arrays()
 
     def stop(done):
         if done == 3:
@@ -882,7 +886,7 @@ def test_a_training_with_other_settings_begins_anew(colour, weak, backbone, tmp_
 
 
 def test_statistics_of_the_batch_are_those_of_lessons(colour, weak):
-    views, targets = room.Lessons(colour, weak, RULE, 7, 0.1, "batch", 5).batch(torch.arange(10), 0)
+    views, targets = projection.Lessons(colour, weak, RULE, 7, 0.1, "batch", 5).batch(torch.arange(10), 0)
     assert torch.equal(targets[:, 0], answers(weak, views, statistics="batch", micro=5))
     assert not torch.allclose(targets[:, 0], answers(weak, views), atol=1e-3)
 
@@ -900,9 +904,9 @@ def test_loss_and_teachers_of_a_set_that_is_a_projectors(colour, backbone, plain
 
 
 def test_hello_finds_what_cannot_be_had_before_it_trains(colour, monkeypatch):
-    from condense.methods import label_projection
+    from condense.methods.label_lightening import hello as hello_module
 
-    monkeypatch.setattr(label_projection, "squeezed", lambda *_: pytest.fail("teachers were trained"))
+    monkeypatch.setattr(hello_module, "squeezed", lambda *_: pytest.fail("teachers were trained"))
     for settings in ({"backbone": "nonsense"}, {"head": "text"}):
         refusal(lambda settings=settings: condense.distill("hello", colour, 1, **TAUGHT, **settings))
 
@@ -911,19 +915,19 @@ def test_experts_of_some_epochs_teach_together(plain, colour, backbone, tmp_path
     file = condense.api.experts(
         colour, network="convnet-d2-w8-in", count=2, epochs=3, out=tmp_path / "experts.h5"
     ).file.path
-    asked, fitted = [], label_lightening.fitted
+    asked, fitted = [], projection.fitted
 
     def watched(task, weak, *words, **options):
         asked.append(weak)
         return fitted(task, weak, *words, **options)
 
-    monkeypatch.setattr(label_lightening, "fitted", watched)
+    monkeypatch.setattr(kinds, "fitted", watched)
     light = lighten(plain, "projector", colour, teachers=file, weak_epochs="1,3", backbone=str(backbone), **QUICK)
     assert light.manifest["label_source"]["weak_epochs"] == [1, 3]
     late = {"teachers": file, "weak_epochs": "1,99", "backbone": str(backbone)}
     assert "have 3 epochs" in refusal(lambda: lighten(plain, "projector", colour, **late, **QUICK))
     images = colour.batch(torch.arange(6))
-    logits = {epoch: trajectories.teacher(file, CPU, epoch=epoch)(images) for epoch in (1, 2, 3)}
+    logits = {epoch: experts.teacher(file, CPU, epoch=epoch)(images) for epoch in (1, 2, 3)}
     assert isinstance(asked[0], MeanLogits)
     torch.testing.assert_close(asked[0](images), (logits[1] + logits[3]) / 2, rtol=1e-5, atol=1e-6)
     assert float((asked[0](images) - logits[2]).abs().max()) > 1e-3
@@ -932,8 +936,8 @@ def test_experts_of_some_epochs_teach_together(plain, colour, backbone, tmp_path
 @pytest.mark.parametrize("name", [None, "condense-rn"])
 def test_the_bytes_that_a_plan_states(name, plain, colour, weak, request):
     word = SHIPPED[0] if name is None else clip_word(request.getfixturevalue("clips"), name)
-    config = room.Projection(backbone=word)
-    planned, external = room.projector_bytes(colour.shape, colour.classes, config)
+    config = projection.Projection(backbone=word)
+    planned, external = projection.projector_bytes(colour.shape, colour.classes, config)
     labels = lighten(plain, "projector", colour, teacher=weak, backbone=word, projector_steps=1).labels
     assert external == labels.external_nbytes()
     assert abs(planned - labels.nbytes()) < 150  # the digits of means and stds
@@ -946,10 +950,10 @@ PATCHES = {**TAUGHT, "pool": 6, "crops": 2}
 
 def test_cutting_up_undoes_collages():
     tiles = torch.randn(2 * 9, 3, 4, 5)
-    made = curriculum_synthesis.collages(tiles, 3)
-    assert made.shape == (2, 3, 12, 15) and torch.equal(curriculum_synthesis.cut_up(made, 3), tiles)
+    made = patches.collages(tiles, 3)
+    assert made.shape == (2, 3, 12, 15) and torch.equal(patches.cut_up(made, 3), tiles)
     assert torch.equal(made[1, :, 4:8, 10:], tiles[9 + 5])  # the second row's third
-    assert torch.equal(curriculum_synthesis.cut_up(tiles, 1), tiles)
+    assert torch.equal(patches.cut_up(tiles, 1), tiles)
 
 
 def test_refined_patches_are_nearer_to_the_large_ones(colour):
@@ -961,12 +965,12 @@ def test_refined_patches_are_nearer_to_the_large_ones(colour):
     config = METHODS.get("hello").config(
         **{key: settings[key] for key in settings if key not in ("network", "precision")}
     )
-    scorer = room.squeezed(config, run).members[0].network
-    encoder = projectors.find(SHIPPED[0], colour.shape, CPU).encoder
+    scorer = relabelling.squeezed(config, run).members[0].network
+    encoder = pretrained.find(SHIPPED[0], colour.shape, CPU).encoder
     large, tiles = [], []
     for c in range(3):
-        crops, images, views = curriculum_synthesis.surest(run, scorer, config, c)
-        torch.testing.assert_close(curriculum_synthesis.cropped(images, views, 8), crops)
+        crops, images, views = patches.surest(run, scorer, config, c)
+        torch.testing.assert_close(patches.cropped(images, views, 8), crops)
         tiles.append(crops)
         for image, (top, left, height, width) in zip(images, views.box.tolist()):
             part = image[None, :, top : top + height, left : left + width]
@@ -981,7 +985,7 @@ def test_refined_patches_are_nearer_to_the_large_ones(colour):
         seen = F.interpolate(cut, (16, 16), mode="bilinear", align_corners=False)
         return float((encoder(seen) - wanted).square().mean())
 
-    placed = colour.transform.inverse(curriculum_synthesis.collages(torch.cat(tiles), 2)).clamp(0, 1)
+    placed = colour.transform.inverse(patches.collages(torch.cat(tiles), 2)).clamp(0, 1)
     torch.testing.assert_close(start.stored, placed, rtol=0, atol=1e-5)
     assert gap(refined) < 0.7 * gap(start), (gap(refined), gap(start))
     assert float(refined.stored.min()) >= 0 and float(refined.stored.max()) <= 1
@@ -1004,7 +1008,7 @@ def test_hello_is_judged_beside_random_images_with_the_same_labels(colour, backb
     condense.distill("hello", colour, 1, out=file, **settings)
     made = condense.load(file)
     assert made.labels.kind == "projector" and made.manifest["label_source"]["teachers"]["networks"] == [NETWORK]
-    quick = dataclasses.replace(evaluation.get_protocol("quick-v1"), steps=3, labels="soft")
+    quick = dataclasses.replace(protocol.get_protocol("quick-v1"), steps=3, labels="soft")
     monkeypatch.setattr(evaluation, "get_protocol", lambda name: quick)
     asked, anew = [], ProjectorLabels.anew
 

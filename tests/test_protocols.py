@@ -2,7 +2,7 @@
 
 import pytest
 
-from condense.protocols import Protocol, get_protocol, protocols
+from condense.judge import Protocol, get_protocol, protocols
 
 
 def protocol(**changes):

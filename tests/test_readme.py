@@ -11,7 +11,8 @@ import typer
 from conftest import tiny_arrays
 
 import condense
-from condense import cli, protocols
+from condense import cli
+from condense.judge import protocol
 
 ROOT = Path(__file__).parent.parent
 README, WALK = (
@@ -36,8 +37,8 @@ def test_commands_parse(command):
 
 @pytest.fixture
 def short_protocols(monkeypatch):
-    short = {name: dataclasses.replace(p, steps=5) for name, p in protocols.protocols().items()}
-    monkeypatch.setattr(protocols, "protocols", lambda: short)
+    short = {name: dataclasses.replace(p, steps=5) for name, p in protocol.protocols().items()}
+    monkeypatch.setattr(protocol, "protocols", lambda: short)
 
 
 def test_python_runs(tmp_path, monkeypatch, short_protocols):
@@ -62,8 +63,8 @@ def test_python_runs(tmp_path, monkeypatch, short_protocols):
 def test_the_walk_through_teaches_a_network(tmp_path, monkeypatch, short_protocols):
     """Its Python as it stands, with the ready-made set (hard labels) and with one of per-view labels."""
     from condense import networks, rng
-    from condense.labels import relabel
-    from condense.students import Recipe, Student, TaskSource, train
+    from condense.sets import relabel
+    from condense.training import Recipe, Student, TaskSource, train
 
     monkeypatch.chdir(tmp_path)
     task = condense.task("digits")

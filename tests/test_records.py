@@ -8,25 +8,25 @@ from pathlib import Path
 
 import pytest
 
-from condense import records
 from condense.errors import CondenseError
+from condense.judge import records, scoring
 
 
 def entry(arm, accuracies, network="n", labels="own", augment=True, **more):
     found = {
         "arm": arm, "labels": labels, "augment": augment, "network": network, "steps": 300, "lr": 0.01,
-        "lr_from": "protocol", "accuracies": accuracies, **records.summary(accuracies), "seconds": 1.5,
+        "lr_from": "protocol", "accuracies": accuracies, **scoring.summary(accuracies), "seconds": 1.5,
     }  # fmt: skip
     return {**found, **more}
 
 
 def test_summary_by_hand():
-    got = records.summary([0.5, 0.6, 0.7])
+    got = scoring.summary([0.5, 0.6, 0.7])
     assert got["mean"] == pytest.approx(0.6)
     assert got["std"] == pytest.approx(0.1)
     half = 4.302653 * 0.1 / math.sqrt(3)  # t for 2 degrees of freedom, 97.5 %
     assert got["ci95"] == pytest.approx([0.6 - half, 0.6 + half])
-    assert records.summary([0.5]) == {"mean": 0.5, "std": None, "ci95": None}
+    assert scoring.summary([0.5]) == {"mean": 0.5, "std": None, "ci95": None}
 
 
 def test_scores_equal_worked_values():
@@ -35,12 +35,12 @@ def test_scores_equal_worked_values():
         results = [
             entry("distilled", [0.5]), entry("random", [0.5 - ior]), entry("full", [0.5 + hlr], labels="hard"),
         ]  # fmt: skip
-        got = records.scores(results)["n"]
+        got = scoring.scores(results)["n"]
         assert got["HLR"]["value"] == pytest.approx(hlr) and got["IOR"]["value"] == pytest.approx(ior)
         assert got["LRS"]["value"] == pytest.approx(lrs, abs=5e-5)
         assert got["LRS"]["ci95"] is None
-    assert records.normalised(-1) == 0 and records.normalised(1) == 1
-    assert records.normalised(0) == pytest.approx(0.2689, abs=5e-5)
+    assert scoring.normalised(-1) == 0 and scoring.normalised(1) == 1
+    assert scoring.normalised(0) == pytest.approx(0.2689, abs=5e-5)
 
 
 def test_ars_by_hand():
@@ -50,13 +50,13 @@ def test_ars_by_hand():
     ]  # fmt: skip
     beta = 0.5 * 0.2 + 0.5 * 0.04
     expected = (math.exp(beta) - math.exp(-1)) / (math.exp(1) - math.exp(-1))
-    assert records.scores(results)["n"]["ARS"]["value"] == pytest.approx(expected)
+    assert scoring.scores(results)["n"]["ARS"]["value"] == pytest.approx(expected)
 
 
 def test_differences_are_paired_by_run():
     """Runs that move together leave a small interval, however far apart they are."""
     results = [entry("distilled", [0.5, 0.6, 0.7]), entry("random", [0.4, 0.5, 0.62])]
-    got = records.scores(results)["n"]["IOR"]
+    got = scoring.scores(results)["n"]["IOR"]
     differences = [0.1, 0.1, 0.08]
     half = 4.302653 * statistics.stdev(differences) / math.sqrt(3)
     mean = statistics.fmean(differences)
@@ -66,18 +66,18 @@ def test_differences_are_paired_by_run():
 
 def test_resampling_is_the_exact_distribution_of_resampled_means():
     """With two runs a resample is (a,a), (a,b), (b,a) or (b,b), so the interval is that of the extremes."""
-    got = records.resampled(lambda x: x, [0.2, 0.6])
+    got = scoring.resampled(lambda x: x, [0.2, 0.6])
     assert got["value"] == pytest.approx(0.4)
     assert got["ci95"] == pytest.approx([0.2, 0.6])
-    assert records.resampled(lambda x, y: x - y, [0.2, 0.6], [0.1, 0.5])["ci95"] == pytest.approx([0.1, 0.1])
+    assert scoring.resampled(lambda x, y: x - y, [0.2, 0.6], [0.1, 0.5])["ci95"] == pytest.approx([0.1, 0.1])
 
 
 def test_the_hard_labels_of_a_soft_set_are_what_hlr_compares():
     results = [
         entry("distilled", [0.6]), entry("distilled", [0.4], labels="hard"), entry("full", [0.9], labels="hard"),
     ]  # fmt: skip
-    assert records.scores(results, "soft")["n"]["HLR"]["value"] == pytest.approx(0.5)
-    assert "HLR" not in records.scores([results[0], results[2]], "soft")["n"]
+    assert scoring.scores(results, "soft")["n"]["HLR"]["value"] == pytest.approx(0.5)
+    assert "HLR" not in scoring.scores([results[0], results[2]], "soft")["n"]
 
 
 def test_cross_architecture_drop_by_hand():
@@ -85,18 +85,18 @@ def test_cross_architecture_drop_by_hand():
         entry("distilled", [0.5, 0.6], "own"), entry("random", [0.1, 0.1], "own"),
         entry("distilled", [0.4, 0.3], "a"), entry("distilled", [0.2, 0.3], "b"),
     ]  # fmt: skip
-    got = records.cross_architecture(results, "own")
+    got = scoring.cross_architecture(results, "own")
     assert got["others"] == ["a", "b"] and got["drop"]["value"] == pytest.approx((0.2 + 0.3) / 2)
-    assert records.cross_architecture(results[:2], "own") is None
-    assert records.cross_architecture(results[2:], "own") is None
+    assert scoring.cross_architecture(results[:2], "own") is None
+    assert scoring.cross_architecture(results[2:], "own") is None
 
 
 def test_time_to_accuracy_shares_out_what_was_made():
     results = [entry("distilled", [0.5, 0.6], seconds=4.0), entry("random", [0.4, 0.4], seconds=3.0)]
-    made, real = records.time_to_accuracy(results, {"seconds": 90.0, "preparation_seconds": 10.0})
+    made, real = scoring.time_to_accuracy(results, {"seconds": 90.0, "preparation_seconds": 10.0})
     assert made["made_seconds"] == 100 and made["total_seconds"] == {"1": 102.0, "10": 12.0, "100": 3.0}
     assert real["made_seconds"] == 0 and real["total_seconds"]["1"] == 1.5
-    unknown, _ = records.time_to_accuracy(results, {})
+    unknown, _ = scoring.time_to_accuracy(results, {})
     assert unknown["made_seconds"] is None and unknown["total_seconds"]["1"] is None
 
 
@@ -121,8 +121,8 @@ def record():
         },
         "data": {"name": "digits", "fingerprint": "f", "same": True},
         "protocol": {"name": "quick-v1", "version": 1, "labels": "hard"},
-        "runs": 2, "seed": 0, "results": results, "missing": [], "scores": records.scores(results),
-        "cross_architecture": None, "time": records.time_to_accuracy(results, {}), "cost": {},
+        "runs": 2, "seed": 0, "results": results, "missing": [], "scores": scoring.scores(results),
+        "cross_architecture": None, "time": scoring.time_to_accuracy(results, {}), "cost": {},
         "environment": {
             "condense": "0", "torch": "0", "python": "3", "platform": "x", "device": "y", "threads": 1,
             "precision": "fp32", "tf32": False, "peak_memory": {"host": 1},

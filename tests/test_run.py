@@ -20,10 +20,12 @@ from conftest import command_line, tiny_arrays
 from PIL import Image
 
 import condense
-from condense import api, run, tracking
-from condense.distilled import checksums
+from condense import tracking
+from condense.device import peak_memory
+from condense.engine import CHECKPOINT, PREVIOUS, Run, run
 from condense.errors import CondenseError
-from condense.run import CHECKPOINT, PREVIOUS, Run, peak_memory
+from condense.jobs import execute
+from condense.sets import checksums
 
 ROOT = Path(__file__).parent.parent
 NETWORK = "convnet-d2-w8-in"
@@ -143,7 +145,7 @@ def test_ctrl_c(tmp_path, uninterrupted):
     assert found, err
     assert saved_step(tmp_path / "run") == int(found[1])
     assert not (tmp_path / "a.h5").exists()
-    api.resume(tmp_path / "run")
+    execute.resume(tmp_path / "run")
     check_same(tmp_path, uninterrupted(60))
 
 
@@ -248,7 +250,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_previous_one(fault, data, tmp_pa
     killed_run(data, folder, at=4, checkpoints={2, 3, 4}, monkeypatch=monkeypatch)
     assert saved_step(folder) == 4
     damage(folder / CHECKPOINT, fault)
-    assert checksums(api.resume(folder).arrays()) == whole
+    assert checksums(execute.resume(folder).arrays()) == whole
     assert (f"{folder / CHECKPOINT} is damaged" in caplog.text) == (fault != "missing")
 
 
@@ -270,9 +272,9 @@ def test_without_any_whole_checkpoint_the_run_starts_over(data, tmp_path, whole,
     killed_run(data, folder, at=4, checkpoints={2, 3}, monkeypatch=monkeypatch)
     for name in (CHECKPOINT, PREVIOUS):
         damage(folder / name, "truncated")
-    assert checksums(api.resume(folder).arrays()) == whole
+    assert checksums(execute.resume(folder).arrays()) == whole
     killed_run(data, tmp_path / "early", at=2, checkpoints=(), monkeypatch=monkeypatch)
-    assert checksums(api.resume(tmp_path / "early").arrays()) == whole
+    assert checksums(execute.resume(tmp_path / "early").arrays()) == whole
 
 
 def test_the_log_has_each_step_once(data, tmp_path, monkeypatch):
@@ -282,7 +284,7 @@ def test_the_log_has_each_step_once(data, tmp_path, monkeypatch):
     with (folder / "log.jsonl").open("a") as log:
         log.write('{"step": 6, "se')  # cut short by the kill
     monkeypatch.setattr(run, "LOG_SECONDS", 0.0)
-    api.resume(folder)
+    execute.resume(folder)
     assert steps_logged(folder) == [1, 2, 3, 4, 5, 6]
     assert sorted(path.name for path in folder.glob("*log*")) == ["log.jsonl"]
 
@@ -294,7 +296,7 @@ def test_tensorboard_has_each_step_once(data, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     killed_run(data, folder, at=5, checkpoints={3}, monkeypatch=monkeypatch)
     monkeypatch.setattr(run, "LOG_SECONDS", 0.0)
-    api.resume(folder)
+    execute.resume(folder)
     events = EventAccumulator(str(folder / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
     assert [event.step for event in events.Images("preview")] == [6]
@@ -331,7 +333,7 @@ def test_a_finished_run_is_not_computed_again(data, call, tmp_path, monkeypatch)
     assert call(TINY).code == 0
     made = arrays_of(tmp_path / "a.h5")
     with monkeypatch.context() as patch:
-        patch.setattr(api, "_execute", None)
+        patch.setattr(execute, "_execute", None)
         result = call("resume run")
         assert result.code == 0 and result.err == ""
         assert result.out.startswith("run has ended; its set is:\nmade data/dm-ipc1")
@@ -418,12 +420,12 @@ def test_a_network_given_in_python_is_not_mistaken_for_another(data, tmp_path):
     made = condense.distill("dm", str(data), 1, run_dir=tmp_path / "run", **settings)
     assert made.manifest["network"].startswith("python:")
     with pytest.raises(CondenseError, match="its network was given in Python"):
-        api.resume(tmp_path / "run")
+        execute.resume(tmp_path / "run")
 
 
 def test_a_run_without_a_file_resumes_too(data, tmp_path, whole):
     condense.distill("dm", str(data), 1, run_dir=tmp_path / "run", **SETTINGS)
-    assert checksums(api.resume(tmp_path / "run").arrays()) == whole
+    assert checksums(execute.resume(tmp_path / "run").arrays()) == whole
 
 
 def test_all_mistakes_are_found_before_the_data_are_read():

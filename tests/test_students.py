@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from condense import networks, rng
-from condense import students as module
 from condense.augment import dsa
 from condense.labels import HardLabels, SoftLabels
-from condense.students import FixedSource, Recipe, Student, TaskSource, accuracy, batch_ids, train
+from condense.training import FixedSource, Recipe, Student, TaskSource, accuracy, batch_ids, checkpoint, config, train
 
 CPU = torch.device("cpu")
 NET = "convnet-d2-w8-in"
@@ -135,7 +134,7 @@ def equal(one, other):
 
 @pytest.fixture
 def always(monkeypatch):
-    monkeypatch.setattr(module, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(checkpoint, "CHECKPOINT_SECONDS", 0.0)
 
 
 @pytest.mark.parametrize(
@@ -215,7 +214,7 @@ def test_damaged_and_foreign_files_are_ignored(damage, tmp_path, always):
     elif damage == "text":
         file.write_text("hello")
     elif damage == "pickle":
-        torch.save(module.Recipe, file)
+        torch.save(config.Recipe, file)
     else:
         torch.save({"weights": torch.zeros(3)}, file)
     done, after = first_step(file)
@@ -305,13 +304,13 @@ def test_a_watcher_sees_the_weights_on_the_way(together):
 def test_a_watcher_sees_a_step_before_its_checkpoint(together, tmp_path, always, monkeypatch):
     """So that what a resumption passes over was seen by the training that was killed."""
     events = []
-    original = module._Keeper.after
+    original = checkpoint._Keeper.after
 
     def after(keeper, step, state):
         events.append(("kept", step))
         original(keeper, step, state)
 
-    monkeypatch.setattr(module._Keeper, "after", after)
+    monkeypatch.setattr(checkpoint._Keeper, "after", after)
     watch = lambda k, step, state: events.append(("seen", step))  # noqa: E731
     options = {"device": CPU, "together": together, "checkpoint": tmp_path / "t.pt", "watch": watch}
     train(students("mlp", 2)[: 1 + together], recipe(steps=3), **options)

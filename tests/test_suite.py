@@ -4,10 +4,10 @@ import pytest
 from conftest import command_line, tiny_archive
 
 import condense
-from condense import protocols, records
 from condense.benchmarks import ready_made
 from condense.benchmarks import suite as suites
 from condense.errors import CondenseError
+from condense.judge import protocol, records, scoring
 
 TEXT = """
 name: mini
@@ -27,9 +27,9 @@ methods:
 def short_protocols(monkeypatch):
     import dataclasses
 
-    quick = dataclasses.replace(protocols.get_protocol("quick-v1"), steps=10, full_epochs=1)
-    every = {**protocols.protocols(), "quick-v1": quick}
-    monkeypatch.setattr(protocols, "protocols", lambda: every)
+    quick = dataclasses.replace(protocol.get_protocol("quick-v1"), steps=10, full_epochs=1)
+    every = {**protocol.protocols(), "quick-v1": quick}
+    monkeypatch.setattr(protocol, "protocols", lambda: every)
 
 
 @pytest.fixture
@@ -166,7 +166,7 @@ def test_the_best_sets_are_written_with_their_cards(place):
         made = condense.load(path)
         claim = made.manifest["claim"]
         rivals = (place / "out/records").glob(f"*ipc{made.manifest['ipc']}-*.json")
-        entries = [entry for rival in rivals for entry in records.main_entries(records.read_record(rival))]
+        entries = [entry for rival in rivals for entry in scoring.main_entries(records.read_record(rival))]
         best = max(entry["mean"] for entry in entries if entry["network"] == "convnet-d2-w8-in")
         assert claim["mean"] == pytest.approx(best, abs=ready_made.TOLERANCE)
         assert claim["protocol"] == "quick-v1" and path.with_suffix(".png").is_file()

@@ -16,10 +16,11 @@ import pytest
 import torch
 from PIL import Image
 
-from condense import sources
+from condense.data import DataOptions, Split, Task, datasets, decoding, folders, load
+from condense.data import arrays as arrays_module
+from condense.data.task import _Rows
 from condense.errors import CondenseError
 from condense.rng import Draws
-from condense.tasks import DataOptions, Split, Task, _Rows, datasets, load
 
 CLASSES = ("ant", "bee", "cat")
 
@@ -106,8 +107,8 @@ def test_folder_is_decoded_once(tmp_path, monkeypatch):
         raise AssertionError("decoded again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(sources, "_decode", fail)
-        patch.setattr(sources, "_open", fail)
+        patch.setattr(folders, "_decode", fail)
+        patch.setattr(decoding, "_open", fail)
         again = load(root)
         moved = load(root.rename(tmp_path / "animals"))
     for task in (again, moved):
@@ -150,7 +151,7 @@ def test_broken_cache_is_rebuilt_and_a_cut_off_one_leaves_nothing(tmp_path, monk
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(sources, "_progress", interrupted)
+        patch.setattr(folders, "_progress", interrupted)
         with pytest.raises(KeyboardInterrupt):
             load(root, DataOptions(grey=True))
     assert list(place.parent.iterdir()) == [place]
@@ -186,13 +187,13 @@ def test_without_a_cache_images_stay_in_memory(tmp_path, monkeypatch, caplog, fa
     if fault == "unwritable":
         (tmp_path / "other").write_text("a file, where a folder should be")
     elif fault == "full":
-        monkeypatch.setattr(sources.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10}))
+        monkeypatch.setattr(folders.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10}))
     else:
 
         def full(file):
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(sources, "_sync", full)
+        monkeypatch.setattr(folders, "_sync", full)
     task = load(root)
     assert not isinstance(task.train.images, np.memmap)
     assert task.fingerprint == expected.fingerprint and np.array_equal(task.test.images, expected.test.images)
@@ -227,11 +228,11 @@ def test_folder_ignores_what_is_no_image_and_looks_into_subfolders(tmp_path):
 
 def test_parallel_decoding_equals_serial(tmp_path, monkeypatch):
     root = folder(tmp_path / "pets", per_class=300, parts=("train",))
-    monkeypatch.setattr(sources, "_cores", lambda: 1)
+    monkeypatch.setattr(decoding, "_cores", lambda: 1)
     serial = load(root)
     for platform in ("linux", "darwin"):  # forked processes, then threads
-        monkeypatch.setattr(sources, "_cores", lambda: 3)
-        monkeypatch.setattr(sources.sys, "platform", platform)
+        monkeypatch.setattr(decoding, "_cores", lambda: 3)
+        monkeypatch.setattr(decoding.sys, "platform", platform)
         monkeypatch.setenv("CONDENSE_CACHE", str(tmp_path / platform))
         parallel = load(root)
         assert parallel.fingerprint == serial.fingerprint
@@ -240,7 +241,7 @@ def test_parallel_decoding_equals_serial(tmp_path, monkeypatch):
     broken = sorted((root / "train" / "cat").iterdir())[250]
     broken.write_bytes(b"not an image")
     for platform in ("linux", "darwin"):
-        monkeypatch.setattr(sources.sys, "platform", platform)
+        monkeypatch.setattr(decoding.sys, "platform", platform)
         with pytest.raises(CondenseError, match=f"{broken.name}' cannot be read as an image: unknown format"):
             load(root)
 
@@ -386,7 +387,9 @@ def test_array_layouts_are_one_data_set():
     last = {key: value.transpose(0, 2, 3, 1) if "images" in key else value for key, value in base.items()}
     tensors = tuple(torch.from_numpy(value) for value in base.values())
     floats = {key: torch.from_numpy(value).float() / 255 if "images" in key else value for key, value in base.items()}
-    keras = {other: base[key] for key, other in sources._KEYS.items()} | {"y_train": base["train_labels"][:, None]}
+    keras = {other: base[key] for key, other in arrays_module._KEYS.items()} | {
+        "y_train": base["train_labels"][:, None]
+    }
     for same in (last, tensors, floats, keras):
         task = load(same)
         assert task.train.images.dtype == np.uint8 and task.train.images.flags.c_contiguous
@@ -470,7 +473,7 @@ def test_array_files(tmp_path):
         task = load(path)
         assert (task.name, task.classes, task.fingerprint) == ("mine", CLASSES, expected)
         assert task.source == str(path)
-    keras = {other: made[key] for key, other in sources._KEYS.items()}
+    keras = {other: made[key] for key, other in arrays_module._KEYS.items()}
     np.savez(tmp_path / "keras.npz", **keras)  # type: ignore[arg-type]
     assert load(tmp_path / "keras.npz").fingerprint == load(made).fingerprint
 
@@ -714,7 +717,7 @@ def test_per_class_draws_without_replacement():
 def test_per_class_of_a_huge_class_needs_no_huge_table(monkeypatch):
     task = uneven()
     expected = task.sample_ids(16, (0, "real", 3))
-    monkeypatch.setattr("condense.tasks._TABLE", 600)
+    monkeypatch.setattr("condense.data.task._TABLE", 600)
     assert torch.equal(task.sample_ids(16, (0, "real", 3)), expected)
 
 
@@ -730,7 +733,7 @@ def test_rows_are_streamed_where_they_do_not_fit(monkeypatch):
     """The meta device stands in for an accelerator: placement and shapes without memory."""
     images = picture("rows", size=(10, 1, 2, 2))
     for free, kept in ((4 * images.nbytes, "meta"), (4 * images.nbytes - 4, "cpu")):
-        monkeypatch.setattr("condense.tasks._free_memory", lambda device, free=free: free)
+        monkeypatch.setattr("condense.data.task._free_memory", lambda device, free=free: free)
         rows = _Rows(Split(images, np.zeros(10, np.int64)), torch.device("meta"))
         taken = rows.take(torch.tensor([3, 3, 9]))
         assert taken.device.type == "meta" and taken.shape == (3, 1, 2, 2) and taken.dtype == torch.uint8
@@ -743,7 +746,7 @@ def test_a_gpu_serves_what_the_cpu_serves(monkeypatch):
     task = uneven()
     expected = task.per_class(16, (0, "real", 1))
     for free in (2**40, 0):
-        monkeypatch.setattr("condense.tasks._free_memory", lambda device, free=free: free)
+        monkeypatch.setattr("condense.data.task._free_memory", lambda device, free=free: free)
         images, labels = task.to("cuda").per_class(16, (0, "real", 1))
         assert images.is_cuda and labels.is_cuda
         torch.testing.assert_close(images.cpu(), expected[0], rtol=1e-6, atol=1e-6)

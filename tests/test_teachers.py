@@ -22,15 +22,23 @@ from conftest import tiny_arrays
 from torch import nn
 
 import condense
-from condense import api, banks, evaluation, networks, protocols, rng, students, teachers, trajectories
+from condense import networks, registry, rng
 from condense.augment import dsa
-from condense.distilled import DistilledSet
+from condense.data import cache_dir
+from condense.engine import Interrupted, Run
 from condense.errors import CondenseError
+from condense.judge import label_source, protocol
 from condense.labels import HardLabels, SoftLabels
-from condense.run import Interrupted, Run
-from condense.students import FixedSource, Recipe, Student, batch_ids, train
-from condense.tasks import cache_dir
-from condense.teachers import TeacherOptions, find, provide, read, record, require_batch_norm, teacher
+from condense.networks import pretrained as pretrained_module
+from condense.networks import read, saved
+from condense.pretraining import TeacherOptions, budget, require_batch_norm, store, teachers, trajectories
+from condense.pretraining import committee as committee_module
+from condense.pretraining import experts as experts_module
+from condense.pretraining.committee import find, provide, teacher
+from condense.pretraining.teachers import record
+from condense.sets import DistilledSet
+from condense.training import FixedSource, Recipe, Student, batch_ids, checkpoint, loop, train
+from condense.training import config as config_module
 
 NETWORK, PLAIN = "convnet-d2-w8-bn", "convnet-d1-w8-in"
 CPU = torch.device("cpu")
@@ -57,7 +65,7 @@ def untouched(monkeypatch):
         raise AssertionError("trained")
 
     monkeypatch.setattr(teachers, "train", fail)
-    monkeypatch.setattr(banks, "train", fail)
+    monkeypatch.setattr(budget, "train", fail)
 
 
 def refusal(action):
@@ -152,14 +160,14 @@ def test_adamw_stacked_equals_one_after_the_other(network):
             # No BatchNorm: Adam would blow up the rounding that is all of the gradient of a bias before one.
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=name)
     stacked = [torch.zeros(3, 5, 5), torch.zeros(3, 5)]  # of three networks: a matrix each, and a bias
-    decays = [group["weight_decay"] for group in students._optimizer(stacked, ADAMW, stacked=True).param_groups]
-    shapes = [group["params"][0].ndim for group in students._optimizer(stacked, ADAMW, stacked=True).param_groups]
+    decays = [group["weight_decay"] for group in config_module._optimizer(stacked, ADAMW, stacked=True).param_groups]
+    shapes = [group["params"][0].ndim for group in config_module._optimizer(stacked, ADAMW, stacked=True).param_groups]
     assert (decays, shapes) == ([0.3, 0.0], [3, 2])
 
 
 @pytest.mark.parametrize("together", [True, False])
 def test_a_killed_training_by_adamw_goes_on_bit_for_bit(together, tmp_path, monkeypatch):
-    monkeypatch.setattr(students, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(checkpoint, "CHECKPOINT_SECONDS", 0.0)
     whole, again = ([a_student(NETWORK, k) for k in range(2)] for _ in range(2))
     train(whole, ADAMW, device=CPU, together=together)
 
@@ -193,7 +201,7 @@ def test_recipes_of_before_are_known_as_before():
 
 
 def test_words_that_are_none_are_refused():
-    known = protocols.get_protocol("dc-v1")
+    known = protocol.get_protocol("dc-v1")
     for change, line in (
         ({"optimizer": "adam"}, "optimizer=adam: unknown; did you mean 'adamw'?"),
         ({"schedule": "cosin"}, "schedule=cosin: unknown; did you mean 'cosine'?"),
@@ -208,7 +216,7 @@ def test_a_warmup_out_of_range_is_refused():
 
 
 def test_a_protocol_hands_its_rule_on():
-    known = dataclasses.replace(protocols.get_protocol("dc-v1"), optimizer="adamw", schedule="cosine", stretch=2.0)
+    known = dataclasses.replace(protocol.get_protocol("dc-v1"), optimizer="adamw", schedule="cosine", stretch=2.0)
     recipe = known.recipe(10, mirror=True)
     assert (recipe.optimizer, recipe.schedule, recipe.stretch) == ("adamw", "cosine", 2.0)
 
@@ -224,14 +232,14 @@ def test_a_file_gives_back_what_was_trained(tiny, tmp_path):
         net = trained(tiny, name, number)
         member = file.member(k, CPU)
         assert equal(net.state_dict(), member.network.state_dict())
-        assert file.entries[k]["accuracy"] == member.accuracy == students.accuracy(net, tiny, device=CPU)
+        assert file.entries[k]["accuracy"] == member.accuracy == loop.accuracy(net, tiny, device=CPU)
         assert not member.network.training and not any(p.requires_grad for p in member.network.parameters())
     with h5py.File(file.path) as stored:
         types = {name: array.dtype for name, array in stored["members/0"].items()}
     assert types["norms.0.running_mean"] == np.float32 and types["norms.0.num_batches_tracked"] == np.int64
     known = file.manifest
     assert (known["classes"], known["image_shape"]) == (["0", "1", "2"], [1, 8, 8])
-    assert known["fingerprint"] == tiny.fingerprint and known["transform"] == banks.transform_digests(tiny)
+    assert known["fingerprint"] == tiny.fingerprint and known["transform"] == store.transform_digests(tiny)
     assert known["judged_on"] == "test images" and "schedule='cosine'" in known["recipe"]
     assert os.listdir(tmp_path) == ["a.h5"]
 
@@ -243,7 +251,7 @@ def test_held_out_images_judge_and_are_not_seen(tiny, tmp_path):
     assert file.manifest["judged_on"] == "held-out images" and file.manifest["steps_per_epoch"] == 4  # 27 images
     net = trained(inner)
     assert equal(net.state_dict(), file.member(0, CPU).network.state_dict())
-    assert file.entries[0]["accuracy"] == students.accuracy(net, inner, device=CPU)
+    assert file.entries[0]["accuracy"] == loop.accuracy(net, inner, device=CPU)
 
 
 def test_members_are_added_and_stay(tiny, tmp_path, monkeypatch):
@@ -263,8 +271,8 @@ def test_members_are_added_and_stay(tiny, tmp_path, monkeypatch):
 
 def test_a_killed_training_goes_on_bit_for_bit(tiny, tmp_path, monkeypatch):
     whole = made(tiny, tmp_path / "whole.h5", count=2).file
-    monkeypatch.setattr(students, "CHECKPOINT_SECONDS", 0.0)
-    original, steps = teachers.train, []
+    monkeypatch.setattr(checkpoint, "CHECKPOINT_SECONDS", 0.0)
+    original, steps = loop.train, []
 
     class Killed(BaseException):
         pass
@@ -292,10 +300,10 @@ def test_a_killed_training_goes_on_bit_for_bit(tiny, tmp_path, monkeypatch):
 
 def test_teachers_that_are_trained_together_are_those_trained_alone(tiny, tmp_path, monkeypatch):
     alone = made(tiny, tmp_path / "alone.h5", count=3).file
-    for module in (students, banks, teachers):
+    for module in (loop, budget, teachers, committee_module):
         monkeypatch.setattr(module, "pick_together", lambda device: True)
     monkeypatch.setattr(teachers, "GROUP", 2)
-    sizes, original = [], teachers.train
+    sizes, original = [], loop.train
 
     def counted(group, *words, **options):
         sizes.append(len(group))
@@ -408,14 +416,14 @@ def resign(file, fault, name):
         group.create_dataset(name if longer else other, data=np.append(values, 0) if longer else values)
         state = {key: torch.from_numpy(np.asarray(array[()])) for key, array in group.items()}
         entry["sha256"] = teachers._digest(state)
-        manifest["content"] = teachers._key(one["sha256"] for one in manifest["members"])
+        manifest["content"] = saved._key(one["sha256"] for one in manifest["members"])
     elif fault == "network":
         entry["network"] = "convnet-d9-w8-bn"
     elif fault == "key":
         entry["sha256"] = "0" * 64
     else:
         entry["number"] = "one"
-    teachers.container.sign(file, teachers.FORMAT, manifest)
+    teachers.container.sign(file, saved.FORMAT, manifest)
 
 
 def test_claims_beyond_the_file_are_not_allocated(good, monkeypatch):
@@ -593,7 +601,7 @@ def test_a_network_from_python_is_not_kept(tiny):
 
 
 def test_a_time_limit_takes_whole_epochs_or_fewer_teachers(tiny, monkeypatch):
-    monkeypatch.setattr(teachers, "seconds_per_step", lambda *words: 0.1)
+    monkeypatch.setattr(committee_module, "seconds_per_step", lambda *words: 0.1)
     options = dataclasses.replace(OPTIONS, teacher_epochs=3)
     # Of 60 s a third is 20: 200 steps, 40 epochs of 5 steps.
     for minutes, expected in ((0.3, (4, 3)), (0.2, (4, 2)), (0.08, (3, 1)), (0.001, (1, 1))):
@@ -605,7 +613,7 @@ def test_a_time_limit_takes_whole_epochs_or_fewer_teachers(tiny, monkeypatch):
 
 
 def test_a_rehearsal_makes_one_short_network_and_tells_of_all(tiny, monkeypatch):
-    monkeypatch.setattr(teachers, "seconds_per_step", lambda *words: 0.1)
+    monkeypatch.setattr(committee_module, "seconds_per_step", lambda *words: 0.1)
     run = a_run(tiny)
     run.rehearses = True
     trained, train = [], teachers._train
@@ -618,7 +626,7 @@ def test_a_rehearsal_makes_one_short_network_and_tells_of_all(tiny, monkeypatch)
 
 
 def test_a_stop_says_how_to_go_on_and_keeps_finished_teachers(tiny, tmp_path, monkeypatch):
-    run, original = a_run(tiny, directory=tmp_path), teachers._write
+    run, original = a_run(tiny, directory=tmp_path), saved._write
 
     def write(*words):
         original(*words)
@@ -655,7 +663,7 @@ def test_a_checkpoint_is_a_teacher(form, tiny, tmp_path, caplog):
     committee = provided(tiny, run, file=save(tmp_path, state))
     images = tiny.batch(torch.arange(5))
     assert torch.equal(committee.mean()(images), net.eval()(images))
-    assert committee.members[0].accuracy == students.accuracy(net, tiny, device=CPU)
+    assert committee.members[0].accuracy == loop.accuracy(net, tiny, device=CPU)
     assert run.preparation == {} and run.teachers["path"] == str(tmp_path / "mine.pt") and "order" not in caplog.text
     told = json.loads(json.dumps(run.teachers))
     again = teacher(find(told), CPU, tiny.shape, 3, described=told)
@@ -732,8 +740,8 @@ def test_public_weights_take_images_of_the_training_space(zca, channels, tmp_pat
     task = condense.task(tiny_arrays(channels=channels), name="tiny", zca=zca)
     mean, std = [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]
     head = Head(3)
-    weights = teachers.Weights(3, mean, std, (8, 8), lambda: copy.deepcopy(head), "place", "origin")
-    monkeypatch.setattr(teachers, "torchvision_weights", lambda name, named: weights)
+    weights = pretrained_module.Weights(3, mean, std, (8, 8), lambda: copy.deepcopy(head), "place", "origin")
+    monkeypatch.setattr(pretrained_module, "torchvision_weights", lambda name, named: weights)
     run, ids = a_run(task), torch.arange(5)
     committee = provided(task, run, file="torchvision:head")
     require_batch_norm(committee)
@@ -749,12 +757,12 @@ def test_public_weights_take_images_of_the_training_space(zca, channels, tmp_pat
 def test_several_public_weights_are_a_committee(tiny, monkeypatch):
     heads = {name: Head(3) for name in ("one", "two")}
     known = {
-        name: teachers.Weights(
+        name: pretrained_module.Weights(
             3, [0.5] * 3, [0.2] * 3, (8, 8), lambda head=head: copy.deepcopy(head), "place", "origin"
         )
         for name, head in heads.items()
     }
-    monkeypatch.setattr(teachers, "torchvision_weights", lambda name, named: known[name])
+    monkeypatch.setattr(pretrained_module, "torchvision_weights", lambda name, named: known[name])
     run, file = a_run(tiny), "torchvision:one,torchvision:two"
     committee = provided(tiny, run, file=file)
     assert [member.name for member in committee.members] == file.split(",")
@@ -775,7 +783,7 @@ def test_public_weights_that_cannot_be_had_are_told_in_one_line(tiny, tmp_path, 
 
     monkeypatch.setattr(loader, "load_state_dict_from_url", offline)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    line = refusal(lambda: teachers._public("torchvision:resnet18", task.shape, 1000, task.transform))
+    line = refusal(lambda: pretrained_module._public("torchvision:resnet18", task.shape, 1000, task.transform))
     assert line.startswith("teachers=torchvision:resnet18: its weights are not here and cannot be fetched (<urlopen ")
     assert "put it at " + str(tmp_path / "checkpoints" / "resnet18-f37072fd.pth") in line
     assert "https://download.pytorch.org/models/resnet18-f37072fd.pth" in line
@@ -793,7 +801,7 @@ def test_public_weights_of_timm_that_cannot_be_had(tiny, monkeypatch):
         raise URLError("no network here")
 
     monkeypatch.setattr(timm, "create_model", offline)
-    line = refusal(lambda: teachers._public("timm:resnet18", (3, 32, 32), 1000, tiny.transform))
+    line = refusal(lambda: pretrained_module._public("timm:resnet18", (3, 32, 32), 1000, tiny.transform))
     assert "models--timm--resnet18" in line and "no network here" in line
     assert "have 3" in refusal(lambda: provided(tiny, file="timm:resnet18"))
 
@@ -849,19 +857,19 @@ def soft_set(task, committee, weights=None):
 def test_the_source_of_labels_is_found_or_named(tiny, good, tmp_path):
     committee, images = provided(tiny, count=2), tiny.batch(torch.arange(5))
     made_set = soft_set(tiny, committee, [3.0, 1.0])
-    found, why = evaluation.recorded_teacher(made_set, None, CPU)
+    found, why = label_source.recorded_teacher(made_set, None, CPU)
     assert why == "" and torch.equal(found(images), committee.mean([3.0, 1.0])(images))
     record = condense.evaluate(made_set, tiny, networks=[NETWORK], runs=1, protocol="quick-soft-v1", cache=False)
     assert ("random", "own") in {(entry["arm"], entry["labels"]) for entry in record["results"]}
     for path in (cache_dir() / "teachers").glob("*.h5"):
         path.rename(tmp_path / "moved.h5")
-    assert evaluation.recorded_teacher(made_set, None, CPU) == (
+    assert label_source.recorded_teacher(made_set, None, CPU) == (
         None, "the teachers that its labels came from are not found; give --teachers FILE"
     )  # fmt: skip
-    found, _ = evaluation.recorded_teacher(made_set, tmp_path / "moved.h5", CPU)
+    found, _ = label_source.recorded_teacher(made_set, tmp_path / "moved.h5", CPU)
     assert torch.equal(found(images), committee.mean([3.0, 1.0])(images))
     others = made(tiny, tmp_path / "others.h5", options=dataclasses.replace(OPTIONS, teacher_lr=0.1)).file.path
-    line = refusal(lambda: evaluation.recorded_teacher(made_set, others, CPU))
+    line = refusal(lambda: label_source.recorded_teacher(made_set, others, CPU))
     assert line.startswith(f"--teachers {others}: holds other teachers")
 
 
@@ -871,14 +879,14 @@ def test_either_kind_of_file_serves_where_the_manifest_names_none(tiny, good, tm
     run = Run(tiny, 1, PLAIN, quiet=True, track="none")
     experts = trajectories.record(run, trajectories.Training(recipe), tmp_path / "e.h5", count=1, epochs=1).file.path
     assert "another format (condense.trajectories)" in refusal(
-        lambda: evaluation.recorded_teacher(made_set, experts, CPU)
+        lambda: label_source.recorded_teacher(made_set, experts, CPU)
     )
     del made_set.manifest["label_source"]
-    found, _ = evaluation.recorded_teacher(made_set, experts, CPU)
-    assert torch.equal(found(images), trajectories.teacher(experts, CPU)(images))
-    found, _ = evaluation.recorded_teacher(made_set, good, CPU)
+    found, _ = label_source.recorded_teacher(made_set, experts, CPU)
+    assert torch.equal(found(images), experts_module.teacher(experts, CPU)(images))
+    found, _ = label_source.recorded_teacher(made_set, good, CPU)
     assert torch.equal(found(images), teacher(good, CPU)(images))
-    assert evaluation.recorded_teacher(made_set, None, CPU) == (None, "")
+    assert label_source.recorded_teacher(made_set, None, CPU) == (None, "")
 
 
 TEACHERS = f"teachers --data tiny.npz --networks {NETWORK},{PLAIN} {SMALL} --precision fp32"
@@ -927,8 +935,8 @@ class Mine(TeacherOptions):
 
 def a_method(task, config, run):
     """Real images, labelled by teachers."""
-    from condense.optimizer import Group
-    from condense.synthetic import SyntheticOptions, SyntheticSet
+    from condense.engine import Group
+    from condense.sets import SyntheticOptions, SyntheticSet
 
     committee = provide(run, config.squeezing(task), file=config.teachers, count=config.num_teachers,
                         architectures=config.architectures(run.network), batch_norm=True)  # fmt: skip
@@ -941,8 +949,8 @@ def a_method(task, config, run):
 
 @pytest.fixture
 def mine(monkeypatch):
-    entry = api.Method("mine", a_method, Mine, "-", 2024, "hard", 1, "quick-v1", NETWORK)
-    monkeypatch.setitem(api.METHODS._entries, "mine", entry)
+    entry = registry.Method("mine", a_method, Mine, "-", 2024, "hard", 1, "quick-v1", NETWORK)
+    monkeypatch.setitem(registry.METHODS._entries, "mine", entry)
 
 
 def test_a_method_of_ones_own_has_teachers(mine, call, tmp_path):
@@ -971,7 +979,7 @@ def test_teachers_of_the_cache_serve_the_method(mine, call):
 
 def test_a_signal_stops_and_the_same_command_goes_on(call, tmp_path, monkeypatch):
     assert call(f"{TEACHERS} --out whole.h5").code == 0
-    original = teachers._write
+    original = saved._write
 
     def terminated(*words):
         original(*words)

@@ -19,13 +19,18 @@ import torch
 from conftest import tiny_arrays
 
 import condense
-from condense import api, banks, networks, rng, students, trajectories
+from condense import api, networks, registry, rng
+from condense import device as device_module
 from condense.augment import dsa
+from condense.data import cache_dir
+from condense.engine import Interrupted, Run
 from condense.errors import CondenseError
-from condense.run import Interrupted, Run
-from condense.students import Recipe
-from condense.tasks import cache_dir
-from condense.trajectories import Layout, Training, facts, layout_of, provide, read, record, residency, teacher
+from condense.networks import Layout, layout_of
+from condense.pretraining import Training, budget, read, residency, trajectories
+from condense.pretraining import experts as experts_module
+from condense.pretraining.experts import provide, teacher
+from condense.pretraining.trajectories import facts, record
+from condense.training import Recipe, loop
 
 NETWORK = "convnet-d2-w8-in"
 CPU = torch.device("cpu")
@@ -55,7 +60,7 @@ def untouched(monkeypatch):
         raise AssertionError("trained")
 
     monkeypatch.setattr(trajectories, "train", fail)
-    monkeypatch.setattr(banks, "train", fail)
+    monkeypatch.setattr(budget, "train", fail)
 
 
 def cut(path):
@@ -114,7 +119,7 @@ def test_snapshots_are_the_start_and_each_epoch(tiny, tmp_path):
         start = file.layout.flatten(student.network)
         torch.testing.assert_close(torch.tensor(file.values[k, 0]).float(), start, rtol=2**-11, atol=1e-7)
         plan = dataclasses.replace(RECIPE, steps=10)
-        students.train([student], plan, device=CPU)
+        loop.train([student], plan, device=CPU)
         after = file.layout.flatten(student.network).half()
         assert torch.equal(torch.tensor(file.values[k, 2]), after)
         assert len({file.values[k, t].tobytes() for t in range(4)}) == 4  # nothing is an alias of the last
@@ -187,11 +192,11 @@ def test_a_killed_training_goes_on_bit_for_bit(tiny, tmp_path, monkeypatch):
 
 def test_experts_that_are_trained_together_are_those_trained_alone(tiny, tmp_path, monkeypatch):
     alone = made(tiny, tmp_path / "alone.h5", count=3, dtype="float32").file
-    for module in (students, banks, trajectories):
+    for module in (loop, budget, trajectories, experts_module):
         monkeypatch.setattr(module, "pick_together", lambda device: True)
     monkeypatch.setattr(trajectories, "GROUP", 2)  # two together, then one
     groups = []
-    original = trajectories.train
+    original = loop.train
     monkeypatch.setattr(
         trajectories, "train", lambda group, *w, **o: (groups.append(len(group)), original(group, *w, **o))[1]
     )
@@ -229,7 +234,7 @@ def test_a_diverging_expert_is_refused_and_finished_ones_stay(tiny, tmp_path, mo
 
 
 def test_one_of_a_group_that_diverges_costs_the_others_nothing(tiny, tmp_path, monkeypatch):
-    for module in (students, banks, trajectories):
+    for module in (loop, budget, trajectories, experts_module):
         monkeypatch.setattr(module, "pick_together", lambda device: True)
     original = trajectories._student
 
@@ -401,7 +406,7 @@ def test_experts_serve_new_float32_vectors(tiny, good):
 def test_mapped_values_are_those_in_memory(dtype, tiny, tmp_path, monkeypatch):
     path = str(made(tiny, tmp_path / "a.h5", dtype=dtype).file.path)
     near = provided(tiny, file=path, first=1, last=2)
-    monkeypatch.setattr(trajectories, "free_host_memory", lambda: 10)
+    monkeypatch.setattr(experts_module, "free_host_memory", lambda: 10)
     far = provided(tiny, file=path, first=1, last=2)
     assert (near.place, far.place) == ("memory", "mapped")
     far.prefetch([(0, 1), (1, 2)])
@@ -420,7 +425,7 @@ def test_only_the_epochs_that_are_needed_are_loaded(tiny, good):
 
 
 def test_where_snapshots_lie(monkeypatch):
-    monkeypatch.setattr(trajectories, "free_host_memory", lambda: 1000)
+    monkeypatch.setattr(experts_module, "free_host_memory", lambda: 1000)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (200, 400))
     cuda = torch.device("cuda")
     assert [residency(size, cuda) for size in (100, 101, 500, 501)] == ["device", "pinned", "pinned", "mapped"]
@@ -430,7 +435,7 @@ def test_where_snapshots_lie(monkeypatch):
 
 
 def test_the_free_memory_is_told():
-    assert 2**20 < trajectories.free_host_memory() < 2**50
+    assert 2**20 < device_module.free_host_memory() < 2**50
 
 
 def test_a_teacher_is_the_mean_of_the_experts(tiny, good):
@@ -459,16 +464,16 @@ def test_experts_with_batch_norm_are_no_teachers(tiny, tmp_path):
 def test_a_described_file_is_found_again(tiny, good):
     told = json.loads(json.dumps(provided(tiny, file=str(good), count=1).describe()))
     assert told["path"] == str(good) and told["count"] == 1 and told["bytes"] == good.stat().st_size
-    assert trajectories.find(told) == good
+    assert experts_module.find(told) == good
     made(tiny, good, count=3)
-    assert trajectories.find(told) == good  # its first expert is still there
+    assert experts_module.find(told) == good  # its first expert is still there
     place = cache_dir() / "trajectories" / "somewhere.h5"
     place.parent.mkdir(parents=True)
     good.rename(place)
-    assert trajectories.find(told) == place
+    assert experts_module.find(told) == place
     place.unlink()
     made(condense.task(tiny_arrays(seed=1)), good)
-    assert trajectories.find(told) is None and trajectories.find({"content": None, "path": None}) is None
+    assert experts_module.find(told) is None and experts_module.find({"content": None, "path": None}) is None
 
 
 # -- the cache --------------------------------------------------------------------------------------------------------
@@ -481,7 +486,7 @@ def test_experts_are_kept_and_shared(tiny, monkeypatch):
     (path,) = (cache_dir() / "trajectories").iterdir()
     assert path == trajectories.cache_file(run, TRAINING, 3) and path.name.endswith("-e3.h5")
     told = first.describe()  # the place of a cache says nothing to others
-    assert told["path"] is None and trajectories.find(told) == path
+    assert told["path"] is None and experts_module.find(told) == path
     untouched(monkeypatch)
     other = Run(tiny, 5, NETWORK, quiet=True, track="none", name="another method")
     again = provided(tiny, other, count=1)
@@ -561,11 +566,11 @@ def test_a_network_from_python_is_not_kept(tiny):
     experts = provided(tiny, a_run(tiny, lambda: networks.build(NETWORK, tiny.shape, 3)), count=2, epochs=2)
     assert (experts.count, experts.epochs) == (2, 2) and not torch.equal(experts.at(0, 0), experts.at(0, -1))
     assert not (cache_dir() / "trajectories").exists()
-    assert experts.describe()["path"] is None and trajectories.find(experts.describe()) is None
+    assert experts.describe()["path"] is None and experts_module.find(experts.describe()) is None
 
 
 def test_a_time_limit_takes_whole_epochs_or_fewer_experts(tiny, monkeypatch):
-    monkeypatch.setattr(trajectories, "seconds_per_step", lambda *words: 0.1)
+    monkeypatch.setattr(experts_module, "seconds_per_step", lambda *words: 0.1)
     # Of 60 s a third is 20: 200 steps, 40 epochs of 5 steps.
     for minutes, least, expected in ((1.0, 1, (4, 6)), (0.6, 1, (4, 6)), (0.25, 1, (4, 2)), (0.25, 3, (3, 3)),
                                      (0.05, 3, (1, 3)), (0.001, 1, (1, 1)), (0.1, 9, (1, 6))):  # fmt: skip
@@ -577,11 +582,11 @@ def test_a_time_limit_takes_whole_epochs_or_fewer_experts(tiny, monkeypatch):
 
 
 def test_a_resumed_run_keeps_its_plan(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(trajectories, "seconds_per_step", lambda *words: 0.1)
+    monkeypatch.setattr(experts_module, "seconds_per_step", lambda *words: 0.1)
     tmp_path.joinpath("run").mkdir()
     options = {"directory": tmp_path / "run", "minutes": 0.25}
     first = provided(tiny, a_run(tiny, **options), count=4, epochs=6)
-    monkeypatch.setattr(trajectories, "seconds_per_step", lambda *words: 1e6)  # the machine became slow
+    monkeypatch.setattr(experts_module, "seconds_per_step", lambda *words: 1e6)  # the machine became slow
     again = provided(tiny, a_run(tiny, **options, resume=True), count=4, epochs=6)
     assert (again.count, again.epochs) == (first.count, first.epochs) == (4, 2)
 
@@ -649,7 +654,7 @@ def test_plan_says_where_experts_will_lie(call, monkeypatch):
     size = 50 * 3 * layout_of(NETWORK, condense.task("tiny.npz")).size * 2
     assert needs == {"experts": 50, "epochs": 2, "bytes": size, "resident_bytes": size, "place": "memory"}
     assert not (cache_dir() / "trajectories").exists()
-    monkeypatch.setattr(trajectories, "free_host_memory", lambda: 0)
+    monkeypatch.setattr(experts_module, "free_host_memory", lambda: 0)
     assert "of 2 epochs" in call(f"plan {words}").out and "mapped from disk" in call(f"plan {words}").out
     assert "trajectories" not in call("plan random --data tiny.npz --ipc 1").out
 
@@ -668,7 +673,7 @@ def test_a_method_of_ones_own_has_experts(tiny, tmp_path, monkeypatch):
             return Training(dataclasses.replace(RECIPE, batch=task.num_classes))
 
     entry = SimpleNamespace(name="mine", config=Config, network=NETWORK, protocol="quick-v1")
-    monkeypatch.setitem(api.METHODS._entries, "mine", entry)
+    monkeypatch.setitem(registry.METHODS._entries, "mine", entry)
     found = api.experts(tiny, method="mine", epochs=1, out=tmp_path / "a.h5").file
     assert (found.count, found.epochs, found.manifest["steps_per_epoch"]) == (2, 1, 12)
     line = refusal(lambda: api.experts(tiny, method="dm"))

@@ -8,13 +8,14 @@ import pytest
 import torch
 
 import condense
-from condense import networks, protocols
+from condense import networks
+from condense.engine import Run
 from condense.errors import CondenseError
-from condense.methods import trajectory_matching as tm
-from condense.run import Run
-from condense.students import Work
-from condense.synthetic import SyntheticSet
-from condense.trajectories import Layout
+from condense.judge import protocol
+from condense.methods.trajectory_matching import ast, datm, expert_updates, ftd, matching, mtt
+from condense.networks import Layout
+from condense.sets import SyntheticSet
+from condense.training import Work
 
 NETWORK = "convnet-d2-w8-in"
 
@@ -50,7 +51,7 @@ class Quadratic:
 def test_gsam_equals_its_formula(adaptive):
     problem, rho, coefficient = Quadratic(), 0.3, 0.7
     before = [weight.detach().clone() for weight in problem.weights]
-    got = tm.GSAM(rho, coefficient, adaptive)(problem.work)
+    got = expert_updates.GSAM(rho, coefficient, adaptive)(problem.work)
     assert all(torch.equal(weight, value) for weight, value in zip(problem.weights, before))
     w = torch.cat([weight.flatten() for weight in before])
     g = problem.gradient(before)
@@ -64,7 +65,7 @@ def test_gsam_equals_its_formula(adaptive):
 
 @pytest.mark.parametrize("adaptive", [True, False])
 def test_gsam_of_stacked_networks_is_that_of_each(adaptive):
-    stacked, update = Quadratic(3), tm.GSAM(0.3, 0.7, adaptive)
+    stacked, update = Quadratic(3), expert_updates.GSAM(0.3, 0.7, adaptive)
     together = update(stacked.work)
     for k in range(3):
         one = Quadratic()
@@ -96,7 +97,7 @@ def smooth_work(epoch, stacked=False):
 @pytest.mark.parametrize("stacked", [False, True])
 def test_smooth_update_is_the_slope_of_loss_and_penalty(epoch, factor, stacked):
     work, weight = smooth_work(epoch, stacked)
-    (got,) = tm.Smooth(2.0, True)(work)
+    (got,) = expert_updates.Smooth(2.0, True)(work)
     copy = weight.detach().clone().requires_grad_()
     slope = copy.sum(-2).view(*copy.shape[:-2], 3, 2, 2)  # of the sum of logits, the same for every image
     penalty = (slope.norm(dim=-3) - 1).square().mean((-2, -1)).sum()
@@ -107,7 +108,7 @@ def test_smooth_update_is_the_slope_of_loss_and_penalty(epoch, factor, stacked):
 
 def test_smooth_update_without_its_parts_is_plain():
     work, weight = smooth_work(0)
-    (got,) = tm.Smooth(0.0, False)(work)
+    (got,) = expert_updates.Smooth(0.0, False)(work)
     torch.testing.assert_close(got, torch.autograd.grad(work.loss(), weight)[0])
 
 
@@ -115,10 +116,10 @@ def test_smooth_update_without_its_parts_is_plain():
 
 
 def test_the_weight_of_a_start():
-    assert tm.start_weight(10, 20) == pytest.approx(math.log(8) / math.log(5))  # the middle
-    assert tm.start_weight(13, 20) == pytest.approx(math.log(11) / math.log(5))
-    assert tm.start_weight(7, 20) == pytest.approx(math.log(5) / math.log(11))
-    assert tm.start_weight(0, 1) == pytest.approx(math.log(8) / math.log(5))
+    assert ast.start_weight(10, 20) == pytest.approx(math.log(8) / math.log(5))  # the middle
+    assert ast.start_weight(13, 20) == pytest.approx(math.log(11) / math.log(5))
+    assert ast.start_weight(7, 20) == pytest.approx(math.log(5) / math.log(11))
+    assert ast.start_weight(0, 1) == pytest.approx(math.log(8) / math.log(5))
 
 
 class Known:
@@ -140,8 +141,8 @@ def known():
     "kind, weights", [("none", []), ("agg", [1.0, 1.0]), ("adaptive", [1 / 3, 2 / 3])]
 )  # fmt: skip
 def test_matches_on_the_way(known, kind, weights):
-    config = tm.AST(intermediate=kind, expert_epochs=3, syn_steps=20)
-    targets = tm.on_the_way(config, known, expert=1, epoch=4)
+    config = ast.AST(intermediate=kind, expert_epochs=3, syn_steps=20)
+    targets = ast.on_the_way(config, known, expert=1, epoch=4)
     assert [target.step for target in targets] == [20, 6, 12][: 1 + len(weights)]
     assert [float(target.goal[0]) for target in targets] == [17.0, 15.0, 16.0][: 1 + len(weights)]
     assert [target.weight for target in targets] == pytest.approx([1.0, *weights])
@@ -149,9 +150,9 @@ def test_matches_on_the_way(known, kind, weights):
 
 def test_a_perturbed_start_changes_convolutions_alone_by_its_length(known):
     start = known.at(1, 0) + 1
-    moved = tm.perturbed(start, known, 0.5, (0, "perturb", 1))
-    assert torch.equal(moved, tm.perturbed(start, known, 0.5, (0, "perturb", 1)))
-    assert torch.equal(tm.perturbed(start, known, 0.0, (0, "perturb", 1)), start)
+    moved = ast.perturbed(start, known, 0.5, (0, "perturb", 1))
+    assert torch.equal(moved, ast.perturbed(start, known, 0.5, (0, "perturb", 1)))
+    assert torch.equal(ast.perturbed(start, known, 0.0, (0, "perturb", 1)), start)
     for name, weight in known.layout.unflatten(moved).items():
         share = weight / known.layout.unflatten(start)[name] - 1  # length * D / |D|
         assert float(share.norm()) == pytest.approx(0.5 if weight.dim() == 4 else 0.0, rel=1e-4)
@@ -161,7 +162,7 @@ def test_representative_images_are_of_their_class_and_different(tiny):
     run = Run(tiny, 2, NETWORK, quiet=True)
     experts = Known(run.random_network(0))
     experts.at = lambda k, t: experts.layout.flatten(run.random_network(k))
-    ids = tm.representative(tiny, run, experts)
+    ids = ast.representative(tiny, run, experts)
     assert len(set(ids.tolist())) == 6 and tiny.train.labels[ids.numpy()].tolist() == [0, 0, 1, 1, 2, 2]
 
 
@@ -169,13 +170,13 @@ def test_representative_images_are_of_their_class_and_different(tiny):
 
 
 def test_the_window_expands_as_published():
-    config = tm.DATM(max_start_epoch=20, expand_steps=1000)
+    config = datm.DATM(max_start_epoch=20, expand_steps=1000)
     assert [config.window(i) for i in (0, 99, 100, 550, 999, 1000, 9000)] == [10, 10, 11, 15, 19, 20, 20]
-    assert tm.DATM(max_start_epoch=20, expand_steps=0).window(0) == 20
-    late = tm.DATM(min_start_epoch=10, max_start_epoch=40, first_max_start_epoch=30, expand_steps=100)
+    assert datm.DATM(max_start_epoch=20, expand_steps=0).window(0) == 20
+    late = datm.DATM(min_start_epoch=10, max_start_epoch=40, first_max_start_epoch=30, expand_steps=100)
     assert [late.window(i) for i in (0, 50, 100)] == [30, 35, 40]
     with pytest.raises(CondenseError, match="first_max_start_epoch=50: must be 1 to 40"):
-        tm.DATM(max_start_epoch=40, first_max_start_epoch=50)
+        datm.DATM(max_start_epoch=40, first_max_start_epoch=50)
 
 
 class Oracle:
@@ -183,7 +184,7 @@ class Oracle:
 
     def __init__(self, monkeypatch, logits):
         self.logits = logits  # (experts, images, classes)
-        monkeypatch.setattr(tm, "answers", lambda run, experts, theta, images: logits[int(theta[0]) // 10])
+        monkeypatch.setattr(matching, "answers", lambda run, experts, theta, images: logits[int(theta[0]) // 10])
 
 
 def test_labels_average_the_experts_that_are_right(tiny, known, monkeypatch):
@@ -195,7 +196,7 @@ def test_labels_average_the_experts_that_are_right(tiny, known, monkeypatch):
     ])  # fmt: skip
     Oracle(monkeypatch, logits)
     run = Run(tiny, 1, NETWORK, quiet=True)
-    got = tm.agreed_logits(run, known, SyntheticSet(tiny, torch.zeros(3, 1, 8, 8), classes))
+    got = datm.agreed_logits(run, known, SyntheticSet(tiny, torch.zeros(3, 1, 8, 8), classes))
     torch.testing.assert_close(got[0], (logits[0, 0] + logits[2, 0]) / 2)
     torch.testing.assert_close(got[1], (logits[0, 1] + logits[1, 1]) / 2)
     torch.testing.assert_close(got[2], logits[:, 2].mean(0))  # nobody is right: all count
@@ -211,9 +212,9 @@ def test_starting_images_are_recognised(tiny, known, monkeypatch):
         right = {0: (truth == 0) & (ids % 2 == 0), 1: truth == 1}.get(expert, torch.zeros_like(truth, dtype=torch.bool))
         return torch.nn.functional.one_hot(torch.where(right, truth, (truth + 1) % 3), 3).float()
 
-    monkeypatch.setattr(tm, "answers", answers)
+    monkeypatch.setattr(matching, "answers", answers)
     monkeypatch.setattr(run.task, "batch", lambda ids: ids)
-    ids = tm.recognised(tiny, run, known)
+    ids = datm.recognised(tiny, run, known)
     assert len(set(ids.tolist())) == 6 and labels[ids].tolist() == [0, 0, 1, 1, 2, 2]
     assert (ids[:2] % 2 == 0).all()
 
@@ -257,13 +258,13 @@ def test_grad_modes_agree_over_a_run(tiny):
 
 def test_ftd_ends_as_the_average_of_its_iterates(tiny, monkeypatch):
     seen = []
-    original = tm.Learner.descend
+    original = matching.Learner.descend
 
     def descend(self, step, outcome):
         original(self, step, outcome)
         seen.append(self.synthetic.images.detach().clone())
 
-    monkeypatch.setattr(tm.Learner, "descend", descend)
+    monkeypatch.setattr(matching.Learner, "descend", descend)
     settings = {**SMALL, "rho": 0.01, "gsam": 0.0}
     first = condense.distill("ftd", tiny, 1, **{**settings, "lr_img": 0.0}, ema=0.0).stored
     seen.clear()
@@ -277,10 +278,10 @@ def test_ftd_ends_as_the_average_of_its_iterates(tiny, monkeypatch):
 
 def test_the_default_average_forgets_the_first_images_alike():
     for steps in (100, 5000):
-        config = tm.FTD(steps=steps)
+        config = ftd.FTD(steps=steps)
         group = config.groups()["images"]
         assert group.ema**steps == pytest.approx(0.9995**5000)
-    assert tm.FTD(ema=0.0).groups()["images"].ema is None
+    assert ftd.FTD(ema=0.0).groups()["images"].ema is None
 
 
 def test_a_closed_gate_changes_nothing(tiny):
@@ -325,11 +326,11 @@ def test_inner_optimisers_of_higher_need_the_graph(tiny):
 
 def test_settings_out_of_range_are_all_named():
     with pytest.raises(CondenseError, match="grad_mode=exact: unknown"):
-        tm.MTT(grad_mode="exact")
+        mtt.MTT(grad_mode="exact")
     with pytest.raises(CondenseError, match=r"syn_steps=0: must be at least 1; .*momentum=2: must be 0 to 1"):
-        tm.MTT(syn_steps=0, momentum=2)
+        mtt.MTT(syn_steps=0, momentum=2)
     with pytest.raises(CondenseError, match="init=correct: unknown"):
-        tm.MTT(init="correct")
+        mtt.MTT(init="correct")
 
 
 # -- the table --------------------------------------------------------------------------------------------------------
@@ -351,8 +352,8 @@ def test_the_table_goes_from_experts_to_judged_sets(tiny, tmp_path, monkeypatch,
     short_runs = [*trajectories.SHORT, "lr_img=0.001", "lr_start=0.001"]
     monkeypatch.setattr(trajectories, "RATES", {10: ["lr_lr=1e-12"]})
     monkeypatch.setattr(trajectories, "SETTINGS", {"mtt": short_runs, "datm": short_runs})
-    short = {name: dataclasses.replace(found, steps=10) for name, found in protocols.protocols().items()}
-    monkeypatch.setattr(protocols, "protocols", lambda: short)
+    short = {name: dataclasses.replace(found, steps=10) for name, found in protocol.protocols().items()}
+    monkeypatch.setattr(protocol, "protocols", lambda: short)
     tiny_archive(tmp_path)
     words = [
         "--data",
@@ -401,9 +402,9 @@ def test_experts_with_running_statistics_are_not_asked_about_images(tiny):
 
 
 def test_a_gate_that_stays_shut_is_told(tiny, caplog):
-    condense.distill("datm", tiny, 1, **{**SMALL, "steps": tm.CLOSED + 1}, gate=0.0)
+    condense.distill("datm", tiny, 1, **{**SMALL, "steps": matching.CLOSED + 1}, gate=0.0)
     assert [record.message for record in caplog.records if "above the gate" in record.message] == [
-        f"condense: the matching loss was above the gate in each of the first {tm.CLOSED} steps, so nothing was "
+        f"condense: the matching loss was above the gate in each of the first {matching.CLOSED} steps, so nothing was "
         "learned; raise gate, or lower syn_steps or lr_start"
     ]
 
@@ -411,7 +412,7 @@ def test_a_gate_that_stays_shut_is_told(tiny, caplog):
 @pytest.mark.parametrize("method", ["mtt", "tesla", "ftd", "ast", "datm"])
 def test_a_plan_does_not_stop_at_a_large_loss(tiny, method):
     """Rehearsed experts make a step an epoch, so that students miss them by far."""
-    from condense.api import measure
+    from condense.jobs import measure
 
     needs = measure(method, tiny, 1, network=NETWORK, num_experts=2, lr_start=1.0)
     assert needs["seconds"] > 0 and needs["trajectories"]["experts"] == 2
@@ -423,7 +424,9 @@ def test_a_loss_beyond_bounds_ends_the_run(tiny):
 
 
 def test_named_experts_are_in_the_manifest_and_must_stay_the_same(tiny, tmp_path, monkeypatch):
-    from condense import api, run
+    from condense import api
+    from condense.engine import run
+    from condense.jobs import execute
 
     file = tmp_path / "e.h5"
     numbers = {"count": 2, "epochs": 2}
@@ -449,7 +452,7 @@ def test_named_experts_are_in_the_manifest_and_must_stay_the_same(tiny, tmp_path
     monkeypatch.setattr(run.Run, "save_checkpoint", original)
     api.experts(task, network=NETWORK, out=file, expert_batch=8, **{**numbers, "count": 3})
     with pytest.raises(CondenseError, match="holds other experts than when the run began"):
-        api.resume(tmp_path / "run")
+        execute.resume(tmp_path / "run")
 
 
 def test_teachers_must_be_those_of_the_labels(tiny, tmp_path):

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from condense import augment, networks, rng
+from condense.engine import GRAD_MODES, Target, unroll
 from condense.errors import CondenseError
-from condense.unroll import GRAD_MODES, Target, unroll
 
 STEPS, ROWS, CLASSES = 5, 9, 3
 

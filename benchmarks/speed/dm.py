@@ -7,8 +7,8 @@ from typing import Any
 from condense.augment import dsa
 from condense.benchmarks.speed import published
 from condense.benchmarks.speed.measure import Case, StepBenchmark, main
+from condense.engine import Run
 from condense.rng import Draws
-from condense.run import Run
 
 
 def options(case: Case, config: Any) -> dict[str, Any]:

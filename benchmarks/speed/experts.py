@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from condense import networks, rng, tasks
+from condense import networks, rng
 from condense.benchmarks.speed import published
 from condense.benchmarks.speed.measure import (
     PRODUCT,
@@ -42,14 +42,17 @@ from condense.benchmarks.speed.measure import (
     write,
 )
 from condense.benchmarks.speed.unroll import Alone
-from condense.methods.trajectory_matching import GSAM
-from condense.records import environment
+from condense.data import Task
+from condense.data import task as task_module
+from condense.device import pick_device, pick_precision
+from condense.engine import Run
+from condense.formatting import duration
+from condense.judge import environment
+from condense.methods.trajectory_matching.expert_updates import GSAM
+from condense.pretraining import Training
+from condense.pretraining.trajectories import GROUP, _student
 from condense.registry import METHODS
-from condense.run import Run, pick_device, pick_precision
-from condense.students import steps_per_pass, train
-from condense.tasks import Task
-from condense.trajectories import GROUP, Training, _student
-from condense.units import duration
+from condense.training import steps_per_pass, train
 
 MANY, EPOCHS = 100, 50
 """Experts and their epochs, as published, for which the time is extrapolated."""
@@ -235,7 +238,7 @@ def _measure(words: Sequence[str]) -> int:
 def _case(options: argparse.Namespace, device: torch.device) -> Case:
     task: Task
     if options.data:
-        task = tasks.load(options.data)
+        task = task_module.load(options.data)
     else:
         task = random_task(*TINY_DATA) if options.tiny else random_task()
     settings = {"expert_batch": 16} if options.tiny else {}

@@ -29,16 +29,16 @@ import torch
 from torch import Tensor
 
 import condense
-from condense import networks, rng, tasks
-from condense.augment import Standardise
+from condense import networks, rng
+from condense.data import Split, Standardise, Task
+from condense.data import task as task_module
+from condense.device import peak_memory, pick_device, pick_precision
+from condense.engine import Group, Run, Step
 from condense.errors import CondenseError
+from condense.judge import environment
 from condense.networks import Network
-from condense.optimizer import Group
-from condense.records import environment
 from condense.registry import METHODS
-from condense.run import Run, Step, peak_memory, pick_device, pick_precision
-from condense.synthetic import SyntheticOptions, SyntheticSet
-from condense.tasks import Split, Task
+from condense.sets import SyntheticOptions, SyntheticSet
 
 SCHEMA = "condense.speed/1"
 PRODUCT, PUBLISHED = "condense", "published"
@@ -490,7 +490,7 @@ def _compare(benchmark: StepBenchmark, words: Sequence[str]) -> int:
 
 def _case(benchmark: StepBenchmark, options: argparse.Namespace, device: torch.device, precision: str) -> Case:
     small = benchmark.tiny and options.tiny
-    task = tasks.load(options.data) if options.data else random_task(*(TINY_DATA if small else ()))
+    task = task_module.load(options.data) if options.data else random_task(*(TINY_DATA if small else ()))
     settings = {"batch_real": options.batch_real} if benchmark.batch_real else {}
     case = Case(task, options.ipc, options.width, device, options.depth, settings, precision, norm=benchmark.norm)
     with rng.seeded("check"):  # refuses a network that does not fit the images

@@ -16,7 +16,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from condense import networks, rng, tasks, trajectories
+from condense import device as device_module
+from condense import networks, rng
 from condense.augment import Parameters, dsa
 from condense.benchmarks.speed import published
 from condense.benchmarks.speed.measure import (
@@ -40,10 +41,13 @@ from condense.benchmarks.speed.measure import (
     time_steps,
     write,
 )
+from condense.data import task as task_module
+from condense.device import pick_device
+from condense.engine import Run
 from condense.errors import CondenseError
-from condense.records import environment
-from condense.run import Run, pick_device
-from condense.students import Recipe
+from condense.judge import environment
+from condense.pretraining import trajectories
+from condense.training import Recipe
 
 METHOD = "mtt"
 EPOCHS = 10
@@ -84,7 +88,7 @@ class Loop(published.MTT):
         )
         # A CPU would end the process, or swap. An image takes about 3 MB a step at 32x32 and 128 channels.
         pixels = len(self.images) * self.shape[1] * self.shape[2]
-        need, free = 3e6 * self.syn_steps * pixels / 1024 * self.width / 128, trajectories.free_host_memory()
+        need, free = 3e6 * self.syn_steps * pixels / 1024 * self.width / 128, device_module.free_host_memory()
         if self.device.type == "cpu" and 0 < free < need:
             raise fault
         try:
@@ -189,7 +193,7 @@ def _compare(words: Sequence[str]) -> int:
 
 def _case(options: argparse.Namespace, device: torch.device) -> Case:
     if options.data:
-        task = tasks.load(options.data)
+        task = task_module.load(options.data)
     else:
         task = random_task(*TINY_DATA) if options.tiny else random_task()
     case = Case(task, options.ipc, options.width, device, options.depth, {"syn_steps": options.syn_steps})

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from condense.augment import OPERATIONS, Parameters
-from condense.tasks import Task
+from condense.data import Task
 
 View = tuple[str, tuple[float, ...]]
 """One DSA operation and its numbers; see :func:`siamese`."""

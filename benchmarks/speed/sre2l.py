@@ -17,9 +17,9 @@ from condense import networks, rng
 from condense.augment import CropViews
 from condense.benchmarks.speed import published
 from condense.benchmarks.speed.measure import Case, StepBenchmark, main, scratch
-from condense.run import Run
-from condense.synthetic import SyntheticOptions
-from condense.units import by
+from condense.engine import Run
+from condense.formatting import by
+from condense.sets import SyntheticOptions
 
 WARM = 256
 """Random inputs that give a teacher its running statistics; how good it is does not change what a step costs."""

@@ -25,10 +25,10 @@ from condense.benchmarks.speed.measure import (
     random_images,
     write,
 )
+from condense.device import pick_device, pick_precision
+from condense.judge import environment
 from condense.labels import HardLabels
-from condense.records import environment
-from condense.run import pick_device, pick_precision
-from condense.students import FixedSource, Recipe, Student, pick_together, train
+from condense.training import FixedSource, Recipe, Student, pick_together, train
 
 TOGETHER, APART = "together", "one by one"
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from condense import networks, rng, tasks
+from condense import networks, rng
 from condense.augment import OPERATIONS, dsa
 from condense.benchmarks.speed.measure import (
     SCHEMA,
@@ -39,11 +39,12 @@ from condense.benchmarks.speed.measure import (
     synchronise,
     write,
 )
+from condense.data import task as task_module
+from condense.device import pick_device
+from condense.engine import StepLoss, Target, unroll
+from condense.judge import environment
 from condense.networks import Network
-from condense.records import environment
-from condense.run import pick_device
-from condense.students import Recipe, Student, TaskSource, train
-from condense.unroll import StepLoss, Target, unroll
+from condense.training import Recipe, Student, TaskSource, train
 
 ADJOINT, GRAPH, TESLA = "adjoint", "graph", "tesla"
 EPOCHS_AHEAD = 2
@@ -104,7 +105,7 @@ def fresh(case: Case) -> Network:
         return networks.build(case.network, case.task.shape, case.task.num_classes).to(case.device)
 
 
-def targets_of(task: tasks.Task, ipc: int, device: torch.device) -> Tensor:
+def targets_of(task: task_module.Task, ipc: int, device: torch.device) -> Tensor:
     return torch.arange(task.num_classes, device=device).repeat_interleave(ipc)
 
 
@@ -234,7 +235,7 @@ def _measure(words: Sequence[str]) -> int:
         case = _case(random_task(sizes.classes, 1, sizes.shape, 1), sizes, device)
         print(json.dumps(measure_alone(case, mode, int(steps), options.calls, options.rate)))
         return 0
-    task = tasks.load(options.data) if options.data else random_task(sizes.classes, sizes.per_class, sizes.shape)
+    task = task_module.load(options.data) if options.data else random_task(sizes.classes, sizes.per_class, sizes.shape)
     case = _case(task.to(device), sizes, device)
     fresh(case)  # refuses a network that does not fit the images, before anything is measured
     plan = {ADJOINT: sizes.adjoint, GRAPH: sizes.graph}
@@ -255,7 +256,7 @@ def _measure(words: Sequence[str]) -> int:
     return 0
 
 
-def _case(task: tasks.Task, sizes: Sizes, device: torch.device) -> Case:
+def _case(task: task_module.Task, sizes: Sizes, device: torch.device) -> Case:
     return Case(task, sizes.ipc, sizes.width, device, sizes.depth)
 
 

@@ -1,0 +1,51 @@
+"""TODO-DOC."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from condense.data.transform import _working
+
+
+def send(x: Tensor, device: torch.device) -> Tensor:
+    """Host numbers on the device, without waiting for it."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
+def _send(x: Tensor, images: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Host numbers on the images' device."""
+    return send(x if dtype is None else x.to(dtype), images.device)
+
+
+def _shifted(x: Tensor, shift: Tensor) -> Tensor:
+    """Each image moved by its own (dy, dx), zeros moving in. The opposite shift is the adjoint."""
+    n, c, h, w = x.shape
+    ys = torch.arange(h, device=x.device) + shift[:, :1]
+    xs = torch.arange(w, device=x.device) + shift[:, 1:]
+    inside = ((ys >= 0) & (ys < h))[:, :, None] & ((xs >= 0) & (xs < w))[:, None, :]
+    source = ys.clamp(0, h - 1)[:, :, None] * w + xs.clamp(0, w - 1)[:, None, :]
+    moved = x.flatten(2).gather(2, source.reshape(n, 1, h * w).expand(n, c, h * w)).reshape(x.shape)
+    return moved.masked_fill(~inside[:, None], 0)
+
+
+def neighbours(outputs: Tensor, size: int, length: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Between which pixels of ``length`` (N, 1) the ``outputs`` (N, R) lie when these are drawn out to ``size`` pixels.
+
+    Returns:
+        below, above, and how far from the one to the other, in parts of 1 / (2 size); all int64 (N, R), so exact.
+    """
+    # Output o lies at (2o + 1) * length / 2 size - 1/2 in the stretch, kept inside; here in units of 1 / 2 size.
+    position = ((2 * outputs + 1) * length - size).clamp(min=0).minimum(2 * size * (length - 1))
+    below = position // (2 * size)
+    return below, (below + 1).minimum(length - 1), position % (2 * size)
+
+
+def _stretch(x: Tensor, axis: int, outputs: Tensor, start: Tensor, length: Tensor) -> Tensor:
+    """Positions ``outputs`` (N, size) of the ``length`` (N, 1) pixels from ``start``, drawn out to the whole axis."""
+    size = x.shape[axis]
+    below, above, part = neighbours(outputs, size, length)
+    share = part.to(_working(x)) / (2 * size)
+    shape = (len(x), 1, size, 1) if axis == 2 else (len(x), 1, 1, size)
+    low, high = (x.gather(axis, (start + i).reshape(shape).expand_as(x)) for i in (below, above))
+    return torch.lerp(low.to(share.dtype), high.to(share.dtype), share.reshape(shape)).to(x.dtype)

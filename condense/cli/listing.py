@@ -1,0 +1,162 @@
+"""TODO-DOC."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from condense.cli.make import _request
+from condense.cli.parameters import AsJson, _set
+from condense.errors import CondenseError, did_you_mean
+from condense.formatting import size
+
+KINDS = ("methods", "datasets", "networks", "recipes", "protocols", "suites", "sets")
+
+
+def ls(
+    kind: Annotated[str | None, typer.Argument(metavar="[KIND]", help=", ".join(KINDS))] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Lists what exists."""
+    if kind is not None and kind not in KINDS:
+        raise CondenseError(f"'{kind}' cannot be listed{did_you_mean(kind, KINDS)}")
+    listing = {name: _listing(name) for name in ([kind] if kind else KINDS)}
+    if as_json:
+        print(json.dumps(listing, indent=1))
+        return
+    for name, rows in listing.items():
+        if kind is None:
+            print(f"{name}:" if rows else f"{name}: none")
+        width = max((len(row["name"]) for row in rows), default=0)
+        for row in rows:
+            print(("  " if kind is None else "") + f"{row['name']:<{width}}  {row['about']}".rstrip())
+
+
+def _listing(kind: str) -> list[dict[str, Any]]:
+    from condense import config
+    from condense.benchmarks.suite import suites
+    from condense.data import datasets
+    from condense.judge import protocols
+    from condense.networks import CONVNET_GRAMMAR, names
+    from condense.registry import METHODS
+    from condense.sets import packaged_sets
+
+    if kind == "methods":
+        entries = [METHODS.get(name) for name in METHODS.names()]
+        return [
+            {"name": e.name, "about": f"{e.summary} ({e.year})", "paper": e.paper, "labels": e.labels, "order": e.order}
+            for e in entries
+        ]
+    if kind == "datasets":
+        return [{"name": name, "about": about} for name, about in datasets().items()]
+    if kind == "networks":
+        return [{"name": CONVNET_GRAMMAR, "about": ""}, *({"name": name, "about": ""} for name in names())]
+    if kind == "protocols":
+        return [{"name": p.name, "about": p.summary, "version": p.version} for p in protocols().values()]
+    if kind == "suites":
+        return [{"name": suite.name, "about": suite.summary} for suite in suites().values()]
+    if kind == "sets":
+        sets = packaged_sets().items()
+        return [{"name": name, "about": _claim(_set(name)), "path": str(path)} for name, path in sets]
+    return [{"name": name, "about": _recipe_line(config.recipe(name))} for name in config.recipe_names()]
+
+
+def _claim(made: Any) -> str:
+    """What a ready-made set holds, and what it was measured to reach."""
+    claim = made.manifest.get("claim")
+    reached = f", {100 * claim['mean']:.1f} % on {claim['network']} under {claim['protocol']}" if claim else ""
+    return f"{len(made.stored)} images, {size(made.nbytes()['total'])}{reached}"
+
+
+def _recipe_line(recipe: dict[str, Any]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in recipe.items() if key != "method")
+
+
+def show(
+    name: Annotated[str, typer.Argument(metavar="METHOD|RECIPE|SET.h5", help="what to show")],
+    as_json: AsJson = False,
+) -> None:
+    """Shows a method, a recipe, or a set's manifest."""
+    from condense import config
+    from condense.registry import METHODS
+    from condense.sets import packaged_sets
+
+    if name in METHODS:
+        _show_method(name, as_json)
+    elif name in config.recipe_names() or name.endswith((".yaml", ".yml")):
+        _show_recipe(name, as_json)
+    elif name in packaged_sets() or name.endswith(".h5") or Path(name).exists():
+        manifest = _set(name).manifest
+        if as_json:
+            print(json.dumps(manifest, indent=1))
+        else:
+            _print_keys({key: value for key, value in manifest.items() if key != "checksums"})
+    else:
+        known = [*METHODS.names(), *config.recipe_names(), *packaged_sets()]
+        raise CondenseError(f"'{name}' is no method, recipe or .h5 file{did_you_mean(name, known)}")
+
+
+def _show_recipe(name: str, as_json: bool) -> None:
+    from condense import config
+    from condense.benchmarks import facts
+
+    recipe = config.recipe(name)
+    _request(None, None, None, None, None, name)  # as `distill` would refuse it
+    wanted = recipe["method"], recipe["data"], int(recipe["ipc"])
+    published, measured = facts.published(*wanted), facts.measured(*wanted)
+    if as_json:
+        print(json.dumps({"recipe": recipe, "published": published, "measured": measured}, indent=1))
+        return
+    _print_keys(recipe)
+    for title, lines in (
+        ("published", [facts.published_line(row) for row in published]),
+        ("measured here", [facts.measured_line(entry) for entry in measured]),
+    ):
+        print(f"{title}:" + ("" if lines else " none"))
+        for line in lines:
+            print(f"  {line}")
+    print(f"run it: condense distill --recipe {shlex.quote(name)}")
+
+
+def _print_keys(content: dict[str, Any]) -> None:
+    for key, value in content.items():
+        print(f"{key}: {_plain(value)}")
+
+
+def _plain(value: Any) -> str:
+    """JSON-like content in one readable line: ``key=value`` pairs and lists without quotes and braces."""
+    if isinstance(value, dict):
+        return ", ".join(
+            f"{key}=({_plain(v)})" if isinstance(v, dict) else f"{key}={_plain(v)}" for key, v in value.items()
+        )
+    if isinstance(value, list):
+        return ", ".join(map(_plain, value)) or "none"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _show_method(name: str, as_json: bool) -> None:
+    import inspect
+
+    from condense import config
+    from condense.data import DataOptions
+    from condense.registry import METHODS
+
+    entry = METHODS.get(name)
+    settings = config.describe(entry.config)
+    if as_json:
+        facts = {key: value for key, value in vars(entry).items() if key not in ("function", "config")}
+        keys = ("name", "type", "default", "meaning")
+        print(json.dumps({**facts, "settings": [dict(zip(keys, row)) for row in settings]}, indent=1))
+        return
+    print(f"{entry.name}: {entry.paper} ({entry.year}); labels: {entry.labels}; network: {entry.network}; "
+          f"protocol: {entry.protocol}\n")  # fmt: skip
+    print(inspect.cleandoc(entry.function.__doc__ or ""))
+    for title, rows in (("settings", settings), ("settings of the data", config.describe(DataOptions))):
+        if rows:
+            print(f"\n{title}:")
+        for key, _, default, meaning in rows:
+            print(f"  {key}={default}\n      {meaning}")

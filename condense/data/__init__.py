@@ -1,0 +1,25 @@
+"""TODO-FACE condense/data."""
+
+from condense.data.folders import read_images
+from condense.data.loaded import DataOptions, Split, cache_dir, check_name
+from condense.data.registered import DATASETS, datasets
+from condense.data.task import Task, load, unit
+from condense.data.transform import ZCA, Standardise, Transform, digests, transform_from_arrays
+
+__all__ = [
+    "DATASETS",
+    "ZCA",
+    "DataOptions",
+    "Split",
+    "Standardise",
+    "Task",
+    "Transform",
+    "cache_dir",
+    "check_name",
+    "datasets",
+    "digests",
+    "load",
+    "read_images",
+    "transform_from_arrays",
+    "unit",
+]

@@ -1,0 +1,213 @@
+"""TODO-DOC."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from condense.errors import CondenseError
+
+STD_FLOOR = 1e-3
+"""Least per-channel standard deviation, for a constant channel."""
+
+TEST_SHARE = 0.2
+"""Share of each class that becomes the test split where the data brings none."""
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """How images are read; the same for every kind of data."""
+
+    resize: int | None = None
+    """Side in pixels: the shorter side is scaled to it (bilinear, antialiased), then the centre square is cut out."""
+    grey: bool | None = None
+    """True makes one grey channel, false RGB; left out, image folders follow the majority of their train files."""
+    mirror: bool | None = None
+    """Whether a mirror image keeps its class; left out, false for digits, mnist and svhn, true for everything else."""
+    zca: bool = False
+    """Train in the ZCA-whitened space (fitted on the train images) instead of dividing by mean and deviation."""
+
+    def __post_init__(self) -> None:
+        if self.resize is not None and self.resize < 1:
+            raise CondenseError(f"resize={self.resize}: must be at least 1 pixel")
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images (N,C,H,W), uint8 or float32 in [0,1], possibly a read-only memory map, and their labels, int64 (N,)."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    rows: np.ndarray | None = None
+    """Where the split has only some of ``images``: which, int64, one for each label."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def at(self, ids: np.ndarray) -> Split:
+        """The part of the split with these row numbers; images are not copied."""
+        return Split(self.images, self.labels[ids], ids if self.rows is None else self.rows[ids])
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Checked arrays and what is known of them."""
+
+    classes: tuple[str, ...]
+    train: Split
+    test: Split
+    mean: np.ndarray
+    """Per-channel mean of the train pixels in [0,1], float64 (C,)."""
+    std: np.ndarray
+    """Per-channel standard deviation of the train pixels in [0,1], float64 (C,), at least ``STD_FLOOR``."""
+    fingerprint: str
+    """SHA-256 hex of class names, pixels and labels in order: equal for equal data, whatever the files are called."""
+    name: str = "data"
+    source: str | None = None
+    mirror: bool = True
+
+
+def cache_dir() -> Path:
+    """Where decoded images are kept: ``CONDENSE_CACHE``, else ``~/.cache/condense``."""
+    return Path(os.environ.get("CONDENSE_CACHE") or Path.home() / ".cache" / "condense")
+
+
+def data_root() -> Path:
+    """Where registered data sets are looked for and fetched to: ``CONDENSE_DATA``, else ``~/.cache/condense/data``."""
+    return Path(os.environ.get("CONDENSE_DATA") or Path.home() / ".cache" / "condense" / "data")
+
+
+def check_name(name: str) -> str:
+    """``name`` where it can stand in set names and records."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise CondenseError(f"name '{name}': use letters, digits, '.', '_' and '-'")
+    return name
+
+
+# --- What every kind of data shares -----------------------------------------------------------------------------------
+
+
+def _measure(
+    classes: Sequence[str], splits: Iterable[tuple[tuple[int, ...], np.dtype, Iterable[np.ndarray], np.ndarray]]
+) -> tuple[str, np.ndarray, np.ndarray]:
+    """Fingerprint of all splits, and mean and deviation of the first, from ``(shape, dtype, chunks of rows, labels)``.
+
+    The sums of uint8 pixels are exact integers in float64, so they do not depend on the chunks.
+    """
+    digest = hashlib.sha256(json.dumps(["condense.data/1", list(classes)]).encode())
+    mean = std = np.zeros(0)
+    for index, (shape, dtype, chunks, labels) in enumerate(splits):
+        digest.update(json.dumps([list(shape), dtype.name]).encode())
+        total, squares = np.zeros(shape[1]), np.zeros(shape[1])
+        for chunk in chunks:
+            digest.update(chunk.data)
+            if index == 0:
+                values = chunk.astype(np.float64)
+                total += values.sum(axis=(0, 2, 3))
+                squares += np.multiply(values, values, out=values).sum(axis=(0, 2, 3))
+        digest.update(labels.astype("<i8").data)
+        if index == 0:
+            unit = 255.0 if dtype == np.uint8 else 1.0
+            pixels = shape[0] * shape[2] * shape[3]
+            mean = total / pixels / unit
+            variance = np.maximum(squares / pixels / unit**2 - mean**2, 0.0)
+            std = np.maximum(np.sqrt(variance), STD_FLOOR)
+    return digest.hexdigest(), mean, std
+
+
+def _finish(classes: Sequence[str], train: Split, test: Split, options: DataOptions) -> Loaded:
+    """Applies ``options`` to arrays (N,C,H,W) in memory and measures them."""
+    splits = [Split(_adapt(split.images, options), split.labels) for split in (train, test)]
+    parts = (
+        (
+            split.images.shape,
+            split.images.dtype,
+            (split.images[start : start + 1024] for start in range(0, len(split), 1024)),
+            split.labels,
+        )
+        for split in splits
+    )
+    fingerprint, mean, std = _measure(classes, parts)
+    return Loaded(tuple(classes), splits[0], splits[1], mean, std, fingerprint)
+
+
+def _resized(height: int, width: int, side: int) -> tuple[int, int, int, int]:
+    """(height, width) after scaling the shorter side to ``side``, then top and left of the centre square."""
+    short = min(height, width)
+    height, width = int(side * height / short), int(side * width / short)
+    return height, width, round((height - side) / 2), round((width - side) / 2)
+
+
+def _adapt(images: np.ndarray, options: DataOptions) -> np.ndarray:
+    """Images (N,C,H,W) with the channels and the size that ``options`` ask for, in their own dtype, contiguous."""
+    channels, height, width = images.shape[1:]
+    side = options.resize
+    to_grey, to_rgb = bool(options.grey) and channels == 3, options.grey is False and channels == 1
+    resize = side is not None and (height, width) != (side, side)
+    if not (to_grey or to_rgb or resize):
+        return np.ascontiguousarray(images)
+
+    import torch
+    from torch.nn.functional import interpolate
+
+    chunks = []
+    for start in range(0, len(images), 1024):
+        x = torch.from_numpy(np.ascontiguousarray(images[start : start + 1024])).float()
+        if to_grey:
+            x = (x * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)  # ITU-R 601, as PIL does
+        if to_rgb:
+            x = x.expand(-1, 3, -1, -1)
+        if resize:
+            assert side is not None
+            high, wide, top, left = _resized(height, width, side)
+            x = interpolate(x, size=(high, wide), mode="bilinear", antialias=True)
+            x = x[:, :, top : top + side, left : left + side]
+        x = x.round().clamp(0, 255).byte() if images.dtype == np.uint8 else x.clamp(0, 1)
+        chunks.append(x.contiguous().numpy())
+    return np.concatenate(chunks)
+
+
+def _stratified(labels: np.ndarray, classes: Sequence[str], where: str, purpose: str) -> tuple[np.ndarray, np.ndarray]:
+    """Row numbers of the train and of the test part, each ascending: of every class, in an order drawn for its number
+    and ``purpose``, the last ``TEST_SHARE`` (rounded, at least one image) is the test part."""
+    from condense.rng import Draws
+
+    train, test = [], []
+    for number, name in enumerate(classes):
+        rows = np.flatnonzero(labels == number)
+        if len(rows) < 2:
+            raise CondenseError(f"{where}: class '{name}' has {len(rows)} image(s), too few to split; give a test set")
+        order = rows[Draws(purpose, "split", number).permutation(len(rows)).numpy()]
+        count = max(1, int(TEST_SHARE * len(rows) + 0.5))
+        train.append(order[:-count])
+        test.append(order[-count:])
+    return np.sort(np.concatenate(train)), np.sort(np.concatenate(test))
+
+
+def _cut(images: np.ndarray, labels: np.ndarray, rows: tuple[np.ndarray, np.ndarray]) -> tuple[Split, Split]:
+    train, test = (Split(images[part], labels[part]) for part in rows)
+    return train, test
+
+
+def _progress(chunks: Iterable[np.ndarray], total: int, what: str) -> Iterator[np.ndarray]:
+    """The chunks again, with a bar on stderr where that is a terminal."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc=what, unit=" images", file=sys.stderr, disable=None, leave=False) as bar:
+        for chunk in chunks:
+            yield chunk
+            bar.update(len(chunk))
+
+
+def _some(names: Sequence[str], most: int = 5) -> str:
+    """The first few names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

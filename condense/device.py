@@ -1,0 +1,137 @@
+"""device, precision, memory, deterministic kernels."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from condense.errors import CondenseError
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` is CUDA where there is one, else the CPU; any other name is torch's.
+
+    Raises:
+        CondenseError: the device does not exist here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()  # refuses `meta` too, which has no values
+    except (RuntimeError, AssertionError, NotImplementedError) as fault:
+        raise CondenseError(f"--device {name}: not available here; use --device cpu or leave it out") from fault
+    return device
+
+
+@functools.cache
+def cpu_has_bf16() -> bool:
+    """Whether the CPU multiplies bf16 in hardware (AVX512-BF16, AMX or Arm's BF16), told by its flags, never by
+    timing."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(errors="ignore")
+    except OSError:
+        return False
+    return any(flag in flags for flag in ("avx512_bf16", "amx_bf16", " bf16"))
+
+
+def pick_precision(name: str, device: torch.device) -> str:
+    """``fp32`` or ``bf16`` for matrix work that needs no second derivative; ``auto`` is bf16 where hardware has it."""
+    if name not in ("auto", "fp32", "bf16"):
+        raise CondenseError(f"--precision {name}: use auto, fp32 or bf16")
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp32"
+    return "bf16" if device.type == "cpu" and cpu_has_bf16() else "fp32"
+
+
+def fast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
+    """The context for matrix work that tolerates ``precision``: autocast to bf16, or nothing."""
+    if precision == "bf16":
+        return torch.autocast(device.type, torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def peak_memory(device: torch.device) -> dict[str, int]:
+    """Peak bytes so far: ``host`` (resident set of the process) and, on CUDA, ``device``."""
+    peak = {"host": _peak_resident()}
+    if device.type == "cuda":
+        peak["device"] = torch.cuda.max_memory_allocated(device)
+    return peak
+
+
+def _peak_resident() -> int:
+    """Peak resident bytes of this process; 0 where the system does not tell.
+
+    From /proc where there is one: what getrusage tells includes the peak of the process that started this one.
+    """
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    with contextlib.suppress(ImportError):  # no `resource` on Windows
+        import resource
+
+        scale = 1 if platform.system() == "Darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+    return 0
+
+
+@contextlib.contextmanager
+def deterministic_kernels(wanted: bool = True) -> Iterator[None]:
+    """Only deterministic kernels inside, where ``wanted``; an operation that has none raises an error."""
+    if not wanted:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts its first matrix product
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.benchmark = before[1]
+
+
+def device_name(device: torch.device) -> str:
+    """The device in words, e.g. ``NVIDIA A100`` or ``2-thread x86_64 CPU (bf16)``."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.get_num_threads()}-thread {platform.machine()} CPU" + (" (bf16)" if cpu_has_bf16() else "")
+
+
+def _free_memory(device: torch.device) -> int:
+    """Free bytes of an accelerator; those of the host where it shares them or cannot tell."""
+    module: Any = getattr(torch, device.type, None)
+    if hasattr(module, "mem_get_info"):
+        return int(module.mem_get_info(device)[0])
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return 0
+
+
+def free_host_memory() -> int:
+    """Bytes that can be had without swapping, within the limit of a container; 0 where the system does not tell."""
+    try:
+        (line,) = (line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable:"))
+        free = int(line.split()[1]) * 1024
+        with contextlib.suppress(OSError, ValueError):  # no cgroup v2, or no limit ("max")
+            limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+            free = min(free, max(0, limit - used))
+        return free
+    except (OSError, ValueError):
+        pass
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return 0

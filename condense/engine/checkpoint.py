@@ -1,0 +1,62 @@
+"""TODO-DOC."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from condense.errors import CondenseError
+from condense.files import read_state
+
+_log = logging.getLogger(__name__)
+
+CHECKPOINT = "checkpoint.pt"
+
+PREVIOUS = "checkpoint.previous.pt"
+
+VIEW_LABELS, VIEW_LABELS_STATE = "labels.npy", "labels.json"
+"""Labels of views in making, and how many epochs of them are done."""
+
+CHECKPOINT_SECONDS = float(os.environ.get("CONDENSE_CHECKPOINT_SECONDS", "20"))
+"""Least time between two checkpoints; the environment variable is for tests that kill runs."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """The run was asked to stop; its state is saved. The message says how to go on."""
+
+
+class Diverged(CondenseError):
+    """The loss or the images stopped being finite; the set holds the last good state."""
+
+
+class Keepable(Protocol):
+    """State that joins the checkpoint: networks, optimisers, queues."""
+
+    def state_dict(self) -> Mapping[str, Any]: ...
+
+    def load_state_dict(self, state: Any) -> Any: ...
+
+
+def load_checkpoint(directory: Path, config_key: str) -> dict[str, Any] | None:
+    """The newest whole checkpoint of a run directory, None where it has none yet.
+
+    Raises:
+        CondenseError: the checkpoint belongs to another configuration.
+    """
+    for name in (CHECKPOINT, PREVIOUS):
+        path = directory / name
+        if not path.exists():
+            continue
+        state = read_state(path)
+        if state is None:
+            _log.warning("condense: %s is damaged; going on from what was saved before it", path)
+            continue
+        if state["config_key"] != config_key:
+            raise CondenseError(
+                f"{directory}: config.json was changed after the checkpoint; undo that, or start anew with --force"
+            )
+        return state
+    return None

@@ -1,0 +1,437 @@
+"""Run: everything a method needs besides its maths – device, precision, seeds, checkpoints, progress, time limit,
+ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from condense import networks, rng
+from condense.data import Task
+from condense.device import fast
+from condense.engine.checkpoint import (
+    CHECKPOINT,
+    CHECKPOINT_SECONDS,
+    PREVIOUS,
+    Diverged,
+    Interrupted,
+    Keepable,
+    load_checkpoint,
+)
+from condense.engine.optimizer import Group, SyntheticOptimizer
+from condense.ranks import Ranks
+from condense.sets import SyntheticSet
+from condense.tracking import Log, Progress, open_tracker
+
+_log = logging.getLogger(__name__)
+
+KNOBS = {"images": "lr_img", "step_size": "lr_lr", "labels": "lr_label"}
+"""What methods call the learning rate of a tensor."""
+
+PREVIEW_SECONDS = 60.0
+
+LOG_SECONDS = 2.0
+
+CHUNK_PIXELS = 1024 * 1024
+"""Real pixels (height x width x images) that a class-separable method handles at once: 1,024 images of 32x32."""
+
+FORWARD_PIXELS = 32 * 1024
+"""Pixels in one forward pass without gradients on a CPU: 32 images of 32x32, whose maps stay in its cache."""
+
+GRADIENT_PIXELS = 128 * 1024
+"""The same with gradients of the weights: 128 images of 32x32."""
+
+
+class Step:
+    """One outer step: its index, its keyed draws, its network, and the update of the synthetic set."""
+
+    def __init__(self, run: Run, index: int, optimizer: SyntheticOptimizer) -> None:
+        self.run, self.index, self.optimizer = run, index, optimizer
+        self.accumulate = optimizer.accumulate
+        self.minimise = optimizer.minimise
+        self.update = optimizer.step
+        self.apply = optimizer.apply
+
+    def key(self, purpose: str) -> tuple[int | str, ...]:
+        """Key parts of this step's draws for ``purpose``."""
+        return (self.run.seed, purpose, self.index)
+
+    def draws(self, purpose: str) -> rng.Draws:
+        """This step's stream of draws for ``purpose``."""
+        return rng.Draws(*self.key(purpose))
+
+    def network(self) -> networks.Network:
+        """A new random, frozen network of the run's architecture, in train mode, on the device."""
+        return self.run.random_network(self.index)
+
+
+class Run:
+    """The one service object of a method.
+
+    Args:
+        task: the real data.
+        ipc: stored images per class.
+        network: architecture that the method matches with; a name or an ``nn.Module`` factory.
+        seed: every draw of the run derives from it.
+        device: where to compute.
+        precision: ``fp32`` or ``bf16``, for matrix work without second derivatives.
+        directory: where checkpoints, log and previews go; None keeps nothing on disk.
+        minutes: stop cleanly after so many minutes, counted from here and over resumptions.
+        resume: go on from the directory's checkpoint, where it has one.
+        config_key: digest of the resolved configuration; a checkpoint of another one is refused.
+        name: what progress lines call the run.
+        quiet: no progress.
+        track: auto, tensorboard, trackio or none.
+        begin: called before the first step, when the method has accepted its settings; makes the directory.
+
+    Attributes:
+        continues: whether it was asked to go on with what the directory holds.
+        preparation: what networks of its own a method has trained on real data, for the manifest; empty where none.
+        trajectories: the experts that a method follows, for the manifest; empty where none.
+        teachers: the teachers that a method asks, for the manifest; empty where none.
+        salvage: makes what a diverged run has of use into a set; None where ``synthetic`` is that set.
+        expected_preparation: the seconds of preparing that a rehearsal expects.
+        expected_labelling: the seconds of labelling that a rehearsal expects.
+    """
+
+    rehearses = False
+    """Whether only a few steps are made, to see what a run would cost."""
+
+    def __init__(
+        self,
+        task: Task,
+        ipc: int,
+        network: str | Callable[..., nn.Module],
+        *,
+        seed: int = 0,
+        device: torch.device | None = None,
+        precision: str = "fp32",
+        directory: Path | None = None,
+        minutes: float | None = None,
+        resume: bool = False,
+        config_key: str = "",
+        name: str = "distill",
+        quiet: bool = False,
+        track: str = "auto",
+        begin: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.device = device or torch.device("cpu")
+        self.ranks = Ranks(self.device)
+        self.task, self.ipc, self.network, self.seed = task.to(self.device), ipc, network, seed
+        self.precision, self.directory, self.minutes = precision, directory, minutes
+        self.name, self.quiet, self.track, self.config_key = name, quiet, track, config_key
+        self.begin = begin
+        self.steps_done = 0
+        self.stopped_early = False
+        self.synthetic: SyntheticSet | None = None
+        self._kept: dict[str, Keepable] = {}
+        self._stop = False
+        self._net: networks.Network | None = None
+        self._device_net: networks.Network | None = None
+        self._saved = load_checkpoint(directory, config_key) if resume and directory else None
+        self.resumed = self._saved is not None
+        self.continues = resume
+        self.preparation: dict[str, Any] = {}
+        self.trajectories: dict[str, Any] = {}
+        self.teachers: dict[str, Any] = {}
+        self.salvage: Callable[[], SyntheticSet] | None = None
+        self.expected_preparation = self.expected_labelling = 0.0
+        self._kept_before: dict[str, Any] = self._saved["kept"] if self._saved else {}
+        self.phase = 0
+        self._finished: list[dict[str, Tensor]] = self._saved["finished"] if self._saved else []
+        self._elapsed_before = float(self._saved["elapsed"]) if self._saved else 0.0
+        self._began = time.monotonic()
+
+    # -- what methods use -------------------------------------------------------------------------------------------
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds of work so far, over all resumptions."""
+        return self._elapsed_before + time.monotonic() - self._began
+
+    def credit(self, seconds: float) -> None:
+        """Counts work that this run uses but another process did; once, as a checkpoint holds it."""
+        if not self.resumed:
+            self._elapsed_before += seconds
+
+    @property
+    def asked_to_stop(self) -> bool:
+        """Whether a signal asked to save and stop."""
+        return self._stop
+
+    @property
+    def classes(self) -> list[int]:
+        """The classes that this rank works on."""
+        return list(range(self.task.num_classes))[self.ranks.rank :: self.ranks.world]
+
+    def class_chunks(self, images_per_class: int) -> Iterator[list[int]]:
+        """This rank's classes in groups of at most ``CHUNK_PIXELS`` real pixels, so that memory does not grow with
+        classes.
+
+        Only for methods whose classes do not couple; the sum over chunks equals one pass to rounding.
+        """
+        height, width = self.task.shape[1:]
+        # The images of the set count five times: their maps are kept for the backward pass.
+        images_per_class = max(images_per_class, 5 * self.ipc)
+        size = max(1, CHUNK_PIXELS // (images_per_class * height * width))
+        for start in range(0, len(self.classes), size):
+            yield self.classes[start : start + size]
+
+    def forward_chunk(self, gradients: bool = False) -> int | None:
+        """Images in one forward pass: few on a CPU, so that feature maps stay in its cache; else all.
+
+        With ``gradients`` (of the weights, on real images) more, as the maps must be kept anyway: the bound is memory.
+        """
+        if self.device.type != "cpu":
+            return None
+        height, width = self.task.shape[1:]
+        return max(1, (GRADIENT_PIXELS if gradients else FORWARD_PIXELS) // (height * width))
+
+    def fast(self) -> contextlib.AbstractContextManager[Any]:
+        """Autocast to the run's precision, for work that needs no second derivative."""
+        return fast(self.device, self.precision)
+
+    def seeded(self, purpose: str, step: int = 0) -> contextlib.AbstractContextManager[None]:
+        """Forks and seeds the global generator, for constructors and dropout."""
+        return rng.seeded(self.seed, purpose, step)
+
+    def random_network(self, index: int) -> networks.Network:
+        """Random weights number ``index`` of the run's network, frozen; the same module object every time."""
+        with self.seeded("network", index):
+            if self._net is None:
+                self._net = networks.build(self.network, self.task.shape, self.task.num_classes)
+                self._net.requires_grad_(False)
+            else:
+                networks.reset(self._net)
+        if self.device.type == "cpu":
+            return self._net
+        # Weights are drawn on the CPU, so that every device sees the same network.
+        if self._device_net is None:
+            with self.seeded("scratch"):
+                self._device_net = networks.build(self.network, self.task.shape, self.task.num_classes)
+            self._device_net.to(self.device).requires_grad_(False)
+        self._device_net.load_state_dict(self._net.state_dict())
+        return self._device_net
+
+    def keep(self, name: str, state: Keepable) -> None:
+        """Adds ``state`` (a live network, a queue) to the checkpoint; a resumed run restores it here."""
+        self._kept[name] = state
+        if name in self._kept_before:
+            state.load_state_dict(self._kept_before[name])
+
+    def optimise(
+        self, synthetic: SyntheticSet, steps: int, *, sharded: bool = False, **groups: Group
+    ) -> Iterator[Step]:
+        """The outer loop: yields each step; between steps it logs, checkpoints, previews, and stops when time is up.
+
+        A method may loop several times, one set after the other: a resumed run passes over the loops that were done.
+        At the end of the loop a tensor whose group has an ``ema`` becomes its average.
+
+        Args:
+            synthetic: the set whose ``tensors`` named by ``groups`` are learned.
+            steps: number of outer steps of the whole run; schedules follow it.
+            sharded: the method works on ``run.classes`` only, so gradients are summed over ranks.
+            groups: one :class:`Group` per learned tensor.
+
+        Raises:
+            Diverged: a loss was NaN or infinite; ``synthetic`` is put back to the last good state.
+            Interrupted: SIGINT or SIGTERM; the state is saved first.
+        """
+        reduce = self.ranks.sum if sharded else None
+        optimizer = SyntheticOptimizer(synthetic.tensors, groups, synthetic.classes, reduce)
+        self.synthetic = synthetic
+        if self.phase < len(self._finished):
+            with torch.no_grad():
+                for name, tensor in optimizer.tensors.items():
+                    tensor.copy_(self._finished[self.phase][name])
+            self.phase += 1
+            return
+        start = 0
+        if self._saved is not None:
+            optimizer.load_state_dict(self._saved["optimizer"])
+            start = int(self._saved["step"])
+            self._saved = None
+        if self.ranks.leads:
+            self.begin()
+        keeper = _Keeper(self, synthetic, optimizer, start, steps)
+        self.steps_done = start
+        try:
+            for index in range(start, steps):
+                if self.ranks.agree(self._time_is_up()):
+                    self.stopped_early = True
+                    break
+                optimizer.progress = index / steps
+                yield Step(self, index, optimizer)
+                self.steps_done = index + 1
+                keeper.after_step(index + 1, stop=self._stop)
+            keeper.finish()
+            optimizer.take_averages()
+            self._finished.append({name: tensor.detach().clone() for name, tensor in optimizer.tensors.items()})
+            self.phase += 1
+        finally:
+            keeper.close()
+
+    # -- what surrounds them ----------------------------------------------------------------------------------------
+
+    def _time_is_up(self) -> bool:
+        return self.minutes is not None and self.elapsed >= self.minutes * 60
+
+    @contextlib.contextmanager
+    def stop_on_signal(self) -> Iterator[None]:
+        """While a method runs, the first SIGINT or SIGTERM asks the loop to save and stop; a second one stops at once.
+
+        Under torchrun every rank gets Ctrl-C twice, from the terminal and from torchrun.
+        """
+        handled = []
+
+        def ask(number: int, frame: Any) -> None:
+            if self._stop and self.ranks.world == 1:
+                raise KeyboardInterrupt
+            self._stop = True
+
+        if self.directory is not None:
+            with contextlib.suppress(ValueError):  # not in the main thread: signals are the caller's business
+                for number in (signal.SIGINT, signal.SIGTERM):
+                    handled.append((number, signal.signal(number, ask)))
+        try:
+            yield
+        finally:
+            for number, handler in handled:
+                signal.signal(number, handler)
+
+    def save_checkpoint(self, step: int, optimizer: SyntheticOptimizer) -> None:
+        """Writes the state after ``step`` steps; the previous checkpoint stays until the new one is whole."""
+        if self.directory is None or not self.ranks.leads:
+            return
+        state = {
+            "config_key": self.config_key,
+            "step": step,
+            "elapsed": self.elapsed,
+            "optimizer": optimizer.state_dict(),
+            "finished": self._finished,
+            "kept": {name: dict(kept.state_dict()) for name, kept in self._kept.items()},
+        }
+        path, temporary = self.directory / CHECKPOINT, self.directory / (CHECKPOINT + ".tmp")
+        with temporary.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists():
+            os.replace(path, self.directory / PREVIOUS)
+        os.replace(temporary, path)
+
+
+class _Keeper:
+    """What happens between steps: log lines, checkpoints, previews, the check for NaN, and stopping."""
+
+    def __init__(
+        self, run: Run, synthetic: SyntheticSet, optimizer: SyntheticOptimizer, start: int, steps: int
+    ) -> None:
+        self.run, self.synthetic, self.optimizer, self.steps = run, synthetic, optimizer, steps
+        self.good = (start, optimizer.state_dict())
+        self.checked = self.step = start
+        self.check_every = 1 if run.device.type == "cpu" else 20  # reading the flag waits for the GPU
+        leads = run.ranks.leads
+        self.progress = Progress(run.name, steps, start, run.quiet or not leads)
+        again = (run.phase, start) if run.resumed or run.phase else None  # the log goes on
+        self.log = Log(run.directory / "log.jsonl", again) if run.directory and leads else None
+        self.tracker = open_tracker(run.track, run.directory if leads else None, start)
+        self.logged = self.saved = self.previewed = time.monotonic()
+        self.save_seconds = 0.0
+        self.text = ""
+
+    def after_step(self, step: int, stop: bool) -> None:
+        self.step = step
+        now = time.monotonic()
+        last = step == self.steps
+        # Checkpoints that take more than a second to write take at most a twentieth of the time.
+        slow = 20 * self.save_seconds if self.save_seconds > 1 else 0.0
+        saving = now - self.saved >= max(CHECKPOINT_SECONDS, slow)
+        wish = now - self.logged >= LOG_SECONDS, saving, now - self.previewed >= PREVIEW_SECONDS, stop
+        agreed = self.run.ranks.agree(sum(bit << i for i, bit in enumerate(wish)))
+        logging, saving, previewing, stop = (bool(agreed >> i & 1) for i in range(4))
+        if step - self.checked >= self.check_every or logging or saving or last or stop:
+            self.checked = step
+            self._check(step)
+        loss = self.optimizer.take_loss()
+        if logging or last or step == 1:
+            self.logged = now
+            if self.optimizer.reduce is not None:
+                self.optimizer.reduce(loss)
+            self._write(step, float(loss))
+        if saving or stop:
+            self._save(step)
+        if previewing:
+            self.previewed = now
+            self._preview(step)
+        self.progress.update(step, self.text)
+        if stop:
+            where = self.run.directory
+            raise Interrupted(f"stopped at step {step} of {self.steps}; go on with: condense resume {where}")
+
+    def finish(self) -> None:
+        """The last checkpoint and preview, so that a kill while the set is written loses nothing."""
+        self._check(self.step)
+        self._save(self.step)
+        self._preview(self.step)
+
+    def close(self) -> None:
+        self.progress.close()
+        if self.log is not None:
+            self.log.close()
+        if self.tracker is not None:
+            self.tracker.close()
+
+    def _check(self, step: int) -> None:
+        if self.run.rehearses or self.run.ranks.all(self.optimizer.finite):
+            return
+        good, state = self.good
+        self.optimizer.load_state_dict(state)
+        self.optimizer.take_averages()
+        self.run.steps_done = good
+        rates = ", ".join(
+            f"{KNOBS.get(name, 'lr of ' + name)}={group.lr:g}" for name, group in self.optimizer.groups.items()
+        )
+        raise Diverged(f"the loss is not finite at step {step} ({rates}): lower the learning rate; kept step {good}")
+
+    def _write(self, step: int, loss: float) -> None:
+        self.text = f"loss {loss:.4g}"
+        values = {"loss": loss}
+        if self.log is not None:
+            self.log.write(loop=self.run.phase, step=step, seconds=round(self.run.elapsed, 2), **values)
+        if self.tracker is not None:
+            self.tracker.log(step, values)
+
+    def _save(self, step: int) -> None:
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in self.optimizer.tensors.values()):
+            self.optimizer.finite.fill_(False)
+            self._check(step)
+        began = time.monotonic()
+        self.good = (step, self.optimizer.state_dict())
+        self.run.save_checkpoint(step, self.optimizer)
+        self.saved = time.monotonic()
+        self.save_seconds = self.saved - began
+
+    def _preview(self, step: int) -> None:
+        if self.run.directory is None or not self.run.ranks.leads:
+            return
+        from condense.sets import save_grid
+
+        folder = self.run.directory / "previews"
+        folder.mkdir(exist_ok=True)
+        path = folder / f"step-{step:06d}.png"
+        images = self.synthetic.images.detach()
+        if self.synthetic.space == "training":
+            images = self.run.task.transform.to(images.device).inverse(images)
+        save_grid(images, path, columns=self.run.ipc)
+        if self.tracker is not None:
+            self.tracker.image(step, path)

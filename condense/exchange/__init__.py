@@ -1,0 +1,6 @@
+"""TODO-FACE condense/exchange."""
+
+from condense.exchange.exporting import eight_bits, export_set
+from condense.exchange.importing import NETWORK, folder_name, import_set
+
+__all__ = ["NETWORK", "eight_bits", "export_set", "folder_name", "import_set"]

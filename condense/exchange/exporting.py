@@ -1,0 +1,257 @@
+"""Export: distilled sets in the files that others read. What is written are the decoded images, whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from condense.data import unit
+from condense.errors import CondenseError, did_you_mean
+from condense.exchange.importing import folder_name, library
+from condense.files import check_writable, replacing, replacing_folder
+from condense.formatting import by
+from condense.labels import HardLabels, SoftLabels
+from condense.sets import DistilledSet, decode
+
+FORMS = ("imagefolder", "pt", "safetensors", "hf")
+"""What ``condense export --to`` writes."""
+
+SET_FILE = "set.h5"
+
+MARKER = ".condense-export"
+"""An empty file in every folder of ours; one without it is not replaced."""
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """What 8 bits did to the images; errors count clipping in and are in units of 1/255."""
+
+    rounded: DistilledSet
+    """The set with the pixels that were written."""
+    clipped: float
+    """Share of pixel values outside [0,1]."""
+    mean: float
+    """Mean error of a pixel value."""
+    largest: float
+    """Largest error of a pixel value."""
+
+
+def export_set(distilled: DistilledSet, destination: str | Path, form: str, *, force: bool = False) -> Rounding | None:
+    """Writes the decoded images and their labels in a format of others, whole or not at all.
+
+    * ``pt``: a dict for ``torch.load(..., weights_only=True)``: ``data`` ([[images, labels]], which the DC scripts
+      load), ``images`` float32 (M,C,H,W) in training space, class-sorted, ``labels`` int64 (M,) or probabilities
+      (M, classes) with their ``logits``, the transform (``mean`` and ``std``; ZCA: ``mean``, ``matrix``, ``inverse``),
+      ``lr`` where one was learned, ``classes``, ``manifest`` (JSON).
+    * ``safetensors``: the same tensors; classes and manifest as metadata.
+    * ``imagefolder``: ``<class>/NNN.png``, 8 bits of pixel space. Hard labels only.
+    * ``hf``: what ``datasets.load_dataset`` opens: ``data/*.parquet`` with ``image`` (PNG), ``label`` and, unless the
+      set stores uint8 images, ``array`` (float32, training space), a dataset card, and the set itself as ``set.h5``.
+
+    Returns:
+        What 8 bits cost, for ``imagefolder``.
+
+    Raises:
+        CondenseError: labels or channels that the format cannot hold, a library that is missing, or the place.
+    """
+    path = Path(destination)
+    if form not in FORMS:
+        raise CondenseError(f"--to {form}: unknown{did_you_mean(form, FORMS)}")
+    if distilled.labels.per_view:
+        raise CondenseError(
+            f"{distilled.name} has {distilled.labels.kind} labels, which belong to augmented views, not to images; "
+            "no other format holds them: share the .h5 file"
+        )
+    size = 4 * len(distilled) * math.prod(distilled.shape) + distilled.nbytes()["total"]
+    if form in ("pt", "safetensors"):
+        check_writable(path, force=force, size=size)
+        safetensors = library("safetensors.torch", "--to safetensors") if form == "safetensors" else None
+        tensors, classes = _tensors(distilled), list(distilled.classes)
+        manifest = json.dumps(distilled.manifest, sort_keys=True)
+        with replacing(path) as temporary:
+            if safetensors is not None:
+                metadata = {"format": "pt", "classes": json.dumps(classes), "manifest": manifest}
+                temporary.write_bytes(safetensors.save(tensors, metadata))
+            else:
+                data = [[tensors["images"], tensors["labels"]]]
+                torch.save({"data": data, **tensors, "classes": classes, "manifest": manifest}, temporary)
+        return None
+    if distilled.shape[0] not in (1, 3):
+        raise CondenseError(f"--to {form}: a PNG has 1 or 3 channels, not {distilled.shape[0]}; take --to pt")
+    if form == "imagefolder" and distilled.labels.kind != "hard":
+        raise CondenseError(f"--to imagefolder: folders cannot hold {distilled.labels.kind} labels; take --to pt")
+    _check_folder(path, force=force, size=size)
+    if form == "hf":
+        datasets = library("datasets", "--to hf")
+        with _exporting(path) as temporary:
+            _write_hf(distilled, temporary, datasets)
+        return None
+    rounding = eight_bits(distilled)
+    with _exporting(path) as temporary:
+        _write_folder(rounding.rounded, temporary)
+    return rounding
+
+
+def eight_bits(distilled: DistilledSet) -> Rounding:
+    """The decoded set with 8-bit pixels, images in the order of the original, and what rounding and clipping cost."""
+    pixels = _pixels(distilled)
+    stored = (pixels.clamp(0, 1) * 255).round()
+    error = (stored - pixels * 255).abs()
+    classes = distilled.labels.targets(distilled.training_images()[1])
+    kept = {key: value for key, value in distilled.manifest.items() if key not in ("bytes", "checksums")}
+    manifest = {**kept, "space": "pixel", "decode": [], "ipc": len(pixels) // len(distilled.classes)}
+    labels = HardLabels(classes, len(distilled.classes))
+    rounded = DistilledSet(stored.byte(), labels, distilled.transform, manifest)
+    outside = ((pixels < 0) | (pixels > 1)).float().mean()
+    return Rounding(rounded, float(outside), float(error.mean()), float(error.max()))
+
+
+def _sorted(distilled: DistilledSet) -> tuple[Tensor, Tensor, Tensor]:
+    """Training images (M,C,H,W), the stored index (M,) and the order (M,) that sorts them by class."""
+    images, ids = distilled.training_images()
+    order = ids.argsort(stable=True)  # the images that a stored one decodes into stay together
+    if distilled.labels.kind == "hard":
+        order = order[distilled.labels.targets(ids[order]).argsort(stable=True)]
+    return images, ids, order
+
+
+def _tensors(distilled: DistilledSet) -> dict[str, Tensor]:
+    images, ids, order = _sorted(distilled)
+    tensors = {"images": images[order].detach().float().cpu(), "labels": distilled.labels.targets(ids[order]).cpu()}
+    if isinstance(distilled.labels, SoftLabels):
+        tensors["logits"] = distilled.labels.logits[ids[order]].detach().float().cpu()
+    if distilled.manifest.get("learned_lr") is not None:
+        tensors["lr"] = torch.tensor(distilled.manifest["learned_lr"], dtype=torch.float64)
+    arrays = {name: torch.from_numpy(array) for name, array in distilled.transform.arrays().items()}
+    return {name: tensor.contiguous() for name, tensor in {**tensors, **arrays}.items()}
+
+
+def _pixels(distilled: DistilledSet) -> Tensor:
+    """Decoded images (M,C,H,W) float32 in pixel space; those stored there without a detour that would round them."""
+    if distilled.manifest["space"] != "pixel":
+        return distilled.transform.inverse(distilled.training_images()[0])
+    return decode(unit(distilled.stored), distilled.stages)[0]
+
+
+def _write_folder(rounded: DistilledSet, folder: Path) -> None:
+    _, ids, order = _sorted(rounded)
+    classes = rounded.labels.targets(ids[order])
+    width = max(3, len(str(len(order))))
+    for number, name in enumerate(rounded.classes):
+        inside = folder / folder_name(name)
+        inside.mkdir()
+        for place, row in enumerate(order[classes == number].tolist()):
+            (inside / f"{place:0{width}}.png").write_bytes(_png(rounded.stored[row]))
+
+
+def _png(image: Tensor) -> bytes:
+    """A PNG, grey or RGB, of uint8 (C,H,W)."""
+    from PIL import Image
+
+    array = image.cpu().numpy()
+    picture = array[0] if len(array) == 1 else np.ascontiguousarray(array.transpose(1, 2, 0))
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "PNG")
+    return file.getvalue()
+
+
+def _write_hf(distilled: DistilledSet, folder: Path, datasets: Any) -> None:
+    images, ids, order = _sorted(distilled)
+    stored = (_pixels(distilled)[order].clamp(0, 1) * 255).round().byte()
+    targets = distilled.labels.targets(ids[order]).cpu()
+    hard = not targets.is_floating_point()
+    exact = distilled.stored.dtype == torch.uint8 and not distilled.stages
+    columns: dict[str, Any] = {
+        "image": [{"bytes": _png(image), "path": None} for image in stored],
+        "label": targets.numpy() if hard else list(targets.numpy()),
+    }
+    features: dict[str, Any] = {
+        "image": datasets.Image(),
+        "label": datasets.ClassLabel(names=list(distilled.classes))
+        if hard
+        else datasets.Sequence(datasets.Value("float32"), length=len(distilled.classes)),
+    }
+    if not exact:
+        columns["array"] = list(images[order].float().cpu().numpy())
+        features["array"] = datasets.Array3D(distilled.shape, "float32")
+    table = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    (folder / "data").mkdir()
+    with open(os.devnull, "w") as quiet, contextlib.redirect_stderr(quiet):  # a progress bar
+        table.to_parquet(str(folder / "data" / "train-00000-of-00001.parquet"))
+    distilled.save(folder / SET_FILE)
+    (folder / "README.md").write_text(_card(distilled, exact, hard), encoding="utf-8")
+
+
+def _card(distilled: DistilledSet, exact: bool, hard: bool) -> str:
+    """The dataset card: YAML that the hub reads, then what is in the folder, how it was made and how to use it."""
+    import yaml
+
+    manifest, count = distilled.manifest, len(distilled)
+    sizes = ((1000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (math.inf, "100K<n<1M"))
+    front = {
+        "pretty_name": distilled.name,
+        "task_categories": ["image-classification"],
+        "size_categories": [next(name for limit, name in sizes if count < limit)],
+        "tags": ["dataset-distillation", "condense"],
+        "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*.parquet"}]}],
+    }
+    rows = [
+        "| `image` | PNG of the pixels, " + ("exact |" if exact else "clipped to [0,1] and rounded to 8 bits |"),
+        f"| `label` | {'class' if hard else 'probability of each class'} |",
+    ]
+    if not exact:
+        shape = ", ".join(map(str, distilled.shape))
+        rows.append(f"| `array` | float32 ({shape}) in training space: what networks are trained on, exact |")
+    rows.append("| (not a column) | the map from pixels to training space, which real test images need: in `set.h5` |")
+    made = {key: manifest.get(key) for key in ("method", "paper", "network", "seed", "protocol", "imported", "command")}
+    made = {key: value for key, value in made.items() if value is not None}
+    shown = json.dumps({key: value for key, value in manifest.items() if key != "checksums"}, indent=1, sort_keys=True)
+    return "\n".join(
+        [
+            "---", yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip(), "---", "",
+            f"# {distilled.name}", "",
+            f"{count} distilled training images ({by(distilled.shape)}, {len(distilled.classes)} classes) that "
+            f"stand for the data set `{manifest['dataset']}`.", "",
+            "| column | content |", "|---|---|", *rows, "",
+            "## Use", "", "```python", "import condense", "",
+            f'distilled = condense.load("{SET_FILE}")  # the file in this folder: checked, nothing lost',
+            f'network = condense.fit(distilled, "{manifest["network"]}")',
+            "scores = network(distilled.transform(images))  # real images in [0,1]", "```", "",
+            f"To judge it: `condense evaluate {SET_FILE} --data {manifest['dataset']}`. Without condense: "
+            '`datasets.load_dataset("this folder")`.', "",
+            "## How it was made", "",
+            *(f"- {key}: {value if isinstance(value, str) else json.dumps(value)}" for key, value in made.items()), "",
+            "<details><summary>Manifest</summary>", "", "```json", shown, "```", "", "</details>", "",
+        ]
+    )  # fmt: skip
+
+
+def _check_folder(folder: Path, *, force: bool, size: int) -> None:
+    """Refuses a place that cannot be written, that holds something, and even with ``force`` what no export wrote."""
+    if folder.exists() and not folder.is_dir():
+        raise CondenseError(f"{folder} is a file; name a folder")
+    if folder.is_dir() and any(folder.iterdir()):
+        if not force:
+            raise CondenseError(f"{folder} exists; choose another name or give --force")
+        if not (folder / MARKER).is_file():
+            raise CondenseError(f"{folder} is not empty and no export wrote it; choose another folder")
+    check_writable(folder.absolute() / MARKER, force=True, size=size)
+
+
+@contextlib.contextmanager
+def _exporting(folder: Path) -> Iterator[Path]:
+    """A folder with our marker that takes the place of ``folder`` when the block succeeds."""
+    with replacing_folder(folder) as temporary:
+        (temporary / MARKER).touch()
+        yield temporary

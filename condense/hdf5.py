@@ -1,0 +1,118 @@
+"""HDF5 files with a manifest: what the formats of the toolkit share. Files from anywhere are data: nothing is executed,
+links to other files are not followed, and what a file says of itself is checked before it is used."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from condense.errors import CondenseError, did_you_mean
+
+AGAIN = "copy or make it again"
+
+MANIFEST_LIMIT = 64 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Format:
+    """One kind of file."""
+
+    name: str
+    version: int
+    required: Mapping[str, type]
+    """What every manifest says, and of which type."""
+    maker: str
+    """The command that writes such files."""
+
+
+@contextlib.contextmanager
+def opened(path: Path, form: Format) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """The file, open for reading, and its manifest; what goes wrong while it is read ends in one line.
+
+    Raises:
+        CondenseError: no such file, another or a newer format, truncated or damaged.
+    """
+    import h5py
+
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [other.name for other in path.parent.glob("*.h5")], n=1)
+        raise CondenseError(f"{path}: no such file{did_you_mean(path.name, near) or f'; `{form.maker}` makes one'}")
+    try:
+        file = h5py.File(path, "r")
+    except OSError as fault:
+        with path.open("rb") as raw:
+            if raw.read(8) == b"\x89HDF\r\n\x1a\n":
+                raise CondenseError(f"{path}: truncated or damaged; {AGAIN}") from fault
+        raise CondenseError(f"{path}: not an HDF5 file; give one that `{form.maker}` writes") from fault
+    with file:
+        try:
+            yield file, _manifest(path, file, form)
+        except (OSError, RuntimeError, KeyError, ValueError, TypeError) as fault:
+            raise CondenseError(f"{path}: truncated or damaged ({str(fault).splitlines()[0]}); {AGAIN}") from fault
+
+
+def _manifest(path: Path, file: Any, form: Format) -> dict[str, Any]:
+    marker = file.attrs.get("format")
+    if marker != form.name:
+        raise CondenseError(
+            f"{path}: an HDF5 file of another format ({marker or 'unnamed'}); give one that `{form.maker}` writes"
+        )
+    if int(file.attrs["version"]) > form.version:
+        raise CondenseError(
+            f"{path}: written by a newer version (format {file.attrs['version']}); update condense-toolkit"
+        )
+    if file.attrs.get_id("manifest").get_storage_size() > MANIFEST_LIMIT:
+        raise CondenseError(f"{path}: its manifest is larger than {MANIFEST_LIMIT} bytes")
+    text = bytes(file.attrs["manifest"])
+    if hashlib.sha256(text).hexdigest() != file.attrs["manifest_sha256"]:
+        raise CondenseError(f"{path}: the manifest is damaged (its checksum differs); {AGAIN}")
+    manifest = json.loads(text)
+    for key, kind in form.required.items():
+        if not isinstance(manifest, dict) or not isinstance(manifest.get(key), kind):
+            raise CondenseError(f"{path}: the manifest has no proper '{key}'; it was not written by this toolkit")
+    return manifest
+
+
+def format_of(path: Path) -> str:
+    """The format that a file says it is of; empty where it is no HDF5 file of a named one."""
+    import h5py
+
+    try:
+        with h5py.File(path, "r") as file:
+            return str(file.attrs.get("format", ""))
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError):
+        return ""
+
+
+def create(path: Path) -> Any:
+    """A new file, open for writing, in the 1.10 layout: the oldest one keeps attributes under 64 KiB, which the class
+    names of a large set or the manifest of many experts may outgrow."""
+    import h5py
+
+    return h5py.File(path, "w", libver=("v110", "v110"))
+
+
+def sign(file: Any, form: Format, manifest: Mapping[str, Any]) -> None:
+    """Writes format, version and manifest into an open file."""
+    text = json.dumps(manifest, sort_keys=True)
+    file.attrs["format"], file.attrs["version"] = form.name, form.version
+    file.attrs["manifest_sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    file.attrs["manifest"] = np.bytes_(text)
+
+
+def check_link(path: Path, file: Any, name: str) -> None:
+    """Refuses an array that is missing or lies in another file, whichever part of its name leads there."""
+    import h5py
+
+    parts = name.split("/")
+    for depth in range(len(parts)):
+        if not isinstance(file.get("/".join(parts[: depth + 1]), getlink=True), h5py.HardLink):
+            raise CondenseError(f"{path}: the array '{name}' is missing or links to another file")

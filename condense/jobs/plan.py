@@ -1,0 +1,123 @@
+"""condense plan: time, memory, bytes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from condense.data import Task
+from condense.device import device_name, peak_memory, pick_device, pick_precision
+from condense.engine import Run, Step
+from condense.jobs.checks import _check_fit, check
+from condense.jobs.job import _config
+from condense.networks import flat
+from condense.pretraining import experts, trajectories
+from condense.registry import METHODS
+from condense.sets import DistilledSet, SyntheticSet
+
+
+class _Trial(Run):
+    """Makes the first steps of a run and notes when each ended; stops after ``SECONDS``, but not before the third."""
+
+    SECONDS = 3.0
+    rehearses = True
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.ends: list[float] = []
+        self.loops = self.state_bytes = 0
+
+    def optimise(self, synthetic: SyntheticSet, steps: int, **options: Any) -> Iterator[Step]:
+        """Of several loops, which are alike, the first tells the pace."""
+        self.loops += 1
+        for step in super().optimise(synthetic, steps, **options):
+            self.state_bytes = max(self.state_bytes, _nbytes(step.optimizer.state_dict()))
+            yield step
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            if self.loops > 1:
+                return
+            self.ends.append(time.monotonic())
+            if len(self.ends) > 2 and self.ends[-1] - self.ends[0] > self.SECONDS:
+                return
+
+
+def _nbytes(state: Any) -> int:
+    """Of all tensors in nested dictionaries."""
+    if isinstance(state, torch.Tensor):
+        return state.numel() * state.element_size()
+    return sum(map(_nbytes, state.values())) if isinstance(state, dict) else 0
+
+
+def measure(
+    method: str,
+    real: Task,
+    ipc: int,
+    *,
+    network: str | Callable[..., nn.Module] | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+    **settings: Any,
+) -> dict[str, Any]:
+    """What a run would cost, from a few of its own steps: seconds a step, all steps, peak memory, bytes of the set."""
+    check(method, settings, network=network, device=device, precision=precision)
+    entry = METHODS.get(method)
+    config = _config(entry, settings)
+    _check_fit(real, ipc, network or entry.network)
+    where = pick_device(device)
+    began = time.monotonic()
+    precision = pick_precision(precision, where)
+    trial = _Trial(real, ipc, network or entry.network, device=where, precision=precision, quiet=True)
+    synthetic = entry.function(real, config, trial)
+    seconds, per_step, steps = time.monotonic() - began, None, getattr(config, "steps", None)
+    if steps is not None and trial.ends:
+        warm = len(trial.ends) - 1  # the first step warms up
+        per_step = (trial.ends[-1] - trial.ends[0]) / warm if warm else seconds
+        steps *= trial.loops
+        seconds = trial.ends[0] - began + per_step * (steps - 1)
+    seconds += trial.expected_preparation + trial.expected_labelling
+    made = DistilledSet(synthetic.images.detach(), synthetic.labels, real.transform.to(synthetic.images.device), {})
+    return {
+        "seconds_per_step": per_step,
+        "steps": steps,
+        "seconds": seconds,
+        "preparation_seconds": trial.expected_preparation,
+        "labelling_seconds": trial.expected_labelling,
+        "peak_memory": peak_memory(where),
+        "set_bytes": made.nbytes(),
+        "views": _labelled(made, config, trial),
+        "checkpoint_bytes": 2 * trial.state_bytes,  # the last one and the one before it
+        "trajectories": _trajectories(config, real, network or entry.network, where),
+        "real_bytes": int(real.train.images.nbytes + real.test.images.nbytes),
+        "device": device_name(where),
+    }
+
+
+def _labelled(made: DistilledSet, config: Any, trial: Run) -> dict[str, Any] | None:
+    """What labels of views the set would bring, and whose; None where it would bring others."""
+    if not made.labels.per_view:
+        return None
+    epochs, teachers = getattr(config, "label_epochs", None), trial.teachers.get("networks", [])
+    return {"kind": made.labels.kind, "images": len(made.labels), "epochs": epochs, "teachers": teachers}
+
+
+def _trajectories(
+    config: Any, real: Task, network: str | Callable[..., nn.Module], device: torch.device
+) -> dict[str, Any] | None:
+    """What the experts of a method need: bytes of their file, and where which of them lie; None where it has none."""
+    if not hasattr(config, "training"):
+        return None
+    count, epochs, layout = config.num_experts, config.epochs_needed(), flat.layout_of(network, real)
+    first, last = config.epochs_read()
+    nbytes, needed = (trajectories.nbytes(count, span, layout) for span in (epochs, last - first))
+    if config.experts:
+        file = trajectories.read(Path(config.experts))
+        count, nbytes = min(count, file.count), file.path.stat().st_size
+        needed = trajectories.nbytes(count, last - first, layout, file.manifest["dtype"])
+    place = experts.residency(needed, device)
+    return {"experts": count, "epochs": epochs, "bytes": nbytes, "resident_bytes": needed, "place": place}

@@ -1,0 +1,24 @@
+"""TODO-FACE condense/judge."""
+
+from condense.judge.evaluation import evaluate, fit
+from condense.judge.protocol import OWN, Protocol, get_protocol, protocols
+from condense.judge.records import arm_name, environment, read_record
+from condense.judge.scoring import USES, cross_architecture, main_entries, scores, summary, time_to_accuracy
+
+__all__ = [
+    "OWN",
+    "USES",
+    "Protocol",
+    "arm_name",
+    "cross_architecture",
+    "environment",
+    "evaluate",
+    "fit",
+    "get_protocol",
+    "main_entries",
+    "protocols",
+    "read_record",
+    "scores",
+    "summary",
+    "time_to_accuracy",
+]

@@ -1,0 +1,142 @@
+"""TODO-DOC."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from condense.augment import ViewRule, single
+from condense.errors import CondenseError
+from condense.labels.arrays import _array, _classes_from, _rule_arrays, _rule_from
+from condense.labels.base import PROVIDERS, _asked, _check_classes, _moved, _nbytes, _of_views, _views
+from condense.labels.teacher_logits import _check_statistics, _classes, view_distances
+
+
+class DistanceLabels:
+    """Two numbers per view: how surprised a teacher is by the class of either image in it (NRR-DD's distance-based
+    representative, CVPR 2025).
+
+    Stored is float16 (E, N, 2), (-log p_i, -log p_j) of the teacher at T = 1, where i and j are the classes of the
+    image and of its partner; epoch e shows the views of epoch e modulo E. The student's loss is its cross-entropy with
+    the classes, shared as the view is, plus ``weight`` times |d_i - d_i^T| + |d_j - d_j^T|. Targets are float32 (B, 5):
+    class, partner's class, share, and the teacher's two distances. No code is public: the form and the weight are a
+    reconstruction.
+
+    Args:
+        distances: (E, N, 2) of any floating dtype, as :func:`view_distances` gives them.
+        hard: int64 (N,), class of each image.
+        classes: C.
+        seed: of the views.
+        views: how they are drawn, with mixing; crops with CutMix when None.
+        weight: of the distances in the loss.
+        statistics: how the teacher's BatchNorm normalised, see :func:`view_answers`.
+        micro: views that it normalised together.
+
+    Raises:
+        CondenseError: a value that cannot be, distances of another shape or not finite as float16.
+    """
+
+    kind = "distances"
+    per_view = True
+    exactness = "approximate"
+    step_cost = "reading 4 bytes a view"
+
+    def __init__(
+        self,
+        distances: Tensor,
+        hard: Tensor,
+        classes: int,
+        seed: int,
+        views: ViewRule | None = None,
+        weight: float = 1.0,
+        *,
+        statistics: str = "running",
+        micro: int = 8,
+    ) -> None:
+        self.distances, self.hard, self.classes = distances.half(), hard.long(), classes
+        self.seed, self.weight, self.views = seed, single(weight), views or ViewRule(mix="cutmix")
+        self.statistics, self.micro = _check_statistics(statistics, micro)
+        if distances.ndim != 3 or not len(distances) or distances.shape[2] != 2:
+            raise CondenseError(f"distances must be (epochs, images, 2), not {tuple(distances.shape)}")
+        if not all(bool(epoch.isfinite().all()) for epoch in self.distances):
+            raise CondenseError("distances are not finite as float16; was the teacher trained?")
+        if self.views.mix == "none":
+            raise CondenseError("mix=none: distances are to the classes of two images; take mix=cutmix or mixup")
+        if not 0 <= self.weight < math.inf:
+            raise CondenseError(f"weight={weight:g}: must be at least 0 and finite")
+        _check_classes(self.hard, distances.shape[1], classes)
+
+    def __len__(self) -> int:
+        return self.distances.shape[1]
+
+    @property
+    def epochs(self) -> int:
+        """Stored epochs E, after which views and targets repeat."""
+        return len(self.distances)
+
+    def targets(self, ids: Tensor) -> Tensor:
+        raise _of_views(self)
+
+    def shown(self, images: Tensor, ids: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+        epoch %= self.epochs
+        views, ids, drawn = _views(self, images, ids, epoch)
+        assert drawn.partner is not None and drawn.share is not None
+        hard = self.hard.to(images.device)
+        two = torch.stack([hard[ids], hard[drawn.partner[ids]]], 1).float()
+        stored = self.distances[epoch][ids.to(self.distances.device)].to(images.device).float()
+        return views, torch.cat([two, drawn.share[ids, None], stored], 1)
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        distances = -F.log_softmax(logits, -1).gather(1, targets[:, :2].long())
+        share = targets[:, 2]
+        entropy = share * distances[:, 0] + (1 - share) * distances[:, 1]
+        return (entropy + self.weight * (distances - targets[:, 3:]).abs().sum(1)).mean()
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        return {
+            "distances": self.distances.detach().cpu().numpy(),
+            "hard": self.hard.cpu().numpy(),
+            "loss": np.array([self.weight], np.float32),
+            **_rule_arrays(self.views, self.seed, self.statistics, self.micro),
+        }
+
+    def nbytes(self) -> int:
+        """4 E N, 8 N for the classes, and some bytes that the views and the loss follow from."""
+        return _nbytes(self.arrays())
+
+    def external_nbytes(self) -> int:
+        return 0
+
+    def to(self, device: torch.device) -> DistanceLabels:
+        return _moved(self, device, "distances", "hard")
+
+    def anew(self, images: Tensor, teacher: nn.Module, seed: int, hard: Tensor | None = None) -> DistanceLabels:
+        hard = _classes(images, teacher, hard)
+        distances = view_distances(
+            teacher, images, hard, self.epochs, self.views, seed,
+            classes=self.classes, statistics=self.statistics, micro=self.micro,
+        )  # fmt: skip
+        return DistanceLabels(
+            distances.to(images.device), hard, self.classes, seed, self.views, self.weight,
+            statistics=self.statistics, micro=self.micro,
+        )  # fmt: skip
+
+    def rule(self) -> str:
+        return f"{self.epochs} epochs of {self.views}, {_asked(self)}, weight={self.weight}"
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray], classes: int) -> DistanceLabels:
+        views, seed, statistics, micro = _rule_from(arrays)
+        distances = torch.from_numpy(_array(arrays, "distances", np.float16, (None, None, 2)))
+        (weight,) = _array(arrays, "loss", np.float32, (1,)).tolist()
+        return cls(
+            distances, _classes_from(arrays, classes), classes, seed, views, weight, statistics=statistics, micro=micro
+        )
+
+
+PROVIDERS.add("distances", DistanceLabels)

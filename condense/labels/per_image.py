@@ -1,0 +1,135 @@
+"""TODO-DOC."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from condense.augment import single
+from condense.errors import CondenseError
+from condense.labels.arrays import _array, _classes_from
+from condense.labels.base import PROVIDERS, _check_count
+from condense.labels.teacher_logits import answers
+
+# Labels of images -----------------------------------------------------------------------------------------------------
+
+
+class HardLabels:
+    """One class per image.
+
+    Args:
+        labels: int64 (N,) in 0..C-1.
+        classes: C.
+        smoothing: share of the target that is spread evenly over all C classes.
+
+    Raises:
+        CondenseError: the smoothing is not in [0, 1).
+    """
+
+    kind = "hard"
+    per_view = False
+    exactness = "approximate"
+    step_cost = "none"
+
+    def __init__(self, labels: Tensor, classes: int, smoothing: float = 0.0) -> None:
+        self.labels, self.classes, self.smoothing = labels.long(), classes, single(smoothing)
+        if not 0 <= self.smoothing < 1:
+            raise CondenseError(f"smoothing={smoothing:g}: must be at least 0 and below 1")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def targets(self, ids: Tensor) -> Tensor:
+        return self.labels[ids]
+
+    def shown(self, images: Tensor, ids: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+        _check_count(images, self)
+        return images[ids], self.targets(ids)
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(logits, targets, label_smoothing=self.smoothing)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        smoothing = {"smoothing": np.array([self.smoothing], np.float32)} if self.smoothing else {}
+        return {"hard": self.labels.cpu().numpy(), **smoothing}
+
+    def nbytes(self) -> int:
+        """ceil(log2 C) bits per image: what a packed store needs, however wide the array in the file is; and 4 bytes
+        where the labels are smoothed."""
+        packed = math.ceil(len(self.labels) * math.ceil(math.log2(self.classes)) / 8)
+        return packed + 4 * (self.smoothing > 0)
+
+    def external_nbytes(self) -> int:
+        return 0
+
+    def to(self, device: torch.device) -> HardLabels:
+        return HardLabels(self.labels.to(device), self.classes, self.smoothing)
+
+    def anew(self, images: Tensor, teacher: nn.Module, seed: int, hard: Tensor | None = None) -> HardLabels:
+        return HardLabels(answers(teacher, images).argmax(1), self.classes, self.smoothing)
+
+    def rule(self) -> str:
+        return f"likeliest class, smoothing={self.smoothing}"
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray], classes: int) -> HardLabels:
+        smoothing = _array(arrays, "smoothing", np.float32, (1,)) if "smoothing" in arrays else [0.0]
+        return cls(_classes_from(arrays, classes), classes, float(smoothing[0]))
+
+
+class SoftLabels:
+    """One distribution per image, stored as logits float32 (N, C); the target is their softmax, the loss
+    cross-entropy."""
+
+    kind = "soft"
+    per_view = False
+    exactness = "approximate"
+    step_cost = "a softmax"
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+
+    def __len__(self) -> int:
+        return len(self.logits)
+
+    def targets(self, ids: Tensor) -> Tensor:
+        return self.logits[ids].softmax(-1)
+
+    def shown(self, images: Tensor, ids: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+        _check_count(images, self)
+        return images[ids], self.targets(ids)
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(logits, targets)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        return {"logits": self.logits.detach().float().cpu().numpy()}
+
+    def nbytes(self) -> int:
+        return self.logits.numel() * 4
+
+    def external_nbytes(self) -> int:
+        return 0
+
+    def to(self, device: torch.device) -> SoftLabels:
+        return SoftLabels(self.logits.to(device))
+
+    def anew(self, images: Tensor, teacher: nn.Module, seed: int, hard: Tensor | None = None) -> SoftLabels:
+        return SoftLabels(answers(teacher, images))
+
+    def rule(self) -> str:
+        return "logits of the image"
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray], classes: int) -> SoftLabels:
+        return cls(torch.from_numpy(_array(arrays, "logits", np.float32, (None, classes))))
+
+
+PROVIDERS.add("hard", HardLabels)
+
+PROVIDERS.add("soft", SoftLabels)

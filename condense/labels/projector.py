@@ -1,0 +1,240 @@
+"""TODO-DOC."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from condense.augment import ViewRule, single
+from condense.data import Standardise
+from condense.errors import CondenseError
+from condense.labels.adapters import HEADS, Merged, Projector
+from condense.labels.arrays import _array, _classes_from, _count, _rule_from
+from condense.labels.base import LOSSES, PROVIDERS, _check_classes, _nbytes, _squares, _views, check_loss, mixed
+from condense.labels.teacher import TeacherLabels
+from condense.labels.teacher_logits import _classes, answers
+from condense.networks import find
+from condense.networks.pretrained import _normalisation
+
+_HEAD = ("head", "head_a", "head_b", "bias", "scale")
+
+# Labels ---------------------------------------------------------------------------------------------------------------
+
+
+class ProjectorLabels(TeacherLabels):
+    """What a projector says of the very views that the student sees, asked in each step.
+
+    The public network is looked for when labels are first asked for; until then, and for whoever wants the images
+    alone, it need not be here. It counts as external bytes, with the text tower where that makes the head.
+
+    Args:
+        known: what the file states: ``backbone`` (name, sha256, bytes), ``names``, ``rank``, ``head_rank``, ``head``
+            (kind), ``shape``, ``mean`` and ``std``, and for a head of text ``classes`` and ``prompts``.
+        parts: arrays of :meth:`Projector.arrays`.
+        images, seed, views, temperature, squared: as in ``TeacherLabels``.
+        loss_kind, gamma, hard: as in ``PerViewLabels``; published is ``mse`` with some gamma.
+        projector: with its changes in the weights, where it is at hand.
+
+    Raises:
+        CondenseError: a value that cannot be.
+    """
+
+    kind = "projector"
+    exactness = "approximate"
+    step_cost = "a forward pass of the public network"
+
+    def __init__(
+        self,
+        known: Mapping[str, Any],
+        parts: Mapping[str, np.ndarray],
+        images: int,
+        seed: int,
+        views: ViewRule | None = None,
+        temperature: float = 20.0,
+        squared: bool = True,
+        *,
+        loss_kind: str = "kl",
+        gamma: float = 0.0,
+        hard: Tensor | None = None,
+        projector: Merged | None = None,
+    ) -> None:
+        self.known, self.parts = dict(known), dict(parts)
+        self.device, self._merged = torch.device("cpu"), projector
+        self.names, self.shape = (), None  # it is not built from the name of an architecture
+        self._settle(images, seed, views, temperature, squared)
+        self.loss_kind, self.gamma, self.hard = loss_kind, single(gamma), hard
+        check_loss(loss_kind, self.gamma, hard)
+        if hard is not None:
+            _check_classes(hard, images, len(self.parts["bias"]))
+
+    @classmethod
+    def of(cls, projector: Projector, known: Mapping[str, Any], *terms: Any, **more: Any) -> ProjectorLabels:
+        """The labels of a projector that was just made; ``known`` without what the projector says itself."""
+        arrays = projector.rounded().arrays()
+        return cls(known, arrays, *terms, **more, projector=Merged(projector).cpu())
+
+    @property
+    def teacher(self) -> Merged:  # type: ignore[override]
+        """The projector; finds the public network when it is first needed.
+
+        Raises:
+            CondenseError: it is not here or another one, or the stored arrays do not fit it.
+        """
+        if self._merged is None:
+            self._merged = Merged(build(self.known, self.parts, self.device))
+        return self._merged
+
+    def shown(self, images: Tensor, ids: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+        views, ids, drawn = _views(self, images, ids, epoch)
+        logits = answers(self.teacher, views)
+        if self.loss_kind == "kl":
+            return views, (logits / self.temperature).softmax(-1)
+        if self.hard is None or not self.gamma:
+            return views, logits
+        truth = F.one_hot(self.hard.to(ids.device), logits.shape[1]).float()
+        return views, torch.stack([logits, mixed(truth, ids, drawn)], 1)
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return super().loss(logits, targets) if self.loss_kind == "kl" else _squares(logits, targets, self.gamma)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        text = json.dumps(self.known, separators=(",", ":")).encode()
+        hard = {} if self.hard is None else {"hard": self.hard.cpu().numpy()}
+        return {**self._settings(), "projector": np.frombuffer(text, np.uint8), **hard, **self.parts}
+
+    def _settings(self) -> dict[str, np.ndarray]:
+        return {
+            **super()._settings(),
+            "loss": np.array([self.temperature, self.gamma], np.float32),
+            "flags": np.array([self.squared, LOSSES.index(self.loss_kind)], np.uint8),
+        }
+
+    def nbytes(self) -> int:
+        """Adapters, head, and what names the backbone, the views and the loss."""
+        return _nbytes(self.arrays())
+
+    def external_nbytes(self) -> int:
+        """Of the public network."""
+        return int(self.known["backbone"]["bytes"])
+
+    def to(self, device: torch.device) -> ProjectorLabels:
+        device = torch.device(device)
+        if self.device == device:
+            return self
+        moved = copy.copy(self)
+        moved.device = device
+        moved._merged = None if self._merged is None else copy.deepcopy(self._merged).to(device)
+        return moved
+
+    def anew(self, images: Tensor, teacher: nn.Module, seed: int, hard: Tensor | None = None) -> ProjectorLabels:
+        """The same projector on other images; ``teacher`` is that projector."""
+        made = copy.copy(self.to(images.device))
+        made.images, made.seed = len(images), seed
+        made.hard = None if self.hard is None else _classes(images, made.teacher, hard)
+        return made
+
+    def rule(self) -> str:
+        return f"{super().rule()}, {self.loss_kind}, gamma={self.gamma}"
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray], classes: int) -> ProjectorLabels:
+        views, seed, _, _ = _rule_from(arrays)
+        count = _count(arrays)
+        temperature, gamma = _array(arrays, "loss", np.float32, (2,)).tolist()
+        squared, loss = _array(arrays, "flags", np.uint8, (2,)).tolist()
+        if squared > 1 or loss >= len(LOSSES):
+            raise CondenseError(f"labels/flags must be 0 or 1, not {squared} and {loss}")
+        hard = _classes_from(arrays, classes) if "hard" in arrays else None
+        known = _stated(_array(arrays, "projector", np.uint8, (None,)).tobytes(), classes)
+        parts = {name: np.asarray(x) for name, x in arrays.items() if name in _HEAD or name[1:].isdigit()}
+        _array(parts, "bias", np.float32, (classes,))
+        for name, part in parts.items():
+            if part.dtype not in (np.float16, np.float32) or not np.isfinite(part).all():
+                raise CondenseError(f"labels/{name} must be finite floats; copy or make the set again")
+        (scale,) = _array(parts, "scale", np.float32, (1,)).tolist()
+        if scale <= 0:
+            raise CondenseError(f"labels/scale must be above 0, not {scale}")
+        return cls(
+            known, parts, count, seed, views, temperature, bool(squared),
+            loss_kind=LOSSES[loss], gamma=gamma, hard=hard,
+        )  # fmt: skip
+
+
+def _stated(text: bytes, classes: int) -> dict[str, Any]:
+    """What a stranger's file says of a projector."""
+    try:
+        known = json.loads(text)
+        kinds = {
+            "backbone": dict, "names": list, "rank": int, "head_rank": int, "head": str, "shape": list, "mean": list,
+            "std": list,
+        }  # fmt: skip
+        backbone, shape = known["backbone"], known["shape"]
+        words = [backbone["name"], backbone["sha256"], backbone.get("path", ""), *known["names"]]
+        fits = all(isinstance(known[key], kind) for key, kind in kinds.items()) and known["head"] in HEADS
+        fits = fits and all(isinstance(word, str) and word.isprintable() for word in words)
+        fits = fits and len(set(known["names"])) == len(known["names"])  # each has its share of memory
+        fits = fits and isinstance(backbone["bytes"], int) and 0 <= backbone["bytes"] < 1 << 63
+        fits = fits and len(shape) == 3 and all(isinstance(size, int) and size > 0 for size in shape)
+        fits = fits and known["rank"] > 0 and known["head_rank"] >= 0 and _normalisation(known, shape[0])
+        if fits and known["head"] == "text":
+            fits = isinstance(known["classes"], list) and len(known["classes"]) == classes
+            fits = fits and all(isinstance(word, str) for word in known["classes"])
+            fits = fits and bool(known["prompts"]) and all("{}" in prompt for prompt in known["prompts"])
+            fits = fits and all(isinstance(prompt, str) for prompt in known["prompts"])
+        if not fits:
+            raise ValueError("no projector")
+        return dict(known)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as fault:
+        raise CondenseError("labels/projector does not describe one; copy or make the set again") from fault
+
+
+def build(known: Mapping[str, Any], parts: Mapping[str, np.ndarray], device: torch.device) -> Projector:
+    """The projector that a file describes, with the public network that it names.
+
+    Raises:
+        CondenseError: the network is not here or another one, or the arrays do not fit it.
+    """
+    wanted, what = known["backbone"], "projector labels: backbone "
+    found = None
+    for word in dict.fromkeys([str(wanted["name"]), str(wanted.get("path", wanted["name"]))]):
+        try:
+            found = find(word, tuple(known["shape"]), device, what)
+            break
+        except CondenseError as fault:
+            missing = fault
+    if found is None:
+        raise missing
+    if (found.known["sha256"], found.external(known["head"])) != (wanted["sha256"], wanted["bytes"]):
+        raise CondenseError(f"{what}{wanted['name']}: is another network than that of these labels (its checksum or "
+                            "size differs); restore it")  # fmt: skip
+    transform = Standardise(torch.tensor(known["mean"]), torch.tensor(known["std"]))
+    names = [str(name) for name in known["names"]]
+    matrices = {name for name, weight in found.encoder.named_parameters() if weight.ndim > 1}
+    unknown = sorted(set(names) - matrices)
+    if unknown:
+        raise CondenseError(f"labels/projector: does not fit {wanted['name']}, which has no weights {unknown[0]}; give "
+                            "the backbone that the labels were made with")  # fmt: skip
+    classes = len(parts["bias"])
+    if known["head"] == "text":
+        if found.text is None:
+            raise CondenseError(f"labels/projector: its head is made of text, and {wanted['name']} has no text tower")
+        start = found.text(known["classes"], known["prompts"])
+    else:
+        with torch.no_grad():
+            width = found.encoder(torch.zeros(1, *found.encoder.shape, device=device)).shape[1]
+        start = torch.zeros(width, classes, device=device)
+    made = Projector(
+        found.encoder, names, int(known["rank"]), start, int(known["head_rank"]), found.scale, transform
+    )  # fmt: skip
+    made.load(parts)
+    return made
+
+
+PROVIDERS.add("projector", ProjectorLabels)

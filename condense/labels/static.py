@@ -1,0 +1,108 @@
+"""TODO-DOC."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from condense.augment import CropViews, ViewRule
+from condense.errors import CondenseError
+from condense.labels.arrays import _array, _rule_arrays, _rule_from
+from condense.labels.base import PROVIDERS, _kl, _moved, _nbytes, _temperature, _views, mixed
+from condense.labels.teacher_logits import answers
+
+
+class StaticLabels:
+    """One vector of logits z per image; a view that is mixed of images i and j is asked for softmax((lambda z_i +
+    (1 - lambda) z_j) / T), mixed before softening, whatever its crop and mirror (INFER, Zhang et al., ICLR 2025).
+
+    The loss is the KL divergence to the student's softmax at T. Every epoch has views of its own. Published: z is the
+    mean logits of several teachers in eval mode on the image itself, T = 30, MixUp Beta(.8, .8), shifts by up to 4
+    pixels on small images, no T^2.
+
+    Args:
+        logits: (N, C); float16 is stored as it is, anything else as float32.
+        seed: of the views.
+        views: how they are drawn; those just named when None.
+        temperature: T, kept as its float32 neighbour prints.
+        squared: multiply the loss by T^2.
+
+    Raises:
+        CondenseError: a value that cannot be, logits of another shape or not finite.
+    """
+
+    kind = "static"
+    per_view = True
+    exactness = "approximate"
+    step_cost = "reading one or two vectors a view"
+
+    def __init__(
+        self,
+        logits: Tensor,
+        seed: int,
+        views: CropViews | ViewRule | None = None,
+        temperature: float = 30.0,
+        squared: bool = False,
+    ) -> None:
+        self.logits = logits if logits.dtype == torch.float16 else logits.float()
+        self.seed, self.temperature, self.squared = seed, _temperature(temperature), squared
+        self.views = ViewRule(pad=4, mix="mixup", alpha=0.8) if views is None else ViewRule.of(views)
+        if logits.ndim != 2:
+            raise CondenseError(f"static logits must be (images, classes), not {tuple(logits.shape)}")
+        if not bool(self.logits.isfinite().all()):
+            raise CondenseError(f"static logits are not finite as {self.logits.dtype}; was the teacher trained?")
+
+    def __len__(self) -> int:
+        return len(self.logits)
+
+    def targets(self, ids: Tensor) -> Tensor:
+        """Distributions at T of whole images without mixing, float32 (..., C)."""
+        return (self.logits[ids].float() / self.temperature).softmax(-1)
+
+    def shown(self, images: Tensor, ids: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+        views, ids, drawn = _views(self, images, ids, epoch)
+        logits = mixed(self.logits.to(images.device).float(), ids, drawn)
+        return views, (logits / self.temperature).softmax(-1)
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return _kl(logits, targets, self.temperature, self.squared)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        return {
+            "logits": self.logits.detach().cpu().numpy(),
+            "loss": np.array([self.temperature], np.float32),
+            "flags": np.array([self.squared], np.uint8),
+            **_rule_arrays(self.views, self.seed),
+        }
+
+    def nbytes(self) -> int:
+        """2 or 4 N C, and some bytes that the views and the loss follow from."""
+        return _nbytes(self.arrays())
+
+    def external_nbytes(self) -> int:
+        return 0
+
+    def to(self, device: torch.device) -> StaticLabels:
+        return _moved(self, device, "logits")
+
+    def anew(self, images: Tensor, teacher: nn.Module, seed: int, hard: Tensor | None = None) -> StaticLabels:
+        logits = answers(teacher, images).to(self.logits.dtype)
+        return StaticLabels(logits, seed, self.views, self.temperature, self.squared)
+
+    def rule(self) -> str:
+        return f"{self.logits.dtype} of the image, {self.views}, T={self.temperature}, squared={self.squared}"
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray], classes: int) -> StaticLabels:
+        views, seed, _, _ = _rule_from(arrays)
+        (temperature,) = _array(arrays, "loss", np.float32, (1,)).tolist()
+        (squared,) = _array(arrays, "flags", np.uint8, (1,)).tolist()
+        kind = np.float16 if arrays["logits"].dtype == np.float16 else np.float32
+        logits = torch.from_numpy(_array(arrays, "logits", kind, (None, classes)))
+        return cls(logits, seed, views, temperature, bool(squared))
+
+
+PROVIDERS.add("static", StaticLabels)

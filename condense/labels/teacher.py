@@ -1,0 +1,262 @@
+"""TODO-DOC."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from condense import networks, rng
+from condense.augment import CropViews, ViewRule
+from condense.errors import CondenseError
+from condense.labels.arrays import _array, _count, _finite, _known_networks, _numpy, _rule_arrays, _rule_from
+from condense.labels.base import PROVIDERS, _asked, _kl, _nbytes, _of_views, _temperature, _views
+from condense.labels.teacher_logits import _check_statistics, answers
+from condense.networks import MeanLogits
+
+
+class TeacherLabels:
+    """Teachers that are asked in each step, on the very views that the student sees. Nothing is stored but themselves.
+
+    The target is softmax(logits / T), float32 (B, C), of their mean logits; the loss its KL divergence to the student's
+    softmax at T. The file holds the networks' weights, which count as bytes of the labels; where they cannot be built
+    from a name (``names`` is empty) they count as external and the labels cannot be stored.
+
+    Every epoch has views of its own. With ``statistics="batch"`` BatchNorm normalises by the views that are asked for
+    together, ``micro`` at a time in their order (BSSL, CV-DD), so that targets depend on the student's batch.
+
+    Args:
+        members: one network or several of the same classes; put into eval mode.
+        images: N, how many images the labels are for.
+        seed: of the views.
+        views: how they are drawn; crops with CutMix when None.
+        temperature: T of the targets and the loss, kept as its float32 neighbour prints.
+        squared: multiply the loss by T^2.
+        weights: of the members' logits; equal when None. They are divided by their sum.
+        names: of the members' architectures, as :func:`condense.networks.build` takes them.
+        shape: (C,H,W) of the images that they were built for; needed with names.
+        statistics: ``running`` or ``batch``.
+        micro: views that BatchNorm normalises together.
+
+    Raises:
+        CondenseError: a value that cannot be, or numbers of members, weights and names that differ.
+    """
+
+    kind = "teacher"
+    per_view = True
+    exactness = "exact"
+    step_cost = "a forward pass of the teachers"
+
+    def __init__(
+        self,
+        members: nn.Module | Sequence[nn.Module],
+        images: int,
+        seed: int,
+        views: CropViews | ViewRule | None = None,
+        temperature: float = 20.0,
+        squared: bool = True,
+        *,
+        weights: Sequence[float] | None = None,
+        names: Sequence[str] = (),
+        shape: networks.Shape | None = None,
+        statistics: str = "running",
+        micro: int = 8,
+    ) -> None:
+        members = [members] if isinstance(members, nn.Module) else list(members)
+        self.teacher = MeanLogits(members, weights).eval()
+        self._settle(images, seed, views, temperature, squared, statistics, micro)
+        self.names, self.shape = tuple(names), shape
+        if names and (len(names) != len(members) or shape is None):
+            raise CondenseError(f"{len(members)} teachers but {len(names)} names, images of {shape}: give all of them")
+
+    def _settle(
+        self,
+        images: int,
+        seed: int,
+        views: CropViews | ViewRule | None,
+        temperature: float,
+        squared: bool,
+        statistics: str = "running",
+        micro: int = 8,
+    ) -> None:
+        """All but the teachers."""
+        self.images, self.seed = images, seed
+        self.views = ViewRule(mix="cutmix") if views is None else ViewRule.of(views)
+        self.temperature, self.squared = _temperature(temperature), squared
+        self.statistics, self.micro = _check_statistics(statistics, micro)
+
+    def __len__(self) -> int:
+        return self.images
+
+    def targets(self, ids: Tensor) -> Tensor:
+        raise _of_views(self)
+
+    def shown(self, images: Tensor, ids: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+        views, _, _ = _views(self, images, ids, epoch)
+        logits = answers(self.teacher, views, statistics=self.statistics, micro=self.micro)
+        return views, (logits / self.temperature).softmax(-1)
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return _kl(logits, targets, self.temperature, self.squared)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        if not self.names:
+            raise CondenseError("the teachers of these labels cannot be stored: give the names of their architectures")
+        known = json.dumps({"names": self.names, "shape": self.shape}).encode()
+        return {**self._settings(), "networks": np.frombuffer(known, np.uint8), **self._members()}
+
+    def _settings(self) -> dict[str, np.ndarray]:
+        return {
+            "images": np.array([self.images], np.int64),
+            "loss": np.array([self.temperature], np.float32),
+            "flags": np.array([self.squared], np.uint8),
+            **_rule_arrays(self.views, self.seed, self.statistics, self.micro),
+        }
+
+    def _members(self) -> dict[str, np.ndarray]:
+        """Weights and buffers, ``member0.NAME`` and so on, and the weights of the members' logits."""
+        arrays = {"weights": self.teacher.weights.cpu().numpy()}
+        for k, member in enumerate(self.teacher.members):
+            arrays |= {f"member{k}.{name}": x.detach().cpu().numpy() for name, x in member.state_dict().items()}
+        return arrays
+
+    def nbytes(self) -> int:
+        """The networks' weights and buffers as they are, and some bytes that the views and the loss follow from."""
+        return _nbytes(self.arrays() if self.names else self._settings())
+
+    def external_nbytes(self) -> int:
+        return 0 if self.names else _nbytes(self._members())
+
+    def to(self, device: torch.device) -> TeacherLabels:
+        if self.teacher.weights.device == torch.device(device):
+            return self
+        moved = copy.copy(self)
+        moved.teacher = copy.deepcopy(self.teacher).to(device)
+        return moved
+
+    def anew(self, images: Tensor, teacher: nn.Module, seed: int, hard: Tensor | None = None) -> TeacherLabels:
+        return type(self)(
+            teacher, len(images), seed, self.views, self.temperature, self.squared,
+            statistics=self.statistics, micro=self.micro,
+        )  # fmt: skip
+
+    def rule(self) -> str:
+        return f"{self.views}, {_asked(self)}, T={self.temperature}, squared={self.squared}"
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray], classes: int) -> TeacherLabels:
+        views, seed, statistics, micro = _rule_from(arrays)
+        count = _count(arrays)
+        (temperature,) = _array(arrays, "loss", np.float32, (1,)).tolist()
+        (squared,) = _array(arrays, "flags", np.uint8, (1,)).tolist()
+        names, shape = _known_networks(_array(arrays, "networks", np.uint8, (None,)).tobytes())
+        members = []
+        for k, name in enumerate(names):
+            head = f"member{k}."
+            state = {key[len(head) :]: torch.from_numpy(np.asarray(x)) for key, x in arrays.items()
+                     if key.startswith(head)}  # fmt: skip
+            with rng.seeded("layout"):
+                network = networks.build(name, shape, classes)
+            try:
+                network.load_state_dict(state)
+            except RuntimeError as fault:
+                raise CondenseError(f"labels/{head}*: not the weights of {name}; copy or make the set again") from fault
+            members.append(network)
+        weights = torch.from_numpy(_array(arrays, "weights", np.float32, (len(names),)))
+        if not bool((weights >= 0).all()) or not math.isclose(float(weights.sum()), 1, abs_tol=1e-3):
+            raise CondenseError(f"labels/weights must be shares of 1, not {weights.tolist()}")
+        made = cls(
+            members, count, seed, views, temperature, bool(squared),
+            names=names, shape=shape, statistics=statistics, micro=micro,
+        )  # fmt: skip
+        made.teacher.weights.copy_(weights)  # as they are: another division would round them
+        return made
+
+
+PROVIDERS.add("teacher", TeacherLabels)
+
+# Teachers in 8 bits ---------------------------------------------------------------------------------------------------
+
+
+class Int8TeacherLabels(TeacherLabels):
+    """Teachers whose convolutions and linear layers keep 8 bits a weight, and a float32 scale for each output channel;
+    everything else stays as it is. They answer with the weights that come back.
+
+    Arguments are those of ``TeacherLabels``; the networks that are given do not change.
+    """
+
+    kind = "teacher-int8"
+    exactness = "lossy"
+
+    def __init__(self, members: nn.Module | Sequence[nn.Module], *terms: Any, **more: Any) -> None:
+        kept = [copy.deepcopy(net) for net in ([members] if isinstance(members, nn.Module) else members)]
+        for net in kept:
+            _round(net)
+        super().__init__(kept, *terms, **more)
+
+    def _members(self) -> dict[str, np.ndarray]:
+        arrays = {"weights": _numpy(self.teacher.weights)}
+        for k, member in enumerate(self.teacher.members):
+            layers = _layers(member)
+            for name, value in member.state_dict().items():
+                if name in layers:
+                    codes, scale = quantised(value)
+                    arrays |= {f"member{k}.{name}": _numpy(codes), f"scale{k}.{name}": _numpy(scale)}
+                else:
+                    arrays[f"member{k}.{name}"] = _numpy(value)
+        return arrays
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray], classes: int) -> Int8TeacherLabels:
+        restored = dict(arrays)
+        for name, codes in arrays.items():
+            if name.startswith("member") and codes.dtype == np.int8:
+                scale = f"scale{name.removeprefix('member')}"
+                if scale not in arrays or not codes.ndim:
+                    raise CondenseError(f"labels/{name}: 8-bit weights without their scales; make the set again")
+                found = _finite(arrays, scale, np.float32, codes.shape[:1])
+                restored[name] = _numpy(dequantised(torch.from_numpy(codes), found))
+        made = super().from_arrays(restored, classes)
+        assert isinstance(made, Int8TeacherLabels)
+        return made
+
+
+def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 codes of a weight (out, ...), and the float32 scale (out,) of each output channel.
+
+    Scales have 16 bits after the first, so that 127 scales are exact in float32 and what comes back has the same codes.
+    """
+    rows = weight.detach().float().flatten(1)
+    mantissa, exponent = torch.frexp(rows.abs().amax(1) / 127)
+    scale = torch.ldexp((mantissa * 2.0**16).round() * 2.0**-16, exponent)
+    steps = rows / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+    return steps.round().clamp(-127, 127).to(torch.int8).view(weight.shape), scale
+
+
+def dequantised(codes: Tensor, scale: Tensor) -> Tensor:
+    """float32 weights of :func:`quantised`."""
+    return codes.float() * scale.view(-1, *[1] * (codes.ndim - 1))
+
+
+def _layers(net: nn.Module) -> set[str]:
+    """Names of the weights of convolutions and linear layers."""
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return {f"{name}.weight".lstrip(".") for name, layer in net.named_modules() if isinstance(layer, kinds)}
+
+
+@torch.no_grad()
+def _round(net: nn.Module) -> None:
+    """Gives the network the weights that come back from 8 bits."""
+    layers = _layers(net)
+    for name, value in net.state_dict().items():  # shares memory with the network
+        if name in layers:
+            value.copy_(dequantised(*quantised(value)))
+
+
+PROVIDERS.add("teacher-int8", Int8TeacherLabels)

@@ -1,0 +1,439 @@
+"""TODO-DOC."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from condense import hdf5, rng
+from condense.augment import ViewRule
+from condense.data import Task
+from condense.engine import Interrupted
+from condense.errors import CondenseError
+from condense.files import content
+from condense.judge import label_source
+from condense.labels import (
+    MOST_KEPT,
+    MOST_RANK,
+    CodedLabels,
+    DistanceLabels,
+    HardLabels,
+    Int8TeacherLabels,
+    Labels,
+    LowRankLabels,
+    PerViewLabels,
+    PoolLabels,
+    ProjectorLabels,
+    SoftLabels,
+    StaticLabels,
+    TeacherLabels,
+    TopKLabels,
+    answers,
+    pool_answers,
+    stored_answers,
+    usual,
+    view_answers,
+    view_distances,
+)
+from condense.lighten.projection import fitted
+from condense.lighten.settings import (
+    EPOCHS,
+    Distances,
+    Hard,
+    LowRankOptions,
+    PerView,
+    PoolOptions,
+    ProjectorOptions,
+    Soft,
+    Static,
+    TargetOptions,
+    Teacher,
+    TopKOptions,
+    ViewOptions,
+)
+from condense.networks import MeanLogits, pretrained, saved
+from condense.pretraining import committee, experts, trajectories
+from condense.sets import DistilledSet
+from condense.tracking import Progress
+
+# What labels are made from --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Taught:
+    """Teachers of a set."""
+
+    network: nn.Module
+    """Images in training space to logits; in eval mode."""
+    known: dict[str, Any]
+    """What the manifest says of them."""
+    names: tuple[str, ...] = ()
+    """Of the members' architectures, where they can be built from these."""
+
+
+@dataclass(eq=False)
+class Job:
+    """A set whose labels are to be made anew, and who may be asked."""
+
+    distilled: DistilledSet
+    teacher: nn.Module | None
+    teachers: str | Path | None
+    device: torch.device
+    quiet: bool
+    task: Task | None = None
+    beside: Path | None = None
+    kind: str = ""
+
+    @functools.cached_property
+    def images(self) -> Tensor:
+        """(N,C,H,W) in training space."""
+        return self.distilled.training_images()[0].to(self.device)
+
+    @functools.cached_property
+    def classes(self) -> Tensor:
+        """int64 (N,)."""
+        return self.distilled.hard_labels().to(self.device)
+
+    @property
+    def stored(self) -> PerViewLabels | None:
+        """The set's own logits of views, where it has them and no other teachers are named."""
+        labels = self.distilled.labels
+        whole = isinstance(labels, PerViewLabels) and not isinstance(labels, CodedLabels)
+        return labels if whole and self.teacher is None and self.teachers is None else None  # type: ignore[return-value]
+
+    @functools.cached_property
+    def taught(self) -> Taught:
+        """The teachers that are named, else those that the set's labels came from.
+
+        Raises:
+            CondenseError: there are none.
+        """
+        made, source = self.distilled, self.distilled.manifest.get("label_source", {})
+        if self.teacher is not None:
+            net = self.teacher.to(self.device).eval()
+            about = {"network": type(net).__name__, "sha256": content(net.state_dict())}
+            return Taught(net, {"teacher": about})
+        if self.teachers is not None and hdf5.format_of(Path(self.teachers)) == saved.FORMAT.name:
+            return _of_file(Path(self.teachers), source, made, self.device)
+        live = self.teachers is None and self.kind not in ("teacher", "projector")  # which ask who taught the projector
+        if live and isinstance(made.labels, ProjectorLabels):
+            net = made.labels.to(self.device).teacher
+            about = {"network": f"projector of {made.labels.known['backbone']['name']}",
+                     "sha256": content(net.state_dict())}  # fmt: skip
+            return Taught(net, {"teacher": about})
+        if self.teachers is None and isinstance(made.labels, TeacherLabels) and made.labels.names:
+            return Taught(made.labels.to(self.device).teacher, _kept(made), made.labels.names)
+        found, why = label_source.recorded_teacher(made, self.teachers, self.device)
+        if found is None:
+            raise CondenseError(
+                f"{made.name}: its {made.labels.kind} labels do not give these, and "
+                + (why if why else "it does not say which teachers could; give --teachers FILE")
+            )
+        known = source.get("teachers") or {}
+        buildable = known and not pretrained.is_public(str(known.get("path")))
+        return Taught(found, _kept(made), tuple(known.get("networks", ())) if buildable else ())
+
+
+def _kept(distilled: DistilledSet) -> dict[str, Any]:
+    return {key: distilled.manifest[key] for key in ("label_source", "teacher") if key in distilled.manifest}
+
+
+def _of_file(path: Path, source: dict[str, Any], distilled: DistilledSet, device: torch.device) -> Taught:
+    """The teachers of a file: those that the set's labels came from where it holds them, else all of them."""
+    file = saved.read(path)
+    wanted = (source.get("teachers") or {}).get("sha256", [])
+    same = bool(wanted) and set(wanted) <= {entry["sha256"] for entry in file.entries}
+    if same:
+        places = {entry["sha256"]: key for entry, key in zip(file.entries, file.keys)}
+        keys = [places[digest] for digest in wanted]
+    else:
+        keys = file.keys
+    about = committee.committee_of(file, keys, device).describe()
+    weights = source.get("weights") if same else None
+    try:
+        net = committee.teacher(
+            path, device, distilled.shape, len(distilled.classes), described=about, weights=weights,
+            transform=distilled.transform,
+        )  # fmt: skip
+    except CondenseError as fault:
+        raise CondenseError(f"--teachers {fault}") from fault
+    return Taught(net, {"label_source": {"teachers": about, "weights": weights}}, tuple(about["networks"]))
+
+
+def _views(config: ViewOptions, start: ViewRule) -> ViewRule:
+    """``start`` with what the settings say."""
+    given: dict[str, Any] = {
+        "min_scale": config.label_scale, "pad": config.label_pad, "mix": config.mix, "alpha": config.mix_alpha,
+    }  # fmt: skip
+    return dataclasses.replace(start, **{key: value for key, value in given.items() if value is not None})
+
+
+def _rule(job: Job, config: ViewOptions) -> dict[str, Any]:
+    """Seed, views and statistics of labels that are asked for, as keywords of the providers."""
+    own = job.distilled.labels if job.distilled.labels.per_view else None
+    start = getattr(own, "views", None) or ViewRule(flip=job.distilled.manifest.get("mirror", True), mix="cutmix")
+    seed = getattr(own, "seed", None)
+    if config.label_seed is not None:
+        seed = rng.key(config.label_seed, "labels")
+    elif seed is None:
+        known = job.distilled.manifest.get("seed")
+        seed = rng.key(known if isinstance(known, int) else 0, "labels")
+    statistics = config.label_statistics or getattr(own, "statistics", "running")
+    micro = config.label_micro or getattr(own, "micro", 0) or 8
+    return {"seed": seed, "views": _views(config, start), "statistics": statistics, "micro": micro}
+
+
+def _targets(job: Job, config: TargetOptions) -> dict[str, Any]:
+    own = job.distilled.labels
+    temperature = config.temperature or getattr(own, "temperature", None) or 20.0
+    squared = getattr(own, "squared", True) if config.squared is None else config.squared
+    return {"temperature": temperature, "squared": squared}
+
+
+def _check_as_stored(labels: PerViewLabels, config: PerView | Distances) -> None:
+    """Stored labels are of their views and no others.
+
+    Raises:
+        CondenseError: every setting that says otherwise.
+    """
+    views = labels.views
+    has = {
+        "label_scale": views.min_scale, "label_pad": views.pad, "mix": views.mix, "mix_alpha": views.alpha,
+        "label_statistics": labels.statistics, "label_micro": labels.micro or None,
+    }  # fmt: skip
+    faults = [f"{key}={getattr(config, key)} (stored: {value})" for key, value in has.items()
+              if getattr(config, key) not in (None, value)]  # fmt: skip
+    if config.label_seed is not None:
+        faults.append(f"label_seed={config.label_seed}")
+    if faults:
+        raise CondenseError(f"{', '.join(faults)}: the stored labels are of other views; leave it out, or give "
+                            "--teachers FILE to have views labelled anew")  # fmt: skip
+    if (config.label_epochs or 0) > labels.epochs:
+        raise CondenseError(f"label_epochs={config.label_epochs}: {labels.epochs} are stored; leave it out, or give "
+                            "--teachers FILE to have views labelled anew")  # fmt: skip
+
+
+# The kinds ------------------------------------------------------------------------------------------------------------
+
+
+def per_view(job: Job, config: PerView) -> PerViewLabels:
+    """Logits of views: those that are stored, with the targets that the settings ask for, or the teachers'."""
+    stored = job.stored
+    if stored is not None:
+        _check_as_stored(stored, config)
+        logits = stored.logits[: config.label_epochs]
+        terms = {**stored.terms(), **_targets(job, config)}
+    else:
+        terms = _terms(job, config)
+        logits = _ask(job, config.label_epochs, terms)
+    return PerViewLabels(logits, **terms)
+
+
+def _terms(job: Job, config: TargetOptions) -> dict[str, Any]:
+    """All but the logits of labels that are asked for, as keywords of ``PerViewLabels``."""
+    terms, own = {**_rule(job, config), **_targets(job, config)}, job.distilled.labels
+    if isinstance(own, PerViewLabels):
+        terms["calibrate"] = own.calibrate
+    if isinstance(own, PerViewLabels | ProjectorLabels):
+        terms |= {"loss_kind": own.loss_kind, "gamma": own.gamma, "hard": own.hard}
+    return terms
+
+
+def _epochs(job: Job, asked: int | None) -> int:
+    known: int = getattr(job.distilled.labels, "epochs", EPOCHS)
+    return asked or known
+
+
+def _ask(job: Job, epochs: int | None, rule: dict[str, Any]) -> Tensor:
+    epochs, classes = _epochs(job, epochs), len(job.distilled.classes)
+    with _in_making(job, rule, epochs, classes) as where:
+        return view_answers(
+            job.taught.network, job.images, epochs, rule["views"], rule["seed"], classes=classes,
+            statistics=rule["statistics"], micro=rule["micro"], quiet=job.quiet, **where,
+        )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _in_making(job: Job, rule: dict[str, Any], records: int, width: int, **of: Tensor) -> Iterator[dict[str, Any]]:
+    """Where ``records`` labels of views of each image go while teachers are asked, as keywords of ``view_answers``:
+    into a file beside that of the set, if there will be one; see :func:`condense.labels.stored_answers`. ``of`` is what
+    they follow from besides images, teachers and ``rule``."""
+    if job.beside is None:
+        yield {}
+        return
+    asked = [content({"images": job.images, **of}), content(job.taught.network.state_dict())]
+    key = [*asked, rule["seed"], str(rule["views"]), rule["statistics"], rule["micro"]]
+    try:
+        with stored_answers(*answer_files(job.beside)[:2], key, (records, len(job.images), width)) as where:
+            yield where
+    except KeyboardInterrupt:
+        raise Interrupted("stopped while labelling views; give the same command again to go on") from None
+
+
+def answer_files(file: Path) -> tuple[Path, Path, Path]:
+    """Where the teachers' answers are kept while a set for ``file`` is in making, how far they are, and the state of a
+    projector in training."""
+    views, done, projector = (file.with_name(f"{file.name}.{end}") for end in ("views.npy", "views.json", "projector"))
+    return views, done, projector
+
+
+def lowrank(job: Job, config: LowRankOptions) -> LowRankLabels:
+    """Labels of views on few axes."""
+    rank = config.rank or usual(len(job.distilled.classes), MOST_RANK)
+    return LowRankLabels.of(per_view(job, config).to(job.device), rank)
+
+
+def topk(job: Job, config: TopKOptions) -> TopKLabels:
+    """The largest logits of views."""
+    kept = config.k or usual(len(job.distilled.classes), MOST_KEPT)
+    return TopKLabels.of(per_view(job, config).to(job.device), kept, config.fill)
+
+
+def pool(job: Job, config: PoolOptions) -> PoolLabels:
+    """Few epochs of labels of views; teachers are asked about these alone."""
+    if job.stored is not None:
+        labels = per_view(job, config)
+        code = config.encode(labels.logits[:1], labels.loss_kind == "mse")
+        return PoolLabels.pruned(labels, config.count(labels.epochs), code, job.classes, config.cooled())
+    terms, epochs = {**_terms(job, config), "hard": job.classes}, _epochs(job, config.label_epochs)
+    classes = len(job.distilled.classes)
+    config.check_classes(classes)
+    count = config.count(epochs)
+    with _in_making(job, terms, count, classes, classes=job.classes, epochs=torch.tensor(epochs)) as where:
+        records = pool_answers(
+            job.taught.network, job.images, job.classes, epochs, terms["views"], terms["seed"], count, classes=classes,
+            statistics=terms["statistics"], micro=terms["micro"], quiet=job.quiet, **where,
+        )  # fmt: skip
+    encode = functools.partial(config.encode, means=terms.get("loss_kind") == "mse")
+    cooling = config.cooled() or getattr(job.distilled.labels, "cooling", None)
+    return PoolLabels.recorded(records.to(job.device), epochs, encode, cooling, **terms)
+
+
+def teacher(job: Job, config: Teacher) -> TeacherLabels:
+    """The teachers themselves."""
+    taught = job.taught
+    if not taught.names:
+        raise CondenseError("labels=teacher: the architectures of these teachers have no names that a file could keep; "
+                            "give --teachers FILE of `condense teachers`")  # fmt: skip
+    assert isinstance(taught.network, MeanLogits)
+    kind = Int8TeacherLabels if config.weights == "int8" else TeacherLabels
+    return kind(
+        list(taught.network.members), images=len(job.images), weights=taught.network.weights.tolist(),
+        names=taught.names, shape=job.distilled.shape, **_rule(job, config), **_targets(job, config),
+    )  # fmt: skip
+
+
+def projector(job: Job, config: ProjectorOptions) -> ProjectorLabels:
+    """Changes of a public network that were learned from the real data."""
+    if config.weak_epochs:
+        job.taught = _weak(job, config.weak_epochs)
+    weak = job.taught.network
+    if job.task is None:
+        raise CondenseError("labels=projector: is trained on the real data; give --data")
+    rule, task = _rule(job, config), job.task.to(job.device, job.distilled.transform)
+    progress = Progress("projector", config.projector_steps, 0, job.quiet)
+    try:
+        made, known = fitted(
+            task, weak, config, rule["views"], rule["seed"], statistics=rule["statistics"], micro=rule["micro"],
+            device=job.device, report=progress.update, checkpoint=job.beside and answer_files(job.beside)[2],
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        raise Interrupted("stopped while training a projector; give the same command again to go on") from None
+    progress.close()
+    own = _terms(job, config)
+    loss_kind = config.loss_kind or own.get("loss_kind", "kl")
+    gamma = (own.get("gamma", 0.0) if loss_kind == "mse" else 0.0) if config.gamma is None else config.gamma
+    hard = job.distilled.hard_labels() if gamma else None
+    return ProjectorLabels.of(
+        made, known, len(job.images), rule["seed"], rule["views"], loss_kind=loss_kind, gamma=gamma, hard=hard,
+        **_targets(job, config),
+    )  # fmt: skip
+
+
+def _weak(job: Job, epochs: str) -> Taught:
+    """The mean logits of some epochs of the experts that are named."""
+    path = None if job.teachers is None else Path(job.teachers)
+    if path is None or hdf5.format_of(path) != trajectories.FORMAT.name:
+        raise CondenseError(f"weak_epochs={epochs}: are of experts; give --teachers FILE of `condense experts`")
+    file, chosen = trajectories.read(path), [int(epoch) for epoch in epochs.split(",")]
+    if max(chosen) > file.epochs:
+        raise CondenseError(f"weak_epochs={epochs}: the experts of {path} have {file.epochs} epochs")
+    shape, classes = job.distilled.shape, len(job.distilled.classes)
+    members = [experts.teacher(path, job.device, shape, classes, epoch=epoch) for epoch in chosen]
+    about = {
+        "path": str(path.absolute()), "count": file.count, "epochs": file.epochs,
+        "content": file.content(file.count, file.epochs),
+    }  # fmt: skip
+    return Taught(MeanLogits(members).eval(), {"label_source": {"experts": about, "weak_epochs": chosen}})
+
+
+def static(job: Job, config: Static) -> StaticLabels:
+    """One vector an image."""
+    own = job.distilled.labels
+    if isinstance(own, StaticLabels):
+        start, temperature, squared = own.views, own.temperature, own.squared
+    else:
+        start = ViewRule(flip=job.distilled.manifest.get("mirror", True), pad=4, mix="mixup", alpha=0.8)
+        temperature, squared = 30.0, True
+    rule = _rule(job, config)
+    logits = answers(job.taught.network, job.images, statistics=rule["statistics"], micro=rule["micro"])
+    return StaticLabels(
+        logits.half(), rule["seed"], _views(config, start), config.temperature or temperature,
+        squared if config.squared is None else config.squared,
+    )  # fmt: skip
+
+
+def distances(job: Job, config: Distances) -> DistanceLabels:
+    """Two numbers a view, from stored logits where there are any."""
+    stored, classes = job.stored, len(job.distilled.classes)
+    if stored is not None:
+        _check_as_stored(stored, config)
+        terms = {key: stored.terms()[key] for key in ("seed", "views", "statistics", "micro")}
+        if stored.views.mix == "none":
+            raise CondenseError("labels=distances: needs the classes of two images, and the stored labels are of views "
+                                "with mix=none; give --teachers FILE and mix=cutmix")  # fmt: skip
+        found = torch.stack([_from_logits(stored, job, e) for e in range(_epochs(job, config.label_epochs))])
+    else:
+        terms, epochs = _rule(job, config), _epochs(job, config.label_epochs)
+        with _in_making(job, terms, epochs, 2, classes=job.classes) as where:
+            found = view_distances(
+                job.taught.network, job.images, job.classes, epochs, terms["views"], terms["seed"], classes=classes,
+                statistics=terms["statistics"], micro=terms["micro"], quiet=job.quiet, **where,
+            )  # fmt: skip
+    return DistanceLabels(found.to(job.device), job.classes, classes, weight=config.weight, **terms)
+
+
+def _from_logits(labels: PerViewLabels, job: Job, epoch: int) -> Tensor:
+    """-log of the probabilities (N, 2) of the classes of both images in each view."""
+    drawn = labels.views.draw(labels.seed, epoch, len(labels), job.distilled.shape[1:])
+    assert drawn.partner is not None
+    hard = job.classes.cpu()
+    two = torch.stack([hard, hard[drawn.partner]], 1)
+    return -labels.logits[epoch].float().cpu().log_softmax(-1).gather(1, two)
+
+
+def soft(job: Job, config: Soft) -> SoftLabels:
+    """One distribution an image."""
+    return SoftLabels(answers(job.taught.network, job.images))
+
+
+def hard(job: Job, config: Hard) -> HardLabels:
+    """One class an image."""
+    return HardLabels(job.distilled.hard_labels(), len(job.distilled.classes), config.smoothing)
+
+
+KINDS: dict[str, tuple[Any, Callable[[Job, Any], Labels]]] = {
+    "lowrank": (LowRankOptions, lowrank), "topk": (TopKOptions, topk), "pool": (PoolOptions, pool),
+    "teacher": (Teacher, teacher), "projector": (ProjectorOptions, projector), "static": (Static, static),
+    "distances": (Distances, distances),
+    "soft": (Soft, soft), "hard": (Hard, hard), "per-view": (PerView, per_view),
+}  # fmt: skip
+"""The settings of each kind, and what makes it."""

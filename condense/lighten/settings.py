@@ -1,0 +1,157 @@
+"""TODO-DOC."""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from dataclasses import dataclass
+
+import torch
+
+from condense.config import one_of, require
+from condense.errors import CondenseError
+from condense.labels import Pruning, check_loss
+from condense.lighten.projection import Projection
+
+EPOCHS = 300
+"""Labelled epochs of views where neither the set nor the settings say how many."""
+
+# Settings -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ViewOptions:
+    """How views are drawn and teachers asked. What is left out is as in the set's labels of views."""
+
+    label_scale: float | None = None
+    """Least share of the image in a view; otherwise 0.08."""
+    label_pad: int | None = None
+    """Views are shifted by up to so many pixels instead of being cropped; 0: cropped."""
+    mix: str | None = None
+    """How views are mixed with those of other images: none, cutmix or mixup; otherwise cutmix."""
+    mix_alpha: float | None = None
+    """Shares of the mixture are drawn from Beta(mix_alpha, mix_alpha)."""
+    label_statistics: str | None = None
+    """BatchNorm of the teachers: running, or batch (that of the labelled views themselves)."""
+    label_micro: int | None = None
+    """Views that share statistics where label_statistics=batch."""
+    label_seed: int | None = None
+    """Of the views; otherwise from the set's."""
+
+
+@dataclass(frozen=True)
+class TargetOptions(ViewOptions):
+    """Views, and what is asked of students."""
+
+    temperature: float | None = None
+    """Temperature of targets and loss; otherwise 20."""
+    squared: bool | None = None
+    """Whether the loss is multiplied by the squared temperature; otherwise true."""
+
+    def __post_init__(self) -> None:
+        require(self, temperature=(1e-6, sys.float_info.max))
+
+
+@dataclass(frozen=True)
+class PerView(TargetOptions):
+    """Settings of labels of views."""
+
+    label_epochs: int | None = None
+    """Labelled epochs of views; otherwise all that are stored, or 300."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, label_epochs=(1, math.inf))
+
+
+@dataclass(frozen=True)
+class LowRankOptions(PerView):
+    """Settings of labels=lowrank."""
+
+    rank: int | None = None
+    """Axes (r), and bytes a view; otherwise a quarter of the classes, at most 64."""
+
+
+@dataclass(frozen=True)
+class TopKOptions(PerView):
+    """Settings of labels=topk."""
+
+    k: int | None = None
+    """Logits that are kept; otherwise a quarter of the classes, at most 10."""
+    fill: str = "mrs"
+    """What stands for the others: mrs (the view's smallest logit) or mr (nothing; the k share all probability)."""
+
+
+@dataclass(frozen=True)
+class PoolOptions(Pruning, PerView):
+    """Settings of labels=pool."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_pruning()
+
+
+@dataclass(frozen=True)
+class Teacher(TargetOptions):
+    """Settings of labels=teacher."""
+
+    weights: str = "int8"
+    """How the teachers' weights are kept: int8 (of convolutions and linear layers) or float32."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of(self, weights=("int8", "float32"))
+
+
+@dataclass(frozen=True)
+class ProjectorOptions(Projection, TargetOptions):
+    """Settings of labels=projector."""
+
+    loss_kind: str = ""
+    """Of students: kl (at the temperature) or mse (of logits, as published); otherwise as in the set's labels, or
+    kl."""
+    gamma: float | None = None
+    """loss_kind=mse: weight of the cross-entropy with the images' classes (beta); otherwise as in the set's labels, or
+    0."""
+    weak_epochs: str = ""
+    """Where --teachers are experts: their epochs whose mean logits teach, e.g. 2,4,6; the labels' epoch by default."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_projection()
+        check_loss(self.loss_kind or "kl", self.gamma or 0.0, torch.zeros(0))
+        if self.weak_epochs and not re.fullmatch(r"[0-9]+(,[0-9]+)*", self.weak_epochs):
+            raise CondenseError(f"weak_epochs={self.weak_epochs}: must be numbers of epochs, e.g. 2,4,6")
+
+
+@dataclass(frozen=True)
+class Static(TargetOptions):
+    """Settings of labels=static. What is left out is as in the set's static labels, otherwise as in sets that INFER
+    makes: label_pad=4, mix=mixup, mix_alpha=0.8, temperature=30, squared=true."""
+
+
+@dataclass(frozen=True)
+class Distances(ViewOptions):
+    """Settings of labels=distances."""
+
+    label_epochs: int | None = None
+    """Labelled epochs of views; otherwise all that are stored, or 300."""
+    weight: float = 1.0
+    """Of the distances in the loss."""
+
+    def __post_init__(self) -> None:
+        require(self, label_epochs=(1, math.inf), weight=(0, sys.float_info.max))
+
+
+@dataclass(frozen=True)
+class Soft:
+    """Soft labels have nothing to set."""
+
+
+@dataclass(frozen=True)
+class Hard:
+    """Settings of labels=hard."""
+
+    smoothing: float = 0.0
+    """Share of the target that is spread evenly over all classes."""

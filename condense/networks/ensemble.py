@@ -1,0 +1,59 @@
+"""mean logits of several networks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from condense.errors import CondenseError
+from condense.networks import architectures
+from condense.networks.flat import Layout
+
+# What they share ------------------------------------------------------------------------------------------------------
+
+
+class MeanLogits(nn.Module):
+    """The weighted mean of several networks' logits, float32 (B, classes). ``weights`` are equal when None.
+
+    Raises:
+        CondenseError: there are no networks, or not as many weights of at least 0, or all are 0.
+    """
+
+    def __init__(self, members: Sequence[nn.Module], weights: Sequence[float] | None = None) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+        shares = [1.0] * len(members) if weights is None else [float(weight) for weight in weights]
+        if not members or len(shares) != len(members) or min(shares) < 0 or not 0 < sum(shares) < math.inf:
+            raise CondenseError(f"weights {shares} of {len(members)} teachers: give one of at least 0 for each")
+        self.weights: Tensor
+        weighed = torch.tensor([share / sum(shares) for share in shares], device=device_of(self.members))
+        self.register_buffer("weights", weighed)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = torch.stack([member(images).float() for member in self.members])
+        return (self.weights[:, None, None] * logits).sum(0)
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module's weights are; the CPU where it has none."""
+    return next((value.device for value in module.state_dict().values()), torch.device("cpu"))
+
+
+class _Mean(nn.Module):
+    """The mean logits of networks of one architecture with flat weights (K, P)."""
+
+    def __init__(self, net: architectures.Network, layout: Layout, thetas: Tensor) -> None:
+        super().__init__()
+        self.net, self.layout = net.requires_grad_(False), layout
+        self.thetas: Tensor
+        self.register_buffer("thetas", thetas)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = [
+            torch.func.functional_call(self.net, self.layout.unflatten(theta.float()), (images,)).float()
+            for theta in self.thetas
+        ]
+        return torch.stack(logits).mean(0)

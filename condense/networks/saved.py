@@ -1,0 +1,214 @@
+"""whole networks in one HDF5 file."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from condense import hdf5, rng
+from condense.errors import CondenseError
+from condense.files import content, replacing
+from condense.formatting import by
+from condense.hdf5 import AGAIN
+from condense.networks import architectures
+
+FORMAT = hdf5.Format(
+    "condense.teachers", 1, maker="condense teachers",
+    required={
+        "classes": list, "image_shape": list, "fingerprint": str, "transform": list, "members": list, "recipe": str,
+        "epochs": int, "content": str,
+    },
+)  # fmt: skip
+
+DTYPES = (np.float16, np.float32, np.float64, np.int32, np.int64, np.uint8, np.bool_)
+"""What arrays of a file may be of."""
+
+State = dict[str, Tensor]
+
+Key = tuple[str, int]
+"""A member's network and number."""
+
+# -- what a method sees -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """One teacher."""
+
+    network: architectures.Network
+    """Frozen, in eval mode, on the device; takes images in training space."""
+    name: str
+    """Of its architecture."""
+    accuracy: float
+    """Fraction of images that it gets right; of which, the committee says."""
+    seconds: float = 0.0
+    """That its training took; 0 where that is not known."""
+    number: int = 0
+    """Among the teachers of its architecture."""
+    sha256: str = ""
+    """Of its state."""
+
+
+def _nbytes(net: nn.Module) -> int:
+    """Bytes of weights and buffers."""
+    return sum(value.numel() * value.element_size() for value in net.state_dict().values())
+
+
+# -- the file ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Recorded:
+    """A file of teachers. Members are read and verified when they are asked for."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def entries(self) -> list[dict[str, Any]]:
+        """What the manifest says of each member."""
+        return self.manifest["members"]
+
+    @property
+    def keys(self) -> list[Key]:
+        """Network and number of each member."""
+        return [(entry["network"], entry["number"]) for entry in self.entries]
+
+    def state(self, k: int) -> State:
+        """Weights and buffers of member ``k`` by name, on the CPU.
+
+        Raises:
+            CondenseError: it is damaged.
+        """
+        with hdf5.opened(self.path, FORMAT) as (file, _):
+            group, names = file[f"members/{k}"], sorted(_arrays(self.path, file, k))
+            found = {name: torch.from_numpy(np.asarray(group[name][()])) for name in names}
+        if content(found) != self.entries[k]["sha256"]:
+            raise CondenseError(f"{self.path}: {_title(self.entries[k])} is damaged (its checksum differs); {AGAIN}")
+        return found
+
+    def sound(self, k: int) -> bool:
+        """Whether member ``k`` is what was written."""
+        with contextlib.suppress(CondenseError):
+            return bool(self.state(k))
+        return False
+
+    def member(self, k: int, device: torch.device) -> Member:
+        """Member ``k``, verified.
+
+        Raises:
+            CondenseError: it is damaged, or its network is unknown here, or another one by now.
+        """
+        entry, known = self.entries[k], self.manifest
+        channels, height, width = known["image_shape"]
+        try:
+            with rng.seeded("layout"):
+                net = architectures.build(entry["network"], (channels, height, width), len(known["classes"]))
+        except CondenseError as fault:
+            raise CondenseError(f"{self.path}: {fault}") from fault
+        if misfit := _load(net, self.state(k)):
+            raise CondenseError(
+                f"{self.path}: {_title(entry)} is of another version of its network ({misfit}); make it again"
+            )
+        return Member(
+            _frozen(net, device), entry["network"], float(entry["accuracy"]), float(entry["seconds"]), entry["number"],
+            entry["sha256"],
+        )  # fmt: skip
+
+
+def _title(entry: Mapping[str, Any]) -> str:
+    return f"teacher {entry['number']} of {entry['network']}"
+
+
+def _key(digests: Iterable[str]) -> str:
+    return hashlib.sha256(" ".join(digests).encode()).hexdigest()
+
+
+def read(path: Path) -> Recorded:
+    """Opens a file of teachers from anywhere: types, sizes and links are checked, no member is read.
+
+    Raises:
+        CondenseError: one line: no such file, not our format, newer version, truncated or damaged.
+    """
+    with hdf5.opened(path, FORMAT) as (file, manifest):
+        fields = {"network": str, "number": int, "sha256": str, "accuracy": float, "seconds": float}
+        sizes = manifest["image_shape"]
+        if (
+            not manifest["members"]
+            or not all(isinstance(m, dict) and all(isinstance(m.get(f), t) for f, t in fields.items())
+                       for m in manifest["members"])
+            or len(sizes) != 3 or not all(isinstance(size, int) and size > 0 for size in sizes)
+        ):  # fmt: skip
+            raise CondenseError(f"{path}: the manifest is not one of teachers; it was not written by this toolkit")
+        for k in range(len(manifest["members"])):
+            _arrays(path, file, k)
+    if _key(entry["sha256"] for entry in manifest["members"]) != manifest["content"]:
+        raise CondenseError(f"{path}: the manifest is damaged (its members are not those of its key); {AGAIN}")
+    return Recorded(path, manifest)
+
+
+def _arrays(path: Path, file: Any, k: int) -> list[str]:
+    """Names of the arrays of member ``k``: each in this file, of a known type, and together no larger than it."""
+    import h5py
+
+    hdf5.check_link(path, file, f"members/{k}")
+    group, total, size = file[f"members/{k}"], 0, path.stat().st_size
+    if not isinstance(group, h5py.Group):
+        raise CondenseError(f"{path}: 'members/{k}' is not what the manifest says; {AGAIN}")
+    for name in group:
+        hdf5.check_link(path, file, f"members/{k}/{name}")
+        array = group[name]
+        if not isinstance(array, h5py.Dataset) or array.is_virtual or array.external or array.chunks is not None:
+            raise CondenseError(f"{path}: 'members/{k}/{name}' is not an array stored in one piece in this file")
+        if array.shape is None or array.dtype.type not in DTYPES:
+            raise CondenseError(f"{path}: 'members/{k}/{name}' has the type {array.dtype}, which no teacher uses")
+        total += math.prod(array.shape) * array.dtype.itemsize
+        if total > size:
+            raise CondenseError(f"{path}: teacher {k} claims {total} bytes, more than the file holds; {AGAIN}")
+    return list(group)
+
+
+def _write(path: Path, about: Mapping[str, Any], members: Iterable[tuple[Mapping[str, Any], State]]) -> None:
+    """The file, atomically, from one member after the other: its entry of the manifest and its state."""
+    entries = []
+    with replacing(path) as temporary, hdf5.create(temporary) as file:
+        for k, (entry, state) in enumerate(members):
+            group = file.create_group(f"members/{k}")
+            for name, value in state.items():
+                group.create_dataset(name, data=value.numpy())
+            entries.append(dict(entry))
+        key = _key(entry["sha256"] for entry in entries)
+        hdf5.sign(file, FORMAT, {**about, "members": entries, "content": key})
+
+
+def _frozen(net: architectures.Network, device: torch.device) -> architectures.Network:
+    return net.to(device).requires_grad_(False).eval()
+
+
+def _load(net: nn.Module, state: Mapping[str, Tensor]) -> str:
+    """Gives ``net`` the state, or changes nothing and says what does not fit."""
+    own = net.state_dict()
+    counters = {name: value for name, value in own.items() if name.endswith("num_batches_tracked")}
+    state = {**counters, **state}  # old checkpoints lack them, and nothing reads them in eval mode
+    both = [name for name in own if name in state]
+    unlike = [name for name in both if state[name].shape != own[name].shape]
+    faults = {
+        "missing": [name for name in own if name not in state],
+        "unknown": [name for name in state if name not in own],
+        "of another shape": [f"{name} ({by(state[name].shape)}, not {by(own[name].shape)})" for name in unlike],
+        "not finite": [name for name in both if not bool(state[name].isfinite().all())],
+    }
+    if any(faults.values()):
+        return ", ".join(f"{len(names)} {words}: {names[0]}" + ", ..." * (len(names) > 1)
+                         for words, names in faults.items() if names)  # fmt: skip
+    net.load_state_dict(dict(state))
+    return ""

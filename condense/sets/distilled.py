@@ -1,0 +1,303 @@
+"""DistilledSet: the file that the whole toolkit makes, judges and uses. One HDF5 file, checked on load, never a
+pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from condense import hdf5, rng
+from condense.data import ZCA, Standardise, transform_from_arrays, unit
+from condense.errors import CondenseError
+from condense.files import check_writable, replacing
+from condense.hdf5 import AGAIN
+from condense.labels import PROVIDERS, HardLabels, Labels
+from condense.sets.stages import Compensated, Stage, decode, stages_from
+
+IMAGE_TYPES = (np.uint8, np.float16, np.float32)
+
+ARRAY_TYPES = (*IMAGE_TYPES, np.int8, np.uint16, np.int64)
+
+FORMAT = hdf5.Format(
+    "condense.distilled", 1, maker="condense distill",
+    required={
+        "name": str, "dataset": str, "method": str, "network": str, "classes": list, "ipc": int, "space": str,
+        "decode": list, "label_kind": str, "transform": str, "checksums": dict,
+    },
+)  # fmt: skip
+
+
+class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
+    """A distilled set: stored images, labels, the map to training space and the manifest.
+
+    As a ``torch.utils.data.Dataset`` it serves decoded images in pixel space, float32 in about [0,1] (learned pixels
+    are neither clamped nor rounded), and the target of each. ``set.transform`` maps pixel space to training space, for
+    these images and for real test images alike::
+
+        distilled = condense.load("set.h5")
+        images, targets = next(iter(DataLoader(distilled, batch_size=256, shuffle=True)))
+        loss = distilled.loss(network(distilled.transform(images)), targets)
+
+    Attributes:
+        stored: (N,C,H,W) uint8, float16 or float32 as in the file, in the space that ``manifest["space"]`` names.
+        labels: the label provider, indexed by stored image.
+        transform: pixel space to training space.
+        manifest: everything known of the set.
+    """
+
+    def __init__(
+        self, stored: Tensor, labels: Labels, transform: Standardise | ZCA, manifest: Mapping[str, Any]
+    ) -> None:
+        self.stored, self.labels, self.transform = stored, labels, transform
+        self.manifest: dict[str, Any] = {
+            **manifest,
+            "label_kind": labels.kind,
+            "transform": transform.kind,
+            "image_shape": list(stored.shape[1:]),
+        }
+        self._decoded: tuple[Tensor, Tensor] | None = None
+        self._pixels: Tensor | None = None
+
+    # -- what it says of itself -------------------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        """``dataset/method-ipcN.tag``."""
+        return self.manifest["name"]
+
+    @property
+    def file_name(self) -> str:
+        """What the file is called unless told otherwise: ``dataset-method-ipcN.tag-seedS.h5``."""
+        seed = self.manifest.get("seed")
+        return f"{self.name.replace('/', '-')}{f'-seed{seed}' if seed else ''}.h5"
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names; a target c means ``classes[c]``."""
+        return tuple(self.manifest["classes"])
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C,H,W) of a decoded image."""
+        channels, height, width = self.stored.shape[1:]
+        return channels, height, width
+
+    @property
+    def stages(self) -> list[Stage]:
+        """The decode stages applied when the set is used."""
+        return stages_from(self.manifest.get("decode", []))
+
+    @property
+    def compensated(self) -> Compensated | None:
+        """The stage that makes images from such as classes share, where there is one: then labels are of what it
+        makes."""
+        return next((stage for stage in self.stages if isinstance(stage, Compensated)), None)
+
+    def nbytes(self) -> dict[str, int]:
+        """Bytes of ``images``, ``labels``, ``auxiliary`` (the transform), ``external`` (what training needs beside the
+        file) and their ``total``."""
+        parts = {
+            "images": self.stored.numel() * self.stored.element_size(),
+            "labels": self.labels.nbytes(),
+            "auxiliary": sum(array.nbytes for array in self.transform.arrays().values()),
+            "external": self.labels.external_nbytes(),
+        }
+        return {**parts, "total": sum(parts.values())}
+
+    def sha256(self) -> str:
+        """Digest of all arrays and of what gives them meaning (decode, space, classes), however they were made."""
+        meaning = {key: self.manifest.get(key) for key in ("classes", "decode", "space", "transform", "label_kind")}
+        text = json.dumps([sorted(checksums(self.arrays()).items()), meaning], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def pictures(self, decoded: bool = False) -> tuple[Tensor, int]:
+        """Images for viewing (N,C,H,W) in pixel space, sorted by class, and how many there are of each class."""
+        if decoded or self.compensated:
+            order = torch.argsort(self.training_images()[1], stable=True)
+            return self.images[order], len(order) // len(self.classes)
+        stored = unit(self.stored)
+        pixels = stored if self.manifest["space"] == "pixel" else self.transform.inverse(stored)
+        return pixels, self.manifest["ipc"]
+
+    # -- images and targets -----------------------------------------------------------------------------------------
+
+    def training_images(self) -> tuple[Tensor, Tensor]:
+        """Decoded images (M,C,H,W) float32 in training space, and the stored index (M,) of each. What students see."""
+        if self._decoded is None:
+            images, ids = decode(unit(self.stored), self.stages)
+            self._decoded = (self.transform(images) if self.manifest["space"] == "pixel" else images), ids
+        return self._decoded
+
+    @property
+    def images(self) -> Tensor:
+        """Decoded images (M,C,H,W) float32 in pixel space; ``transform(images)`` is training space."""
+        if self._pixels is None:
+            if self.transform.kind == "zca":
+                warnings.warn(
+                    f"{self.name} was made on ZCA-whitened images: feed networks `set.transform(images)`, and give the "
+                    "same transform to real test images",
+                    stacklevel=3,
+                )
+            self._pixels = self.transform.inverse(self.training_images()[0])
+        return self._pixels
+
+    def hard_labels(self) -> Tensor:
+        """Class of each image that has a label, int64 (N,): its hard label, else its place, as classes come in order.
+
+        Raises:
+            CondenseError: the set has no equal number of images per class.
+        """
+        if isinstance(self.labels, HardLabels):
+            return self.labels.labels
+        ipc, classes = self.manifest["ipc"], len(self.classes)
+        if self.compensated:
+            return torch.arange(classes).repeat_interleave(self.compensated.decoded)
+        if len(self.stored) != ipc * classes:
+            raise CondenseError(f"{self.name}: {len(self.stored)} images are not {ipc} of each of {classes} classes")
+        return torch.arange(classes).repeat_interleave(ipc)
+
+    def __len__(self) -> int:
+        return len(self.training_images()[0])
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        target = self.labels.targets(self.training_images()[1][index])  # raises where labels belong to views
+        return self.images[index], target
+
+    def batches(self, epoch: int, batch_size: int, seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Shuffled batches of one epoch: images (B,C,H,W) in pixel space and their targets. The same for the same
+        epoch.
+
+        Labels of views come with the epoch's augmented and mixed images; leave out augmentation of your own. These
+        views are made in training space, as the teacher saw them, and mapped back: whitening and cropping do not
+        commute.
+        """
+        order = rng.Draws(seed, "batches", epoch).permutation(len(self))
+        pixels, (images, ids) = self.images, self.training_images()
+        for chunk in order.split(batch_size):
+            if self.labels.per_view:
+                views, targets = self.labels.shown(images, chunk, epoch)
+                yield self.transform.inverse(views), targets
+            else:
+                yield pixels[chunk], self.labels.targets(ids[chunk])
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Mean loss that goes with this set's targets, for logits (B, classes)."""
+        return self.labels.loss(logits, targets)
+
+    # -- the file ---------------------------------------------------------------------------------------------------
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Every array of the file by its path in it."""
+        arrays = {"images": self.stored.detach().cpu().numpy()}
+        arrays |= {f"labels/{name}": array for name, array in self.labels.arrays().items()}
+        arrays |= {f"transform/{name}": array for name, array in self.transform.arrays().items()}
+        return arrays
+
+    def save(self, path: str | Path, *, force: bool = False) -> Path:
+        """Writes the file atomically; a kill leaves either the old file or the whole new one.
+
+        Raises:
+            CondenseError: the file exists and ``force`` is False, or the place cannot be written.
+        """
+        path = Path(path)
+        check_writable(path, force=force, size=self.nbytes()["total"])
+        arrays = self.arrays()
+        self.manifest |= {"bytes": self.nbytes(), "checksums": checksums(arrays)}
+        with replacing(path) as temporary, hdf5.create(temporary) as file:
+            hdf5.sign(file, FORMAT, self.manifest)
+            for name, array in arrays.items():
+                file.create_dataset(name, data=array)
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> DistilledSet:
+        """Reads and verifies a file.
+
+        Raises:
+            CondenseError: one line per fault: not our format, newer version, truncated, or which array is damaged.
+        """
+        path = Path(path)
+        arrays, manifest = _read(path)
+        labels = {name[7:]: array for name, array in arrays.items() if name.startswith("labels/")}
+        transform = {name[10:]: array for name, array in arrays.items() if name.startswith("transform/")}
+        try:
+            provider = PROVIDERS.get(manifest["label_kind"]).from_arrays(labels, len(manifest["classes"]))
+            shape = tuple(arrays["images"].shape[1:])
+            restored = transform_from_arrays(manifest["transform"], transform, shape)
+            loaded = cls(torch.from_numpy(arrays["images"]), provider, restored, manifest)
+            loaded.stages  # noqa: B018 - an unknown stage is a fault of the file
+            shared = loaded.compensated
+            if provider.per_view and loaded.stages and not shared:
+                raise CondenseError(f"{provider.kind} labels belong to stored images, which its decode stages cut up")
+            if shared and len(loaded.stored) != shared.stored:
+                raise CondenseError(f"{len(loaded.stored)} images, but its decode stage needs {shared.stored}")
+            count = shared.decoded * len(loaded.classes) if shared else len(loaded.stored)
+            if len(provider) != count:
+                raise CondenseError(f"{count} images but {len(provider)} labels")
+        except KeyError as fault:
+            raise CondenseError(
+                f"{path}: the manifest or the file lacks {fault}; it was not written by this toolkit"
+            ) from fault
+        except CondenseError as fault:
+            raise CondenseError(f"{path}: {fault}") from fault
+        return loaded
+
+
+def packaged_sets() -> dict[str, Path]:
+    """The ready-made sets that come with the toolkit, by name."""
+    folder = Path(__file__).parents[1] / "distilled_sets"
+    if not folder.is_dir():  # a checkout
+        folder = Path(__file__).parents[2] / "distilled_sets"
+    return {str(path.relative_to(folder).with_suffix("")): path for path in sorted(folder.glob("*/*.h5"))}
+
+
+def checksums(arrays: Mapping[str, np.ndarray]) -> dict[str, str]:
+    """SHA-256 of each array's type, shape and bytes."""
+    return {name: _digest(array) for name, array in arrays.items()}
+
+
+def _digest(array: np.ndarray) -> str:
+    digest = hashlib.sha256(f"{array.dtype.str}{array.shape}".encode())
+    digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)  # no copy: labels may be large
+    return digest.hexdigest()
+
+
+def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """All arrays and the manifest of a file from anywhere: types, sizes and links are checked before anything is
+    read."""
+    with hdf5.opened(path, FORMAT) as (file, manifest):
+        arrays = {}
+        for name, expected in sorted(manifest["checksums"].items()):
+            arrays[name] = _read_array(path, file, name, path.stat().st_size)
+            if _digest(arrays[name]) != expected:
+                raise CondenseError(f"{path}: the array '{name}' is damaged (its checksum differs); {AGAIN}")
+    if "images" not in arrays or arrays["images"].ndim != 4 or arrays["images"].dtype.type not in IMAGE_TYPES:
+        raise CondenseError(f"{path}: no array 'images' of uint8, float16 or float32 with four dimensions")
+    return arrays, manifest
+
+
+def _read_array(path: Path, file: Any, name: str, file_size: int) -> np.ndarray:
+    """One array, refused before allocation where it links elsewhere, is of a foreign type or claims more than is
+    stored."""
+    import h5py
+
+    hdf5.check_link(path, file, name)
+    array = file[name]
+    if not isinstance(array, h5py.Dataset) or array.is_virtual or array.external:
+        raise CondenseError(f"{path}: '{name}' is not an array stored in this file")
+    if array.dtype.type not in ARRAY_TYPES:
+        raise CondenseError(f"{path}: the array '{name}' has the type {array.dtype}, which no distilled set uses")
+    nbytes = math.prod(array.shape) * array.dtype.itemsize
+    if nbytes > file_size:
+        raise CondenseError(f"{path}: the array '{name}' claims {nbytes} bytes, more than the file holds")
+    return array[()]

@@ -1,0 +1,93 @@
+"""TODO-DOC."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from condense import rng
+from condense.config import one_of, require
+from condense.data import Task
+
+INITS: tuple[str, ...] = ("real", "noise", "kmeans", "collage")
+
+
+@dataclass(frozen=True)
+class SyntheticOptions:
+    """Settings of the synthetic set that every method shares."""
+
+    init: str = "real"
+    """How images start: real (random real images), noise (N(0,1); N(1/2,1/16) where pixels in [0,1] are learned),
+    kmeans (the real image nearest to each of ipc centroids of its class), collage (factor x factor shrunken real images
+    in each; real where factor is 1)."""
+    factor: int = 1
+    """Multi-formation: each stored image is decoded into factor x factor training images, also when the set is used."""
+    fyi: bool = False
+    """Distil the union of the set and its mirror images (FYI); needs data whose classes survive mirroring."""
+
+    inits: ClassVar[tuple[str, ...]] = INITS
+    """What ``init`` may be; a method with a start of its own adds its word and finds the images itself."""
+
+    def __post_init__(self) -> None:
+        one_of(self, init=self.inits)
+        require(self, factor=(1, math.inf))
+
+
+def initial_images(task: Task, ipc: int, options: SyntheticOptions, seed: int) -> tuple[Tensor, Tensor]:
+    """Starting images (classes * ipc, C,H,W) on the CPU and their classes.
+
+    Pixel space [0,1], except ``noise``, which is N(0,1).
+    """
+    classes = torch.arange(task.num_classes).repeat_interleave(ipc)
+    shape = (len(classes), *task.shape)
+    if options.init == "noise":
+        return torch.randn(shape, generator=rng.generator(seed, "init", "noise")), classes
+    if options.init == "real" or (options.init == "collage" and options.factor == 1):
+        return task.pixels(_sample_per_class(task, ipc, seed)), classes
+    if options.init == "collage":
+        return _collages(task, ipc, options.factor, seed), classes
+    return task.pixels(torch.cat([_representatives(task, c, ipc, seed) for c in range(task.num_classes)])), classes
+
+
+def _sample_per_class(task: Task, count: int, seed: int) -> Tensor:
+    """Ids of ``count`` random training images of each class, class by class; repeats only where a class has too few."""
+    ids = []
+    for c in range(task.num_classes):
+        members = torch.from_numpy(task.class_ids(c))
+        order = rng.Draws(seed, "init", "real", c).permutation(len(members))
+        ids.append(members[order[torch.arange(count) % len(members)]])
+    return torch.cat(ids)
+
+
+def _collages(task: Task, ipc: int, factor: int, seed: int) -> Tensor:
+    """IDC's start: every image is factor x factor nearest-neighbour-shrunken real images of its class."""
+    height, width = task.shape[1:]
+    h, w = -(-height // factor), -(-width // factor)
+    small = F.interpolate(task.pixels(_sample_per_class(task, ipc * factor * factor, seed)), size=(h, w))
+    grid = small.view(-1, factor, factor, task.shape[0], h, w).permute(0, 3, 1, 4, 2, 5)
+    return grid.reshape(-1, task.shape[0], factor * h, factor * w)[..., :height, :width].contiguous()
+
+
+def _representatives(task: Task, c: int, ipc: int, seed: int) -> Tensor:
+    """Ids of the training images of class ``c`` nearest to its ``ipc`` k-means centroids in pixel space."""
+    members = torch.from_numpy(task.class_ids(c))
+    return members[central_rows(task.pixels(members).flatten(1), ipc, rng.key(seed, "init", "kmeans", c))]
+
+
+def central_rows(points: Tensor, count: int, key: int) -> Tensor:
+    """Rows of the float32 ``points`` (N, D) nearest to ``count`` k-means centroids, int64 (count,), without repeats."""
+    from sklearn.cluster import KMeans
+
+    points = points.cpu()
+    fitted = KMeans(count, n_init=1, random_state=key % 2**31).fit(points.numpy())
+    distances = torch.cdist(torch.from_numpy(fitted.cluster_centers_).float(), points)
+    chosen: list[int] = []
+    for row in distances:
+        row[chosen] = torch.inf
+        chosen.append(int(row.argmin()))
+    return torch.tensor(chosen)

@@ -1,0 +1,125 @@
+"""TODO-DOC."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from condense.errors import CondenseError
+
+
+@dataclass(frozen=True)
+class Formation:
+    """Multi-formation (IDC): each stored image holds factor x factor tiles, each upsampled to a full image.
+
+    The image is cut into tiles (right and bottom edges padded with ``pad`` where the size does not divide) and every
+    tile is enlarged to the full size, bilinear with align_corners=False. Order: tile (0, 0) of all images,
+    then (0, 1), and so on.
+    """
+
+    factor: int
+    pad: float = 0.0
+    at_load: bool = dataclasses.field(default=True, init=False)
+
+    def __call__(self, images: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        f, (height, width) = self.factor, images.shape[-2:]
+        images = F.pad(images, (0, -width % f, 0, -height % f), value=self.pad)
+        h, w = images.shape[-2] // f, images.shape[-1] // f
+        tiles = [images[..., r * h : (r + 1) * h, c * w : (c + 1) * w] for r in range(f) for c in range(f)]
+        decoded = F.interpolate(torch.cat(tiles), size=(height, width), mode="bilinear", align_corners=False)
+        return decoded, ids.repeat(f * f)
+
+    def describe(self) -> dict[str, Any]:
+        return {"stage": "formation", "factor": self.factor, "pad": self.pad}
+
+
+@dataclass(frozen=True)
+class FlipUnion:
+    """FYI: the set and its mirror images, originals first. Acts while distilling only; flips are not stored."""
+
+    at_load: bool = dataclasses.field(default=False, init=False)
+
+    def __call__(self, images: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.cat([images, images.flip(-1)]), ids.repeat(2)
+
+    def describe(self) -> dict[str, Any]:
+        return {"stage": "flip-union"}
+
+
+@dataclass(frozen=True)
+class Compensated:
+    """INFER: stored are ``indices`` real images of each class, then compensators that all classes share.
+
+    Compensator m of index k, stored after the real images as row k * ``teachers`` + m, is kept as (u + 1) / 2, so that
+    8 bits hold it. In pixel space: real image k of every class, and that image plus u, clamped to [0,1], for each m.
+    What comes out is sorted by class; it has labels of its own, so ids count what comes out.
+    """
+
+    classes: int
+    indices: int
+    teachers: int
+    at_load: bool = dataclasses.field(default=True, init=False)
+
+    def __call__(self, images: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        real = images[: self.classes * self.indices].unflatten(0, (self.classes, self.indices, 1))
+        added = images[self.classes * self.indices :].unflatten(0, (self.indices, self.teachers)) * 2 - 1
+        decoded = torch.cat([real, (real + added).clamp(0, 1)], 2).flatten(0, 2)
+        return decoded, torch.arange(len(decoded), device=ids.device)
+
+    @staticmethod
+    def encode(added: Tensor) -> Tensor:
+        """Compensators in pixel space, as they are stored; beyond -1 and 1 they would have no effect."""
+        return (added.clamp(-1, 1) + 1) / 2
+
+    @property
+    def stored(self) -> int:
+        """Stored rows."""
+        return self.indices * (self.classes + self.teachers)
+
+    @property
+    def decoded(self) -> int:
+        """Images that come out, of each class."""
+        return self.indices * (self.teachers + 1)
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "stage": "compensated", "classes": self.classes, "indices": self.indices, "teachers": self.teachers
+        }  # fmt: skip
+
+
+Stage = Formation | FlipUnion | Compensated
+
+
+def stages_from(description: Sequence[dict[str, Any]]) -> list[Stage]:
+    """The decode stages that a manifest describes.
+
+    Raises:
+        CondenseError: a stage that this version does not know.
+    """
+    stages: list[Stage] = []
+    for entry in description:
+        if entry.get("stage") == "formation":
+            stages.append(Formation(int(entry["factor"]), float(entry.get("pad", 0.0))))
+        elif entry.get("stage") == "flip-union":
+            stages.append(FlipUnion())
+        elif entry.get("stage") == "compensated":
+            stages.append(Compensated(*(int(entry[key]) for key in ("classes", "indices", "teachers"))))
+        else:
+            raise CondenseError(
+                f"the set uses the decode stage {entry.get('stage')!r}, which this version does not know"
+            )
+    return stages
+
+
+def decode(images: Tensor, stages: Sequence[Stage]) -> tuple[Tensor, Tensor]:
+    """Stored images (N,C,H,W) through ``stages``: decoded images (M,C,H,W) and the stored index (M,) of each."""
+    ids = torch.arange(len(images), device=images.device)
+    for stage in stages:
+        images, ids = stage(images, ids)
+    return images, ids

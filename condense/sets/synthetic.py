@@ -1,0 +1,146 @@
+"""The learnable set: pixels behind decode stages, labels, and the ways to initialise them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from condense import rng
+from condense.data import Task
+from condense.errors import CondenseError
+from condense.labels import HardLabels, Labels, SoftLabels
+from condense.sets.initial import SyntheticOptions, initial_images
+from condense.sets.stages import FlipUnion, Formation, Stage, decode
+
+Space = Literal["training", "pixel"]
+
+
+class SyntheticSet:
+    """Images, labels and decode stages while they are being made.
+
+    Attributes:
+        tensors: the leaves that may be learned; ``tensors["images"]`` is (N,C,H,W), sorted by class. The methods
+            below add ``labels`` and ``step_size``.
+        classes: int64 (N,), the class of each stored image.
+        labels: the label provider that the finished set will carry.
+        space: ``training`` (pixels after the task's transform, unclamped) or ``pixel`` ([0,1], or uint8 for
+            selections).
+        stages: the decode stages, in order.
+        label_source: what soft labels came from, for the manifest.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        images: Tensor,
+        classes: Tensor,
+        *,
+        space: Space = "training",
+        stages: Sequence[Stage] = (),
+        labels: Labels | None = None,
+    ) -> None:
+        device = images.device
+        self.task, self.space, self.stages = task, space, list(stages)
+        self.classes = classes.to(device)
+        self.labels = labels or HardLabels(self.classes, task.num_classes)
+        self.tensors = {"images": images.requires_grad_(images.is_floating_point())}
+        self.label_source: dict[str, Any] = {}
+        self._rows = [(self.classes == c).nonzero().squeeze(1) for c in range(task.num_classes)]
+
+    @property
+    def images(self) -> Tensor:
+        """The stored images (N,C,H,W)."""
+        return self.tensors["images"]
+
+    def learn_step_size(self, start: float) -> None:
+        """Makes the learning rate of students part of the set; it travels with it and serves its evaluation."""
+        self.tensors["step_size"] = torch.tensor(start, device=self.images.device).requires_grad_()
+
+    @property
+    def step_size(self) -> Tensor | None:
+        """The learned rate as it is now, without a graph; None where it is not learned."""
+        leaf = self.tensors.get("step_size")
+        return None if leaf is None else leaf.detach()
+
+    def learn_labels(self, logits: Tensor) -> None:
+        """Makes soft labels, logits (N, classes), part of what is learned."""
+        self.tensors["labels"] = logits.detach().clone().requires_grad_()
+        self.labels = SoftLabels(self.tensors["labels"])
+
+    @classmethod
+    def create(
+        cls,
+        task: Task,
+        ipc: int,
+        options: SyntheticOptions,
+        *,
+        seed: int,
+        device: torch.device,
+        space: Space = "training",
+        ids: Tensor | None = None,
+    ) -> SyntheticSet:
+        """A set of ``ipc`` images per class, initialised and decoded as ``options`` say.
+
+        ``ids``: the real training images (classes * ipc,) to start from instead, class by class.
+        """
+        stages: list[Stage] = []
+        if options.factor > min(task.shape[1:]):
+            raise CondenseError(
+                f"factor={options.factor}: images of {task.name} have only {min(task.shape[1:])} pixels"
+            )
+        if options.factor > 1:
+            stages.append(Formation(options.factor, 0.5 if space == "pixel" else 0.0))
+        if options.fyi:
+            if not task.mirror:
+                raise CondenseError(
+                    f"fyi=true: a mirror image of '{task.name}' may belong to another class; leave fyi off"
+                )
+            stages.append(FlipUnion())
+        if ids is None:
+            images, classes = initial_images(task, ipc, options, seed)
+        else:
+            images, classes = task.pixels(ids), torch.from_numpy(task.train.labels[ids.numpy()])
+        if space == "pixel" and options.init == "noise":
+            images = (images / 4 + 0.5).clamp(0, 1)
+        images = images.to(device)
+        if space == "training" and options.init != "noise":
+            images = task.transform.to(device)(images)
+        return cls(task, images.float().contiguous(), classes, space=space, stages=stages)
+
+    @classmethod
+    def select(cls, task: Task, ids: Tensor) -> SyntheticSet:
+        """Real training images kept exactly as they are (uint8 where the data is), sorted by class."""
+        classes = torch.as_tensor(task.train.labels[ids.numpy()])
+        order = torch.argsort(classes, stable=True)
+        return cls(task, torch.as_tensor(task.raw(ids[order])), classes[order], space="pixel")
+
+    def decode(self, classes: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        """The training images that the set stands for while distilling, with gradients to the stored tensors.
+
+        Args:
+            classes: only these classes, in this order; all of them when None.
+
+        Returns:
+            images (M,C,H,W) in training space and their classes, int64 (M,).
+        """
+        rows = None if classes is None else torch.cat([self._rows[c] for c in classes])
+        stored = self.images if rows is None else self.images[rows]
+        images, ids = decode(stored, self.stages)
+        if self.space == "pixel":
+            images = self.task.transform.to(images.device)(images)
+        return images, (self.classes if rows is None else self.classes[rows])[ids]
+
+    def decode_some(self, classes: Sequence[int], most: int, parts: tuple[int | str, ...]) -> tuple[Tensor, Tensor]:
+        """As :meth:`decode`, but of a class with more than ``most`` images so many, drawn by ``(*parts, class)``."""
+        images, labels = self.decode(classes)
+        if len(images) <= most * len(classes) and len({len(self._rows[c]) for c in classes}) == 1:
+            return images, labels
+        picked = []
+        for c in classes:
+            rows = (labels == c).nonzero().squeeze(1)
+            picked.append(rows[rng.Draws(*parts, c).sample(len(rows), most).to(rows.device)])
+        rows = torch.cat(picked)
+        return images[rows], labels[rows]

@@ -1,0 +1,271 @@
+"""The loop that trains networks on a small or a large set: evaluated students, experts and teachers.
+
+Students of one architecture are trained either in lock-step as one stacked network (``torch.func``), which fills a GPU
+with many small steps, or one after the other. The maths is the same; ``pick_together`` says which is faster where.
+Every draw is keyed by the student's own seed and step, so neither the number of students nor the way they are batched
+changes any.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from condense import rng
+from condense.augment import cutmix
+from condense.data import Task
+from condense.device import fast
+from condense.networks import Network, uses_dropout
+from condense.training.checkpoint import _Keeper, _random_state, _set_random_state
+from condense.training.config import Recipe, _optimizer, batch_ids, steps_per_pass
+from condense.training.student import Source, Student, Targets, Update, Watch, Work
+
+_log = logging.getLogger(__name__)
+
+TEST_CHUNK = 256
+
+
+def train(
+    students: Sequence[Student],
+    recipe: Recipe,
+    *,
+    device: torch.device,
+    precision: str = "fp32",
+    together: bool | None = None,
+    report: Callable[[int], None] | None = None,
+    checkpoint: Path | None = None,
+    watch: Watch | None = None,
+    watch_every: int = 1,
+    update: Update | None = None,
+) -> float:
+    """Trains all students in place, on ``device``, and leaves them in train mode.
+
+    Returns the seconds that it took, over all resumptions.
+
+    Args:
+        together: stacked in lock-step (needs equal architectures and sources of equal size); None picks by device.
+        report: called with the number of student steps that are done, of ``len(students) * recipe.steps``.
+        checkpoint: a file for the state in mid-training, written every ``CHECKPOINT_SECONDS`` and removed at the end
+            (students trained one by one have one each, numbered). The same call after a kill goes on from it and ends
+            with the same bits. A file that is damaged or of another training is ignored.
+        watch: called as ``watch(k, step, state)`` with the live weights and buffers of student k after every
+            ``watch_every`` steps, before these are in the checkpoint: what a resumption passes over was seen.
+        update: what gradients the optimiser steps along; None: those of the mean loss.
+    """
+    for student in students:
+        student.network.to(device).train()
+    if together is None:
+        together = pick_together(device)
+    equal = len({student.source.size for student in students}) == 1
+    drops = uses_dropout(students[0].network)
+    if together and equal and not drops and len(students) > 1:  # dropout is keyed by student, so these go one by one
+        keeper = _Keeper(checkpoint, students, recipe, device, precision, update)
+        try:
+            _train_stacked(students, recipe, device, precision, report, keeper, watch, watch_every, update)
+            keeper.remove()
+            return keeper.seconds
+        except torch.OutOfMemoryError:  # the students themselves are untouched until the end
+            torch.cuda.empty_cache()
+            keeper.remove()
+    keepers, seconds = [], 0.0
+    for k, student in enumerate(students):
+        path = checkpoint and (checkpoint.with_name(f"{checkpoint.name}.{k}") if len(students) > 1 else checkpoint)
+        keepers.append(_Keeper(path, [student], recipe, device, precision, update, keep_end=len(students) > 1))
+        shifted = report and functools.partial(_shift, report, k * recipe.steps)
+        watched = watch and functools.partial(watch, k)
+        _train_one(student, recipe, device, precision, shifted, keepers[k], watched, watch_every, update)
+        seconds += keepers[k].seconds
+    for keeper in keepers:  # only now, so that the first students need no second training when the last one is killed
+        keeper.remove()
+    return seconds
+
+
+def pick_together(device: torch.device) -> bool:
+    """Stacked on a GPU, where launches rule; one after the other on a CPU, where grouped convolutions are slower."""
+    return device.type == "cuda"
+
+
+def _shift(report: Callable[[int], None], offset: int, done: int) -> None:
+    report(offset + done)
+
+
+def _batch(
+    student: Student, recipe: Recipe, step: int, device: torch.device, precision: str
+) -> tuple[Tensor, Targets, Tensor]:
+    """Images and targets of ``step``, augmented and mixed by the recipe or as the labels' own views; then the images
+    before that."""
+    source = student.source
+    ids = batch_ids(student.seed, source.size, recipe.batch, step)
+    with fast(device, precision if source.per_view else "fp32"):  # live teachers answer in it
+        clean, targets = source.batch(ids, step // steps_per_pass(source.size, recipe.batch))
+    images = clean
+    if source.per_view:
+        return images, [(1.0, targets)], clean
+    if recipe.augment is not None:
+        height, width = images.shape[-2:]
+        draws = rng.Draws(student.seed, "augment", step)
+        images = recipe.augment.apply(images, recipe.augment.draw(draws, len(images), (height, width), groups=1))
+    if recipe.cutmix:
+        draws = rng.Draws(student.seed, "cutmix", step)
+        if float(draws.uniform(1)) < recipe.cutmix:
+            images, partners, share = cutmix(images, draws)
+            return images, [(share, targets), (1 - share, targets[partners.to(targets.device)])], clean
+    return images, [(1.0, targets)], clean
+
+
+def _loss(source: Source, logits: Tensor, targets: Targets) -> Tensor:
+    """Mean loss of a batch, mixed targets weighted."""
+    parts = [weight * source.loss(logits, wanted) if weight != 1 else source.loss(logits, wanted)
+             for weight, wanted in targets]  # fmt: skip
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
+
+
+def _step(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+
+
+def _train_one(
+    student: Student,
+    recipe: Recipe,
+    device: torch.device,
+    precision: str,
+    report: Callable[[int], None] | None,
+    keeper: _Keeper,
+    watch: Callable[[int, Mapping[str, Tensor]], None] | None,
+    watch_every: int,
+    update: Update | None,
+) -> None:
+    network, start = student.network, 0
+    weights: list[Tensor] = [weight for weight in network.parameters() if weight.requires_grad]
+    optimizer = _optimizer(weights, recipe)
+
+    def forward(images: Tensor) -> Tensor:
+        with fast(device, precision):
+            logits = network(images)
+        return logits.float()
+
+    def state() -> dict[str, Any]:
+        return {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "random": _random_state(device)}
+
+    with rng.seeded(student.seed, "dropout", device=device):
+        saved = keeper.read()
+        if saved is not None:
+            network.load_state_dict(saved["network"])
+            optimizer.load_state_dict(saved["optimizer"])
+            _set_random_state(saved["random"], device)
+            start = saved["step"]
+        for step in range(start, recipe.steps):
+            images, targets, clean = _batch(student, recipe, step, device, precision)
+
+            def loss(images: Tensor = images, targets: Targets = targets) -> Tensor:
+                return _loss(student.source, forward(images), targets)
+
+            if update is None:
+                optimizer.zero_grad()
+                loss().backward()
+            else:
+                epoch = step // steps_per_pass(student.source.size, recipe.batch)
+                _set_gradients(weights, update(Work(weights, False, step, epoch, clean, loss, forward)))
+            _step(optimizer, recipe.rate(step))
+            if watch is not None and (step + 1) % watch_every == 0:
+                watch(step + 1, network.state_dict())
+            keeper.after(step + 1, state)
+            if report is not None:
+                report(step + 1)
+
+
+def _set_gradients(weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+    for weight, gradient in zip(weights, gradients, strict=True):
+        weight.grad = gradient.detach()
+
+
+def _train_stacked(
+    students: Sequence[Student],
+    recipe: Recipe,
+    device: torch.device,
+    precision: str,
+    report: Callable[[int], None] | None,
+    keeper: _Keeper,
+    watch: Watch | None,
+    watch_every: int,
+    update: Update | None,
+) -> None:
+    """K networks as one: parameters (K, ...), batches (K, B, ...), the sum of K losses has K separate gradients."""
+    nets, start = [student.network for student in students], 0
+    parameters, buffers = torch.func.stack_module_state(nets)
+    shell = copy.deepcopy(nets[0])
+    leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
+    optimizer = _optimizer(list(leaves.values()), recipe, stacked=True)
+
+    def call(weights: dict[str, Tensor], state: dict[str, Tensor], images: Tensor) -> Tensor:
+        return torch.func.functional_call(shell, (weights, state), (images,))
+
+    def state() -> dict[str, Any]:
+        weights = {name: leaf.detach() for name, leaf in leaves.items()}
+        return {"weights": weights, "buffers": buffers, "optimizer": optimizer.state_dict()}
+
+    stacked = torch.func.vmap(call)
+
+    def forward(images: Tensor) -> Tensor:
+        with fast(device, precision):
+            logits = stacked(leaves, buffers, images)
+        return logits.float()
+
+    saved = keeper.read()
+    if saved is not None:
+        with torch.no_grad():
+            for name, value in (saved["weights"] | saved["buffers"]).items():
+                (leaves | buffers)[name].copy_(value)
+        optimizer.load_state_dict(saved["optimizer"])
+        start = saved["step"]
+    for step in range(start, recipe.steps):
+        batches = [_batch(student, recipe, step, device, precision) for student in students]
+        images = torch.stack([batch[0] for batch in batches])
+
+        def loss(images: Tensor = images, targets: Sequence[Targets] = [batch[1] for batch in batches]) -> Tensor:
+            logits = forward(images)
+            return torch.stack([_loss(s.source, logits[k], targets[k]) for k, s in enumerate(students)]).sum()
+
+        if update is None:
+            optimizer.zero_grad()
+            loss().backward()
+        else:
+            epoch = step // steps_per_pass(students[0].source.size, recipe.batch)
+            clean, weights = torch.stack([batch[2] for batch in batches]), list(leaves.values())
+            _set_gradients(weights, update(Work(weights, True, step, epoch, clean, loss, forward)))
+        _step(optimizer, recipe.rate(step))
+        if watch is not None and (step + 1) % watch_every == 0:
+            for k in range(len(students)):
+                watch(k, step + 1, {name: value[k].detach() for name, value in (leaves | buffers).items()})
+        keeper.after(step + 1, state)
+        if report is not None:
+            report((step + 1) * len(students))
+    with torch.no_grad():
+        for k, net in enumerate(nets):
+            for name, parameter in net.named_parameters():
+                parameter.copy_(leaves[name][k])
+            for name, buffer in net.named_buffers():
+                buffer.copy_(buffers[name][k])
+
+
+@torch.no_grad()
+def accuracy(network: Network, task: Task, *, device: torch.device, precision: str = "fp32") -> float:
+    """Fraction of the task's test images that the network, put into eval mode, gets right."""
+    network.to(device).eval()
+    labels = torch.as_tensor(task.test.labels).to(device)
+    right = torch.zeros((), dtype=torch.int64, device=device)
+    for ids in torch.arange(len(labels)).split(TEST_CHUNK):
+        with fast(device, precision):
+            embedding = network.embed(task.test_batch(ids))
+        guesses = network.classify(embedding.float()).argmax(1)  # bf16 logits would tie, in favour of low classes
+        right += (guesses == labels[ids.to(device)]).sum()
+    return float(right) / len(labels)

@@ -1,0 +1,48 @@
+"""TODO-DOC."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from condense import rng
+from condense.augment import CropViews, resampling, send
+from condense.engine import Run
+from condense.methods.curriculum_synthesis.settings import LEAST, Recovery
+
+
+def crop_scale(schedule: str, t: int, steps: int, milestone: float, least: float = LEAST) -> float:
+    """CDA's lower bound of the crop's area at iteration ``t`` of ``steps``, from 1 (whole images) to ``least``.
+
+    Args:
+        schedule: fixed (``least`` all the time), step (1 until the milestone), linear or cosine (falling until then).
+        t: iteration, from 0.
+        steps: of the whole run.
+        milestone: fraction of the steps after which it is ``least``.
+        least: share of the area.
+    """
+    if schedule == "fixed" or t >= milestone * steps:
+        return least
+    done = t / (milestone * steps)
+    falling = {"step": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+    return least + (1 - least) * falling[schedule]
+
+
+def drawn(config: Recovery, run: Run, index: int, rows: int, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Matrices of the views of step ``index`` (see :func:`resampling`).
+
+    Args:
+        config: of the method.
+        run: its run.
+        index: the step.
+        rows: views that are drawn, one for each batch or image of the set.
+        wanted: which of them are made into matrices, int64.
+    """
+    least = crop_scale(config.schedule, index, config.steps, config.milestone, config.min_scale)
+    crops = CropViews(least, 1.0, config.flip and run.task.mirror)
+    views = crops.draw(rng.Draws(run.seed, "crop", index), rows, (run.task.shape[1], run.task.shape[2]))
+    reach, low = (2 * config.jitter + 1, config.jitter) if config.two_sided else (config.jitter + 1, 0)
+    shift = rng.Draws(run.seed, "roll", index).integers(reach, (rows, 2)) - low
+    tall, wide = (send(matrix, run.device) for matrix in resampling(views[wanted], shift[wanted]))
+    return tall, wide

@@ -1,0 +1,154 @@
+"""Label projection (HeLlO, ICCV 2025): a public network with few changed weights says what images show."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from condense import rng
+from condense.config import require
+from condense.data import Task
+from condense.engine import Group, Run
+from condense.labels import Labels, ProjectorLabels, check_loss
+from condense.lighten import Projection, fitted, head_of
+from condense.methods.curriculum_synthesis.initial import from_pixels
+from condense.methods.curriculum_synthesis.patches import confident_patches, cropped, cut_up, side, surest
+from condense.methods.curriculum_synthesis.rded import RDED
+from condense.methods.curriculum_synthesis.relabelling import finished, squeezed
+from condense.methods.curriculum_synthesis.settings import LABELS, Relabelling
+from condense.networks import Encoder, pretrained
+from condense.pretraining import Committee, groups
+from condense.registry import method
+from condense.sets import SyntheticSet
+
+REHEARSED = 4
+"""Steps that tell how long one takes, the first apart."""
+
+TILES = 256
+"""Patches that pass through the public network at once while images are refined."""
+
+# HeLlO ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class HeLlO(Projection, RDED):
+    """Hyper-parameters of HeLlO; what is not published is ours, tried on 32x32 images."""
+
+    labels: str = "projector"
+    """See SRe2L's; projector: a public network's answers after small changes of its weights."""
+    teacher_epochs: int = 10
+    """See SRe2L's. Weak teachers serve small sets best; published are nine checkpoints of one training."""
+    refine_steps: int = 100
+    """Steps in which patches that are kept smaller than they are seen come nearer to the large ones, in features of
+    the public network; with factor=1 none are."""
+    refine_lr: float = 0.01
+    """Learning rate of Adam on their pixels."""
+    loss_kind: str = "kl"
+    """Of students: kl (at the temperature), or mse (of logits), as published."""
+    gamma: float = 0.0
+    """loss_kind=mse: weight of the cross-entropy with the images' classes (beta). Not published."""
+
+    kinds: ClassVar[tuple[str, ...]] = (*LABELS, "projector")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_projection()
+        check_loss(self.loss_kind, self.gamma, torch.zeros(0))
+        require(self, refine_steps=(0, math.inf), refine_lr=(0, sys.float_info.max))
+
+
+def features(encoder: Encoder, run: Run, images: Tensor) -> Tensor:
+    """Features (N, D) that the public network finds in images (N,C,H,W) in training space."""
+    with run.fast():
+        parts = [encoder(run.task.transform.inverse(part)).float() for part in images.split(TILES)]
+    return torch.cat(parts)
+
+
+def enlarged(tiles: Tensor, size: int) -> Tensor:
+    """Tiles (N,C,s,s) as students see them once they are cut out: (N,C,size,size)."""
+    return F.interpolate(tiles, (size, size), mode="bilinear", align_corners=False)
+
+
+def projected(
+    config: Relabelling,
+    run: Run,
+    stored: Tensor,
+    classes: Tensor,
+    committee: Committee,
+    weights: Sequence[float] | None = None,
+) -> Labels:
+    """Labels of a projector that the run trains on the real data; in the place of ``relabelled``."""
+    assert isinstance(config, HeLlO)
+    steps = min(REHEARSED, config.projector_steps) if run.rehearses else config.projector_steps
+    again = f"stopped while training its projector; go on with: condense resume {run.directory}"
+    rule, seed, began = config.rule(run.task.mirror), rng.key(run.seed, "labels"), time.monotonic()
+    place = run.directory if run.ranks.leads and not run.rehearses else None
+    ends: list[float] = []
+
+    def note(report: Callable[[int], None], done: int) -> None:
+        ends.append(time.monotonic())
+        report(done)
+
+    for _, report in groups(run, [0], steps, "a projector", again):
+        made, known = fitted(
+            run.task, committee.mean(weights), dataclasses.replace(config, projector_steps=steps), rule, seed,
+            statistics=config.label_statistics, micro=config.label_micro, device=run.device, precision=run.precision,
+            report=functools.partial(note, report),
+            checkpoint=None if place is None else place / "projector.train",
+        )  # fmt: skip
+    if run.rehearses:
+        each = (ends[-1] - ends[0]) / max(1, steps - 1)
+        run.expected_labelling = ends[0] - began + each * (config.projector_steps - 1)
+    return ProjectorLabels.of(
+        made, known, len(stored), seed, rule, config.temperature, config.squared,
+        loss_kind=config.loss_kind, gamma=config.gamma, hard=classes if config.gamma else None,
+    )  # fmt: skip
+
+
+@method(
+    "hello", config=HeLlO, year=2025, labels="projector", protocol="rded-v1", network="resnet18-bn",
+    paper="Heavy Labels Out! Dataset Distillation with Label Space Lightening",
+)  # fmt: skip
+def hello(task: Task, config: HeLlO, run: Run) -> SyntheticSet:
+    """RDED's images with labels of a public network whose weights are changed a little, and only that is stored.
+
+    When to use: where stored labels outweigh the images and a public network knows such images. Cost: a teacher, a
+    short training of the changes, and a pass through the public network in each step of a student. Known failure: a
+    small teacher in 8 bits (labels=teacher of condense lighten) may weigh less; RDED's labels are better on large sets.
+
+    Yu et al., ICCV 2025. No code is public: weight of the classes, steps, rates and prompts are a reconstruction, and
+    the mean of all teachers stands for the nine checkpoints. Published students learn by loss_kind=mse with some gamma;
+    kl is what the other methods' students learn by. A time limit does not shorten the projector's training.
+    """
+    side(task, config.factor, f"factor={config.factor}")
+    if config.labels == "projector":  # what cannot be had is found before any training
+        head_of(config, pretrained.find(config.backbone, task.shape, torch.device("cpu")))
+    committee = squeezed(config, run)
+    scorer = committee.members[0].network
+    synthetic = from_pixels(run, confident_patches(run, scorer, config))
+    if config.factor > 1 and config.refine_steps:
+        encoder = pretrained.find(config.backbone, task.shape, run.device).encoder
+        wanted = torch.cat([
+            features(encoder, run, cropped(*surest(run, scorer, config, c)[1:], task.shape[1]))
+            for c in range(task.num_classes)
+        ])  # fmt: skip
+        low, high = (task.transform(torch.full((task.shape[0], 1, 1), end, device=run.device)) for end in (0.0, 1.0))
+        group = Group(lr=config.refine_lr, optimizer="adam", clamp=(low, high))
+        for step in run.optimise(synthetic, config.refine_steps, images=group):
+            for rows in torch.arange(len(wanted), device=run.device).split(TILES):
+                tiles = cut_up(synthetic.images, config.factor)[rows]
+                gap = features(encoder, run, enlarged(tiles, task.shape[1])) - wanted[rows]
+                step.accumulate(gap.square().mean(1).sum() / len(wanted))
+            step.update()
+    labelling = projected if config.labels == "projector" else None
+    return finished(config, run, synthetic.images, synthetic.classes, committee, labelling=labelling)
