@@ -61,8 +61,8 @@ def test_found_in_the_cache_and_a_larger_bank_trains_only_what_lacks(tiny, monke
     monkeypatch.setattr(snapshots, "_train", lambda *words: (trained.extend(words[3]), original(*words))[1])
     run = a_run(tiny)
     assert same(recorded(tiny, run), first) and trained == []
-    assert run.preparation["from_cache"] == 2 and run.preparation["seconds"] > 0
-    assert run.elapsed >= run.preparation["seconds"] - 0.01  # what the cache saved is still counted
+    assert run.notes["preparation"]["from_cache"] == 2 and run.notes["preparation"]["seconds"] > 0
+    assert run.elapsed >= run.notes["preparation"]["seconds"] - 0.01  # what the cache saved is still counted
     larger = recorded(tiny, count=3)
     assert trained == [2] and torch.equal(larger.states[0]["classify.weight"], first.states[0]["classify.weight"])
 
@@ -72,7 +72,7 @@ def test_another_seed_or_precision_is_another_bank(tiny, change):
     recorded(tiny)
     run = a_run(tiny, **change)
     recorded(tiny, run)
-    assert run.preparation["from_cache"] == 0
+    assert run.notes["preparation"]["from_cache"] == 0
 
 
 def test_a_damaged_file_is_trained_again(tiny):
@@ -80,7 +80,7 @@ def test_a_damaged_file_is_trained_again(tiny):
     (path,) = (cache_dir() / "banks").glob("*/1.pt")
     path.write_bytes(path.read_bytes()[:-100])
     run = a_run(tiny)
-    assert same(recorded(tiny, run), first) and run.preparation["from_cache"] == 1
+    assert same(recorded(tiny, run), first) and run.notes["preparation"]["from_cache"] == 1
 
 
 def test_a_time_limit_takes_whole_units_or_fewer_networks(tiny, monkeypatch):
@@ -139,4 +139,4 @@ def test_ctrl_c_ends_in_one_line_and_finished_networks_stay(tiny, tmp_path, monk
         recorded(tiny, run)
     fresh = a_run(tiny)
     recorded(tiny, fresh)
-    assert fresh.preparation["from_cache"] == 1
+    assert fresh.notes["preparation"]["from_cache"] == 1

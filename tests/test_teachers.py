@@ -554,20 +554,21 @@ def test_what_is_described_is_found_and_served_again(tiny, good):
 def test_teachers_are_kept_and_shared(tiny, monkeypatch):
     run = a_run(tiny)
     first = provided(tiny, run, architectures=[NETWORK, PLAIN])
-    assert (run.preparation["networks"], run.preparation["from_cache"], run.preparation["epochs"]) == (2, 0, 2)
-    assert run.preparation["seconds"] > 0 and run.teachers == first.describe() and run.teachers["path"] is None
+    preparation, described = run.notes["preparation"], run.notes["teachers"]
+    assert (preparation["networks"], preparation["from_cache"], preparation["epochs"]) == (2, 0, 2)
+    assert preparation["seconds"] > 0 and described == first.describe() and described["path"] is None
     (path,) = (cache_dir() / "teachers").glob("*.h5")
     assert path == teachers.cache_file(run, OPTIONS.squeezing(tiny)) and find(first.describe()) == path
     with monkeypatch.context() as patch:
         untouched(patch)
         other = Run(tiny, 5, "mlp", quiet=True, track="none", name="another method")
         again = provided(tiny, other, architectures=[PLAIN])
-        assert other.preparation["from_cache"] == 1 and other.preparation["seconds"] > 0
-        assert other.elapsed >= other.preparation["seconds"] - 0.01  # what the cache saved is still counted
+        assert other.notes["preparation"]["from_cache"] == 1 and other.notes["preparation"]["seconds"] > 0
+        assert other.elapsed >= other.notes["preparation"]["seconds"] - 0.01  # what the cache saved is still counted
         assert again.members[0].sha256 == first.members[1].sha256
     more = a_run(tiny)
     assert provided(tiny, more, count=2).members[0].sha256 == first.members[0].sha256
-    assert more.preparation["from_cache"] == 1
+    assert more.notes["preparation"]["from_cache"] == 1
     assert len(read(path).entries) == 3  # the one of the other architecture stayed
 
 
@@ -577,7 +578,7 @@ def test_other_trainings_have_other_files_and_weights(change, tiny):
     first = provided(tiny)
     run = a_run(tiny)
     second = provided(tiny, run, options=dataclasses.replace(OPTIONS, **change))
-    assert run.preparation["from_cache"] == 0 and len(os.listdir(cache_dir() / "teachers")) == 2
+    assert run.notes["preparation"]["from_cache"] == 0 and len(os.listdir(cache_dir() / "teachers")) == 2
     assert second.content != first.content
 
 
@@ -586,7 +587,7 @@ def test_a_damaged_file_of_the_cache_is_mended(tiny):
     with h5py.File(next((cache_dir() / "teachers").glob("*.h5")), "r+") as file:
         spoil(file, "bit")
     run = a_run(tiny)
-    assert provided(tiny, run, count=2).content == first.content and run.preparation["from_cache"] == 1
+    assert provided(tiny, run, count=2).content == first.content and run.notes["preparation"]["from_cache"] == 1
 
 
 def test_a_network_from_python_is_not_kept(tiny):
@@ -607,22 +608,22 @@ def test_a_time_limit_takes_whole_epochs_or_fewer_teachers(tiny, monkeypatch):
     for minutes, expected in ((0.3, (4, 3)), (0.2, (4, 2)), (0.08, (3, 1)), (0.001, (1, 1))):
         run = a_run(tiny, minutes=minutes)
         committee = provided(tiny, run, options=options, architectures=[NETWORK, PLAIN], count=2)
-        assert (run.preparation["networks"], run.preparation["epochs"]) == expected
-        assert len(committee.members) == expected[0] and run.preparation["steps_each_wanted"] == 15
+        assert (run.notes["preparation"]["networks"], run.notes["preparation"]["epochs"]) == expected
+        assert len(committee.members) == expected[0] and run.notes["preparation"]["steps_each_wanted"] == 15
     assert committee.members[0].sha256 != provided(tiny, options=options).members[0].sha256  # a cosine of one epoch
 
 
 def test_a_rehearsal_makes_one_short_network_and_tells_of_all(tiny, monkeypatch):
     monkeypatch.setattr(committee_module, "seconds_per_step", lambda *words: 0.1)
     run = a_run(tiny)
-    run.rehearses = True
+    run.dry_run = True
     trained, train = [], teachers._train
     monkeypatch.setattr(teachers, "_train", lambda *w: (trained.append((w[3], list(w[4]))), train(*w))[1])
     committee = provided(tiny, run, architectures=[NETWORK, PLAIN], count=2)
     assert trained == [(NETWORK, [0])] and not (cache_dir() / "teachers").exists()
     # The others are there untrained, so that sizes are those of the whole committee.
     assert [member.name for member in committee.members] == [NETWORK, PLAIN] * 2
-    assert run.expected_preparation == pytest.approx(0.1 * 4 * 10)
+    assert run.estimates["preparation"] == pytest.approx(0.1 * 4 * 10)
 
 
 def test_a_stop_says_how_to_go_on_and_keeps_finished_teachers(tiny, tmp_path, monkeypatch):
@@ -664,8 +665,12 @@ def test_a_checkpoint_is_a_teacher(form, tiny, tmp_path, caplog):
     images = tiny.batch(torch.arange(5))
     assert torch.equal(committee.mean()(images), net.eval()(images))
     assert committee.members[0].accuracy == loop.accuracy(net, tiny, device=CPU)
-    assert run.preparation == {} and run.teachers["path"] == str(tmp_path / "mine.pt") and "order" not in caplog.text
-    told = json.loads(json.dumps(run.teachers))
+    assert (
+        "preparation" not in run.notes
+        and run.notes["teachers"]["path"] == str(tmp_path / "mine.pt")
+        and "order" not in caplog.text
+    )
+    told = json.loads(json.dumps(run.notes["teachers"]))
     again = teacher(find(told), CPU, tiny.shape, 3, described=told)
     assert torch.equal(again(images), net(images))
     save(tmp_path, trained(tiny, number=1).state_dict())
@@ -748,8 +753,8 @@ def test_public_weights_take_images_of_the_training_space(zca, channels, tmp_pat
     shape = (3, 1, 1)
     pixels = (task.pixels(ids).expand(-1, 3, -1, -1) - torch.tensor(mean).view(shape)) / torch.tensor(std).view(shape)
     torch.testing.assert_close(committee.mean()(task.batch(ids)), head.eval()(pixels), rtol=1e-3, atol=1e-3)
-    told = json.loads(json.dumps(run.teachers))
-    assert find(told) == Path("torchvision:head") and run.preparation == {}
+    told = json.loads(json.dumps(run.notes["teachers"]))
+    assert find(told) == Path("torchvision:head") and "preparation" not in run.notes
     again = teacher(find(told), CPU, task.shape, 3, described=told, transform=task.transform)
     torch.testing.assert_close(again(task.batch(ids)), committee.mean()(task.batch(ids)))
 
@@ -766,7 +771,7 @@ def test_several_public_weights_are_a_committee(tiny, monkeypatch):
     run, file = a_run(tiny), "torchvision:one,torchvision:two"
     committee = provided(tiny, run, file=file)
     assert [member.name for member in committee.members] == file.split(",")
-    told, images = json.loads(json.dumps(run.teachers)), tiny.batch(torch.arange(5))
+    told, images = json.loads(json.dumps(run.notes["teachers"])), tiny.batch(torch.arange(5))
     again = teacher(find(told), CPU, tiny.shape, 3, described=told, transform=tiny.transform)
     torch.testing.assert_close(again(images), committee.mean()(images))
     assert dataclasses.replace(OPTIONS, teachers=file).wanted("mlp") == 2

@@ -482,7 +482,7 @@ def test_a_described_file_is_found_again(tiny, good):
 def test_experts_are_kept_and_shared(tiny, monkeypatch):
     run = a_run(tiny)
     first = provided(tiny, run)
-    assert run.preparation["from_cache"] == 0 and run.preparation["seconds"] > 0
+    assert run.notes["preparation"]["from_cache"] == 0 and run.notes["preparation"]["seconds"] > 0
     (path,) = (cache_dir() / "trajectories").iterdir()
     assert path == trajectories.cache_file(run, TRAINING, 3) and path.name.endswith("-e3.h5")
     told = first.describe()  # the place of a cache says nothing to others
@@ -490,8 +490,8 @@ def test_experts_are_kept_and_shared(tiny, monkeypatch):
     untouched(monkeypatch)
     other = Run(tiny, 5, NETWORK, quiet=True, track="none", name="another method")
     again = provided(tiny, other, count=1)
-    assert other.preparation["from_cache"] == 1 and other.preparation["seconds"] > 0
-    assert other.elapsed >= other.preparation["seconds"] - 0.01  # what the cache saved is still counted
+    assert other.notes["preparation"]["from_cache"] == 1 and other.notes["preparation"]["seconds"] > 0
+    assert other.elapsed >= other.notes["preparation"]["seconds"] - 0.01  # what the cache saved is still counted
     assert torch.equal(again.at(0, 2), first.at(0, 2))
 
 
@@ -514,7 +514,7 @@ def test_a_schedule_of_the_learning_rate_ties_experts_to_their_length(tiny):
     provided(tiny, training=dropping, epochs=3)
     run = a_run(tiny)
     provided(tiny, run, training=dropping, epochs=2)
-    assert run.preparation["from_cache"] == 0
+    assert run.notes["preparation"]["from_cache"] == 0
 
 
 @pytest.mark.parametrize(
@@ -531,7 +531,7 @@ def test_other_trainings_have_other_files(change, tiny):
     provided(tiny, epochs=1)
     run = a_run(tiny)
     provided(tiny, run, epochs=1, **change)
-    assert run.preparation["from_cache"] == 0 and len(os.listdir(cache_dir() / "trajectories")) == 2
+    assert run.notes["preparation"]["from_cache"] == 0 and len(os.listdir(cache_dir() / "trajectories")) == 2
 
 
 def test_what_decides_the_weights_is_known(tiny, monkeypatch):
@@ -552,14 +552,14 @@ def test_a_damaged_file_of_the_cache_is_mended(fault, tiny, caplog):
     cut(path) if fault == "cut" else damage(path, 1, 3)
     run = a_run(tiny)
     again = provided(tiny, run)
-    assert "damaged" in caplog.text and run.preparation["from_cache"] == (0 if fault == "cut" else 1)
+    assert "damaged" in caplog.text and run.notes["preparation"]["from_cache"] == (0 if fault == "cut" else 1)
     assert torch.equal(again.values, whole.values)
 
 
 def test_a_named_file_is_free(tiny, good):
     run = a_run(tiny)
     provided(tiny, run, file=str(good))
-    assert run.preparation == {} and run.elapsed < 60
+    assert "preparation" not in run.notes and run.elapsed < 60
 
 
 def test_a_network_from_python_is_not_kept(tiny):
@@ -577,8 +577,8 @@ def test_a_time_limit_takes_whole_epochs_or_fewer_experts(tiny, monkeypatch):
         run = a_run(tiny, minutes=minutes)
         experts = provided(tiny, run, count=4, epochs=6, least=least)
         assert (experts.count, experts.epochs) == expected, (minutes, least)
-        assert (run.preparation["networks"], run.preparation["epochs"]) == expected
-        assert (run.preparation["networks_wanted"], run.preparation["steps_each_wanted"]) == (4, 30)
+        assert (run.notes["preparation"]["networks"], run.notes["preparation"]["epochs"]) == expected
+        assert (run.notes["preparation"]["networks_wanted"], run.notes["preparation"]["steps_each_wanted"]) == (4, 30)
 
 
 def test_a_resumed_run_keeps_its_plan(tiny, tmp_path, monkeypatch):
@@ -604,7 +604,7 @@ def test_a_stop_says_how_to_go_on_and_keeps_finished_experts(tiny, tmp_path, mon
         provided(tiny, run)
     fresh = a_run(tiny)
     provided(tiny, fresh)
-    assert fresh.preparation["from_cache"] == 1
+    assert fresh.notes["preparation"]["from_cache"] == 1
 
 
 # -- from the command line --------------------------------------------------------------------------------------------

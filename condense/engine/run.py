@@ -8,7 +8,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -94,17 +94,13 @@ class Run:
         begin: called before the first step, when the method has accepted its settings; makes the directory.
 
     Attributes:
-        continues: whether it was asked to go on with what the directory holds.
-        preparation: what networks of its own a method has trained on real data, for the manifest; empty where none.
-        trajectories: the experts that a method follows, for the manifest; empty where none.
-        teachers: the teachers that a method asks, for the manifest; empty where none.
-        salvage: makes what a diverged run has of use into a set; None where ``synthetic`` is that set.
-        expected_preparation: the seconds of preparing that a rehearsal expects.
-        expected_labelling: the seconds of labelling that a rehearsal expects.
+        resumes: whether it was asked to continue from what the directory holds.
+        notes: what :meth:`note` recorded for the manifest, by name.
+        estimates: seconds that :meth:`estimate` predicted, by stage; only a dry run fills it.
     """
 
-    rehearses = False
-    """Whether only a few steps are made, to see what a run would cost."""
+    dry_run = False
+    """Whether only a few steps are made, to measure what a run would cost (``condense plan``)."""
 
     def __init__(
         self,
@@ -139,12 +135,10 @@ class Run:
         self._device_net: networks.Network | None = None
         self._saved = load_checkpoint(directory, config_key) if resume and directory else None
         self.resumed = self._saved is not None
-        self.continues = resume
-        self.preparation: dict[str, Any] = {}
-        self.trajectories: dict[str, Any] = {}
-        self.teachers: dict[str, Any] = {}
-        self.salvage: Callable[[], SyntheticSet] | None = None
-        self.expected_preparation = self.expected_labelling = 0.0
+        self.resumes = resume
+        self.notes: dict[str, dict[str, Any]] = {}
+        self.estimates: dict[str, float] = {}
+        self._partial: Callable[[], SyntheticSet] | None = None
         self._kept_before: dict[str, Any] = self._saved["kept"] if self._saved else {}
         self.phase = 0
         self._finished: list[dict[str, Tensor]] = self._saved["finished"] if self._saved else []
@@ -162,6 +156,32 @@ class Run:
         """Counts work that this run uses but another process did; once, as a checkpoint holds it."""
         if not self.resumed:
             self._elapsed_before += seconds
+
+    def note(self, name: str, facts: Mapping[str, Any]) -> None:
+        """Records ``facts`` for the manifest: ``preparation``, ``trajectories`` or ``teachers``."""
+        self.notes[name] = dict(facts)
+
+    def estimate(self, stage: str, seconds: float) -> None:
+        """Adds to the predicted seconds of a stage that a dry run shortens: ``preparation`` or ``labelling``."""
+        self.estimates[stage] = self.estimates.get(stage, 0.0) + seconds
+
+    @contextlib.contextmanager
+    def stage(self, name: str, units: int) -> Iterator[int]:
+        """Work in ``units`` equal parts: yields how many to do. That is all of them, or, in a dry run, one, whose time
+        predicts the rest."""
+        began = time.monotonic()
+        yield 1 if self.dry_run else units
+        if self.dry_run:
+            self.estimate(name, (time.monotonic() - began) * units)
+
+    def partial_result(self, make: Callable[[], SyntheticSet]) -> None:
+        """Registers how the learned tensors become a set, for a run that diverges; else ``synthetic`` is that set."""
+        self._partial = make
+
+    @property
+    def partial_set(self) -> SyntheticSet | None:
+        """What a diverged run has learned so far; None before the first step."""
+        return self._partial() if self._partial is not None and self.synthetic is not None else self.synthetic
 
     @property
     def asked_to_stop(self) -> bool:
@@ -392,7 +412,7 @@ class _Keeper:
             self.tracker.close()
 
     def _check(self, step: int) -> None:
-        if self.run.rehearses or self.run.ranks.all(self.optimizer.finite):
+        if self.run.dry_run or self.run.ranks.all(self.optimizer.finite):
             return
         good, state = self.good
         self.optimizer.load_state_dict(state)

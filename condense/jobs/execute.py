@@ -135,7 +135,8 @@ def _execute(
     except Diverged as fault:
         if run.synthetic is None or job.out is None or not run.ranks.leads:
             raise
-        kept = run.salvage() if run.salvage else run.synthetic
+        kept = run.partial_set
+        assert kept is not None
         _finished(job, entry, real, run, kept).save(job.out, force=True)
         raise CondenseError(f"{fault}, written to {job.out}") from fault
     except OSError as fault:
@@ -165,7 +166,10 @@ def _refuse_foreign(job: Job, directory: Path | None, distilled: DistilledSet, r
 def _finished(job: Job, entry: Method, real: Task, run: Run, synthetic: SyntheticSet) -> DistilledSet:
     """The synthetic set as a DistilledSet with its manifest."""
     stored = synthetic.images.detach().cpu()
-    named = run.trajectories or run.teachers
+    preparation = run.notes.get("preparation", {})
+    # Experts and teachers of a named file are free of the time limit, but not of what the set took.
+    pretrained = {name: facts for name, facts in run.notes.items() if name in ("trajectories", "teachers") and facts}
+    seconds = preparation.get("seconds", sum(facts.get("seconds", 0.0) for facts in pretrained.values()))
     manifest = {
         "name": _set_name(job, real),
         "dataset": real.name,
@@ -183,10 +187,9 @@ def _finished(job: Job, entry: Method, real: Task, run: Run, synthetic: Syntheti
         "seed": job.seed,
         "steps_done": run.steps_done,
         "stopped_early": run.stopped_early,
-        "preparation": run.preparation,
+        "preparation": preparation,
         **_learned(synthetic),
-        **({"trajectories": run.trajectories} if run.trajectories else {}),
-        **({"teachers": run.teachers} if run.teachers else {}),
+        **pretrained,
         **({"label_source": synthetic.label_source} if synthetic.label_source else {}),
         "protocol": job.protocol,
         "data": {"fingerprint": real.fingerprint, "options": job.data["options"]},
@@ -194,9 +197,10 @@ def _finished(job: Job, entry: Method, real: Task, run: Run, synthetic: Syntheti
         "random_hash_version": rng.HASH_VERSION,
         "code_version": __version__,
         "cost": {
-            "seconds": round(run.elapsed - run.preparation.get("seconds", 0.0), 2),
-            # Experts and teachers of a named file are free of the time limit, but not of what the set took.
-            "preparation_seconds": run.preparation.get("seconds", named.get("seconds", 0.0)),
+            "seconds": round(run.elapsed - preparation.get("seconds", 0.0), 2),
+            "preparation_seconds": preparation.get(
+                "seconds", next((facts.get("seconds", 0.0) for facts in pretrained.values()), 0.0)
+            ),
             "device": device_name(run.device),
             "peak_memory": peak_memory(run.device),
         },

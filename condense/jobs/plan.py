@@ -25,7 +25,7 @@ class _Trial(Run):
     """Makes the first steps of a run and notes when each ended; stops after ``SECONDS``, but not before the third."""
 
     SECONDS = 3.0
-    rehearses = True
+    dry_run = True
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -80,14 +80,14 @@ def measure(
         per_step = (trial.ends[-1] - trial.ends[0]) / warm if warm else seconds
         steps *= trial.loops
         seconds = trial.ends[0] - began + per_step * (steps - 1)
-    seconds += trial.expected_preparation + trial.expected_labelling
+    seconds += sum(trial.estimates.values())
     made = DistilledSet(synthetic.images.detach(), synthetic.labels, real.transform.to(synthetic.images.device), {})
     return {
         "seconds_per_step": per_step,
         "steps": steps,
         "seconds": seconds,
-        "preparation_seconds": trial.expected_preparation,
-        "labelling_seconds": trial.expected_labelling,
+        "preparation_seconds": trial.estimates.get("preparation", 0.0),
+        "labelling_seconds": trial.estimates.get("labelling", 0.0),
         "peak_memory": peak_memory(where),
         "set_bytes": made.nbytes(),
         "views": _labelled(made, config, trial),
@@ -102,7 +102,7 @@ def _labelled(made: DistilledSet, config: Any, trial: Run) -> dict[str, Any] | N
     """What labels of views the set would bring, and whose; None where it would bring others."""
     if not made.labels.per_view:
         return None
-    epochs, teachers = getattr(config, "label_epochs", None), trial.teachers.get("networks", [])
+    epochs, teachers = getattr(config, "label_epochs", None), trial.notes.get("teachers", {}).get("networks", [])
     return {"kind": made.labels.kind, "images": len(made.labels), "epochs": epochs, "teachers": teachers}
 
 

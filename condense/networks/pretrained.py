@@ -294,9 +294,8 @@ def _checkpoint(
     if isinstance(net, architectures.Wrapped) and not any(name.startswith("model.") for name in state):
         state = {f"model.{name}": value for name, value in state.items()}  # by its library's own names
     if misfit := _load(net, state):
-        raise CondenseError(
-            f"{path}: does not fit {architectures.name_of(network)} for {by(shape)} images of {classes} classes: {misfit}"
-        )
+        wanted = f"{architectures.name_of(network)} for {by(shape)} images of {classes} classes"
+        raise CondenseError(f"{path}: does not fit {wanted}: {misfit}")
     return net
 
 

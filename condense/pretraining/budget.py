@@ -83,11 +83,11 @@ def agreed_plan(
     """
     wanted = _Plan(networks, units, unit_steps)
     least = min(least, wanted.units)
-    if run.rehearses:
-        run.expected_preparation = seconds() * wanted.networks * wanted.steps
+    if run.dry_run:
+        run.estimate("preparation", seconds() * wanted.networks * wanted.steps)
         return _Plan(1, min(wanted.units, max(2, least)), 1)
     path = run.directory / PLAN if run.directory else None
-    if path is not None and run.continues and path.exists():
+    if path is not None and run.resumes and path.exists():
         return _Plan(**json.loads(path.read_text()))
     plan = wanted
     if run.minutes is not None:

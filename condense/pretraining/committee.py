@@ -125,9 +125,10 @@ def provide(
 ) -> Committee:
     """The teachers of a method's run: named ones, else those of the cache, where missing ones are trained. Once a run.
 
-    Teachers of the cache count as the run's own work, whenever they were trained; ``run.preparation`` states them. Of a
+    Teachers of the cache count as the run's own work, whenever they were trained; ``preparation`` in
+    the manifest states them. Of a
     time limit they take a third at most: as many whole epochs for all as fit, or one epoch for fewer of them. Named
-    ones are free. ``run.teachers`` describes them.
+    ones are free. ``teachers`` in the manifest describes them.
 
     Args:
         run: of the method.
@@ -146,7 +147,7 @@ def provide(
         if batch_norm:
             require_batch_norm(committee)
         run.keep("teachers", Same(committee.content, file, "teachers"))
-        run.teachers = committee.describe()
+        run.note("teachers", committee.describe())
         return committee
     source, unit = taught(run, squeezing.recipe.batch, squeezing.held_out)
     precision = squeezing.precision or run.precision
@@ -172,9 +173,9 @@ def provide(
     shorter = dataclasses.replace(squeezing, epochs=plan.units)
     again = f"stopped while training its teachers; go on with: condense resume {run.directory}"
     began, chosen = time.monotonic(), wanted[: plan.networks]
-    if run.rehearses or not all(isinstance(one, str) for one in architectures):  # a name must say what is kept
+    if run.dry_run or not all(isinstance(one, str) for one in architectures):  # a name must say what is kept
         committee, from_cache = _unkept(run, shorter, source, chosen, plan.unit_steps, again), 0
-        if run.rehearses:  # as large as wanted
+        if run.dry_run:  # as large as wanted
             committee = _filled(committee, run, source, wanted)
         credited = 0.0
     else:
@@ -184,14 +185,14 @@ def provide(
         there = [member for member in committee.members if (member.name, member.number) not in made.trained]
         credited, from_cache = sum(member.seconds for member in there), len(there)
     run.credit(credited)
-    run.teachers = committee.describe()
+    run.note("teachers", committee.describe())
     trained = plan.networks - from_cache
-    run.preparation = {
+    run.note("preparation", {
         "networks": plan.networks, "networks_wanted": len(wanted), "steps_each": plan.steps,
         "steps_each_wanted": squeezing.epochs * unit, "epochs": plan.units, "epochs_wanted": squeezing.epochs,
         "from_cache": from_cache,
         "seconds": round(credited + (time.monotonic() - began if trained else 0.0), 2),
-    }  # fmt: skip
+    })  # fmt: skip
     return committee
 
 

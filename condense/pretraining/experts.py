@@ -168,7 +168,8 @@ def provide(
 ) -> Experts:
     """The experts of a method's run: those of a file that was named, else of the cache, where missing ones are trained.
 
-    Experts of the cache count as the run's own work, whenever they were trained; ``run.preparation`` states them. Of a
+    Experts of the cache count as the run's own work, whenever they were trained; ``preparation`` in
+    the manifest states them. Of a
     time limit they take a third at most: as many whole epochs for all as fit, or ``least`` epochs for fewer of them.
     A file that was named is free.
 
@@ -194,7 +195,7 @@ def provide(
         count, long = min(count, named.count), named.epochs
         run.keep("experts", Same(named.content(count, long), named.path, "experts"))
         experts = load(named, run.device, count=count, epochs=long, first=first, last=last)
-        run.trajectories = experts.describe()
+        run.note("trajectories", experts.describe())
         return experts
     source, unit = taught(run, training.recipe.batch, training.held_out)
 
@@ -208,7 +209,7 @@ def provide(
     plan = agreed_plan(run, seconds, networks=count, units=epochs, unit_steps=unit, least=least)
     again = f"stopped while training its experts; go on with: condense resume {run.directory}"
     began, trained = time.monotonic(), list(range(plan.networks))
-    if run.rehearses or not isinstance(run.network, str):  # nothing is kept that a name does not describe
+    if run.dry_run or not isinstance(run.network, str):  # nothing is kept that a name does not describe
         shots = [
             snapshots
             for group, report in groups(run, trained, plan.steps, f"{plan.networks} experts", again, GROUP)
@@ -226,13 +227,13 @@ def provide(
             experts, trained = load(made.file, run.device, **need, first=first, last=last), made.trained
     credited = experts.seconds(k for k in range(plan.networks) if k not in trained)
     run.credit(credited)
-    run.trajectories = experts.describe()
-    run.preparation = {
+    run.note("trajectories", experts.describe())
+    run.note("preparation", {
         "networks": plan.networks, "networks_wanted": count, "steps_each": plan.steps,
         "steps_each_wanted": epochs * unit, "epochs": plan.units, "epochs_wanted": epochs,
         "from_cache": plan.networks - len(trained),
         "seconds": round(credited + (time.monotonic() - began if trained else 0.0), 2),
-    }  # fmt: skip
+    })  # fmt: skip
     return experts
 
 

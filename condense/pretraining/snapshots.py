@@ -93,7 +93,8 @@ class OwnNetworks:
 def record(run: Run, recipe: Recipe, *, count: int, units: int, unit_steps: int, ends: bool = False) -> Bank:
     """Trains ``count`` networks of the run's architecture on its real data and records them on the way.
 
-    Its seconds count as the run's, also where networks were found in the cache; ``run.preparation`` states them. Of a
+    Its seconds count as the run's, also where networks were found in the cache; ``preparation`` in
+    the manifest states them. Of a
     time limit it takes a third at most: as many whole units for every network as fit, or one unit for fewer networks.
 
     Args:
@@ -139,11 +140,11 @@ def record(run: Run, recipe: Recipe, *, count: int, units: int, unit_steps: int,
             if saved is None:
                 raise CondenseError(f"{folder}: rank {ranks.rank} finds no network {k} there; ranks need one cache")
             found[k] = saved
-    run.preparation = {
+    run.note("preparation", {
         "networks": plan.networks, "networks_wanted": wanted.networks, "steps_each": plan.steps,
         "steps_each_wanted": wanted.steps, "from_cache": plan.networks - len(missing),
         "seconds": round(credited + (time.monotonic() - began if missing else 0.0), 2),
-    }  # fmt: skip
+    })  # fmt: skip
     return Bank(
         [{name: value.to(run.device) for name, value in found[k]["state"].items()} for k in range(plan.networks)]
     )
@@ -202,7 +203,7 @@ def _write(path: Path, entry: dict[str, Any]) -> None:
 
 def _folder(run: Run, recipe: Recipe, plan: _Plan, ends: bool) -> Path | None:
     """Where the bank's networks are kept; None for one that a name does not describe, or a rehearsal's."""
-    if not isinstance(run.network, str) or run.rehearses:
+    if not isinstance(run.network, str) or run.dry_run:
         return None
     parts = [
         run.task.fingerprint, transform_digests(run.task), run.network, networks.library_version(run.network),

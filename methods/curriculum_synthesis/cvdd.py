@@ -116,6 +116,7 @@ def cvdd(task: Task, config: CVDD, run: Run) -> SyntheticSet:
         for m, member in enumerate(committee.members)
     ]
     weights = votes(priors, config.label_temperature)
-    run.salvage = functools.partial(finished, config, run, synthetic.images, synthetic.classes, committee, weights)
+    result = functools.partial(finished, config, run, synthetic.images, synthetic.classes, committee, weights)
+    run.partial_result(result)
     recover(config, run, synthetic, guides, batches)
-    return run.salvage()
+    return result()

@@ -107,6 +107,6 @@ def infer(task: Task, config: INFER, run: Run) -> SyntheticSet:
         made.label_source = {"teachers": committee.describe(), "weights": None}
         return made
 
-    run.salvage = done
+    run.partial_result(done)
     recover(config, run, shared, guides, batches, fixed=base, clamp=False)
     return done()

@@ -99,9 +99,10 @@ def nrr(task: Task, config: NRR, run: Run) -> SyntheticSet:
     mask = torch.cat([activation(net, *part) for part in zip(start.split(256), own.split(256))])
     mask = (config.threshold - mask).clamp(min=0)[:, None]
     guide = Guide(matcher(config, net), dict.fromkeys(range(len(batches)), 1.0))
-    run.salvage = functools.partial(finished, config, run, synthetic.images, own, committee)
+    result = functools.partial(finished, config, run, synthetic.images, own, committee)
+    run.partial_result(result)
     recover(config, run, synthetic, [guide], batches, mask=mask)
-    return run.salvage()
+    return result()
 
 
 def critical_patches(run: Run, net: Network, config: NRR) -> Tensor:

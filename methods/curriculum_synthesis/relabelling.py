@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -101,8 +100,6 @@ def relabelled(
     seed, teacher = rng.key(run.seed, "labels"), committee.mean(weights)
     kind, temperature, squared = config.labels, config.temperature, config.squared
     statistics: dict[str, Any] = {"statistics": config.label_statistics, "micro": config.label_micro}
-    # A rehearsal asks once, and is told the size of all.
-    epochs, began = 1 if run.rehearses else config.label_epochs, time.monotonic()
     how: dict[str, Any] = {**statistics, "classes": count, "quiet": run.quiet or not run.ranks.leads}
     with run.fast():
         if kind == "hard":
@@ -121,16 +118,16 @@ def relabelled(
         records = asked = config.label_epochs if pruning is None else pruning.count(config.label_epochs)
         if pruning is not None and config.label_statistics == "batch":  # those beside what is kept are asked about too
             asked = min(config.label_epochs, records * count)
-        with in_making(config, run, stored, seed, records, 2 if two else count) as where:
+        storing = in_making(config, run, stored, seed, records, 2 if two else count)
+        with run.stage("labelling", asked) as done, storing as where:
+            epochs = min(done, config.label_epochs)
             if two:
                 found = view_distances(teacher, images, classes, epochs, rule, seed, **how, **where)
-            elif pruning is not None and not run.rehearses:
-                found = pool_answers(teacher, images, classes, epochs, rule, seed, records, **how, **where)
+            elif pruning is not None and done == asked:
+                found = pool_answers(teacher, images, classes, config.label_epochs, rule, seed, records, **how, **where)
             else:
                 found = view_answers(teacher, images, epochs, rule, seed, **how, **where)
-    if run.rehearses:
-        run.expected_labelling = (time.monotonic() - began) * asked
-        found = found.expand(records, -1, -1)
+    found = found.expand(records, -1, -1)  # a dry run has made one epoch
     if two:
         return DistanceLabels(found, classes, count, seed, rule, **statistics)
     if pruning is not None:
@@ -151,7 +148,7 @@ def in_making(
     """Where ``records`` labels of views of each image go while they are made, as keywords of ``view_answers``: into a
     file of the run's folder, so that memory holds one epoch and a run that was killed goes on in the middle; else into
     memory."""
-    if run.directory is None or run.rehearses or not run.ranks.leads:
+    if run.directory is None or not run.ranks.leads:
         yield {}
         return
 

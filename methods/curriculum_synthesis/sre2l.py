@@ -46,9 +46,10 @@ def sre2l(task: Task, config: SRe2L, run: Run) -> SyntheticSet:
         Guide(matcher(config, member.network), {g: 1.0 for g, one in enumerate(batches) if one.index % count == m})
         for m, member in enumerate(committee.members)
     ]
-    run.salvage = functools.partial(finished, config, run, synthetic.images, synthetic.classes, committee)
+    result = functools.partial(finished, config, run, synthetic.images, synthetic.classes, committee)
+    run.partial_result(result)
     recover(config, run, synthetic, guides, batches)
-    return run.salvage()
+    return result()
 
 
 @dataclass(frozen=True)

@@ -89,10 +89,10 @@ def projected(
 ) -> Labels:
     """Labels of a projector that the run trains on the real data; in the place of ``relabelled``."""
     assert isinstance(config, HeLlO)
-    steps = min(REHEARSED, config.projector_steps) if run.rehearses else config.projector_steps
+    steps = min(REHEARSED, config.projector_steps) if run.dry_run else config.projector_steps
     again = f"stopped while training its projector; go on with: condense resume {run.directory}"
     rule, seed, began = config.rule(run.task.mirror), rng.key(run.seed, "labels"), time.monotonic()
-    place = run.directory if run.ranks.leads and not run.rehearses else None
+    place = run.directory if run.ranks.leads else None
     ends: list[float] = []
 
     def note(report: Callable[[int], None], done: int) -> None:
@@ -106,9 +106,9 @@ def projected(
             report=functools.partial(note, report),
             checkpoint=None if place is None else place / "projector.train",
         )  # fmt: skip
-    if run.rehearses:
+    if run.dry_run:
         each = (ends[-1] - ends[0]) / max(1, steps - 1)
-        run.expected_labelling = ends[0] - began + each * (config.projector_steps - 1)
+        run.estimate("labelling", ends[0] - began + each * (config.projector_steps - 1))
     return ProjectorLabels.of(
         made, known, len(stored), seed, rule, config.temperature, config.squared,
         loss_kind=config.loss_kind, gamma=config.gamma, hard=classes if config.gamma else None,

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import math
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -77,14 +76,11 @@ def class_moments(run: Run, net: Network) -> list[Moments]:
     sums = [torch.zeros(task.num_classes, 3, norm.num_features, dtype=torch.float64, device=run.device)
             for norm in norms]  # fmt: skip
     progress = Progress("class moments", len(parts), 0, run.quiet or not run.ranks.leads)
-    for number, (c, ids) in enumerate(parts):
-        began = time.monotonic()
-        with _added(norms, [one[c] for one in sums]):
-            answers(net, task.batch(ids), batch_size=len(ids))
-        progress.update(number + 1)
-        if run.rehearses:
-            run.expected_preparation += (time.monotonic() - began) * len(parts)
-            break
+    with run.stage("preparation", len(parts)) as count:
+        for number, (c, ids) in enumerate(parts[:count]):
+            with _added(norms, [one[c] for one in sums]):
+                answers(net, task.batch(ids), batch_size=len(ids))
+            progress.update(number + 1)
     progress.close()
     found = []
     for norm, one in zip(norms, sums):
@@ -145,9 +141,10 @@ def lpld(task: Task, config: LPLD, run: Run) -> SyntheticSet:
     with run.fast():
         targets = class_moments(run, net)
     guide = Guide(matcher(config, net), dict.fromkeys(range(len(batches)), 1.0), targets=targets)
-    run.salvage = functools.partial(finished, config, run, synthetic.images, synthetic.classes, committee)
+    result = functools.partial(finished, config, run, synthetic.images, synthetic.classes, committee)
+    run.partial_result(result)
     recover(config, run, synthetic, [guide], batches)
-    return run.salvage()
+    return result()
 
 
 @dataclass(frozen=True)

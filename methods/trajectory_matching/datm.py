@@ -141,7 +141,7 @@ def datm(task: Task, config: DATM, run: Run) -> SyntheticSet:
         "rule": "learned from mean logits",
     }
     learner = Learner(config, run, synthetic, experts)
-    gate = None if run.rehearses else config.gate  # a step that is left out would tell nothing of what steps cost
+    gate = None if run.dry_run else config.gate  # a step that is left out would tell nothing of what steps cost
     for step, expert, epoch in walk(config, run, synthetic, experts, config.window):
         start, goal = experts.at(expert, epoch), experts.at(expert, epoch + config.expert_epochs)
         outcome = learner.unroll(learner.loss(step), start, [Target(config.syn_steps, goal)], gate)

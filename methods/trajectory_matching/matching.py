@@ -103,7 +103,7 @@ def walk(
         experts.prefetch([(following[0], following[1] + later) for later in (0, *passed, config.expert_epochs)])
         yield step, expert, epoch
     rate = float(synthetic.tensors["step_size"].detach())
-    if not 0 < rate < math.inf and not run.rehearses:
+    if not 0 < rate < math.inf and not run.dry_run:
         raise Diverged(
             f"the learned step size is {rate:g} (lr_lr={config.lr_lr:g}, "
             f"step_size={config.step_size}): lower lr_lr" + ", or take step_size=positive" * (config.step_size == "raw")
