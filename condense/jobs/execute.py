@@ -198,9 +198,7 @@ def _finished(job: Job, entry: Method, real: Task, run: Run, synthetic: Syntheti
         "code_version": __version__,
         "cost": {
             "seconds": round(run.elapsed - preparation.get("seconds", 0.0), 2),
-            "preparation_seconds": preparation.get(
-                "seconds", next((facts.get("seconds", 0.0) for facts in pretrained.values()), 0.0)
-            ),
+            "preparation_seconds": seconds,
             "device": device_name(run.device),
             "peak_memory": peak_memory(run.device),
         },
