@@ -103,7 +103,11 @@ def _plain_type(config: type, key: str) -> str:
 
 @functools.cache
 def field_docs(config: type) -> dict[str, str]:
-    """The string literal that follows each field of a dataclass, base classes included, on one line."""
+    """The docstring of each field of a dataclass: the string literal that follows it, joined to one line.
+
+    A field without a docstring has the one of the nearest base class that documents it. ``{inherited}`` in a docstring
+    stands for that text, so that a subclass can add a sentence to it.
+    """
     import ast
     import textwrap
 
@@ -119,7 +123,8 @@ def field_docs(config: type) -> dict[str, str]:
                 and isinstance(following, ast.Expr)
                 and isinstance(following.value, ast.Constant)
             ):
-                docs[statement.target.id] = " ".join(str(following.value.value).split())
+                name, text = statement.target.id, " ".join(str(following.value.value).split())
+                docs[name] = text.replace("{inherited}", docs.get(name, "")).strip()
     return docs
 
 

@@ -63,6 +63,32 @@ def test_field_docs_come_from_the_source():
     }
 
 
+@dataclass(frozen=True)
+class Derived(Example):
+    """For the tests: new defaults, one docstring extended and one replaced."""
+
+    steps: int = 20
+    lr_img: float = 0.5
+    """{inherited} 0.1 for
+    large images."""
+    fyi: bool = True
+    """Whether to flip."""
+
+
+def test_a_field_inherits_the_docstring_of_the_nearest_base_class():
+    class Again(Derived):
+        init: str = "noise"
+
+    again = dataclasses.dataclass(frozen=True)(Again)
+    assert config.field_docs(again) == {
+        "steps": "Number of steps.",
+        "lr_img": "Learning rate. 0.1 for large images.",
+        "init": "Start.",
+        "fyi": "Whether to flip.",
+    }
+    assert {name: default for name, _, default, _ in config.describe(again)}["lr_img"] == "0.5"
+
+
 @pytest.mark.parametrize("name", config.recipe_names())
 def test_every_recipe_parses(name):
     recipe = config.recipe(name)
