@@ -400,7 +400,7 @@ def test_preview(done, material):
 
 def test_a_ready_made_set_goes_by_its_name(done, material, monkeypatch):
     monkeypatch.setattr("condense.api.packaged_sets", lambda: {"digits/ready": material / "set.h5"})
-    monkeypatch.setattr("condense.sets.distilled.packaged_sets", lambda: {"digits/ready": material / "set.h5"})
+    monkeypatch.setattr("condense.sets.packaged_sets", lambda: {"digits/ready": material / "set.h5"})
     assert "good" in done("verify digits/ready")
     assert "digits/random-ipc2" in done("show digits/ready")
 
@@ -452,7 +452,7 @@ def test_evaluate_on_data_of_another_size(done, material):
 
 
 def test_plan(done, monkeypatch):
-    monkeypatch.setattr("condense.api._Trial.SECONDS", 0.2)
+    monkeypatch.setattr("condense.jobs.plan._Trial.SECONDS", 0.2)
     text = done(f"plan{DM[7:]} steps=5000")
     assert "5000 steps of" in text and "B host at peak" in text and "2.6 kB set" in text
     needs = json.loads(done(f"plan{DM[7:]} steps=5000 --json"))
@@ -493,7 +493,7 @@ def test_plan_tells_the_time_of_the_run(monkeypatch, done):
 
     original = SyntheticOptimizer.step
     monkeypatch.setattr(SyntheticOptimizer, "step", lambda *a, **k: (time.sleep(0.01), original(*a, **k))[1])
-    monkeypatch.setattr("condense.api._Trial.SECONDS", 0.3)
+    monkeypatch.setattr("condense.jobs.plan._Trial.SECONDS", 0.3)
     needs = json.loads(done(f"plan{DM[7:]} steps=1000 --json"))
     assert needs["seconds_per_step"] > 0.01
     assert needs["seconds"] == pytest.approx(1000 * needs["seconds_per_step"], rel=0.3)

@@ -137,7 +137,7 @@ def test_batch_norm_networks_see_a_class_whole(name, tiny, monkeypatch):
     settings = {"network": "convnet-d2-w8-bn", "steps": 2, "precision": "fp32", **OWN, **own.get(name, own["idm"])}
     whole = condense.distill(name, tiny, 1, **settings)
     for limit in ("CHUNK_PIXELS", "FORWARD_PIXELS", "GRADIENT_PIXELS"):
-        monkeypatch.setattr(f"condense.run.{limit}", 2 * 64)
+        monkeypatch.setattr(f"condense.engine.run.{limit}", 2 * 64)
     torch.testing.assert_close(condense.distill(name, tiny, 1, **settings).stored, whole.stored, rtol=1e-4, atol=1e-4)
 
 

@@ -12,8 +12,8 @@ import condense
 from condense import tracking
 from condense.errors import CondenseError
 from condense.judge import arms as arms_module
-from condense.judge import evaluation, records
 from condense.judge import protocol as protocol_module
+from condense.judge import records
 from condense.judge import students as students_module
 from condense.labels import SoftLabels
 from condense.training import loop
@@ -45,7 +45,7 @@ def count_trainings(monkeypatch):
         counted.append(len(students))
         return original(students, *arguments, **options)
 
-    monkeypatch.setattr(evaluation, "train", watch)
+    monkeypatch.setattr(students_module, "train", watch)
     return counted
 
 
@@ -281,7 +281,7 @@ def test_killed_and_called_again_gives_the_same_record_and_trains_only_the_rest(
             raise KeyboardInterrupt
         return original(*arguments, **options)
 
-    monkeypatch.setattr(evaluation, "train", dying)
+    monkeypatch.setattr(students_module, "train", dying)
     with pytest.raises(KeyboardInterrupt):
         condense.evaluate(made, tiny, runs=2)
     again = condense.evaluate(made, tiny, runs=2)
@@ -313,7 +313,7 @@ def test_killed_in_the_middle_of_a_student_goes_on_there(made, tiny, monkeypatch
 RANK = """
 import json, sys
 import numpy, torch, condense
-from condense import protocols
+from condense.judge import protocol as protocols
 import dataclasses
 torch.set_num_threads(1)
 short = {n: dataclasses.replace(p, steps=10) for n, p in protocols.protocols().items()}

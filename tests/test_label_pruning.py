@@ -17,6 +17,7 @@ from condense import networks, rng
 from condense.augment import CropViews, ViewRule
 from condense.engine import Run
 from condense.errors import CondenseError
+from condense.jobs import measure
 from condense.labels import PerViewLabels, PoolLabels, TopK, codes, pool_answers, teacher_logits, view_answers
 from condense.lighten import lighten
 from condense.methods.curriculum_synthesis import bn_matching, recovery
@@ -439,7 +440,7 @@ def test_such_sets_are_judged_beside_random_images_with_such_labels(tiny, name):
 @pytest.mark.parametrize("changes", [{}, {"values": "topk"}, {"values": "int8", "label_statistics": "batch"},
                                      {"labels": "per-view"}])  # fmt: skip
 def test_a_plan_states_what_is_made(tiny, changes):
-    needs, one = condense.api.measure("lpld", tiny, 4, **SMALL, **changes), made(tiny, ipc=4, **changes)
+    needs, one = measure("lpld", tiny, 4, **SMALL, **changes), made(tiny, ipc=4, **changes)
     for part in ("images", "labels"):
         assert needs["set_bytes"][part] == one.nbytes()[part]
     assert needs["preparation_seconds"] > 0 and needs["labelling_seconds"] > 0

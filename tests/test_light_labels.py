@@ -11,6 +11,7 @@ from torch import nn
 import condense
 from condense import networks, rng
 from condense.augment import ViewRule
+from condense.data import Standardise
 from condense.errors import CondenseError
 from condense.labels import (
     PROVIDERS,
@@ -92,7 +93,7 @@ def saved(tmp_path, labels):
         "name": "tiny/set-ipc2", "dataset": "tiny", "method": "random", "network": NETWORK, "classes": list("abc"),
         "ipc": 2, "space": "pixel", "decode": [],
     }  # fmt: skip
-    transform = condense.augment.Standardise(torch.zeros(1), torch.ones(1))
+    transform = Standardise(torch.zeros(1), torch.ones(1))
     made = DistilledSet(pictures(), labels, transform, manifest)
     return made, made.save(tmp_path / "set.h5")
 

@@ -106,7 +106,7 @@ def test_the_wheel_has_code_and_data_and_no_tests(wheel):
     assert "condense/methods/recipes/dm.yaml" in names
     assert "condense/benchmarks/protocols/dc-v1.yaml" in names
     assert "condense/benchmarks/suites/small.yaml" in names
-    assert "condense/record.schema.json" in names
+    assert "condense/judge/record.schema.json" in names
     assert "condense/benchmarks/page/index.html" in names
     assert "condense/py.typed" in names
     top = {name.split("/")[0] for name in names}

@@ -28,7 +28,7 @@ from condense.lighten import kinds, lighten, projection
 from condense.methods.curriculum_synthesis import patches, relabelling
 from condense.networks import SHIPPED, Encoder, MeanLogits, pretrained
 from condense.networks import saved as saved_module
-from condense.pretraining import committee, experts
+from condense.pretraining import experts
 from condense.registry import METHODS
 from condense.sets import DistilledSet
 from condense.training import checkpoint
@@ -709,7 +709,7 @@ def test_whitened_images_and_grey_backbones(own, plain, colour, weak, tmp_path):
 def test_a_backbone_file_of_a_stranger(normalised, backbone, monkeypatch):
     file = saved_module.read(backbone)
     file.manifest["normalisation"] = normalised
-    monkeypatch.setattr(committee, "read", lambda path: file)
+    monkeypatch.setattr(saved_module, "read", lambda path: file)
     assert "does not say how its images were normalised" in refusal(
         lambda: pretrained.find(str(backbone), (3, 16, 16), CPU)
     )
@@ -772,7 +772,8 @@ def test_squares_and_classes_are_the_plain_formula(mix, backbone, colour, weak):
         if mix != "none":
             truth[row, int(plain.hard_labels()[drawn.partner[i]])] += 1 - share
     asked = labels.teacher(views)
-    assert targets.shape == (3, 2, 3) and torch.equal(targets[:, 0], asked)
+    assert targets.shape == (3, 2, 3)
+    torch.testing.assert_close(targets[:, 0], asked, rtol=1e-6, atol=1e-6)  # another memory layout may round otherwise
     torch.testing.assert_close(targets[:, 1].double(), truth, rtol=0, atol=1e-6)
     given = torch.randn(3, 3)
     rows = given.double()

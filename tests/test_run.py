@@ -361,7 +361,7 @@ def test_out_of_memory_names_the_knobs(fault, data, call, monkeypatch):
     def step(*arguments, **options):
         raise fault
 
-    monkeypatch.setattr("condense.optimizer.SyntheticOptimizer.step", step)
+    monkeypatch.setattr("condense.engine.optimizer.SyntheticOptimizer.step", step)
     result = call(TINY)
     assert result.code == 2
     assert result.err == "condense: out of memory on cpu: lower --ipc or batch_real, or take a smaller --network\n"
@@ -435,7 +435,7 @@ def test_all_mistakes_are_found_before_the_data_are_read():
 
 def test_the_peak_of_memory_is_not_that_of_the_parent():
     """What getrusage tells in a child includes its parent's peak on Linux."""
-    code = "import torch; from condense.run import peak_memory; print(peak_memory(torch.device('cpu'))['host'])"
+    code = "import torch; from condense.device import peak_memory; print(peak_memory(torch.device('cpu'))['host'])"
     held = bytearray(peak_memory(torch.device("cpu"))["host"] + 2**28)  # more than the child will need
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 0 < int(done.stdout) < len(held)

@@ -199,7 +199,7 @@ def test_a_set_without_its_record_is_not_shipped(place):
 RANK = """
 import dataclasses, sys, torch
 from pathlib import Path
-from condense import protocols
+from condense.judge import protocol as protocols
 torch.set_num_threads(1)
 quick = dataclasses.replace(protocols.get_protocol("quick-v1"), steps=10, full_epochs=1)
 protocols.protocols = lambda: {"quick-v1": quick, "dc-v1": quick}

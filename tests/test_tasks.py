@@ -1,4 +1,4 @@
-"""Loading DATA (condense.sources) and serving it (condense.tasks), on tiny generated images."""
+"""Loading DATA (condense.data.sources) and serving it (condense.data.task), on tiny generated images."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def arrays(
 def test_import_is_light_and_names_are_listed():
     heavy = "('torchvision', 'kornia', 'sklearn', 'PIL', 'h5py')"
     code = (
-        "import sys, condense.sources as s; assert 'torch' not in sys.modules; assert len(s.datasets()) == 7;"
-        f"import condense.tasks; assert not [m for m in {heavy} if m in sys.modules]"
+        "import sys, condense.data.registered as s; assert 'torch' not in sys.modules; assert len(s.datasets()) == 7;"
+        f"import condense.data.task; assert not [m for m in {heavy} if m in sys.modules]"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
     assert list(datasets()) == ["digits", "mnist", "fashion-mnist", "svhn", "cifar10", "cifar100", "tiny-imagenet"]
@@ -775,7 +775,7 @@ _REAL = Path(os.environ.get("CONDENSE_DATA", ""), "cifar10")
 )
 def test_second_start_on_60000_files_is_quick(tmp_path):
     code = (
-        "import json, sys, time, condense.tasks as t, condense.augment; start = time.perf_counter();"
+        "import json, sys, time, condense.data as t, condense.augment; start = time.perf_counter();"
         "task = t.load('cifar10-jpeg=' + sys.argv[1]);"
         "print(json.dumps([time.perf_counter() - start, task.fingerprint]))"
     )

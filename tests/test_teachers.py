@@ -22,7 +22,7 @@ from conftest import tiny_arrays
 from torch import nn
 
 import condense
-from condense import networks, registry, rng
+from condense import hdf5, networks, registry, rng
 from condense.augment import dsa
 from condense.data import cache_dir
 from condense.engine import Interrupted, Run
@@ -423,7 +423,7 @@ def resign(file, fault, name):
         entry["sha256"] = "0" * 64
     else:
         entry["number"] = "one"
-    teachers.container.sign(file, saved.FORMAT, manifest)
+    hdf5.sign(file, saved.FORMAT, manifest)
 
 
 def test_claims_beyond_the_file_are_not_allocated(good, monkeypatch):
@@ -618,7 +618,7 @@ def test_a_rehearsal_makes_one_short_network_and_tells_of_all(tiny, monkeypatch)
     run = a_run(tiny)
     run.dry_run = True
     trained, train = [], teachers._train
-    monkeypatch.setattr(teachers, "_train", lambda *w: (trained.append((w[3], list(w[4]))), train(*w))[1])
+    monkeypatch.setattr(committee_module, "_train", lambda *w: (trained.append((w[3], list(w[4]))), train(*w))[1])
     committee = provided(tiny, run, architectures=[NETWORK, PLAIN], count=2)
     assert trained == [(NETWORK, [0])] and not (cache_dir() / "teachers").exists()
     # The others are there untrained, so that sizes are those of the whole committee.
