@@ -109,7 +109,7 @@ def device_name(device: torch.device) -> str:
     return f"{torch.get_num_threads()}-thread {platform.machine()} CPU" + (" (bf16)" if cpu_has_bf16() else "")
 
 
-def _free_memory(device: torch.device) -> int:
+def free_memory(device: torch.device) -> int:
     """Free bytes of an accelerator; those of the host where it shares them or cannot tell."""
     module: Any = getattr(torch, device.type, None)
     if hasattr(module, "mem_get_info"):

@@ -1,9 +1,10 @@
-"""Loading DATA (condense.data.sources) and serving it (condense.data.task), on tiny generated images."""
+"""condense.data: reading DATA and serving batches of it, on tiny generated images."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -16,9 +17,10 @@ import pytest
 import torch
 from PIL import Image
 
-from condense.data import DataOptions, Split, Task, datasets, decoding, folders, load
+from condense.data import DataOptions, Split, Task, datasets, load
 from condense.data import arrays as arrays_module
-from condense.data.task import _Rows
+from condense.data.decoding import decode_images
+from condense.data.task import Rows
 from condense.errors import CondenseError
 from condense.rng import Draws
 
@@ -62,8 +64,8 @@ def arrays(
 def test_import_is_light_and_names_are_listed():
     heavy = "('torchvision', 'kornia', 'sklearn', 'PIL', 'h5py')"
     code = (
-        "import sys, condense.data.registered as s; assert 'torch' not in sys.modules; assert len(s.datasets()) == 7;"
-        f"import condense.data.task; assert not [m for m in {heavy} if m in sys.modules]"
+        "import sys, condense.data; assert len(condense.data.datasets()) == 7;"
+        f"assert not [m for m in {heavy} if m in sys.modules]"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
     assert list(datasets()) == ["digits", "mnist", "fashion-mnist", "svhn", "cifar10", "cifar100", "tiny-imagenet"]
@@ -107,8 +109,7 @@ def test_folder_is_decoded_once(tmp_path, monkeypatch):
         raise AssertionError("decoded again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(folders, "_decode", fail)
-        patch.setattr(decoding, "_open", fail)
+        patch.setattr(Image, "open", fail)
         again = load(root)
         moved = load(root.rename(tmp_path / "animals"))
     for task in (again, moved):
@@ -145,13 +146,15 @@ def test_broken_cache_is_rebuilt_and_a_cut_off_one_leaves_nothing(tmp_path, monk
     (place / "meta.json").write_text("{")
     assert load(root).fingerprint == first.fingerprint
 
-    def interrupted(chunks, total, what):
-        yield from chunks
-        if what.endswith("test"):
+    opened = Image.open
+
+    def interrupted(path):
+        if "/test/cat/" in str(path):
             raise KeyboardInterrupt
+        return opened(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(folders, "_progress", interrupted)
+        patch.setattr(Image, "open", interrupted)
         with pytest.raises(KeyboardInterrupt):
             load(root, DataOptions(grey=True))
     assert list(place.parent.iterdir()) == [place]
@@ -187,13 +190,13 @@ def test_without_a_cache_images_stay_in_memory(tmp_path, monkeypatch, caplog, fa
     if fault == "unwritable":
         (tmp_path / "other").write_text("a file, where a folder should be")
     elif fault == "full":
-        monkeypatch.setattr(folders.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10}))
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10}))
     else:
 
-        def full(file):
+        def full(descriptor):
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(folders, "_sync", full)
+        monkeypatch.setattr(os, "fsync", full)
     task = load(root)
     assert not isinstance(task.train.images, np.memmap)
     assert task.fingerprint == expected.fingerprint and np.array_equal(task.test.images, expected.test.images)
@@ -226,24 +229,27 @@ def test_folder_ignores_what_is_no_image_and_looks_into_subfolders(tmp_path):
     assert task.counts.tolist() == [5, 6, 5] and len(task.test) == 15
 
 
-def test_parallel_decoding_equals_serial(tmp_path, monkeypatch):
+@pytest.mark.parametrize("fork", [True, False], ids=["processes", "threads"])
+def test_parallel_decoding_equals_serial(tmp_path, fork):
+    if fork and sys.platform == "win32":
+        pytest.skip("needs os.fork")
     root = folder(tmp_path / "pets", per_class=300, parts=("train",))
-    monkeypatch.setattr(decoding, "_cores", lambda: 1)
-    serial = load(root)
-    for platform in ("linux", "darwin"):  # forked processes, then threads
-        monkeypatch.setattr(decoding, "_cores", lambda: 3)
-        monkeypatch.setattr(decoding.sys, "platform", platform)
-        monkeypatch.setenv("CONDENSE_CACHE", str(tmp_path / platform))
-        parallel = load(root)
-        assert parallel.fingerprint == serial.fingerprint
-        assert np.array_equal(parallel.train.images, serial.train.images)
-        assert np.array_equal(parallel.transform.mean, serial.transform.mean)
+    paths = [str(path) for path in sorted(root.rglob("*.png"))]
+    expected = np.stack([np.asarray(Image.open(path)).transpose(2, 0, 1) for path in paths])
+    serial = list(decode_images(paths, (3, 6, 5), "RGB", None, workers=1))
+    parallel = list(decode_images(paths, (3, 6, 5), "RGB", None, workers=3, fork=fork))
+    assert [len(chunk) for chunk in parallel] == [len(chunk) for chunk in serial] == [256, 256, 256, 132]
+    assert np.array_equal(np.concatenate(serial), expected) and np.array_equal(np.concatenate(parallel), expected)
+    task = load(root)
+    stored = np.concatenate([task.train.images, task.test.images])
+    assert sorted(image.tobytes() for image in stored) == sorted(image.tobytes() for image in expected)
     broken = sorted((root / "train" / "cat").iterdir())[250]
     broken.write_bytes(b"not an image")
-    for platform in ("linux", "darwin"):
-        monkeypatch.setattr(decoding.sys, "platform", platform)
-        with pytest.raises(CondenseError, match=f"{broken.name}' cannot be read as an image: unknown format"):
-            load(root)
+    message = f"{broken.name}' cannot be read as an image: unknown format"
+    with pytest.raises(CondenseError, match=message):
+        list(decode_images(paths, (3, 6, 5), "RGB", None, workers=3, fork=fork))
+    with pytest.raises(CondenseError, match=message):
+        load(root)
 
 
 def test_pixel_modes(tmp_path):
@@ -387,7 +393,7 @@ def test_array_layouts_are_one_data_set():
     last = {key: value.transpose(0, 2, 3, 1) if "images" in key else value for key, value in base.items()}
     tensors = tuple(torch.from_numpy(value) for value in base.values())
     floats = {key: torch.from_numpy(value).float() / 255 if "images" in key else value for key, value in base.items()}
-    keras = {other: base[key] for key, other in arrays_module._KEYS.items()} | {
+    keras = {other: base[key] for key, other in arrays_module.ALIASES.items()} | {
         "y_train": base["train_labels"][:, None]
     }
     for same in (last, tensors, floats, keras):
@@ -473,7 +479,7 @@ def test_array_files(tmp_path):
         task = load(path)
         assert (task.name, task.classes, task.fingerprint) == ("mine", CLASSES, expected)
         assert task.source == str(path)
-    keras = {other: made[key] for key, other in arrays_module._KEYS.items()}
+    keras = {other: made[key] for key, other in arrays_module.ALIASES.items()}
     np.savez(tmp_path / "keras.npz", **keras)  # type: ignore[arg-type]
     assert load(tmp_path / "keras.npz").fingerprint == load(made).fingerprint
 
@@ -714,10 +720,10 @@ def test_per_class_draws_without_replacement():
     assert task.per_class(4, (0,), [])[0].shape == (0, 1, 2, 2)
 
 
-def test_per_class_of_a_huge_class_needs_no_huge_table(monkeypatch):
+def test_per_class_of_a_huge_class_needs_no_huge_table():
     task = uneven()
     expected = task.sample_ids(16, (0, "real", 3))
-    monkeypatch.setattr("condense.data.task._TABLE", 600)
+    task.MAX_HASHES = 600
     assert torch.equal(task.sample_ids(16, (0, "real", 3)), expected)
 
 
@@ -729,15 +735,14 @@ def test_sampling_is_uniform():
     assert float(((counts - 200) ** 2 / 200).sum()) < 95  # 39 degrees of freedom; 8 of 40 without replacement has less
 
 
-def test_rows_are_streamed_where_they_do_not_fit(monkeypatch):
+def test_rows_are_streamed_where_they_do_not_fit():
     """The meta device stands in for an accelerator: placement and shapes without memory."""
     images = picture("rows", size=(10, 1, 2, 2))
-    for free, kept in ((4 * images.nbytes, "meta"), (4 * images.nbytes - 4, "cpu")):
-        monkeypatch.setattr("condense.data.task._free_memory", lambda device, free=free: free)
-        rows = _Rows(Split(images, np.zeros(10, np.int64)), torch.device("meta"))
+    for max_bytes, kept in ((images.nbytes, "meta"), (images.nbytes - 1, "cpu")):
+        rows = Rows(Split(images, np.zeros(10, np.int64)), torch.device("meta"), max_bytes)
         taken = rows.take(torch.tensor([3, 3, 9]))
         assert taken.device.type == "meta" and taken.shape == (3, 1, 2, 2) and taken.dtype == torch.uint8
-        assert rows._served is not None and rows._served.device.type == kept
+        assert rows.placed is not None and rows.placed.device.type == kept
 
 
 @pytest.mark.gpu
@@ -746,7 +751,7 @@ def test_a_gpu_serves_what_the_cpu_serves(monkeypatch):
     task = uneven()
     expected = task.per_class(16, (0, "real", 1))
     for free in (2**40, 0):
-        monkeypatch.setattr("condense.data.task._free_memory", lambda device, free=free: free)
+        monkeypatch.setattr("condense.data.task.free_memory", lambda device, free=free: free)
         images, labels = task.to("cuda").per_class(16, (0, "real", 1))
         assert images.is_cuda and labels.is_cuda
         torch.testing.assert_close(images.cpu(), expected[0], rtol=1e-6, atol=1e-6)

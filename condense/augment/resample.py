@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from condense.data.transform import _working
+from condense.data import working_dtype
 
 
 def send(x: Tensor, device: torch.device) -> Tensor:
@@ -45,7 +45,7 @@ def _stretch(x: Tensor, axis: int, outputs: Tensor, start: Tensor, length: Tenso
     """Positions ``outputs`` (N, size) of the ``length`` (N, 1) pixels from ``start``, drawn out to the whole axis."""
     size = x.shape[axis]
     below, above, part = neighbours(outputs, size, length)
-    share = part.to(_working(x)) / (2 * size)
+    share = part.to(working_dtype(x)) / (2 * size)
     shape = (len(x), 1, size, 1) if axis == 2 else (len(x), 1, 1, size)
     low, high = (x.gather(axis, (start + i).reshape(shape).expand_as(x)) for i in (below, above))
     return torch.lerp(low.to(share.dtype), high.to(share.dtype), share.reshape(shape)).to(x.dtype)

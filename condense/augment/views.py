@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from condense.augment.resample import _shifted, _stretch, neighbours
-from condense.data.transform import _working
+from condense.data import working_dtype
 from condense.errors import CondenseError, did_you_mean
 from condense.rng import Draws
 
@@ -247,7 +247,7 @@ class ViewRule:
         entering = drawn.views[partner] if drawn.partner_views is None else drawn.partner_views[ids]
         partners = self._shown(images[partner], entering)
         if drawn.patch is None:
-            share = drawn.share[ids, None, None, None].to(_working(own))
+            share = drawn.share[ids, None, None, None].to(working_dtype(own))
             return (own * share + partners * (1 - share)).to(own.dtype)
         top, left, bottom, right = drawn.patch[ids, :, None].unbind(1)
         rows, columns = (torch.arange(length, device=images.device) for length in size)

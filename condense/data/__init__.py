@@ -1,10 +1,10 @@
-"""TODO-FACE condense/data."""
+"""Real data: reads, caches and serves the images that methods distil and that students are tested on."""
 
 from condense.data.folders import read_images
 from condense.data.loaded import DataOptions, Split, cache_dir, check_name
 from condense.data.registered import DATASETS, datasets
 from condense.data.task import Task, load, unit
-from condense.data.transform import ZCA, Standardise, Transform, digests, transform_from_arrays
+from condense.data.transform import ZCA, Standardise, Transform, digests, transform_from_arrays, working_dtype
 
 __all__ = [
     "DATASETS",
@@ -22,4 +22,5 @@ __all__ = [
     "read_images",
     "transform_from_arrays",
     "unit",
+    "working_dtype",
 ]

@@ -1,4 +1,4 @@
-"""PIL images to arrays, in worker processes."""
+"""Decodes image files to arrays, in worker processes or threads."""
 
 from __future__ import annotations
 
@@ -15,19 +15,25 @@ from typing import Any
 
 import numpy as np
 
-from condense.data.loaded import _resized
+from condense.data.loaded import resized_box
 from condense.errors import CondenseError
 
 
-def _is_grey(mode: str) -> bool:
+def is_grey(mode: str) -> bool:
+    """Whether a PIL mode has one channel of intensity."""
     return mode in ("1", "L", "LA", "La", "F") or mode.startswith("I")
 
 
-def _pixels(image: Any, mode: str, resize: int | None) -> np.ndarray:
-    """uint8 (1,H,W) or (3,H,W) of a PIL image: upright, alpha dropped, 16-bit grey scaled to 8 bits.
+def image_to_array(image: Any, mode: str, resize: int | None) -> np.ndarray:
+    """Converts a PIL image to uint8 (1,H,W) or (3,H,W): rotated by its EXIF tag, without alpha, 16-bit grey to 8 bits.
+
+    Args:
+        image: PIL image.
+        mode: ``L`` or ``RGB``.
+        resize: side in pixels of the centre square, or None.
 
     Raises:
-        ValueError: the image has floating-point pixels, whose range nobody knows.
+        ValueError: the image has floating-point pixels, whose range is unknown.
     """
     from PIL import Image, ImageOps
 
@@ -42,38 +48,59 @@ def _pixels(image: Any, mode: str, resize: int | None) -> np.ndarray:
     if image.mode != mode:
         image = image.convert(mode)
     if resize is not None and image.size != (resize, resize):
-        high, wide, top, left = _resized(image.height, image.width, resize)
-        image = image.resize((wide, high), Image.Resampling.BILINEAR).crop((left, top, left + resize, top + resize))
+        height, width, top, left = resized_box(image.height, image.width, resize)
+        image = image.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + resize, top + resize))
     array = np.asarray(image)
     return array[None] if mode == "L" else array.transpose(2, 0, 1)
 
 
-def _open(path: str, use: Callable[[Any], Any]) -> Any:
-    """``use(PIL image)``; whatever a broken file makes PIL raise becomes one line that names the file."""
+def read_image(path: str, use: Callable[[Any], Any]) -> Any:
+    """Opens a file and returns ``use(image)``.
+
+    Raises:
+        CondenseError: the file cannot be read; one line that names it.
+    """
     from PIL import Image
 
     try:
         with Image.open(path) as image:
             return use(image)
-    except Exception as error:
-        # PIL names the file in its own words as well: the part in front of the path is enough
+    except Exception as error:  # PIL raises many types for a damaged file
         reason = "unknown format" if "cannot identify" in str(error) else str(error) or type(error).__name__
         raise CondenseError(f"'{path}' cannot be read as an image: {reason}") from error
 
 
 def _cores() -> int:
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _decode(paths: Sequence[str], shape: tuple[int, ...], mode: str, resize: int | None) -> Iterator[np.ndarray]:
-    """Chunks of decoded images in order, uint8 (n, *shape).
+def decode_images(
+    paths: Sequence[str],
+    shape: tuple[int, ...],
+    mode: str,
+    resize: int | None,
+    *,
+    workers: int | None = None,
+    fork: bool = sys.platform == "linux",
+) -> Iterator[np.ndarray]:
+    """Yields chunks of decoded images in order, uint8 (n, *shape).
 
-    Measured on two cores, CIFAR-10 as JPEG, µs an image: one process 97, two threads 145 (at 32x32 PIL holds the GIL
-    for most of the time), two forked processes 65. Threads win from about 128x128 on (167 against 218; 512x512: 858
-    against 1806). So processes are forked where that is safe (they touch neither torch nor a GPU), else threads used.
+    The function forks worker processes on Linux, which is safe because they use neither torch nor a GPU; elsewhere it
+    uses threads. Time per image on two cores, CIFAR-10 as JPEG: 97 µs with one process, 145 with two threads (PIL holds
+    the GIL most of the time at 32x32), 65 with two processes. Threads are faster from about 128x128 on (167 against
+    218; 512x512: 858 against 1806).
+
+    Args:
+        paths: image files.
+        shape: (C,H,W) of every decoded image.
+        mode: ``L`` or ``RGB``.
+        resize: side in pixels of the centre square, or None.
+        workers: processes or threads; by default one per core.
+        fork: use processes instead of threads.
 
     Raises:
-        CondenseError: a file is corrupt, or its size is not ``shape``.
+        CondenseError: a file is damaged, or its size is not ``shape``.
     """
     rows = max(1, min(256, 2**20 // math.prod(shape)))
     spans = [range(start, min(start + rows, len(paths))) for start in range(0, len(paths), rows)]
@@ -81,7 +108,7 @@ def _decode(paths: Sequence[str], shape: tuple[int, ...], mode: str, resize: int
     def chunk(span: range) -> np.ndarray:
         out = np.empty((len(span), *shape), np.uint8)
         for row, index in enumerate(span):
-            image = _open(paths[index], lambda image: _pixels(image, mode, resize))
+            image = read_image(paths[index], lambda image: image_to_array(image, mode, resize))
             if image.shape != shape:
                 raise CondenseError(
                     f"images differ in size: '{paths[0]}' is {shape[2]}x{shape[1]} but '{paths[index]}' is "
@@ -90,10 +117,10 @@ def _decode(paths: Sequence[str], shape: tuple[int, ...], mode: str, resize: int
             out[row] = image
         return out
 
-    workers = min(_cores(), len(spans))
+    workers = min(workers or _cores(), len(spans))
     if workers < 2 or multiprocessing.current_process().daemon:
         yield from map(chunk, spans)
-    elif sys.platform == "linux":
+    elif fork:
         yield from _forked(chunk, spans, workers)
     else:
         with ThreadPoolExecutor(workers) as pool:
@@ -101,8 +128,11 @@ def _decode(paths: Sequence[str], shape: tuple[int, ...], mode: str, resize: int
 
 
 def _forked(work: Callable[[range], np.ndarray], spans: Sequence[range], workers: int) -> Iterator[np.ndarray]:
-    """``map(work, spans)`` in forked processes: worker w takes every ``workers``-th span and sends results down its own
-    pipe, so they arrive in order, no worker runs far ahead, and all end when the parent is gone, even killed."""
+    """``map(work, spans)`` in forked processes.
+
+    Worker w processes every ``workers``-th span and sends its results through its own pipe. So results arrive in order,
+    no worker runs far ahead, and all workers end with the parent, even if it is killed.
+    """
     context = multiprocessing.get_context("fork")
     readers: list[Connection] = []
     processes = []
@@ -114,9 +144,8 @@ def _forked(work: Callable[[range], np.ndarray], spans: Sequence[range], workers
                 target=_serve, args=(work, spans[first::workers], writer, list(readers)), daemon=True
             )
             with warnings.catch_warnings():
-                warnings.simplefilter(
-                    "ignore", DeprecationWarning
-                )  # Python 3.12 warns of forking beside torch's threads
+                # Python 3.12 warns about forking a process that has threads (torch's).
+                warnings.simplefilter("ignore", DeprecationWarning)
                 process.start()
             writer.close()
             processes.append(process)
@@ -139,10 +168,10 @@ def _forked(work: Callable[[range], np.ndarray], spans: Sequence[range], workers
 def _serve(
     work: Callable[[range], np.ndarray], spans: Sequence[range], writer: Connection, readers: Sequence[Connection]
 ) -> None:
-    """What a forked worker does; an error is sent as its text."""
-    for reader in readers:  # else a worker's pipe would stay open, and itself alive, after the parent is gone
+    """Runs in a forked worker. An error is sent to the parent as its text."""
+    for reader in readers:  # an open reader would keep the worker alive after the parent has ended
         reader.close()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the workers; its own handlers are not for them
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         for span in spans:

@@ -1,4 +1,4 @@
-"""TODO-DOC."""
+"""Checked arrays in memory: their options, their splits, and the statistics that identify them."""
 
 from __future__ import annotations
 
@@ -6,34 +6,36 @@ import hashlib
 import json
 import os
 import re
-import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch.nn.functional import interpolate
 
 from condense.errors import CondenseError
+from condense.rng import Draws
 
 STD_FLOOR = 1e-3
-"""Least per-channel standard deviation, for a constant channel."""
+"""Minimum standard deviation of a channel, for constant channels."""
 
 TEST_SHARE = 0.2
-"""Share of each class that becomes the test split where the data brings none."""
+"""Share of each class that becomes the test split if the data have none."""
 
 
 @dataclass(frozen=True)
 class DataOptions:
-    """How images are read; the same for every kind of data."""
+    """Options for reading images; the same for every kind of data."""
 
     resize: int | None = None
     """Side in pixels: the shorter side is scaled to it (bilinear, antialiased), then the centre square is cut out."""
     grey: bool | None = None
-    """True makes one grey channel, false RGB; left out, image folders follow the majority of their train files."""
+    """True makes one grey channel, false RGB. By default, image folders follow the majority of their train files."""
     mirror: bool | None = None
-    """Whether a mirror image keeps its class; left out, false for digits, mnist and svhn, true for everything else."""
+    """Whether a mirror image keeps its class. By default false for digits, mnist and svhn, true for all other data."""
     zca: bool = False
-    """Train in the ZCA-whitened space (fitted on the train images) instead of dividing by mean and deviation."""
+    """Train in ZCA-whitened space (fitted on the train images) instead of standardising by mean and std."""
 
     def __post_init__(self) -> None:
         if self.resize is not None and self.resize < 1:
@@ -47,19 +49,19 @@ class Split:
     images: np.ndarray
     labels: np.ndarray
     rows: np.ndarray | None = None
-    """Where the split has only some of ``images``: which, int64, one for each label."""
+    """Indices into ``images``, int64, one per label, if the split uses only some of them; None: all, in order."""
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def at(self, ids: np.ndarray) -> Split:
-        """The part of the split with these row numbers; images are not copied."""
+        """Returns the part of the split with these row numbers. Images are not copied."""
         return Split(self.images, self.labels[ids], ids if self.rows is None else self.rows[ids])
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """Checked arrays and what is known of them."""
+class LoadedData:
+    """Checked arrays with their classes, statistics and origin."""
 
     classes: tuple[str, ...]
     train: Split
@@ -69,38 +71,46 @@ class Loaded:
     std: np.ndarray
     """Per-channel standard deviation of the train pixels in [0,1], float64 (C,), at least ``STD_FLOOR``."""
     fingerprint: str
-    """SHA-256 hex of class names, pixels and labels in order: equal for equal data, whatever the files are called."""
+    """SHA-256 hex of class names, pixels and labels in order. It does not depend on file names."""
     name: str = "data"
     source: str | None = None
     mirror: bool = True
 
 
 def cache_dir() -> Path:
-    """Where decoded images are kept: ``CONDENSE_CACHE``, else ``~/.cache/condense``."""
+    """Folder of the cache: ``CONDENSE_CACHE``, or ``~/.cache/condense`` if that is not set."""
     return Path(os.environ.get("CONDENSE_CACHE") or Path.home() / ".cache" / "condense")
 
 
 def data_root() -> Path:
-    """Where registered data sets are looked for and fetched to: ``CONDENSE_DATA``, else ``~/.cache/condense/data``."""
+    """Folder of registered data sets: ``CONDENSE_DATA``, or ``~/.cache/condense/data`` if that is not set."""
     return Path(os.environ.get("CONDENSE_DATA") or Path.home() / ".cache" / "condense" / "data")
 
 
 def check_name(name: str) -> str:
-    """``name`` where it can stand in set names and records."""
+    """Returns ``name`` if set names and records may contain it.
+
+    Raises:
+        CondenseError: it has other characters than letters, digits, ``.``, ``_`` and ``-``.
+    """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise CondenseError(f"name '{name}': use letters, digits, '.', '_' and '-'")
     return name
 
 
-# --- What every kind of data shares -----------------------------------------------------------------------------------
-
-
-def _measure(
+def measure_splits(
     classes: Sequence[str], splits: Iterable[tuple[tuple[int, ...], np.dtype, Iterable[np.ndarray], np.ndarray]]
 ) -> tuple[str, np.ndarray, np.ndarray]:
-    """Fingerprint of all splits, and mean and deviation of the first, from ``(shape, dtype, chunks of rows, labels)``.
+    """Computes the fingerprint of all splits, and the mean and std of the first.
 
-    The sums of uint8 pixels are exact integers in float64, so they do not depend on the chunks.
+    The sums of uint8 pixels are exact integers in float64, so the result does not depend on the chunks.
+
+    Args:
+        classes: class names.
+        splits: ``(shape, dtype, chunks of rows, labels)`` of each split.
+
+    Returns:
+        SHA-256 hex, and mean and std of the pixels in [0,1], float64 (C,).
     """
     digest = hashlib.sha256(json.dumps(["condense.data/1", list(classes)]).encode())
     mean = std = np.zeros(0)
@@ -123,9 +133,9 @@ def _measure(
     return digest.hexdigest(), mean, std
 
 
-def _finish(classes: Sequence[str], train: Split, test: Split, options: DataOptions) -> Loaded:
+def from_splits(classes: Sequence[str], train: Split, test: Split, options: DataOptions) -> LoadedData:
     """Applies ``options`` to arrays (N,C,H,W) in memory and measures them."""
-    splits = [Split(_adapt(split.images, options), split.labels) for split in (train, test)]
+    splits = [Split(_convert(split.images, options), split.labels) for split in (train, test)]
     parts = (
         (
             split.images.shape,
@@ -135,29 +145,25 @@ def _finish(classes: Sequence[str], train: Split, test: Split, options: DataOpti
         )
         for split in splits
     )
-    fingerprint, mean, std = _measure(classes, parts)
-    return Loaded(tuple(classes), splits[0], splits[1], mean, std, fingerprint)
+    fingerprint, mean, std = measure_splits(classes, parts)
+    return LoadedData(tuple(classes), splits[0], splits[1], mean, std, fingerprint)
 
 
-def _resized(height: int, width: int, side: int) -> tuple[int, int, int, int]:
+def resized_box(height: int, width: int, side: int) -> tuple[int, int, int, int]:
     """(height, width) after scaling the shorter side to ``side``, then top and left of the centre square."""
     short = min(height, width)
     height, width = int(side * height / short), int(side * width / short)
     return height, width, round((height - side) / 2), round((width - side) / 2)
 
 
-def _adapt(images: np.ndarray, options: DataOptions) -> np.ndarray:
-    """Images (N,C,H,W) with the channels and the size that ``options`` ask for, in their own dtype, contiguous."""
+def _convert(images: np.ndarray, options: DataOptions) -> np.ndarray:
+    """Returns images (N,C,H,W) with the channels and the size of ``options``, in the same dtype, contiguous."""
     channels, height, width = images.shape[1:]
     side = options.resize
     to_grey, to_rgb = bool(options.grey) and channels == 3, options.grey is False and channels == 1
     resize = side is not None and (height, width) != (side, side)
     if not (to_grey or to_rgb or resize):
         return np.ascontiguousarray(images)
-
-    import torch
-    from torch.nn.functional import interpolate
-
     chunks = []
     for start in range(0, len(images), 1024):
         x = torch.from_numpy(np.ascontiguousarray(images[start : start + 1024])).float()
@@ -167,19 +173,28 @@ def _adapt(images: np.ndarray, options: DataOptions) -> np.ndarray:
             x = x.expand(-1, 3, -1, -1)
         if resize:
             assert side is not None
-            high, wide, top, left = _resized(height, width, side)
-            x = interpolate(x, size=(high, wide), mode="bilinear", antialias=True)
+            new_height, new_width, top, left = resized_box(height, width, side)
+            x = interpolate(x, size=(new_height, new_width), mode="bilinear", antialias=True)
             x = x[:, :, top : top + side, left : left + side]
         x = x.round().clamp(0, 255).byte() if images.dtype == np.uint8 else x.clamp(0, 1)
         chunks.append(x.contiguous().numpy())
     return np.concatenate(chunks)
 
 
-def _stratified(labels: np.ndarray, classes: Sequence[str], where: str, purpose: str) -> tuple[np.ndarray, np.ndarray]:
-    """Row numbers of the train and of the test part, each ascending: of every class, in an order drawn for its number
-    and ``purpose``, the last ``TEST_SHARE`` (rounded, at least one image) is the test part."""
-    from condense.rng import Draws
+def stratified_rows(
+    labels: np.ndarray, classes: Sequence[str], where: str, purpose: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Splits every class into a train and a test part.
 
+    The rows of each class are shuffled with a key of its number and ``purpose``; the last ``TEST_SHARE`` of them
+    (rounded, at least one image) is the test part.
+
+    Returns:
+        Row numbers of the train and of the test part, each ascending.
+
+    Raises:
+        CondenseError: a class has fewer than two images.
+    """
     train, test = [], []
     for number, name in enumerate(classes):
         rows = np.flatnonzero(labels == number)
@@ -192,22 +207,15 @@ def _stratified(labels: np.ndarray, classes: Sequence[str], where: str, purpose:
     return np.sort(np.concatenate(train)), np.sort(np.concatenate(test))
 
 
-def _cut(images: np.ndarray, labels: np.ndarray, rows: tuple[np.ndarray, np.ndarray]) -> tuple[Split, Split]:
-    train, test = (Split(images[part], labels[part]) for part in rows)
+def stratified_splits(
+    images: np.ndarray, labels: np.ndarray, classes: Sequence[str], where: str, purpose: str
+) -> tuple[Split, Split]:
+    """Train and test split of arrays without a test part; see :func:`stratified_rows`."""
+    train, test = (Split(images[rows], labels[rows]) for rows in stratified_rows(labels, classes, where, purpose))
     return train, test
 
 
-def _progress(chunks: Iterable[np.ndarray], total: int, what: str) -> Iterator[np.ndarray]:
-    """The chunks again, with a bar on stderr where that is a terminal."""
-    from tqdm import tqdm
-
-    with tqdm(total=total, desc=what, unit=" images", file=sys.stderr, disable=None, leave=False) as bar:
-        for chunk in chunks:
-            yield chunk
-            bar.update(len(chunk))
-
-
-def _some(names: Sequence[str], most: int = 5) -> str:
-    """The first few names, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+def format_some(names: Sequence[str], limit: int = 5) -> str:
+    """The first ``limit`` names, and how many more there are."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

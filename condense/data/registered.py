@@ -1,4 +1,4 @@
-"""TODO-DOC."""
+"""Data sets that are registered by name, e.g. ``cifar10``."""
 
 from __future__ import annotations
 
@@ -9,37 +9,41 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from condense.data.arrays import _array, _images
-from condense.data.folders import _list_folder, _read_folder
-from condense.data.loaded import DataOptions, Loaded, Split, _cut, _finish, _stratified, data_root
+from condense.data.arrays import check_images, to_array
+from condense.data.folders import list_folder
+from condense.data.image_cache import read_folder
+from condense.data.loaded import DataOptions, LoadedData, Split, data_root, from_splits, stratified_splits
 from condense.errors import CondenseError
 from condense.registry import Registry
 
 
 @dataclass(frozen=True)
-class Named:
+class RegisteredDataset:
     """A registered data set."""
 
     name: str
     description: str
-    read: Callable[[DataOptions, bool], Loaded]
+    read: Callable[[DataOptions, bool], LoadedData]
     """``read(options, download)``."""
     mean: tuple[float, ...] | None = None
-    """Published per-channel mean, used in place of the computed one; so is ``std``."""
+    """Published per-channel mean, which replaces the computed one."""
     std: tuple[float, ...] | None = None
+    """Published per-channel std, which replaces the computed one."""
     mirror: bool = True
+    """Whether a mirror image keeps its class."""
 
 
 def datasets() -> dict[str, str]:
-    """The registered names, each with a line that describes it."""
+    """Registered names, each with a one-line description."""
     return {name: DATASETS.get(name).description for name in DATASETS.names()}
 
 
-# --- Registered data sets ---------------------------------------------------------------------------------------------
+def read_registered(entry: RegisteredDataset, options: DataOptions, download: bool) -> LoadedData:
+    """Loads a registered data set. Its published mean and std apply unless ``grey`` changed the number of channels.
 
-
-def _read_named(entry: Named, options: DataOptions, download: bool) -> Loaded:
-    """Loads a registered set; its published mean and deviation hold unless ``grey`` changed its channels."""
+    Raises:
+        CondenseError: the data set is not on disk, or cannot be downloaded.
+    """
     try:
         loaded = replace(entry.read(options, download), name=entry.name, source=entry.name, mirror=entry.mirror)
     except OSError as error:
@@ -50,68 +54,68 @@ def _read_named(entry: Named, options: DataOptions, download: bool) -> Loaded:
     return replace(loaded, mean=np.array(entry.mean), std=np.array(entry.std))
 
 
-def _read_digits(options: DataOptions, download: bool) -> Loaded:
+def _read_digits(options: DataOptions, download: bool) -> LoadedData:
     from sklearn.datasets import load_digits
 
-    found = load_digits()
-    images = np.rint(found.images[:, None] * (255 / 16)).astype(np.uint8)
-    labels = found.target.astype(np.int64)
+    digits = load_digits()
+    images = np.rint(digits.images[:, None] * (255 / 16)).astype(np.uint8)
+    labels = digits.target.astype(np.int64)
     classes = [str(digit) for digit in range(10)]
-    return _finish(classes, *_cut(images, labels, _stratified(labels, classes, "digits", "digits")), options)
+    return from_splits(classes, *stratified_splits(images, labels, classes, "digits", "digits"), options)
 
 
-def _torchvision(name: str, class_name: str, folder: str) -> Callable[[DataOptions, bool], Loaded]:
-    """A reader for a set that torchvision reads and can fetch; its files lie in ``folder`` below the data root."""
+def _torchvision(name: str, class_name: str, folder: str) -> Callable[[DataOptions, bool], LoadedData]:
+    """Returns a reader for a data set of torchvision, whose files are in ``folder`` below the data root."""
 
-    def read(options: DataOptions, download: bool) -> Loaded:
+    def read(options: DataOptions, download: bool) -> LoadedData:
         import torchvision.datasets
 
-        make = getattr(torchvision.datasets, class_name)
+        dataset_class = getattr(torchvision.datasets, class_name)
         root = data_root() / folder
         if download:
             root.mkdir(parents=True, exist_ok=True)
         parts = []
         for part in ("train", "test"):
-            which = {"split": part} if class_name == "SVHN" else {"train": part == "train"}
+            part_argument = {"split": part} if class_name == "SVHN" else {"train": part == "train"}
             try:
                 with contextlib.redirect_stdout(sys.stderr):
-                    parts.append(make(str(root), download=download, **which))
+                    parts.append(dataset_class(str(root), download=download, **part_argument))
             except Exception as error:
                 if download:
                     reason = str(getattr(error, "reason", error)).split("\n")[0]
                     raise CondenseError(f"data '{name}' could not be downloaded to {root}: {reason}") from error
-                if isinstance(error, (RuntimeError, OSError)):  # what torchvision raises for absent or damaged files
+                if isinstance(error, (RuntimeError, OSError)):  # torchvision's errors for missing or damaged files
                     raise CondenseError(
                         f"data '{name}' is not, or not whole, in {root} (CONDENSE_DATA sets the place); "
                         "--download fetches it"
                     ) from error
                 raise
-        images = _images([part.data for part in parts], f"data '{name}'")
-        labels = [_array(part.labels if class_name == "SVHN" else part.targets).astype(np.int64) for part in parts]
+        images = check_images([part.data for part in parts], f"data '{name}'")
+        labels = [to_array(part.labels if class_name == "SVHN" else part.targets).astype(np.int64) for part in parts]
         classes = getattr(parts[0], "classes", None) or [str(digit) for digit in range(10)]
-        return _finish(classes, Split(images[0], labels[0]), Split(images[1], labels[1]), options)
+        return from_splits(classes, Split(images[0], labels[0]), Split(images[1], labels[1]), options)
 
     return read
 
 
-def _read_tiny_imagenet(options: DataOptions, download: bool) -> Loaded:
+def _read_tiny_imagenet(options: DataOptions, download: bool) -> LoadedData:
     folder = data_root() / "tiny-imagenet-200"
     if not (folder / "wnids.txt").is_file():
         raise CondenseError(
             f"data 'tiny-imagenet' is not in {folder} (CONDENSE_DATA sets the place); fetch tiny-imagenet-200.zip from "
             f"http://cs231n.stanford.edu/tiny-imagenet-200.zip and unzip it into {data_root()}"
         )
-    listing = _list_folder(folder)
+    listing = list_folder(folder)
     if set(listing.classes) != set((folder / "wnids.txt").read_text().split()):
         raise CondenseError(f"data 'tiny-imagenet': the classes in {folder / 'train'} are not those of wnids.txt")
-    return _read_folder(listing, options)
+    return read_folder(listing, options)
 
 
-DATASETS: Registry[Named] = Registry("data set")
+DATASETS: Registry[RegisteredDataset] = Registry("data set")
 
 for _entry in (
-    Named("digits", "scikit-learn's 1,797 handwritten digits, 1x8x8, embedded", _read_digits, mirror=False),
-    Named(
+    RegisteredDataset("digits", "scikit-learn's 1,797 handwritten digits, 1x8x8, embedded", _read_digits, mirror=False),
+    RegisteredDataset(
         "mnist",
         "70,000 handwritten digits, 1x28x28",
         _torchvision("mnist", "MNIST", "."),
@@ -119,14 +123,14 @@ for _entry in (
         (0.3081,),
         mirror=False,
     ),
-    Named(
+    RegisteredDataset(
         "fashion-mnist",
         "70,000 pieces of clothing in 10 classes, 1x28x28",
         _torchvision("fashion-mnist", "FashionMNIST", "."),
         (0.2861,),
         (0.3530,),
     ),
-    Named(
+    RegisteredDataset(
         "svhn",
         "99,289 house-number digits (without the extra ones), 3x32x32",
         _torchvision("svhn", "SVHN", "svhn"),
@@ -134,21 +138,21 @@ for _entry in (
         (0.1980, 0.2010, 0.1970),
         mirror=False,
     ),
-    Named(
+    RegisteredDataset(
         "cifar10",
         "60,000 photographs in 10 classes, 3x32x32",
         _torchvision("cifar10", "CIFAR10", "."),
         (0.4914, 0.4822, 0.4465),
         (0.2023, 0.1994, 0.2010),
     ),
-    Named(
+    RegisteredDataset(
         "cifar100",
         "60,000 photographs in 100 classes, 3x32x32",
         _torchvision("cifar100", "CIFAR100", "."),
         (0.5071, 0.4866, 0.4409),
         (0.2673, 0.2564, 0.2762),
     ),
-    Named(
+    RegisteredDataset(
         "tiny-imagenet",
         "110,000 photographs in 200 classes, 3x64x64; the official validation images are the test split",
         _read_tiny_imagenet,

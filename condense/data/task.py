@@ -1,42 +1,39 @@
-"""Task: the real images that a method distils and a student is tested on, and how they are served."""
+"""Task: the real images that a method distils and that students are tested on, and batches of them."""
 
 from __future__ import annotations
 
 import os
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from condense.data import loaded as loaded_module
-from condense.data import sources
-from condense.data.loaded import DataOptions, Loaded, Split
-from condense.device import _free_memory
+from condense.data.loaded import DataOptions, LoadedData, Split, check_name
+from condense.data.sources import read_data, read_objects
+from condense.data.transform import ZCA, Standardise
+from condense.device import free_memory
 from condense.errors import CondenseError
 from condense.formatting import by
 from condense.rng import Draws, hash64, key
 
-if TYPE_CHECKING:
-    from condense.data.transform import ZCA, Standardise
-
-_CHUNK = 256
-"""Images that the CPU normalises at once."""
-
-_TABLE = 2**22
-"""Most hashes that are made at once, in memory of 8 bytes each and a few temporaries of that size."""
+CHUNK = 256
+"""Images that are normalised at once on the CPU."""
 
 
 class Task:
-    """Real train and test images with what a method must know of them.
+    """Real train and test images, with the facts that a method needs.
 
-    ``ids`` are always row numbers of a split, int64 on the CPU. Images are stored as uint8, or as float32 in [0,1], and
-    normalised in the batch. On an accelerator a split lives in device memory where it fits in a quarter of what is free
-    at its first use, else its rows are gathered on the host and copied; on the CPU the (memory-mapped) array is read in
-    place. Which of these happens never changes a value.
+    ``ids`` are row numbers of a split, int64 on the CPU. Images are stored as uint8, or as float32 in [0,1], and
+    normalised per batch. On an accelerator, a split is kept in device memory if it fits in a quarter of the memory that
+    is free at its first use; otherwise its rows are gathered on the host and copied. On the CPU the (memory-mapped)
+    array is read in place. The placement does not change any value.
     """
+
+    MAX_HASHES = 2**22
+    """Maximum number of hashes computed at once, of 8 bytes each plus a few temporaries of that size."""
 
     name: str
     """Name in records and set names."""
@@ -44,17 +41,17 @@ class Task:
     train: Split
     test: Split
     mirror: bool
-    """Whether a mirror image keeps its class; where not, augmentations drop their flip."""
+    """Whether a mirror image keeps its class; if not, augmentations do not flip."""
     fingerprint: str
     """SHA-256 hex of class names, train and test pixels and labels, in order (content, not file names)."""
     transform: Standardise | ZCA
-    """The one map from pixels in [0,1] to the space that networks are trained in."""
+    """Map from pixels in [0,1] to the space that networks are trained in."""
     source: str | None
-    """DATA that loads it again (with ``options``), paths absolute; None for data that came from memory."""
+    """DATA argument that loads it again (with ``options``), with absolute paths; None for data from memory."""
     options: DataOptions
-    """How it was loaded."""
+    """Options it was loaded with."""
     device: torch.device
-    """Where batches are served."""
+    """Device of the batches."""
 
     def __init__(
         self,
@@ -80,8 +77,8 @@ class Task:
         self.options = options or DataOptions()
         self.device = torch.device(device)
         self.transform = transform.to(self.device)
-        self._train_rows = _Rows(train, self.device)
-        self._test_rows = _Rows(test, self.device)
+        self._train_rows = Rows(train, self.device)
+        self._test_rows = Rows(test, self.device)
         self._by_class = np.argsort(train.labels, kind="stable")
         self._starts = np.concatenate([[0], np.cumsum(self.counts)])
 
@@ -105,7 +102,7 @@ class Task:
         return np.bincount(self.train.labels, minlength=self.num_classes).astype(np.int64)
 
     def to(self, device: torch.device | str, transform: Standardise | ZCA | None = None) -> Task:
-        """The same task with batches served on ``device``, in another training space where a ``transform`` is given."""
+        """Returns the same task with batches on ``device``, and in another training space if ``transform`` is given."""
         return self._with(self.train, self.test, device=device, transform=transform)
 
     def _with(
@@ -148,25 +145,25 @@ class Task:
         """Test images as pixels in [0,1], float32 (len(ids), C, H, W) on the device."""
         return unit(self._test_rows.take(ids))
 
-    def _normalised(self, rows: _Rows, ids: Tensor) -> Tensor:
-        if self.device.type != "cpu" or len(ids) <= _CHUNK:
+    def _normalised(self, rows: Rows, ids: Tensor) -> Tensor:
+        if self.device.type != "cpu" or len(ids) <= CHUNK:
             return self.transform(unit(rows.take(ids)))
-        # In pieces, the temporaries are small enough to be used again: 2,560 images 3x32x32 take 15 ms instead of 51.
+        # Small temporaries are reused by the allocator: 2,560 images 3x32x32 take 15 ms instead of 51.
         out = torch.empty((len(ids), *self.shape))
-        for start in range(0, len(ids), _CHUNK):
-            out[start : start + _CHUNK] = self.transform(unit(rows.take(ids[start : start + _CHUNK])))
+        for start in range(0, len(ids), CHUNK):
+            out[start : start + CHUNK] = self.transform(unit(rows.take(ids[start : start + CHUNK])))
         return out
 
     def per_class(
         self, n: int, parts: tuple[int | str, ...], classes: Sequence[int] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """A fresh random sample of n train images of each class, without replacement (all of a smaller class).
+        """Draws n random train images of each class without replacement (all images of a smaller class).
 
         Args:
             n: images of each class.
             parts: key of the draw, e.g. ``(seed, "real", step)``. Class c is drawn from ``Draws(*parts, c)``, so its
-                images do not depend on which other classes are asked for.
-            classes: which classes, in this order; all when left out.
+                images do not depend on the other classes.
+            classes: class numbers, in this order; by default all.
 
         Returns:
             Images in the training space, float32 (M,C,H,W), and labels, int64 (M,), on the device, ordered by class.
@@ -176,25 +173,26 @@ class Task:
         return self.batch(ids), labels
 
     def sample_ids(self, n: int, parts: tuple[int | str, ...], classes: Sequence[int] | None = None) -> Tensor:
-        """The ids :meth:`per_class` serves, int64 (M,) on the CPU: of class c, ``Draws(*parts, c).sample(count, n)``.
+        """Returns the ids that :meth:`per_class` draws, int64 (M,) on the CPU.
 
-        All classes are hashed in one call and the n smallest hashes picked: 0.4 ms for 256 of the 5,000 images of each
+        Those of class c are ``Draws(*parts, c).sample(count, n)``. The function hashes all classes in one call and
+        picks the n smallest hashes of each: 0.4 ms for 256 of the 5,000 images of each
         of 10 classes, where the full sorts of ``sample`` take 2.9 ms (two cores).
         """
         chosen = list(range(self.num_classes)) if classes is None else [int(c) for c in classes]
         if not chosen or n < 1:
             return torch.empty(0, dtype=torch.int64)
         starts, ends = self._starts[:-1][chosen], self._starts[1:][chosen]
-        most = int((ends - starts).max())
-        if len(chosen) > 1 and len(chosen) * most > _TABLE:  # one huge class among many would make a huge table
+        largest = int((ends - starts).max())
+        if len(chosen) > 1 and len(chosen) * largest > self.MAX_HASHES:  # the table has the width of the largest class
             return torch.cat([self.sample_ids(n, parts, [c]) for c in chosen])
         counts = torch.from_numpy(ends - starts).unsqueeze(1)
         streams = torch.tensor([key(*parts, c) for c in chosen]).unsqueeze(1)
-        column = torch.arange(most)
-        # Draws.bits of every class at once: one stream a row
+        column = torch.arange(largest)
+        # Draws.bits of every class at once: one stream per row
         bits = (hash64(column, streams) >> 1) & (2**63 - 1)  # type: ignore[arg-type]
         bits.masked_fill_(column >= counts, 2**63 - 1)
-        taken = min(n, most)
+        taken = min(n, largest)
         picked = bits.topk(taken, dim=1, largest=False, sorted=True).indices + torch.from_numpy(starts).unsqueeze(1)
         return torch.from_numpy(self._by_class)[picked[torch.arange(taken) < counts]]
 
@@ -203,12 +201,13 @@ class Task:
         return self._by_class[self._starts[c] : self._starts[c + 1]]
 
     def hold_out(self, share: float, parts: tuple[int | str, ...]) -> Task:
-        """A task that tests on a random ``share`` of the train images of each class and trains on the others.
+        """Returns a task that tests on a random ``share`` of the train images of each class and trains on the others.
 
-        This task's test images are not in it, and images are not copied. A class with one image only trains.
+        The test images of this task are not part of it. Images are not copied. The image of a class with only one is a
+        train image.
 
         Args:
-            share: of each class, rounded, at least one image.
+            share: share of each class, rounded, at least one image.
             parts: key of the draw.
         """
         held = []
@@ -220,33 +219,40 @@ class Task:
         return self._with(self.train.at(np.setdiff1d(np.arange(len(self.train)), test)), self.train.at(test))
 
 
-class _Rows:
-    """Rows of one split, served on a device by the rule that :class:`Task` states."""
+class Rows:
+    """Rows of one split on a device; see :class:`Task` for where they are kept.
 
-    def __init__(self, split: Split, device: torch.device) -> None:
+    Args:
+        split: the split.
+        device: device of the rows.
+        max_bytes: maximum size of a split that is kept on an accelerator; by default a quarter of the free memory.
+    """
+
+    def __init__(self, split: Split, device: torch.device, max_bytes: int | None = None) -> None:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*not writable")  # a memory map; nothing here writes
+            warnings.filterwarnings("ignore", message=".*not writable")  # of a memory map, which is only read
             self.host = torch.from_numpy(split.images)
-        self._numbers = None if split.rows is None else torch.from_numpy(split.rows)
+        self.placed: Tensor | None = self.host if device.type == "cpu" else None
+        self._indices = None if split.rows is None else torch.from_numpy(split.rows)
         self._device = device
-        self._served: Tensor | None = self.host if device.type == "cpu" else None
+        self._max_bytes = max_bytes
 
     def stored(self, ids: Tensor) -> Tensor:
         """Rows ``ids`` as stored, on the CPU."""
-        return self.host.index_select(0, self._number(ids.cpu()))
+        return self.host.index_select(0, self._index(ids.cpu()))
 
-    def _number(self, ids: Tensor) -> Tensor:
-        return ids if self._numbers is None else self._numbers[ids.cpu()]
+    def _index(self, ids: Tensor) -> Tensor:
+        return ids if self._indices is None else self._indices[ids.cpu()]
 
     def take(self, ids: Tensor) -> Tensor:
         """Rows ``ids`` as stored, on the device."""
-        ids = self._number(ids)
-        if self._served is None:
-            fits = self.host.nbytes <= _free_memory(self._device) // 4
-            self._served = self.host.to(self._device) if fits else self.host
-        if self._served is not self.host or self._device.type == "cpu":
-            return self._served.index_select(0, ids.to(self._served.device, non_blocking=True))
-        # pinned memory lets the copy run beside the device's work
+        ids = self._index(ids)
+        if self.placed is None:
+            max_bytes = free_memory(self._device) // 4 if self._max_bytes is None else self._max_bytes
+            self.placed = self.host.to(self._device) if self.host.nbytes <= max_bytes else self.host
+        if self.placed is not self.host or self._device.type == "cpu":
+            return self.placed.index_select(0, ids.to(self.placed.device, non_blocking=True))
+        # copies from pinned memory overlap with work on the device
         pinned = self._device.type == "cuda"
         rows = torch.empty((len(ids), *self.host.shape[1:]), dtype=self.host.dtype, pin_memory=pinned)
         torch.index_select(self.host, 0, ids.cpu(), out=rows)
@@ -254,7 +260,7 @@ class _Rows:
 
 
 def unit(images: Tensor) -> Tensor:
-    """Images as they are stored, uint8 or floats, as float32; uint8 become [0,1]."""
+    """Converts stored images, uint8 or floats, to float32; uint8 values are scaled to [0,1]."""
     return images.float() if images.is_floating_point() else images.float().div_(255)
 
 
@@ -264,14 +270,14 @@ def load(data: Any, options: DataOptions | None = None, *, download: bool = Fals
     Args:
         data: a registered name (see :func:`datasets`); the path of an image folder, ``.npz`` or ``.h5``; any of these
             as ``NAME=DATA``; ``(train_images, train_labels, test_images, test_labels)`` of arrays or tensors, or a
-            mapping of those names; ``(train_dataset, test_dataset)`` of map-style torch datasets; the train part of
-            these alone, a fifth of each class of which becomes the test split; or a Task, returned as it is.
+            mapping with these names; ``(train_dataset, test_dataset)`` of map-style torch datasets; only the train part
+            of these, a fifth of each class of which becomes the test split; or a Task, which is returned unchanged.
         options: resize, grey, mirror, zca.
-        download: fetch a registered set that is not on disk.
-        name: what records call it; left out, the registered name, that of the folder or file, or "data".
+        download: fetch a registered data set that is not on disk.
+        name: name in records; by default the registered name, the name of the folder or file, or "data".
 
     Raises:
-        CondenseError: the data do not exist or cannot be used; one line that says why.
+        CondenseError: the data do not exist or are invalid.
     """
     if isinstance(data, Task):
         if options not in (None, data.options) or name not in (None, data.name):
@@ -279,11 +285,11 @@ def load(data: Any, options: DataOptions | None = None, *, download: bool = Fals
         return data
     options = options or DataOptions()
     if isinstance(data, (str, os.PathLike)):
-        loaded = sources.read(os.fspath(data), options, download=download)
+        loaded = read_data(os.fspath(data), options, download=download)
     else:
-        loaded = sources.read_objects(data, options)
+        loaded = read_objects(data, options)
     return Task(
-        loaded.name if name is None else loaded_module.check_name(name),
+        loaded.name if name is None else check_name(name),
         loaded.classes,
         loaded.train,
         loaded.test,
@@ -295,9 +301,7 @@ def load(data: Any, options: DataOptions | None = None, *, download: bool = Fals
     )
 
 
-def _transform(loaded: Loaded, zca: bool) -> Standardise | ZCA:
-    from condense.data.transform import ZCA, Standardise
-
+def _transform(loaded: LoadedData, zca: bool) -> Standardise | ZCA:
     if zca:
-        return ZCA.fit(unit(_Rows(loaded.train, torch.device("cpu")).host))
+        return ZCA.fit(unit(Rows(loaded.train, torch.device("cpu")).host))
     return Standardise(torch.from_numpy(loaded.mean), torch.from_numpy(loaded.std))

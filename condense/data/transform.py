@@ -1,4 +1,4 @@
-"""pixel space <-> training space: Standardise, ZCA."""
+"""Maps between pixel space and training space: Standardise and ZCA."""
 
 from __future__ import annotations
 
@@ -13,14 +13,18 @@ from torch import Tensor
 from condense.errors import CondenseError, did_you_mean
 
 
-def _working(x: Tensor) -> torch.dtype:
-    """The dtype to do arithmetic in: at least float32. Integers are refused, or results would be cut to 0 and 1."""
+def working_dtype(x: Tensor) -> torch.dtype:
+    """Returns the dtype for arithmetic on images: their own, at least float32.
+
+    Raises:
+        TypeError: integers, whose results would be rounded to 0 and 1.
+    """
     if not x.is_floating_point():
         raise TypeError(f"images must be floating point, not {x.dtype}: divide uint8 pixels by 255 first")
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _array(x: Tensor) -> np.ndarray:
+def _to_array(x: Tensor) -> np.ndarray:
     return x.detach().to("cpu", torch.float32).numpy()
 
 
@@ -28,7 +32,7 @@ class Standardise:
     """Pixel space [0, 1] -> training space by channel: ``(x - mean) / std``.
 
     Works on (..., C, H, W) of any floating dtype, keeps the dtype and is differentiable. ``mean`` and ``std`` are (C,),
-    held as float32, so that a transform read back from a file is the same to the bit.
+    stored as float32, so that a transform read from a file is bit-identical.
 
     Raises:
         ValueError: mean and std are not two vectors of one length, or a std is not above 0.
@@ -44,19 +48,19 @@ class Standardise:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Pixel space -> training space."""
-        dtype = _working(x)
+        dtype = working_dtype(x)
         mean, std = (v.to(dtype)[:, None, None] for v in (self.mean, self.std))
         return ((x - mean) / std).to(x.dtype)
 
     def inverse(self, x: Tensor) -> Tensor:
         """Training space -> pixel space (not clamped)."""
-        dtype = _working(x)
+        dtype = working_dtype(x)
         mean, std = (v.to(dtype)[:, None, None] for v in (self.mean, self.std))
         return (x * std + mean).to(x.dtype)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """``mean`` and ``std``, float32 (C,); what a set stores under ``/transform``."""
-        return {"mean": _array(self.mean), "std": _array(self.std)}
+        """``mean`` and ``std``, float32 (C,), as stored under ``/transform`` of a set."""
+        return {"mean": _to_array(self.mean), "std": _to_array(self.std)}
 
     def to(self, device: torch.device | str) -> Standardise:
         """The same transform on ``device``."""
@@ -67,7 +71,7 @@ class ZCA:
     """Pixel space [0, 1] -> ZCA-whitened training space: ``(x - mean) @ matrix`` on flattened images.
 
     Works on (..., C, H, W) of any floating dtype, keeps the dtype and is differentiable. With D = C*H*W, ``mean`` is
-    (D,), ``matrix`` and ``inverse_matrix`` are (D, D), held as float32: 75 MB together for 3x32x32 (D = 3072), 1.2 GB
+    (D,), ``matrix`` and ``inverse_matrix`` are (D, D), stored as float32: 75 MB together for 3x32x32 (D = 3072), 1.2 GB
     for 3x64x64 (D = 12288).
 
     Raises:
@@ -85,34 +89,38 @@ class ZCA:
 
     @classmethod
     def fit(cls, images: Tensor, eps: float = 0.1) -> ZCA:
-        """Fits to float images (N,C,H,W) in [0, 1], not standardised, on their device, as MTT and its successors do.
+        """Fits to float images (N,C,H,W) in [0, 1], not standardised, on their device, as in MTT and later work.
 
         With the unbiased covariance U diag(S) U^T: ``matrix = U diag((S + eps)^-1/2) U^T``; ``eps`` is absolute. The
-        decomposition needs about sixteen (D, D) matrices beside a centred copy of the images: 0.6 GB and 15 s on one
-        core for D = 3072 (measured); scaled up, 10 GB and 15 minutes for D = 12288.
+        decomposition needs about sixteen (D, D) matrices and a centred copy of the images: 0.6 GB and 15 s on one core
+        for D = 3072 (measured), 10 GB and 15 minutes for D = 12288 (extrapolated).
         """
         from kornia.enhance import ZCAWhitening
 
-        _working(images)
+        working_dtype(images)
         fitted = ZCAWhitening(eps=float(eps), compute_inv=True).fit(images.detach())
         _, c, h, w = images.shape
         return cls(fitted.mean_vector[0], fitted.transform_matrix, fitted.transform_inv, (c, h, w))
 
     def __call__(self, x: Tensor) -> Tensor:
         """Pixel space -> training space."""
-        dtype = _working(x)
+        dtype = working_dtype(x)
         flat = (x.flatten(-3) - self.mean.to(dtype)) @ self.matrix.to(dtype)
         return flat.reshape(x.shape).to(x.dtype)
 
     def inverse(self, x: Tensor) -> Tensor:
         """Training space -> pixel space (not clamped)."""
-        dtype = _working(x)
+        dtype = working_dtype(x)
         flat = x.flatten(-3).to(dtype) @ self.inverse_matrix.to(dtype) + self.mean.to(dtype)
         return flat.reshape(x.shape).to(x.dtype)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """``mean`` (D,), ``matrix`` and ``inverse`` (D, D), float32; what a set stores under ``/transform``."""
-        return {"mean": _array(self.mean), "matrix": _array(self.matrix), "inverse": _array(self.inverse_matrix)}
+        """``mean`` (D,), ``matrix`` and ``inverse`` (D, D), float32, as stored under ``/transform`` of a set."""
+        return {
+            "mean": _to_array(self.mean),
+            "matrix": _to_array(self.matrix),
+            "inverse": _to_array(self.inverse_matrix),
+        }
 
     def to(self, device: torch.device | str) -> ZCA:
         """The same transform on ``device``."""
@@ -123,7 +131,7 @@ Transform: TypeAlias = Standardise | ZCA
 
 
 def transform_from_arrays(kind: str, arrays: Mapping[str, np.ndarray], shape: tuple[int, int, int]) -> Transform:
-    """The transform that ``arrays()`` of a transform of this ``kind`` described, for images of ``shape`` (C, H, W).
+    """Restores a transform of this ``kind`` from its ``arrays()``, for images of ``shape`` (C, H, W).
 
     Raises:
         CondenseError: the kind is unknown, or an array is missing, of the wrong shape or type, or not finite.
@@ -136,13 +144,15 @@ def transform_from_arrays(kind: str, arrays: Mapping[str, np.ndarray], shape: tu
     if kind not in expected:
         raise CondenseError(f"unknown transform '{kind}'{did_you_mean(kind, expected)}")
     tensors = {}
-    for name, wanted in expected[kind].items():
+    for name, expected_shape in expected[kind].items():
         if name not in arrays:
             raise CondenseError(f"transform '{kind}' lacks its array '{name}'")
         array = arrays[name]
-        if array.shape != wanted or array.dtype.kind != "f" or not np.isfinite(array).all():
-            found = f"{array.dtype} {tuple(array.shape)}"
-            raise CondenseError(f"transform '{kind}': '{name}' must be finite floats of shape {wanted}, found {found}")
+        if array.shape != expected_shape or array.dtype.kind != "f" or not np.isfinite(array).all():
+            raise CondenseError(
+                f"transform '{kind}': '{name}' must be finite floats of shape {expected_shape}, "
+                f"found {array.dtype} {tuple(array.shape)}"
+            )
         tensors[name] = torch.from_numpy(np.array(array, dtype=np.float32))
     if kind == "zca":
         return ZCA(tensors["mean"], tensors["matrix"], tensors["inverse"], shape)
@@ -152,6 +162,6 @@ def transform_from_arrays(kind: str, arrays: Mapping[str, np.ndarray], shape: tu
 
 
 def digests(transform: Transform) -> list[str]:
-    """SHA-256 of each array of a map to training space, by name."""
+    """SHA-256 of each array of a transform, in the order of their names."""
     arrays = transform.arrays()
     return [hashlib.sha256(arrays[name].tobytes()).hexdigest() for name in sorted(arrays)]

@@ -1,0 +1,174 @@
+"""Decodes image folders into a cache of memory-mapped ``.npy`` files.
+
+A cached folder is found by the names, sizes and modification times of its files. The cache lies under
+:func:`condense.data.cache_dir`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import logging
+import math
+import os
+import shutil
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from condense.data.decoding import decode_images
+from condense.data.folders import FolderListing, decoded_format, labels_of
+from condense.data.loaded import DataOptions, LoadedData, Split, cache_dir, measure_splits
+
+_log = logging.getLogger(__name__)
+
+CACHE_FORMAT = 1
+"""Version of the cache: raised if the same files and options decode to other pixels or to another layout."""
+
+
+def read_folder(listing: FolderListing, options: DataOptions) -> LoadedData:
+    """Reads the images of a folder, from the cache if the same files were decoded with the same options before.
+
+    If the cache cannot be written, the images stay in memory and a warning is logged.
+    """
+    lines = [json.dumps([CACHE_FORMAT, options.resize, options.grey, listing.classes])]
+    start = len(str(listing.root))  # relative names, so that the key does not change when the folder is moved
+    lines += [
+        f"{part}\t{file.label}\t{file.path[start:]}\t{file.size}\t{file.changed}"
+        for part, files in (("train", listing.train), ("test", listing.test))
+        for file in files
+    ]
+    key = hashlib.blake2b("\n".join(lines).encode(errors="surrogateescape"), digest_size=16).hexdigest()
+    directory = cache_dir() / "images" / key
+    loaded = _open_cache(directory, listing)
+    if loaded is not None:
+        return loaded
+    shape, mode = decoded_format(listing.train, options)
+    try:
+        _fill_cache(directory, listing, shape, mode, options.resize)
+        loaded = _open_cache(directory, listing)
+        if loaded is not None:
+            return loaded
+        reason = "it cannot be read back"
+    except OSError as error:
+        reason = error.strerror or str(error)
+    _log.warning("decoded images cannot be kept in %s (%s): they stay in memory", directory.parent, reason)
+    stored: list[np.ndarray] = []
+
+    def keep(chunks: Iterable[np.ndarray], count: int, part: str) -> Iterator[np.ndarray]:
+        images, start = np.empty((count, *shape), np.uint8), 0
+        stored.append(images)
+        for chunk in chunks:
+            images[start : start + len(chunk)] = chunk
+            start += len(chunk)
+            yield chunk
+
+    fingerprint, mean, std = _decode_all(listing, shape, mode, options.resize, keep)
+    train, test = (Split(images, labels_of(files)) for images, files in zip(stored, (listing.train, listing.test)))
+    return LoadedData(listing.classes, train, test, mean, std, fingerprint)
+
+
+def _decode_all(
+    listing: FolderListing,
+    shape: tuple[int, ...],
+    mode: str,
+    resize: int | None,
+    keep: Callable[[Iterable[np.ndarray], int, str], Iterator[np.ndarray]],
+) -> tuple[str, np.ndarray, np.ndarray]:
+    """Decodes and measures both splits; ``keep(chunks, count, part)`` stores the chunks as they pass through."""
+
+    def splits() -> Iterator[tuple[tuple[int, ...], np.dtype, Iterable[np.ndarray], np.ndarray]]:
+        for part, files in (("train", listing.train), ("test", listing.test)):
+            chunks = _progress(
+                decode_images([f.path for f in files], shape, mode, resize), len(files), f"decoding {part}"
+            )
+            yield (len(files), *shape), np.dtype(np.uint8), keep(chunks, len(files), part), labels_of(files)
+
+    return measure_splits(listing.classes, splits())
+
+
+def _open_cache(directory: Path, listing: FolderListing) -> LoadedData | None:
+    """Opens the cached images as read-only memory maps; returns None if the cache does not exist or is damaged."""
+    try:
+        meta = json.loads((directory / "meta.json").read_text())
+        train, test = (
+            Split(np.load(directory / f"{part}.npy", mmap_mode="r", allow_pickle=False), labels_of(files))
+            for part, files in (("train", listing.train), ("test", listing.test))
+        )
+        if any(len(split.images) != len(split) for split in (train, test)):
+            return None
+        mean, std = np.array(meta["mean"]), np.array(meta["std"])
+        return LoadedData(listing.classes, train, test, mean, std, meta["fingerprint"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _fill_cache(directory: Path, listing: FolderListing, shape: tuple[int, ...], mode: str, resize: int | None) -> None:
+    """Decodes into a temporary folder and renames it when it is complete.
+
+    So neither a kill nor a second process that fills the same cache leaves an incomplete one.
+
+    Raises:
+        OSError: the cache cannot be written, or the disk is full.
+    """
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    for abandoned in directory.parent.glob(".tmp-*"):  # from processes that were killed
+        with contextlib.suppress(OSError):
+            if time.time() - abandoned.stat().st_mtime > 86400:
+                shutil.rmtree(abandoned, ignore_errors=True)
+    needed = (len(listing.train) + len(listing.test)) * math.prod(shape)
+    if shutil.disk_usage(directory.parent).free < needed + 2**20:
+        raise OSError(errno.ENOSPC, f"{needed >> 20} MiB needed, the disk is full")
+    temporary = directory.parent / f".tmp-{uuid.uuid4().hex}"
+    temporary.mkdir()
+
+    def keep(chunks: Iterable[np.ndarray], count: int, part: str) -> Iterator[np.ndarray]:
+        with open(temporary / f"{part}.npy", "wb") as file:
+            header = {"descr": "|u1", "fortran_order": False, "shape": (count, *shape)}
+            np.lib.format.write_array_header_1_0(file, header)
+            for chunk in chunks:
+                file.write(chunk.data)
+                yield chunk
+            _sync(file)
+
+    try:
+        fingerprint, mean, std = _decode_all(listing, shape, mode, resize, keep)
+        with open(temporary / "meta.json", "w") as file:
+            json.dump(
+                {"fingerprint": fingerprint, "mean": mean.tolist(), "std": std.tolist(), "root": str(listing.root)},
+                file,
+            )
+            _sync(file)
+        if directory.exists():
+            if _open_cache(directory, listing) is not None:  # another process has filled it
+                return
+            shutil.rmtree(directory)
+        try:
+            os.rename(temporary, directory)
+        except OSError:
+            if _open_cache(directory, listing) is None:
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sync(file: Any) -> None:
+    """Writes the buffers of an open file to the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _progress(chunks: Iterable[np.ndarray], total: int, description: str) -> Iterator[np.ndarray]:
+    """Yields the chunks and shows a bar on stderr if that is a terminal."""
+    with tqdm(total=total, desc=description, unit=" images", file=sys.stderr, disable=None, leave=False) as bar:
+        for chunk in chunks:
+            yield chunk
+            bar.update(len(chunk))
