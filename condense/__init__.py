@@ -1,6 +1,6 @@
-"""condense: make, judge and use distilled datasets.
+"""condense: make, evaluate and use distilled datasets.
 
-The public names load on first use, so ``import condense`` pulls in neither torch nor any method.
+Public names are loaded on first use, so ``import condense`` imports neither torch nor any method.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from condense.errors import CondenseError
 from condense.version import __version__
 
-# In a checkout `methods/` and `benchmarks/` lie beside this folder, in an installation inside it: these lines let
-# `condense.methods` work when nothing is installed and when a checkout shadows the installation.
+# In a checkout, `methods/` and `benchmarks/` are next to this folder; in an installation, inside it. These lines make
+# `condense.methods` importable if nothing is installed, and if a checkout shadows the installation.
 _checkout = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 if not os.path.isdir(os.path.join(os.path.dirname(__file__), "methods")) and os.path.isfile(
     os.path.join(_checkout, "methods", "__init__.py")

@@ -1,4 +1,4 @@
-"""device, precision, memory, deterministic kernels."""
+"""Devices: selection, precision, memory, deterministic kernels."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from condense.errors import CondenseError
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto`` is CUDA where there is one, else the CPU; any other name is torch's.
+    """Returns the torch device called ``name``; ``auto`` is CUDA if available, otherwise the CPU.
 
     Raises:
-        CondenseError: the device does not exist here.
+        CondenseError: the device is not available.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device).item()  # refuses `meta` too, which has no values
+        torch.zeros(1, device=device).item()  # fails for `meta`, which has no values
     except (RuntimeError, AssertionError, NotImplementedError) as fault:
         raise CondenseError(f"--device {name}: not available here; use --device cpu or leave it out") from fault
     return device
@@ -33,8 +33,7 @@ def pick_device(name: str) -> torch.device:
 
 @functools.cache
 def cpu_has_bf16() -> bool:
-    """Whether the CPU multiplies bf16 in hardware (AVX512-BF16, AMX or Arm's BF16), told by its flags, never by
-    timing."""
+    """Whether the CPU multiplies bf16 in hardware (AVX512-BF16, AMX or Arm's BF16), according to its flags."""
     try:
         flags = Path("/proc/cpuinfo").read_text(errors="ignore")
     except OSError:
@@ -43,7 +42,15 @@ def cpu_has_bf16() -> bool:
 
 
 def pick_precision(name: str, device: torch.device) -> str:
-    """``fp32`` or ``bf16`` for matrix work that needs no second derivative; ``auto`` is bf16 where hardware has it."""
+    """Returns ``fp32`` or ``bf16``, the precision of matrix products that need no second derivative.
+
+    Args:
+        name: auto (bf16 if the hardware supports it), fp32 or bf16.
+        device: device of the products.
+
+    Raises:
+        CondenseError: unknown name.
+    """
     if name not in ("auto", "fp32", "bf16"):
         raise CondenseError(f"--precision {name}: use auto, fp32 or bf16")
     if name != "auto":
@@ -54,14 +61,14 @@ def pick_precision(name: str, device: torch.device) -> str:
 
 
 def fast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
-    """The context for matrix work that tolerates ``precision``: autocast to bf16, or nothing."""
+    """Returns an autocast context for ``bf16``, or a null context for ``fp32``."""
     if precision == "bf16":
         return torch.autocast(device.type, torch.bfloat16)
     return contextlib.nullcontext()
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:
-    """Peak bytes so far: ``host`` (resident set of the process) and, on CUDA, ``device``."""
+    """Returns peak bytes so far: ``host`` (resident set of the process) and, on CUDA, ``device``."""
     peak = {"host": _peak_resident()}
     if device.type == "cuda":
         peak["device"] = torch.cuda.max_memory_allocated(device)
@@ -69,9 +76,9 @@ def peak_memory(device: torch.device) -> dict[str, int]:
 
 
 def _peak_resident() -> int:
-    """Peak resident bytes of this process; 0 where the system does not tell.
+    """Peak resident bytes of this process; 0 if unknown.
 
-    From /proc where there is one: what getrusage tells includes the peak of the process that started this one.
+    The function prefers /proc, because getrusage includes the peak of the process that started this one.
     """
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
@@ -86,13 +93,13 @@ def _peak_resident() -> int:
 
 
 @contextlib.contextmanager
-def deterministic_kernels(wanted: bool = True) -> Iterator[None]:
-    """Only deterministic kernels inside, where ``wanted``; an operation that has none raises an error."""
-    if not wanted:
+def deterministic_kernels(enabled: bool = True) -> Iterator[None]:
+    """Uses only deterministic kernels in the block, if ``enabled``; an operation without one raises an error."""
+    if not enabled:
         yield
         return
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts its first matrix product
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first matrix product on CUDA
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
     try:
@@ -103,14 +110,14 @@ def deterministic_kernels(wanted: bool = True) -> Iterator[None]:
 
 
 def device_name(device: torch.device) -> str:
-    """The device in words, e.g. ``NVIDIA A100`` or ``2-thread x86_64 CPU (bf16)``."""
+    """Human-readable device name, e.g. ``NVIDIA A100`` or ``2-thread x86_64 CPU (bf16)``."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{torch.get_num_threads()}-thread {platform.machine()} CPU" + (" (bf16)" if cpu_has_bf16() else "")
 
 
 def free_memory(device: torch.device) -> int:
-    """Free bytes of an accelerator; those of the host where it shares them or cannot tell."""
+    """Free bytes of an accelerator; those of the host if it shares its memory or does not report its own."""
     module: Any = getattr(torch, device.type, None)
     if hasattr(module, "mem_get_info"):
         return int(module.mem_get_info(device)[0])
@@ -121,7 +128,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def free_host_memory() -> int:
-    """Bytes that can be had without swapping, within the limit of a container; 0 where the system does not tell."""
+    """Bytes available without swapping, within the limit of a container; 0 if unknown."""
     try:
         (line,) = (line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable:"))
         free = int(line.split()[1]) * 1024

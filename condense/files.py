@@ -1,4 +1,4 @@
-"""atomic writing, folders, checksums of tensors."""
+"""Files: atomic writes, checks before the work, checksums of tensors."""
 
 from __future__ import annotations
 
@@ -19,10 +19,15 @@ from condense.errors import CondenseError
 
 
 def check_writable(path: Path, *, force: bool, size: int = 0) -> None:
-    """Finds before any work that ``path`` cannot be written.
+    """Checks before any work that ``path`` can be written.
+
+    Args:
+        path: file to write; missing folders are created later.
+        force: an existing file may be replaced.
+        size: bytes that are needed.
 
     Raises:
-        CondenseError: it exists (and not ``force``), its folder is missing or read-only, or the disk is full.
+        CondenseError: it exists (without ``force``), its folder is read-only, or the disk is full.
     """
     try:
         if path.is_dir():
@@ -36,8 +41,8 @@ def check_writable(path: Path, *, force: bool, size: int = 0) -> None:
     except OSError as fault:
         raise CondenseError(f"{path}: cannot be written ({fault.strerror}); choose another place") from fault
     needed = size + 1024 * 1024
-    if usage is not None and usage.f_bavail * usage.f_frsize < needed:
-        free = usage.f_bavail * usage.f_frsize
+    free = needed if usage is None else usage.f_bavail * usage.f_frsize
+    if free < needed:
         raise CondenseError(
             f"{path}: the disk has {free} bytes left, {needed} are needed; free some or choose another place"
         )
@@ -45,7 +50,11 @@ def check_writable(path: Path, *, force: bool, size: int = 0) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its place, synced, when the block succeeds."""
+    """Yields a temporary path; its file is synced and replaces ``path`` when the block succeeds.
+
+    Raises:
+        CondenseError: writing failed.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -61,8 +70,11 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside ``folder`` that takes its place as a whole when the block succeeds; else nothing
-    changes."""
+    """Yields a temporary folder that replaces ``folder`` when the block succeeds; otherwise nothing changes.
+
+    Raises:
+        CondenseError: writing failed.
+    """
     folder = folder.absolute()
     temporary, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
     try:
@@ -81,7 +93,7 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
 
 
 def content(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of the names, types, shapes and bytes of tensors, wherever they are."""
+    """SHA-256 of the names, dtypes, shapes and bytes of tensors on any device."""
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -90,11 +102,14 @@ def content(tensors: Mapping[str, Tensor]) -> str:
 
 
 def read_state(path: Path) -> dict[str, Any] | None:
-    """What ``torch.save`` wrote, on the CPU; None where the file is damaged or holds anything but plain state."""
+    """Reads a dictionary that ``torch.save`` wrote, with its tensors on the CPU.
+
+    Returns None if the file is missing, damaged, or holds anything that is not a tensor or plain value.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # torch.load compares no checksums
         state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # a damaged file raises anything
+    except Exception:  # a damaged file raises errors of many types
         return None
     return state if isinstance(state, dict) else None

@@ -1,4 +1,4 @@
-"""Durations, sizes and shapes for people."""
+"""Formats durations, sizes and shapes."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Iterable
 
 
 def duration(seconds: float) -> str:
-    """``12.5 min``, ``3 s``, ``40 ms``: three digits of the unit that fits."""
-    for unit, scale, least in (("days", 86400, 172800), ("h", 3600, 7200), ("min", 60, 120), ("s", 1, 1)):
-        if seconds >= least:
+    """``12.5 min``, ``3 s``, ``40 ms``: three digits in a suitable unit."""
+    for unit, scale, minimum in (("days", 86400, 172800), ("h", 3600, 7200), ("min", 60, 120), ("s", 1, 1)):
+        if seconds >= minimum:
             return f"{seconds / scale:.3g} {unit}"
     return f"{1000 * seconds:.3g} ms"
 
@@ -22,7 +22,7 @@ def size(count: int) -> str:
 
 
 def binary(count: int) -> str:
-    """``5.6 GiB``, ``28 GiB``: what many papers call GB."""
+    """``5.6 GiB``, ``28 GiB``: the unit that many papers call GB."""
     return f"{count / 2**30:.{1 if count < 10 * 2**30 else 0}f} GiB"
 
 

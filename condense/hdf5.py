@@ -1,5 +1,8 @@
-"""HDF5 files with a manifest: what the formats of the toolkit share. Files from anywhere are data: nothing is executed,
-links to other files are not followed, and what a file says of itself is checked before it is used."""
+"""HDF5 files with a manifest: the part that all formats of the toolkit share.
+
+Files are untrusted: nothing in them is executed, links to other files are rejected, and the manifest is checked before
+it is used.
+"""
 
 from __future__ import annotations
 
@@ -19,26 +22,27 @@ from condense.errors import CondenseError, did_you_mean
 AGAIN = "copy or make it again"
 
 MANIFEST_LIMIT = 64 * 1024 * 1024
+"""Maximum size of a manifest in bytes."""
 
 
 @dataclass(frozen=True)
 class Format:
-    """One kind of file."""
+    """A file format."""
 
     name: str
     version: int
     required: Mapping[str, type]
-    """What every manifest says, and of which type."""
+    """Keys of every manifest, and their types."""
     maker: str
-    """The command that writes such files."""
+    """Command that writes such files."""
 
 
 @contextlib.contextmanager
 def opened(path: Path, form: Format) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """The file, open for reading, and its manifest; what goes wrong while it is read ends in one line.
+    """Opens a file for reading and yields it with its manifest. Errors in the block become one line.
 
     Raises:
-        CondenseError: no such file, another or a newer format, truncated or damaged.
+        CondenseError: no such file, a different or a newer format, or the file is truncated or damaged.
     """
     import h5py
 
@@ -82,7 +86,7 @@ def _manifest(path: Path, file: Any, form: Format) -> dict[str, Any]:
 
 
 def format_of(path: Path) -> str:
-    """The format that a file says it is of; empty where it is no HDF5 file of a named one."""
+    """Returns the format name in an HDF5 file; an empty string if there is none or the file is not HDF5."""
     import h5py
 
     try:
@@ -93,15 +97,18 @@ def format_of(path: Path) -> str:
 
 
 def create(path: Path) -> Any:
-    """A new file, open for writing, in the 1.10 layout: the oldest one keeps attributes under 64 KiB, which the class
-    names of a large set or the manifest of many experts may outgrow."""
+    """Opens a new file for writing, in the 1.10 layout.
+
+    The oldest layout limits attributes to 64 KiB. The class names of a large set or the manifest of many experts may be
+    longer.
+    """
     import h5py
 
     return h5py.File(path, "w", libver=("v110", "v110"))
 
 
 def sign(file: Any, form: Format, manifest: Mapping[str, Any]) -> None:
-    """Writes format, version and manifest into an open file."""
+    """Writes the format, its version and the manifest into an open file."""
     text = json.dumps(manifest, sort_keys=True)
     file.attrs["format"], file.attrs["version"] = form.name, form.version
     file.attrs["manifest_sha256"] = hashlib.sha256(text.encode()).hexdigest()
@@ -109,7 +116,11 @@ def sign(file: Any, form: Format, manifest: Mapping[str, Any]) -> None:
 
 
 def check_link(path: Path, file: Any, name: str) -> None:
-    """Refuses an array that is missing or lies in another file, whichever part of its name leads there."""
+    """Checks that an array and all groups of its name are in this file.
+
+    Raises:
+        CondenseError: it is missing, or a part of its name is a link to another file.
+    """
     import h5py
 
     parts = name.split("/")

@@ -1,4 +1,4 @@
-"""torchrun: rank, sum, broadcast, barrier."""
+"""Processes started by ``torchrun``: rank, sum, broadcast and barrier."""
 
 from __future__ import annotations
 
@@ -11,51 +11,51 @@ from torch import Tensor
 
 
 class Ranks:
-    """This process among those that ``torchrun`` started; one process alone is rank 0 of 1."""
+    """Collective operations between the processes that ``torchrun`` started. A single process is rank 0 of 1."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.world = int(os.environ.get("WORLD_SIZE", "1"))
         self.rank = int(os.environ.get("RANK", "0"))
         if self.world > 1 and device.type == "cuda":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # what "cuda" means on this rank
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # the meaning of "cuda" on this rank
         if self.world > 1 and not torch.distributed.is_initialized():
-            # One rank may train a network for hours before the others hear of it.
-            wait = datetime.timedelta(days=7)
-            torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=wait)
-            atexit.register(_leave)  # once for all runs and evaluations of the process; a caller's own group stays
+            # One rank may train a network for hours while the others wait for its result.
+            timeout = datetime.timedelta(days=7)
+            torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+            atexit.register(_destroy_process_group)  # a process group of the caller is not destroyed
 
     @property
     def leads(self) -> bool:
-        """Whether this rank writes files and talks."""
+        """Whether this is the main process, which writes files and prints."""
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> None:
-        """Adds ``tensor`` over the ranks, in place."""
+        """Sums ``tensor`` over all ranks, in place."""
         if self.world > 1:
             torch.distributed.all_reduce(tensor)
 
-    def agree(self, wish: int) -> int:
-        """Rank 0's answer on every rank, so that all stop, save and log at the same step."""
+    def agree(self, value: int) -> int:
+        """Broadcasts the value of rank 0, so that all ranks stop, save and log at the same step."""
         if self.world == 1:
-            return wish
-        answer = torch.tensor([wish], device=self.device)
-        torch.distributed.broadcast(answer, 0)
-        return int(answer.item())
+            return value
+        tensor = torch.tensor([value], device=self.device)
+        torch.distributed.broadcast(tensor, 0)
+        return int(tensor.item())
 
-    def all(self, fine: Tensor) -> bool:
-        """Whether the device scalar ``fine`` is true on every rank."""
-        answer = fine.float().reshape(1).clone()
+    def all(self, condition: Tensor) -> bool:
+        """Whether the device scalar ``condition`` is true on all ranks."""
+        minimum = condition.float().reshape(1).clone()
         if self.world > 1:
-            torch.distributed.all_reduce(answer, torch.distributed.ReduceOp.MIN)
-        return bool(answer.item())
+            torch.distributed.all_reduce(minimum, torch.distributed.ReduceOp.MIN)
+        return bool(minimum.item())
 
     def close(self) -> None:
-        """Waits until all ranks are here, so that none ends while another still talks to it."""
+        """Blocks until all ranks reach this call."""
         if self.world > 1:
             torch.distributed.barrier()
 
 
-def _leave() -> None:
+def _destroy_process_group() -> None:
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

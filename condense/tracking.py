@@ -1,4 +1,4 @@
-"""Where a run reports: a JSONL log always, TensorBoard or trackio where installed, a bar or plain lines for people."""
+"""Reports of a run: a JSONL log, TensorBoard or trackio if installed, and a progress bar or plain lines."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from condense.errors import CondenseError, did_you_mean, need
 
 KINDS = ("auto", "tensorboard", "trackio", "none")
 LINE_SECONDS = 30.0
-"""Time between two lines of progress where there is no terminal."""
+"""Seconds between two lines of progress if stderr is not a terminal."""
 
 
 def leads() -> bool:
-    """Whether this process talks and writes: among those that ``torchrun`` started, the first."""
+    """Whether this is the main process, which prints and writes files: rank 0 of ``torchrun``, or the only process."""
     return os.environ.get("RANK", "0") == "0"
 
 
 class Tracker(Protocol):
-    """Where numbers of a run go besides the log."""
+    """Receives the numbers of a run in addition to the log."""
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Values of one step."""
+        """Logs values of one step."""
 
     def image(self, step: int, path: Path) -> None:
-        """A preview picture of the step, a PNG file."""
+        """Logs a preview of the step, a PNG file."""
 
     def close(self) -> None:
-        """Flushes and ends."""
+        """Flushes and closes."""
 
 
 class TensorBoard:
-    """Event files below ``directory/tensorboard``; what an earlier life of the run wrote after ``step`` is hidden."""
+    """Event files in ``directory/tensorboard``. On resume, events after ``step`` are hidden."""
 
     def __init__(self, directory: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -79,10 +79,10 @@ class Trackio:
 
 
 def check_tracker(kind: str) -> None:
-    """Finds before any work that a tracker asked for by name cannot be had.
+    """Checks before any work that a tracker is available.
 
     Raises:
-        CondenseError: no such tracker, or it is not installed.
+        CondenseError: unknown tracker, or it is not installed.
     """
     if kind not in KINDS:
         raise CondenseError(f"--track {kind}: unknown{did_you_mean(kind, KINDS)}")
@@ -91,14 +91,15 @@ def check_tracker(kind: str) -> None:
 
 
 def open_tracker(kind: str, directory: Path | None, step: int) -> Tracker | None:
-    """The tracker called ``kind``: auto (TensorBoard where installed), tensorboard, trackio or none.
+    """Opens a tracker.
 
     Args:
-        directory: of the run; None tracks nothing.
-        step: the run goes on after this step.
+        kind: auto (TensorBoard if installed), tensorboard, trackio or none.
+        directory: directory of the run; None disables tracking.
+        step: the run resumes after this step.
 
     Raises:
-        CondenseError: the tracker was asked for by name and is not installed.
+        CondenseError: unknown tracker, or it is not installed.
     """
     check_tracker(kind)
     if directory is None or kind == "none":
@@ -109,8 +110,12 @@ def open_tracker(kind: str, directory: Path | None, step: int) -> Tracker | None
 
 
 class Log:
-    """``log.jsonl``: one JSON object a line. Going on ``after`` (loop, step) drops lines later than that; None is a new
-    log."""
+    """``log.jsonl``: one JSON object per line.
+
+    Args:
+        path: the file.
+        after: (loop, step) after which the run resumes; later lines are deleted. None starts a new log.
+    """
 
     def __init__(self, path: Path, after: tuple[int, int] | None) -> None:
         if after is not None and path.exists():
@@ -132,12 +137,12 @@ def _position(line: str) -> tuple[float, float]:
     try:
         entry = json.loads(line)
         return entry["loop"], entry["step"]
-    except (ValueError, KeyError):  # a line cut short by a kill
+    except (ValueError, KeyError):  # a line truncated by a kill
         return float("inf"), 0
 
 
 class Progress:
-    """Step, loss and time left: a tqdm bar on a terminal, elsewhere a plain line every ``LINE_SECONDS``."""
+    """Shows step, loss and time left: a tqdm bar on a terminal, otherwise a plain line every ``LINE_SECONDS``."""
 
     def __init__(self, name: str, total: int, start: int = 0, quiet: bool = False) -> None:
         self.name, self.total, self.start, self.quiet = name, total, start, quiet
@@ -149,7 +154,7 @@ class Progress:
             self.bar = tqdm(total=total, initial=start, desc=name, unit="step", file=sys.stderr, dynamic_ncols=True)
 
     def update(self, done: int, text: str = "") -> None:
-        """``done`` steps of the total are finished; ``text`` is shown behind."""
+        """Shows that ``done`` steps of the total are finished, followed by ``text``."""
         if self.bar is not None:
             self.bar.set_postfix_str(text, refresh=False)
             self.bar.update(done - self.bar.n)
@@ -160,7 +165,7 @@ class Progress:
         self.last = now
         left = datetime.timedelta(seconds=round((now - self.began) / (done - self.start) * (self.total - done)))
         line = ", ".join(filter(None, [f"{self.name}: step {done} of {self.total}", text, f"about {left} left"]))
-        with contextlib.suppress(OSError):  # whoever read the lines is gone; the work goes on
+        with contextlib.suppress(OSError):  # the reader of stderr has closed it; the work continues
             print(line, file=sys.stderr, flush=True)
 
     def close(self) -> None:
