@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class CondenseError(Exception):
-    """Invalid input. The message is one line: the argument as the user wrote it, what is wrong, and the fix. Exit code 2."""
+    """Invalid input (exit code 2). The message is one line: the argument as typed, what is wrong, and the fix."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
