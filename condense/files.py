@@ -113,3 +113,8 @@ def read_state(path: Path) -> dict[str, Any] | None:
     except Exception:  # a damaged file raises errors of many types
         return None
     return state if isinstance(state, dict) else None
+
+
+def checkpoint_interval(default: float) -> float:
+    """Least seconds between two checkpoints: ``CONDENSE_CHECKPOINT_SECONDS`` of the environment, else ``default``."""
+    return float(os.environ.get("CONDENSE_CHECKPOINT_SECONDS", default))

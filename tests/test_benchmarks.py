@@ -432,10 +432,9 @@ def test_a_published_graph_that_does_not_fit_is_refused(tiny_colour, monkeypatch
     from condense.benchmarks.speed.measure import time_steps
     from condense.benchmarks.speed.mtt import BENCHMARK
     from condense.errors import CondenseError
-    from condense.pretraining import experts
 
     case = trajectory_case(tiny_colour)
-    monkeypatch.setattr(experts, "free_host_memory", lambda: 10_000)
+    monkeypatch.setattr("condense.device.free_host_memory", lambda: 10_000)
     with pytest.raises(CondenseError, match="published graph of 4 steps on 6 images does not fit"):
         time_steps(BENCHMARK, case, 1)
 

@@ -290,10 +290,9 @@ def test_killed_and_called_again_gives_the_same_record_and_trains_only_the_rest(
 
 
 def test_killed_in_the_middle_of_a_student_goes_on_there(made, tiny, monkeypatch):
-    from condense.training import checkpoint
 
     whole = condense.evaluate(made, tiny, runs=1, cache=False, controls=[])
-    monkeypatch.setattr(checkpoint, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setenv("CONDENSE_CHECKPOINT_SECONDS", "0")
     steps = []
 
     class Dying(tracking.Progress):

@@ -701,7 +701,7 @@ def test_students_see_the_views_of_their_pass_and_no_other_augmentation(tiny, ch
 @pytest.mark.parametrize("kind", ["smoothed", "teacher", *KINDS])
 def test_students_learn_from_every_kind(kind, together, tmp_path, monkeypatch):
     """As by hand: the views and the loss of the labels, and from a checkpoint too."""
-    from condense.training import batch_ids, checkpoint
+    from condense.training import batch_ids
 
     labels, images = made_of(kind), pictures()
 
@@ -727,7 +727,7 @@ def test_students_learn_from_every_kind(kind, together, tmp_path, monkeypatch):
             optimizer.step()
     for a, b in zip(weights(trained), weights(by_hand)):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
-    monkeypatch.setattr(checkpoint, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setenv("CONDENSE_CHECKPOINT_SECONDS", "0")
     killed = fresh_ones()
 
     def kill(done):

@@ -97,7 +97,7 @@ def test_resumed_equals_uninterrupted(name, tiny, tmp_path, monkeypatch):
     steps = SETTINGS[name].get("steps")
     if steps is None:
         pytest.skip("makes no steps")
-    monkeypatch.setattr("condense.engine.run.CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setenv("CONDENSE_CHECKPOINT_SECONDS", "0")
     data = tmp_path / "data.npz"
     save_npz(tiny, data)
     task = condense.task(str(data))
@@ -353,7 +353,7 @@ def two_loops(task, config, run):
 
 @pytest.mark.parametrize("stop", range(1, 7))
 def test_a_method_with_two_loops_resumes(tiny, tmp_path, monkeypatch, stop):
-    monkeypatch.setattr("condense.engine.run.CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setenv("CONDENSE_CHECKPOINT_SECONDS", "0")
     whole = two_loops(tiny, None, Run(tiny, 2, NETWORK, quiet=True))
     saves = []
     original = Run.save_checkpoint

@@ -31,7 +31,6 @@ from condense.networks import saved as saved_module
 from condense.pretraining import experts
 from condense.registry import METHODS
 from condense.sets import DistilledSet
-from condense.training import checkpoint
 
 CPU = torch.device("cpu")
 NETWORK = "convnet-d2-w8-bn"
@@ -848,7 +847,7 @@ def test_lessons_are_of_the_views_that_the_weak_teachers_saw(colour, weak):
 
 
 def test_a_training_that_was_killed_ends_with_the_same_bits(colour, weak, backbone, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setenv("CONDENSE_CHECKPOINT_SECONDS", "0")
     whole, place, reached = trained(colour, weak, backbone, 8), tmp_path / "projector.train", []
 
     def report(done):
@@ -866,7 +865,7 @@ def test_a_training_that_was_killed_ends_with_the_same_bits(colour, weak, backbo
 
 
 def test_a_training_with_other_settings_begins_anew(colour, weak, backbone, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setenv("CONDENSE_CHECKPOINT_SECONDS", "0")
     place = tmp_path / "projector.train"
 
     def fit(report=None, **settings):

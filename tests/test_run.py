@@ -231,7 +231,7 @@ def killed_run(data, folder, at, checkpoints, monkeypatch):
             save(this, step, optimizer)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "CHECKPOINT_SECONDS", 0.0)
+        patch.setenv("CONDENSE_CHECKPOINT_SECONDS", "0")
         patch.setattr(run, "LOG_SECONDS", 0.0)
         patch.setattr(run._Keeper, "after_step", dying)
         patch.setattr(Run, "save_checkpoint", saving)
@@ -346,7 +346,7 @@ def test_a_disk_that_fills_up_in_the_run(data, call, tmp_path, whole, monkeypatc
     def full(state, file):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(run, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setenv("CONDENSE_CHECKPOINT_SECONDS", "0")
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full)
         result = call(TINY)

@@ -134,7 +134,7 @@ def equal(one, other):
 
 @pytest.fixture
 def always(monkeypatch):
-    monkeypatch.setattr(checkpoint, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setenv("CONDENSE_CHECKPOINT_SECONDS", "0")
 
 
 @pytest.mark.parametrize(

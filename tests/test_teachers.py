@@ -37,7 +37,7 @@ from condense.pretraining import experts as experts_module
 from condense.pretraining.committee import find, provide, teacher
 from condense.pretraining.teachers import record
 from condense.sets import DistilledSet
-from condense.training import FixedSource, Recipe, Student, batch_ids, checkpoint, loop, train
+from condense.training import FixedSource, Recipe, Student, batch_ids, loop, train
 from condense.training import config as config_module
 
 NETWORK, PLAIN = "convnet-d2-w8-bn", "convnet-d1-w8-in"
@@ -167,7 +167,7 @@ def test_adamw_stacked_equals_one_after_the_other(network):
 
 @pytest.mark.parametrize("together", [True, False])
 def test_a_killed_training_by_adamw_goes_on_bit_for_bit(together, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setenv("CONDENSE_CHECKPOINT_SECONDS", "0")
     whole, again = ([a_student(NETWORK, k) for k in range(2)] for _ in range(2))
     train(whole, ADAMW, device=CPU, together=together)
 
@@ -271,7 +271,7 @@ def test_members_are_added_and_stay(tiny, tmp_path, monkeypatch):
 
 def test_a_killed_training_goes_on_bit_for_bit(tiny, tmp_path, monkeypatch):
     whole = made(tiny, tmp_path / "whole.h5", count=2).file
-    monkeypatch.setattr(checkpoint, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setenv("CONDENSE_CHECKPOINT_SECONDS", "0")
     original, steps = loop.train, []
 
     class Killed(BaseException):

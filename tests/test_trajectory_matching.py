@@ -436,7 +436,7 @@ def test_named_experts_are_in_the_manifest_and_must_stay_the_same(tiny, tmp_path
     made = condense.distill("mtt", tiny, 1, **settings)
     known = made.manifest["trajectories"]
     assert known["count"] == 2 and known["epochs"] == 2 and made.manifest["cost"]["preparation_seconds"] > 0
-    monkeypatch.setattr(run, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setenv("CONDENSE_CHECKPOINT_SECONDS", "0")
     np.savez(tmp_path / "tiny.npz", train_images=tiny.train.images, train_labels=tiny.train.labels,
              test_images=tiny.test.images, test_labels=tiny.test.labels)  # fmt: skip
     task = condense.task(str(tmp_path / "tiny.npz"))

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import os
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -295,11 +296,14 @@ def check_resume(check: Check) -> tuple[str, Any]:
             resumed, _ = again(resume=True)
         return {"passed": torch.equal(resumed, whole)}
 
-    seconds = checkpoint.CHECKPOINT_SECONDS
-    checkpoint.CHECKPOINT_SECONDS = 0.0  # a checkpoint after every step
+    before = os.environ.get("CONDENSE_CHECKPOINT_SECONDS")
+    os.environ["CONDENSE_CHECKPOINT_SECONDS"] = "0"  # a checkpoint after every step
     try:
         with deterministic_kernels():
             results = check.each({name: functools.partial(compare, name) for name in _with_steps(check)})
     finally:
-        checkpoint.CHECKPOINT_SECONDS = seconds
+        if before is None:
+            del os.environ["CONDENSE_CHECKPOINT_SECONDS"]
+        else:
+            os.environ["CONDENSE_CHECKPOINT_SECONDS"] = before
     return f"{sum(result['passed'] for result in results.values())} of {len(results)} end with the same bits", results

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,8 +19,8 @@ PREVIOUS = "checkpoint.previous.pt"
 VIEW_LABELS, VIEW_LABELS_STATE = "labels.npy", "labels.json"
 """Labels of views in making, and how many epochs of them are done."""
 
-CHECKPOINT_SECONDS = float(os.environ.get("CONDENSE_CHECKPOINT_SECONDS", "20"))
-"""Least time between two checkpoints; the environment variable is for tests that kill runs."""
+CHECKPOINT_SECONDS = 20.0
+"""Least time between two checkpoints, unless the environment sets ``CONDENSE_CHECKPOINT_SECONDS``."""
 
 
 class Interrupted(KeyboardInterrupt):

@@ -28,6 +28,7 @@ from condense.engine.checkpoint import (
     load_checkpoint,
 )
 from condense.engine.optimizer import Group, SyntheticOptimizer
+from condense.files import checkpoint_interval
 from condense.ranks import Ranks
 from condense.sets import SyntheticSet
 from condense.tracking import Log, Progress, open_tracker
@@ -375,7 +376,7 @@ class _Keeper:
         last = step == self.steps
         # Checkpoints that take more than a second to write take at most a twentieth of the time.
         slow = 20 * self.save_seconds if self.save_seconds > 1 else 0.0
-        saving = now - self.saved >= max(CHECKPOINT_SECONDS, slow)
+        saving = now - self.saved >= max(checkpoint_interval(CHECKPOINT_SECONDS), slow)
         wish = now - self.logged >= LOG_SECONDS, saving, now - self.previewed >= PREVIEW_SECONDS, stop
         agreed = self.run.ranks.agree(sum(bit << i for i, bit in enumerate(wish)))
         logging, saving, previewing, stop = (bool(agreed >> i & 1) for i in range(4))

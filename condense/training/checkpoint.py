@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from condense.errors import CondenseError
-from condense.files import content, read_state, replacing
+from condense.files import checkpoint_interval, content, read_state, replacing
 from condense.training.config import Recipe, batch_ids
 from condense.training.student import Student, Update
 
@@ -72,7 +72,7 @@ class _Keeper:
     def after(self, step: int, state: Callable[[], dict[str, Any]]) -> None:
         """Writes ``state()`` after ``step`` steps if it is time; a failure costs safety, not the result."""
         end = self.keep_end and step == self.steps
-        if self.path is None or (time.monotonic() - self.saved < CHECKPOINT_SECONDS and not end):
+        if self.path is None or (time.monotonic() - self.saved < checkpoint_interval(CHECKPOINT_SECONDS) and not end):
             return
         try:
             with replacing(self.path) as temporary, temporary.open("wb") as file:
