@@ -47,10 +47,10 @@ def card(entry: Method) -> str:
     )
     parts += [f"**{title}.** {text}" for title, text in _usage(usage)]
     parts += [" ".join(paragraph.split()) for paragraph in notes.split("\n\n") if paragraph]
-    cells = [name for name in config.recipe_names() if name.startswith(f"{entry.name}/")]
-    start = cells[0] if cells else ""
-    words = f"--recipe {start}" if start else f"{entry.name} --data digits --ipc 10 --network convnet-d2-w64-in"
-    parts.append(f"```\ncondense distill {words}\ncondense show {entry.name}\n```")
+    tiny = f"{entry.name}/{config.TINY}"
+    cells = [name for name in config.recipe_names() if name.startswith(f"{entry.name}/") and name != tiny]
+    first = cells[0] if cells else tiny
+    parts.append(f"```\ncondense distill --recipe {first}\ncondense show {entry.name}\n```")
     settings = [[f"`{name}`", default, meaning] for name, _, default, meaning in config.describe(entry.config)]
     if settings:
         parts.append("## Settings\n\n" + _table(["name", "default", "meaning"], settings))

@@ -12,7 +12,7 @@ from typing import Any
 
 from condense import api, networks
 from condense.benchmarks import leaderboard
-from condense.config import build, packaged, read_yaml
+from condense.config import as_mapping, build, packaged, read_yaml, suite_cells
 from condense.data import DATASETS, Task
 from condense.device import pick_device
 from condense.errors import CondenseError, did_you_mean
@@ -45,8 +45,9 @@ class Suite:
     """Architectures judged on; "own" is that of the task."""
     tasks: dict[str, Any]
     """Data by name: ``ipc``, a list of images per class, ``network`` that methods match with, ``controls`` (arms)."""
-    methods: dict[str, Any]
-    """Method, with settings by ``DATA-ipcN``; null where a cell shall not be made."""
+    methods: dict[str, Any] = field(default_factory=dict)
+    """Method, with settings by ``DATA-ipcN``, null where a cell is left out; by default those in the methods' own YAML
+    files."""
 
 
 @dataclass(frozen=True)
@@ -114,31 +115,29 @@ def _suite(text: str, where: str) -> Suite:
     checks += [functools.partial(networks.check, name) for name in suite.networks if name != OWN]
     known: dict[str, str] = {}
     for data, content in suite.tasks.items():
-        task = build(_Data, _mapping(content, f"{where}: {data}"), f"{where}: {data}")
+        task = build(_Data, as_mapping(content, f"{where}: {data}"), f"{where}: {data}")
         checks.append(functools.partial(networks.check, task.network))
         checks += [functools.partial(arms_module.check_control, name) for name in task.controls]
         suite.tasks[data] = task
         known |= {f"{data}-ipc{ipc}": task.network for ipc in task.ipc}
+    if not suite.methods:
+        suite.methods.update(suite_cells(suite.name))
+    if not suite.methods:
+        raise CondenseError(f"{where}: lacks methods, and no method's own file has cells for a suite '{suite.name}'")
     for method, cells in suite.methods.items():
         checks.append(functools.partial(checks_module.check, method, {}))
-        suite.methods[method] = _mapping(cells, f"{where}: {method}")
+        suite.methods[method] = as_mapping(cells, f"{where}: {method}")
         for name, values in suite.methods[method].items():
             checks.append(functools.partial(_check_cell, method, name, values, known, f"{where}: {method}, {name}"))
     checks_module.all_at_once(*checks)
     return suite
 
 
-def _mapping(content: Any, where: str) -> dict[str, Any]:
-    if not isinstance(content or {}, dict):
-        raise CondenseError(f"{where}: must be a mapping of keys to values, not {content!r}")
-    return content or {}
-
-
 def _check_cell(method: str, name: str, values: Any, known: Mapping[str, str], where: str) -> None:
     if name not in known:
         raise CondenseError(f"{where}: none of the suite's cells{did_you_mean(name, known)}")
     try:
-        checks_module.check(method, _mapping(values, where), network=known[name])
+        checks_module.check(method, as_mapping(values, where), network=known[name])
     except CondenseError as fault:
         raise CondenseError(f"{where}: {fault}") from fault
 

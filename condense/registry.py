@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+from condense import config
 from condense.errors import CondenseError, did_you_mean
 
 T = TypeVar("T")
@@ -15,9 +17,9 @@ T = TypeVar("T")
 class Registry(Generic[T]):
     """Names to entries of one kind. ``lazy`` maps a name to the module that registers it when imported."""
 
-    def __init__(self, kind: str, lazy: dict[str, str] | None = None) -> None:
+    def __init__(self, kind: str, lazy: Mapping[str, str] | None = None) -> None:
         self.kind = kind
-        self._lazy = dict(lazy or {})
+        self._lazy: Mapping[str, str] = lazy or {}
         self._entries: dict[str, T] = {}
 
     def add(self, name: str, entry: T) -> T:
@@ -39,10 +41,18 @@ class Registry(Generic[T]):
         """The entry, importing its module on first use.
 
         Raises:
-            CondenseError: the name is unknown; the message suggests the nearest one.
+            CondenseError: the name is unknown, with the nearest one, or its module does not register it.
         """
         if name not in self._entries and name in self._lazy:
-            importlib.import_module(self._lazy[name])
+            module = self._lazy[name]
+            try:
+                importlib.import_module(module)
+            except ModuleNotFoundError as fault:
+                if fault.name != module:
+                    raise
+                raise CondenseError(f"{self.kind} '{name}': there is no module {module}") from fault
+            if name not in self._entries:
+                raise CondenseError(f"{self.kind} '{name}': the module {module} does not register it")
         if name not in self._entries:
             raise CondenseError(f"unknown {self.kind} '{name}'{did_you_mean(name, self.names())}")
         return self._entries[name]
@@ -80,36 +90,26 @@ class Method:
         return (self.function.__doc__ or "").strip().split("\n")[0]
 
 
-METHODS: Registry[Method] = Registry(
-    "method",
-    {
-        "random": "condense.methods.selection",
-        "dm": "condense.methods.distribution_matching",
-        "dc": "condense.methods.gradient_matching",
-        "dsa": "condense.methods.gradient_matching",
-        "dcc": "condense.methods.gradient_matching",
-        "dsac": "condense.methods.gradient_matching",
-        "idc": "condense.methods.gradient_matching",
-        "datadam": "condense.methods.attention_matching",
-        "idm": "condense.methods.distribution_matching",
-        "dance": "condense.methods.distribution_matching",
-        "mtt": "condense.methods.trajectory_matching.mtt",
-        "tesla": "condense.methods.trajectory_matching.tesla",
-        "ftd": "condense.methods.trajectory_matching.ftd",
-        "ast": "condense.methods.trajectory_matching.ast",
-        "datm": "condense.methods.trajectory_matching.datm",
-        "sre2l": "condense.methods.curriculum_synthesis.sre2l",
-        "cda": "condense.methods.curriculum_synthesis.sre2l",
-        "dwa": "condense.methods.curriculum_synthesis.dwa",
-        "cvdd": "condense.methods.curriculum_synthesis.cvdd",
-        "infer": "condense.methods.curriculum_synthesis.infer",
-        "nrr": "condense.methods.curriculum_synthesis.nrr",
-        "rded": "condense.methods.curriculum_synthesis.rded",
-        "lpld": "condense.methods.label_lightening.lpld",
-        "lpqld": "condense.methods.label_lightening.lpld",
-        "hello": "condense.methods.label_lightening.hello",
-    },
-)
+class _MethodModules(Mapping[str, str]):
+    """The module of each method that has a YAML file. Listing the names reads no file."""
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(config.method_paths())
+
+    def __len__(self) -> int:
+        return len(config.method_paths())
+
+    def __contains__(self, name: object) -> bool:
+        return name in config.method_paths()
+
+    def __getitem__(self, name: str) -> str:
+        for folder in map(str, config.method_folders()):
+            if folder not in sys.path:
+                sys.path.append(folder)  # last, so that a file there cannot shadow another module
+        return config.method_file(name).module
+
+
+METHODS: Registry[Method] = Registry("method", _MethodModules())
 
 
 def method(

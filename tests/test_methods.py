@@ -1,5 +1,6 @@
 """What every registered method must do, whatever it is; and the maths of each."""
 
+import dataclasses
 import json
 
 import pytest
@@ -7,67 +8,43 @@ import torch
 from conftest import tiny_arrays
 
 import condense
+from condense import config
 from condense.engine import Run
 from condense.errors import CondenseError
 from condense.jobs import resume
 from condense.registry import METHODS
 
-TRAJECTORY = {
-    "steps": 4, "syn_steps": 3, "expert_epochs": 1, "max_start_epoch": 2, "num_experts": 2, "expert_batch": 8,
-    "lr_start": 0.02,
-}  # fmt: skip
-TAUGHT = {"network": "convnet-d2-w8-bn", "teacher_epochs": 2, "teacher_batch": 8}
-RECOVERED = {**TAUGHT, "steps": 4, "label_epochs": 2}
-# Settings that make each method tiny. A method without a row here fails the first test.
+METHOD_NAMES = METHODS.names()
 SETTINGS = {
-    "random": {},
-    "dm": {"steps": 4, "batch_real": 6, "lr_img": 0.5},
-    "dc": {"steps": 4, "batch_real": 6, "outer": 2, "inner": 2},
-    "dsa": {"steps": 4, "batch_real": 6, "outer": 2, "inner": 2},
-    "dcc": {"steps": 4, "batch_real": 6, "outer": 2, "inner": 2, "warm_networks": 1, "warm_steps": 1},
-    "dsac": {"steps": 4, "batch_real": 6, "outer": 2, "inner": 2, "warm_networks": 1, "warm_steps": 1},
-    "datadam": {"steps": 4, "batch_real": 6},
-    "idc": {"steps": 4, "batch_real": 6, "networks": 2, "snapshots": 2, "net_steps": 2, "lr_img": 0.05},
-    "idm": {"steps": 4, "batch_real": 6, "networks": 2, "snapshots": 3, "net_steps": 2},
-    "dance": {"steps": 4, "batch_real": 6, "networks": 2, "expert_epochs": 1},
-    **dict.fromkeys(("mtt", "tesla", "ftd"), TRAJECTORY),
-    "ast": {**TRAJECTORY, "buffer_epochs": 3},
-    "datm": {**TRAJECTORY, "expand_steps": 3, "gate": 10.0},
-    "sre2l": RECOVERED,
-    "cda": RECOVERED,
-    "dwa": {**RECOVERED, "ascent_steps": 2},
-    "cvdd": {**RECOVERED, "num_teachers": 2, "label_micro": 3},
-    "infer": {**RECOVERED, "num_teachers": 1},
-    "nrr": {**RECOVERED, "pool": 6, "crops": 2},
-    "rded": {**TAUGHT, "pool": 6, "crops": 2},
-    "hello": {**TAUGHT, "pool": 6, "crops": 2, "projector_steps": 3, "projector_batch": 4},
-    "lpld": {**RECOVERED, "label_epochs": 6, "keep": 0.34},
-    "lpqld": {**RECOVERED, "label_epochs": 6, "keep": 0.34, "cool_epochs": 1},
+    name: {"network": config.recipe(f"{name}/tiny")["network"], **config.tiny_settings(name)} for name in METHOD_NAMES
 }
-# What moves besides the pixels is held, and pixels are moved as far as the method's size of gradients needs.
-STILL = {name: {"lr_lr": 0.0, "lr_img": 1.0} for name in ("mtt", "tesla", "ftd", "ast")}
-STILL["datm"] = {**STILL["mtt"], "lr_label": 0.0}
+FROZEN = ("lr_lr", "lr_label")
+"""Learning rates of what is learned besides the pixels."""
+# Pixels are moved as far as the size of a method's gradients needs.
+SMALL_STEP = {name: {"lr_img": 1.0} for name in ("mtt", "tesla", "ftd", "ast", "datm")}
 # Noise would be clamped to the range of pixels in the first step.
-STILL |= {name: {"lr_img": 1e-3, "init": "real"} for name in ("sre2l", "cda", "lpld", "lpqld")}
-WITHOUT_LOSS = {"random", "rded", "hello"}
-# Labels of views belong to stored images, so these sets have no decode stages of the user's choice.
-WITHOUT_STAGES = {*WITHOUT_LOSS, "sre2l", "cda", "dwa", "cvdd", "infer", "nrr", "lpld", "lpqld"}
+SMALL_STEP |= {name: {"lr_img": 1e-3, "init": "real"} for name in ("sre2l", "cda", "lpld", "lpqld")}
 STORED = {"infer": 4}
 """Images that a set of 2 images for each of 3 classes holds, where not 6."""
 NETWORK = "convnet-d2-w8-in"
 
 
 def run(name, task, **changes):
-    return condense.distill(name, task, 2, **{"network": NETWORK, **SETTINGS[name], **changes})
+    return condense.distill(name, task, 2, **{**SETTINGS[name], **changes})
 
 
-@pytest.fixture(params=METHODS.names())
+def has_setting(name, setting):
+    return any(field.name == setting for field in dataclasses.fields(METHODS.get(name).config))
+
+
+def still(name):
+    """Settings for a small step of the pixels in which nothing else moves."""
+    return {"lr_img": 1e-3, **SMALL_STEP.get(name, {}), **{key: 0.0 for key in FROZEN if has_setting(name, key)}}
+
+
+@pytest.fixture(params=METHOD_NAMES)
 def name(request):
     return request.param
-
-
-def test_every_method_has_settings():
-    assert set(SETTINGS) == set(METHODS.names())
 
 
 def test_it_makes_a_set_that_survives_its_file(name, tiny, tmp_path):
@@ -94,10 +71,10 @@ def test_colour_images(name, tiny_colour):
 
 def test_resumed_equals_uninterrupted(name, tiny, tmp_path, monkeypatch):
     """Killed at every step in turn: what a checkpoint holds is enough to end with the same bits."""
-    steps = SETTINGS[name].get("steps")
-    if steps is None:
+    if not has_setting(name, "steps"):
         pytest.skip("makes no steps")
     monkeypatch.setenv("CONDENSE_CHECKPOINT_SECONDS", "0")
+    steps = SETTINGS[name]["steps"]
     data = tmp_path / "data.npz"
     save_npz(tiny, data)
     task = condense.task(str(data))
@@ -115,14 +92,13 @@ def test_resumed_equals_uninterrupted(name, tiny, tmp_path, monkeypatch):
 
 def test_one_small_step_lowers_the_loss(name, tiny):
     """With network, batch and augmentation of the first step held fixed."""
-    if name in WITHOUT_LOSS:
-        pytest.skip("has no loss")
+    if not has_setting(name, "steps"):
+        pytest.skip("makes no steps")
     losses = []
     entry = METHODS.get(name)
-    still = STILL.get(name, {"lr_img": 1e-3})
-    for lr_img in (0.0, still["lr_img"]):
-        settings = {**SETTINGS[name], **still, "steps": 2, "lr_img": lr_img}
-        network = settings.pop("network", NETWORK)
+    for lr_img in (0.0, still(name)["lr_img"]):
+        settings = {**SETTINGS[name], **still(name), "steps": 2, "lr_img": lr_img}
+        network = settings.pop("network")
         config = entry.config(**settings)
         watched = _Frozen(tiny, 2, network)
         entry.function(tiny, config, watched)
@@ -133,15 +109,15 @@ def test_one_small_step_lowers_the_loss(name, tiny):
 
 def test_fyi_on_mirror_symmetric_images_leaves_the_loss(name):
     """They are their own mirror images: a union with these has the same means and mean gradients."""
-    if name in WITHOUT_STAGES:
+    if not has_setting(name, "fyi"):
         pytest.skip("takes no decode stages")
     train, labels, test, test_labels = tiny_arrays()
     task = condense.task((symmetric(train), labels, test, test_labels), name="tiny")
     entry, losses = METHODS.get(name), []
     for fyi in (False, True):
-        settings = {**SETTINGS[name], **STILL.get(name, {}), "steps": 1, "augment": "none"}
+        settings = {**SETTINGS[name], **still(name), "steps": 1, "augment": "none"}
         settings |= {"init": "real", "factor": 1, "fyi": fyi}
-        watched = _Frozen(task, 2, NETWORK)
+        watched = _Frozen(task, 2, settings.pop("network"))
         entry.function(task, entry.config(**settings), watched)
         losses += watched.losses
     assert losses[0] > 0 and losses[1] == pytest.approx(losses[0], rel=1e-3)
@@ -154,7 +130,7 @@ def symmetric(images):
 
 
 def test_fyi_with_the_methods_own_decode_stages(name, tiny):
-    if name in WITHOUT_STAGES:
+    if not has_setting(name, "fyi"):
         pytest.skip("takes no decode stages")
     with_flips, without = run(name, tiny, fyi=True), run(name, tiny)
     assert with_flips.manifest["distill_decode"] == [{"stage": "flip-union"}]

@@ -1,1 +1,1 @@
-"""TODO-FACE."""
+"""A check of the toolkit on a CUDA machine: correctness, repeatability, speed and quality."""

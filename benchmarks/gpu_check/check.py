@@ -1,4 +1,4 @@
-"""TODO-DOC."""
+"""The record of a GPU check, which grows with every stage, and its table."""
 
 from __future__ import annotations
 

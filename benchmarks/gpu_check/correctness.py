@@ -1,4 +1,4 @@
-"""TODO-DOC."""
+"""The device against the CPU, equal bits from equal seeds, and killed runs against uninterrupted ones."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from condense.augment import OPERATIONS, VARIANTS, dsa
 from condense.benchmarks.gpu_check.check import Check
 from condense.benchmarks.speed import sre2l, students
 from condense.benchmarks.speed.measure import distance, drive, random_images, tf32
+from condense.config import tiny_settings
 from condense.device import deterministic_kernels, pick_precision
 from condense.engine import Run, checkpoint
 from condense.labels import Int8TeacherLabels
@@ -28,30 +29,8 @@ from condense.lighten import KINDS, lighten
 from condense.registry import METHODS
 from condense.training import train
 
-SETTINGS: dict[str, dict[str, Any]] = {
-    "dm": {"batch_real": 16},
-    **{name: {"batch_real": 16, "outer": 2, "inner": 1} for name in ("dc", "dsa", "dcc", "dsac")},
-    "datadam": {"batch_real": 16},
-    "idc": {"batch_real": 16, "networks": 1, "snapshots": 2, "net_steps": 2, "lr_img": 0.05},
-    "idm": {"batch_real": 16, "networks": 1, "snapshots": 2, "net_steps": 2},
-    "dance": {"batch_real": 16, "networks": 1, "expert_epochs": 1},
-    **{
-        name: {"syn_steps": 3, "expert_epochs": 1, "max_start_epoch": 2, "num_experts": 2, "expert_batch": 16}
-        for name in ("mtt", "tesla", "ftd")
-    },
-}
-
-for _name, _settings in (("ast", {"buffer_epochs": 3}), ("datm", {"expand_steps": 3, "gate": 10.0})):
-    SETTINGS[_name] = {**SETTINGS["mtt"], **_settings}
-
-SETTINGS |= {
-    name: {"labels": "hard", "store": "float32"}
-    for name in ("sre2l", "cda", "dwa", "cvdd", "infer", "nrr", "lpld", "lpqld")
-}
-
-for _name, _settings in (("dwa", {"ascent_steps": 2}), ("nrr", {"pool": 16}), ("cvdd", {"voters": 1})):
-    SETTINGS[_name] |= _settings
-"""What makes one step of a method small enough for a CPU; a method without an entry keeps its defaults."""
+UNLABELLED = {"labels": "hard", "store": "float32"}
+"""Settings of methods with teachers that leave out the labelling and keep the images as they were learned."""
 
 FORWARD_TOLERANCE = 1e-4
 """Largest relative difference of CPU and CUDA outputs, fp32 without TF32."""
@@ -97,7 +76,7 @@ def check_networks(check: Check) -> tuple[str, Any]:
     return f"{len(results)} networks; {worst}", results
 
 
-def _with_steps(check: Check) -> list[str]:
+def methods_with_steps(check: Check) -> list[str]:
     """The registered methods that make outer steps; the others are noted as skipped."""
     names = []
     for name in METHODS.names():
@@ -108,7 +87,7 @@ def _with_steps(check: Check) -> list[str]:
     return names
 
 
-def _distil(
+def distil_images(
     check: Check,
     name: str,
     steps: int,
@@ -122,12 +101,14 @@ def _distil(
     Raises:
         Killed: before step ``kill_at``.
     """
-    settings = {**SETTINGS.get(name, {}), "steps": steps}
+    kind = METHODS.get(name).config
+    settings = {**tiny_settings(name), "steps": steps}
     case = dataclasses.replace(check.case(check.task(), 2, precision), device=device)
-    if hasattr(METHODS.get(name).config, "teachers"):  # the same one on every device
+    if hasattr(kind, "teachers"):  # the same one on every device
         case = dataclasses.replace(case, norm="bn")
-        settings |= {"teachers": str(sre2l.teacher_file(case)), "num_teachers": 1}
-    config = METHODS.get(name).config(**settings)
+        settings |= {**UNLABELLED, "teachers": str(sre2l.teacher_file(case)), "num_teachers": 1}
+        settings |= {"voters": 1} if hasattr(kind, "voters") else {}
+    config = kind(**settings)
     start: list[Tensor] = []
 
     def between(run: Run, index: int) -> None:
@@ -151,13 +132,13 @@ def check_methods(check: Check) -> tuple[str, Any]:
     """One outer step of every method on the device against the CPU: same seed, fp32 without TF32."""
 
     def compare(name: str) -> dict[str, Any]:
-        images, update = _distil(check, name, 1, check.device)
-        reference, reference_update = _distil(check, name, 1, torch.device("cpu"))
+        images, update = distil_images(check, name, 1, check.device)
+        reference, reference_update = distil_images(check, name, 1, torch.device("cpu"))
         errors = {"images": distance(images, reference), "update": distance(update, reference_update)}
         return {**errors, "passed": errors["update"] <= GRADIENT_TOLERANCE}
 
     with tf32(False):
-        results = check.each({name: functools.partial(compare, name) for name in _with_steps(check)})
+        results = check.each({name: functools.partial(compare, name) for name in methods_with_steps(check)})
     return f"{len(results)} methods; worst update {_worst(results, 'update')}", results
 
 
@@ -262,7 +243,7 @@ def check_determinism(check: Check) -> tuple[str, Any]:
             return {"passed": torch.equal(make(), make()), "without": without}
 
     def distilled(name: str) -> Tensor:
-        return _distil(check, name, 3, check.device, precision)[0]
+        return distil_images(check, name, 3, check.device, precision)[0]
 
     def trained(together: bool) -> Tensor:
         shape = check.task().shape
@@ -270,7 +251,9 @@ def check_determinism(check: Check) -> tuple[str, Any]:
         train(made, students.recipe(3), device=check.device, precision=precision, together=together)
         return torch.cat([p.detach().flatten().cpu() for s in made for p in s.network.parameters()])
 
-    parts: dict[str, Callable[[], Tensor]] = {name: functools.partial(distilled, name) for name in _with_steps(check)}
+    parts: dict[str, Callable[[], Tensor]] = {
+        name: functools.partial(distilled, name) for name in methods_with_steps(check)
+    }
     parts |= {
         "students one by one": functools.partial(trained, False),
         "students together": functools.partial(trained, True),
@@ -286,9 +269,9 @@ def check_resume(check: Check) -> tuple[str, Any]:
     precision = pick_precision("auto", check.device)
 
     def compare(name: str) -> dict[str, Any]:
-        whole, _ = _distil(check, name, 4, check.device, precision)
+        whole, _ = distil_images(check, name, 4, check.device, precision)
         with tempfile.TemporaryDirectory() as folder:
-            again = functools.partial(_distil, check, name, 4, check.device, precision, directory=Path(folder))
+            again = functools.partial(distil_images, check, name, 4, check.device, precision, directory=Path(folder))
             with contextlib.suppress(Killed):
                 again(kill_at=2)
             if not (Path(folder) / checkpoint.CHECKPOINT).exists():
@@ -300,7 +283,7 @@ def check_resume(check: Check) -> tuple[str, Any]:
     os.environ["CONDENSE_CHECKPOINT_SECONDS"] = "0"  # a checkpoint after every step
     try:
         with deterministic_kernels():
-            results = check.each({name: functools.partial(compare, name) for name in _with_steps(check)})
+            results = check.each({name: functools.partial(compare, name) for name in methods_with_steps(check)})
     finally:
         if before is None:
             del os.environ["CONDENSE_CHECKPOINT_SECONDS"]

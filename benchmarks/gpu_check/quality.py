@@ -1,4 +1,4 @@
-"""TODO-DOC."""
+"""A set distilled from real data on the device, and the accuracy of students on it."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 
 from condense import networks, rng
 from condense.benchmarks.gpu_check.check import Check
-from condense.benchmarks.gpu_check.correctness import SETTINGS
 from condense.benchmarks.speed import dm, students
 from condense.benchmarks.speed.measure import drive, synchronise
+from condense.config import tiny_settings
 from condense.data import task as task_module
 from condense.device import peak_memory, pick_precision
 from condense.engine import Run
@@ -37,7 +37,7 @@ def distil_data(check: Check) -> tuple[str, Any]:
     depth = 2 if check.tiny else min(6, max(3, (min(task.shape[1:]) - 1).bit_length() - 2))
     network = f"convnet-d{depth}-w{8 if check.tiny else 128}-in"
     precision = pick_precision("auto", check.device)
-    case = check.case(task, ipc, precision, **(SETTINGS["dm"] if check.tiny else {}))
+    case = check.case(task, ipc, precision, **(tiny_settings("dm") if check.tiny else {}))
 
     def distilled(steps: int) -> tuple[SyntheticSet, float]:
         """The set after ``steps`` steps, and the median of their seconds."""

@@ -1,4 +1,4 @@
-"""TODO-DOC."""
+"""Seconds and memory of steps, students and experts beside the published loops, and of faster variants."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from condense import networks
 from condense.benchmarks.gpu_check.check import Check
-from condense.benchmarks.gpu_check.correctness import GRADIENT_TOLERANCE, SETTINGS
+from condense.benchmarks.gpu_check.correctness import GRADIENT_TOLERANCE
 from condense.benchmarks.speed import datadam, dc, dcc, dm, experts, mtt, sre2l, students
 from condense.benchmarks.speed import dsa as dsa_steps
 from condense.benchmarks.speed.measure import (
@@ -34,6 +34,7 @@ from condense.benchmarks.speed.measure import (
     tf32,
     time_steps,
 )
+from condense.config import tiny_settings
 from condense.device import pick_precision
 from condense.engine import Run
 from condense.errors import CondenseError
@@ -57,7 +58,7 @@ def time_benchmarks(check: Check, ipc: int) -> tuple[str, Any]:
     precision = pick_precision("auto", check.device)
 
     def measure(benchmark: StepBenchmark) -> dict[str, Any]:
-        settings = SETTINGS.get(benchmark.method, {}) if check.tiny else {}
+        settings = tiny_settings(benchmark.method) if check.tiny else {}
         count, warm_up = (2, 1) if check.tiny else (3, 1)
         if check.cuda and not check.tiny:
             count, warm_up = LONG_STEPS.get(benchmark.method, (20, 5))
@@ -102,7 +103,7 @@ def time_experts(check: Check) -> tuple[str, Any]:
     count, precision = (2 if check.tiny else GROUP if check.cuda else 1), pick_precision("auto", check.device)
 
     def measure(method: str) -> dict[str, Any]:
-        case = check.case(check.big_task, 1, precision, **(SETTINGS[method] if check.tiny else {}))
+        case = check.case(check.big_task, 1, precision, **(tiny_settings(method) if check.tiny else {}))
         steps, pairs = (2, 1) if check.tiny else (10, 2)
         if not check.tiny:
             probed = experts.compare(case, method, count, steps, 1)["slice_seconds"][PRODUCT] / steps
@@ -201,7 +202,7 @@ def time_variants(check: Check, variants: Mapping[str, Variant]) -> tuple[str, A
     reference = Variant("bf16")
     runs = {"bf16, first": reference, **variants, "bf16, again": reference}
     steps, warm_up = (1, 1) if check.tiny else (20, 5) if check.cuda else (3, 1)
-    settings = SETTINGS["dm"] if check.tiny else {}
+    settings = tiny_settings("dm") if check.tiny else {}
     updates: dict[str, Tensor] = {}
 
     def measure(name: str, variant: Variant) -> dict[str, Any]:

@@ -1,0 +1,156 @@
+"""A method is one module and one YAML file: everything else finds it from those."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from condense import config
+from condense.errors import CondenseError
+from condense.registry import METHODS
+
+ROOT = Path(__file__).parents[1]
+MODULE = '''
+"""A toy method."""
+
+import math
+from dataclasses import dataclass
+
+from condense.config import require
+from condense.engine import Group
+from condense.registry import method
+from condense.sets import SyntheticOptions, SyntheticSet
+
+
+@dataclass(frozen=True)
+class PixelMeans(SyntheticOptions):
+    """Hyper-parameters of the toy."""
+
+    steps: int = 10
+    """Steps."""
+    lr_img: float = 1.0
+    """Learning rate of the pixels."""
+    augment: str = "none"
+    """Unused."""
+
+
+@method("pixel-means", config=PixelMeans, paper="A toy", year=2024, order=0, protocol="quick-v1")
+def pixel_means(task, config, run):
+    """Matches the mean pixels of each class.
+
+    When to use: never. Cost: none. Known failure: everything.
+
+    A toy.
+    """
+    synthetic = SyntheticSet.create(task, run.ipc, config, seed=run.seed, device=run.device)
+    for step in run.optimise(synthetic, config.steps, images=Group(lr=config.lr_img)):
+        for c in range(task.num_classes):
+            real, _ = run.task.per_class(6, step.key("real"), [c])
+            fake, _ = synthetic.decode([c])
+            step.accumulate((real.mean(0) - fake.mean(0)).square().sum())
+        step.update()
+    return synthetic
+'''
+RECIPE = """
+module: toy_pixel_means
+cells:
+  tiny: {data: digits, ipc: 2, network: convnet-d2-w8-in, steps: 3, protocol: quick-v1}
+suites:
+  small:
+    digits-ipc1: {steps: 7}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder with the toy, which CONDENSE_METHODS names."""
+    made = tmp_path / "mine"
+    made.mkdir()
+    (made / "toy_pixel_means.py").write_text(MODULE)
+    (made / "pixel-means.yaml").write_text(RECIPE)
+    monkeypatch.setenv(config.METHOD_FOLDERS, str(made))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return made
+
+
+def python(*words, cwd):
+    """What a new process prints, so that this one does not keep the toy."""
+    done = subprocess.run([sys.executable, *words], cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_command_line_finds_a_method_in_a_folder(folder, tmp_path):
+    code = """
+import shlex, sys
+from condense.cli import main
+for words in sys.argv[1:]:
+    try:
+        main(shlex.split(words))
+    except SystemExit as end:
+        assert not end.code, words
+"""
+    shown = python(
+        "-c", code,
+        "ls methods", "ls recipes", "show pixel-means",
+        "distill --recipe pixel-means/tiny --out toy.h5 --device cpu",
+        "evaluate toy.h5 --data digits --runs 1 --controls random --device cpu --json record.json",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert "pixel-means  Matches the mean pixels of each class. (2024)" in shown
+    assert "pixel-means/tiny" in shown and "lr_img=1.0\n      Learning rate of the pixels." in shown
+    assert json.loads((tmp_path / "record.json").read_text())["set"]["method"] == "pixel-means"
+
+
+def test_card_suite_and_gpu_check_find_it(folder, tmp_path):
+    code = """
+from pathlib import Path
+import torch
+from condense.benchmarks.gpu_check.check import Check
+from condense.benchmarks.gpu_check.correctness import distil_images, methods_with_steps
+from condense.benchmarks.method_cards import cards
+from condense.benchmarks.suite import cells, get_suite
+print(cards()["pixel-means.md"])
+print([(cell.data, cell.ipc, cell.settings) for cell in cells(get_suite("small"), ["pixel-means"])][0])
+check = Check(torch.device("cpu"), 5, Path("."), True, None)
+images, change = distil_images(check, "pixel-means", 1, check.device)
+print("pixel-means" in methods_with_steps(check), len(images), bool(change.abs().max() > 0))
+"""
+    shown = python("-c", code, cwd=tmp_path)
+    assert "**When to use.** Never." in shown and "--recipe pixel-means/tiny" in shown
+    assert shown.splitlines()[-2:] == ["('digits', 1, {'steps': 7})", "True 6 True"]
+
+
+def test_the_generic_tests_run_on_it(folder):
+    words = ("-m", "pytest", "-p", "no:cacheprovider", "tests/test_methods.py", "-k", "pixel-means", "-rs")
+    assert "7 passed" in python(*words, cwd=ROOT)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("module:", "modul:"), "pixel-means.yaml: modul: no such key; did you mean 'module'"),
+        (("module: toy_pixel_means", ""), "pixel-means.yaml: lacks module"),
+        (("toy_pixel_means", "toy_pixel_mean"), "method 'pixel-means': there is no module toy_pixel_mean"),
+        (("toy_pixel_means", "condense.methods.selection"), "condense.methods.selection does not register it"),
+        (("tiny: {data: digits", "tiny: [data, digits"), "pixel-means.yaml: not valid YAML"),
+        (("small:\n    digits-ipc1: {steps: 7}", "small: [7]"), r"suites: small: must be a mapping .* not \[7\]"),
+    ],
+)
+def test_a_wrong_file_is_refused(folder, change, message):
+    (folder / "pixel-means.yaml").write_text(RECIPE.replace(*change))
+    with pytest.raises(CondenseError, match=message):
+        METHODS.get("pixel-means")
+
+
+def test_folders_and_names_that_cannot_be(folder, tmp_path, monkeypatch):
+    assert "pixel-means" in METHODS and METHODS.names() == [*config.method_paths()]
+    (folder / "dm.yaml").write_text(RECIPE)
+    with pytest.raises(CondenseError, match="there is a method 'dm' already"):
+        METHODS.names()
+    monkeypatch.setenv(config.METHOD_FOLDERS, str(tmp_path / "missing"))
+    with pytest.raises(CondenseError, match="missing: no such folder"):
+        METHODS.names()
