@@ -58,7 +58,7 @@ def time_benchmarks(check: Check, ipc: int) -> tuple[str, Any]:
     precision = pick_precision("auto", check.device)
 
     def measure(benchmark: StepBenchmark) -> dict[str, Any]:
-        settings = tiny_settings(benchmark.method) if check.tiny else {}
+        settings = {**tiny_settings(benchmark.method), **benchmark.settings} if check.tiny else {}
         count, warm_up = (2, 1) if check.tiny else (3, 1)
         if check.cuda and not check.tiny:
             count, warm_up = LONG_STEPS.get(benchmark.method, (20, 5))
