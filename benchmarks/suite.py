@@ -17,7 +17,7 @@ from condense.data import DATASETS, Task
 from condense.device import pick_device
 from condense.errors import CondenseError, did_you_mean
 from condense.jobs import checks as checks_module
-from condense.jobs import job
+from condense.jobs import distill_command
 from condense.judge import OWN, evaluation, get_protocol, records
 from condense.judge import arms as arms_module
 from condense.ranks import Ranks
@@ -249,7 +249,7 @@ def _is_current(path: Path, suite: Suite, cell: Cell, real: Task, device: str, p
     asked = {cell.network if name == OWN else name for name in suite.networks}
     arms = {entry["arm"] for entry in [*record["results"], *record["missing"]]}
     return (
-        record["set"]["command"] == job.command(**_asked(suite, cell, real), device=device, precision=precision)
+        record["set"]["command"] == distill_command(**_asked(suite, cell, real), device=device, precision=precision)
         and record["data"]["fingerprint"] == real.fingerprint
         and (record["protocol"]["name"], record["protocol"]["version"]) == (protocol.name, protocol.version)
         and record["runs"] == suite.runs

@@ -1,5 +1,4 @@
-"""The functions behind the public names: ``condense.task``, ``distill``, ``evaluate``, ``load`` and ``fit``; and
-``experts`` and ``teachers``."""
+"""The public functions ``condense.task``, ``load`` and ``distill``, and those that train experts and teachers."""
 
 from __future__ import annotations
 
@@ -12,42 +11,42 @@ from typing import Any
 import torch
 from torch import nn
 
+from condense import data as data_module
+from condense import jobs
 from condense.config import build
 from condense.data import DataOptions, Task
-from condense.data import task as task_module
 from condense.device import pick_device, pick_precision
 from condense.engine import Run
 from condense.errors import CondenseError, did_you_mean
-from condense.files import check_writable
-from condense.jobs import CONFIG, RESULT, check, check_experts, check_teachers, read_job, resume
-from condense.jobs.checks import _check_fit
-from condense.jobs.execute import _execute
-from condense.jobs.job import _config, _estimated_bytes, _job
+from condense.jobs import resume
 from condense.pretraining import parts_of, trajectories
 from condense.pretraining import teachers as teachers_module
 from condense.registry import METHODS
 from condense.sets import DistilledSet, packaged_sets
 
-__all__ = ["distill", "experts", "load", "task", "teachers"]
+__all__ = ["distill", "distill_or_resume", "experts", "load", "resume", "task", "teachers"]
 
 
 def task(data: Any, *, name: str | None = None, download: bool = False, **options: Any) -> Task:
-    """The real data: a registered name, a folder, an ``.npz`` or ``.h5``, tensors, or a map-style Dataset.
+    """Loads real data: a registered name, a folder, an ``.npz`` or ``.h5`` file, tensors, or a map-style Dataset.
 
     Args:
-        data: see ``condense.tasks.load``.
-        name: what records call it.
+        data: see :func:`condense.data.load`.
+        name: name in records.
         download: fetch a registered dataset that is not on disk.
-        options: resize, grey, mirror, zca (see :class:`condense.tasks.DataOptions`).
+        options: resize, grey, mirror, zca (see :class:`condense.data.DataOptions`).
+
+    Raises:
+        CondenseError: the data do not exist or are invalid.
     """
-    return task_module.load(data, build(DataOptions, options, "the data"), download=download, name=name)
+    return data_module.load(data, build(DataOptions, options, "the data"), download=download, name=name)
 
 
 def load(source: str | Path) -> DistilledSet:
-    """A distilled set, verified: from a file, or a ready-made one by name (``condense ls sets``).
+    """Loads and verifies a distilled set: a file, or the name of a ready-made set (``condense ls sets``).
 
     Raises:
-        CondenseError: no such file or name, or the file is damaged or of another kind.
+        CondenseError: no such file or name, or the file is damaged or has a different format.
     """
     if str(source) in packaged_sets():
         source = packaged_sets()[str(source)]
@@ -77,53 +76,91 @@ def distill(
     deterministic: bool = False,
     **settings: Any,
 ) -> DistilledSet:
-    """Makes a distilled set.
+    """Distils real data to a small synthetic set.
 
     Args:
         method: a name of ``condense ls methods``.
-        data: a :class:`Task`, or what ``condense.task`` takes.
+        data: a :class:`Task`, or the ``data`` argument of ``condense.task``.
         ipc: stored images per class.
-        network: architecture to match with; the method's default when None.
-        seed: the same seed gives the same set.
+        network: architecture of the networks; by default that of the method.
+        seed: random seed; the same seed gives the same set.
         device: auto, cpu, cuda, ...
-        precision: auto, fp32 or bf16, for matrix work that needs no second derivative.
-        minutes: stop cleanly after so long and keep what there is; schedules still follow ``steps``.
-        out: file to write; None writes none.
-        run_dir: folder for checkpoints, log and previews; None keeps none (a killed run is then lost).
-        tag: ends the set's name, as in ``cifar10/dm-ipc10.paper``.
-        protocol: evaluation protocol named in the manifest; the method's own when None.
+        precision: auto, fp32 or bf16, for matrix products that need no second derivative.
+        minutes: time limit. The run stops cleanly and keeps its current set; schedules still follow ``steps``.
+        out: file to write; None writes no file.
+        run_dir: folder for checkpoints, log and previews; None writes none, so that a killed run is lost.
+        tag: suffix of the set's name, as in ``cifar10/dm-ipc10.paper``.
+        protocol: evaluation protocol named in the manifest; by default that of the method.
         force: overwrite ``out`` and an earlier run in ``run_dir``.
         quiet: no progress on stderr.
-        track: auto (TensorBoard where installed), tensorboard, trackio or none.
-        deterministic: only deterministic kernels; on CUDA, equal seeds then give equal bits. CPUs always do.
-        settings: hyper-parameters, checked against the method's config.
+        track: auto (TensorBoard if installed), tensorboard, trackio or none.
+        deterministic: use only deterministic kernels, so that equal seeds give equal bits on CUDA, as always on CPUs.
+        settings: hyper-parameters of the method's config.
+
+    Returns:
+        The distilled set.
 
     Raises:
-        CondenseError: anything wrong with what was given, found before work starts; or the run diverged, in which case
-            the last good set is written to ``out`` first.
+        CondenseError: invalid arguments, found before the work; or the run diverged, in which case the last finite set
+            is written to ``out`` first.
     """
-    check(
-        method, settings, network=network, protocol=protocol, device=device, precision=precision, minutes=minutes,
-        track=track,
-    )  # fmt: skip
+    checked = {"network": network, "protocol": protocol, "device": device, "precision": precision}
+    jobs.check(method, settings, minutes=minutes, track=track, **checked)
     entry = METHODS.get(method)
-    config = _config(entry, settings)
+    config = jobs.resolve_settings(entry, settings)
     real = data if isinstance(data, Task) else task(data)
-    job = _job(
-        entry, config, real, ipc, network, seed, device, precision, minutes=minutes, tag=tag, track=track, force=force,
-        out=str(Path(out).resolve()) if out else None, protocol=protocol or entry.protocol, deterministic=deterministic,
-    )  # fmt: skip
-    _check_fit(real, ipc, network or entry.network)
-    if out is not None:
-        check_writable(Path(out), force=force, size=_estimated_bytes(real, ipc))
-    directory = Path(run_dir) if run_dir is not None else None
-    if directory is not None:
-        if (directory / CONFIG).exists() and not force:
-            finished = (directory / RESULT).exists()
-            other = "take another --run-dir" if finished else f"go on with `condense resume {directory}`"
-            raise CondenseError(f"{directory} holds a {'finished ' * finished}run; {other}, or replace it with --force")
-        check_writable(directory / CONFIG, force=True, size=6 * _estimated_bytes(real, ipc))
-    return _execute(job, entry, config, real, network or entry.network, directory, quiet=quiet, resume=False)
+    job = jobs.resolve_job(
+        entry,
+        config,
+        real,
+        ipc,
+        network,
+        seed,
+        device,
+        precision,
+        minutes=minutes,
+        tag=tag,
+        track=track,
+        force=force,
+        out=str(Path(out).resolve()) if out else None,
+        protocol=protocol or entry.protocol,
+        deterministic=deterministic,
+    )
+    jobs.check_fit(real, ipc, network or entry.network)
+    directory = None if run_dir is None else Path(run_dir)
+    jobs.check_outputs(real, ipc, out, directory, force=force)
+    return jobs.run_job(job, entry, config, real, network or entry.network, directory, quiet=quiet, resume=False)
+
+
+def distill_or_resume(
+    method: str,
+    real: Task,
+    ipc: int,
+    *,
+    out: Path,
+    run_dir: Path,
+    network: str | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    precision: str = "auto",
+    protocol: str | None = None,
+    quiet: bool = True,
+    **settings: Any,
+) -> DistilledSet:
+    """Makes the same set as :func:`distill`, resuming an earlier call with the same arguments.
+
+    A run with other settings or data in ``run_dir`` is replaced.
+    """
+    checked: dict[str, Any] = {"device": device, "precision": precision, "track": "none"}
+    jobs.check(method, settings, network=network, protocol=protocol, **checked)
+    entry = METHODS.get(method)
+    fields: dict[str, Any] = {"minutes": None, "tag": None, "track": "none", "protocol": protocol or entry.protocol}
+    config = jobs.resolve_settings(entry, settings)
+    job = jobs.resolve_job(entry, config, real, ipc, network, seed, device, precision, out=str(out.resolve()), **fields)
+    if jobs.is_resumable(run_dir, job):
+        return resume(run_dir, quiet=quiet)
+    files: dict[str, Any] = {"out": out, "run_dir": run_dir, "force": True, "quiet": quiet}
+    return distill(method, real, ipc, network=network, seed=seed, protocol=protocol, **files, **checked, **settings)
 
 
 def experts(
@@ -143,61 +180,46 @@ def experts(
     quiet: bool = True,
     **settings: Any,
 ) -> trajectories.Made:
-    """Trains the experts that a method wants, and writes their trajectories to one file.
+    """Trains experts on real data and writes their trajectories to one file.
 
-    The same call goes on where an earlier one was stopped, and a larger ``count`` adds to the file.
+    Repeat the call to resume after a stop; a larger ``count`` adds experts to the file.
 
     Args:
-        data: a :class:`Task`, or what ``condense.task`` takes.
-        network: their architecture; the method's default when None.
-        method: whose experts they are; its settings say how they are trained.
-        count: experts; the method's ``num_experts`` when None.
-        epochs: of their training; as many as the method reads when None (its ``buffer_epochs``).
-        out: file to write; None is the file of the cache where methods look for such experts.
-        seed: the same seed gives the same experts.
+        data: a :class:`Task`, or the ``data`` argument of ``condense.task``.
+        network: architecture of the experts; by default that of the method.
+        method: method that uses the experts; its settings define their training.
+        count: number of experts; by default the method's ``num_experts``.
+        epochs: epochs of training; by default the number that the method reads (its ``buffer_epochs``).
+        out: file to write; by default the file in the cache in which methods look for such experts.
+        seed: random seed; the same seed gives the same experts.
         device: auto, cpu, cuda, ...
-        precision: auto, fp32 or bf16, where the method does not need one of them.
-        dtype: float16 or float32, of the stored weights.
-        held_out: share of each class that experts do not see and are judged on; the method's when None (mostly 0).
-        force: replace what other data, networks or trainings left in ``out``, and what is damaged.
+        precision: auto, fp32 or bf16, unless the method requires one of them.
+        dtype: float16 or float32, the type of the stored weights.
+        held_out: share of each class that is not trained on but used to measure accuracy; by default the method's.
+        force: replace ``out`` if it belongs to different data, networks or training, or is damaged.
         quiet: no progress on stderr.
         settings: hyper-parameters of the method.
 
+    Returns:
+        The file and the numbers of the experts that were trained now.
+
     Raises:
-        CondenseError: anything wrong with what was given, found before work starts; or an expert diverged.
+        CondenseError: invalid arguments, found before the work; or an expert diverged.
     """
-    config = check_experts(
-        method, settings, network=network, count=count, epochs=epochs, dtype=dtype, held_out=held_out, device=device,
-        precision=precision,
-    )  # fmt: skip
+    checked: dict[str, Any] = {"network": network, "held_out": held_out, "device": device, "precision": precision}
+    config = jobs.check_experts(method, settings, count=count, epochs=epochs, dtype=dtype, **checked)
     real = data if isinstance(data, Task) else task(data)
     network = network or METHODS.get(method).network
-    _check_fit(real, 1, network)
+    jobs.check_fit(real, 1, network)
     training, epochs = config.training(real), config.epochs_needed()
     if held_out is not None:
         training = dataclasses.replace(training, held_out=held_out)
-    where = pick_device(device)
-    run = Run(
-        real, 1, network, seed=seed, device=where, precision=pick_precision(precision, where), name="experts",
-        quiet=quiet, track="none",
-    )  # fmt: skip
+    run = _pretraining_run("experts", real, network, seed, device, precision, quiet)
     path = Path(out) if out else trajectories.cache_file(run, training, epochs, dtype)
     with _training(run, path, "a smaller --network or batch"):
         return trajectories.record(
             run, training, path, count=config.num_experts, epochs=epochs, dtype=dtype, force=force
         )
-
-
-@contextlib.contextmanager
-def _training(run: Run, path: Path, smaller: str) -> Iterator[None]:
-    """While networks are trained for the file ``path``: what is done is kept beside it, so a signal may stop it."""
-    run.directory = parts_of(path)
-    try:
-        with run.stop_on_signal():
-            yield
-    except (torch.OutOfMemoryError, MemoryError) as fault:
-        raise CondenseError(f"out of memory on {run.device}: take {smaller}") from fault
-    run.ranks.close()
 
 
 def teachers(
@@ -216,45 +238,42 @@ def teachers(
     quiet: bool = True,
     **settings: Any,
 ) -> teachers_module.Made:
-    """Trains the teachers that a method wants, and writes them to one file.
+    """Trains teachers on real data and writes them to one file.
 
-    The same call goes on where an earlier one was stopped, and a larger ``count`` or other networks add to the file.
+    Repeat the call to resume after a stop; a larger ``count`` or other networks add teachers to the file.
 
     Args:
-        data: a :class:`Task`, or what ``condense.task`` takes.
-        networks: their architectures, joined by commas or as a list; the method's when None.
-        method: whose teachers they are; its settings say how they are trained. None: those of ``TeacherOptions``.
-        count: teachers of each architecture; the ``num_teachers`` of the settings when None.
-        epochs: of their training; the ``teacher_epochs`` of the settings when None.
-        out: file to write; None is the file of the cache where methods look for such teachers.
-        seed: the same seed gives the same teachers.
+        data: a :class:`Task`, or the ``data`` argument of ``condense.task``.
+        networks: architectures, joined by commas or as a list; by default those of the method.
+        method: method that uses the teachers; its settings define their training. None: ``TeacherOptions``.
+        count: teachers of each architecture; by default ``num_teachers`` of the settings.
+        epochs: epochs of training; by default ``teacher_epochs`` of the settings.
+        out: file to write; by default the file in the cache in which methods look for such teachers.
+        seed: random seed; the same seed gives the same teachers.
         device: auto, cpu, cuda, ...
-        precision: auto, fp32 or bf16, where the method does not need one of them.
-        held_out: share of each class that teachers do not see and are judged on; the method's when None (mostly 0,
-            where the real test images judge them).
-        force: replace what other data or trainings left in ``out``, and what is damaged.
+        precision: auto, fp32 or bf16, unless the method requires one of them.
+        held_out: share of each class that is not trained on but used to measure accuracy; by default the method's. If
+            it is 0, accuracy is measured on the real test images.
+        force: replace ``out`` if it belongs to different data or training, or is damaged.
         quiet: no progress on stderr.
         settings: hyper-parameters of the method.
 
+    Returns:
+        The file and the teachers that were trained now.
+
     Raises:
-        CondenseError: anything wrong with what was given, found before work starts; or a teacher diverged.
+        CondenseError: invalid arguments, found before the work; or a teacher diverged.
     """
-    config = check_teachers(
-        method, settings, networks=networks, count=count, epochs=epochs, held_out=held_out, device=device,
-        precision=precision,
-    )  # fmt: skip
+    checked: dict[str, Any] = {"held_out": held_out, "device": device, "precision": precision}
+    config = jobs.check_teachers(method, settings, networks=networks, count=count, epochs=epochs, **checked)
     real = data if isinstance(data, Task) else task(data)
     architectures = config.architectures(METHODS.get(method).network if method else teachers_module.NETWORK)
-    for one in architectures:
-        _check_fit(real, 1, one)
+    for architecture in architectures:
+        jobs.check_fit(real, 1, architecture)
     squeezing = config.squeezing(real)
     if held_out is not None:
         squeezing = dataclasses.replace(squeezing, held_out=held_out)
-    where = pick_device(device)
-    run = Run(
-        real, 1, architectures[0], seed=seed, device=where, precision=pick_precision(precision, where),
-        name="teachers", quiet=quiet, track="none",
-    )  # fmt: skip
+    run = _pretraining_run("teachers", real, architectures[0], seed, device, precision, quiet)
     path = Path(out) if out else teachers_module.cache_file(run, squeezing)
     with _training(run, path, "smaller --networks or teacher_batch"):
         return teachers_module.record(
@@ -262,38 +281,25 @@ def teachers(
         )
 
 
-def distill_or_resume(
-    method: str,
-    real: Task,
-    ipc: int,
-    *,
-    out: Path,
-    run_dir: Path,
-    network: str | None = None,
-    seed: int = 0,
-    device: str = "auto",
-    precision: str = "auto",
-    protocol: str | None = None,
-    quiet: bool = True,
-    **settings: Any,
-) -> DistilledSet:
-    """What :func:`distill` makes, from wherever an earlier call with the same arguments was stopped.
+def _pretraining_run(name: str, real: Task, network: str, seed: int, device: str, precision: str, quiet: bool) -> Run:
+    """The run that trains networks on real data."""
+    torch_device = pick_device(device)
+    precision = pick_precision(precision, torch_device)
+    options: dict[str, Any] = {"seed": seed, "device": torch_device, "precision": precision}
+    return Run(real, 1, network, name=name, quiet=quiet, track="none", **options)
 
-    A run of other settings in ``run_dir``, or on other data, is replaced.
+
+@contextlib.contextmanager
+def _training(run: Run, path: Path, advice: str) -> Iterator[None]:
+    """Trains networks for the file ``path`` in the block. Finished networks are stored, so a signal may stop it.
+
+    Raises:
+        CondenseError: out of memory.
     """
-    watched: dict[str, Any] = {"device": device, "precision": precision, "track": "none"}
-    check(method, settings, network=network, protocol=protocol, **watched)
-    entry = METHODS.get(method)
-    job = _job(
-        entry, _config(entry, settings), real, ipc, network, seed, device, precision, minutes=None, out=None, tag=None,
-        protocol=protocol or entry.protocol, track="none",
-    )  # fmt: skip
-    earlier = None
-    with contextlib.suppress(CondenseError):
-        earlier = read_job(run_dir)
-    if earlier and (earlier.key(), earlier.protocol, earlier.out) == (job.key(), job.protocol, str(out.resolve())):
-        return resume(run_dir, quiet=quiet)
-    return distill(
-        method, real, ipc, network=network, seed=seed, protocol=protocol, out=out, run_dir=run_dir, force=True,
-        quiet=quiet, **watched, **settings,
-    )  # fmt: skip
+    run.directory = parts_of(path)
+    try:
+        with run.stop_on_signal():
+            yield
+    except (torch.OutOfMemoryError, MemoryError) as fault:
+        raise CondenseError(f"out of memory on {run.device}: take {advice}") from fault
+    run.ranks.close()

@@ -1,4 +1,4 @@
-"""the command lines that records and manifests state."""
+"""Parts of the command lines in records and manifests. Paths of the user's files are replaced by PATH."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from condense.data import Task
 from condense.networks.pretrained import _is_file
 
 
-def _word(value: Any) -> str:
+def format_value(value: Any) -> str:
+    """Formats a setting as the command line reads it."""
     return json.dumps(value) if isinstance(value, (bool, list)) else str(value)
 
 
 def data_word(task: Task) -> str:
-    """What ``--data`` is given for this data: a registered name, or its name and a place to fill in."""
+    """The value of ``--data`` for a task: a registered name, or NAME=PATH."""
     return task.name if task.source == task.name else f"{task.name}=PATH"
 
 
-def shown(word: str) -> str:
-    """A backbone's name as commands in records show it: where somebody's file lies is a place to fill in."""
-    if word.endswith(".h5"):
+def shown(backbone: str) -> str:
+    """The name of a backbone, with PATH instead of a file of the user."""
+    if backbone.endswith(".h5"):
         return "PATH"
-    name, at, weights = word.partition("@")
-    return f"{name}@PATH" if at and _is_file(weights) else word
+    name, at, weights = backbone.partition("@")
+    return f"{name}@PATH" if at and _is_file(weights) else backbone

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import shutil
 import tempfile
@@ -66,6 +67,12 @@ def replacing(path: Path) -> Iterator[Path]:
         raise CondenseError(f"{path}: writing failed ({fault.strerror or fault})") from fault
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes indented JSON, atomically."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1) + "\n")
 
 
 @contextlib.contextmanager

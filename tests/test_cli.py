@@ -20,8 +20,9 @@ from PIL import Image
 
 import condense
 from condense import cli
-from condense.cli import EXIT_CODES, listing
+from condense.cli import EXIT_CODES
 from condense.engine import CHECKPOINT
+from condense.registry import METHODS
 
 NETWORK = "convnet-d2-w8-in"
 EXPERTS = f"experts --data digits --network {NETWORK} --count 1 --epochs 2 expert_batch=256"
@@ -259,7 +260,7 @@ MISTAKES = {
     "a run that is missing": ("resume {m}/nowhere", "{m}/nowhere: not a run directory", "--run-dir"),
     "a run whose config was edited": ("resume {m}/edited", "{m}/edited: config.json", "--force"),
     "a run with an unknown setting": ("resume {m}/unknown", "{m}/unknown: stepz=3", "did you mean 'steps'?"),
-    "a run whose data changed": ("resume {m}/changed", "{m}/changed", "{m}/data.npz changed", "start anew"),
+    "a run whose data changed": ("resume {m}/changed", "{m}/changed", "{m}/data.npz changed", "start over"),
     "a run on data from Python": ("resume {m}/python", "{m}/python", "data were given in Python"),
     "a run resumed for no time": ("resume {m}/run --minutes 0", "{m}/run: --minutes 0", "more than 0"),
 }  # fmt: skip
@@ -315,22 +316,22 @@ def test_debug_shows_the_traceback(call):
     assert call("show dmm --debug").err.startswith("Traceback")
 
 
-def test_a_fault_of_ours_is_one_line_too(call, monkeypatch):
-    def broken(kind):
+def test_an_internal_error_is_one_line_too(call, monkeypatch):
+    def broken():
         raise RuntimeError("two\nlines")
 
-    monkeypatch.setattr(listing, "_listing", broken)
+    monkeypatch.setattr(METHODS, "names", broken)
     result = call("ls methods")
     assert result.code == 1
-    assert result.err == "condense: a fault of ours: RuntimeError: two lines; --debug shows where\n"
+    assert result.err == "condense: internal error: RuntimeError: two lines; --debug shows where\n"
     assert "in broken" in call("ls methods --debug").err
 
 
 def test_ctrl_c_outside_a_run(call, monkeypatch):
-    def interrupted(kind):
+    def interrupted():
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(listing, "_listing", interrupted)
+    monkeypatch.setattr(METHODS, "names", interrupted)
     result = call("ls")
     assert (result.code, result.err) == (130, "condense: interrupted\n")
 
@@ -344,7 +345,7 @@ def test_a_reader_that_has_seen_enough_is_no_fault():
 # -- what works -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", cli.KINDS)
+@pytest.mark.parametrize("kind", cli.LISTINGS)
 def test_ls(kind, done):
     rows = json.loads(done(f"ls {kind} --json"))[kind]
     assert [line.split()[0] for line in done(f"ls {kind}").splitlines()] == [row["name"] for row in rows]
@@ -352,8 +353,8 @@ def test_ls(kind, done):
 
 
 def test_ls_everything(done):
-    assert list(json.loads(done("ls --json"))) == list(cli.KINDS)
-    assert all(f"{kind}:" in done("ls") for kind in cli.KINDS)
+    assert list(json.loads(done("ls --json"))) == list(cli.LISTINGS)
+    assert all(f"{kind}:" in done("ls") for kind in cli.LISTINGS)
 
 
 def test_show_a_method(done):
@@ -430,7 +431,7 @@ def test_force_replaces_a_run_and_all_that_it_left(done):
 
 def test_minutes_stop_cleanly_and_resume_goes_on(done):
     text = done(f"{DM} steps=100000 --minutes 0.01 --out a.h5 --run-dir run")
-    assert "of 100000 steps" in text and "stopped by --minutes; go on with: condense resume run --minutes" in text
+    assert "of 100000 steps" in text and "stopped by --minutes; resume with: condense resume run --minutes" in text
     first = condense.load("a.h5").manifest
     assert first["stopped_early"] and 0 < first["steps_done"] < 100000
     assert "run has ended" in done("resume run")

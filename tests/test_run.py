@@ -329,14 +329,18 @@ def test_divergence_keeps_the_last_good_set(data, call, tmp_path):
     assert call("resume run").code == 2  # it diverges again, and says so again
 
 
-def test_a_finished_run_is_not_computed_again(data, call, tmp_path, monkeypatch):
+def test_a_finished_run_is_not_computed_again(data, call, tmp_path):
     assert call(TINY).code == 0
     made = arrays_of(tmp_path / "a.h5")
-    with monkeypatch.context() as patch:
-        patch.setattr(execute, "_execute", None)
-        result = call("resume run")
-        assert result.code == 0 and result.err == ""
-        assert result.out.startswith("run has ended; its set is:\nmade data/dm-ipc1")
+
+    def written():
+        return {path: path.stat().st_mtime_ns for path in [tmp_path / "a.h5", *(tmp_path / "run").rglob("*")]}
+
+    before = written()
+    result = call("resume run")
+    assert result.code == 0 and result.err == ""
+    assert result.out.startswith("run has ended; its set is:\nmade data/dm-ipc1")
+    assert written() == before and tmp_path / "run" / "result.json" in before
     (tmp_path / "a.h5").unlink()
     assert "made data/dm-ipc1" in call("resume run").out  # only the set is missing: it is made from the checkpoint
     assert arrays_of(tmp_path / "a.h5") == made
@@ -351,7 +355,7 @@ def test_a_disk_that_fills_up_in_the_run(data, call, tmp_path, whole, monkeypatc
         patch.setattr(torch, "save", full)
         result = call(TINY)
     assert result.code == 2
-    assert result.err == "condense: run: No space left on device; mend that, then: condense resume run\n"
+    assert result.err == "condense: run: No space left on device; fix this, then run: condense resume run\n"
     assert call("resume run").code == 0
     assert arrays_of(tmp_path / "a.h5") == whole
 

@@ -1,17 +1,30 @@
-"""TODO-DOC."""
+"""Verbs for labels of other kinds: `lighten` and `labels`."""
 
 from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from condense.cli.parameters import _DATA, Device, Download, Force, Precision, Seed, SetFile, _number, _set
+from condense.cli.parameters import (
+    DATA_HELP,
+    Device,
+    Download,
+    Force,
+    Precision,
+    Seed,
+    SetFile,
+    load_set,
+    number_option,
+)
 from condense.errors import CondenseError
 from condense.formatting import size
 from condense.tracking import leads
+
+if TYPE_CHECKING:
+    from condense.sets import DistilledSet
 
 
 def lighten(
@@ -31,16 +44,18 @@ def lighten(
         ),
     ] = None,
     data: Annotated[
-        str | None, typer.Option("--data", help=f"{_DATA}; compared with the set's, and what a projector learns from")
+        str | None,
+        typer.Option("--data", help=f"{DATA_HELP}; checked against the set's data; a projector is trained on it"),
     ] = None,
     teachers: Annotated[
-        Path | None, typer.Option(help="file of teachers to ask; stored labels, or the set's own, by default")
+        Path | None,
+        typer.Option(help="file of teachers that label views; by default stored labels, or the teachers of the set"),
     ] = None,
     device: Device = "auto",
     download: Download = False,
     force: Force = False,
 ) -> None:
-    """Gives a set lighter labels. Call it again to go on after a stop."""
+    """Gives a set labels of another, mostly lighter kind. Run it again to resume after a stop."""
     from condense import api, config
     from condense.files import check_writable
     from condense.judge import evaluation
@@ -48,48 +63,63 @@ def lighten(
 
     check_writable(out, force=force)
     keys: dict[str, Any] = config.parse(settings or [])
-    made = _set(file)
-    real = api.task(data, download=download, **evaluation.data_options(made)) if data is not None else None
-    light = lightening.lighten(made, labels, real, teachers=teachers, device=device, quiet=False, beside=out, **keys)
+    distilled = load_set(file)
+    real = api.task(data, download=download, **evaluation.data_options(distilled)) if data is not None else None
+    light = lightening.lighten(
+        distilled, labels, real, teachers=teachers, device=device, quiet=False, beside=out, **keys
+    )
     light.save(out, force=force)
     for path in kinds.answer_files(out):
         path.unlink(missing_ok=True)
-    known = light.manifest["lightened"]
-    before, after = known["bytes"]["before"], known["bytes"]["after"] + known["bytes"]["external"]
-    print(f"lightened {made.name}: {size(after)} of labels, {100 * after / before:.3g} % of {size(before)}"
-          + f" ({size(known['bytes']['external'])} of it external)" * bool(known["bytes"]["external"]))  # fmt: skip
-    print(f"  {light.labels.kind} labels, {known['exactness']}; a step costs: {known['step_cost']}")
-    if known["error"] is not None:
-        error = known["error"]
-        print(f"  error: centred logits off by {error['largest']:.3g} at most, {100 * error['relative']:.3g} % in "
-              f"squares; {100 * error['moved']:.3g} % of the targets' probability lies elsewhere")  # fmt: skip
-    word = shlex.quote(data) if data is not None else "DATA"
-    print(f"  set:  {out}\n  next: condense evaluate {shlex.quote(str(out))} --data {word}")
+    _report(distilled.name, light)
+    shown_data = shlex.quote(data) if data is not None else "DATA"
+    print(f"  set:  {out}\n  next: condense evaluate {shlex.quote(str(out))} --data {shown_data}")
+
+
+def _report(name: str, light: DistilledSet) -> None:
+    """Prints the bytes, the kind and the error of the new labels."""
+    facts = light.manifest["lightened"]
+    before, external = facts["bytes"]["before"], facts["bytes"]["external"]
+    after = facts["bytes"]["after"] + external
+    share = f"{size(after)} of labels, {100 * after / before:.3g} % of {size(before)}"
+    print(f"lightened {name}: {share}" + f" ({size(external)} of it external)" * bool(external))
+    print(f"  {light.labels.kind} labels, {facts['exactness']}; a step costs: {facts['step_cost']}")
+    error = facts["error"]
+    if error is not None:
+        logits = f"centred logits off by {error['largest']:.3g} at most, {100 * error['relative']:.3g} % in squares"
+        print(f"  error: {logits}; {100 * error['moved']:.3g} % of the targets' probability lies elsewhere")
 
 
 def labels_(
     file: SetFile,
     data: Annotated[
-        str | None, typer.Option("--data", help="real data, on which students are judged; without, bytes alone")
+        str | None, typer.Option("--data", help="real data to evaluate students on; without it only bytes are compared")
     ] = None,
     kinds: Annotated[
         str | None,
-        typer.Option(help="KIND[:KEY=VALUE...],...; own is what the set brings; own and every kind by default"),
+        typer.Option(help="KIND[:KEY=VALUE...],...; own is the kind of the set; by default own and every kind"),
     ] = None,
-    plot: Annotated[Path | None, typer.Option(help="picture to draw, of accuracy against bytes")] = None,
+    plot: Annotated[Path | None, typer.Option(help="picture of accuracy against bytes to draw")] = None,
     protocol: Annotated[
-        str | None, typer.Option(help="of the soft track; the set's own by default, else dc-soft-v1")
+        str | None, typer.Option(help="protocol of the soft track; by default that of the set, or dc-soft-v1")
     ] = None,
-    network: Annotated[str | None, typer.Option(help="of the students; the protocol's first by default")] = None,
-    runs: Annotated[int | None, _number("--runs", int, "students a kind; the protocol's number by default")] = None,
-    teachers: Annotated[Path | None, typer.Option(help="file of teachers to ask; see condense lighten")] = None,
+    network: Annotated[
+        str | None, typer.Option(help="architecture of the students; by default the first of the protocol")
+    ] = None,
+    runs: Annotated[
+        int | None, number_option("--runs", int, "students per kind; by default the number of the protocol")
+    ] = None,
+    teachers: Annotated[
+        Path | None,
+        typer.Option(help="file of teachers that label views; by default stored labels, or the teachers of the set"),
+    ] = None,
     seed: Seed = 0,
     device: Device = "auto",
     precision: Precision = "auto",
     download: Download = False,
     force: Force = False,
 ) -> None:
-    """Compares kinds of labels for a set: bytes and accuracy."""
+    """Compares kinds of labels of a set by bytes and accuracy."""
     from condense import api
     from condense.files import check_writable
     from condense.judge import evaluation
@@ -100,15 +130,24 @@ def labels_(
             raise CondenseError(f"--plot {plot}: draws accuracies; give --data")
         comparison.check_plot(plot)
         check_writable(plot, force=force)
-    chosen, made = comparison.asked_kinds(kinds or ""), _set(file)
-    real = api.task(data, download=download, **evaluation.data_options(made)) if data is not None else None
+    chosen, distilled = comparison.asked_kinds(kinds or ""), load_set(file)
+    real = api.task(data, download=download, **evaluation.data_options(distilled)) if data is not None else None
     points = comparison.compare(
-        made, chosen, real, protocol=protocol, network=network, runs=runs, teachers=teachers, seed=seed, device=device,
-        precision=precision, quiet=False,
-    )  # fmt: skip
+        distilled,
+        chosen,
+        real,
+        protocol=protocol,
+        network=network,
+        runs=runs,
+        teachers=teachers,
+        seed=seed,
+        device=device,
+        precision=precision,
+        quiet=False,
+    )
     if not leads():
         return
-    print(f"{made.name}: {len(made)} images, {size(made.nbytes()['images'])}")
+    print(f"{distilled.name}: {len(distilled)} images, {size(distilled.nbytes()['images'])}")
     print(comparison.table(points))
     if plot is not None:
-        print(f"picture: {comparison.chart(points, plot, made.name)}")
+        print(f"picture: {comparison.chart(points, plot, distilled.name)}")

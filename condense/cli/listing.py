@@ -1,34 +1,37 @@
-"""TODO-DOC."""
+"""Verbs that list and show what exists: `ls` and `show`."""
 
 from __future__ import annotations
 
 import json
 import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from condense.cli.make import _request
-from condense.cli.parameters import AsJson, _set
+from condense.cli.parameters import AsJson, load_set
+from condense.cli.request import parse_request
 from condense.errors import CondenseError, did_you_mean
 from condense.formatting import size
 
-KINDS = ("methods", "datasets", "networks", "recipes", "protocols", "suites", "sets")
+if TYPE_CHECKING:
+    from condense.sets import DistilledSet
+
+LISTINGS = ("methods", "datasets", "networks", "recipes", "protocols", "suites", "sets")
 
 
 def ls(
-    kind: Annotated[str | None, typer.Argument(metavar="[KIND]", help=", ".join(KINDS))] = None,
+    kind: Annotated[str | None, typer.Argument(metavar="[KIND]", help=", ".join(LISTINGS))] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Lists what exists."""
-    if kind is not None and kind not in KINDS:
-        raise CondenseError(f"'{kind}' cannot be listed{did_you_mean(kind, KINDS)}")
-    listing = {name: _listing(name) for name in ([kind] if kind else KINDS)}
+    """Lists everything that has a name."""
+    if kind is not None and kind not in LISTINGS:
+        raise CondenseError(f"'{kind}' cannot be listed{did_you_mean(kind, LISTINGS)}")
+    listings = {name: _list(name) for name in ([kind] if kind else LISTINGS)}
     if as_json:
-        print(json.dumps(listing, indent=1))
+        print(json.dumps(listings, indent=1))
         return
-    for name, rows in listing.items():
+    for name, rows in listings.items():
         if kind is None:
             print(f"{name}:" if rows else f"{name}: none")
         width = max((len(row["name"]) for row in rows), default=0)
@@ -36,9 +39,9 @@ def ls(
             print(("  " if kind is None else "") + f"{row['name']:<{width}}  {row['about']}".rstrip())
 
 
-def _listing(kind: str) -> list[dict[str, Any]]:
+def _list(kind: str) -> list[dict[str, Any]]:
     from condense import config
-    from condense.benchmarks.suite import suites
+    from condense.benchmarks import suite
     from condense.data import datasets
     from condense.judge import protocols
     from condense.networks import CONVNET_GRAMMAR, names
@@ -46,38 +49,47 @@ def _listing(kind: str) -> list[dict[str, Any]]:
     from condense.sets import packaged_sets
 
     if kind == "methods":
-        entries = [METHODS.get(name) for name in METHODS.names()]
         return [
-            {"name": e.name, "about": f"{e.summary} ({e.year})", "paper": e.paper, "labels": e.labels, "order": e.order}
-            for e in entries
+            {
+                "name": entry.name,
+                "about": f"{entry.summary} ({entry.year})",
+                "paper": entry.paper,
+                "labels": entry.labels,
+                "order": entry.order,
+            }
+            for entry in map(METHODS.get, METHODS.names())
         ]
     if kind == "datasets":
         return [{"name": name, "about": about} for name, about in datasets().items()]
     if kind == "networks":
         return [{"name": CONVNET_GRAMMAR, "about": ""}, *({"name": name, "about": ""} for name in names())]
     if kind == "protocols":
-        return [{"name": p.name, "about": p.summary, "version": p.version} for p in protocols().values()]
+        return [
+            {"name": entry.name, "about": entry.summary, "version": entry.version} for entry in protocols().values()
+        ]
     if kind == "suites":
-        return [{"name": suite.name, "about": suite.summary} for suite in suites().values()]
+        return [{"name": entry.name, "about": entry.summary} for entry in suite.suites().values()]
     if kind == "sets":
-        sets = packaged_sets().items()
-        return [{"name": name, "about": _claim(_set(name)), "path": str(path)} for name, path in sets]
-    return [{"name": name, "about": _recipe_line(config.recipe(name))} for name in config.recipe_names()]
+        return [
+            {"name": name, "about": _format_claim(load_set(name)), "path": str(path)}
+            for name, path in packaged_sets().items()
+        ]
+    return [{"name": name, "about": _format_recipe(config.recipe(name))} for name in config.recipe_names()]
 
 
-def _claim(made: Any) -> str:
-    """What a ready-made set holds, and what it was measured to reach."""
-    claim = made.manifest.get("claim")
-    reached = f", {100 * claim['mean']:.1f} % on {claim['network']} under {claim['protocol']}" if claim else ""
-    return f"{len(made.stored)} images, {size(made.nbytes()['total'])}{reached}"
+def _format_claim(distilled: DistilledSet) -> str:
+    """The size of a ready-made set and its measured accuracy."""
+    claim = distilled.manifest.get("claim")
+    accuracy = f", {100 * claim['mean']:.1f} % on {claim['network']} under {claim['protocol']}" if claim else ""
+    return f"{len(distilled.stored)} images, {size(distilled.nbytes()['total'])}{accuracy}"
 
 
-def _recipe_line(recipe: dict[str, Any]) -> str:
+def _format_recipe(recipe: dict[str, Any]) -> str:
     return ", ".join(f"{key}={value}" for key, value in recipe.items() if key != "method")
 
 
 def show(
-    name: Annotated[str, typer.Argument(metavar="METHOD|RECIPE|SET.h5", help="what to show")],
+    name: Annotated[str, typer.Argument(metavar="METHOD|RECIPE|SET.h5", help="a method, a recipe or a set")],
     as_json: AsJson = False,
 ) -> None:
     """Shows a method, a recipe, or a set's manifest."""
@@ -90,7 +102,7 @@ def show(
     elif name in config.recipe_names() or name.endswith((".yaml", ".yml")):
         _show_recipe(name, as_json)
     elif name in packaged_sets() or name.endswith(".h5") or Path(name).exists():
-        manifest = _set(name).manifest
+        manifest = load_set(name).manifest
         if as_json:
             print(json.dumps(manifest, indent=1))
         else:
@@ -105,9 +117,9 @@ def _show_recipe(name: str, as_json: bool) -> None:
     from condense.benchmarks import facts
 
     recipe = config.recipe(name)
-    _request(None, None, None, None, None, name)  # as `distill` would refuse it
-    wanted = recipe["method"], recipe["data"], int(recipe["ipc"])
-    published, measured = facts.published(*wanted), facts.measured(*wanted)
+    parse_request(None, None, None, None, None, name)  # reports the same mistakes as `distill`
+    cell = recipe["method"], recipe["data"], int(recipe["ipc"])
+    published, measured = facts.published(*cell), facts.measured(*cell)
     if as_json:
         print(json.dumps({"recipe": recipe, "published": published, "measured": measured}, indent=1))
         return
@@ -152,8 +164,8 @@ def _show_method(name: str, as_json: bool) -> None:
         keys = ("name", "type", "default", "meaning")
         print(json.dumps({**facts, "settings": [dict(zip(keys, row)) for row in settings]}, indent=1))
         return
-    print(f"{entry.name}: {entry.paper} ({entry.year}); labels: {entry.labels}; network: {entry.network}; "
-          f"protocol: {entry.protocol}\n")  # fmt: skip
+    defaults = f"labels: {entry.labels}; network: {entry.network}; protocol: {entry.protocol}"
+    print(f"{entry.name}: {entry.paper} ({entry.year}); {defaults}\n")
     print(inspect.cleandoc(entry.function.__doc__ or ""))
     for title, rows in (("settings", settings), ("settings of the data", config.describe(DataOptions))):
         if rows:

@@ -1,4 +1,4 @@
-"""TODO-DOC."""
+"""The application object, and the arguments and options that several verbs share."""
 
 from __future__ import annotations
 
@@ -6,28 +6,29 @@ import difflib
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from condense.errors import CondenseError
 
-EXIT_CODES = (
-    "Exit codes: 0 done, 1 a fault of ours, 2 a mistake in what was given, 130 interrupted (a run saves its state)."
-)
-"""Ends the help of every verb."""
+if TYPE_CHECKING:
+    from condense.sets import DistilledSet
+
+EXIT_CODES = "Exit codes: 0 done, 1 internal error, 2 invalid input, 130 interrupted (a run saves its state)."
+"""Last line of the help of every verb."""
 
 app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    help="Make, judge and use distilled datasets.",
+    help="Make, evaluate and use distilled datasets.",
     epilog=EXIT_CODES,
 )
 
 
-def _number(flag: str, kind: Callable[[str], Any], meaning: str) -> Any:
-    """A numeric option; what is no number is refused by a line that names flag and value."""
+def number_option(flag: str, kind: Callable[[str], Any], meaning: str) -> Any:
+    """A numeric option. An invalid value is reported with the flag and the value."""
 
     def parse(text: str) -> Any:
         try:
@@ -38,57 +39,70 @@ def _number(flag: str, kind: Callable[[str], Any], meaning: str) -> Any:
     return typer.Option(flag, parser=parse, metavar="N" if kind is int else "X", help=meaning)
 
 
-_DATA = "real data: a name of `condense ls datasets`, a folder, .npz or .h5; NAME=PATH names a folder in the records"
+DATA_HELP = (
+    "real data: a name of `condense ls datasets`, a folder, .npz or .h5; NAME=PATH names a folder in the records"
+)
 
-Method = Annotated[str | None, typer.Argument(metavar="METHOD", help="a name of `condense ls methods`")]
+MethodArgument = Annotated[str | None, typer.Argument(metavar="METHOD", help="a name of `condense ls methods`")]
 
-Settings = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="settings; see condense show")]
-
-Data = Annotated[str, typer.Option("--data", help=_DATA)]
-
-DataOrRecipe = Annotated[str | None, typer.Option("--data", help=_DATA)]
-
-Ipc = Annotated[int | None, _number("--ipc", int, "stored images per class")]
-
-Network = Annotated[str | None, typer.Option(help="network to match with; the method's own by default")]
-
-Recipe = Annotated[str | None, typer.Option(help="a name of `condense ls recipes`, or a YAML file")]
+SettingsArgument = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE", help="settings of the method and of the data; `condense show METHOD` explains them"
+    ),
+]
 
 SetFile = Annotated[str, typer.Argument(metavar="SET.h5", help="file of a set, or a name of `condense ls sets`")]
 
+Data = Annotated[str, typer.Option("--data", help=DATA_HELP)]
+
+DataOrRecipe = Annotated[str | None, typer.Option("--data", help=DATA_HELP)]
+
+Ipc = Annotated[int | None, number_option("--ipc", int, "stored images per class")]
+
+NetworkOption = Annotated[str | None, typer.Option(help="architecture to distil with; by default that of the method")]
+
+RecipeOption = Annotated[str | None, typer.Option(help="a name of `condense ls recipes`, or a YAML file")]
+
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 
-Precision = Annotated[str, typer.Option(help="auto, fp32 or bf16, for work without second derivatives")]
+Precision = Annotated[str, typer.Option(help="auto, fp32 or bf16, for matrix products without second derivatives")]
 
-Seed = Annotated[int, _number("--seed", int, "the same seed gives the same result")]
+Seed = Annotated[int, number_option("--seed", int, "random seed; the same seed gives the same result")]
 
-Force = Annotated[bool, typer.Option("--force", help="overwrite what exists")]
+Force = Annotated[bool, typer.Option("--force", help="overwrite existing files")]
 
 Download = Annotated[bool, typer.Option("--download", help="fetch a registered dataset that is not on disk")]
 
-AddTo = Annotated[
+NetworksFile = Annotated[
     Path | None,
-    typer.Option("--out", help="file to write or to add to; one of the cache, where methods look, by default"),
+    typer.Option("--out", help="file to write or to add to; by default the file in the cache that methods read"),
 ]
 
 HeldOut = Annotated[
-    float | None, _number("--held-out", float, "share of each class that they do not see and are judged on")
+    float | None,
+    number_option("--held-out", float, "share of each class that is used to measure accuracy, not to train on"),
 ]
 
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
-def _sorted(keys: dict[str, Any], *groups: type) -> list[dict[str, Any]]:
-    """``keys`` by the dataclass that has the key, or the one most like it (the last where none is)."""
+def sort_settings(settings: dict[str, Any], *groups: type) -> list[dict[str, Any]]:
+    """Splits ``settings`` by the dataclass that has the key.
+
+    An unknown key goes to the dataclass with the most similar field (the last one if none is similar), which reports
+    it.
+    """
     owners = {field.name: number for number, group in enumerate(groups) for field in fields(group)}
-    found: list[dict[str, Any]] = [{} for _ in groups]
-    for key, value in keys.items():
-        like = difflib.get_close_matches(key, owners, n=1, cutoff=0.5)
-        found[owners[like[0]] if like else -1][key] = value
-    return found
+    split: list[dict[str, Any]] = [{} for _ in groups]
+    for key, value in settings.items():
+        similar = difflib.get_close_matches(key, owners, n=1, cutoff=0.5)
+        split[owners[similar[0]] if similar else -1][key] = value
+    return split
 
 
-def _set(name: str) -> Any:
+def load_set(name: str) -> DistilledSet:
+    """Loads a set from its file, or a ready-made set by name."""
     from condense import api
 
     return api.load(name)

@@ -1,8 +1,25 @@
-"""TODO-FACE condense/jobs."""
+"""Jobs: one run of a method, from its checked arguments to the distilled set in a file."""
 
-from condense.jobs.checks import check, check_experts, check_teachers
-from condense.jobs.execute import resume
-from condense.jobs.job import CONFIG, RESULT, read_job
+from condense.jobs.checks import all_at_once, check, check_experts, check_fit, check_outputs, check_teachers
+from condense.jobs.execute import resume, run_job
+from condense.jobs.job import is_finished, is_resumable, read_job, resolve_job, resolve_settings
+from condense.jobs.manifest import distill_command
 from condense.jobs.plan import measure
 
-__all__ = ["CONFIG", "RESULT", "check", "check_experts", "check_teachers", "measure", "read_job", "resume"]
+__all__ = [
+    "all_at_once",
+    "check",
+    "check_experts",
+    "check_fit",
+    "check_outputs",
+    "check_teachers",
+    "distill_command",
+    "is_finished",
+    "is_resumable",
+    "measure",
+    "read_job",
+    "resolve_job",
+    "resolve_settings",
+    "resume",
+    "run_job",
+]

@@ -1,8 +1,10 @@
-"""TODO-DOC."""
+"""Checks of all arguments before any work; all mistakes are reported together, in one line."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -12,108 +14,29 @@ from condense.config import build
 from condense.data import DataOptions, Task
 from condense.device import pick_device, pick_precision
 from condense.errors import CondenseError, did_you_mean
-from condense.jobs.job import _config
+from condense.files import check_writable
+from condense.jobs.job import CONFIG_FILE, RESULT_FILE, resolve_settings
 from condense.judge import get_protocol
 from condense.pretraining import teachers, trajectories
 from condense.registry import METHODS
 from condense.tracking import check_tracker
 
 
-def check_experts(
-    method: str,
-    settings: Mapping[str, Any],
-    options: Mapping[str, Any] | None = None,
-    *,
-    count: int | None = None,
-    epochs: int | None = None,
-    dtype: str = "float16",
-    held_out: float | None = None,
-    **watched: Any,
-) -> Any:
-    """Finds all mistakes that can be found without the real data; arguments as in :func:`experts`.
-
-    Returns:
-        The method's settings, with those two numbers in them.
+def all_at_once(*checks: Callable[[], Any]) -> list[Any]:
+    """Runs all checks and returns their results.
 
     Raises:
-        CondenseError: every mistake, in one line.
+        CondenseError: the mistakes that the checks found, in one line.
     """
-    entry = METHODS.get(method)
-    if not hasattr(entry.config, "training"):
-        able = [name for name in METHODS.names() if hasattr(METHODS.get(name).config, "training")]
-        raise CondenseError(f"--for {method}: this method has no experts; these have: {', '.join(able) or 'none'}")
-    flags = {"count": ("num_experts", count), "epochs": ("buffer_epochs", epochs)}
-    faults = [
-        f"--{flag} {value}: must be at least 1" for flag, (_, value) in flags.items() if value is not None and value < 1
-    ]
-    settings = {**settings, **{key: value for key, value in flags.values() if value is not None and value > 0}}
-    if held_out is not None and not 0 <= held_out < 1:
-        faults.append(f"--held-out {held_out:g}: must be at least 0 and less than 1")
-    if dtype not in trajectories.DTYPES:
-        faults.append(f"--dtype {dtype}: unknown{did_you_mean(dtype, trajectories.DTYPES)}")
-
-    def flags_are_right() -> None:
-        if faults:
-            raise CondenseError("; ".join(faults))
-
-    all_at_once(flags_are_right, lambda: check(method, settings, options, **watched))
-    return _config(entry, settings)
-
-
-def check_teachers(
-    method: str | None,
-    settings: Mapping[str, Any],
-    options: Mapping[str, Any] | None = None,
-    *,
-    networks: str | Sequence[str] | None = None,
-    count: int | None = None,
-    epochs: int | None = None,
-    held_out: float | None = None,
-    device: str = "auto",
-    precision: str = "auto",
-) -> Any:
-    """Finds all mistakes that can be found without the real data; arguments as in :func:`teachers`.
-
-    Returns:
-        The settings of the method, or :class:`~condense.teachers.TeacherOptions`, with what was given in them.
-
-    Raises:
-        CondenseError: every mistake, in one line.
-    """
-    config = METHODS.get(method).config if method else teachers.TeacherOptions
-    if not hasattr(config, "squeezing"):
-        able = [name for name in METHODS.names() if hasattr(METHODS.get(name).config, "squeezing")]
-        raise CondenseError(f"--for {method}: this method has no teachers; these have: {', '.join(able) or 'none'}")
-    flags = {"count": ("num_teachers", count), "epochs": ("teacher_epochs", epochs)}
-    faults = [
-        f"--{flag} {value}: must be at least 1" for flag, (_, value) in flags.items() if value is not None and value < 1
-    ]
-    settings = {**settings, **{key: value for key, value in flags.values() if value is not None and value > 0}}
-    if networks is not None:
-        settings["committee"] = networks if isinstance(networks, str) else ",".join(networks)
-    if held_out is not None and not 0 <= held_out < 1:
-        faults.append(f"--held-out {held_out:g}: must be at least 0 and less than 1")
-    if settings.get("teachers"):
-        faults.append(f"teachers={settings['teachers']}: are there already; leave it out to train others")
-
-    def flags_are_right() -> None:
-        if faults:
-            raise CondenseError("; ".join(faults))
-
-    def settled() -> Any:
-        if method:
-            return _config(METHODS.get(method), settings)
-        built = build(teachers.TeacherOptions, settings, "teachers")
-        built.check_teachers()
-        return built
-
-    *_, built = all_at_once(
-        flags_are_right,
-        lambda: build(DataOptions, options or {}, "the data"),
-        lambda: pick_precision(precision, pick_device(device)),
-        settled,
-    )
-    return built
+    results, faults = [], []
+    for run_check in checks:
+        try:
+            results.append(run_check())
+        except CondenseError as fault:
+            faults.append(str(fault))
+    if faults:
+        raise CondenseError("; ".join(faults))
+    return results
 
 
 def check(
@@ -128,17 +51,17 @@ def check(
     minutes: float | None = None,
     track: str = "none",
 ) -> None:
-    """Finds all mistakes that can be found without the real data; arguments as in :func:`distill`.
+    """Checks the arguments of :func:`condense.distill` that do not depend on the real data.
 
     Args:
-        options: of the data (see :class:`condense.tasks.DataOptions`).
+        options: options of the data (see :class:`condense.data.DataOptions`).
 
     Raises:
-        CondenseError: every mistake, in one line.
+        CondenseError: all mistakes, in one line.
     """
     entry = METHODS.get(method)
     all_at_once(
-        lambda: _config(entry, settings),
+        lambda: resolve_settings(entry, settings),
         lambda: build(DataOptions, options or {}, "the data"),
         lambda: networks.check(network or entry.network),
         lambda: get_protocol(protocol or entry.protocol),
@@ -148,17 +71,106 @@ def check(
     )
 
 
-def all_at_once(*checks: Callable[[], Any]) -> list[Any]:
-    """What the functions return; the mistakes that they find are raised together, in one line."""
-    results, faults = [], []
-    for run_check in checks:
-        try:
-            results.append(run_check())
-        except CondenseError as fault:
-            faults.append(str(fault))
+def check_experts(
+    method: str,
+    settings: Mapping[str, Any],
+    options: Mapping[str, Any] | None = None,
+    *,
+    count: int | None = None,
+    epochs: int | None = None,
+    dtype: str = "float16",
+    held_out: float | None = None,
+    **run_options: Any,
+) -> Any:
+    """Checks the arguments of :func:`condense.api.experts` that do not depend on the real data.
+
+    Returns:
+        The config of the method, with ``count`` and ``epochs`` in its settings.
+
+    Raises:
+        CondenseError: all mistakes, in one line.
+    """
+    _check_pretrains(method, "training", "experts")
+    flags = {"count": ("num_experts", count), "epochs": ("buffer_epochs", epochs)}
+    faults = _flag_faults(flags, held_out)
+    if dtype not in trajectories.DTYPES:
+        faults.append(f"--dtype {dtype}: unknown{did_you_mean(dtype, trajectories.DTYPES)}")
+    settings = {**settings, **_positive_settings(flags)}
+    all_at_once(functools.partial(_raise, faults), lambda: check(method, settings, options, **run_options))
+    return resolve_settings(METHODS.get(method), settings)
+
+
+def check_teachers(
+    method: str | None,
+    settings: Mapping[str, Any],
+    options: Mapping[str, Any] | None = None,
+    *,
+    networks: str | Sequence[str] | None = None,
+    count: int | None = None,
+    epochs: int | None = None,
+    held_out: float | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+) -> Any:
+    """Checks the arguments of :func:`condense.api.teachers` that do not depend on the real data.
+
+    Returns:
+        The config of the method (or :class:`~condense.pretraining.TeacherOptions`) with these arguments in it.
+
+    Raises:
+        CondenseError: all mistakes, in one line.
+    """
+    if method:
+        _check_pretrains(method, "squeezing", "teachers")
+    flags = {"count": ("num_teachers", count), "epochs": ("teacher_epochs", epochs)}
+    faults = _flag_faults(flags, held_out)
+    settings = {**settings, **_positive_settings(flags)}
+    if networks is not None:
+        settings["committee"] = networks if isinstance(networks, str) else ",".join(networks)
+    if settings.get("teachers"):
+        faults.append(f"teachers={settings['teachers']}: are there already; leave it out to train others")
+
+    def build_config() -> Any:
+        if method:
+            return resolve_settings(METHODS.get(method), settings)
+        config = build(teachers.TeacherOptions, settings, "teachers")
+        config.check_teachers()
+        return config
+
+    *_, config = all_at_once(
+        functools.partial(_raise, faults),
+        lambda: build(DataOptions, options or {}, "the data"),
+        lambda: pick_precision(precision, pick_device(device)),
+        build_config,
+    )
+    return config
+
+
+def _check_pretrains(method: str, attribute: str, networks: str) -> None:
+    """Checks that a method trains ``networks`` (experts or teachers) on real data."""
+    if not hasattr(METHODS.get(method).config, attribute):
+        names = [name for name in METHODS.names() if hasattr(METHODS.get(name).config, attribute)]
+        raise CondenseError(f"--for {method}: this method has no {networks}; these have: {', '.join(names) or 'none'}")
+
+
+def _flag_faults(flags: Mapping[str, tuple[str, int | None]], held_out: float | None) -> list[str]:
+    """Mistakes in ``--count``, ``--epochs`` and ``--held-out``."""
+    faults = [
+        f"--{flag} {value}: must be at least 1" for flag, (_, value) in flags.items() if value is not None and value < 1
+    ]
+    if held_out is not None and not 0 <= held_out < 1:
+        faults.append(f"--held-out {held_out:g}: must be at least 0 and less than 1")
+    return faults
+
+
+def _positive_settings(flags: Mapping[str, tuple[str, int | None]]) -> dict[str, int]:
+    """The settings of the flags that have a valid value."""
+    return {key: value for key, value in flags.values() if value is not None and value > 0}
+
+
+def _raise(faults: Sequence[str]) -> None:
     if faults:
         raise CondenseError("; ".join(faults))
-    return results
 
 
 def _check_minutes(minutes: float | None) -> None:
@@ -166,8 +178,12 @@ def _check_minutes(minutes: float | None) -> None:
         raise CondenseError(f"--minutes {minutes:g}: must be more than 0")
 
 
-def _check_fit(real: Task, ipc: int, network: str | Callable[..., nn.Module]) -> None:
-    """Refuses what the real data cannot give, before any work: more images than a class has, a network too deep."""
+def check_fit(real: Task, ipc: int, network: str | Callable[..., nn.Module]) -> None:
+    """Checks that every class has ``ipc`` images and that the network fits the images.
+
+    Raises:
+        CondenseError: it does not.
+    """
     smallest = int(real.counts.argmin())
     if ipc < 1:
         raise CondenseError(f"--ipc {ipc}: must be at least 1")
@@ -178,3 +194,23 @@ def _check_fit(real: Task, ipc: int, network: str | Callable[..., nn.Module]) ->
         )
     with rng.seeded("check"):
         networks.build(network, real.shape, real.num_classes)
+
+
+def check_outputs(real: Task, ipc: int, out: str | Path | None, run_dir: Path | None, *, force: bool) -> None:
+    """Checks that the file of the set and the run directory can be written.
+
+    Raises:
+        CondenseError: they cannot, or one exists and not ``force``.
+    """
+    auxiliary = sum(array.nbytes for array in real.transform.arrays().values())
+    channels, height, width = real.shape
+    set_bytes = 4 * ipc * real.num_classes * channels * height * width + auxiliary
+    if out is not None:
+        check_writable(Path(out), force=force, size=set_bytes)
+    if run_dir is None:
+        return
+    if (run_dir / CONFIG_FILE).exists() and not force:
+        finished = (run_dir / RESULT_FILE).exists()
+        advice = "take another --run-dir" if finished else f"resume with: condense resume {run_dir}"
+        raise CondenseError(f"{run_dir} holds a {'finished ' * finished}run; {advice}, or replace it with --force")
+    check_writable(run_dir / CONFIG_FILE, force=True, size=6 * set_bytes)

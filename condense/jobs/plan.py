@@ -13,8 +13,8 @@ from torch import nn
 from condense.data import Task
 from condense.device import device_name, peak_memory, pick_device, pick_precision
 from condense.engine import Run, Step
-from condense.jobs.checks import _check_fit, check
-from condense.jobs.job import _config
+from condense.jobs.checks import check, check_fit
+from condense.jobs.job import resolve_settings
 from condense.networks import flat
 from condense.pretraining import experts, trajectories
 from condense.registry import METHODS
@@ -67,8 +67,8 @@ def measure(
     """What a run would cost, from a few of its own steps: seconds a step, all steps, peak memory, bytes of the set."""
     check(method, settings, network=network, device=device, precision=precision)
     entry = METHODS.get(method)
-    config = _config(entry, settings)
-    _check_fit(real, ipc, network or entry.network)
+    config = resolve_settings(entry, settings)
+    check_fit(real, ipc, network or entry.network)
     where = pick_device(device)
     began = time.monotonic()
     precision = pick_precision(precision, where)

@@ -1,0 +1,110 @@
+"""The distilled set that a run makes: its name, its command line and its manifest."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shlex
+from typing import Any
+
+from condense import commands, rng
+from condense.data import DataOptions, Task
+from condense.device import device_name, peak_memory
+from condense.engine import Run
+from condense.jobs.job import Job, resolve_job, resolve_settings
+from condense.networks import pretrained
+from condense.registry import METHODS, Method
+from condense.sets import DistilledSet, SyntheticSet
+from condense.version import __version__
+
+
+def distill_command(
+    method: str,
+    real: Task,
+    ipc: int,
+    *,
+    network: str | None = None,
+    seed: int = 0,
+    protocol: str | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+    **settings: Any,
+) -> str:
+    """The ``condense distill`` command line of these arguments of :func:`condense.distill`, as in the manifest."""
+    entry = METHODS.get(method)
+    fields = {"minutes": None, "out": None, "tag": None, "protocol": protocol or entry.protocol, "track": "none"}
+    config = resolve_settings(entry, settings)
+    return _command(resolve_job(entry, config, real, ipc, network, seed, device, precision, **fields), entry, real)
+
+
+def _command(job: Job, entry: Method, real: Task) -> str:
+    """The command line that makes this set. Defaults are omitted; paths of the user's files become PATH."""
+    words = ["condense", "distill", job.method, "--data", commands.data_word(real), "--ipc", str(job.ipc)]
+    words += ["--network", job.network] * (job.network != entry.network)
+    words += ["--seed", str(job.seed)] * (job.seed != 0) + ["--precision", job.precision]
+    words += ["--minutes", f"{job.minutes:g}"] if job.minutes is not None else []
+    words += ["--tag", job.tag, "--out", f"{_set_name(job, real).replace('/', '-')}.h5"] if job.tag else []
+    for values, config in ((job.settings, entry.config), (job.data["options"], DataOptions)):
+        defaults = {field.name: field.default for field in dataclasses.fields(config)}
+        values = {**values, "experts": "PATH"} if values.get("experts") else values
+        if values.get("teachers") and not pretrained.is_public(values["teachers"]):
+            values = {**values, "teachers": "PATH"}
+        if values.get("backbone"):
+            values = {**values, "backbone": commands.shown(values["backbone"])}
+        words += [f"{key}={commands.format_value(value)}" for key, value in values.items() if value != defaults[key]]
+    words += ["deterministic=true"] * job.deterministic
+    words += [f"protocol={job.protocol}"] * (job.protocol != entry.protocol)
+    return shlex.join(words)
+
+
+def _set_name(job: Job, real: Task) -> str:
+    return f"{real.name}/{job.method}-ipc{job.ipc}" + (f".{job.tag}" if job.tag else "")
+
+
+def to_distilled(job: Job, entry: Method, real: Task, run: Run, synthetic: SyntheticSet) -> DistilledSet:
+    """Converts the synthetic set of a run to a :class:`DistilledSet` with its manifest, on the CPU."""
+    stored = synthetic.images.detach().cpu()
+    preparation = run.notes.get("preparation", {})
+    # Experts and teachers in a file of the user do not count towards the time limit, but they are part of the cost.
+    pretraining = {name: facts for name, facts in run.notes.items() if name in ("trajectories", "teachers") and facts}
+    seconds = preparation.get("seconds", sum(facts.get("seconds", 0.0) for facts in pretraining.values()))
+    manifest = {
+        "name": _set_name(job, real),
+        "dataset": real.name,
+        "classes": list(real.classes),
+        "ipc": job.ipc,
+        "space": synthetic.space,
+        "decode": [stage.describe() for stage in synthetic.stages if stage.at_load],
+        "distill_decode": [stage.describe() for stage in synthetic.stages if not stage.at_load],
+        "mirror": real.mirror,
+        "method": job.method,
+        "paper": entry.paper,
+        "command": _command(job, entry, real),
+        "settings": job.settings,
+        "network": job.network,
+        "seed": job.seed,
+        "steps_done": run.steps_done,
+        "stopped_early": run.stopped_early,
+        "preparation": preparation,
+        **_learned_lr(synthetic),
+        **pretraining,
+        **({"label_source": synthetic.label_source} if synthetic.label_source else {}),
+        "protocol": job.protocol,
+        "data": {"fingerprint": real.fingerprint, "options": job.data["options"]},
+        "precision": job.precision,
+        "random_hash_version": rng.HASH_VERSION,
+        "code_version": __version__,
+        "cost": {
+            "seconds": round(run.elapsed - preparation.get("seconds", 0.0), 2),
+            "preparation_seconds": seconds,
+            "device": device_name(run.device),
+            "peak_memory": peak_memory(run.device),
+        },
+    }
+    return DistilledSet(stored, synthetic.labels.to(stored.device), real.transform.to(stored.device), manifest)
+
+
+def _learned_lr(synthetic: SyntheticSet) -> dict[str, float]:
+    """The learned step size, if there is one that is a valid learning rate."""
+    rate = 0.0 if synthetic.step_size is None else float(synthetic.step_size)
+    return {"learned_lr": rate} if 0 < rate < math.inf else {}
