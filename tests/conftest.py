@@ -48,6 +48,23 @@ def tiny_archive(folder):
     return folder / "tiny.npz"
 
 
+def change_protocols(monkeypatch, folder, names=None, **changes):
+    """Replaces fields of all packaged protocols (or of ``names``), here and in the processes that a test starts."""
+    import dataclasses
+
+    import yaml
+
+    from condense.judge import protocols
+
+    monkeypatch.delenv("CONDENSE_PROTOCOLS", raising=False)
+    folder.mkdir()
+    for name, protocol in protocols().items():
+        if names is None or name in names:
+            content = {**dataclasses.asdict(protocol), **changes}
+            (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    monkeypatch.setenv("CONDENSE_PROTOCOLS", str(folder))
+
+
 @pytest.fixture
 def call(tmp_path, monkeypatch, capsys):
     """``call(words)`` runs the command line in ``tmp_path``, where ``tiny.npz`` lies: exit code and what it printed."""

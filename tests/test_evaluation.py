@@ -1,19 +1,17 @@
 """The judge: arms under one budget, numbers by hand, the cache, and the record."""
 
-import dataclasses
 import json
 
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_archive, tiny_arrays
+from conftest import change_protocols, tiny_archive, tiny_arrays
 
 import condense
 from condense import tracking
 from condense.errors import CondenseError
 from condense.judge import arms as arms_module
-from condense.judge import protocol as protocol_module
-from condense.judge import records
+from condense.judge import get_protocol, records
 from condense.judge import students as students_module
 from condense.labels import SoftLabels
 from condense.training import loop
@@ -27,14 +25,10 @@ def made(tiny):
 
 
 @pytest.fixture(autouse=True)
-def short_protocols(monkeypatch):
+def short_protocols(monkeypatch, tmp_path_factory):
     """Every protocol with 20 steps, two passes over the full data and two runs."""
-    short = {
-        name: dataclasses.replace(protocol, steps=20, full_epochs=2, runs=2)
-        for name, protocol in protocol_module.protocols().items()
-    }
-    monkeypatch.setattr(protocol_module, "protocols", lambda: short)
-    return short
+    folder = tmp_path_factory.mktemp("short") / "protocols"
+    change_protocols(monkeypatch, folder, steps=20, full_epochs=2, runs=2)
 
 
 def count_trainings(monkeypatch):
@@ -123,14 +117,14 @@ def test_the_very_images_of_the_random_arm_have_no_improvement_over_it(made, tin
 def test_equal_bytes_are_counted_with_labels_and_transform(made, tiny):
     stored = 6 * 64 * 4 + 2 + 8  # six float32 images, six labels of two bits, mean and std
     assert made.nbytes()["total"] == stored
-    count = arms_module._equal_count(made)
+    count = arms_module.equal_byte_count(made)
     assert count == stored * 8 // (64 * 8 + 2) == 24
-    source = arms_module._random_bytes_source(0, 26, tiny, 0)
+    source = arms_module.random_bytes_source(0, 26, tiny, 0)
     counts = torch.bincount(source.labels.labels, minlength=3).tolist()
     assert sum(counts) == 26 and sorted(counts) == [8, 9, 9]
-    assert arms_module._even_shares(10, [2, 9, 9]) == [2, 4, 4] and arms_module._even_shares(11, [5, 5, 1]) == [5, 5, 1]
-    assert sum(arms_module._random_bytes_source(0, 2, tiny, 0).labels.labels.bincount(minlength=3)) == 2
-    assert arms_module._random_bytes_source(0, 1000, tiny, 0).size == 36  # all there are
+    assert arms_module.even_shares(10, [2, 9, 9]) == [2, 4, 4] and arms_module.even_shares(11, [5, 5, 1]) == [5, 5, 1]
+    assert sum(arms_module.random_bytes_source(0, 2, tiny, 0).labels.labels.bincount(minlength=3)) == 2
+    assert arms_module.random_bytes_source(0, 1000, tiny, 0).size == 36  # all there are
 
 
 # -- learning rates ---------------------------------------------------------------------------------------------------
@@ -163,7 +157,7 @@ def test_the_search_follows_the_held_out_images(made, tiny, monkeypatch):
     record = condense.evaluate(made, tiny, networks="mlp", runs=1, protocol="dc-tuned-v1", controls=[])
     tried = [value for held_out, size, value in seen if held_out and size == 33]
     assert len(tried) == 5 and len(seen) == 6
-    rates = protocol_module.get_protocol("dc-tuned-v1").lr
+    rates = get_protocol("dc-tuned-v1").lr
     assert record["results"][0]["lr"] == rates[tried.index(max(tried))]
 
 
@@ -312,11 +306,7 @@ def test_killed_in_the_middle_of_a_student_goes_on_there(made, tiny, monkeypatch
 RANK = """
 import json, sys
 import numpy, torch, condense
-from condense.judge import protocol as protocols
-import dataclasses
 torch.set_num_threads(1)
-short = {n: dataclasses.replace(p, steps=10) for n, p in protocols.protocols().items()}
-protocols.protocols = lambda: short
 task = condense.task(sys.argv[1], name="tiny")
 made = condense.load(sys.argv[2])
 record = condense.evaluate(made, task, networks=["mlp"], runs=3, protocol="dc-tuned-v1", device="cpu",

@@ -832,7 +832,7 @@ def test_random_images_are_smoothed_as_those_of_the_set(chosen, tiny):
     from condense.judge import arms
 
     made = DistilledSet(chosen.stored, HardLabels(chosen.hard_labels(), 3, 0.1), chosen.transform, chosen.manifest)
-    for make in (arms._random_source, arms._noise_source):
+    for make in (arms.random_source, arms.noise_source):
         assert make(0, 2, 0.1, tiny, 0).labels.smoothing == made.labels.smoothing
     assert made.sha256() != chosen.sha256()
 

@@ -1,6 +1,5 @@
 """The README's commands parse and its Python runs."""
 
-import dataclasses
 import re
 import shlex
 from pathlib import Path
@@ -8,11 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 import typer
-from conftest import tiny_arrays
+from conftest import change_protocols, tiny_arrays
 
 import condense
 from condense import cli
-from condense.judge import protocol
 
 ROOT = Path(__file__).parent.parent
 README, WALK = (
@@ -36,9 +34,8 @@ def test_commands_parse(command):
 
 
 @pytest.fixture
-def short_protocols(monkeypatch):
-    short = {name: dataclasses.replace(p, steps=5) for name, p in protocol.protocols().items()}
-    monkeypatch.setattr(protocol, "protocols", lambda: short)
+def short_protocols(monkeypatch, tmp_path_factory):
+    change_protocols(monkeypatch, tmp_path_factory.mktemp("short") / "protocols", steps=5)
 
 
 def test_python_runs(tmp_path, monkeypatch, short_protocols):

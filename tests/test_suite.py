@@ -1,13 +1,13 @@
 """A whole table: made, skipped where it is there, resumed where it was stopped, and the sets worth shipping."""
 
 import pytest
-from conftest import command_line, tiny_archive
+from conftest import change_protocols, command_line, tiny_archive
 
 import condense
 from condense.benchmarks import ready_made
 from condense.benchmarks import suite as suites
 from condense.errors import CondenseError
-from condense.judge import protocol, records, scoring
+from condense.judge import records, scoring
 
 TEXT = """
 name: mini
@@ -24,12 +24,9 @@ methods:
 
 
 @pytest.fixture(autouse=True)
-def short_protocols(monkeypatch):
-    import dataclasses
-
-    quick = dataclasses.replace(protocol.get_protocol("quick-v1"), steps=10, full_epochs=1)
-    every = {**protocol.protocols(), "quick-v1": quick}
-    monkeypatch.setattr(protocol, "protocols", lambda: every)
+def short_protocols(monkeypatch, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("short") / "protocols"
+    change_protocols(monkeypatch, folder, names=["quick-v1"], steps=10, full_epochs=1)
 
 
 @pytest.fixture
@@ -197,12 +194,9 @@ def test_a_set_without_its_record_is_not_shipped(place):
 
 
 RANK = """
-import dataclasses, sys, torch
+import sys, torch
 from pathlib import Path
-from condense.judge import protocol as protocols
 torch.set_num_threads(1)
-quick = dataclasses.replace(protocols.get_protocol("quick-v1"), steps=10, full_epochs=1)
-protocols.protocols = lambda: {"quick-v1": quick, "dc-v1": quick}
 from condense.benchmarks import suite
 suite.run(suite.get_suite(sys.argv[1]), Path(sys.argv[2]), data={"tiny": sys.argv[3]}, device="cpu", precision="fp32")
 """

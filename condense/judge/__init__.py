@@ -1,4 +1,4 @@
-"""TODO-FACE condense/judge."""
+"""Evaluation: students trained on a set and on control arms under one protocol, and the record of the results."""
 
 from condense.judge.evaluation import evaluate, fit
 from condense.judge.protocol import OWN, Protocol, get_protocol, protocols

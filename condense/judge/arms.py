@@ -1,4 +1,4 @@
-"""the set and its control arms."""
+"""Arms: the distilled set and its control arms, each with its budget, its learning rates and its training images."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -16,189 +15,251 @@ from condense import rng
 from condense.data import Task
 from condense.errors import CondenseError, did_you_mean
 from condense.files import content
+from condense.judge.protocol import Protocol
 from condense.labels import HardLabels, TeacherLabels
 from condense.sets import DistilledSet
 from condense.training import FixedSource, Source, TaskSource
 
-if TYPE_CHECKING:
-    from condense.judge.students import _Judge
-
-Architecture = Callable[..., nn.Module]
+NetworkFactory = Callable[..., nn.Module]
 
 CONTROLS = ("random", "random-hard", "random-bytes", "noise", "full", "full-equal")
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One thing that students are trained on: what it is called, what identifies it, its budget, its source per run."""
+    """Training images and labels of students, with their budget."""
 
     name: str
     labels: str
-    """own (what the set brings) or hard."""
-    identity: str
-    """Digest of what the students see; with recipe, network and seed it keys the cache."""
+    """own (those of the set) or hard."""
+    content_key: str
+    """Digest of the training images and labels; part of the key of the score cache."""
     steps: int
     rates: tuple[float, ...]
-    """Learning rates; of several, held-out real training images decide."""
+    """Learning rates; if several, held-out real training images decide."""
     source: Callable[[Task, int], Source]
-    """What run number k learns from, of this real data; made when it is trained."""
-    learned: bool = False
-    """Whether its learning rate is the one that was learned with the set."""
+    """Creates the training source of a run from the real data and the number of the run."""
+    uses_learned_lr: bool = False
+    """Whether the learning rate was learned with the set."""
     augment: bool = True
-    """Whether the protocol's augmentation is applied."""
+    """Whether the augmentation of the protocol is applied."""
 
 
-# -- arms -------------------------------------------------------------------------------------------------------------
+def check_control(name: str) -> None:
+    """Checks the name of a control arm.
+
+    Raises:
+        CondenseError: unknown.
+    """
+    if name not in CONTROLS:
+        raise CondenseError(f"--controls {name}: unknown{did_you_mean(name, CONTROLS)}")
 
 
-def _learned_lr(distilled: DistilledSet) -> float | None:
-    return distilled.manifest.get("learned_lr")
-
-
-def _own_source(distilled: DistilledSet, device: torch.device) -> FixedSource:
-    images, ids = distilled.training_images()
-    return FixedSource(images.to(device), distilled.labels.to(device), ids)
-
-
-def _hard_source(distilled: DistilledSet, device: torch.device) -> FixedSource:
-    """The set's images with the class of each in place of its labels."""
-    images, ids = distilled.training_images()
-    labels = HardLabels(distilled.hard_labels(), len(distilled.classes)).to(device)
-    return FixedSource(images.to(device), labels, ids)
-
-
-def _arms(
-    judge: _Judge,
+def make_arms(
     distilled: DistilledSet,
     controls: Iterable[str],
-    without_augmentation: bool,
-    teacher: nn.Module | None,
-    lost: str = "",
+    *,
+    task: Task,
+    protocol: Protocol,
+    seed: int,
+    device: torch.device,
+    without_augmentation: bool = False,
+    teacher: nn.Module | None = None,
+    reason: str = "",
 ) -> tuple[list[Arm], list[dict[str, str]]]:
-    """The arms to train, the distilled ones first, and which cannot be had and why."""
-    controls, kind, protocol = list(controls), distilled.labels.kind, judge.protocol
-    ipc, learned = int(distilled.manifest["ipc"]), _learned_lr(distilled)
-    steps, rates = protocol.budget(len(distilled)), tuple(protocol.lr)
-    both = rates if learned is None or learned in rates else (*rates, learned)
-    taught = rates if learned is None else (learned,)
-    own_source = _own_source(distilled, judge.device)
-    own = Arm("distilled", "own", distilled.sha256(), steps, taught, lambda *_: own_source, learned is not None)
-    hard = own
-    if kind != "hard":
-        hard_source = _hard_source(distilled, judge.device)
-        identity = f"{distilled.sha256()}-hard"
-        hard = dataclasses.replace(own, labels="hard", identity=identity, source=lambda *_: hard_source)
-    missing = []
-    dropped = kind != "hard" and protocol.labels == "hard"
-    main = hard if dropped else own
-    arms = [main]
-    if dropped:
-        why = f"{protocol.name} judges hard labels; take a protocol of the soft track, e.g. dc-soft-v1"
-        missing.append({"arm": f"distilled with its {kind} labels", "why": why})
-    elif kind != "hard" and "full" in controls:
-        arms.append(hard)  # HLR compares hard labels with hard labels
-    label = main.labels
-    soft = label == "own" and kind != "hard"
+    """Creates the arms that students are trained on.
+
+    Args:
+        distilled: the set.
+        controls: names of control arms.
+        task: the real data.
+        protocol: the rules of the evaluation.
+        seed: seed of random images and noise.
+        device: device of the training images.
+        without_augmentation: add the distilled and the random arm without augmentation.
+        teacher: network that labels random images as the set's images were labelled.
+        reason: why there is no ``teacher``.
+
+    Returns:
+        The arms, those of the set first, and the unavailable arms with the reason.
+    """
+    controls, kind = list(controls), distilled.labels.kind
+    arms, missing = _distilled_arms(distilled, protocol, device, with_hard="full" in controls)
+    track = arms[0].labels
+    is_soft = track == "own" and kind != "hard"
     if isinstance(distilled.labels, TeacherLabels) and (teacher is None or kind == "projector"):
         teacher = distilled.labels.teacher
     for control in controls:
-        if control == "random" and soft:
-            if teacher is None:
-                why = f"no teacher that gives random images {kind} labels" + (f" ({lost})" if lost else "")
-                missing.append({"arm": control, "why": why})
-                continue
-            identity = f"random-{ipc}-{kind}-{content(teacher.state_dict())}-{distilled.labels.rule()}"
-            make = functools.partial(_taught_source, judge.seed, ipc, distilled, teacher)
-            arms.append(Arm(control, label, identity, steps, both, make))
-        elif control == "noise" and soft:
-            make = functools.partial(_soft_noise_source, judge.seed, distilled)
-            arms.append(Arm(control, label, f"noise-for-{distilled.sha256()}", steps, both, make))
-        elif control in ("random", "noise"):
-            smoothing = getattr(distilled.labels, "smoothing", 0.0)
-            make = functools.partial(
-                _random_source if control == "random" else _noise_source, judge.seed, ipc, smoothing
-            )
-            identity = f"{control}-{ipc}" + (f"-smoothing{smoothing}" if smoothing else "")
-            arms.append(Arm(control, label, identity, steps, both, make))
-        elif control == "random-hard":
-            make = functools.partial(_random_source, judge.seed, ipc, 0.0)
-            arms.append(Arm(control, "hard", f"random-{ipc}", steps, both, make))
-        elif control == "random-bytes":
-            count = _equal_count(distilled)
-            make = functools.partial(_random_bytes_source, judge.seed, count)
-            arms.append(Arm(control, "hard", f"{control}-{count}", steps, both, make))
+        if control == "random" and is_soft and teacher is None:
+            why = f"no teacher that gives random images {kind} labels" + (f" ({reason})" if reason else "")
+            missing.append({"arm": control, "why": why})
+        elif control in ("random", "noise") and is_soft:
+            arms.append(_soft_control(control, distilled, protocol, seed, teacher))
+        elif control in ("full", "full-equal"):
+            arms.append(_full_control(control, distilled, protocol, task, device))
         else:
-            epochs = protocol.full_epochs * math.ceil(len(judge.task.train) / protocol.batch)
-            budget = max(epochs, steps) if control == "full" else steps
-            arms.append(Arm(control, "hard", "full", budget, rates, lambda task, run: TaskSource(task, judge.device)))
-    if without_augmentation and soft and distilled.labels.per_view:
+            arms.append(_hard_control(control, track, distilled, protocol, seed))
+    if without_augmentation and is_soft and distilled.labels.per_view:
         missing.append({"arm": "distilled without augmentation", "why": f"{kind} labels belong to augmented views"})
     elif without_augmentation:
         arms += [
             dataclasses.replace(arm, augment=False)
             for arm in arms
-            if arm.name in ("distilled", "random") and arm.labels == label
+            if arm.name in ("distilled", "random") and arm.labels == track
         ]
     return arms, missing
 
 
-def _random_source(seed: int, ipc: int, smoothing: float, task: Task, run: int) -> FixedSource:
+def _distilled_arms(
+    distilled: DistilledSet, protocol: Protocol, device: torch.device, with_hard: bool
+) -> tuple[list[Arm], list[dict[str, str]]]:
+    """The set with its own labels on the soft track, with the classes of its images on the hard track.
+
+    HLR compares hard labels with hard labels, so ``with_hard`` adds the latter on the soft track.
+    """
+    kind, lr = distilled.labels.kind, learned_lr(distilled)
+    rates = tuple(protocol.lr) if lr is None else (lr,)
+    own_images = own_source(distilled, device)
+    own = Arm(
+        "distilled",
+        "own",
+        distilled.sha256(),
+        protocol.budget(len(distilled)),
+        rates,
+        lambda *_: own_images,
+        uses_learned_lr=lr is not None,
+    )
+    if kind == "hard":
+        return [own], []
+    hard_images = _hard_source(distilled, device)
+    content_key = f"{distilled.sha256()}-hard"
+    hard = dataclasses.replace(own, labels="hard", content_key=content_key, source=lambda *_: hard_images)
+    if protocol.labels == "hard":
+        why = f"{protocol.name} judges hard labels; take a protocol of the soft track, e.g. dc-soft-v1"
+        return [hard], [{"arm": f"distilled with its {kind} labels", "why": why}]
+    return [own, hard] if with_hard else [own], []
+
+
+def _control_budget(distilled: DistilledSet, protocol: Protocol) -> tuple[int, tuple[float, ...]]:
+    """Steps and learning rates of controls of the set's size: a learned rate competes with those of the protocol."""
+    rates, lr = tuple(protocol.lr), learned_lr(distilled)
+    return protocol.budget(len(distilled)), rates if lr is None or lr in rates else (*rates, lr)
+
+
+def _soft_control(
+    control: str, distilled: DistilledSet, protocol: Protocol, seed: int, teacher: nn.Module | None
+) -> Arm:
+    """Random real images or noise with labels of the set's kind."""
+    steps, rates = _control_budget(distilled, protocol)
+    if control == "noise":
+        source = functools.partial(_soft_noise_source, seed, distilled)
+        return Arm(control, "own", f"noise-for-{distilled.sha256()}", steps, rates, source)
+    assert teacher is not None
+    ipc, kind, rule = int(distilled.manifest["ipc"]), distilled.labels.kind, distilled.labels.rule()
+    content_key = f"random-{ipc}-{kind}-{content(teacher.state_dict())}-{rule}"
+    source = functools.partial(_teacher_labelled_source, seed, ipc, distilled, teacher)
+    return Arm(control, "own", content_key, steps, rates, source)
+
+
+def _hard_control(control: str, track: str, distilled: DistilledSet, protocol: Protocol, seed: int) -> Arm:
+    """Random real images or noise with their classes."""
+    steps, rates = _control_budget(distilled, protocol)
+    ipc = int(distilled.manifest["ipc"])
+    if control == "random-hard":
+        return Arm(control, "hard", f"random-{ipc}", steps, rates, functools.partial(random_source, seed, ipc, 0.0))
+    if control == "random-bytes":
+        count = equal_byte_count(distilled)
+        source = functools.partial(random_bytes_source, seed, count)
+        return Arm(control, "hard", f"{control}-{count}", steps, rates, source)
+    smoothing = getattr(distilled.labels, "smoothing", 0.0)
+    source = functools.partial(random_source if control == "random" else noise_source, seed, ipc, smoothing)
+    content_key = f"{control}-{ipc}" + (f"-smoothing{smoothing}" if smoothing else "")
+    return Arm(control, track, content_key, steps, rates, source)
+
+
+def _full_control(control: str, distilled: DistilledSet, protocol: Protocol, task: Task, device: torch.device) -> Arm:
+    """All real images: for the protocol's epochs (full), or for the steps of the distilled arm (full-equal)."""
+    steps = protocol.budget(len(distilled))
+    if control == "full":
+        steps = max(protocol.full_epochs * math.ceil(len(task.train) / protocol.batch), steps)
+    return Arm(control, "hard", "full", steps, tuple(protocol.lr), lambda task, run: TaskSource(task, device))
+
+
+# -- sources ----------------------------------------------------------------------------------------------------------
+
+
+def learned_lr(distilled: DistilledSet) -> float | None:
+    """The learning rate that was learned with the set, if any."""
+    return distilled.manifest.get("learned_lr")
+
+
+def own_source(distilled: DistilledSet, device: torch.device) -> FixedSource:
+    """The images of the set with its labels."""
+    images, ids = distilled.training_images()
+    return FixedSource(images.to(device), distilled.labels.to(device), ids)
+
+
+def _hard_source(distilled: DistilledSet, device: torch.device) -> FixedSource:
+    """The images of the set with their classes as labels."""
+    images, ids = distilled.training_images()
+    labels = HardLabels(distilled.hard_labels(), len(distilled.classes)).to(device)
+    return FixedSource(images.to(device), labels, ids)
+
+
+def random_source(seed: int, ipc: int, smoothing: float, task: Task, run: int) -> FixedSource:
+    """``ipc`` random real images of each class with their classes."""
     images, classes = task.per_class(ipc, (seed, "random-arm", run))
     return FixedSource(images, HardLabels(classes, task.num_classes, smoothing))
 
 
-def _noise_source(seed: int, ipc: int, smoothing: float, task: Task, run: int) -> FixedSource:
+def noise_source(seed: int, ipc: int, smoothing: float, task: Task, run: int) -> FixedSource:
+    """``ipc`` images of Gaussian noise for each class."""
     classes = torch.arange(task.num_classes).repeat_interleave(ipc)
     noise = torch.randn((len(classes), *task.shape), generator=rng.generator(seed, "noise-arm", run))
     return FixedSource(noise.to(task.device), HardLabels(classes.to(task.device), task.num_classes, smoothing))
 
 
-def _taught_source(
+def _teacher_labelled_source(
     seed: int, ipc: int, distilled: DistilledSet, teacher: nn.Module, task: Task, run: int
 ) -> FixedSource:
-    """Random real images with labels that the set's teacher gives them in the set's own way."""
+    """Random real images with labels of ``teacher``, of the kind and with the settings of the set."""
     images, classes = task.per_class(ipc, (seed, "random-arm", run))
     views = rng.key(seed, "views", run)
     return FixedSource(images, distilled.labels.anew(images, teacher.to(images.device), views, classes))
 
 
 def _soft_noise_source(seed: int, distilled: DistilledSet, task: Task, run: int) -> FixedSource:
-    """Noise images, as many as the set decodes into, with its own labels; live teachers are asked about the noise."""
+    """As many noise images as the set decodes to, with the labels of the set; live teachers label the noise."""
     ids = distilled.training_images()[1]
     noise = torch.randn((len(ids), *task.shape), generator=rng.generator(seed, "noise-arm", run))
     return FixedSource(noise.to(task.device), distilled.labels.to(task.device), ids)
 
 
-def _equal_count(distilled: DistilledSet) -> int:
-    """How many hard-labelled 8-bit images of the set's shape fit into its bytes."""
+def equal_byte_count(distilled: DistilledSet) -> int:
+    """Number of hard-labelled 8-bit images of the set's shape that fit into the bytes of the set."""
     label_bits = math.ceil(math.log2(len(distilled.classes)))
     return max(1, 8 * distilled.nbytes()["total"] // (8 * math.prod(distilled.shape) + label_bits))
 
 
-def _random_bytes_source(seed: int, count: int, task: Task, run: int) -> FixedSource:
-    """``count`` real images, as evenly over the classes as they go; all of them where there are not so many."""
+def random_bytes_source(seed: int, count: int, task: Task, run: int) -> FixedSource:
+    """``count`` random real images, as even over the classes as possible; all images if there are fewer."""
     order = rng.Draws(seed, "random-bytes-classes", run).permutation(task.num_classes).tolist()
-    wanted = _even_shares(min(count, len(task.train)), task.counts[order].tolist())
+    shares = even_shares(min(count, len(task.train)), task.counts[order].tolist())
     parts = (seed, "random-bytes-arm", run)
-    ids = torch.cat([task.sample_ids(share, parts, [c]) for share, c in sorted(zip(wanted, order), key=lambda p: p[1])])
+    share_of_class = sorted(zip(order, shares))
+    ids = torch.cat([task.sample_ids(share, parts, [number]) for number, share in share_of_class])
     labels = torch.from_numpy(task.train.labels[ids.numpy()]).to(task.device)
     return FixedSource(task.batch(ids), HardLabels(labels, task.num_classes))
 
 
-def _even_shares(total: int, room: Sequence[int]) -> list[int]:
-    """``total`` shared out evenly, none above its ``room``; what does not divide goes to the first ones with room."""
-    shares = [0] * len(room)
+def even_shares(total: int, limits: Sequence[int]) -> list[int]:
+    """Splits ``total`` evenly, with no share above its limit; the first shares below their limit get the remainder."""
+    shares = [0] * len(limits)
     while total:
-        able = [i for i, most in enumerate(room) if shares[i] < most]
-        share = max(1, total // len(able))
-        for i in able:
-            more = min(share, room[i] - shares[i], total)
-            shares[i] += more
-            total -= more
+        open_ = [index for index, limit in enumerate(limits) if shares[index] < limit]
+        share = max(1, total // len(open_))
+        for index in open_:
+            added = min(share, limits[index] - shares[index], total)
+            shares[index] += added
+            total -= added
     return shares
-
-
-def check_control(name: str) -> None:
-    """Refuses what is no control arm."""
-    if name not in CONTROLS:
-        raise CondenseError(f"--controls {name}: unknown{did_you_mean(name, CONTROLS)}")

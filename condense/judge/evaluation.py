@@ -1,4 +1,4 @@
-"""The fair judge: students trained on a set and on control arms under one protocol, and the record of what came out."""
+"""``condense.evaluate`` and ``condense.fit``: students trained on a set, and the record of the results."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from condense.data import DataOptions, Task, load
 from condense.device import pick_device, pick_precision
 from condense.errors import CondenseError
 from condense.formatting import by
-from condense.judge.arms import Architecture, _arms, _learned_lr, _own_source, check_control
+from condense.judge.arms import NetworkFactory, check_control, learned_lr, make_arms, own_source
 from condense.judge.label_source import recorded_teacher
-from condense.judge.protocol import OWN, get_protocol
-from condense.judge.records import SCHEMA, TEXT_LIMIT, environment, known_cost
+from condense.judge.protocol import OWN, Protocol, get_protocol
+from condense.judge.records import MAX_TEXT_LENGTH, SCHEMA, environment, known_cost
 from condense.judge.scoring import cross_architecture, scores, summary, time_to_accuracy
-from condense.judge.students import _Judge
+from condense.judge.students import Evaluator
 from condense.ranks import Ranks
 from condense.sets import DistilledSet
 from condense.training import Student, train
@@ -34,7 +34,7 @@ def evaluate(
     distilled: DistilledSet,
     task: Task | Any,
     *,
-    networks: str | Architecture | Sequence[str | Architecture] | None = None,
+    networks: str | NetworkFactory | Sequence[str | NetworkFactory] | None = None,
     runs: int | None = None,
     protocol: str | None = None,
     controls: Sequence[str] = ("random",),
@@ -49,80 +49,95 @@ def evaluate(
 ) -> dict[str, Any]:
     """Trains students on the set and on control arms under one protocol and returns the record.
 
-    Every arm gets the same recipe and number of steps (`full` its own) and, run by run, the same initial weights.
-    Accuracy is that of the last step on the real test images. A learning rate that was learned with the set goes to
-    the distilled arm; the controls of its size get the better of that one and the protocol's, on held-out real training
-    images, as every arm does where the protocol names several. Each student is kept by content under the cache
-    directory and never trained twice; a killed evaluation goes on where it was. Ranks that ``torchrun`` started share
-    the students out.
+    All arms have the same training rules and number of steps (except `full`) and, for each run, the same initial
+    weights. Accuracy is measured on the real test images after the last step. If a learning rate was learned with the
+    set, the distilled arm uses it. Arms with several learning rates use the best one on held-out real training images:
+    all arms if the protocol has several, and controls of the set's size, which choose between the learned rate and that
+    of the protocol. Scores are cached by content, so no student is trained twice, and a killed evaluation resumes where
+    it stopped. Ranks started by ``torchrun`` share the students.
 
     Args:
-        distilled: the set to judge; its own transform is applied to the real images too.
-        task: the real data, with the set's classes and image shape; or what ``condense.task`` takes.
-        networks: one or several architectures, names or ``nn.Module`` factories (whose scores are not cached); the
-            protocol's when None, where "own" is the one that the set was made with.
-        runs: students per arm; the protocol's number when None.
-        protocol: name; the one in the manifest, else dc-v1 (dc-soft-v1 for labels that are not hard), when None.
-        controls: any of random (equal images per class), random-hard (these with their classes, where the protocol
-            judges softer labels), random-bytes (hard-labelled 8-bit real images of the set's
-            total bytes), noise, full, full-equal (full data for the distilled arm's number of steps). On the soft track
-            noise gets the set's own labels, and random needs their ``teacher``.
+        distilled: the set to evaluate; its transform is also applied to the real images.
+        task: the real data, with the classes and image shape of the set; or the ``data`` argument of ``condense.task``.
+        networks: one or several architectures: names, or ``nn.Module`` factories, whose scores are not cached. By
+            default those of the protocol. "own" is the one that the set was made with.
+        runs: students per arm; by default the number of the protocol.
+        protocol: name; by default that of the manifest, or dc-v1 (dc-soft-v1 for labels that are not hard).
+        controls: any of random (the same number of real images per class), random-hard (these with their classes, on
+            the soft track), random-bytes (hard-labelled 8-bit real images with the bytes of the set), noise, full, and
+            full-equal (all real images for the steps of the distilled arm). On the soft track noise has the labels of
+            the set, and random needs the ``teacher`` of the labels.
         without_augmentation: also train the distilled and random arms without augmentation, for ARS.
-        teacher: what soft or per-view labels were made by, a network in the set's training space; it labels the random
+        teacher: network in the training space of the set that gave its soft or per-view labels; it labels the random
             images in the same way.
-        teachers: file of the experts or teachers that they were made by, in place of ``teacher``; the one that the
-            manifest names is found in the cache or where it lay.
-        seed: of the students' weights, shuffles, augmentation and of the random images.
-        cache: False trains everything anew and stores nothing.
+        teachers: file of the experts or teachers that gave the labels, instead of ``teacher``; by default the file
+            named by the manifest is searched in the cache and at its path.
+        seed: seed of the students' weights, shuffles and augmentation, and of the random images.
+        device: auto, cpu, cuda, ...
+        precision: auto, fp32 or bf16.
+        cache: False trains all students again and stores nothing.
+        quiet: no progress on stderr.
 
     Returns:
         The record, schema ``condense.record/1``, JSON-ready.
 
     Raises:
-        CondenseError: data that do not fit the set, unknown network, protocol or control, or out of memory.
+        CondenseError: the data do not fit the set, an unknown network, protocol or control, or out of memory.
     """
-    chosen = get_protocol(protocol or _protocol(distilled))
-    where = pick_device(device)
-    precision = pick_precision(precision, where)
-    wanted = [networks] if isinstance(networks, str) or callable(networks) else networks
-    own = distilled.manifest["network"]
-    architectures = list(dict.fromkeys(own if name == OWN else name for name in wanted or chosen.networks))
-    runs = chosen.runs if runs is None else runs
+    rules = get_protocol(protocol or _default_protocol(distilled))
+    torch_device = pick_device(device)
+    precision = pick_precision(precision, torch_device)
+    architectures = _architectures(networks, distilled, rules)
+    runs = rules.runs if runs is None else runs
     if not isinstance(task, Task):
         task = load(task, build(DataOptions, data_options(distilled), "the data"))
     _check(distilled, task, architectures, runs, controls)
-    ranks = Ranks(where)  # before anything goes to the device, which it picks among several
-    task = task.to(where, transform=distilled.transform)
-    lost = ""
-    if teacher is None and (teachers is not None or ("random" in controls and chosen.labels == "soft")):
-        teacher, lost = recorded_teacher(distilled, teachers, where)
-    judge = _Judge(task, chosen, runs, seed, where, precision, cache, quiet, ranks)
-    arms, missing = _arms(judge, distilled, dict.fromkeys(controls), without_augmentation, teacher, lost)
-    try:
-        results = judge.results([(arm, network) for network in architectures for arm in arms])
-    except (torch.OutOfMemoryError, MemoryError) as fault:
-        raise CondenseError(f"out of memory on {where}: take smaller --networks, or another --device") from fault
-    ranks.close()
-    return _record(
+    ranks = Ranks(torch_device)  # it selects this rank's GPU, so it comes before the first tensor on the device
+    task = task.to(torch_device, transform=distilled.transform)
+    reason = ""
+    if teacher is None and (teachers is not None or ("random" in controls and rules.labels == "soft")):
+        teacher, reason = recorded_teacher(distilled, teachers, torch_device)
+    evaluator = Evaluator(task, rules, runs, seed, torch_device, precision, cache, quiet, ranks)
+    arms, missing = make_arms(
         distilled,
-        judge,
-        results,
-        missing,
-        command(distilled, judge, architectures, list(controls), without_augmentation, teachers is not None),
+        dict.fromkeys(controls),
+        task=task,
+        protocol=rules,
+        seed=seed,
+        device=torch_device,
+        without_augmentation=without_augmentation,
+        teacher=teacher,
+        reason=reason,
     )
+    try:
+        results = evaluator.results([(arm, network) for network in architectures for arm in arms])
+    except (torch.OutOfMemoryError, MemoryError) as fault:
+        raise CondenseError(f"out of memory on {torch_device}: take smaller --networks, or another --device") from fault
+    ranks.close()
+    line = command(distilled, evaluator, architectures, list(controls), without_augmentation, teachers is not None)
+    return _record(distilled, evaluator, results, missing, line)
+
+
+def _architectures(
+    networks: str | NetworkFactory | Sequence[str | NetworkFactory] | None, distilled: DistilledSet, protocol: Protocol
+) -> list[str | NetworkFactory]:
+    """The architectures without repetitions; "own" is replaced by the network of the set."""
+    names = [networks] if isinstance(networks, str) or callable(networks) else networks
+    own = distilled.manifest["network"]
+    return list(dict.fromkeys(own if name == OWN else name for name in names or protocol.networks))
 
 
 def _record(
     distilled: DistilledSet,
-    judge: _Judge,
+    evaluator: Evaluator,
     results: list[dict[str, Any]],
     missing: list[dict[str, str]],
-    asked: str,
+    line: str,
 ) -> dict[str, Any]:
-    """The record of what came out, with what follows from it; foreign parts of the manifest are left out."""
-    manifest, kind, data = distilled.manifest, distilled.labels.kind, judge.task
-    cost, made_by, own = known_cost(manifest.get("cost")), manifest.get("command"), manifest["network"]
-    set_seed, needs = manifest.get("seed"), distilled.nbytes()
+    """Creates the record. Unknown parts of the manifest, which is untrusted, are omitted."""
+    manifest, kind, data, rules = distilled.manifest, distilled.labels.kind, evaluator.task, evaluator.protocol
+    cost, set_command, own = known_cost(manifest.get("cost")), manifest.get("command"), manifest["network"]
+    set_seed, nbytes = manifest.get("seed"), distilled.nbytes()
     return {
         "schema": SCHEMA,
         "set": {
@@ -134,96 +149,106 @@ def _record(
             "seed": set_seed if isinstance(set_seed, int) else None,
             "label_kind": kind,
             "network": own,
-            "bytes": {**needs, "stored": needs["total"] - needs["external"]},
+            "bytes": {**nbytes, "stored": nbytes["total"] - nbytes["external"]},
             "labelling": {"exactness": distilled.labels.exactness, "step_cost": distilled.labels.step_cost},
-            "command": made_by if isinstance(made_by, str) and len(made_by) <= TEXT_LIMIT else None,
+            "command": set_command if isinstance(set_command, str) and len(set_command) <= MAX_TEXT_LENGTH else None,
         },
         "data": {
             "name": data.name,
             "fingerprint": data.fingerprint,
             "same": data.fingerprint == manifest.get("data", {}).get("fingerprint"),
         },
-        "protocol": {"name": judge.protocol.name, "version": judge.protocol.version, "labels": judge.protocol.labels},
-        "runs": judge.runs,
-        "seed": judge.seed,
+        "protocol": {"name": rules.name, "version": rules.version, "labels": rules.labels},
+        "runs": evaluator.runs,
+        "seed": evaluator.seed,
         "results": results,
         "missing": missing,
         "scores": scores(results, kind),
         "cross_architecture": cross_architecture(results, own),
         "time": time_to_accuracy(results, cost),
         "cost": cost,
-        "environment": environment(judge.device, judge.precision),
-        "command": asked,
+        "environment": environment(evaluator.device, evaluator.precision),
+        "command": line,
     }
 
 
 def command(
     distilled: DistilledSet,
-    judge: _Judge,
-    architectures: Sequence[str | Architecture],
+    evaluator: Evaluator,
+    architectures: Sequence[str | NetworkFactory],
     controls: Sequence[str],
     without_augmentation: bool,
     teachers: bool = False,
 ) -> str:
-    """The command line that gives this record, however it was asked for. A place to fill in is called PATH."""
-    ready = "claim" in distilled.manifest
-    words = ["condense", "evaluate", distilled.name if ready else distilled.file_name, "--data", data_word(judge.task)]
+    """The ``condense evaluate`` command line of a record. PATH replaces paths of the user's files."""
+    name = distilled.name if "claim" in distilled.manifest else distilled.file_name
+    words = ["condense", "evaluate", name, "--data", data_word(evaluator.task)]
     words += ["--networks", ",".join(networks.name_of(network) for network in architectures)]
-    words += ["--runs", str(judge.runs), "--protocol", judge.protocol.name]
+    words += ["--runs", str(evaluator.runs), "--protocol", evaluator.protocol.name]
     words += ["--controls", ",".join(controls) or "none"] + ["--without-augmentation"] * without_augmentation
     words += ["--teachers", "PATH"] * teachers
-    words += ["--seed", str(judge.seed)] * (judge.seed != 0) + ["--precision", judge.precision]
+    words += ["--seed", str(evaluator.seed)] * (evaluator.seed != 0) + ["--precision", evaluator.precision]
     own = {**dataclasses.asdict(DataOptions()), **distilled.manifest.get("data", {}).get("options", {})}
-    given = dataclasses.asdict(judge.task.options)
-    words += [f"{key}={json.dumps(value)}" for key, value in given.items() if value != own[key] and key != "zca"]
+    options = dataclasses.asdict(evaluator.task.options)
+    words += [f"{key}={json.dumps(value)}" for key, value in options.items() if value != own[key] and key != "zca"]
     return shlex.join(words)
 
 
 def fit(
     distilled: DistilledSet,
-    network: str | Architecture,
+    network: str | NetworkFactory,
     *,
     seed: int = 0,
     device: str = "auto",
     protocol: str | None = None,
 ) -> networks.Network:
-    """Trains one network on the set by the recipe in its manifest and returns it on the CPU, in eval mode.
+    """Trains one network on the set under its protocol.
 
-    The network works in training space: give it ``distilled.transform(images)`` for images in [0,1]. Of a protocol with
-    several learning rates it takes the first, because choosing needs real data.
+    The network expects training space: call it with ``distilled.transform(images)`` for images in [0,1]. If the
+    protocol has several learning rates, the first one is used, because the choice needs real data.
+
+    Args:
+        distilled: the set.
+        network: architecture, a name or an ``nn.Module`` factory.
+        seed: seed of weights, shuffles and augmentation.
+        device: auto, cpu, cuda, ...
+        protocol: name; by default that of the manifest.
+
+    Returns:
+        The network on the CPU, in eval mode.
+
+    Raises:
+        CondenseError: unknown network, protocol or device.
     """
-    chosen = get_protocol(protocol or _protocol(distilled))
-    where = pick_device(device)
+    rules = get_protocol(protocol or _default_protocol(distilled))
+    torch_device = pick_device(device)
     with rng.seeded(seed, "student", 0):
         net = networks.build(network, distilled.shape, len(distilled.classes))
-    source = _own_source(distilled, where)
-    recipe = chosen.recipe(source.size, mirror=distilled.manifest.get("mirror", True), lr=_learned_lr(distilled))
-    train(
-        [Student(net, source, rng.key(seed, "run", 0))], recipe, device=where, precision=pick_precision("auto", where)
-    )
+    source = own_source(distilled, torch_device)
+    recipe = rules.recipe(source.size, mirror=distilled.manifest.get("mirror", True), lr=learned_lr(distilled))
+    student = Student(net, source, rng.key(seed, "run", 0))
+    train([student], recipe, device=torch_device, precision=pick_precision("auto", torch_device))
     return net.cpu().eval()
 
 
-def _protocol(distilled: DistilledSet) -> str:
-    """The set's own protocol, else the usual one of its label track."""
+def _default_protocol(distilled: DistilledSet) -> str:
+    """The protocol of the manifest, or the usual one of the label track."""
     return distilled.manifest.get("protocol") or ("dc-v1" if distilled.labels.kind == "hard" else "dc-soft-v1")
 
 
-# -- checks -----------------------------------------------------------------------------------------------------------
-
-
 def data_options(distilled: DistilledSet) -> dict[str, Any]:
-    """How the set's own data were loaded; the set brings its own transform, so whitening is not fitted again."""
+    """Options that the set's data were loaded with, without zca, because the set has its own transform."""
     return {**distilled.manifest.get("data", {}).get("options", {}), "zca": False}
 
 
 def _check(
     distilled: DistilledSet,
     task: Task,
-    architectures: Sequence[str | Architecture],
+    architectures: Sequence[str | NetworkFactory],
     runs: int,
     controls: Sequence[str],
 ) -> None:
+    """Checks that data, networks and controls fit the set, before any student is trained."""
     if tuple(task.classes) != distilled.classes:
         raise CondenseError(
             f"--data {task.name}: has the classes {_few(task.classes)}, the set was made for "
@@ -244,30 +269,31 @@ def _check(
                 f"{distilled.name} was made with a network given in Python; name others with --networks"
             )
         networks.check(network)
-        with rng.seeded("check"):  # one that does not fit the images is refused before any arm is trained
+        with rng.seeded("check"):
             networks.build(network, task.shape, task.num_classes)
 
 
 def _few(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:3])
-    return f"{len(names)} ({shown}{', ...' if len(names) > 3 else ''})"
+    """The number of classes and the first three."""
+    first = ", ".join(names[:3])
+    return f"{len(names)} ({first}{', ...' if len(names) > 3 else ''})"
 
 
-def accuracy_lost(distilled: DistilledSet, rounded: DistilledSet, task: Task | Any, **how: Any) -> dict[str, Any]:
-    """Accuracies of students trained on both sets from the same weights, on the network that the set was made with.
+def accuracy_lost(distilled: DistilledSet, rounded: DistilledSet, task: Task | Any, **options: Any) -> dict[str, Any]:
+    """Accuracy before and after rounding the images of a set, of students with the same initial weights.
 
     Args:
         distilled: the set.
         rounded: the same images after rounding.
         task: the real data.
-        how: what ``evaluate`` takes besides.
+        options: further arguments of :func:`evaluate`; by default on the network that the set was made with.
 
     Returns:
         ``before`` and ``after`` (mean accuracies), ``difference`` (after - before) and its ``ci95``, the t-interval of
         the paired differences (None for one run), and ``runs``.
     """
-    how = {"networks": distilled.manifest["network"], "controls": [], **how}
-    before, after = (evaluate(which, task, **how)["results"][0]["accuracies"] for which in (distilled, rounded))
+    options = {"networks": distilled.manifest["network"], "controls": [], **options}
+    before, after = (evaluate(images, task, **options)["results"][0]["accuracies"] for images in (distilled, rounded))
     difference = summary([b - a for a, b in zip(before, after)])
     return {
         "before": sum(before) / len(before),

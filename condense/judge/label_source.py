@@ -1,4 +1,4 @@
-"""finds the teachers a set's labels came from."""
+"""Finds the teachers that gave the labels of a set."""
 
 from __future__ import annotations
 
@@ -10,59 +10,65 @@ from torch import nn
 
 from condense import hdf5
 from condense.errors import CondenseError
+from condense.pretraining import committee, experts, trajectories
 from condense.sets import DistilledSet
 
 
 def recorded_teacher(
     distilled: DistilledSet, teachers: str | Path | None, device: torch.device
 ) -> tuple[nn.Module | None, str]:
-    """The mean of the experts or teachers that soft labels came from, or None and why there is none.
+    """Finds the ensemble of experts or teachers that gave the soft labels of a set.
+
+    Args:
+        distilled: the set.
+        teachers: file of the experts or teachers; by default the one in the manifest, in the cache or where it was.
+        device: device of the ensemble.
+
+    Returns:
+        The ensemble, or None and the reason.
 
     Raises:
-        CondenseError: ``teachers`` cannot serve.
+        CondenseError: ``teachers`` is not the file that gave the labels.
     """
-    from condense.pretraining import experts, trajectories
-
     source = distilled.manifest.get("label_source", {})
-    known = source.get("experts", {})
-    given = teachers is not None and hdf5.format_of(Path(teachers)) != trajectories.FORMAT.name
-    if "teachers" in source or (given and not known):
-        return _squeezed_teacher(distilled, source, teachers, device)
-    asked = {"count": known.get("count"), "epoch": source.get("epoch", -1)}
+    recorded = source.get("experts", {})
+    is_teacher_file = teachers is not None and hdf5.format_of(Path(teachers)) != trajectories.FORMAT.name
+    if "teachers" in source or (is_teacher_file and not recorded):
+        return _find_saved_teacher(distilled, source, teachers, device)
+    members = {"count": recorded.get("count"), "epoch": source.get("epoch", -1)}
     if teachers is not None:
         file = trajectories.read(Path(teachers))
-        if known and file.content(known["count"], known["epochs"]) != known["content"]:
+        if recorded and file.content(recorded["count"], recorded["epochs"]) != recorded["content"]:
             raise CondenseError(f"--teachers {teachers}: not the experts that the set's labels came from")
-        return experts.teacher(file.path, device, distilled.shape, len(distilled.classes), **asked), ""
-    path = experts.find(known)
+        return experts.teacher(file.path, device, distilled.shape, len(distilled.classes), **members), ""
+    path = experts.find(recorded)
     if path is None:
-        return None, "the experts that its labels came from are not found; give --teachers FILE" if known else ""
+        return None, "the experts that its labels came from are not found; give --teachers FILE" if recorded else ""
     try:
-        return experts.teacher(path, device, distilled.shape, len(distilled.classes), **asked), ""
+        return experts.teacher(path, device, distilled.shape, len(distilled.classes), **members), ""
     except CondenseError as fault:
         return None, str(fault)
 
 
-def _squeezed_teacher(
+def _find_saved_teacher(
     distilled: DistilledSet, source: dict[str, Any], teachers: str | Path | None, device: torch.device
 ) -> tuple[nn.Module | None, str]:
-    """The weighted mean of teachers kept whole, or None and why there is none.
-
-    Raises:
-        CondenseError: ``teachers`` cannot serve.
-    """
-    from condense.pretraining import committee
-
-    known = source.get("teachers") or {}
-    path = committee.find(known) if teachers is None else Path(teachers)
+    """Finds the weighted ensemble of saved teachers; see :func:`recorded_teacher`."""
+    recorded = source.get("teachers") or {}
+    path = committee.find(recorded) if teachers is None else Path(teachers)
     if path is None:
         return None, "the teachers that its labels came from are not found; give --teachers FILE"
     try:
-        found = committee.teacher(
-            path, device, distilled.shape, len(distilled.classes), described=known, weights=source.get("weights"),
+        ensemble = committee.teacher(
+            path,
+            device,
+            distilled.shape,
+            len(distilled.classes),
+            described=recorded,
+            weights=source.get("weights"),
             transform=distilled.transform,
-        )  # fmt: skip
-        return found, ""
+        )
+        return ensemble, ""
     except CondenseError as fault:
         if teachers is not None:
             raise CondenseError(f"--teachers {fault}") from fault

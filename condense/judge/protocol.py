@@ -1,10 +1,15 @@
-"""Protocols: the versioned rules by which students are trained and judged, one YAML file each."""
+"""Protocols: versioned rules for training and evaluating students, one YAML file each.
+
+``CONDENSE_PROTOCOLS`` may name a folder of further protocols; they replace packaged ones with the same name.
+"""
 
 from __future__ import annotations
 
 import functools
 import math
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from condense.augment import dsa
 from condense.config import build, packaged, read_yaml
@@ -12,67 +17,67 @@ from condense.errors import CondenseError, did_you_mean
 from condense.training import Recipe, check_rule
 
 OWN = "own"
-"""Among a protocol's networks: the one that the set was made with."""
+"""Name in a protocol's networks for the network that the set was made with."""
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How students are trained and judged; a versioned YAML file in ``benchmarks/protocols``."""
+    """Training and evaluation of students; a versioned YAML file in ``benchmarks/protocols``."""
 
     name: str
     """Name with its version, e.g. dc-v1."""
     version: int
-    """Raised by every change that alters scores; tables never mix versions."""
+    """Raised by every change that alters scores; tables do not mix versions."""
     summary: str
-    """One line for people."""
+    """One-line description."""
     labels: str
-    """Label track: hard (every arm learns from classes alone) or soft (from the labels that the set brings)."""
+    """Label track: hard (every arm is trained on classes only) or soft (on the labels of the set)."""
     networks: list[str]
-    """Architectures unless others are named; "own" is the one that the set was made with."""
+    """Default architectures; "own" is the one that the set was made with."""
     steps: int
     """Optimizer steps for every started ``per_images`` training images."""
     per_images: int
-    """See ``steps``."""
+    """Training images per ``steps`` optimizer steps."""
     batch: int
     """Images per step."""
     lr: list[float]
-    """Learning rate at the start; of several, every arm takes the best one on held-out real training images."""
+    """Initial learning rates; if several, every arm uses the best one on held-out real training images."""
     held_out: float
-    """Share of each class's real training images that decides between learning rates; never test images."""
+    """Share of each class's real training images that is held out to choose the learning rate."""
     momentum: float
     """Momentum of SGD."""
     weight_decay: float
-    """L2 penalty; the decay of adamw."""
+    """L2 penalty of SGD; weight decay of AdamW."""
     drops: list[float]
-    """Fractions of the budget after which the learning rate drops."""
+    """Learning-rate milestones as fractions of the steps."""
     drop_factor: float
-    """Factor of each drop."""
+    """Factor of the learning rate at each milestone."""
     augment: str
     """DSA operations joined by _, or none."""
     full_epochs: int
-    """Passes over the real data for the `full` arm, which never makes fewer steps than the distilled arm."""
+    """Epochs of the `full` arm, which makes at least the steps of the distilled arm."""
     runs: int
-    """Networks trained per arm unless told otherwise."""
+    """Default number of networks trained per arm."""
     augment_variant: str = "dsa"
-    """dsa (one operation a step), flip-always or idc (flip and colour always, one of crop, scale and rotate)."""
+    """dsa (one operation per step), flip-always, or idc (flip, colour, and one of crop, scale and rotate)."""
     cutmix: float = 0.0
     """Probability of CutMix in a step."""
     optimizer: str = "sgd"
-    """sgd or adamw, which decays weights of two or more axes only."""
+    """sgd or adamw; adamw decays only weights with two or more axes."""
     schedule: str = "drops"
-    """drops or cosine, from step to step."""
+    """drops (milestones) or cosine, updated every step."""
     stretch: float = 1.0
-    """Of the cosine: so many times the length of the training."""
+    """Length of the cosine as a multiple of the length of the training."""
 
     def __post_init__(self) -> None:
         check_rule(self.optimizer, self.schedule, self.stretch, prefix=f"{self.name}: ")
 
     def budget(self, size: int) -> int:
-        """Optimizer steps for a set of ``size`` images."""
+        """Number of optimizer steps for a set of ``size`` images."""
         return self.steps * math.ceil(size / self.per_images)
 
     def recipe(self, size: int, *, mirror: bool, steps: int | None = None, lr: float | None = None) -> Recipe:
-        """The student recipe for a set of ``size`` images; ``steps`` and ``lr`` replace the protocol's own."""
+        """Training of students on a set of ``size`` images; ``steps`` and ``lr`` replace those of the protocol."""
         return Recipe(
             steps=steps or self.budget(size),
             batch=self.batch,
@@ -89,21 +94,27 @@ class Protocol:
         )
 
 
-@functools.cache
 def protocols() -> dict[str, Protocol]:
-    """Every packaged protocol by name."""
-    found = {}
-    for entry in packaged("benchmarks/protocols"):
-        protocol = build(Protocol, read_yaml(entry.read_text(), entry.name), entry.name)
-        found[protocol.name] = protocol
-    return found
+    """Protocols by name: the packaged ones, and those in the folder ``CONDENSE_PROTOCOLS``.
+
+    Raises:
+        CondenseError: a file is invalid.
+    """
+    return _read_protocols(os.environ.get("CONDENSE_PROTOCOLS", ""))
+
+
+@functools.cache
+def _read_protocols(folder: str) -> dict[str, Protocol]:
+    files = [*packaged("benchmarks/protocols"), *(sorted(Path(folder).glob("*.yaml")) if folder else [])]
+    read = [build(Protocol, read_yaml(file.read_text(), file.name), file.name) for file in files]
+    return {protocol.name: protocol for protocol in read}
 
 
 def get_protocol(name: str) -> Protocol:
-    """The protocol called ``name``.
+    """Returns the protocol called ``name``.
 
     Raises:
-        CondenseError: unknown; suggests the nearest.
+        CondenseError: unknown; the message suggests the nearest name.
     """
     if name not in protocols():
         raise CondenseError(f"unknown protocol '{name}'{did_you_mean(name, protocols())}")

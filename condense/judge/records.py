@@ -1,4 +1,4 @@
-"""Records: the numbers that follow from accuracies, and the typed JSON file that keeps them all."""
+"""Records: the JSON file of an evaluation, its schema and its checks. Records from elsewhere are untrusted."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jsonschema import Draft202012Validator
 
-import condense
 from condense.device import device_name, peak_memory
 from condense.errors import CondenseError
-from condense.files import replacing
+from condense.files import write_json
 from condense.formatting import size
-from condense.judge.scoring import _augmented, cross_architecture, main_entries, scores, summary, time_to_accuracy
+from condense.judge.scoring import cross_architecture, is_augmented, main_entries, scores, summary, time_to_accuracy
+from condense.version import __version__
 
 SCHEMA = "condense.record/1"
 
-LIMIT = 16 * 1024 * 1024
-"""Bytes of the largest record that is read."""
+MAX_RECORD_BYTES = 16 * 1024 * 1024
+"""Maximum size of a record file."""
 
-TEXT_LIMIT = 10_000
-"""Characters of the longest text in a record."""
+MAX_TEXT_LENGTH = 10_000
+"""Maximum number of characters of a text in a record."""
 
-NUMBER_LIMIT = 1e18
+MAX_NUMBER = 1e18
+"""Maximum absolute value of a number in a record."""
 
 
 def known_cost(cost: Any) -> dict[str, Any]:
-    """What a record states of a manifest's cost: known entries of the right type, whoever wrote the rest."""
-    from jsonschema import Draft202012Validator
-
+    """The entries of a manifest's cost that the schema of records allows; the rest is untrusted and omitted."""
     allowed = schema()["properties"]["cost"]["properties"]
     entries = cost.items() if isinstance(cost, dict) else ()
     return {
@@ -46,7 +46,7 @@ def known_cost(cost: Any) -> dict[str, Any]:
 def environment(device: torch.device, precision: str) -> dict[str, Any]:
     """Versions and machine, for the record."""
     return {
-        "condense": condense.__version__,
+        "condense": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
@@ -58,11 +58,8 @@ def environment(device: torch.device, precision: str) -> dict[str, Any]:
     }
 
 
-# -- for people -------------------------------------------------------------------------------------------------------
-
-
 def table(record: dict[str, Any]) -> str:
-    """The record's results as lines for a terminal."""
+    """Formats the results of a record as lines for a terminal."""
     rows = [("network", "arm", "runs", "accuracy", "95 % interval", "steps", "lr", "seconds")]
     for entry in record["results"]:
         std = "" if entry["std"] is None else f" ± {100 * entry['std']:.1f}"
@@ -87,31 +84,28 @@ def table(record: dict[str, Any]) -> str:
         lines.append(f"bytes: {size(total - external)} stored, {size(external)} external, {size(total)} together")
     for network, values in record["scores"].items():
         if values:
-            lines.append(f"{network}: " + ", ".join(_score(name, score) for name, score in values.items()))
+            lines.append(f"{network}: " + ", ".join(_format_score(name, score) for name, score in values.items()))
     cross = record["cross_architecture"]
     if cross:
-        lines.append(f"on networks it was not made with: {_score('accuracy lost', cross['drop'])}")
+        lines.append(f"on networks it was not made with: {_format_score('accuracy lost', cross['drop'])}")
     for entry in record["missing"]:
         lines.append(f"arm {entry['arm']} is missing: {entry['why']}")
     return "\n".join(lines)
 
 
 def arm_name(entry: dict[str, Any], record: dict[str, Any]) -> str:
-    """The arm with what sets it apart: hard labels where the set has others, and no augmentation."""
+    """The name of the arm, with (hard labels) or (not augmented) if it differs in these from the others."""
     marks = []
     if entry["labels"] == "hard" and entry["arm"] == "distilled":
         marks.append("hard labels")
-    if not entry["augment"] and _augmented(record["results"]):
+    if not entry["augment"] and is_augmented(record["results"]):
         marks.append("not augmented")
     return entry["arm"] + (f" ({', '.join(marks)})" if marks else "")
 
 
-def _score(name: str, score: dict[str, Any]) -> str:
+def _format_score(name: str, score: dict[str, Any]) -> str:
     interval = "" if score["ci95"] is None else " ({:+.3f} to {:+.3f})".format(*score["ci95"])
     return f"{name} {score['value']:+.3f}{interval}"
-
-
-# -- the file ---------------------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -121,17 +115,17 @@ def schema() -> dict[str, Any]:
 
 
 def read_record(path: str | Path) -> dict[str, Any]:
-    """A record from anywhere, checked.
+    """Reads and checks a record from an untrusted file.
 
     Raises:
-        CondenseError: not readable JSON, a missing, foreign or wrongly typed field, which is named, or numbers that do
-            not follow from the accuracies.
+        CondenseError: not readable JSON, a missing, unknown or wrongly typed field, or numbers that do not follow from
+            the accuracies.
     """
     path = Path(path)
     try:
-        if path.stat().st_size > LIMIT:
-            raise CondenseError(f"{path}: larger than {LIMIT} bytes; not a record")
-        record = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
+        if path.stat().st_size > MAX_RECORD_BYTES:
+            raise CondenseError(f"{path}: larger than {MAX_RECORD_BYTES} bytes; not a record")
+        record = json.loads(path.read_text(encoding="utf-8"), parse_constant=_reject_constant)
     except (OSError, ValueError, RecursionError) as fault:
         raise CondenseError(f"{path}: not readable as JSON ({fault})") from fault
     faults = check_record(record)
@@ -140,86 +134,84 @@ def read_record(path: str | Path) -> dict[str, Any]:
     return record
 
 
-def _refuse(constant: str) -> None:
+def _reject_constant(constant: str) -> None:
     raise ValueError(f"{constant} is not a number")
 
 
 def check_record(record: Any) -> list[str]:
-    """What is wrong with a record, in words; empty for a good one."""
-    from jsonschema import Draft202012Validator
-
+    """Returns the mistakes in a record as text; an empty list if it is valid."""
     if isinstance(record, dict) and record.get("schema", SCHEMA) != SCHEMA:
         return [f"'schema' is {record['schema']!r}; this version reads {SCHEMA}"]
-    faults = [_fault(error) for error in Draft202012Validator(schema()).iter_errors(record)]
-    faults = faults or list(_unshowable(record, ""))[:5]
+    faults = [_format_fault(error) for error in Draft202012Validator(schema()).iter_errors(record)]
+    faults = faults or list(_invalid_values(record, ""))[:5]
     if faults:
         return faults
     if not main_entries(record):
         return ["no result of the distilled set in 'results'"]
     for entry in record["results"]:
-        if len(entry["accuracies"]) != record["runs"]:
-            faults.append(f"{entry['arm']} on {entry['network']}: {len(entry['accuracies'])} accuracies for "
-                          f"{record['runs']} runs")  # fmt: skip
-        elif abs(statistics.fmean(entry["accuracies"]) - entry["mean"]) > 1e-9:
-            faults.append(f"{entry['arm']} on {entry['network']}: 'mean' is not that of its accuracies")
-        elif not _agree({key: entry[key] for key in ("mean", "std", "ci95")}, summary(entry["accuracies"])):
-            faults.append(f"{entry['arm']} on {entry['network']}: 'ci95' is not that of its accuracies")
+        where, accuracies = f"{entry['arm']} on {entry['network']}", entry["accuracies"]
+        if len(accuracies) != record["runs"]:
+            faults.append(f"{where}: {len(accuracies)} accuracies for {record['runs']} runs")
+        elif abs(statistics.fmean(accuracies) - entry["mean"]) > 1e-9:
+            faults.append(f"{where}: 'mean' is not that of its accuracies")
+        elif not _json_close({key: entry[key] for key in ("mean", "std", "ci95")}, summary(accuracies)):
+            faults.append(f"{where}: 'ci95' is not that of its accuracies")
     return faults or list(_inconsistent(record))
 
 
 def _inconsistent(record: dict[str, Any]) -> Iterator[str]:
-    """What the page would show, but does not follow from the accuracies, seconds and bytes of the record."""
-    results, made = record["results"], record["set"]
+    """Yields the derived numbers that do not follow from the accuracies, seconds and bytes of the record."""
+    results, set_facts = record["results"], record["set"]
     arms = [tuple(entry[key] for key in ("arm", "labels", "augment", "network")) for entry in results]
     if len(set(arms)) < len(arms):
         yield "two entries of 'results' are of the same arm and network"
     if len({entry["steps"] for entry in results if entry["arm"] != "full"}) > 1:
         yield "'steps' differ between arms of one budget"
-    parts = {part: size for part, size in made["bytes"].items() if part not in ("total", "stored")}
-    if made["bytes"]["total"] != sum(parts.values()):
+    parts = {part: size for part, size in set_facts["bytes"].items() if part not in ("total", "stored")}
+    if set_facts["bytes"]["total"] != sum(parts.values()):
         yield "'set.bytes.total' is not the sum of its parts"
-    elif made["bytes"].get("stored") not in (None, made["bytes"]["total"] - parts["external"]):
+    elif set_facts["bytes"].get("stored") not in (None, set_facts["bytes"]["total"] - parts["external"]):
         yield "'set.bytes.stored' is not the total without external bytes"
-    for name, known in (
-        ("scores", scores(results, made["label_kind"])),
-        ("cross_architecture", cross_architecture(results, made["network"])),
+    for name, expected in (
+        ("scores", scores(results, set_facts["label_kind"])),
+        ("cross_architecture", cross_architecture(results, set_facts["network"])),
         ("time", time_to_accuracy(results, record["cost"])),
     ):
-        if not _agree(record[name], known):
+        if not _json_close(record[name], expected):
             yield f"'{name}' does not follow from the other numbers"
 
 
-def _agree(told: Any, known: Any) -> bool:
-    """Whether two pieces of JSON say the same, numbers to rounding."""
-    if isinstance(known, dict):
-        same = isinstance(told, dict) and told.keys() == known.keys()
-        return same and all(_agree(told[key], part) for key, part in known.items())
-    if isinstance(known, list):
-        return isinstance(told, list) and len(told) == len(known) and all(map(_agree, told, known))
-    if isinstance(known, float) and isinstance(told, (int, float)):
-        return math.isclose(told, known, rel_tol=1e-6, abs_tol=1e-6)
-    return told == known
+def _json_close(value: Any, expected: Any) -> bool:
+    """Whether two JSON values are equal, floats within a tolerance of 1e-6."""
+    if isinstance(expected, dict):
+        same = isinstance(value, dict) and value.keys() == expected.keys()
+        return same and all(_json_close(value[key], part) for key, part in expected.items())
+    if isinstance(expected, list):
+        return isinstance(value, list) and len(value) == len(expected) and all(map(_json_close, value, expected))
+    if isinstance(expected, float) and isinstance(value, (int, float)):
+        return math.isclose(value, expected, rel_tol=1e-6, abs_tol=1e-6)
+    return value == expected
 
 
-def _unshowable(value: Any, where: str) -> Iterator[str]:
-    """Texts that are too long or no Unicode, and numbers beyond all measure (JSON's 1e999 is infinite)."""
+def _invalid_values(value: Any, where: str) -> Iterator[str]:
+    """Yields texts that are too long or not Unicode, and numbers that are too large (1e999 is infinite)."""
     if isinstance(value, dict):
         for key, part in value.items():
-            yield from _unshowable(key, f"a name in {where or 'the record'}")
-            yield from _unshowable(part, f"{where}.{key[:40]}" if where else key[:40])
+            yield from _invalid_values(key, f"a name in {where or 'the record'}")
+            yield from _invalid_values(part, f"{where}.{key[:40]}" if where else key[:40])
     elif isinstance(value, list):
         for index, part in enumerate(value):
-            yield from _unshowable(part, f"{where}.{index}")
+            yield from _invalid_values(part, f"{where}.{index}")
     elif isinstance(value, str):
-        if len(value) > TEXT_LIMIT:
-            yield f"'{where}' is longer than {TEXT_LIMIT} characters"
+        if len(value) > MAX_TEXT_LENGTH:
+            yield f"'{where}' is longer than {MAX_TEXT_LENGTH} characters"
         elif any(0xD800 <= ord(c) < 0xE000 for c in value):
             yield f"'{where}' is not valid text"
-    elif isinstance(value, (int, float)) and not -NUMBER_LIMIT <= value <= NUMBER_LIMIT:
+    elif isinstance(value, (int, float)) and not -MAX_NUMBER <= value <= MAX_NUMBER:
         yield f"'{where}' is not a usable number"
 
 
-def _fault(error: Any) -> str:
+def _format_fault(error: Any) -> str:
     where = ".".join(map(str, error.absolute_path))
     inside = f" in '{where}'" if where else ""
     if error.validator == "required":
@@ -232,5 +224,4 @@ def _fault(error: Any) -> str:
 
 def write_record(record: dict[str, Any], path: Path) -> None:
     """Writes the record as indented JSON, atomically."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(record, indent=1) + "\n")
+    write_json(path, record)

@@ -1,4 +1,4 @@
-"""students through the score cache, over ranks."""
+"""Trains students for all arms, through the score cache and distributed over ranks."""
 
 from __future__ import annotations
 
@@ -18,34 +18,32 @@ import torch
 from condense import networks, rng
 from condense.data import Task, cache_dir
 from condense.device import device_name
-from condense.judge.arms import Architecture, Arm
+from condense.judge.arms import Arm, NetworkFactory
 from condense.judge.protocol import Protocol
 from condense.judge.scoring import summary
 from condense.ranks import Ranks
 from condense.tracking import Progress
 from condense.training import STUDENT_VERSION, Recipe, Student, accuracy, pick_together, train
 
-SEARCH = -1
-"""Stands for the run's number in the draws of the student that tries a learning rate."""
-
-# -- training and keeping ---------------------------------------------------------------------------------------------
+SEARCH_RUN = -1
+"""Replaces the number of the run in the keys of the student that tries a learning rate."""
 
 
 @dataclass(frozen=True)
-class _Job:
-    """One student: the arm that it learns from, its network and learning rate, and the task that tests it."""
+class StudentJob:
+    """One student: its arm, network and learning rate, and the task that it is tested on."""
 
     arm: Arm
-    network: str | Architecture
+    network: str | NetworkFactory
     rate: float
     run: int
     task: Task
-    """The real data; for a search, with held-out training images in place of the test images."""
+    """The real data; in a search, held-out training images replace the test images."""
 
 
 @dataclass
-class _Judge:
-    """Trains students through the cache, shared out over the ranks."""
+class Evaluator:
+    """Trains and tests students, using the score cache and all ranks."""
 
     task: Task
     protocol: Protocol
@@ -59,23 +57,23 @@ class _Judge:
 
     @functools.cached_property
     def transform_digest(self) -> str:
-        """Of the map to training space; a whitening matrix is large, so it is read once."""
+        """SHA-256 of the map to training space, computed once because a whitening matrix is large."""
         arrays = self.task.transform.arrays()
         return hashlib.sha256(b"".join(arrays[name].tobytes() for name in sorted(arrays))).hexdigest()
 
-    def results(self, cells: Sequence[tuple[Arm, str | Architecture]]) -> list[dict[str, Any]]:
-        """Accuracies of all runs of each arm on each network, as entries of the record's ``results``."""
+    def results(self, cells: Sequence[tuple[Arm, str | NetworkFactory]]) -> list[dict[str, Any]]:
+        """Accuracies of all runs of each cell (arm and network), as entries of ``results`` of the record."""
         rates = self.rates(cells)
         jobs = [
-            _Job(arm, network, rate, run, self.task)
+            StudentJob(arm, network, rate, run, self.task)
             for (arm, network), rate in zip(cells, rates)
             for run in range(self.runs)
         ]
         scored = self.scored(jobs)
-        found = []
+        entries = []
         for number, ((arm, network), rate) in enumerate(zip(cells, rates)):
             accuracies, seconds = zip(*scored[number * self.runs : (number + 1) * self.runs])
-            found.append(
+            entries.append(
                 {
                     "arm": arm.name,
                     "labels": arm.labels,
@@ -83,24 +81,24 @@ class _Judge:
                     "network": networks.name_of(network),
                     "steps": arm.steps,
                     "lr": rate,
-                    "lr_from": "held-out" if len(arm.rates) > 1 else "learned" if arm.learned else "protocol",
+                    "lr_from": "held-out" if len(arm.rates) > 1 else "learned" if arm.uses_learned_lr else "protocol",
                     "accuracies": list(accuracies),
                     **summary(accuracies),
                     "seconds": round(sum(seconds), 2),
                 }
             )
-        return found
+        return entries
 
-    def rates(self, cells: Sequence[tuple[Arm, str | Architecture]]) -> list[float]:
-        """Each cell's learning rate; of several, the one whose student does best on held-out training images.
+    def rates(self, cells: Sequence[tuple[Arm, str | NetworkFactory]]) -> list[float]:
+        """Learning rate of each cell; if there are several, the best one on held-out training images.
 
-        Neither the choice nor the student that is trained for it sees a test image.
+        Test images are used neither for the choice nor for the students that are trained for it.
         """
         if all(len(arm.rates) == 1 for arm, _ in cells):
             return [arm.rates[0] for arm, _ in cells]
         inner = self.task.hold_out(self.protocol.held_out, (self.seed, "held-out"))
         jobs = [
-            _Job(arm, network, rate, SEARCH, inner)
+            StudentJob(arm, network, rate, SEARCH_RUN, inner)
             for arm, network in cells
             if len(arm.rates) > 1
             for rate in arm.rates
@@ -108,55 +106,56 @@ class _Judge:
         scored = iter(self.scored(jobs))
         chosen = []
         for arm, _ in cells:
-            tried = [next(scored)[0] for _ in arm.rates] if len(arm.rates) > 1 else [0.0]
-            chosen.append(arm.rates[tried.index(max(tried))])
+            accuracies = [next(scored)[0] for _ in arm.rates] if len(arm.rates) > 1 else [0.0]
+            chosen.append(arm.rates[accuracies.index(max(accuracies))])
         return chosen
 
     def recipe(self, arm: Arm, rate: float) -> Recipe:
+        """Training of the students of an arm."""
         recipe = self.protocol.recipe(0, mirror=self.task.mirror, steps=arm.steps, lr=rate)
         return recipe if arm.augment else dataclasses.replace(recipe, augment=None)
 
-    def scored(self, jobs: Sequence[_Job]) -> list[tuple[float, float]]:
-        """Accuracy and training seconds of each job: from the cache, else trained, each by one rank."""
-        known = torch.zeros(len(jobs), 3, dtype=torch.float64)
-        if self.ranks.leads:  # one rank looks, so that all agree on what is to be done
-            for row, job in zip(known, jobs):
+    def scored(self, jobs: Sequence[StudentJob]) -> list[tuple[float, float]]:
+        """Accuracy and training seconds of each job, from the cache or trained by one of the ranks."""
+        cached = torch.zeros(len(jobs), 3, dtype=torch.float64)  # accuracy, seconds, 1 if the score exists
+        if self.ranks.leads:  # only one rank reads the cache, so that all ranks train the same jobs
+            for row, job in zip(cached, jobs):
                 entry = _read_score(self._path(job)) if self._cached(job) else None
                 if entry is not None:
                     row[:] = torch.tensor([*entry, 1.0], dtype=torch.float64)
-        known = self._shared(known)
-        trained = torch.zeros_like(known)
-        todo = [number for number in range(len(jobs)) if not known[number, 2]]
-        for turn, unit in enumerate(self._units(jobs, todo)):
-            if turn % self.ranks.world != self.ranks.rank:
+        cached = self._all_ranks(cached)
+        trained = torch.zeros_like(cached)
+        pending = [number for number in range(len(jobs)) if not cached[number, 2]]
+        for index, batch in enumerate(self._batches(jobs, pending)):
+            if index % self.ranks.world != self.ranks.rank:
                 continue
-            for number, entry in zip(unit, self._train([jobs[number] for number in unit])):
+            for number, entry in zip(batch, self._train([jobs[number] for number in batch])):
                 trained[number] = torch.tensor([*entry, 1.0], dtype=torch.float64)
                 if self._cached(jobs[number]):
                     _write_score(self._path(jobs[number]), entry)
-        return [(row[0], row[1]) for row in (known + self._shared(trained)).tolist()]
+        return [(row[0], row[1]) for row in (cached + self._all_ranks(trained)).tolist()]
 
-    def _shared(self, table: torch.Tensor) -> torch.Tensor:
-        """The sum of the ranks' tables."""
+    def _all_ranks(self, table: torch.Tensor) -> torch.Tensor:
+        """Sums the tables of all ranks."""
         if self.ranks.world == 1:
             return table
         table = table.to(self.device)
         self.ranks.sum(table)
         return table.cpu()
 
-    def _units(self, jobs: Sequence[_Job], todo: Sequence[int]) -> list[list[int]]:
-        """Jobs that are trained at once: one by one on a CPU; else the runs of a cell, in as many parts as ranks."""
+    def _batches(self, jobs: Sequence[StudentJob], pending: Sequence[int]) -> list[list[int]]:
+        """Groups jobs that are trained together: single jobs on a CPU, otherwise the runs of a cell, split by ranks."""
         if not pick_together(self.device):
-            return [[number] for number in todo]
+            return [[number] for number in pending]
         cells: dict[Any, list[int]] = {}
-        for number in todo:
+        for number in pending:
             job = jobs[number]
             cells.setdefault((job.arm, job.network, job.rate, id(job.task)), []).append(number)
         parts = [cell[rank :: self.ranks.world] for cell in cells.values() for rank in range(self.ranks.world)]
         return [part for part in parts if part]
 
-    def _train(self, jobs: Sequence[_Job]) -> list[tuple[float, float]]:
-        """Jobs of one arm and network with one learning rate: accuracy and training seconds of each."""
+    def _train(self, jobs: Sequence[StudentJob]) -> list[tuple[float, float]]:
+        """Trains jobs of one cell with one learning rate. Returns accuracy and training seconds of each."""
         first = jobs[0]
         recipe = self.recipe(first.arm, first.rate)
         students = []
@@ -164,37 +163,44 @@ class _Judge:
             with rng.seeded(self.seed, "student", job.run):
                 net = networks.build(job.network, self.task.shape, self.task.num_classes)
             students.append(Student(net, job.arm.source(job.task, job.run), rng.key(self.seed, "run", job.run)))
-        which = f"run {first.run + 1} of {self.runs}" if len(jobs) == 1 else f"{len(jobs)} runs"
-        which = f"trying lr {first.rate:g}" if first.run == SEARCH else which
+        title = f"run {first.run + 1} of {self.runs}" if len(jobs) == 1 else f"{len(jobs)} runs"
+        title = f"trying lr {first.rate:g}" if first.run == SEARCH_RUN else title
         progress = Progress(
-            f"{first.arm.name} on {networks.name_of(first.network)}, {which}",
+            f"{first.arm.name} on {networks.name_of(first.network)}, {title}",
             len(students) * recipe.steps,
             quiet=self.quiet or not self.ranks.leads,
         )
         checkpoint = self._path(first).with_suffix(".part") if self._cached(first) else None
-        seconds = train(
-            students, recipe, device=self.device, precision=self.precision, checkpoint=checkpoint,
-            report=progress.update,
-        )  # fmt: skip
+        where: dict[str, Any] = {"device": self.device, "precision": self.precision}
+        seconds = train(students, recipe, checkpoint=checkpoint, report=progress.update, **where)
         progress.close()
-        return [
-            (accuracy(s.network, job.task, device=self.device, precision=self.precision), round(seconds / len(jobs), 3))
-            for s, job in zip(students, jobs)
-        ]
+        accuracies = [accuracy(student.network, job.task, **where) for student, job in zip(students, jobs)]
+        return [(value, round(seconds / len(jobs), 3)) for value in accuracies]
 
-    def _cached(self, job: _Job) -> bool:
-        return self.cache and isinstance(job.network, str)  # a factory's name does not say what it builds
+    def _cached(self, job: StudentJob) -> bool:
+        return self.cache and isinstance(job.network, str)  # the name of a factory does not identify its networks
 
-    def _path(self, job: _Job) -> Path:
-        """Where the score of one student is kept; everything that can change it is in the name."""
+    def _path(self, job: StudentJob) -> Path:
+        """File of the score of one student; its name is a digest of everything that affects the score."""
         recipe = self.recipe(job.arm, job.rate)
         parts = [
-            job.arm.identity, {**recipe.known(), "augment": str(recipe.augment)},
-            networks.name_of(job.network), networks.library_version(job.network), job.run,
-            self.protocol.held_out if job.run == SEARCH else None, self.seed, self.task.fingerprint,
-            self.transform_digest, self.precision, device_name(self.device), torch.backends.cudnn.allow_tf32,
-            pick_together(self.device), rng.HASH_VERSION, STUDENT_VERSION, torch.__version__,
-        ]  # fmt: skip
+            job.arm.content_key,
+            {**recipe.known(), "augment": str(recipe.augment)},
+            networks.name_of(job.network),
+            networks.library_version(job.network),
+            job.run,
+            self.protocol.held_out if job.run == SEARCH_RUN else None,
+            self.seed,
+            self.task.fingerprint,
+            self.transform_digest,
+            self.precision,
+            device_name(self.device),
+            torch.backends.cudnn.allow_tf32,
+            pick_together(self.device),
+            rng.HASH_VERSION,
+            STUDENT_VERSION,
+            torch.__version__,
+        ]
         digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
         return cache_dir() / "students" / digest[:2] / f"{digest}.json"
 
@@ -208,11 +214,11 @@ def _read_score(path: Path) -> tuple[float, float] | None:
 
 
 def _write_score(path: Path, entry: tuple[float, float]) -> None:
-    """Atomic; a cache that cannot be written costs time, not the result."""
+    """Writes a score atomically. If the cache cannot be written, the evaluation continues without it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         temporary.write_text(json.dumps(dict(zip(("accuracy", "seconds"), entry))))
         os.replace(temporary, path)
     except OSError as fault:
-        print(f"condense: the score cache cannot be written ({fault}); going on without it", file=sys.stderr)
+        print(f"condense: the score cache cannot be written ({fault}); continuing without it", file=sys.stderr)
