@@ -324,13 +324,13 @@ def test_a_displacement_is_a_step_up_the_loss_and_leaves_the_teacher():
     def loss(weights):
         return F.cross_entropy(torch.func.functional_call(net, weights, (views,)), classes)
 
-    moved = dwa.displaced(net, own, views, classes, 1, 0.1)
+    moved = dwa.ascend_weights(net, own, views, classes, 1, 0.1)
     leaves = {name: value.detach().clone().requires_grad_() for name, value in own.items()}
     slopes = torch.autograd.grad(loss(leaves), list(leaves.values()))
     length = torch.cat([slope.flatten() for slope in slopes]).norm()
     for (name, value), slope in zip(moved.items(), slopes):
         torch.testing.assert_close(value, own[name] + 0.1 * slope / length)
-    several = dwa.displaced(net, own, views, classes, 5, 0.1)
+    several = dwa.ascend_weights(net, own, views, classes, 5, 0.1)
     gone = torch.cat([(several[name] - own[name]).flatten() for name in own]).norm()
     assert 0 < float(gone) <= 0.1 * (1 + 1e-5) and float(loss(several)) > float(loss(own))
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
@@ -345,17 +345,17 @@ def test_the_released_drift_tells_only_where_an_image_number_has_several_batches
 
 
 def test_votes_are_the_softmax_of_priors():
-    assert cvdd.votes([60.0, 60.0], 5.0) == pytest.approx([0.5, 0.5])
-    assert cvdd.votes([64.0, 50.0], 5.0)[0] == pytest.approx(1 / (1 + math.exp(-14 / 5)))
-    assert sum(cvdd.votes([63, 65.3, 68.5, 67.6, 67.4], 10.0)) == pytest.approx(1)
+    assert cvdd.compute_vote_weights([60.0, 60.0], 5.0) == pytest.approx([0.5, 0.5])
+    assert cvdd.compute_vote_weights([64.0, 50.0], 5.0)[0] == pytest.approx(1 / (1 + math.exp(-14 / 5)))
+    assert sum(cvdd.compute_vote_weights([63, 65.3, 68.5, 67.6, 67.4], 10.0)) == pytest.approx(1)
 
 
 def test_committees_are_the_best_or_all_in_turn():
     priors = [63, 65.3, 68.5, 67.6, 67.4]
-    assert cvdd.committees(priors, 2, 1, (0,)) == [(2, 3)]
-    ten = cvdd.committees(priors, 2, 10, (0,))
+    assert cvdd.assign_teachers(priors, 2, 1, (0,)) == [(2, 3)]
+    ten = cvdd.assign_teachers(priors, 2, 10, (0,))
     assert len(set(ten)) == 10 and ten != sorted(ten)
-    many = cvdd.committees(priors, 2, 50, (0,))
+    many = cvdd.assign_teachers(priors, 2, 50, (0,))
     assert many[:10] == ten and len(many) == 50 and all(i < j for i, j in many)
 
 
@@ -375,15 +375,24 @@ def test_a_committee_sums_its_weighted_losses(tiny):
                     yield step
 
         watched = Watched(tiny, 1, NETWORK, quiet=True, track="none")
-        synthetic = initial.started(config, watched, members[0].network)
-        asked = [recovery.Guide(bn_matching.matcher(config, members[i].network), {0: weight}) for i, weight in guides]
-        recovery.recover(config, watched, synthetic, asked, recovery.by_class(watched, 100))
+        synthetic = initial.create_initial_set(config, watched, members[0].network)
+        voters = [recovery.Guide(bn_matching.make_matcher(config, members[i].network), {0: w}) for i, w in guides]
+        batches = recovery.make_class_batches(watched, 100)
+        for batch in recovery.recovery_passes(config, watched, synthetic, voters, batches):
+            logits, distances = batch.forward(batch.views(batch.pixels))
+            losses = recovery.class_loss(logits, batch.classes, len(distances))
+            batch.backward(losses + config.bn_weight * distances)
         slopes.append(taken["images"])
     torch.testing.assert_close(slopes[0], 0.25 * slopes[1] + 0.75 * slopes[2], rtol=1e-4, atol=1e-6)
 
 
 def test_how_many_indices_fit_as_the_paper_counts():
-    assert [infer.indices(*case) for case in ((10, 100, 4), (10, 10, 4), (50, 10, 4), (1, 10, 1))] == [9, 7, 35, 0]
+    assert [infer.count_real_images(*case) for case in ((10, 100, 4), (10, 10, 4), (50, 10, 4), (1, 10, 1))] == [
+        9,
+        7,
+        35,
+        0,
+    ]
 
 
 def test_compensated_images_are_sums():
@@ -403,7 +412,7 @@ def test_compensated_images_are_sums():
 def test_infer_keeps_no_more_than_its_images_and_comes_back_whole(tiny, tmp_path, capsys):
     path = tmp_path / "infer.h5"
     one = made(tiny, "infer", 4, num_teachers=1, out=path)
-    number = infer.indices(4, 3, 1)
+    number = infer.count_real_images(4, 3, 1)
     assert number == 3 and len(one.stored) == number * (3 + 1) <= 4 * 3 and len(one) == 2 * number * 3
     loaded = condense.load(path)
     assert torch.equal(loaded.training_images()[0], one.training_images()[0])
@@ -425,7 +434,7 @@ def test_infer_needs_room_for_its_compensators(tiny):
 def test_the_activation_is_the_class_activation_map_of_a_mean_pooled_net():
     net = warm("resnet18-bn", dtype=torch.float32)
     images, classes = torch.randn(3, 3, 16, 16), torch.tensor([2, 0, 3])
-    got = nrr.activation(net, images, classes)
+    got = nrr.compute_class_activation(net, images, classes)
     maps = net.features(images)[-1]
     cam = torch.einsum("nchw,nc->nhw", maps, net.classify.weight[classes]).relu()
     cam = F.interpolate(cam[:, None], size=(16, 16), mode="bilinear", align_corners=False)[:, 0]
@@ -442,7 +451,7 @@ def test_nrr_moves_only_what_is_not_looked_at(tiny):
         **{key: SMALL[key] for key in ("teacher_epochs", "teacher_batch")}, pool=6, crops=2
     )
     net = provide(run, config.squeezing(tiny), architectures=[NETWORK], count=1).members[0].network
-    looks = nrr.activation(net, still.training_images()[0], torch.arange(3).repeat_interleave(2))
+    looks = nrr.compute_class_activation(net, still.training_images()[0], torch.arange(3).repeat_interleave(2))
     critical = (looks >= 0.5)[:, None].expand_as(still.stored)
     assert bool(critical.any())
     assert torch.equal(moved.stored[critical], still.stored[critical])

@@ -128,7 +128,7 @@ def test_loss_and_slope_with_moments_of_classes_equal_the_formula(name):
     targets = [tuple(torch.rand(2, CLASSES, width, dtype=torch.float64)) for width in widths]
     groups = [(mean[[2, 0]], variance[[2, 0]]) for mean, variance in targets]
     logits, distances = matcher(views, 2, contextlib.nullcontext, groups)
-    losses = recovery.recovery_loss(logits, classes, distances, lam)
+    losses = recovery.class_loss(logits, classes, len(distances)) + lam * distances
     found = losses, torch.autograd.grad(losses.sum(), views)[0]
 
     plain = []
@@ -152,7 +152,7 @@ def test_loss_and_slope_with_moments_of_classes_equal_the_formula(name):
 
 
 def test_a_batch_has_all_images_of_one_class(tiny):
-    batches = lpld.of_one_class(a_run(tiny, 4))
+    batches = lpld.make_single_class_batches(a_run(tiny, 4))
     rows = torch.arange(CLASSES).repeat_interleave(4)
     assert len(batches) == CLASSES
     for c, one in enumerate(batches):
@@ -164,19 +164,21 @@ def test_a_batch_has_all_images_of_one_class(tiny):
 @pytest.mark.parametrize("at_once", [None, 2])
 def test_targets_follow_the_batches_that_pass(tiny, monkeypatch, pixels, at_once):
     monkeypatch.setattr("condense.engine.run.GRADIENT_PIXELS", pixels)
-    seen, original = [], recovery.guided
-
-    def watched(one, views, run):
-        whole, groups = one.guide.targets, one.classes.view(len(one.at), -1)
-        for (mean, variance), (means, variances) in zip(one.targets, whole):
+    run = a_run(tiny, 2)
+    config = lpld.LPLD(teacher_epochs=1, teacher_batch=8, steps=3, at_once=at_once)
+    net = provide(run, config.squeezing(tiny), architectures=[NETWORK], count=1).members[0].network
+    targets, batches = lpld.class_moments(run, net), lpld.make_single_class_batches(run)
+    synthetic = SyntheticSet.create(tiny, 2, SyntheticOptions(init="noise"), seed=0, device=run.device)
+    guides, classes = [recovery.guide_all(bn_matching.make_matcher(config, net), batches, targets)], []
+    for batch in recovery.recovery_passes(config, run, synthetic, guides, batches):
+        groups = batch.classes.view(len(batch.pixels), -1)
+        for (mean, variance), (means, variances) in zip(batch.targets, targets):
             assert torch.equal(mean, means[groups[:, 0]]) and torch.equal(variance, variances[groups[:, 0]])
         assert (groups == groups[:, :1]).all() and groups.shape[1] == 2
-        seen.append(groups[:, 0].tolist())
-        return original(one, views, run)
-
-    monkeypatch.setattr(recovery, "guided", watched)
-    made(tiny, labels="hard", at_once=at_once)
-    assert sorted(c for part in seen for c in part) == sorted(list(range(CLASSES)) * 3)
+        classes.append(groups[:, 0].tolist())
+        logits, distances = batch.forward(batch.views(batch.pixels))
+        batch.backward(recovery.class_loss(logits, batch.classes, len(distances)) + config.bn_weight * distances)
+    assert sorted(c for part in classes for c in part) == sorted(list(range(CLASSES)) * 3)
 
 
 def plain_loop(task, ipc, steps, config):

@@ -906,7 +906,7 @@ def test_loss_and_teachers_of_a_set_that_is_a_projectors(colour, backbone, plain
 def test_hello_finds_what_cannot_be_had_before_it_trains(colour, monkeypatch):
     from condense.methods.label_lightening import hello as hello_module
 
-    monkeypatch.setattr(hello_module, "squeezed", lambda *_: pytest.fail("teachers were trained"))
+    monkeypatch.setattr(hello_module, "get_teachers", lambda *_: pytest.fail("teachers were trained"))
     for settings in ({"backbone": "nonsense"}, {"head": "text"}):
         refusal(lambda settings=settings: condense.distill("hello", colour, 1, **TAUGHT, **settings))
 
@@ -950,10 +950,10 @@ PATCHES = {**TAUGHT, "pool": 6, "crops": 2}
 
 def test_cutting_up_undoes_collages():
     tiles = torch.randn(2 * 9, 3, 4, 5)
-    made = patches.collages(tiles, 3)
-    assert made.shape == (2, 3, 12, 15) and torch.equal(patches.cut_up(made, 3), tiles)
+    made = patches.make_collages(tiles, 3)
+    assert made.shape == (2, 3, 12, 15) and torch.equal(patches.split_collages(made, 3), tiles)
     assert torch.equal(made[1, :, 4:8, 10:], tiles[9 + 5])  # the second row's third
-    assert torch.equal(patches.cut_up(tiles, 1), tiles)
+    assert torch.equal(patches.split_collages(tiles, 1), tiles)
 
 
 def test_refined_patches_are_nearer_to_the_large_ones(colour):
@@ -965,12 +965,12 @@ def test_refined_patches_are_nearer_to_the_large_ones(colour):
     config = METHODS.get("hello").config(
         **{key: settings[key] for key in settings if key not in ("network", "precision")}
     )
-    scorer = relabelling.squeezed(config, run).members[0].network
+    scorer = relabelling.get_teachers(config, run).members[0].network
     encoder = pretrained.find(SHIPPED[0], colour.shape, CPU).encoder
     large, tiles = [], []
     for c in range(3):
-        crops, images, views = patches.surest(run, scorer, config, c)
-        torch.testing.assert_close(patches.cropped(images, views, 8), crops)
+        crops, images, views = patches.most_confident_crops(run, scorer, c, config.pool, config.crops, config.factor)
+        torch.testing.assert_close(patches.crop_images(images, views, 8), crops)
         tiles.append(crops)
         for image, (top, left, height, width) in zip(images, views.box.tolist()):
             part = image[None, :, top : top + height, left : left + width]
@@ -985,7 +985,7 @@ def test_refined_patches_are_nearer_to_the_large_ones(colour):
         seen = F.interpolate(cut, (16, 16), mode="bilinear", align_corners=False)
         return float((encoder(seen) - wanted).square().mean())
 
-    placed = colour.transform.inverse(patches.collages(torch.cat(tiles), 2)).clamp(0, 1)
+    placed = colour.transform.inverse(patches.make_collages(torch.cat(tiles), 2)).clamp(0, 1)
     torch.testing.assert_close(start.stored, placed, rtol=0, atol=1e-5)
     assert gap(refined) < 0.7 * gap(start), (gap(refined), gap(start))
     assert float(refined.stored.min()) >= 0 and float(refined.stored.max()) <= 1

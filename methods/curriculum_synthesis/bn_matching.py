@@ -1,4 +1,4 @@
-"""TODO-DOC."""
+"""Distances between the BatchNorm moments of a batch and a teacher's statistics, as one autograd node per layer."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from condense.methods.curriculum_synthesis.settings import Recovery
+from condense.methods.curriculum_synthesis.settings import RecoveryOptions
 from condense.networks import Network
-
-# -- BatchNorm moments ------------------------------------------------------------------------------------------------
 
 Moments = tuple[Tensor, Tensor]
 """Means and biased variances of channels, a row for each group or class."""
@@ -138,6 +136,6 @@ class Matcher(nn.Module):
         return logits, total / sum(importance for importance, _ in used) if self.averaged else total
 
 
-def matcher(config: Recovery, net: Network) -> Matcher:
-    """A teacher as it guides."""
+def make_matcher(config: RecoveryOptions, net: Network) -> Matcher:
+    """A teacher with the weights of the method's settings."""
     return Matcher(net, config.bn_first, (1.0, config.bn_variance), config.bn_mean)

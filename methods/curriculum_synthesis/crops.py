@@ -1,4 +1,4 @@
-"""TODO-DOC."""
+"""Crops, mirrors and rolls of recovery, drawn for each step."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor
 from condense import rng
 from condense.augment import CropViews, resampling, send
 from condense.engine import Run
-from condense.methods.curriculum_synthesis.settings import LEAST, Recovery
+from condense.methods.curriculum_synthesis.settings import MIN_CROP_AREA, RecoveryOptions
 
 
-def crop_scale(schedule: str, t: int, steps: int, milestone: float, least: float = LEAST) -> float:
+def crop_scale(schedule: str, t: int, steps: int, milestone: float, least: float = MIN_CROP_AREA) -> float:
     """CDA's lower bound of the crop's area at iteration ``t`` of ``steps``, from 1 (whole images) to ``least``.
 
     Args:
@@ -29,20 +29,20 @@ def crop_scale(schedule: str, t: int, steps: int, milestone: float, least: float
     return least + (1 - least) * falling[schedule]
 
 
-def drawn(config: Recovery, run: Run, index: int, rows: int, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """Matrices of the views of step ``index`` (see :func:`resampling`).
+def draw_crops(config: RecoveryOptions, run: Run, index: int, count: int, selected: Tensor) -> tuple[Tensor, Tensor]:
+    """Resampling matrices for rows and columns of the views of a step (see :func:`condense.augment.resampling`).
 
     Args:
-        config: of the method.
-        run: its run.
+        config: settings of the method.
+        run: the run.
         index: the step.
-        rows: views that are drawn, one for each batch or image of the set.
-        wanted: which of them are made into matrices, int64.
+        count: views that are drawn, one for each batch or image of the set.
+        selected: which of them become matrices, int64; all ranks draw all views.
     """
     least = crop_scale(config.schedule, index, config.steps, config.milestone, config.min_scale)
     crops = CropViews(least, 1.0, config.flip and run.task.mirror)
-    views = crops.draw(rng.Draws(run.seed, "crop", index), rows, (run.task.shape[1], run.task.shape[2]))
+    views = crops.draw(rng.Draws(run.seed, "crop", index), count, (run.task.shape[1], run.task.shape[2]))
     reach, low = (2 * config.jitter + 1, config.jitter) if config.two_sided else (config.jitter + 1, 0)
-    shift = rng.Draws(run.seed, "roll", index).integers(reach, (rows, 2)) - low
-    tall, wide = (send(matrix, run.device) for matrix in resampling(views[wanted], shift[wanted]))
-    return tall, wide
+    shift = rng.Draws(run.seed, "roll", index).integers(reach, (count, 2)) - low
+    rows, columns = (send(matrix, run.device) for matrix in resampling(views[selected], shift[selected]))
+    return rows, columns

@@ -1,4 +1,4 @@
-"""TODO-DOC."""
+"""INFER: real images plus learned compensators that all classes share."""
 
 from __future__ import annotations
 
@@ -10,40 +10,33 @@ import torch
 from condense.data import Task, unit
 from condense.engine import Run
 from condense.errors import CondenseError
-from condense.methods.curriculum_synthesis.bn_matching import matcher
-from condense.methods.curriculum_synthesis.recovery import Batch, Guide, recover
-from condense.methods.curriculum_synthesis.relabelling import kept, relabelled, squeezed
-from condense.methods.curriculum_synthesis.settings import Recovery
+from condense.methods.curriculum_synthesis.bn_matching import make_matcher
+from condense.methods.curriculum_synthesis.recovery import Batch, Guide, class_loss, recovery_passes
+from condense.methods.curriculum_synthesis.relabelling import get_teachers, make_labels, to_storage
+from condense.methods.curriculum_synthesis.settings import RecoveryOptions
 from condense.registry import method
 from condense.sets import Compensated, SyntheticOptions, SyntheticSet
 
-# -- INFER ------------------------------------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
-class INFER(Recovery):
-    """Hyper-parameters of INFER; those of CIFAR."""
+class INFER(RecoveryOptions):
+    """Hyper-parameters of INFER; the defaults are those of CIFAR."""
 
     init: str = "real"
-    """What compensators are added to: real (random real images)."""
+    """Images that compensators are added to: real (random real images)."""
     bn_weight: float = 1.0
-    """See SRe2L's; 0.01 for ImageNet-1K."""
+    """{inherited} 0.01 for ImageNet-1K."""
     min_scale: float = 1.0
-    """See SRe2L's; 0.08 for larger images."""
+    """{inherited} 0.08 for larger images."""
     flip: bool = False
-    """See SRe2L's; true for larger images."""
+    """{inherited} True for larger images."""
     num_teachers: int = 4
-    """Teachers of each architecture; each has compensators of its own (M in all)."""
+    """Teachers of each architecture; each has its own compensators (M in all)."""
     labels: str = "static"
-    """See SRe2L's."""
     temperature: float = 30.0
-    """See SRe2L's."""
     label_pad: int = 4
-    """See SRe2L's."""
     mix: str = "mixup"
-    """See SRe2L's."""
     mix_alpha: float = 0.8
-    """See SRe2L's."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,8 +44,9 @@ class INFER(Recovery):
             raise CondenseError(f"init={self.init}: compensators are added to real images; leave it at real")
 
 
-def indices(ipc: int, classes: int, teachers: int) -> int:
-    """K: real images a class, so that these and K * ``teachers`` compensators need no more room than ``ipc`` images."""
+def count_real_images(ipc: int, classes: int, teachers: int) -> int:
+    """K: real images per class, so that these and K * ``teachers`` compensators take no more room than ``ipc``
+    images."""
     return math.floor(ipc / (teachers / classes + 1))
 
 
@@ -61,18 +55,19 @@ def indices(ipc: int, classes: int, teachers: int) -> int:
     paper="Breaking Class Barriers: Efficient Dataset Distillation via Inter-Class Feature Compensator",
 )  # fmt: skip
 def infer(task: Task, config: INFER, run: Run) -> SyntheticSet:
-    """Adds to real images compensators that all classes share, one for each teacher, and keeps one label an image.
+    """Adds learned compensators, one per teacher and shared by all classes, to real images; stores one label per image.
 
-    When to use: where labels must be small, from some images per class on. Cost: SRe2L's for one image in each batch.
-    Known failure: needs more than one image per class; students see (M + 1) times as many images as are kept apart.
+    When to use: if labels must be small, from a few images per class on. Cost: SRe2L's for one image in each batch.
+    Known failure: needs more than one image per class; students train on (M + 1) times as many images as real ones are
+    stored.
 
-    Zhang, Du, Li, Xie & Zhou, ICLR 2025. Kept are K real images a class and K * M compensators, added when the set is
-    used; K is such that they need the room of ``ipc`` images a class. Labels are the teachers' mean logits, mixed as
-    images are. The released program keeps every sum as a JPEG.
+    Zhang, Du, Li, Xie & Zhou, ICLR 2025. K real images per class and K * M compensators are stored and added when the
+    set is used; K is such that they take the room of ``ipc`` images per class. Labels are the teachers' mean logits,
+    mixed as images are. The released program stores every sum as a JPEG.
     """
-    committee = squeezed(config, run)
+    committee = get_teachers(config, run)
     count, teachers = task.num_classes, len(committee.members)
-    number = indices(run.ipc, count, teachers)
+    number = count_real_images(run.ipc, count, teachers)
     if number < 1:
         raise CondenseError(
             f"--ipc {run.ipc}: {teachers} compensators and the real images of {count} classes do not fit; give at "
@@ -89,24 +84,27 @@ def infer(task: Task, config: INFER, run: Run) -> SyntheticSet:
     ]  # fmt: skip
     guides = [
         Guide(
-            matcher(config, member.network), {g: 1.0 for g, one in enumerate(batches) if int(one.rows) % teachers == m}
+            make_matcher(config, member.network),
+            {g: 1.0 for g, batch in enumerate(batches) if int(batch.rows) % teachers == m},
         )
         for m, member in enumerate(committee.members)
     ]
 
-    def done() -> SyntheticSet:
+    def finish() -> SyntheticSet:
         stage, inverse = Compensated(count, number, teachers), task.transform.inverse
         added = inverse(shared.images.detach()) - inverse(torch.zeros_like(shared.images))
-        stored = kept(torch.cat([inverse(base).clamp(0, 1), stage.encode(added)]), config.store)
+        stored = to_storage(torch.cat([inverse(base).clamp(0, 1), stage.encode(added)]), config.store)
         decoded, _ = stage(unit(stored), torch.arange(len(stored)))
         classes = torch.arange(count, device=run.device).repeat_interleave(stage.decoded)
-        labels = relabelled(config, run, decoded, classes, committee)
+        labels = make_labels(config, run, decoded, classes, committee)
         rows = torch.cat([real.classes, shared.classes.to(run.device)])
-        made = SyntheticSet(task, stored, rows, space="pixel", stages=[stage], labels=labels)
-        made.tensors["images"].requires_grad_(False)
-        made.label_source = {"teachers": committee.describe(), "weights": None}
-        return made
+        synthetic = SyntheticSet(task, stored, rows, space="pixel", stages=[stage], labels=labels)
+        synthetic.tensors["images"].requires_grad_(False)
+        synthetic.label_source = {"teachers": committee.describe(), "weights": None}
+        return synthetic
 
-    run.partial_result(done)
-    recover(config, run, shared, guides, batches, fixed=base, clamp=False)
-    return done()
+    run.partial_result(finish)
+    for batch in recovery_passes(config, run, shared, guides, batches, clamp=False):
+        logits, distances = batch.forward(batch.views(base[batch.fixed_rows] + batch.pixels))
+        batch.backward(class_loss(logits, batch.classes, len(distances)) + config.bn_weight * distances)
+    return finish()

@@ -1,4 +1,4 @@
-"""TODO-DOC."""
+"""NRR-DD: recovery of only those regions that the teacher does not look at."""
 
 from __future__ import annotations
 
@@ -16,42 +16,40 @@ from condense.config import require
 from condense.data import Task
 from condense.engine import Run
 from condense.errors import CondenseError
-from condense.methods.curriculum_synthesis.bn_matching import matcher
-from condense.methods.curriculum_synthesis.initial import from_pixels, started
-from condense.methods.curriculum_synthesis.patches import _scores, pooled, square_crops
-from condense.methods.curriculum_synthesis.recovery import Guide, by_class, recover
-from condense.methods.curriculum_synthesis.relabelling import finished, squeezed
-from condense.methods.curriculum_synthesis.settings import STARTS, Recovery
+from condense.methods.curriculum_synthesis.bn_matching import make_matcher
+from condense.methods.curriculum_synthesis.initial import create_initial_set, set_from_pixels
+from condense.methods.curriculum_synthesis.patches import CROPS, POOL, crop_losses, sample_pool, square_crops
+from condense.methods.curriculum_synthesis.recovery import class_loss, guide_all, make_class_batches, recovery_passes
+from condense.methods.curriculum_synthesis.relabelling import finish_set, get_teachers
+from condense.methods.curriculum_synthesis.settings import RECOVERY_INITS, RecoveryOptions
 from condense.networks import Network
 from condense.registry import method
 from condense.sets import SyntheticSet
 
-# -- NRR-DD -----------------------------------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
-class NRR(Recovery):
+class NRR(RecoveryOptions):
     """Hyper-parameters of NRR-DD. No program and few settings are public: these are SRe2L's, the others our own."""
 
     init: str = "critical"
-    """See SRe2L's, and critical: crops where the teacher looks, of which it is least sure."""
+    """{inherited} Also critical: crops where the teacher looks, of which it is least sure."""
     labels: str = "per-view"
-    """See SRe2L's; distances keeps two numbers a view."""
+    """{inherited} Distances keeps two numbers a view."""
     threshold: float = 0.5
     """Pixels whose activation (0 to 1) lies above this stay as they are (epsilon); others move by what they lack."""
-    pool: int = 300
+    pool: int = POOL
     """Real images of each class that crops are taken from."""
-    crops: int = 5
+    crops: int = CROPS
     """Crops of each of these."""
 
-    starts: ClassVar[tuple[str, ...]] = (*STARTS, "critical")
+    inits: ClassVar[tuple[str, ...]] = (*RECOVERY_INITS, "critical")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self, threshold=(0, 1), pool=(1, math.inf), crops=(1, math.inf))
 
 
-def activation(net: Network, images: Tensor, classes: Tensor) -> Tensor:
+def compute_class_activation(net: Network, images: Tensor, classes: Tensor) -> Tensor:
     """Where a network looks for a class: float32 (N, H, W) in [0,1], the largest of each image 1 (0 where nothing).
 
     The last map with more than one pixel times its slope in the logit, summed over channels, negatives cut: on
@@ -80,29 +78,33 @@ def activation(net: Network, images: Tensor, classes: Tensor) -> Tensor:
     paper="Enhancing Dataset Distillation via Non-Critical Region Refinement",
 )  # fmt: skip
 def nrr(task: Task, config: NRR, run: Run) -> SyntheticSet:
-    """Refines crops of real images, but only where the teacher does not look; labels may be two numbers a view.
+    """Optimises crops of real images in regions of low class activation; labels may be two numbers per view.
 
-    When to use: where real texture shall stay in the images; with labels=distances where labels must be small. Cost: as
-    SRe2L. Known failure: a reconstruction from the paper's abstract and notes of others, so published numbers are out
-    of reach of comparison.
+    When to use: to keep real texture in the images; with labels=distances if labels must be small. Cost: as SRe2L.
+    Known failure: this is a reconstruction from the paper's abstract and others' notes, so published numbers cannot be
+    compared.
 
-    Tran, Le, Le, Cai & Phung, CVPR 2025. Reconstructed: crops are the ones with most activation of each image, of which
-    those with the least confidence are kept; updates (Adam's, not gradients) are multiplied by max(0, threshold -
-    activation), found once, at the start. Of several teachers the first recovers, all label.
+    Tran, Le, Le, Cai & Phung, CVPR 2025. Reconstructed: of each image the crop with the highest activation is taken,
+    and of these the least confident are kept; updates (Adam's, not gradients) are multiplied by max(0, threshold -
+    activation), computed once at the start. Of several teachers the first recovers, and all label.
     """
-    committee = squeezed(config, run)
+    committee = get_teachers(config, run)
     net = committee.members[0].network
-    batches = by_class(run, config.batch_classes)
+    batches = make_class_batches(run, config.batch_classes)
     critical = config.init == "critical"
-    synthetic = from_pixels(run, critical_patches(run, net, config)) if critical else started(config, run, net)
-    start, own = synthetic.images.detach().clone(), synthetic.classes
-    mask = torch.cat([activation(net, *part) for part in zip(start.split(256), own.split(256))])
-    mask = (config.threshold - mask).clamp(min=0)[:, None]
-    guide = Guide(matcher(config, net), dict.fromkeys(range(len(batches)), 1.0))
-    result = functools.partial(finished, config, run, synthetic.images, own, committee)
-    run.partial_result(result)
-    recover(config, run, synthetic, [guide], batches, mask=mask)
-    return result()
+    synthetic = (
+        set_from_pixels(run, critical_patches(run, net, config)) if critical else create_initial_set(config, run, net)
+    )
+    start, classes = synthetic.images.detach().clone(), synthetic.classes
+    looks = torch.cat([compute_class_activation(net, *part) for part in zip(start.split(256), classes.split(256))])
+    mask = (config.threshold - looks).clamp(min=0)[:, None]
+    guides = [guide_all(make_matcher(config, net), batches)]
+    finish = functools.partial(finish_set, config, run, synthetic.images, classes, committee)
+    run.partial_result(finish)
+    for batch in recovery_passes(config, run, synthetic, guides, batches, mask=mask):
+        logits, distances = batch.forward(batch.views(batch.pixels))
+        batch.backward(class_loss(logits, batch.classes, len(distances)) + config.bn_weight * distances)
+    return finish()
 
 
 def critical_patches(run: Run, net: Network, config: NRR) -> Tensor:
@@ -110,9 +112,9 @@ def critical_patches(run: Run, net: Network, config: NRR) -> Tensor:
     activation, of these the ``ipc`` with the lowest confidence."""
     size, made = run.task.shape[1], []
     for c in range(run.task.num_classes):
-        images = pooled(run, c, config.pool)
+        images = sample_pool(run, c, config.pool)
         crops, views = square_crops(images, rng.Draws(run.seed, "patches", c), config.crops, size)
-        looks = activation(net, images, torch.full((len(images),), c, device=images.device)).cpu()
+        looks = compute_class_activation(net, images, torch.full((len(images),), c, device=images.device)).cpu()
         means = torch.stack(
             [looks[i // config.crops, y : y + h, x : x + w].mean() for i, (y, x, h, w) in enumerate(views.box.tolist())]
         )
@@ -120,6 +122,6 @@ def critical_patches(run: Run, net: Network, config: NRR) -> Tensor:
         best = crops.view(len(images), config.crops, *crops.shape[1:])[
             torch.arange(len(images), device=crops.device), which
         ]
-        order = _scores(run, net, best, torch.full((len(best),), c, device=best.device)).argsort(descending=True)
+        order = crop_losses(run, net, best, torch.full((len(best),), c, device=best.device)).argsort(descending=True)
         made.append(best[order[torch.arange(run.ipc, device=order.device) % len(order)]])
     return run.task.transform.inverse(torch.cat(made)).clamp(0, 1)

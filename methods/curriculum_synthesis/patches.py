@@ -1,8 +1,6 @@
-"""RDED's crops."""
+"""Crops of real images, scored by a teacher (RDED), and collages of them."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -14,35 +12,35 @@ from condense.data import Task
 from condense.engine import Run
 from condense.errors import CondenseError
 from condense.labels import answers
-from condense.methods.curriculum_synthesis.settings import LEAST
+from condense.methods.curriculum_synthesis.settings import MIN_CROP_AREA
 from condense.networks import Network
 
-if TYPE_CHECKING:
-    from condense.methods.curriculum_synthesis.rded import RDED
+POOL, CROPS = 300, 5
+"""Real images of each class that crops are taken from, and crops of each, as published."""
 
 
 def square_crops(images: Tensor, draws: rng.Draws, crops: int, size: int) -> tuple[Tensor, Views]:
-    """Random square crops (N * crops, C, size, size) of images (N,C,S,S'), and their boxes; image by image.
+    """Random square crops (N * crops, C, size, size) of images (N, C, H, W), and their boxes; image by image.
 
-    Areas are uniform in 8 to 100 % of the largest square, places too.
+    Areas are uniform in 8 to 100 % of the largest square, positions too.
     """
     count, _, height, width = images.shape
     rows = count * crops
-    edge = (draws.uniform(rows, LEAST, 1.0).double().sqrt() * min(height, width)).round().long().clamp(min=1)
-    unit = draws.uniform((rows, 2)).double()
-    top = (unit[:, 0] * (height - edge + 1)).long()
-    left = (unit[:, 1] * (width - edge + 1)).long()
+    edge = (draws.uniform(rows, MIN_CROP_AREA, 1.0).double().sqrt() * min(height, width)).round().long().clamp(min=1)
+    position = draws.uniform((rows, 2)).double()
+    top = (position[:, 0] * (height - edge + 1)).long()
+    left = (position[:, 1] * (width - edge + 1)).long()
     views = Views((height, width), torch.stack([top, left, edge, edge], 1), torch.zeros(rows, dtype=torch.bool))
-    return cropped(images.repeat_interleave(crops, 0), views, size), views
+    return crop_images(images.repeat_interleave(crops, 0), views, size), views
 
 
-def cropped(images: Tensor, views: Views, size: int) -> Tensor:
-    """The box of each image (N,C,H,W), resized to (N,C,size,size)."""
-    tall, wide = resampling(views, torch.zeros(len(views), 2, dtype=torch.int64), (size, size))
-    return seen(images[:, None], tall.to(images.device), wide.to(images.device))[:, 0]
+def crop_images(images: Tensor, views: Views, size: int) -> Tensor:
+    """The box of each image (N, C, H, W), resized to (N, C, size, size)."""
+    rows, columns = resampling(views, torch.zeros(len(views), 2, dtype=torch.int64), (size, size))
+    return seen(images[:, None], rows.to(images.device), columns.to(images.device))[:, 0]
 
 
-def _scores(run: Run, net: Network, crops: Tensor, classes: Tensor) -> Tensor:
+def crop_losses(run: Run, net: Network, crops: Tensor, classes: Tensor) -> Tensor:
     """Cross-entropy (N,) of crops, padded with zeros to the size of images."""
     height, width = run.task.shape[1:]
     down, right = height - crops.shape[2], width - crops.shape[3]
@@ -50,53 +48,59 @@ def _scores(run: Run, net: Network, crops: Tensor, classes: Tensor) -> Tensor:
     return F.cross_entropy(answers(net, padded), classes, reduction="none")
 
 
-def pooled(run: Run, c: int, pool: int) -> Tensor:
+def sample_pool(run: Run, c: int, pool: int) -> Tensor:
     """Up to ``pool`` random real images of class ``c``, in training space."""
     return run.task.per_class(pool, (run.seed, "pool"), [c])[0]
 
 
-def side(task: Task, factor: int, words: str) -> int:
-    """Of a crop, in pixels; refuses what cannot be cut into squares, by the user's ``words``."""
+def get_crop_size(task: Task, factor: int, setting: str) -> int:
+    """Edge of a crop in pixels.
+
+    Raises:
+        CondenseError: images cannot be divided into such squares; the message names the user's ``setting``.
+    """
     _, height, width = task.shape
     if height != width or height % factor:
-        raise CondenseError(f"{words}: images of {task.name} are {height}x{width}; crops need squares"
-                            + f" that {factor} divides" * (factor > 1))  # fmt: skip
+        divisible = f" that {factor} divides" * (factor > 1)
+        raise CondenseError(f"{setting}: images of {task.name} are {height}x{width}; crops need squares{divisible}")
     return height // factor
 
 
-def surest(run: Run, net: Network, config: RDED, c: int) -> tuple[Tensor, Tensor, Views]:
-    """The crops (M,C,s,s) of class ``c`` that the teacher is surest of, M = ipc * factor^2, whole real images
-    (M,C,H,W) that they are of, and where they lie.
+def most_confident_crops(
+    run: Run, net: Network, c: int, pool: int, crops: int, factor: int = 1
+) -> tuple[Tensor, Tensor, Views]:
+    """The crops (M, C, s, s) of class ``c`` that a teacher is most confident of, M = ipc * factor^2, the whole real
+    images (M, C, H, W) that they are of, and their boxes.
 
-    Of each real image the crop with the lowest cross-entropy counts, of these the lowest are taken; where the pool is
-    too small, crops come again.
+    Each real image contributes its crop with the lowest cross-entropy; the lowest of these are taken. Where the pool is
+    too small, crops are repeated.
     """
-    size, need = side(run.task, config.factor, f"factor={config.factor}"), run.ipc * config.factor**2
-    images = pooled(run, c, config.pool)
-    crops, views = square_crops(images, rng.Draws(run.seed, "patches", c), config.crops, size)
-    classes = torch.full((len(crops),), c, device=crops.device)
-    scores = _scores(run, net, crops, classes).view(len(images), config.crops)
-    least, which = scores.min(1)
-    order = least.argsort(stable=True)
-    order = order[torch.arange(need, device=order.device) % len(order)]
-    chosen = order * config.crops + which[order]
-    return crops[chosen], images[order], views[chosen.cpu()]
+    size, needed = get_crop_size(run.task, factor, f"factor={factor}"), run.ipc * factor**2
+    images = sample_pool(run, c, pool)
+    candidates, views = square_crops(images, rng.Draws(run.seed, "patches", c), crops, size)
+    classes = torch.full((len(candidates),), c, device=candidates.device)
+    losses = crop_losses(run, net, candidates, classes).view(len(images), crops)
+    lowest, which = losses.min(1)
+    order = lowest.argsort(stable=True)
+    order = order[torch.arange(needed, device=order.device) % len(order)]
+    chosen = order * crops + which[order]
+    return candidates[chosen], images[order], views[chosen.cpu()]
 
 
-def confident_patches(run: Run, net: Network, config: RDED) -> Tensor:
-    """RDED's images (classes * ipc, C,H,W) in pixel space: collages of the crops that the teacher is surest of."""
-    tiles = torch.cat([surest(run, net, config, c)[0] for c in range(run.task.num_classes)])
-    return run.task.transform.inverse(collages(tiles, config.factor)).clamp(0, 1)
+def confident_patches(run: Run, net: Network, pool: int, crops: int, factor: int = 1) -> Tensor:
+    """Images (classes * ipc, C, H, W) in pixel space: collages of the crops that a teacher is most confident of."""
+    tiles = torch.cat([most_confident_crops(run, net, c, pool, crops, factor)[0] for c in range(run.task.num_classes)])
+    return run.task.transform.inverse(make_collages(tiles, factor)).clamp(0, 1)
 
 
-def collages(tiles: Tensor, factor: int) -> Tensor:
-    """Images (N,C,S,S) of factor x factor tiles (N * factor^2,C,s,s) each, row by row."""
+def make_collages(tiles: Tensor, factor: int) -> Tensor:
+    """Images (N, C, S, S) of factor x factor tiles (N * factor^2, C, s, s) each, row by row."""
     grid = tiles.view(-1, factor, factor, *tiles.shape[1:])
     return grid.permute(0, 3, 1, 4, 2, 5).reshape(len(grid), tiles.shape[1], factor * tiles.shape[2], -1)
 
 
-def cut_up(images: Tensor, factor: int) -> Tensor:
-    """The tiles of :func:`collages`."""
+def split_collages(images: Tensor, factor: int) -> Tensor:
+    """The tiles of :func:`make_collages`."""
     count, channels, height, width = images.shape
     grid = images.view(count, channels, factor, height // factor, factor, width // factor)
     return grid.permute(0, 2, 4, 1, 3, 5).reshape(-1, channels, height // factor, width // factor)

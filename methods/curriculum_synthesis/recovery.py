@@ -1,8 +1,8 @@
-"""Curriculum synthesis: images that trained teachers take for the real data, by their answers and BatchNorm statistics.
+"""Recovery: batches of synthetic images pass through frozen teachers, and all pixels are updated together.
 
-Squeeze the real data into teachers, recover images from them, relabel these. Each method below is a way through the
-same steps; what papers change are arguments: who guides which images, where these start, how they are cropped, what may
-move, and what labels the set brings.
+The published programs finish one image of every class, then the next. In eval mode images affect each other only
+through the BatchNorm moments of their batch, so all batches can be optimised in the same step: the mathematics is the
+same, matrices are larger, and a time limit leaves all images equally far.
 """
 
 from __future__ import annotations
@@ -19,32 +19,32 @@ from torch import Tensor
 from condense.augment import seen
 from condense.engine import Group, Run
 from condense.methods.curriculum_synthesis.bn_matching import Matcher, Moments
-from condense.methods.curriculum_synthesis.crops import drawn
-from condense.methods.curriculum_synthesis.settings import Recovery
+from condense.methods.curriculum_synthesis.crops import draw_crops
+from condense.methods.curriculum_synthesis.settings import RecoveryOptions
 from condense.sets import SyntheticSet
 
-CHUNK_PIXELS = 1024 * 1024
-"""Pixels that pass through a teacher at once on an accelerator: 1,024 images of 32x32, 20 of 224x224."""
+TEACHER_CHUNK_PIXELS = 1024 * 1024
+"""Pixels of one forward pass through a teacher on an accelerator: 1,024 images of 32x32, 20 of 224x224."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Images that share moments and, mostly, crops."""
+    """Images that share BatchNorm moments and, by default, crops."""
 
     index: int
-    """Number of its images among those of their classes; of the class, where a batch has all images of one."""
+    """Number of its images among those of their classes; the class, where a batch has all images of one class."""
     rows: Tensor
-    """Rows of what is learned, int64 (R,)."""
+    """Rows of the learned images, int64 (R,)."""
     classes: Tensor
-    """Classes of its images, int64 (B,)."""
-    beside: Tensor | None = None
-    """Rows of fixed images, int64 (B,), that what is learned is added to."""
+    """Classes of the images that pass through the teacher, int64 (B,)."""
+    fixed_rows: Tensor | None = None
+    """Rows of fixed images, int64 (B,), that the learned image is added to."""
 
 
-def by_class(run: Run, at_once: int) -> list[Batch]:
-    """The batches of a set of ``run.ipc`` images a class, sorted by class: each has one image of each of ``at_once``
-    classes; the first images of all classes come first."""
-    parts = torch.arange(run.task.num_classes).split(at_once)
+def make_class_batches(run: Run, batch_classes: int) -> list[Batch]:
+    """Batches of a set of ``run.ipc`` images per class, sorted by class: each has one image of each of
+    ``batch_classes`` classes; the first images of all classes come first."""
+    parts = torch.arange(run.task.num_classes).split(batch_classes)
     return [Batch(k, part * run.ipc + k, part) for k in range(run.ipc) for part in parts]
 
 
@@ -56,155 +56,191 @@ class Guide:
     weights: Mapping[int, float]
     """Weight of its loss, by number of the batch."""
     parameters: Mapping[str, Tensor] | None = None
-    """Stand in for the teacher's own weights."""
+    """Used in place of the teacher's own weights."""
     targets: Sequence[Moments] | None = None
-    """For each BatchNorm the moments of every class, in place of the running statistics; batches are of one class then.
+    """For each BatchNorm the moments of every class, in place of the running statistics; batches then have one
+    class."""
+
+
+def guide_all(matcher: Matcher, batches: Sequence[Batch], targets: Sequence[Moments] | None = None) -> Guide:
+    """A teacher that guides every batch with weight 1."""
+    return Guide(matcher, dict.fromkeys(range(len(batches)), 1.0), targets=targets)
+
+
+def class_loss(logits: Tensor, classes: Tensor, groups: int) -> Tensor:
+    """Mean cross-entropy of each of ``groups`` equal batches (G,), of logits (G * B, C) and classes (G * B,)."""
+    return F.cross_entropy(logits, classes, reduction="none").view(groups, -1).mean(1)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Batches that pass through a teacher at once: all that stays the same from step to step, on the device."""
+
+    guide: Guide
+    rows: Tensor
+    """Rows of the learned images (G, R)."""
+    view_rows: Tensor
+    """Rows of the step's resampling matrices."""
+    classes: Tensor
+    """(G * B,)."""
+    weights: Tensor
+    """Of the losses (G,)."""
+    fixed_rows: Tensor | None
+    """(G, B)."""
+    targets: Sequence[Moments] | None
+    """Moments (G, C) for each BatchNorm; None: the running statistics."""
+
+
+class RecoveryPass:
+    """Batches on their way through one teacher in one step.
+
+    Attributes:
+        pixels: the learned images of the batches (G, R, C, H, W), a leaf of the graph.
+        classes: int64 (G * B,).
+        fixed_rows: rows of the fixed images (G, B), for methods that have them.
+        targets: moments that each BatchNorm is matched to; None: the running statistics.
+        loss: of the pass, a detached scalar, after ``backward``.
     """
 
+    def __init__(
+        self, plan: _Plan, images: Tensor, gradient: Tensor, matrices: tuple[Tensor, Tensor], per_image: bool, run: Run
+    ) -> None:
+        self.pixels = images.detach()[plan.rows].requires_grad_()
+        self.classes, self.fixed_rows, self.targets = plan.classes, plan.fixed_rows, plan.targets
+        self.loss = torch.zeros((), device=run.device)
+        self._plan, self._gradient, self._matrices, self._per_image, self._run = (
+            plan,
+            gradient,
+            matrices,
+            per_image,
+            run,
+        )
 
-def recovery_loss(logits: Tensor, classes: Tensor, distances: Tensor, weight: float) -> Tensor:
-    """Of each batch (G,): mean cross-entropy of logits (G*B, C) to classes (G*B,), plus ``weight`` distances."""
-    losses = F.cross_entropy(logits, classes, reduction="none").view(len(distances), -1).mean(1)
-    return losses + weight * distances
+    def views(self, images: Tensor) -> Tensor:
+        """This step's crops, mirrors and rolls (G * B, C, H, W) of images (G, B, C, H, W)."""
+        rows, columns = self._matrices
+        images = images.flatten(0, 1)[:, None] if self._per_image else images
+        return seen(images, rows[self._plan.view_rows], columns[self._plan.view_rows]).flatten(0, 1)
+
+    def forward(self, views: Tensor) -> tuple[Tensor, Tensor]:
+        """The teacher's logits (G * B, C), and the distances (G,) of its BatchNorm moments; see :class:`Matcher`."""
+        arguments, guide = (views, len(self.pixels), self._run.fast, self.targets), self._plan.guide
+        if guide.parameters is None:
+            logits, distances = guide.matcher(*arguments)
+        else:
+            logits, distances = torch.func.functional_call(guide.matcher, dict(guide.parameters), arguments)
+        return logits, distances
+
+    def backward(self, losses: Tensor) -> None:
+        """Adds the gradient of the weighted ``losses`` (G,) to that of the step."""
+        loss = (self._plan.weights * losses).sum()
+        gradient = torch.autograd.grad(loss, self.pixels)[0].flatten(0, 1)
+        self._gradient.index_add_(0, self._plan.rows.flatten(), gradient)
+        self.loss += loss.detach()
 
 
-def recover(
-    config: Recovery,
+def recovery_passes(
+    config: RecoveryOptions,
     run: Run,
     synthetic: SyntheticSet,
     guides: Sequence[Guide],
     batches: Sequence[Batch],
     *,
-    fixed: Tensor | None = None,
     clamp: bool = True,
     mask: Tensor | None = None,
-) -> None:
-    """The loop of every method: all batches move in each step, each by its own views, moments and guides.
-
-    In eval mode images do not meet but in the moments, so batches pass through a teacher together, as many as memory
-    likes, and ranks share them out.
+) -> Iterator[RecoveryPass]:
+    """The passes of every step. The caller computes each pass's loss and calls its ``backward``; once the passes of a
+    step are done, Adam updates the pixels. Ranks share the batches of a step.
 
     Args:
-        config: of the method.
-        run: its run.
+        config: settings of the method.
+        run: the run.
         synthetic: whose ``images`` are learned.
-        guides: who guides which batches.
+        guides: which teacher guides which batches.
         batches: all of them; their numbers are their places.
-        fixed: images (M,C,H,W) that the batches' own rows of are added to what is learned; None: that is the images.
         clamp: keep pixels in the range of pixels.
-        mask: factor on updates of the images, one row for each.
+        mask: factor on the updates of the images, one row for each.
     """
     task, images = run.task, synthetic.images
     low, high = (task.transform(torch.full((task.shape[0], 1, 1), end, device=run.device)) for end in (0.0, 1.0))
     group = Group(
-        lr=config.lr_img, optimizer="adam", betas=(0.5, 0.9), schedule=cosine, clamp=(low, high) if clamp else None
+        lr=config.lr_img,
+        optimizer="adam",
+        betas=(0.5, 0.9),
+        schedule=cosine_lr_factor,
+        clamp=(low, high) if clamp else None,
     )
     sizes = [len(batch.classes) if config.per_image else 1 for batch in batches]
-    spots = torch.arange(sum(sizes)).split(sizes)  # rows of the drawn views that belong to each batch
-    for wave in waves(batches, config.at_once):
-        rows = torch.cat([batches[g].rows for g in wave]).unique()
+    view_rows = torch.arange(sum(sizes)).split(sizes)  # rows of the step's matrices that belong to each batch
+    for turn in _turns(batches, config.at_once):
+        rows = torch.cat([batches[g].rows for g in turn]).unique()
         whole = len(rows) == len(images)
         chosen = rows.to(run.device)
         part = synthetic if whole else SyntheticSet(task, images.detach()[chosen], synthetic.classes[chosen])
-        mine, still = wave[run.ranks.rank :: run.ranks.world], None if mask is None else mask[chosen]
-        wanted = torch.cat([spots[g] for g in mine]) if mine else spots[0][:0]
-        work = _planned(guides, batches, mine, rows, wanted, spots, run)
+        own, part_mask = turn[run.ranks.rank :: run.ranks.world], None if mask is None else mask[chosen]
+        own_rows = torch.cat([view_rows[g] for g in own]) if own else view_rows[0][:0]
+        plans = _plan_passes(guides, batches, own, rows, own_rows, view_rows, run)
         try:
             for step in run.optimise(part, config.steps, sharded=run.ranks.world > 1, images=group):
-                tall, wide = drawn(config, run, step.index, sum(sizes), wanted)
+                matrices = draw_crops(config, run, step.index, sum(sizes), own_rows)
                 gradient, total = torch.zeros_like(part.images), torch.zeros((), device=run.device)
-                for one in work:
-                    leaves = part.images.detach()[one.at].requires_grad_()
-                    shown = leaves if fixed is None else fixed[one.beside] + leaves
-                    shown = shown.flatten(0, 1)[:, None] if config.per_image else shown
-                    views = seen(shown, tall[one.views], wide[one.views]).flatten(0, 1)
-                    logits, distances = guided(one, views, run)
-                    losses = recovery_loss(logits, one.classes, distances, config.bn_weight)
-                    loss = (one.weights * losses).sum()
-                    gradient.index_add_(0, one.at.flatten(), torch.autograd.grad(loss, leaves)[0].flatten(0, 1))
-                    total += loss.detach()
-                step.apply({"images": gradient}, total, mask=still)
-        finally:  # also what a run that diverged had of use
+                for plan in plans:
+                    recovery_pass = RecoveryPass(plan, part.images, gradient, matrices, config.per_image, run)
+                    yield recovery_pass
+                    total += recovery_pass.loss
+                step.apply({"images": gradient}, total, mask=part_mask)
+        finally:  # a run that diverged keeps what it has learned, too
             if not whole:
                 with torch.no_grad():
                     images[chosen] = part.images
 
 
-@dataclass(frozen=True)
-class Work:
-    """What passes through a teacher at once, with all that stays the same from step to step, on the device."""
-
-    guide: Guide
-    at: Tensor
-    """Rows of what moves (G, R)."""
-    views: Tensor
-    """Rows of the step's matrices."""
-    classes: Tensor
-    """Of the images (G * B,)."""
-    weights: Tensor
-    """Of the losses (G,)."""
-    beside: Tensor | None
-    """Rows of fixed images (G, B)."""
-    targets: Sequence[Moments] | None
-    """Moments (G, C) that those of each BatchNorm shall have; None: the running ones."""
-
-
-def _planned(
+def _plan_passes(
     guides: Sequence[Guide],
     batches: Sequence[Batch],
-    mine: Sequence[int],
+    own: Sequence[int],
     rows: Tensor,
-    wanted: Tensor,
-    spots: Sequence[Tensor],
+    own_rows: Tensor,
+    view_rows: Sequence[Tensor],
     run: Run,
-) -> list[Work]:
-    """The work of each step on the batches ``mine``; ``rows`` and ``wanted`` (both ascending) are what moves and what
-    is drawn."""
-    work, own = [], set(mine)
+) -> list[_Plan]:
+    """The passes of each step for the batches ``own``; ``rows`` (learned images) and ``own_rows`` (drawn views)
+    ascend."""
+    plans, mine = [], set(own)
     for guide in guides:
-        for numbers in together([g for g in guide.weights if g in own], batches, run):
-            at = torch.searchsorted(rows, torch.stack([batches[g].rows for g in numbers]))
-            views = torch.searchsorted(wanted, torch.cat([spots[g] for g in numbers]))
+        for numbers in _chunks([g for g in guide.weights if g in mine], batches, run):
+            learned = torch.searchsorted(rows, torch.stack([batches[g].rows for g in numbers]))
+            views = torch.searchsorted(own_rows, torch.cat([view_rows[g] for g in numbers]))
             classes = torch.cat([batches[g].classes for g in numbers])
             weights = torch.tensor([guide.weights[g] for g in numbers])
-            at, views, classes, weights = (part.to(run.device) for part in (at, views, classes, weights))
-            found = [rows for rows in (batches[g].beside for g in numbers) if rows is not None]
-            beside, targets = torch.stack(found).to(run.device) if found else None, None
+            learned, views, classes, weights = (part.to(run.device) for part in (learned, views, classes, weights))
+            fixed = [part for part in (batches[g].fixed_rows for g in numbers) if part is not None]
+            fixed_rows, targets = torch.stack(fixed).to(run.device) if fixed else None, None
             if guide.targets is not None:
-                own_class = classes.view(len(numbers), -1)[:, 0]
-                targets = [(mean[own_class], variance[own_class]) for mean, variance in guide.targets]
-            work.append(Work(guide, at, views, classes, weights, beside, targets))
-    return work
+                batch_class = classes.view(len(numbers), -1)[:, 0]
+                targets = [(mean[batch_class], variance[batch_class]) for mean, variance in guide.targets]
+            plans.append(_Plan(guide, learned, views, classes, weights, fixed_rows, targets))
+    return plans
 
 
-def guided(one: Work, views: Tensor, run: Run) -> tuple[Tensor, Tensor]:
-    """Logits and distances that a guide gives; see :class:`Matcher`."""
-    asked, guide = (views, len(one.at), run.fast, one.targets), one.guide
-    if guide.parameters is None:
-        logits, distances = guide.matcher(*asked)
-    else:
-        logits, distances = torch.func.functional_call(guide.matcher, dict(guide.parameters), asked)
-    return logits, distances
-
-
-def waves(batches: Sequence[Batch], at_once: int | None) -> list[list[int]]:
-    """Numbers of the batches that move together: those of ``at_once`` images of each class, or all."""
-    known = sorted({batch.index for batch in batches})
-    span = at_once or len(known)
-    chosen = [set(known[i : i + span]) for i in range(0, len(known), span)]
+def _turns(batches: Sequence[Batch], at_once: int | None) -> list[list[int]]:
+    """Numbers of the batches that are optimised together: those of ``at_once`` images of each class, or all."""
+    indices = sorted({batch.index for batch in batches})
+    span = at_once or len(indices)
+    chosen = [set(indices[i : i + span]) for i in range(0, len(indices), span)]
     return [[g for g, batch in enumerate(batches) if batch.index in some] for some in chosen]
 
 
-def cosine(progress: float) -> float:
+def _chunks(numbers: Sequence[int], batches: Sequence[Batch], run: Run) -> Iterator[list[int]]:
+    """Batches of equal size that pass through a teacher at once, bounded by their pixels; at least one each time."""
+    height, width = run.task.shape[1:]
+    most = run.forward_chunk(gradients=True) or TEACHER_CHUNK_PIXELS // (height * width)
+    for size, same in itertools.groupby(numbers, key=lambda g: len(batches[g].classes)):
+        equal = list(same)
+        span = max(1, most // size)
+        yield from (equal[i : i + span] for i in range(0, len(equal), span))
+
+
+def cosine_lr_factor(progress: float) -> float:
     """Factor on the learning rate: from 1 to 0 over the run."""
     return (1 + math.cos(math.pi * progress)) / 2
-
-
-def together(numbers: Sequence[int], batches: Sequence[Batch], run: Run) -> Iterator[list[int]]:
-    """Batches of equal size that pass through a teacher at once, bounded by pixels; at least one each time."""
-    height, width = run.task.shape[1:]
-    most = run.forward_chunk(gradients=True) or CHUNK_PIXELS // (height * width)
-    for size, same in itertools.groupby(numbers, key=lambda g: len(batches[g].classes)):
-        found = list(same)
-        span = max(1, most // size)
-        yield from (found[i : i + span] for i in range(0, len(found), span))

@@ -1,4 +1,4 @@
-"""TODO-DOC."""
+"""From recovered images to a labelled set: images are stored, then teachers label what is stored."""
 
 from __future__ import annotations
 
@@ -30,131 +30,167 @@ from condense.labels import (
     view_answers,
     view_distances,
 )
-from condense.methods.curriculum_synthesis.patches import side
-from condense.methods.curriculum_synthesis.settings import STORES, Relabelling
+from condense.methods.curriculum_synthesis.patches import get_crop_size
+from condense.methods.curriculum_synthesis.settings import STORAGE_DTYPES, RelabelOptions
 from condense.pretraining import Committee, TeacherOptions
 from condense.pretraining.committee import provide
 from condense.sets import SyntheticSet
 
-# -- steps that the methods share -------------------------------------------------------------------------------------
 
+def get_teachers(config: TeacherOptions, run: Run) -> Committee:
+    """The teachers of a run, all with BatchNorm: from the file that the user named, from the cache, or trained now.
 
-def squeezed(config: TeacherOptions, run: Run) -> Committee:
-    """The teachers of a run, all with BatchNorm: of the file that was named, of the cache, or trained now."""
+    Raises:
+        CondenseError: the data are whitened, or not square where the initial images are crops.
+    """
     if run.task.transform.kind != "standardise":
         raise CondenseError("zca=true: recovered pixels are kept in their range, which whitening does not have")
-    start = getattr(config, "init", "")
-    if start in ("patches", "critical"):
-        side(run.task, 1, f"init={start}")
+    init = getattr(config, "init", "")
+    if init in ("patches", "critical"):
+        get_crop_size(run.task, 1, f"init={init}")
     return provide(
-        run, config.squeezing(run.task), file=config.teachers, architectures=config.architectures(run.network),
-        count=config.num_teachers, batch_norm=True,
-    )  # fmt: skip
+        run,
+        config.squeezing(run.task),
+        file=config.teachers,
+        architectures=config.architectures(run.network),
+        count=config.num_teachers,
+        batch_norm=True,
+    )
 
 
-def finished(
-    config: Relabelling,
+def finish_set(
+    config: RelabelOptions,
     run: Run,
     images: Tensor,
     classes: Tensor,
     committee: Committee,
     weights: Sequence[float] | None = None,
-    labelling: Callable[..., Labels] | None = None,
+    make: Callable[..., Labels] | None = None,
 ) -> SyntheticSet:
-    """The set as it is kept, with the labels that the committee gives the images as kept.
+    """The set with its images as stored and the labels that the teachers give these.
 
     Args:
-        config: of the method.
-        run: its run.
-        images: (N,C,H,W) in training space, sorted by class.
+        config: settings of the method.
+        run: the run.
+        images: (N, C, H, W) in training space, sorted by class.
         classes: int64 (N,).
         committee: the teachers.
-        weights: of their logits; equal where None.
-        labelling: what makes the labels, in place of :func:`relabelled`.
+        weights: of their logits; equal if None.
+        make: makes the labels, in place of :func:`make_labels`.
     """
-    stored = kept(run.task.transform.inverse(images.detach()).clamp(0, 1), config.store)
-    labels = (labelling or relabelled)(config, run, stored, classes, committee, weights)
-    made = SyntheticSet(run.task, stored, classes, space="pixel", labels=labels)
-    made.tensors["images"].requires_grad_(False)
+    stored = to_storage(run.task.transform.inverse(images.detach()).clamp(0, 1), config.store)
+    labels = (make or make_labels)(config, run, stored, classes, committee, weights)
+    synthetic = SyntheticSet(run.task, stored, classes, space="pixel", labels=labels)
+    synthetic.tensors["images"].requires_grad_(False)
     if labels.kind != "hard":
-        made.label_source = {"teachers": committee.describe(), "weights": list(weights) if weights else None}
-    return made
+        synthetic.label_source = {"teachers": committee.describe(), "weights": list(weights) if weights else None}
+    return synthetic
 
 
-def kept(pixels: Tensor, store: str) -> Tensor:
-    """Pixels in [0,1] as a file keeps them; uint8 are rounded, never compressed."""
-    return (pixels * 255).round().to(torch.uint8) if store == "uint8" else pixels.to(STORES[store])
+def to_storage(pixels: Tensor, store: str) -> Tensor:
+    """Pixels in [0, 1] in the data type of the file; uint8 is rounded, never compressed."""
+    return (pixels * 255).round().to(torch.uint8) if store == "uint8" else pixels.to(STORAGE_DTYPES[store])
 
 
-def relabelled(
-    config: Relabelling,
+def make_labels(
+    config: RelabelOptions,
     run: Run,
     stored: Tensor,
     classes: Tensor,
     committee: Committee,
     weights: Sequence[float] | None = None,
 ) -> Labels:
-    """The labels that a committee gives stored images (N,C,H,W), of the kind that ``config`` names."""
-    task, count = run.task, run.task.num_classes
-    images, rule = task.transform(unit(stored)), config.rule(task.mirror)
-    seed, teacher = rng.key(run.seed, "labels"), committee.mean(weights)
-    kind, temperature, squared = config.labels, config.temperature, config.squared
+    """The labels that teachers give stored images (N, C, H, W), of the kind that ``config`` names."""
+    task, images = run.task, run.task.transform(unit(stored))
+    rule, seed, teacher = config.view_rule(task.mirror), rng.key(run.seed, "labels"), committee.mean(weights)
     statistics: dict[str, Any] = {"statistics": config.label_statistics, "micro": config.label_micro}
-    how: dict[str, Any] = {**statistics, "classes": count, "quiet": run.quiet or not run.ranks.leads}
+    if config.labels == "hard":
+        return HardLabels(classes, task.num_classes)
     with run.fast():
-        if kind == "hard":
-            return HardLabels(classes, count)
-        if kind == "soft":
+        if config.labels == "soft":
             return SoftLabels(answers(teacher, images, **statistics))
-        if kind == "static":
-            return StaticLabels(answers(teacher, images, **statistics).half(), seed, rule, temperature, squared)
-        if kind == "teacher":
+        if config.labels == "static":
+            logits = answers(teacher, images, **statistics).half()
+            return StaticLabels(logits, seed, rule, config.temperature, config.squared)
+        if config.labels == "teacher":
             members, names = zip(*((member.network, member.name) for member in committee.members))
             return TeacherLabels(
-                members, len(images), seed, rule, temperature, squared, weights=weights, names=names,
-                shape=task.shape, **statistics,
-            )  # fmt: skip
-        two, pruning = kind == "distances", config if kind == "pool" and isinstance(config, Pruning) else None
-        records = asked = config.label_epochs if pruning is None else pruning.count(config.label_epochs)
-        if pruning is not None and config.label_statistics == "batch":  # those beside what is kept are asked about too
-            asked = min(config.label_epochs, records * count)
-        storing = in_making(config, run, stored, seed, records, 2 if two else count)
-        with run.stage("labelling", asked) as done, storing as where:
-            epochs = min(done, config.label_epochs)
-            if two:
-                found = view_distances(teacher, images, classes, epochs, rule, seed, **how, **where)
-            elif pruning is not None and done == asked:
-                found = pool_answers(teacher, images, classes, config.label_epochs, rule, seed, records, **how, **where)
-            else:
-                found = view_answers(teacher, images, epochs, rule, seed, **how, **where)
-    found = found.expand(records, -1, -1)  # a dry run has made one epoch
-    if two:
-        return DistanceLabels(found, classes, count, seed, rule, **statistics)
+                members,
+                len(images),
+                seed,
+                rule,
+                config.temperature,
+                config.squared,
+                weights=weights,
+                names=names,
+                shape=task.shape,
+                **statistics,
+            )
+        return _make_view_labels(config, run, stored, classes, teacher, statistics)
+
+
+def _make_view_labels(
+    config: RelabelOptions, run: Run, stored: Tensor, classes: Tensor, teacher: Any, statistics: dict[str, Any]
+) -> Labels:
+    """Labels of views: logits (per-view), few of them (pool), or two negative log-likelihoods each (distances)."""
+    images, count, epochs = run.task.transform(unit(stored)), run.task.num_classes, config.label_epochs
+    rule, seed = config.view_rule(run.task.mirror), rng.key(run.seed, "labels")
+    common = {**statistics, "classes": count, "quiet": run.quiet or not run.ranks.leads}
+    pruning = config if config.labels == "pool" and isinstance(config, Pruning) else None
+    records = epochs if pruning is None else pruning.count(epochs)
+    computed = records
+    if pruning is not None and config.label_statistics == "batch":  # also views next to those that are kept
+        computed = min(epochs, records * count)
+    storing = resumable_labels(config, run, stored, seed, records, 2 if config.labels == "distances" else count)
+    with run.stage("labelling", computed) as done, storing as where:
+        some = min(done, epochs)
+        if config.labels == "distances":
+            values = view_distances(teacher, images, classes, some, rule, seed, **common, **where)
+        elif pruning is not None and done == computed:
+            values = pool_answers(teacher, images, classes, epochs, rule, seed, records, **common, **where)
+        else:
+            values = view_answers(teacher, images, some, rule, seed, **common, **where)
+    values = values.expand(records, -1, -1)  # a dry run has labelled one epoch
+    if config.labels == "distances":
+        return DistanceLabels(values, classes, count, seed, rule, **statistics)
     if pruning is not None:
         return PoolLabels.recorded(
-            found, config.label_epochs, pruning.encode, pruning.cooled(), seed=seed, views=rule,
-            temperature=temperature, squared=squared, hard=classes, **statistics,
-        )  # fmt: skip
+            values,
+            epochs,
+            pruning.encode,
+            pruning.cooled(),
+            seed=seed,
+            views=rule,
+            temperature=config.temperature,
+            squared=config.squared,
+            hard=classes,
+            **statistics,
+        )
     return PerViewLabels(
-        found, seed, rule, temperature, squared, calibrate=config.thresholds(),
-        hard=classes if config.calibrate else None, **statistics,
-    )  # fmt: skip
+        values,
+        seed,
+        rule,
+        config.temperature,
+        config.squared,
+        calibrate=config.thresholds(),
+        hard=classes if config.calibrate else None,
+        **statistics,
+    )
 
 
 @contextlib.contextmanager
-def in_making(
-    config: Relabelling, run: Run, stored: Tensor, seed: int, records: int, width: int
+def resumable_labels(
+    config: RelabelOptions, run: Run, stored: Tensor, seed: int, records: int, width: int
 ) -> Iterator[dict[str, Any]]:
-    """Where ``records`` labels of views of each image go while they are made, as keywords of ``view_answers``: into a
-    file of the run's folder, so that memory holds one epoch and a run that was killed goes on in the middle; else into
-    memory."""
+    """Where ``records`` labels of views per image are collected, as keywords of ``view_answers``: in a file of the run
+    directory, so that memory holds one epoch and a killed run continues there; in memory for a run without one."""
     if run.directory is None or not run.ranks.leads:
         yield {}
         return
 
     def stop() -> None:
         if run.asked_to_stop and run.ranks.world == 1:
-            raise Interrupted(f"stopped while labelling views; go on with: condense resume {run.directory}")
+            raise Interrupted(f"stopped while labelling views; continue with: condense resume {run.directory}")
 
     path, state = run.directory / VIEW_LABELS, run.directory / VIEW_LABELS_STATE
     key = [content({"images": stored}), seed, str(config)]

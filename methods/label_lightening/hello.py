@@ -21,11 +21,17 @@ from condense.data import Task
 from condense.engine import Group, Run
 from condense.labels import Labels, ProjectorLabels, check_loss
 from condense.lighten import Projection, fitted, head_of
-from condense.methods.curriculum_synthesis.initial import from_pixels
-from condense.methods.curriculum_synthesis.patches import confident_patches, cropped, cut_up, side, surest
+from condense.methods.curriculum_synthesis.initial import set_from_pixels
+from condense.methods.curriculum_synthesis.patches import (
+    confident_patches,
+    crop_images,
+    get_crop_size,
+    most_confident_crops,
+    split_collages,
+)
 from condense.methods.curriculum_synthesis.rded import RDED
-from condense.methods.curriculum_synthesis.relabelling import finished, squeezed
-from condense.methods.curriculum_synthesis.settings import LABELS, Relabelling
+from condense.methods.curriculum_synthesis.relabelling import finish_set, get_teachers
+from condense.methods.curriculum_synthesis.settings import RELABEL_KINDS, RelabelOptions
 from condense.networks import Encoder, pretrained
 from condense.pretraining import Committee, groups
 from condense.registry import method
@@ -45,9 +51,9 @@ class HeLlO(Projection, RDED):
     """Hyper-parameters of HeLlO; what is not published is ours, tried on 32x32 images."""
 
     labels: str = "projector"
-    """See SRe2L's; projector: a public network's answers after small changes of its weights."""
+    """{inherited} Projector: a public network's answers after small changes of its weights."""
     teacher_epochs: int = 10
-    """See SRe2L's. Weak teachers serve small sets best; published are nine checkpoints of one training."""
+    """{inherited} Weak teachers serve small sets best; published are nine checkpoints of one training."""
     refine_steps: int = 100
     """Steps in which patches that are kept smaller than they are seen come nearer to the large ones, in features of
     the public network; with factor=1 none are."""
@@ -58,7 +64,7 @@ class HeLlO(Projection, RDED):
     gamma: float = 0.0
     """loss_kind=mse: weight of the cross-entropy with the images' classes (beta). Not published."""
 
-    kinds: ClassVar[tuple[str, ...]] = (*LABELS, "projector")
+    label_kinds: ClassVar[tuple[str, ...]] = (*RELABEL_KINDS, "projector")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,18 +86,18 @@ def enlarged(tiles: Tensor, size: int) -> Tensor:
 
 
 def projected(
-    config: Relabelling,
+    config: RelabelOptions,
     run: Run,
     stored: Tensor,
     classes: Tensor,
     committee: Committee,
     weights: Sequence[float] | None = None,
 ) -> Labels:
-    """Labels of a projector that the run trains on the real data; in the place of ``relabelled``."""
+    """Labels of a projector that the run trains on the real data; in place of ``make_labels``."""
     assert isinstance(config, HeLlO)
     steps = min(REHEARSED, config.projector_steps) if run.dry_run else config.projector_steps
     again = f"stopped while training its projector; go on with: condense resume {run.directory}"
-    rule, seed, began = config.rule(run.task.mirror), rng.key(run.seed, "labels"), time.monotonic()
+    rule, seed, began = config.view_rule(run.task.mirror), rng.key(run.seed, "labels"), time.monotonic()
     place = run.directory if run.ranks.leads else None
     ends: list[float] = []
 
@@ -130,25 +136,26 @@ def hello(task: Task, config: HeLlO, run: Run) -> SyntheticSet:
     the mean of all teachers stands for the nine checkpoints. Published students learn by loss_kind=mse with some gamma;
     kl is what the other methods' students learn by. A time limit does not shorten the projector's training.
     """
-    side(task, config.factor, f"factor={config.factor}")
+    get_crop_size(task, config.factor, f"factor={config.factor}")
     if config.labels == "projector":  # what cannot be had is found before any training
         head_of(config, pretrained.find(config.backbone, task.shape, torch.device("cpu")))
-    committee = squeezed(config, run)
+    committee = get_teachers(config, run)
     scorer = committee.members[0].network
-    synthetic = from_pixels(run, confident_patches(run, scorer, config))
+    synthetic = set_from_pixels(run, confident_patches(run, scorer, config.pool, config.crops, config.factor))
     if config.factor > 1 and config.refine_steps:
         encoder = pretrained.find(config.backbone, task.shape, run.device).encoder
-        wanted = torch.cat([
-            features(encoder, run, cropped(*surest(run, scorer, config, c)[1:], task.shape[1]))
-            for c in range(task.num_classes)
-        ])  # fmt: skip
+        targets = []
+        for c in range(task.num_classes):
+            _, images, boxes = most_confident_crops(run, scorer, c, config.pool, config.crops, config.factor)
+            targets.append(features(encoder, run, crop_images(images, boxes, task.shape[1])))
+        target = torch.cat(targets)
         low, high = (task.transform(torch.full((task.shape[0], 1, 1), end, device=run.device)) for end in (0.0, 1.0))
         group = Group(lr=config.refine_lr, optimizer="adam", clamp=(low, high))
         for step in run.optimise(synthetic, config.refine_steps, images=group):
-            for rows in torch.arange(len(wanted), device=run.device).split(TILES):
-                tiles = cut_up(synthetic.images, config.factor)[rows]
-                gap = features(encoder, run, enlarged(tiles, task.shape[1])) - wanted[rows]
-                step.accumulate(gap.square().mean(1).sum() / len(wanted))
+            for rows in torch.arange(len(target), device=run.device).split(TILES):
+                tiles = split_collages(synthetic.images, config.factor)[rows]
+                gap = features(encoder, run, enlarged(tiles, task.shape[1])) - target[rows]
+                step.accumulate(gap.square().mean(1).sum() / len(target))
             step.update()
-    labelling = projected if config.labels == "projector" else None
-    return finished(config, run, synthetic.images, synthetic.classes, committee, labelling=labelling)
+    make = projected if config.labels == "projector" else None
+    return finish_set(config, run, synthetic.images, synthetic.classes, committee, make=make)

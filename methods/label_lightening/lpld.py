@@ -22,11 +22,17 @@ from condense.data import Task
 from condense.engine import Run
 from condense.errors import CondenseError
 from condense.labels import Pruning, answers
-from condense.methods.curriculum_synthesis.bn_matching import Moments, matcher
-from condense.methods.curriculum_synthesis.initial import started
-from condense.methods.curriculum_synthesis.recovery import CHUNK_PIXELS, Batch, Guide, recover
-from condense.methods.curriculum_synthesis.relabelling import finished, squeezed
-from condense.methods.curriculum_synthesis.settings import LABELS, Recovery
+from condense.methods.curriculum_synthesis.bn_matching import Moments, make_matcher
+from condense.methods.curriculum_synthesis.initial import create_initial_set
+from condense.methods.curriculum_synthesis.recovery import (
+    TEACHER_CHUNK_PIXELS,
+    Batch,
+    class_loss,
+    guide_all,
+    recovery_passes,
+)
+from condense.methods.curriculum_synthesis.relabelling import finish_set, get_teachers
+from condense.methods.curriculum_synthesis.settings import RELABEL_KINDS, RecoveryOptions
 from condense.networks import Network
 from condense.registry import method
 from condense.sets import SyntheticSet
@@ -34,26 +40,25 @@ from condense.tracking import Progress
 
 
 @dataclass(frozen=True)
-class LPLD(Pruning, Recovery):
+class LPLD(Pruning, RecoveryOptions):
     """Hyper-parameters of LPLD; those of Tiny-ImageNet."""
 
     steps: int = 4000
-    """See SRe2L's."""
     lr_img: float = 0.1
-    """See SRe2L's; 0.25 for ImageNet-1K."""
+    """{inherited} 0.25 for ImageNet-1K."""
     bn_weight: float = 0.05
-    """See SRe2L's; 0.01 for ImageNet-1K."""
+    """{inherited} 0.01 for ImageNet-1K."""
     batch_classes: int = 1
     """Always 1: a batch has all images of one class."""
     at_once: int | None = None
     """Classes whose images move together; all by default. Fewer need less memory, as SRe2L's; a time limit then leaves
     the last ones as they started."""
     labels: str = "pool"
-    """See SRe2L's, and pool: stored logits of few of the label_epochs, from which a student's epochs are drawn."""
+    """{inherited} Also pool: stored logits of few of the label_epochs, from which a student's epochs are drawn."""
     keep: float = 0.025
     """Share of the labelled epochs that is kept of each class."""
 
-    kinds: ClassVar[tuple[str, ...]] = (*LABELS, "pool")
+    label_kinds: ClassVar[tuple[str, ...]] = (*RELABEL_KINDS, "pool")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -71,7 +76,7 @@ def class_moments(run: Run, net: Network) -> list[Moments]:
     classes out.
     """
     task, norms = run.task, [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    size = run.forward_chunk() or max(1, CHUNK_PIXELS // math.prod(task.shape[1:]))
+    size = run.forward_chunk() or max(1, TEACHER_CHUNK_PIXELS // math.prod(task.shape[1:]))
     parts = [(c, ids) for c in run.classes for ids in torch.from_numpy(task.class_ids(c)).split(size)]
     sums = [torch.zeros(task.num_classes, 3, norm.num_features, dtype=torch.float64, device=run.device)
             for norm in norms]  # fmt: skip
@@ -111,7 +116,7 @@ def _added(norms: Sequence[nn.Module], sums: Sequence[Tensor]) -> Iterator[None]
             handle.remove()
 
 
-def of_one_class(run: Run) -> list[Batch]:
+def make_single_class_batches(run: Run) -> list[Batch]:
     """The batches of a set of ``run.ipc`` images a class, sorted by class: each has all images of one."""
     rows = torch.arange(run.task.num_classes * run.ipc).split(run.ipc)
     return [Batch(c, part, torch.full_like(part, c)) for c, part in enumerate(rows)]
@@ -135,16 +140,18 @@ def lpld(task: Task, config: LPLD, run: Run) -> SyntheticSet:
     recovers, all label. The settings of pools (keep to cool_least) serve labels=pool alone.
     """
     config.check_classes(task.num_classes)
-    committee = squeezed(config, run)
+    committee = get_teachers(config, run)
     net = committee.members[0].network
-    synthetic, batches = started(config, run, net), of_one_class(run)
+    synthetic, batches = create_initial_set(config, run, net), make_single_class_batches(run)
     with run.fast():
         targets = class_moments(run, net)
-    guide = Guide(matcher(config, net), dict.fromkeys(range(len(batches)), 1.0), targets=targets)
-    result = functools.partial(finished, config, run, synthetic.images, synthetic.classes, committee)
-    run.partial_result(result)
-    recover(config, run, synthetic, [guide], batches)
-    return result()
+    guides = [guide_all(make_matcher(config, net), batches, targets)]
+    finish = functools.partial(finish_set, config, run, synthetic.images, synthetic.classes, committee)
+    run.partial_result(finish)
+    for batch in recovery_passes(config, run, synthetic, guides, batches):
+        logits, distances = batch.forward(batch.views(batch.pixels))
+        batch.backward(class_loss(logits, batch.classes, len(distances)) + config.bn_weight * distances)
+    return finish()
 
 
 @dataclass(frozen=True)
@@ -152,11 +159,10 @@ class LPQLD(LPLD):
     """Hyper-parameters of LPQLD; images as LPLD's."""
 
     keep: float = 0.1
-    """See LPLD's; 30 of 300 epochs."""
+    """{inherited} 30 of 300 epochs."""
     values: str = "topk"
-    """See LPLD's. Published are 10, 50, 100 and 250 of 1,000 logits (k)."""
+    """{inherited} Published are 10, 50, 100 and 250 of 1,000 logits (k)."""
     cooling: float = 0.7
-    """See LPLD's."""
 
 
 @method(
