@@ -12,7 +12,7 @@ from condense import networks
 from condense.engine import Run
 from condense.errors import CondenseError
 from condense.judge import protocol
-from condense.methods.trajectory_matching import ast, datm, expert_updates, ftd, matching, mtt
+from condense.methods.trajectory_matching import ast, datm, expert_updates, ftd, mtt
 from condense.networks import Layout
 from condense.sets import SyntheticSet
 from condense.training import Work
@@ -142,7 +142,7 @@ def known():
 )  # fmt: skip
 def test_matches_on_the_way(known, kind, weights):
     config = ast.AST(intermediate=kind, expert_epochs=3, syn_steps=20)
-    targets = ast.on_the_way(config, known, expert=1, epoch=4)
+    targets = ast.make_targets(config, known, expert=1, epoch=4)
     assert [target.step for target in targets] == [20, 6, 12][: 1 + len(weights)]
     assert [float(target.goal[0]) for target in targets] == [17.0, 15.0, 16.0][: 1 + len(weights)]
     assert [target.weight for target in targets] == pytest.approx([1.0, *weights])
@@ -150,9 +150,9 @@ def test_matches_on_the_way(known, kind, weights):
 
 def test_a_perturbed_start_changes_convolutions_alone_by_its_length(known):
     start = known.at(1, 0) + 1
-    moved = ast.perturbed(start, known, 0.5, (0, "perturb", 1))
-    assert torch.equal(moved, ast.perturbed(start, known, 0.5, (0, "perturb", 1)))
-    assert torch.equal(ast.perturbed(start, known, 0.0, (0, "perturb", 1)), start)
+    moved = ast.perturb_convolutions(start, known, 0.5, (0, "perturb", 1))
+    assert torch.equal(moved, ast.perturb_convolutions(start, known, 0.5, (0, "perturb", 1)))
+    assert torch.equal(ast.perturb_convolutions(start, known, 0.0, (0, "perturb", 1)), start)
     for name, weight in known.layout.unflatten(moved).items():
         share = weight / known.layout.unflatten(start)[name] - 1  # length * D / |D|
         assert float(share.norm()) == pytest.approx(0.5 if weight.dim() == 4 else 0.0, rel=1e-4)
@@ -162,7 +162,7 @@ def test_representative_images_are_of_their_class_and_different(tiny):
     run = Run(tiny, 2, NETWORK, quiet=True)
     experts = Known(run.random_network(0))
     experts.at = lambda k, t: experts.layout.flatten(run.random_network(k))
-    ids = ast.representative(tiny, run, experts)
+    ids = ast.select_representatives(tiny, run, experts)
     assert len(set(ids.tolist())) == 6 and tiny.train.labels[ids.numpy()].tolist() == [0, 0, 1, 1, 2, 2]
 
 
@@ -171,50 +171,68 @@ def test_representative_images_are_of_their_class_and_different(tiny):
 
 def test_the_window_expands_as_published():
     config = datm.DATM(max_start_epoch=20, expand_steps=1000)
-    assert [config.window(i) for i in (0, 99, 100, 550, 999, 1000, 9000)] == [10, 10, 11, 15, 19, 20, 20]
-    assert datm.DATM(max_start_epoch=20, expand_steps=0).window(0) == 20
+    assert [config.end_of_starts(i) for i in (0, 99, 100, 550, 999, 1000, 9000)] == [10, 10, 11, 15, 19, 20, 20]
+    assert datm.DATM(max_start_epoch=20, expand_steps=0).end_of_starts(0) == 20
     late = datm.DATM(min_start_epoch=10, max_start_epoch=40, first_max_start_epoch=30, expand_steps=100)
-    assert [late.window(i) for i in (0, 50, 100)] == [30, 35, 40]
+    assert [late.end_of_starts(i) for i in (0, 50, 100)] == [30, 35, 40]
     with pytest.raises(CondenseError, match="first_max_start_epoch=50: must be 1 to 40"):
         datm.DATM(max_start_epoch=40, first_max_start_epoch=50)
 
 
-class Oracle:
-    """Stands in for ``answers``: what each expert says of each image is given."""
+class Oracle(torch.nn.Module):
+    """A network whose logits are given: a function of the expert's number and of the flat images (N, pixels)."""
 
-    def __init__(self, monkeypatch, logits):
-        self.logits = logits  # (experts, images, classes)
-        monkeypatch.setattr(datm, "answers", lambda run, experts, theta, images: logits[int(theta[0]) // 10])
+    def __init__(self, logits):
+        super().__init__()
+        self.logits, self.number = logits, torch.nn.Parameter(torch.zeros(1))
+
+    def embed(self, images):
+        return images.flatten(1)
+
+    def classify(self, features):
+        return self.logits(int(self.number) // 10, features)
 
 
-def test_labels_average_the_experts_that_are_right(tiny, known, monkeypatch):
+class OracleRun(Run):
+    """A run whose networks are an oracle; its experts are ``Known``, so that the weight is 10 times their number."""
+
+    def __init__(self, task, ipc, logits):
+        super().__init__(task, ipc, NETWORK, quiet=True)
+        self.oracle = Oracle(logits)
+
+    def random_network(self, number):
+        return self.oracle
+
+
+def test_labels_average_the_experts_that_are_right(tiny):
     classes = torch.tensor([0, 1, 2])
     logits = torch.tensor([
         [[3.0, 1, 0], [0, 2, 1], [5, 1, 0]],
         [[1.0, 2, 0], [0, 4, 0], [0, 3, 1]],
         [[5.0, 0, 1], [9, 0, 0], [4, 0, 2]],
     ])  # fmt: skip
-    Oracle(monkeypatch, logits)
-    run = Run(tiny, 1, NETWORK, quiet=True)
-    got = datm.agreed_logits(run, known, SyntheticSet(tiny, torch.zeros(3, 1, 8, 8), classes))
-    torch.testing.assert_close(got[0], (logits[0, 0] + logits[2, 0]) / 2)
-    torch.testing.assert_close(got[1], (logits[0, 1] + logits[1, 1]) / 2)
-    torch.testing.assert_close(got[2], logits[:, 2].mean(0))  # nobody is right: all count
+    run = OracleRun(tiny, 1, lambda number, images: logits[number][images[:, 0].long()])
+    images = torch.arange(3.0).view(3, 1, 1, 1).expand(3, 1, 8, 8).clone()  # each holds its number
+    experts = Known(run.oracle)
+    average = datm.average_correct_logits(run, experts, SyntheticSet(tiny, images, classes))
+    torch.testing.assert_close(average[0], (logits[0, 0] + logits[2, 0]) / 2)
+    torch.testing.assert_close(average[1], (logits[0, 1] + logits[1, 1]) / 2)
+    torch.testing.assert_close(average[2], logits[:, 2].mean(0))  # no expert is right: all count
 
 
-def test_starting_images_are_recognised(tiny, known, monkeypatch):
-    """The first expert recognises images by their id; where it is never right, the next one is asked, then anybody."""
-    run = Run(tiny, 2, NETWORK, quiet=True)
+def test_starting_images_are_classified_correctly(tiny):
+    """The first expert is right for images of class 0 with even ids; if it never is, the next one decides, then all."""
     labels = torch.from_numpy(tiny.train.labels)
+    pixels = tiny.batch(torch.arange(len(labels))).flatten(1)
 
-    def answers(run, experts, theta, ids):
-        expert, truth = int(theta[0]) // 10, labels[ids]
-        right = {0: (truth == 0) & (ids % 2 == 0), 1: truth == 1}.get(expert, torch.zeros_like(truth, dtype=torch.bool))
+    def logits(number, images):
+        ids = torch.cdist(images, pixels).argmin(1)
+        truth = labels[ids]
+        right = {0: (truth == 0) & (ids % 2 == 0), 1: truth == 1}.get(number, torch.zeros_like(truth, dtype=torch.bool))
         return torch.nn.functional.one_hot(torch.where(right, truth, (truth + 1) % 3), 3).float()
 
-    monkeypatch.setattr(datm, "answers", answers)
-    monkeypatch.setattr(run.task, "batch", lambda ids: ids)
-    ids = datm.recognised(tiny, run, known)
+    run = OracleRun(tiny, 2, logits)
+    ids = datm.select_correct_images(tiny, run, Known(run.oracle))
     assert len(set(ids.tolist())) == 6 and labels[ids].tolist() == [0, 0, 1, 1, 2, 2]
     assert (ids[:2] % 2 == 0).all()
 
@@ -257,32 +275,33 @@ def test_grad_modes_agree_over_a_run(tiny):
     assert not torch.allclose(approximate, sets["adjoint"], rtol=1e-3, atol=1e-4)
 
 
-def test_ftd_ends_as_the_average_of_its_iterates(tiny, monkeypatch):
-    seen = []
-    original = matching.Learner.descend
+class Recorded(Run):
+    """Keeps the pixels before the first step and after each."""
 
-    def descend(self, step, outcome):
-        original(self, step, outcome)
-        seen.append(self.synthetic.images.detach().clone())
+    def optimise(self, synthetic, steps, **groups):
+        self.pixels = [synthetic.images.detach().clone()]
+        for step in super().optimise(synthetic, steps, **groups):
+            yield step
+            self.pixels.append(synthetic.images.detach().clone())
 
-    monkeypatch.setattr(matching.Learner, "descend", descend)
-    settings = {**SMALL, "rho": 0.01, "gsam": 0.0}
-    first = condense.distill("ftd", tiny, 1, **{**settings, "lr_img": 0.0}, ema=0.0).stored
-    seen.clear()
-    made = condense.distill("ftd", tiny, 1, **settings, ema=0.9).stored
-    average = first
-    for images in seen:
+
+def test_ftd_ends_as_the_average_of_its_iterates(tiny):
+    settings = {key: value for key, value in SMALL.items() if key != "network"}
+    run = Recorded(tiny, 1, NETWORK, quiet=True)
+    made = ftd.ftd(tiny, ftd.FTD(**settings, gsam=0.0, ema=0.9), run)
+    average = run.pixels[0]
+    for images in run.pixels[1:]:
         average = 0.9 * average + 0.1 * images
-    torch.testing.assert_close(made, average)
-    assert not torch.allclose(made, seen[-1])
+    assert len(run.pixels) == 4
+    torch.testing.assert_close(made.images.detach(), average)
+    assert not torch.allclose(made.images.detach(), run.pixels[-1])
 
 
 def test_the_default_average_forgets_the_first_images_alike():
     for steps in (100, 5000):
         config = ftd.FTD(steps=steps)
-        group = config.groups()["images"]
-        assert group.ema**steps == pytest.approx(0.9995**5000)
-    assert ftd.FTD(ema=0.0).groups()["images"].ema is None
+        assert config.pixel_group().ema ** steps == pytest.approx(0.9995**5000)
+    assert ftd.FTD(ema=0.0).pixel_group().ema is None
 
 
 def test_a_closed_gate_changes_nothing(tiny):
@@ -403,9 +422,10 @@ def test_experts_with_running_statistics_are_not_asked_about_images(tiny):
 
 
 def test_a_gate_that_stays_shut_is_told(tiny, caplog):
-    condense.distill("datm", tiny, 1, **{**SMALL, "steps": matching.CLOSED + 1}, gate=0.0)
+    steps = datm.GATE_WARNING_STEPS
+    condense.distill("datm", tiny, 1, **{**SMALL, "steps": steps + 1}, gate=0.0)
     assert [record.message for record in caplog.records if "above the gate" in record.message] == [
-        f"condense: the matching loss was above the gate in each of the first {matching.CLOSED} steps, so nothing was "
+        f"condense: the matching loss was above the gate in each of the first {steps} steps, so nothing was "
         "learned; raise gate, or lower syn_steps or lr_start"
     ]
 

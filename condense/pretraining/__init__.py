@@ -2,6 +2,7 @@
 
 from condense.pretraining.budget import PLAN, groups
 from condense.pretraining.committee import Committee, require_batch_norm
+from condense.pretraining.expert_options import ExpertOptions
 from condense.pretraining.experts import Experts, residency
 from condense.pretraining.snapshots import OwnNetworks
 from condense.pretraining.store import parts_of
@@ -12,6 +13,7 @@ __all__ = [
     "PLAN",
     "Architecture",
     "Committee",
+    "ExpertOptions",
     "Experts",
     "OwnNetworks",
     "TeacherOptions",

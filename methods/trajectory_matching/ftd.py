@@ -1,22 +1,26 @@
-"""TODO-DOC."""
+"""FTD: flat expert trajectories."""
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from dataclasses import dataclass
-from typing import Any
 
 from condense.config import require
 from condense.data import Task
-from condense.engine import Run
+from condense.engine import Group, Run, Target
 from condense.methods.trajectory_matching.expert_updates import GSAM
-from condense.methods.trajectory_matching.mtt import MTT, mtt
+from condense.methods.trajectory_matching.matching import (
+    UnrolledStudent,
+    apply_update,
+    check_step_size,
+    draw_segment,
+    get_experts,
+    step_size_group,
+)
+from condense.methods.trajectory_matching.mtt import MTT
 from condense.pretraining import Training
 from condense.registry import method
 from condense.sets import SyntheticSet
-
-# -- FTD --------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -24,40 +28,55 @@ class FTD(MTT):
     """Hyper-parameters of FTD; those of CIFAR-10 at 10 images per class."""
 
     rho: float = 0.01
-    """How far the experts' sharpness-aware steps look around."""
+    """Radius of the experts' sharpness-aware steps."""
     gsam: float = 0.3
     """GSAM's coefficient of the experts (the paper's alpha); 0 is adaptive SAM."""
     ema: float | None = None
-    """Decay of the average of the pixels that becomes the set; by default 0.9995 at the published 5,000 steps, and for
-    other numbers of steps what leaves the first images the same share of 8 per cent."""
+    """Decay of the moving average of the pixels, which becomes the set; by default 0.9995 at the published 5,000 steps,
+    and for other numbers of steps the decay that leaves the first images the same weight of 8 per cent."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self, rho=(0, sys.float_info.max), gsam=(0, sys.float_info.max), ema=(0, 1))
 
     def training(self, task: Task) -> Training:
-        """As MTT's, along flat regions: GSAM in float32."""
+        """MTT's training with GSAM, which finds flat regions; in float32."""
         return Training(super().training(task).recipe, GSAM(self.rho, self.gsam), "fp32")
 
-    def groups(self) -> dict[str, Any]:
-        """As MTT's, with an average of the pixels."""
+    def pixel_group(self) -> Group:
+        """Optimiser settings of the pixels, with their moving average."""
         decay = 0.9995 ** (5000 / self.steps) if self.ema is None else self.ema
-        groups = super().groups()
-        return {**groups, "images": dataclasses.replace(groups["images"], ema=decay or None)}
+        return Group(lr=self.lr_img, momentum=self.momentum, ema=decay or None)
 
 
 @method(
-    "ftd", config=FTD, year=2023, order=2, protocol="mtt-v1",
+    "ftd",
+    config=FTD,
     paper="Minimizing the Accumulated Trajectory Error to Improve Dataset Distillation",
-)  # fmt: skip
+    year=2023,
+    order=2,
+    protocol="mtt-v1",
+)
 def ftd(task: Task, config: FTD, run: Run) -> SyntheticSet:
-    """MTT along flat expert trajectories, on which a student that strays loses less; the set is a running average.
+    """MTT with experts trained by GSAM towards flat minima; the set is a moving average of the iterates.
 
     When to use: instead of MTT, for some accuracy at 10 images per class and more. Cost: experts take twice MTT's
-    steps; distilling as MTT. Known failure: as MTT; where a time limit ends the run early, the average still holds much
+    steps; distillation as MTT. Known failure: as MTT; if a time limit ends the run early, the average still holds much
     of the first images (set ema lower).
 
-    Du, Jiang, Tan, Zhou & Li, CVPR 2023. The experts' steps are GSAM's, as released. The released program evaluates the
-    average on the network that was just trained on the raw pixels; published numbers gain about a point from that.
+    Du, Jiang, Tan, Zhou & Li, CVPR 2023. A student that leaves a flat trajectory loses less. The experts' steps are
+    GSAM's, as released. The released program evaluates the average on the network that was just trained on the raw
+    pixels; published numbers gain about a point from that.
     """
-    return mtt(task, config, run)
+    experts = get_experts(config, run)
+    synthetic = SyntheticSet.create(task, run.ipc, config, seed=run.seed, device=run.device)
+    synthetic.learn_step_size(config.lr_start)
+    student = UnrolledStudent(config, run, synthetic, experts)
+    groups = {"images": config.pixel_group(), "step_size": step_size_group(config)}
+    for step in run.optimise(synthetic, config.steps, **groups):
+        expert, epoch = draw_segment(config, run, experts, step.index)
+        start, goal = experts.at(expert, epoch), experts.at(expert, epoch + config.expert_epochs)
+        outcome = student.unroll(student.loss(step), start, [Target(config.syn_steps, goal)])
+        apply_update(step, outcome)
+    check_step_size(config, run, synthetic)
+    return synthetic
