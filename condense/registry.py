@@ -86,8 +86,8 @@ class Method:
 
     @property
     def summary(self) -> str:
-        """First line of the driver's docstring."""
-        return (self.function.__doc__ or "").strip().split("\n")[0]
+        """The first sentence of the driver's docstring, on one line."""
+        return " ".join((self.function.__doc__ or "").strip().split("\n\n")[0].split())
 
 
 class _MethodModules(Mapping[str, str]):
