@@ -16,61 +16,62 @@ Moments = tuple[Tensor, Tensor]
 """Means and biased variances of channels, a row for each group or class."""
 
 
-class _Matched(torch.autograd.Function):
-    """A BatchNorm by its running statistics, and how far each group's moments lie from ``mean`` and ``variance``, (C,)
-    or a row for each group, in one node.
+class _MatchedNormFunction(torch.autograd.Function):
+    """BatchNorm with running statistics, and the distances of each group's moments to ``mean`` and ``variance`` ((C,)
+    or one row per group), as one autograd node.
 
-    With a frozen teacher both slopes are known beforehand, so backward is one pass over the map: dy * scale, plus what
-    moves mean and variance.
+    The teacher is frozen, so the gradients of the distances are known in the forward pass, and backward is one pass
+    over the map: dy * scale, plus the contributions of mean and variance.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, variance: Tensor, groups: int, shares: Any
+        ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, variance: Tensor, groups: int, weights: Any
     ) -> tuple[Tensor, Tensor]:
-        wide, count = torch.promote_types(x.dtype, torch.float32), len(x) // groups
+        dtype, count = torch.promote_types(x.dtype, torch.float32), len(x) // groups
         flat = x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)
-        # From sums, as torch's own var_mean is ten times as slow on a CPU: what cancels is (mean / deviation)^2 in
-        # 10^7, and a conv's outputs have means of the size of their deviation.
-        values, size = flat.to(wide), count * flat.shape[2]
+        # Moments from sums: torch.var_mean is ten times slower on a CPU. The cancellation costs (mean / std)^2 of 10^7,
+        # and the mean of a convolution's outputs is of the size of their std.
+        values, size = flat.to(dtype), count * flat.shape[2]
         squares = torch.linalg.vector_norm(values, dim=2).square().view(groups, count, -1).sum(1) / size
-        m = values.sum(2).view(groups, count, -1).sum(1) / size
-        s = squares - m.square()
-        gaps = m - mean.to(wide), s - variance.to(wide)
+        group_mean = values.sum(2).view(groups, count, -1).sum(1) / size
+        group_variance = squares - group_mean.square()
+        gaps = group_mean - mean.to(dtype), group_variance - variance.to(dtype)
         lengths = [gap.norm(dim=1) for gap in gaps]
-        # The slope of a length is a unit vector; 0 where there is no gap.
-        along_mean, along_variance = (
-            share / size * gap / length.clamp(min=torch.finfo(wide).tiny)[:, None]
-            for share, gap, length in zip(shares, gaps, lengths)
+        # The gradient of a length is a unit vector; 0 for a gap of length 0.
+        mean_grad, variance_grad = (
+            weight / size * gap / length.clamp(min=torch.finfo(dtype).tiny)[:, None]
+            for weight, gap, length in zip(weights, gaps, lengths)
         )
-        ctx.save_for_backward(x, scale, m, along_mean, 2 * along_variance)
-        shaped = (1, x.shape[1], *[1] * (x.dim() - 2))
-        y = (x * scale.to(x.dtype).view(shaped)).add_(shift.to(x.dtype).view(shaped))
-        return y, shares[0] * lengths[0] + shares[1] * lengths[1]
+        ctx.save_for_backward(x, scale, group_mean, mean_grad, 2 * variance_grad)
+        shape = (1, x.shape[1], *[1] * (x.dim() - 2))
+        y = (x * scale.to(x.dtype).view(shape)).add_(shift.to(x.dtype).view(shape))
+        return y, weights[0] * lengths[0] + weights[1] * lengths[1]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, slope: Tensor, weight: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, m, along_mean, along_variance = ctx.saved_tensors
-        factor = weight[:, None] * along_variance
-        offset = weight[:, None] * along_mean - factor * m
-        shaped = (len(x), x.shape[1], *[1] * (x.dim() - 2))
-        each = len(x) // len(m)
-        factor, offset = (part.repeat_interleave(each, 0).view(shaped).to(x.dtype) for part in (factor, offset))
-        moved = (slope * scale.to(x.dtype).view(1, *shaped[1:])).add_(offset).add_(x * factor)
-        return (moved, *[None] * 6)
+    def backward(ctx: Any, y_grad: Tensor, distance_grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, group_mean, mean_grad, variance_grad = ctx.saved_tensors
+        factor = distance_grad[:, None] * variance_grad
+        offset = distance_grad[:, None] * mean_grad - factor * group_mean
+        shape = (len(x), x.shape[1], *[1] * (x.dim() - 2))
+        count = len(x) // len(group_mean)
+        factor, offset = (part.repeat_interleave(count, 0).view(shape).to(x.dtype) for part in (factor, offset))
+        x_grad = (y_grad * scale.to(x.dtype).view(1, *shape[1:])).add_(offset).add_(x * factor)
+        return (x_grad, *[None] * 6)
 
 
 class MatchedNorm(nn.Module):
-    """A BatchNorm of a frozen teacher in eval mode that notes ``distances`` (groups,) of the moments that it sees.
+    """A BatchNorm of a frozen teacher in eval mode that records ``distances`` (groups,) of the moments of its input.
 
-    The distance of a group is ``importance * (shares[0] * |mean - running mean| + shares[1] * |variance - running
-    variance|)``, plain Euclidean lengths over channels, variance biased; moments are taken over the images and pixels
-    of the group. ``targets``, two tensors (groups, C), stand in for the running ones there, not in what comes out.
+    The distance of a group is ``importance * (weights[0] * |mean - running mean| + weights[1] * |variance - running
+    variance|)`` with Euclidean norms over channels and biased variances; moments are taken over the images and pixels
+    of the group. ``targets``, two tensors (groups, C), replace the running statistics in the distance, not in the
+    output.
     """
 
     def __init__(
-        self, norm: nn.modules.batchnorm._BatchNorm, shares: tuple[float, float], importance: float = 1.0
+        self, norm: nn.modules.batchnorm._BatchNorm, weights: tuple[float, float], importance: float = 1.0
     ) -> None:
         super().__init__()
         assert norm.running_mean is not None and norm.running_var is not None
@@ -81,49 +82,49 @@ class MatchedNorm(nn.Module):
         self.running_var: Tensor
         self.register_buffer("running_mean", norm.running_mean)
         self.register_buffer("running_var", norm.running_var)
-        self.shares, self.importance = (importance * shares[0], importance * shares[1]), importance
+        self.weights, self.importance = (importance * weights[0], importance * weights[1]), importance
         self.eps, self.groups = norm.eps, 1
         self.targets: Moments | None = None
         self.distances: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, ...) to the same shape and dtype; image i is of group i // (N / groups)."""
+        """(N, C, ...) to the same shape and dtype; image i belongs to group i // (N / groups)."""
         scale = self.weight * (self.running_var + self.eps).rsqrt()
         shift = self.bias - scale * self.running_mean
         mean, variance = self.targets or (self.running_mean, self.running_var)
-        y, self.distances = _Matched.apply(x, scale, shift, mean, variance, self.groups, self.shares)
+        y, self.distances = _MatchedNormFunction.apply(x, scale, shift, mean, variance, self.groups, self.weights)
         return y
 
 
 class Matcher(nn.Module):
-    """A frozen copy of a teacher that answers, and says how far its maps lie from its BatchNorm statistics.
+    """A frozen copy of a teacher that returns logits and the distances of its inputs to its BatchNorm statistics.
 
     Args:
         net: the teacher; it is not changed.
-        first: weight of the first BatchNorm, in the order of the network's modules; all others weigh 1.
-        shares: weights of means and of variances.
-        averaged: distances are means over BatchNorms by their weights, not sums.
+        first: weight of the first BatchNorm, in the order of the network's modules; all others have weight 1.
+        weights: of means and of variances.
+        averaged: distances are weighted means over BatchNorms, not sums.
     """
 
     def __init__(
-        self, net: Network, first: float = 10.0, shares: tuple[float, float] = (1.0, 1.0), averaged: bool = False
+        self, net: Network, first: float = 10.0, weights: tuple[float, float] = (1.0, 1.0), averaged: bool = False
     ) -> None:
         super().__init__()
         self.averaged = averaged
         self.net: Network = copy.deepcopy(net).eval().requires_grad_(False)
-        found = [(n, m) for n, m in self.net.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        norms = [(n, m) for n, m in self.net.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self.norms: list[MatchedNorm] = []
-        for number, (name, norm) in enumerate(found):
-            self.norms.append(MatchedNorm(norm, shares, 1.0 if number else first))
+        for number, (name, norm) in enumerate(norms):
+            self.norms.append(MatchedNorm(norm, weights, 1.0 if number else first))
             self.net.set_submodule(name, self.norms[-1])
 
     def forward(
         self, views: Tensor, groups: int, fast: Callable[[], Any], targets: Sequence[Moments] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Logits float32 (N, classes) of views (N,C,H,W) of ``groups`` equal groups, and distances (groups,).
+        """Logits float32 (N, classes) of views (N, C, H, W) of ``groups`` equal groups, and distances (groups,).
 
-        ``fast``: makes the context for matrix work. ``targets``: what moments shall be, for each norm and group; the
-        running statistics where None. A norm that is not used counts nothing.
+        ``fast`` makes the autocast context. ``targets`` are moments for each BatchNorm and group, in place of the
+        running statistics. A BatchNorm that the network does not call contributes nothing.
         """
         for number, norm in enumerate(self.norms):
             norm.groups, norm.distances = groups, None

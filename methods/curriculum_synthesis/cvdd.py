@@ -79,9 +79,14 @@ def assign_teachers(priors: Sequence[float], voters: int, ipc: int, key: Sequenc
 
 
 @method(
-    "cvdd", config=CVDD, year=2025, labels="per-view", protocol="cvdd-v1", network="resnet18-bn",
+    "cvdd",
+    config=CVDD,
+    year=2025,
+    labels="per-view",
+    protocol="cvdd-v1",
+    network="resnet18-bn",
     paper="Dataset Distillation via Committee Voting",
-)  # fmt: skip
+)
 def cvdd(task: Task, config: CVDD, run: Run) -> SyntheticSet:
     """SRe2L from real crops, with two teachers of a committee guiding each image and all labelling with batch
     statistics.

@@ -82,9 +82,14 @@ def ascend_weights(
 
 
 @method(
-    "dwa", config=DWA, year=2024, labels="teacher", protocol="dwa-v1", network="resnet18-bn",
+    "dwa",
+    config=DWA,
+    year=2024,
+    labels="teacher",
+    protocol="dwa-v1",
+    network="resnet18-bn",
     paper="Diversity-Driven Synthesis: Enhancing Dataset Distillation through Directed Weight Adjustment",
-)  # fmt: skip
+)
 def dwa(task: Task, config: DWA, run: Run) -> SyntheticSet:
     """SRe2L from real images, where each batch has a teacher whose weights ascend the loss on it, for diverse images.
 

@@ -51,9 +51,14 @@ def count_real_images(ipc: int, classes: int, teachers: int) -> int:
 
 
 @method(
-    "infer", config=INFER, year=2025, labels="static", protocol="infer-v1", network="resnet18-bn",
+    "infer",
+    config=INFER,
+    year=2025,
+    labels="static",
+    protocol="infer-v1",
+    network="resnet18-bn",
     paper="Breaking Class Barriers: Efficient Dataset Distillation via Inter-Class Feature Compensator",
-)  # fmt: skip
+)
 def infer(task: Task, config: INFER, run: Run) -> SyntheticSet:
     """Adds learned compensators, one per teacher and shared by all classes, to real images; stores one label per image.
 
@@ -75,13 +80,18 @@ def infer(task: Task, config: INFER, run: Run) -> SyntheticSet:
         )
     real = SyntheticSet.create(task, number, SyntheticOptions(), seed=run.seed, device=run.device)
     base = real.images.detach()
-    shared = SyntheticSet(task, torch.zeros(number * teachers, *task.shape, device=run.device),
-                          torch.zeros(number * teachers, dtype=torch.int64))  # fmt: skip
+    shared = SyntheticSet(
+        task,
+        torch.zeros(number * teachers, *task.shape, device=run.device),
+        torch.zeros(number * teachers, dtype=torch.int64),
+    )
     # Batches of other classes add to the same compensator.
     batches = [
         Batch(k, torch.tensor([k * teachers + m]), part, part * number + k)
-        for k in range(number) for m in range(teachers) for part in torch.arange(count).split(config.batch_classes)
-    ]  # fmt: skip
+        for k in range(number)
+        for m in range(teachers)
+        for part in torch.arange(count).split(config.batch_classes)
+    ]
     guides = [
         Guide(
             make_matcher(config, member.network),

@@ -74,9 +74,14 @@ def compute_class_activation(net: Network, images: Tensor, classes: Tensor) -> T
 
 
 @method(
-    "nrr", config=NRR, year=2025, labels="per-view", protocol="rded-v1", network="resnet18-bn",
+    "nrr",
+    config=NRR,
+    year=2025,
+    labels="per-view",
+    protocol="rded-v1",
+    network="resnet18-bn",
     paper="Enhancing Dataset Distillation via Non-Critical Region Refinement",
-)  # fmt: skip
+)
 def nrr(task: Task, config: NRR, run: Run) -> SyntheticSet:
     """Optimises crops of real images in regions of low class activation; labels may be two numbers per view.
 

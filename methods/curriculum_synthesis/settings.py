@@ -136,7 +136,15 @@ class RecoveryOptions(RelabelOptions):
         largest = sys.float_info.max
         one_of(self, init=self.inits, schedule=CROP_SCHEDULES)
         require(
-            self, steps=(1, math.inf), lr_img=(0, largest), bn_weight=(0, largest), bn_first=(0, largest),
-            bn_variance=(0, largest), batch_classes=(1, math.inf), min_scale=(1e-4, 1), milestone=(0, 1),
-            jitter=(0, math.inf), at_once=(1, math.inf),
-        )  # fmt: skip
+            self,
+            steps=(1, math.inf),
+            lr_img=(0, largest),
+            bn_weight=(0, largest),
+            bn_first=(0, largest),
+            bn_variance=(0, largest),
+            batch_classes=(1, math.inf),
+            min_scale=(1e-4, 1),
+            milestone=(0, 1),
+            jitter=(0, math.inf),
+            at_once=(1, math.inf),
+        )

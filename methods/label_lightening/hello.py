@@ -1,4 +1,4 @@
-"""Label projection (HeLlO, ICCV 2025): a public network with few changed weights says what images show."""
+"""HeLlO: RDED's images, labelled by a public network with low-rank changes of its weights."""
 
 from __future__ import annotations
 
@@ -37,32 +37,30 @@ from condense.pretraining import Committee, groups
 from condense.registry import method
 from condense.sets import SyntheticSet
 
-REHEARSED = 4
-"""Steps that tell how long one takes, the first apart."""
+DRY_RUN_STEPS = 4
+"""Training steps of a projector in a dry run; the first one is not counted."""
 
-TILES = 256
-"""Patches that pass through the public network at once while images are refined."""
-
-# HeLlO ----------------------------------------------------------------------------------------------------------------
+TILE_CHUNK = 256
+"""Tiles per forward pass of the public network during refinement."""
 
 
 @dataclass(frozen=True)
 class HeLlO(Projection, RDED):
-    """Hyper-parameters of HeLlO; what is not published is ours, tried on 32x32 images."""
+    """Hyper-parameters of HeLlO; unpublished ones are our own choice, tried on 32x32 images."""
 
     labels: str = "projector"
-    """{inherited} Projector: a public network's answers after small changes of its weights."""
+    """{inherited} Also projector: logits of a public network with low-rank changes of its weights."""
     teacher_epochs: int = 10
-    """{inherited} Weak teachers serve small sets best; published are nine checkpoints of one training."""
+    """{inherited} Weak teachers suit small sets best; published are nine checkpoints of one training."""
     refine_steps: int = 100
-    """Steps in which patches that are kept smaller than they are seen come nearer to the large ones, in features of
-    the public network; with factor=1 none are."""
+    """Steps in which the shrunken tiles of collages are optimised to have the features of the full-size crops in the
+    public network; none with factor=1."""
     refine_lr: float = 0.01
-    """Learning rate of Adam on their pixels."""
+    """Learning rate of Adam on the pixels of these tiles."""
     loss_kind: str = "kl"
-    """Of students: kl (at the temperature), or mse (of logits), as published."""
+    """Loss of students: kl (at the temperature), or mse (of logits), as published."""
     gamma: float = 0.0
-    """loss_kind=mse: weight of the cross-entropy with the images' classes (beta). Not published."""
+    """Weight of the cross-entropy with the images' classes, for loss_kind=mse (beta). Not published."""
 
     label_kinds: ClassVar[tuple[str, ...]] = (*RELABEL_KINDS, "projector")
 
@@ -74,18 +72,18 @@ class HeLlO(Projection, RDED):
 
 
 def features(encoder: Encoder, run: Run, images: Tensor) -> Tensor:
-    """Features (N, D) that the public network finds in images (N,C,H,W) in training space."""
+    """Features (N, D) of the public network for images (N, C, H, W) in training space."""
     with run.fast():
-        parts = [encoder(run.task.transform.inverse(part)).float() for part in images.split(TILES)]
+        parts = [encoder(run.task.transform.inverse(part)).float() for part in images.split(TILE_CHUNK)]
     return torch.cat(parts)
 
 
-def enlarged(tiles: Tensor, size: int) -> Tensor:
-    """Tiles (N,C,s,s) as students see them once they are cut out: (N,C,size,size)."""
+def upsample_tiles(tiles: Tensor, size: int) -> Tensor:
+    """Tiles (N, C, s, s) at the size at which students see them: (N, C, size, size)."""
     return F.interpolate(tiles, (size, size), mode="bilinear", align_corners=False)
 
 
-def projected(
+def train_projector_labels(
     config: RelabelOptions,
     run: Run,
     stored: Tensor,
@@ -93,10 +91,10 @@ def projected(
     committee: Committee,
     weights: Sequence[float] | None = None,
 ) -> Labels:
-    """Labels of a projector that the run trains on the real data; in place of ``make_labels``."""
+    """Labels of a projector that is trained on the real data; in place of ``make_labels``."""
     assert isinstance(config, HeLlO)
-    steps = min(REHEARSED, config.projector_steps) if run.dry_run else config.projector_steps
-    again = f"stopped while training its projector; go on with: condense resume {run.directory}"
+    steps = min(DRY_RUN_STEPS, config.projector_steps) if run.dry_run else config.projector_steps
+    again = f"stopped while training its projector; continue with: condense resume {run.directory}"
     rule, seed, began = config.view_rule(run.task.mirror), rng.key(run.seed, "labels"), time.monotonic()
     place = run.directory if run.ranks.leads else None
     ends: list[float] = []
@@ -107,37 +105,58 @@ def projected(
 
     for _, report in groups(run, [0], steps, "a projector", again):
         made, known = fitted(
-            run.task, committee.mean(weights), dataclasses.replace(config, projector_steps=steps), rule, seed,
-            statistics=config.label_statistics, micro=config.label_micro, device=run.device, precision=run.precision,
+            run.task,
+            committee.mean(weights),
+            dataclasses.replace(config, projector_steps=steps),
+            rule,
+            seed,
+            statistics=config.label_statistics,
+            micro=config.label_micro,
+            device=run.device,
+            precision=run.precision,
             report=functools.partial(note, report),
             checkpoint=None if place is None else place / "projector.train",
-        )  # fmt: skip
+        )
     if run.dry_run:
         each = (ends[-1] - ends[0]) / max(1, steps - 1)
         run.estimate("labelling", ends[0] - began + each * (config.projector_steps - 1))
     return ProjectorLabels.of(
-        made, known, len(stored), seed, rule, config.temperature, config.squared,
-        loss_kind=config.loss_kind, gamma=config.gamma, hard=classes if config.gamma else None,
-    )  # fmt: skip
+        made,
+        known,
+        len(stored),
+        seed,
+        rule,
+        config.temperature,
+        config.squared,
+        loss_kind=config.loss_kind,
+        gamma=config.gamma,
+        hard=classes if config.gamma else None,
+    )
 
 
 @method(
-    "hello", config=HeLlO, year=2025, labels="projector", protocol="rded-v1", network="resnet18-bn",
+    "hello",
+    config=HeLlO,
+    year=2025,
+    labels="projector",
+    protocol="rded-v1",
+    network="resnet18-bn",
     paper="Heavy Labels Out! Dataset Distillation with Label Space Lightening",
-)  # fmt: skip
+)
 def hello(task: Task, config: HeLlO, run: Run) -> SyntheticSet:
-    """RDED's images with labels of a public network whose weights are changed a little, and only that is stored.
+    """RDED's images with labels of a public network, of which only low-rank weight changes are stored.
 
-    When to use: where stored labels outweigh the images and a public network knows such images. Cost: a teacher, a
-    short training of the changes, and a pass through the public network in each step of a student. Known failure: a
-    small teacher in 8 bits (labels=teacher of condense lighten) may weigh less; RDED's labels are better on large sets.
+    When to use: if stored labels outweigh the images and a public network was trained on similar images. Cost: a
+    teacher, a short training of the changes, and a forward pass of the public network in each step of a student. Known
+    failure: a small 8-bit teacher (labels=teacher of condense lighten) may take fewer bytes; RDED's labels are better
+    on large sets.
 
     Yu et al., ICCV 2025. No code is public: weight of the classes, steps, rates and prompts are a reconstruction, and
-    the mean of all teachers stands for the nine checkpoints. Published students learn by loss_kind=mse with some gamma;
-    kl is what the other methods' students learn by. A time limit does not shorten the projector's training.
+    the mean of all teachers stands for the nine checkpoints. Published students train with loss_kind=mse and some
+    gamma; kl is the loss of the other methods' students. A time limit does not shorten the projector's training.
     """
     get_crop_size(task, config.factor, f"factor={config.factor}")
-    if config.labels == "projector":  # what cannot be had is found before any training
+    if config.labels == "projector":  # a missing backbone is reported before any training
         head_of(config, pretrained.find(config.backbone, task.shape, torch.device("cpu")))
     committee = get_teachers(config, run)
     scorer = committee.members[0].network
@@ -152,10 +171,10 @@ def hello(task: Task, config: HeLlO, run: Run) -> SyntheticSet:
         low, high = (task.transform(torch.full((task.shape[0], 1, 1), end, device=run.device)) for end in (0.0, 1.0))
         group = Group(lr=config.refine_lr, optimizer="adam", clamp=(low, high))
         for step in run.optimise(synthetic, config.refine_steps, images=group):
-            for rows in torch.arange(len(target), device=run.device).split(TILES):
+            for rows in torch.arange(len(target), device=run.device).split(TILE_CHUNK):
                 tiles = split_collages(synthetic.images, config.factor)[rows]
-                gap = features(encoder, run, enlarged(tiles, task.shape[1])) - target[rows]
+                gap = features(encoder, run, upsample_tiles(tiles, task.shape[1])) - target[rows]
                 step.accumulate(gap.square().mean(1).sum() / len(target))
             step.update()
-    make = projected if config.labels == "projector" else None
+    make = train_projector_labels if config.labels == "projector" else None
     return finish_set(config, run, synthetic.images, synthetic.classes, committee, make=make)

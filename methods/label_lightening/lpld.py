@@ -1,9 +1,8 @@
-"""Label pruning: images of a class that differ from each other, so that few labelled views of them are enough.
+"""LPLD and LPQLD: recovery with one class per batch, so that the images of a class differ and few labels suffice.
 
-LPLD (Xiao and He, NeurIPS 2024), LPQLD (TPAMI 2026). A batch of SRe2L has one image of each of many classes, so the
-images of a class never meet and come out alike. Here it has all images of one class, which together take that class's
-moments. What is kept of the labels is a pool (:class:`condense.light_labels.PoolLabels`); the teacher is asked about
-nothing else.
+A batch of SRe2L has one image of each of many classes, so the images of a class never affect each other and come out
+alike. Here a batch has all images of one class, which are matched to the moments of that class. Of the labels a pool is
+stored (:class:`condense.labels.PoolLabels`), and teachers compute nothing else.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ from condense.tracking import Progress
 
 @dataclass(frozen=True)
 class LPLD(Pruning, RecoveryOptions):
-    """Hyper-parameters of LPLD; those of Tiny-ImageNet."""
+    """Hyper-parameters of LPLD; the defaults are those of Tiny-ImageNet."""
 
     steps: int = 4000
     lr_img: float = 0.1
@@ -51,12 +50,12 @@ class LPLD(Pruning, RecoveryOptions):
     batch_classes: int = 1
     """Always 1: a batch has all images of one class."""
     at_once: int | None = None
-    """Classes whose images move together; all by default. Fewer need less memory, as SRe2L's; a time limit then leaves
-    the last ones as they started."""
+    """Classes whose images are optimised together; all by default. Fewer need less memory; with a time limit the images
+    of the last classes then stay as initialised."""
     labels: str = "pool"
-    """{inherited} Also pool: stored logits of few of the label_epochs, from which a student's epochs are drawn."""
+    """{inherited} Also pool: stored logits of a few of the label_epochs, from which a student's epochs are drawn."""
     keep: float = 0.025
-    """Share of the labelled epochs that is kept of each class."""
+    """Share of the labelled epochs that is stored for each class."""
 
     label_kinds: ClassVar[tuple[str, ...]] = (*RELABEL_KINDS, "pool")
 
@@ -64,51 +63,54 @@ class LPLD(Pruning, RecoveryOptions):
         super().__post_init__()
         self.check_pruning()
         if self.batch_classes != 1:
-            raise CondenseError(f"batch_classes={self.batch_classes}: batches have the images of one class; leave it "
-                                "at 1, or take sre2l")  # fmt: skip
+            raise CondenseError(
+                f"batch_classes={self.batch_classes}: batches have the images of one class; leave it at 1, or use sre2l"
+            )
 
 
 def class_moments(run: Run, net: Network) -> list[Moments]:
-    """What every BatchNorm of a teacher is given by the real images of each class: means and biased variances over
-    images and pixels, two tensors (classes, C) for each norm in the order of the network's modules.
+    """Moments of the inputs of every BatchNorm of a teacher over the real images of each class: means and biased
+    variances over images and pixels, two tensors (classes, C) for each BatchNorm in the order of the network's modules.
 
-    One pass over the training images as they are, in eval mode; sums over images are in float64. Ranks share the
-    classes out.
+    One pass over the training images without augmentation, in eval mode; sums over images are in float64. Ranks share
+    the classes.
     """
     task, norms = run.task, [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     size = run.forward_chunk() or max(1, TEACHER_CHUNK_PIXELS // math.prod(task.shape[1:]))
     parts = [(c, ids) for c in run.classes for ids in torch.from_numpy(task.class_ids(c)).split(size)]
-    sums = [torch.zeros(task.num_classes, 3, norm.num_features, dtype=torch.float64, device=run.device)
-            for norm in norms]  # fmt: skip
+    sums = [
+        torch.zeros(task.num_classes, 3, norm.num_features, dtype=torch.float64, device=run.device) for norm in norms
+    ]
     progress = Progress("class moments", len(parts), 0, run.quiet or not run.ranks.leads)
     with run.stage("preparation", len(parts)) as count:
         for number, (c, ids) in enumerate(parts[:count]):
-            with _added(norms, [one[c] for one in sums]):
+            with _accumulated_sums(norms, [class_sums[c] for class_sums in sums]):
                 answers(net, task.batch(ids), batch_size=len(ids))
             progress.update(number + 1)
     progress.close()
-    found = []
-    for norm, one in zip(norms, sums):
-        run.ranks.sum(one)
+    moments = []
+    for norm, class_sums in zip(norms, sums):
+        run.ranks.sum(class_sums)
         assert norm.running_mean is not None
-        gap, square = (one[:, 1:] / one[:, :1].clamp(min=1)).unbind(1)
-        found.append(((norm.running_mean + gap).to(norm.running_mean), (square - gap.square()).to(norm.running_mean)))
-    return found
+        gap, square = (class_sums[:, 1:] / class_sums[:, :1].clamp(min=1)).unbind(1)
+        mean, variance = norm.running_mean + gap, square - gap.square()
+        moments.append((mean.to(norm.running_mean), variance.to(norm.running_mean)))
+    return moments
 
 
 @contextmanager
-def _added(norms: Sequence[nn.Module], sums: Sequence[Tensor]) -> Iterator[None]:
-    """Adds to ``sums``, (3, C) for each norm, what these are given inside: how many values, their distances to the
-    running mean, and the squares of these; large values' own squares would cancel."""
+def _accumulated_sums(norms: Sequence[nn.Module], sums: Sequence[Tensor]) -> Iterator[None]:
+    """Adds statistics of every input of ``norms`` to ``sums``, (3, C) each: the number of values, the sum of their
+    differences from the running mean, and the sum of squares of these (the squares of large values would cancel)."""
 
-    def note(one: Tensor, norm: Any, inputs: tuple[Tensor, ...]) -> None:
+    def accumulate(total: Tensor, norm: Any, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0].to(torch.promote_types(inputs[0].dtype, torch.float32))
         gap = (x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)) - norm.running_mean[:, None]
-        one[0] += gap.shape[0] * gap.shape[2]
-        one[1] += gap.sum(2).double().sum(0)
-        one[2] += gap.square().sum(2).double().sum(0)
+        total[0] += gap.shape[0] * gap.shape[2]
+        total[1] += gap.sum(2).double().sum(0)
+        total[2] += gap.square().sum(2).double().sum(0)
 
-    handles = [norm.register_forward_pre_hook(functools.partial(note, one)) for norm, one in zip(norms, sums)]
+    handles = [norm.register_forward_pre_hook(functools.partial(accumulate, total)) for norm, total in zip(norms, sums)]
     try:
         yield
     finally:
@@ -117,27 +119,32 @@ def _added(norms: Sequence[nn.Module], sums: Sequence[Tensor]) -> Iterator[None]
 
 
 def make_single_class_batches(run: Run) -> list[Batch]:
-    """The batches of a set of ``run.ipc`` images a class, sorted by class: each has all images of one."""
+    """Batches of a set of ``run.ipc`` images per class, sorted by class: each has all images of one class."""
     rows = torch.arange(run.task.num_classes * run.ipc).split(run.ipc)
     return [Batch(c, part, torch.full_like(part, c)) for c, part in enumerate(rows)]
 
 
 @method(
-    "lpld", config=LPLD, year=2024, labels="pool", protocol="cda-v1", network="resnet18-bn",
+    "lpld",
+    config=LPLD,
+    year=2024,
+    labels="pool",
+    protocol="cda-v1",
+    network="resnet18-bn",
     paper="Are Large-scale Soft Labels Necessary for Large-scale Dataset Distillation?",
-)  # fmt: skip
+)
 def lpld(task: Task, config: LPLD, run: Run) -> SyntheticSet:
-    """SRe2L with the images of one class in a batch, by that class's own moments; keeps a fortieth of the labels.
+    """SRe2L with batches of one class, matched to the BatchNorm moments of that class; stores a fortieth of the labels.
 
-    When to use: in place of SRe2L where labels must be small, from 10 images per class on. Cost: SRe2L's and one pass
-    over the real images; labelling costs the share that is kept. Known failure: with one image per class a batch is a
-    single image, which cannot have a class's moments.
+    When to use: in place of SRe2L if labels must be small, from 10 images per class on. Cost: SRe2L's and one pass over
+    the real images; labelling costs the share that is stored. Known failure: with one image per class a batch is a
+    single image, which cannot match the moments of a class.
 
     Xiao & He, NeurIPS 2024. L = CE + bn_weight * (sum over BatchNorms, the first times 10, of |mean - class mean| +
-    |variance - class variance|). The released program takes the class's moments as a moving average over batches, which
-    forgets all but the last few images and mostly knows variances within an image; here they are those of all images.
-    It keeps labels of random batches of its loader, here of random epochs of each class. Of several teachers the first
-    recovers, all label. The settings of pools (keep to cool_least) serve labels=pool alone.
+    |variance - class variance|). The released program computes the class's moments as a moving average over batches,
+    which forgets all but the last few images and mostly measures variances within an image; here they are those of all
+    images. It stores labels of random batches of its loader, here of random epochs of each class. Of several teachers
+    the first recovers, and all label. The settings of pools (keep to cool_least) apply to labels=pool only.
     """
     config.check_classes(task.num_classes)
     committee = get_teachers(config, run)
@@ -156,7 +163,7 @@ def lpld(task: Task, config: LPLD, run: Run) -> SyntheticSet:
 
 @dataclass(frozen=True)
 class LPQLD(LPLD):
-    """Hyper-parameters of LPQLD; images as LPLD's."""
+    """Hyper-parameters of LPQLD; images are those of LPLD."""
 
     keep: float = 0.1
     """{inherited} 30 of 300 epochs."""
@@ -166,19 +173,24 @@ class LPQLD(LPLD):
 
 
 @method(
-    "lpqld", config=LPQLD, year=2026, labels="pool", protocol="cda-v1", network="resnet18-bn",
+    "lpqld",
+    config=LPQLD,
+    year=2026,
+    labels="pool",
+    protocol="cda-v1",
+    network="resnet18-bn",
     paper="Soft Label Pruning and Quantization for Large-Scale Dataset Distillation",
-)  # fmt: skip
+)
 def lpqld(task: Task, config: LPQLD, run: Run) -> SyntheticSet:
-    """LPLD with more epochs of fewer logits, which a falling temperature makes new to the student each time.
+    """LPLD with more epochs of fewer logits each (top-k) and a temperature that decreases over the student's epochs.
 
-    When to use: in place of LPLD where there are so many classes that most logits say little. Cost: LPLD's, with four
-    times its labelling. Known failure: of few classes little can be left out, so LPLD's labels are smaller.
+    When to use: in place of LPLD with so many classes that most logits carry little. Cost: LPLD's, with four times its
+    labelling. Known failure: with few classes little can be left out, so LPLD's labels are smaller.
 
     Xiao & He, TPAMI 2026. The temperature is max(2, 20 * 0.7^(epoch // 30)) (dynamic knowledge reuse). The published
-    student has one of its own besides, that of 0.01 to 1 which fitted its last batch best (calibrated alignment). It
-    follows from the student, of which labels know nothing, and is left out: student and teacher have the same.
-    Published labels give the classes beyond the k no probability (fill=mr), to which that temperature belongs; by
-    default here these have the view's smallest logit (mrs), the authors' other form.
+    student also has a temperature of its own, of 0.01 to 1, which fitted its last batch best (calibrated alignment). It
+    depends on the student, which labels do not know, and is left out: student and teacher share one. Published labels
+    give classes beyond the k no probability (fill=mr), to which that temperature belongs; by default these classes get
+    the view's smallest logit (mrs), the authors' other form.
     """
     return lpld(task, config, run)
