@@ -1,6 +1,6 @@
-"""One page of text for each method, from its registry entry: ``python -m condense.benchmarks.method_cards --out DIR``.
+"""Writes a card for each method, and the table of methods in a README, from the registry and the recipe files.
 
-The cards of this repository are in ``docs/methods``; a test holds them to what this makes.
+The cards of this repository are in ``docs/methods``; a test compares cards and table with the output of this module.
 """
 
 from __future__ import annotations
@@ -16,7 +16,16 @@ from condense.benchmarks.speed.measure import Parser, guarded
 from condense.registry import METHODS, Method
 
 PARTS = ("When to use", "Cost", "Known failure")
-"""What a driver's docstring says after its first line, each with a colon."""
+"""Titles in the second paragraph of a driver's docstring, each followed by a colon."""
+
+BEGIN, END = "<!-- methods: begin -->", "<!-- methods: end -->"
+"""Lines of a README between which the table of methods is written."""
+
+FAMILIES = {
+    "curriculum_synthesis": "decoupled (squeeze, recover, relabel)",
+    "label_lightening": "label compression",
+}
+"""Module or folder of a family to the family's name, where it is not the module's name with spaces."""
 
 
 def cards() -> dict[str, str]:
@@ -26,9 +35,42 @@ def cards() -> dict[str, str]:
     table = _table(["method", "year", "order", "what it does"], rows)
     about = (
         "# Methods\n\nOrder is the highest derivative that a step takes through a network. These cards are made by "
-        "`python -m condense.benchmarks.method_cards --out docs/methods`.\n\n"
+        "`python -m condense.benchmarks.method_cards --out docs/methods --readme README.md`.\n\n"
     )
     return {"README.md": f"{about}{table}\n", **{f"{e.name}.md": card(e) for e in entries}}
+
+
+def methods_table() -> str:
+    """The Markdown table of all methods by year: paper, family, labels, cost and summary."""
+    rows = []
+    for entry in sorted((METHODS.get(name) for name in METHODS.names()), key=_age):
+        file = config.method_file(entry.name)
+        family = file.module.removeprefix("condense.methods.").partition(".")[0]
+        paper = f"[{entry.paper}]({file.link})" if file.link else entry.paper
+        rows.append(
+            [
+                f"[`{entry.name}`](docs/methods/{entry.name}.md)",
+                f"{paper} ({entry.year})",
+                FAMILIES.get(family, family.replace("_", " ")),
+                entry.labels,
+                file.cost,
+                entry.summary,
+            ]
+        )
+    return _table(["method", "paper", "family", "labels", "cost", "summary"], rows)
+
+
+def with_methods_table(text: str) -> str:
+    """``text`` of a README with the current table of methods between the lines ``BEGIN`` and ``END``.
+
+    Raises:
+        ValueError: there is no pair of such lines.
+    """
+    head, begin, rest = text.partition(f"{BEGIN}\n")
+    _, end, tail = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"the README must have the lines {BEGIN} and {END}")
+    return f"{head}{begin}{methods_table()}\n{end}{tail}"
 
 
 def _age(entry: Method) -> tuple[int, str]:
@@ -88,11 +130,15 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 def _main(words: Sequence[str]) -> int:
     parser = Parser(prog="python -m condense.benchmarks.method_cards", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
-    out = parser.parse_args(words).out
+    parser.add_argument("--out", type=Path, required=True, help="folder to write the cards to")
+    parser.add_argument("--readme", type=Path, help="README whose table of methods is updated")
+    arguments = parser.parse_args(words)
+    out, readme = arguments.out, arguments.readme
     out.mkdir(parents=True, exist_ok=True)
     for name, text in cards().items():
         (out / name).write_text(text, encoding="utf-8")
+    if readme:
+        readme.write_text(with_methods_table(readme.read_text(encoding="utf-8")), encoding="utf-8")
     return 0
 
 

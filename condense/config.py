@@ -147,6 +147,9 @@ RUN_KEYS = ("method", "data", "ipc", "network", "protocol")
 TINY = "tiny"
 """Cell with the quickest run of a method; the generic tests and the GPU check use its settings."""
 
+COSTS = ("low", "medium", "high")
+"""Classes of ``cost``: first derivatives at most; the same after training networks on real data; second derivatives."""
+
 METHOD_FOLDERS = "CONDENSE_METHODS"
 """Environment variable: folders of further methods, separated as in PATH. Each method is ``NAME.yaml`` and a module."""
 
@@ -163,6 +166,10 @@ class MethodFile:
     """Recipe name to its keys; ``tiny`` is the quickest run on data that need no download."""
     suites: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Suite name to the method's settings by ``DATA-ipcN``, null where a cell is left out."""
+    link: str = ""
+    """URL of the paper; empty if there is none."""
+    cost: str = ""
+    """Cost of a run, one of ``COSTS``; empty if it is not stated."""
 
 
 def packaged(folder: str) -> list[Any]:
@@ -244,7 +251,12 @@ def _read_method_file(path: Any) -> MethodFile:
         }
         for key in ("cells", "suites")
     )
-    return MethodFile(module, defaults, cells, suites)
+    link, cost = content.get("link", ""), content.get("cost", "")
+    if link and not str(link).startswith("https://"):
+        raise CondenseError(f"{where}: link={link}: must be a URL that starts with https://")
+    if cost not in ("", *COSTS):
+        raise CondenseError(f"{where}: cost={cost}: must be one of {', '.join(COSTS)}")
+    return MethodFile(module, defaults, cells, suites, link, cost)
 
 
 def as_mapping(content: Any, where: str) -> dict[str, Any]:

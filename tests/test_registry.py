@@ -137,6 +137,8 @@ def test_the_generic_tests_run_on_it(folder):
         (("toy_pixel_means", "toy_pixel_mean"), "method 'pixel-means': there is no module toy_pixel_mean"),
         (("toy_pixel_means", "condense.methods.selection"), "condense.methods.selection does not register it"),
         (("tiny: {data: digits", "tiny: [data, digits"), "pixel-means.yaml: not valid YAML"),
+        (("module:", "link: arxiv\nmodule:"), "pixel-means.yaml: link=arxiv: must be a URL"),
+        (("module:", "cost: dear\nmodule:"), "pixel-means.yaml: cost=dear: must be one of low, medium, high"),
         (("small:\n    digits-ipc1: {steps: 7}", "small: [7]"), r"suites: small: must be a mapping .* not \[7\]"),
     ],
 )
