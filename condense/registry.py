@@ -86,7 +86,7 @@ class Method:
 
     @property
     def summary(self) -> str:
-        """The first sentence of the driver's docstring, on one line."""
+        """The first paragraph of the driver's docstring, on one line."""
         return " ".join((self.function.__doc__ or "").strip().split("\n\n")[0].split())
 
 

@@ -1,4 +1,4 @@
-"""Attention matching: make the spatial attention of the synthetic images' feature maps agree with the real ones'."""
+"""Attention matching: the spatial attention maps of the synthetic images are fitted to those of the real images."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from condense.sets import SyntheticOptions, SyntheticSet
 
 
 def attention(maps: Tensor, power: float) -> Tensor:
-    """Where a feature map is active: the sum over channels of |map|^power, scaled to length 1 for each image.
+    """Spatial attention of feature maps: the sum over channels of |map|^power, normalised to length 1 for each image.
 
     Args:
         maps: (N, channels, H, W), of any floating dtype.
-        power: exponent; larger ones count the strongest channels more.
+        power: exponent; larger values emphasise the strongest channels.
 
     Returns:
-        float32 (or float64) (N, H*W). An image without any activity gives zeros, with no slope.
+        float32 (or float64) (N, H*W). An image whose maps are 0 gives zeros, without gradient.
     """
     maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
     if power == 4:
@@ -47,9 +47,11 @@ def layer_means(
 
     Args:
         net: the network; its stages are those of ``features``.
-        images: (N,C,H,W), of which ``chunk`` pass at once; maps are not kept from one pass to the next.
+        images: (N,C,H,W).
         labels: int64 (N,); every one is in ``classes``.
+        classes: the classes to average, in order.
         power: exponent of the attention.
+        chunk: images in one forward pass, whose maps are freed before the next one; all by default.
     """
     parts = []
     for part in images.split(chunk or len(images)):
@@ -66,7 +68,7 @@ def attention_loss(real: list[Tensor], fake: list[Tensor], mmd_weight: float) ->
 
 
 class Preset(NamedTuple):
-    """What paper and released code disagree on."""
+    """Settings in which paper and released code differ."""
 
     power: float
     scale: float
@@ -102,33 +104,29 @@ class DataDAM(SyntheticOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of(self, preset=PRESETS)
-        require(
-            self, steps=(1, math.inf), lr_img=(0, sys.float_info.max), momentum=(0, 1), batch_real=(1, math.inf),
-            power=(1, 16), mmd_weight=(0, math.inf), scale=(0, sys.float_info.max),
-        )  # fmt: skip
+        require(self, steps=(1, math.inf), lr_img=(0, sys.float_info.max), momentum=(0, 1), batch_real=(1, math.inf))
+        require(self, power=(1, 16), mmd_weight=(0, math.inf), scale=(0, sys.float_info.max))
 
     def resolved(self) -> Preset:
-        """Power and scale, as given or as the preset has them."""
+        """Power and scale: the given values, or those of the preset."""
         preset = PRESETS[self.preset]
         return Preset(
             preset.power if self.power is None else self.power, preset.scale if self.scale is None else self.scale
         )
 
 
-@method(
-    "datadam", config=DataDAM, paper="DataDAM: Efficient Dataset Distillation with Attention Matching", year=2023
-)  # fmt: skip
+@method("datadam", config=DataDAM, paper="DataDAM: Efficient Dataset Distillation with Attention Matching", year=2023)
 def datadam(task: Task, config: DataDAM, run: Run) -> SyntheticSet:
-    """Matches class-mean spatial attention of a random network's layers, and a little the features that DM matches.
+    """Matches class means of spatial attention maps, and with a small weight DM's features, under random networks.
 
     When to use: instead of DM, at nearly its cost. Cost: as DM's, with a quarter of its real images per step. Known
     failure: with instance norm a user reached 63 % where 67 % is published, and the authors advised batch norm
     (``preset=code``); the sets of ImageWoof and ImageSquawk were not reproduced.
 
-    Sajedi, Khaki et al., ICCV 2023. Paper and released code differ in power, norm and the loss's scale: see ``preset``.
-    Stages are those of the network's ``features``: where one holds several ReLUs (AlexNet, VGG11), the release matches
-    after each of them, this after its last. With BatchNorm the statistics are taken over all classes, real and
-    synthetic apart, as released; such a network couples the classes, so the step is neither chunked nor sharded over
+    Sajedi, Khaki et al., ICCV 2023. Paper and released code differ in power, norm and the loss's scale (``preset``).
+    Stages are those of the network's ``features``: if one holds several ReLUs (AlexNet, VGG11), the release matches
+    after each of them, this after its last. BatchNorm statistics are those of all classes together, real and synthetic
+    images apart, as released; such a network couples the classes, so the step is neither chunked nor sharded over
     ranks.
     """
     synthetic = SyntheticSet.create(task, run.ipc, config, seed=run.seed, device=run.device)
@@ -148,7 +146,7 @@ def datadam(task: Task, config: DataDAM, run: Run) -> SyntheticSet:
             with torch.no_grad(), run.fast():
                 target = layer_means(net, augment.apply(real, views, truth), truth, classes, power, chunk)
             fake, labels = synthetic.decode(classes)
-            ours = layer_means(net, augment.apply(fake, views, labels), labels, classes, power)
-            step.accumulate(scale * attention_loss(target, ours, config.mmd_weight))
+            means = layer_means(net, augment.apply(fake, views, labels), labels, classes, power)
+            step.accumulate(scale * attention_loss(target, means, config.mmd_weight))
         step.update()
     return synthetic

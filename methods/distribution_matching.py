@@ -1,6 +1,6 @@
-"""Distribution matching: make the features of the synthetic images agree with those of the real ones.
+"""Distribution matching: the features of the synthetic images are fitted to those of the real images.
 
-DM matches under random networks, IDM and DANCE under networks that were trained on the real data.
+DM matches under random networks, IDM and DANCE under networks trained on the real data.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ def class_means(features: Tensor, labels: Tensor, classes: list[int]) -> Tensor:
     Args:
         features: (N, D).
         labels: int64 (N,); every one is in ``classes``.
-        classes: the classes whose means are wanted, in order.
+        classes: the classes to average, in order.
 
     Returns:
         float32 (float64 for such features) (len(classes), D).
     """
     features = features.to(torch.promote_types(features.dtype, torch.float32))
     members = (labels.unsqueeze(0) == torch.tensor(classes, device=labels.device).unsqueeze(1)).to(features.dtype)
-    with torch.autocast(features.device.type, enabled=False):  # a caller's bf16 would round weights and means
+    with torch.autocast(features.device.type, enabled=False):  # bf16 would round weights and means
         return (members / members.sum(1, keepdim=True)) @ features
 
 
 def distribution_loss(real_means: Tensor, synthetic_means: Tensor) -> Tensor:
-    """DM's loss: squared distance of class-mean features (C, D), summed over features and classes, as released."""
+    """DM's loss: the squared distance of class-mean features (C, D), summed over features and classes, as released."""
     return (real_means - synthetic_means).square().sum()
 
 
@@ -52,8 +52,7 @@ def distribution_loss(real_means: Tensor, synthetic_means: Tensor) -> Tensor:
 def real_class_means(
     net: networks.Network, images: Tensor, labels: Tensor, classes: list[int], run: Run, chunk: int | None
 ) -> Tensor:
-    """Class means of real features (len(classes), D) in the run's precision, ``chunk`` images at a time (None: at
-    once)."""
+    """Class means of real features (len(classes), D) in the run's precision, ``chunk`` images at a time (None: all)."""
     with run.fast():
         parts = [net.embed(part).float() for part in images.split(chunk or len(images))]
     return class_means(torch.cat(parts), labels, classes)
@@ -84,13 +83,13 @@ class DM(SyntheticOptions):
 
 @method("dm", config=DM, paper="Dataset Condensation with Distribution Matching", year=2023)
 def dm(task: Task, config: DM, run: Run) -> SyntheticSet:
-    """Matches the class-mean features of synthetic and real images under thousands of random networks.
+    """Matches the class-mean features of synthetic and real images under random networks.
 
-    When to use: the cheapest learned baseline. Cost: first order, no network is trained; it grows linearly with
-    classes. Known failure: matching through deep BatchNorm networks gives poor sets; lower lr_img to 0.1 there.
+    When to use: the cheapest learned baseline. Cost: first order, no network is trained; it grows linearly with the
+    number of classes. Known failure: matching through deep BatchNorm networks gives poor sets; lower lr_img to 0.1.
 
     Zhao & Bilen, WACV 2023. Paper and released code agree up to constants; the released sums are used because lr_img
-    depends on them. With BatchNorm networks the statistics are taken over all classes, real and synthetic apart, as
+    depends on them. BatchNorm statistics are those of all classes together, real and synthetic images apart, as
     released; such a network couples the classes, so the step is neither chunked nor sharded over ranks.
     """
     synthetic = SyntheticSet.create(task, run.ipc, config, seed=run.seed, device=run.device)
@@ -115,12 +114,12 @@ def dm(task: Task, config: DM, run: Run) -> SyntheticSet:
 
 
 def class_cross_entropy(logits: Tensor, labels: Tensor, classes: list[int]) -> Tensor:
-    """Mean cross-entropy of each class, summed over classes; every class has equally many of the logits (N, C)."""
+    """Mean cross-entropy of each class, summed over classes; the logits (N, C) hold equally many rows of each class."""
     return F.cross_entropy(logits, labels, reduction="sum") * len(classes) / len(labels)
 
 
-def own_chunks(net: networks.Network, run: Run, batch_real: int) -> Iterator[list[int]]:
-    """This rank's classes in groups; one by one where statistics of a batch would couple them, as released."""
+def class_groups(net: networks.Network, run: Run, batch_real: int) -> Iterator[list[int]]:
+    """This rank's classes in groups that fit in memory; one by one if batch statistics would couple them."""
     if net.training and networks.uses_batch_statistics(net):
         return ([c] for c in run.classes)
     return run.class_chunks(batch_real)
@@ -131,7 +130,6 @@ class IDM(SyntheticOptions, OwnNetworks):
     """Hyper-parameters of IDM, with the released CIFAR-10 settings."""
 
     init: str = "collage"
-    """How images start; see DM's."""
     factor: int = 2
     """Partition and expansion: factor x factor training images in each stored one."""
     steps: int = 20000
@@ -139,7 +137,8 @@ class IDM(SyntheticOptions, OwnNetworks):
     lr_img: float = 0.2
     """Learning rate of the pixels."""
     momentum: float = 0.5
-    """Momentum of the pixels within a sweep; see IDC's."""
+    """Momentum of the pixels within a sweep, in which classes are stepped one after the other: as released, a gradient
+    counts 1 / (1 - momentum) in all."""
     batch_real: int = 256
     """Real images per class and step; released: the whole class at 1 image per class on CIFAR."""
     ce_weight: float = 0.5
@@ -159,54 +158,54 @@ class IDM(SyntheticOptions, OwnNetworks):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(
-            self, steps=(1, math.inf), lr_img=(0, sys.float_info.max), momentum=(0, 0.99), batch_real=(1, math.inf),
-            ce_weight=(0, math.inf), snapshots=(2, math.inf), net_steps=(1, math.inf),
-        )  # fmt: skip
+        require(self, steps=(1, math.inf), lr_img=(0, sys.float_info.max), momentum=(0, 0.99))
+        require(self, batch_real=(1, math.inf), ce_weight=(0, math.inf), snapshots=(2, math.inf))
+        require(self, net_steps=(1, math.inf))
         self.check_networks()
 
 
 ACCURACY_IMAGES = 256
-"""Real images that tell a network's training accuracy in each step of IDM: one batch of the released training."""
+"""Real images that IDM measures a network's training accuracy on in each step: one batch of the released training."""
 
 
 @torch.no_grad()
 def training_accuracy(net: networks.Network, run: Run, step: Step) -> Tensor:
-    """Share of random real training images, not augmented, that ``net`` gets right."""
+    """Accuracy, 0 to 1, of ``net`` on random real training images without augmentation."""
     ids = step.draws("accuracy").integers(len(run.task.train), ACCURACY_IMAGES)
-    truth = torch.from_numpy(run.task.train.labels[ids.numpy()]).to(run.device)
+    labels = torch.from_numpy(run.task.train.labels[ids.numpy()]).to(run.device)
     with run.fast():
         features = net.embed(run.task.batch(ids))
-    return (net.classify(features.float()).argmax(1) == truth).float().mean()
+    return (net.classify(features.float()).argmax(1) == labels).float().mean()
 
 
 @method("idm", config=IDM, paper="Improved Distribution Matching for Dataset Condensation", year=2023)
 def idm(task: Task, config: IDM, run: Run) -> SyntheticSet:
-    """Matches class-mean features under networks at all stages of training, and asks these to recognise the images.
+    """Matches class-mean features under networks at all stages of training, plus their cross-entropy on the images.
 
-    When to use: as DM, for more accuracy at the same stored images. Cost: networks are trained on real data first (a
-    bank, kept and shared by runs), then a step as DM's. Known failure: the published numbers need the settings of each
+    When to use: as DM, for more accuracy at the same stored images. Cost: networks are trained on real data first
+    (cached, and shared by runs), then a step as DM's. Known failure: the published numbers need the settings of each
     dataset (``condense ls recipes``); with DM's settings it gives DM's accuracy.
 
-    Zhao, Li, Qin & Yu, CVPR 2023. The released program trains a queue of networks beside the steps; they never see the
-    set, so states of ``networks`` trainings are recorded once and drawn uniformly. A network's accuracy is measured on
-    a real batch of its own step, 0 before any training. The loss is the released sum over classes; for the sweep's
-    learning rate see IDC. Starting images are shrunk by nearest neighbour, in the release bilinearly.
+    Zhao, Li, Qin & Yu, CVPR 2023. The released program trains a queue of networks beside the steps; their training does
+    not use the set, so states of ``networks`` trainings are recorded once and drawn uniformly. A network's accuracy,
+    the weight of its cross-entropy, is measured on a real batch in each step, and is 0 before any training. The loss is
+    the released sum over classes; IDC's documentation explains the learning rate of a sweep. Initial images are shrunk
+    by nearest neighbour, in the release bilinearly.
     """
     synthetic = SyntheticSet.create(task, run.ipc, config, seed=run.seed, device=run.device)
     augment = dsa(config.augment, mirror=task.mirror)
-    bank = snapshots_module.record(
+    snapshots = snapshots_module.record(
         run, config.recipe(task), count=config.networks, units=config.snapshots - 1, unit_steps=config.net_steps
     )
     net = run.random_network(0).eval()
     images = Group(lr=config.lr_img / (1 - config.momentum))
     for step in run.optimise(synthetic, config.steps, sharded=True, images=images):
         draws = step.draws("snapshot")
-        number, age = (int(draws.integers(count, 1)) for count in (bank.networks, bank.snapshots))
-        bank.load(net, number, age)
+        number, age = (int(draws.integers(count, 1)) for count in (snapshots.networks, snapshots.snapshots))
+        snapshots.load(net, number, age)
         weight = config.ce_weight * 100 * training_accuracy(net, run, step) if age else 0.0
         views = augment.draw(step.draws("augment"), task.num_classes, task.shape[1:])  # one row per class: siamese
-        for classes in own_chunks(net, run, config.batch_real):
+        for classes in class_groups(net, run, config.batch_real):
             real, truth = run.task.per_class(config.batch_real, step.key("real"), classes)
             real = augment.apply(real, views, truth)
             target = real_class_means(net, real, truth, classes, run, run.forward_chunk())
@@ -223,7 +222,6 @@ class DANCE(SyntheticOptions, OwnNetworks):
     """Hyper-parameters of DANCE, with the released CIFAR settings."""
 
     init: str = "collage"
-    """How images start; see DM's."""
     factor: int = 2
     """Multi-formation: factor x factor training images in each stored one."""
     steps: int = 10000
@@ -231,11 +229,12 @@ class DANCE(SyntheticOptions, OwnNetworks):
     lr_img: float | None = None
     """Learning rate of the pixels; by default 0.01 * ipc (0.1 * ipc for the published ImageNet subsets)."""
     momentum: float = 0.5
-    """Momentum of the pixels within a sweep; see IDC's."""
+    """Momentum of the pixels within a sweep, in which classes are stepped one after the other: as released, a gradient
+    counts 1 / (1 - momentum) in all."""
     batch_real: int = 128
     """Real images per class and step."""
     batch_syn_max: int = 200
-    """Most decoded images per class and step; of more, a random part is drawn."""
+    """Maximum number of decoded images per class and step; of more, a random subset is drawn."""
     augment: str = "color_crop_cutout"
     """Siamese operations joined by _; all but crop, scale and rotate, one of which is drawn, act in every step."""
     networks: int = 5
@@ -245,37 +244,43 @@ class DANCE(SyntheticOptions, OwnNetworks):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(
-            self, steps=(1, math.inf), lr_img=(0, sys.float_info.max), momentum=(0, 0.99), batch_real=(1, math.inf),
-            batch_syn_max=(1, math.inf), expert_epochs=(1, math.inf),
-        )  # fmt: skip
+        require(self, steps=(1, math.inf), lr_img=(0, sys.float_info.max), momentum=(0, 0.99))
+        require(self, batch_real=(1, math.inf), batch_syn_max=(1, math.inf), expert_epochs=(1, math.inf))
         self.check_networks()
 
 
 @method(
-    "dance", config=DANCE, paper="Dual-view Distribution Alignment for Dataset Condensation", year=2024,
+    "dance",
+    config=DANCE,
+    paper="Dual-view Distribution Alignment for Dataset Condensation",
+    year=2024,
     protocol="idc-v1",
-)  # fmt: skip
+)
 def dance(task: Task, config: DANCE, run: Run) -> SyntheticSet:
-    """Matches class-mean features between untrained and trained networks, then calibrates by the trained one's loss.
+    """Matches class-mean features under networks between untrained and trained weights, then calibrates by an expert.
 
     When to use: the best accuracy for its cost in this family; first order, no network is trained in the loop. Cost:
-    five experts are trained on the real data first (kept and shared by runs), then a step is about two of DM's. Known
-    failure: with few experts' epochs, as under a short time limit, the calibration teaches little.
+    five experts are trained on the real data first (cached, and shared by runs), then a step is about two of DM's.
+    Known failure: with few epochs of the experts, as under a short time limit, the calibration has little effect.
 
     Zhang et al., IJCAI 2024. Each step takes one expert and a random point on the line between its weights before and
-    after training; buffers are those after it. It is not known how the published experts were trained; here by IDC's
-    recipe with two drops. For the sweep's learning rate see IDC; pixels are clamped after each sweep.
+    after training; buffers are those after it. The calibration is the expert's cross-entropy on the images. How the
+    published experts were trained is unknown; here by IDC's training with two milestones. IDC's documentation explains
+    the learning rate of a sweep; pixels are clamped after each sweep.
     """
     synthetic = SyntheticSet.create(task, run.ipc, config, seed=run.seed, device=run.device, space="pixel")
     augment = dsa(config.augment, variant="idc", mirror=task.mirror)
     epoch = math.ceil(len(run.task.train) / config.batch_net)
     experts = snapshots_module.record(
-        run, config.recipe(task, drops=(2 / 3, 5 / 6)), count=config.networks, units=config.expert_epochs,
-        unit_steps=epoch, ends=True,
-    )  # fmt: skip
+        run,
+        config.recipe(task, drops=(2 / 3, 5 / 6)),
+        count=config.networks,
+        units=config.expert_epochs,
+        unit_steps=epoch,
+        ends=True,
+    )
     middle = run.random_network(0)
-    expert, learned = copy.deepcopy(middle), dict(middle.named_parameters())
+    expert, parameters = copy.deepcopy(middle), dict(middle.named_parameters())
     coupled = networks.uses_batch_statistics(middle)
     rate = 0.01 * run.ipc if config.lr_img is None else config.lr_img
     images = Group(lr=rate / (1 - config.momentum), clamp=(0.0, 1.0))
@@ -286,12 +291,12 @@ def dance(task: Task, config: DANCE, run: Run) -> SyntheticSet:
         expert.load_state_dict(after)
         middle.load_state_dict(
             {
-                name: torch.lerp(value, before[name], share) if name in learned else value
+                name: torch.lerp(value, before[name], share) if name in parameters else value
                 for name, value in after.items()
             }
         )
         views = augment.draw(step.draws("augment"), task.num_classes, task.shape[1:])  # one row per class: siamese
-        for classes in own_chunks(middle, run, config.batch_real):
+        for classes in class_groups(middle, run, config.batch_real):
             real, truth = run.task.per_class(config.batch_real, step.key("real"), classes)
             real = augment.apply(real, views, truth)
             target = real_class_means(middle, real, truth, classes, run, None if coupled else run.forward_chunk())
@@ -300,7 +305,7 @@ def dance(task: Task, config: DANCE, run: Run) -> SyntheticSet:
             step.accumulate(distribution_loss(target, class_means(features, labels, classes)))
         step.update()
         views = augment.draw(step.draws("calibrate"), task.num_classes, task.shape[1:])
-        for classes in own_chunks(expert, run, config.batch_real):
+        for classes in class_groups(expert, run, config.batch_real):
             fake, labels = synthetic.decode_some(classes, config.batch_syn_max, step.key("calibrated"))
             step.accumulate(class_cross_entropy(expert(augment.apply(fake, views, labels)), labels, classes))
         step.update()

@@ -1,11 +1,13 @@
-"""Gradient matching: make the weight gradients of the synthetic images agree with those of the real ones."""
+"""Gradient matching: the weight gradients of the synthetic images are fitted to those of the real images.
+
+DC, DSA, DCC and DSAC match along networks that train on the set, IDC along networks trained on the real data.
+"""
 
 from __future__ import annotations
 
-import functools
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,11 +27,10 @@ from condense.registry import method
 from condense.sets import SyntheticOptions, SyntheticSet
 from condense.training import FixedSource, Recipe, Student, train
 
-View = Callable[..., Tensor]
-EPS = 1e-6
-"""Added to the product of two rows' norms, as released."""
+COSINE_EPS = 1e-6
+"""Added to the product of the norms of two rows, as released."""
 STATISTICS_IMAGES = 16
-"""Real images per class that set a batch norm's statistics before each matching step, as released."""
+"""Real images per class that update BatchNorm statistics before each matching step, as released."""
 
 
 # -- gradients and their distance -------------------------------------------------------------------------------------
@@ -41,20 +42,20 @@ def matched_weights(net: networks.Network) -> list[Tensor]:
 
 
 def row_cosine(real: Iterable[Tensor], fake: Iterable[Tensor]) -> Tensor:
-    """DC's distance: 1 - <a, b> / (|a| |b| + 1e-6) for each filter or output unit, summed over them and over weights.
+    """DC's distance: 1 - <a, b> / (|a| |b| + 1e-6) for each filter or output unit, summed over these and over weights.
 
     Args:
-        real: a gradient for every matched weight; a row is what belongs to one index of the first axis.
-        fake: the same of the synthetic images.
+        real: the gradient of each matched weight on real images; a row is an index of the first axis.
+        fake: the same for the synthetic images.
 
     Returns:
-        A scalar. A row without any gradient counts 1 and has no slope.
+        A scalar. A row of zeros counts 1 and has no gradient.
     """
     total = []
     for a, b in zip(real, fake, strict=True):
         a, b = a.flatten(1), b.flatten(1)
         norms = torch.linalg.vector_norm(a, dim=1) * torch.linalg.vector_norm(b, dim=1)
-        total.append((1 - (a * b).sum(1) / (norms + EPS)).sum())
+        total.append((1 - (a * b).sum(1) / (norms + COSINE_EPS)).sum())
     return torch.stack(total).sum()
 
 
@@ -63,15 +64,15 @@ def real_gradients(
 ) -> list[Tensor]:
     """Gradients float32 of the mean cross-entropy over images (N,C,H,W) for each of ``weights``, without a graph.
 
-    In the run's precision and, on a CPU, in chunks that bound the memory of the maps.
+    They are computed in the run's precision and, on a CPU, in chunks that bound the memory of the feature maps.
     """
     total = [torch.zeros_like(weight) for weight in weights]
-    live = any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in net.modules())
-    chunk = (None if live else run.forward_chunk(gradients=True)) or len(images)  # statistics are the whole batch's
-    for part, truth in zip(images.split(chunk), labels.split(chunk)):
+    whole_batch = any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in net.modules())
+    chunk = (None if whole_batch else run.forward_chunk(gradients=True)) or len(images)
+    for images_part, labels_part in zip(images.split(chunk), labels.split(chunk)):
         with run.fast():
-            logits = net(part)
-        loss = F.cross_entropy(logits.float(), truth, reduction="sum") / len(images)
+            logits = net(images_part)
+        loss = F.cross_entropy(logits.float(), labels_part, reduction="sum") / len(images)
         for summed, gradient in zip(total, torch.autograd.grad(loss, weights)):
             summed += gradient
     return total
@@ -84,24 +85,24 @@ def synthetic_gradients(
     return torch.autograd.grad(F.cross_entropy(net(images), labels), weights, create_graph=True)
 
 
-# -- the network between the steps ------------------------------------------------------------------------------------
+# -- the network between two matching steps ----------------------------------------------------------------------------
 
 
 def loop_sizes(ipc: int) -> tuple[int, int]:
     """Matching steps per network, and epochs of training on the set between two of them.
 
-    The published table (1: 1 step; 10, 20, 30, 40, 50: as many steps, and 50, 25, 20, 15, 10 epochs), linear between
-    its entries, 50 epochs below 10 images per class, 50 steps and 10 epochs above 50. The released program exits at
-    any number that is not in its table.
+    These are the published table (1: 1 step; 10, 20, 30, 40, 50: as many steps, and 50, 25, 20, 15, 10 epochs), linear
+    between its entries, 50 epochs below 10 images per class, 50 steps and 10 epochs above 50. The released program
+    exits at any number that is not in its table.
     """
     epochs = np.interp(ipc, (10, 20, 30, 40, 50), (50, 25, 20, 15, 10))
     return min(ipc, 50), round(float(epochs))
 
 
-def set_statistics(net: networks.Network, task: Task, step: Step) -> None:
-    """Before a matching step: one pass of real images moves a batch norm's statistics, which then stay.
+def update_statistics(net: networks.Network, task: Task, step: Step) -> None:
+    """Updates BatchNorm statistics by one forward pass of real images and freezes them for the matching step.
 
-    As released; the pass moves them by a tenth only, so they remain near where they started.
+    As released; the pass changes them by a tenth only, so they remain near their initial values.
     """
     if not networks.uses_batch_statistics(net):
         return
@@ -116,43 +117,20 @@ def set_statistics(net: networks.Network, task: Task, step: Step) -> None:
 def train_on_synthetic(
     net: networks.Network, synthetic: SyntheticSet, config: DC, epochs: int, run: Run, step: Step
 ) -> None:
-    """``epochs`` of plain SGD on the set as it is now, augmented image by image."""
+    """Trains ``net`` for ``epochs`` by plain SGD on the current set, augmented image by image."""
     images, labels = synthetic.decode()
     source = FixedSource(images.detach(), HardLabels(labels, run.task.num_classes))
     recipe = Recipe(
-        steps=epochs * math.ceil(len(images) / config.batch_train), batch=config.batch_train, lr=config.lr_net,
-        momentum=0.0, weight_decay=0.0, drops=(), augment=augment.dsa(config.augment, mirror=run.task.mirror),
-    )  # fmt: skip
+        steps=epochs * math.ceil(len(images) / config.batch_train),
+        batch=config.batch_train,
+        lr=config.lr_net,
+        momentum=0.0,
+        weight_decay=0.0,
+        drops=(),
+        augment=augment.dsa(config.augment, mirror=run.task.mirror),
+    )
     student = Student(net, source, rng.key(run.seed, "inner", step.index))
     train([student], recipe, device=run.device, precision=run.precision)
-
-
-def walk(
-    task: Task, config: DC, run: Run, synthetic: SyntheticSet, *, sharded: bool
-) -> Iterator[tuple[Step, int, int, networks.Network, View]]:
-    """The loops of the family: for each step the network to match with, then the update, then the network's training.
-
-    Every ``outer`` steps the network is a fresh random one; between them it is trained on the set as it has become.
-
-    Yields:
-        The step, the number of its network, its position in that network's training, the network, and the view:
-        ``view(images, rows=labels)`` augments both branches alike, class by class.
-    """
-    augmentation = augment.dsa(config.augment, mirror=task.mirror)
-    outer, inner = config.loops(run.ipc)
-    net = run.random_network(0).requires_grad_(True)
-    run.keep("network", net)
-    images = Group(lr=config.lr_img, momentum=config.momentum)
-    for step in run.optimise(synthetic, config.steps, sharded=sharded, images=images):
-        number, position = divmod(step.index, outer)
-        if position == 0:
-            run.random_network(number)
-        set_statistics(net, run.task, step)
-        drawn = augmentation.draw(step.draws("augment"), task.num_classes, task.shape[1:])  # a row per class: siamese
-        yield step, number, position, net, functools.partial(augmentation.apply, parameters=drawn)
-        step.update()
-        if position < outer - 1:
-            train_on_synthetic(net, synthetic, config, inner, run, step)
 
 
 # -- DC and DSA -------------------------------------------------------------------------------------------------------
@@ -163,7 +141,7 @@ class DC(SyntheticOptions):
     """Hyper-parameters of DC, with the defaults of the paper's tables."""
 
     init: str = "noise"
-    """How images start; see DM's. The tables of DC start from noise, those of DSA from real images."""
+    """{inherited} The tables of DC start from noise, those of DSA from real images."""
     steps: int = 1000
     """Matching steps in all: 1,000 networks times ``outer`` in the paper (the released loop makes one network more)."""
     lr_img: float = 0.1
@@ -187,10 +165,8 @@ class DC(SyntheticOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         largest = sys.float_info.max
-        require(
-            self, steps=(1, math.inf), lr_img=(0, largest), momentum=(0, 1), batch_real=(1, math.inf),
-            outer=(1, math.inf), inner=(0, math.inf), lr_net=(0, largest), batch_train=(1, math.inf),
-        )  # fmt: skip
+        require(self, steps=(1, math.inf), lr_img=(0, largest), momentum=(0, 1), batch_real=(1, math.inf))
+        require(self, outer=(1, math.inf), inner=(0, math.inf), lr_net=(0, largest), batch_train=(1, math.inf))
 
     def loops(self, ipc: int) -> tuple[int, int]:
         """Matching steps per network and epochs between them, for ``ipc`` images per class."""
@@ -202,24 +178,37 @@ class DC(SyntheticOptions):
     "dc", config=DC, paper="Dataset Condensation with Gradient Matching", year=2021, order=2, protocol="dc-plain-v1"
 )
 def dc(task: Task, config: DC, run: Run) -> SyntheticSet:
-    """Matches, class by class, the weight gradients of synthetic and real images along the training of networks.
+    """Matches, class by class, the weight gradients of synthetic and real images while networks train on the set.
 
-    When to use: as the base of its family; DSA is better wherever augmentation is. Cost: a step is a training step on
-    all real batches and a double backward per class; from 2 images per class on, networks are trained on the set too.
-    Known failure: matching through BatchNorm networks gives poor sets; learn on a ConvNet, or lower lr_img.
+    When to use: as the base of its family; DSA is better wherever augmentation helps. Cost: a step is a training step
+    on all real batches and a double backward per class; from 2 images per class on, networks are trained on the set
+    too. Known failure: matching through BatchNorm networks gives poor sets; use a ConvNet, or lower lr_img.
 
     Zhao, Mopuri & Bilen, ICLR 2021. The row-wise cosine without vectors, its 1e-6 and the sums over rows, weights and
-    classes are the released code's; lr_img depends on them.
+    classes are the released code's; lr_img depends on them. Every ``outer`` steps the network is a new random one;
+    between them it is trained on the current set.
     """
     synthetic = SyntheticSet.create(task, run.ipc, config, seed=run.seed, device=run.device)
-    for step, _, _, net, view in walk(task, config, run, synthetic, sharded=True):
+    augmentation, (outer, inner) = augment.dsa(config.augment, mirror=task.mirror), config.loops(run.ipc)
+    net = run.random_network(0).requires_grad_(True)
+    run.keep("network", net)
+    images = Group(lr=config.lr_img, momentum=config.momentum)
+    for step in run.optimise(synthetic, config.steps, sharded=True, images=images):
+        number, position = divmod(step.index, outer)
+        if position == 0:
+            run.random_network(number)  # the same module with new weights
+        update_statistics(net, run.task, step)
+        views = augmentation.draw(step.draws("augment"), task.num_classes, task.shape[1:])  # a row per class: siamese
         weights = matched_weights(net)
         for c in run.classes:
             real, truth = run.task.per_class(config.batch_real, step.key("real"), [c])
-            target = real_gradients(net, view(real, rows=truth), truth, weights, run)
+            target = real_gradients(net, augmentation.apply(real, views, truth), truth, weights, run)
             fake, labels = synthetic.decode([c])
-            gradients = synthetic_gradients(net, view(fake, rows=labels), labels, weights)
+            gradients = synthetic_gradients(net, augmentation.apply(fake, views, labels), labels, weights)
             step.accumulate(row_cosine(target, gradients))
+        step.update()
+        if position < outer - 1:
+            train_on_synthetic(net, synthetic, config, inner, run, step)
     return synthetic
 
 
@@ -228,20 +217,20 @@ class DSA(DC):
     """Hyper-parameters of DSA, with the defaults of the paper's tables."""
 
     init: str = "real"
-    """How images start; see DM's."""
     augment: str = "color_crop_cutout_flip_scale_rotate"
     """Siamese DSA operations joined by _, or none; flip is dropped where mirror images change class."""
 
 
 @method("dsa", config=DSA, paper="Dataset Condensation with Differentiable Siamese Augmentation", year=2021, order=2)
 def dsa(task: Task, config: DSA, run: Run) -> SyntheticSet:
-    """DC with the same random augmentation of a class's real and synthetic images in each step, from real images.
+    """DC with differentiable Siamese augmentation: the same operation and parameters for real and synthetic images.
 
     When to use: the gradient-matching baseline to compare with. Cost: as DC. Known failure: as DC; on MNIST and SVHN at
     1 image per class the published DC is better.
 
-    Zhao & Bilen, ICML 2021. Networks are trained on the set with the same operations, one drawn per batch, its
-    parameters per image. The released program trains and matches without augmentation where no strategy is named.
+    Zhao & Bilen, ICML 2021. The loop is DC's, from real images. Networks are trained on the set with the same
+    operations, one drawn per batch, its parameters per image. The released program trains and matches without
+    augmentation if no strategy is named.
     """
     return dc(task, config, run)
 
@@ -254,11 +243,11 @@ class DCC(DC):
     """Hyper-parameters of DCC, with the released defaults."""
 
     init: str = "real"
-    """How images start; see DM's. Real always in the released code."""
+    """{inherited} Always real in the released code."""
     warm_networks: int = 250
     """Networks whose first ``warm_steps`` steps match class by class, as DC does."""
     warm_steps: int = 10
-    """See ``warm_networks``."""
+    """Steps of each of the first ``warm_networks`` networks that match class by class."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -274,31 +263,44 @@ class DCC(DC):
     "dcc", config=DCC, paper="Dataset Condensation with Contrastive Signals", year=2022, order=2, protocol="dc-plain-v1"
 )
 def dcc(task: Task, config: DCC, run: Run) -> SyntheticSet:
-    """Matches the gradients of all classes together, so that what they share cancels and what tells them apart counts.
+    """DC on gradients averaged over all classes, so that only the signals that distinguish classes remain.
 
     When to use: on fine-grained classes, where matching class by class can be worse than random images. Cost: a step is
     one training step on all real batches and one double backward. Known failure: as DC.
 
     Lee, Chun, Jung, Yun & Yoon, ICML 2022. As released, the first ``warm_steps`` steps of the first ``warm_networks``
-    networks match class by class; both losses share one momentum. The classes couple, so they do not shard over ranks.
+    networks match class by class; both losses share one momentum. The loss couples the classes, so they are not sharded
+    over ranks.
     """
     synthetic = SyntheticSet.create(task, run.ipc, config, seed=run.seed, device=run.device)
-    for step, number, position, net, view in walk(task, config, run, synthetic, sharded=False):
+    augmentation, (outer, inner) = augment.dsa(config.augment, mirror=task.mirror), config.loops(run.ipc)
+    net = run.random_network(0).requires_grad_(True)
+    run.keep("network", net)
+    images = Group(lr=config.lr_img, momentum=config.momentum)
+    for step in run.optimise(synthetic, config.steps, sharded=False, images=images):
+        number, position = divmod(step.index, outer)
+        if position == 0:
+            run.random_network(number)  # the same module with new weights
+        update_statistics(net, run.task, step)
+        views = augmentation.draw(step.draws("augment"), task.num_classes, task.shape[1:])  # a row per class: siamese
         weights = matched_weights(net)
-        apart = number < config.warm_networks and position < config.warm_steps
+        by_class = number < config.warm_networks and position < config.warm_steps
         targets = []
         for c in range(task.num_classes):
             real, truth = run.task.per_class(config.batch_real, step.key("real"), [c])
-            targets.append(real_gradients(net, view(real, rows=truth), truth, weights, run))
-            if apart:
+            targets.append(real_gradients(net, augmentation.apply(real, views, truth), truth, weights, run))
+            if by_class:
                 fake, labels = synthetic.decode([c])
-                gradients = synthetic_gradients(net, view(fake, rows=labels), labels, weights)
+                gradients = synthetic_gradients(net, augmentation.apply(fake, views, labels), labels, weights)
                 step.accumulate(row_cosine(targets.pop(), gradients))
-        if not apart:
+        if not by_class:
             fake, labels = synthetic.decode()
-            gradients = synthetic_gradients(net, view(fake, rows=labels), labels, weights)
-            mean = [torch.stack(parts).mean(0) for parts in zip(*targets)]
+            gradients = synthetic_gradients(net, augmentation.apply(fake, views, labels), labels, weights)
+            mean = [torch.stack(class_gradients).mean(0) for class_gradients in zip(*targets)]
             step.accumulate(row_cosine(mean, gradients))
+        step.update()
+        if position < outer - 1:
+            train_on_synthetic(net, synthetic, config, inner, run, step)
     return synthetic
 
 
@@ -312,7 +314,7 @@ class DSAC(DCC):
 
 @method("dsac", config=DSAC, paper="Dataset Condensation with Contrastive Signals", year=2022, order=2)
 def dsac(task: Task, config: DSAC, run: Run) -> SyntheticSet:
-    """DCC with the same random augmentation of a class's real and synthetic images in each step.
+    """DCC with differentiable Siamese augmentation.
 
     When to use: instead of DSA, for fewer double backwards per step. Cost: as DCC. Known failure: as DC.
 
@@ -346,7 +348,6 @@ class IDC(SyntheticOptions, OwnNetworks):
     """Hyper-parameters of IDC, with the released CIFAR settings."""
 
     init: str = "collage"
-    """How images start; see DM's."""
     factor: int = 2
     """Multi-formation: factor x factor training images in each stored one; 1 is the paper's IDC-I."""
     steps: int = 200_000
@@ -363,7 +364,7 @@ class IDC(SyntheticOptions, OwnNetworks):
     batch_real: int = 64
     """Real images per class and step."""
     batch_syn_max: int = 128
-    """Most decoded images per class and step; of more, a random part is drawn."""
+    """Maximum number of decoded images per class and step; of more, a random subset is drawn."""
     augment: str = "color_crop_cutout"
     """Siamese operations joined by _; all but crop, scale and rotate, one of which is drawn, act in every step."""
     snapshots: int = 100
@@ -374,10 +375,9 @@ class IDC(SyntheticOptions, OwnNetworks):
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of(self, metric=DISTANCES)
-        require(
-            self, steps=(1, math.inf), lr_img=(0, sys.float_info.max), momentum=(0, 0.99), batch_real=(1, math.inf),
-            batch_syn_max=(1, math.inf), snapshots=(2, math.inf), net_steps=(1, math.inf),
-        )  # fmt: skip
+        require(self, steps=(1, math.inf), lr_img=(0, sys.float_info.max), momentum=(0, 0.99))
+        require(self, batch_real=(1, math.inf), batch_syn_max=(1, math.inf), snapshots=(2, math.inf))
+        require(self, net_steps=(1, math.inf))
         self.check_networks()
 
     def rate(self, ipc: int, shape: tuple[int, int, int]) -> float:
@@ -392,22 +392,26 @@ class IDC(SyntheticOptions, OwnNetworks):
 
 
 @method(
-    "idc", config=IDC, paper="Dataset Condensation via Efficient Synthetic-Data Parameterization", year=2022, order=2,
+    "idc",
+    config=IDC,
+    paper="Dataset Condensation via Efficient Synthetic-Data Parameterization",
+    year=2022,
+    order=2,
     protocol="idc-v1",
-)  # fmt: skip
+)
 def idc(task: Task, config: IDC, run: Run) -> SyntheticSet:
-    """Matches convolutions' gradients along trainings on real data, with four training images in each stored one.
+    """Matches gradients of convolutions along networks trained on real data; each stored image holds several.
 
-    When to use: for the accuracy of few stored images, where a double backward is affordable; DANCE costs less. Cost:
-    networks are trained on real data first (a bank, kept and shared by runs), then a step is a backward on 64 real
-    images and a double backward per class. Known failure: multi-formation blurs details that matter (the published
-    Fashion-MNIST result at 50 images per class is below that without).
+    When to use: for the accuracy of few stored images, if a double backward is affordable; DANCE costs less. Cost:
+    networks are trained on real data first (cached, and shared by runs), then a step is a backward on 64 real images
+    and a double backward per class. Known failure: multi-formation blurs details (the published Fashion-MNIST result
+    at 50 images per class is below that without).
 
-    Kim et al., ICML 2022. The released program trains a new network beside each step; it never sees the set, so
-    snapshots of ``networks`` trainings are recorded once and walked in their order (fewer than the published 2,000
-    trainings). It steps class by class with one momentum over all; as gradients of classes are independent, one step
-    at lr / (1 - momentum) is the same but for a share momentum^classes, which the release applies a sweep later. It
-    clamps pixels every 100 steps, here after each.
+    Kim et al., ICML 2022. The released program trains a new network beside each step; this training does not use the
+    set, so snapshots of ``networks`` trainings are recorded once and used in their order (fewer than the published
+    2,000 trainings). It updates class by class with one momentum over all; as gradients of classes are independent, one
+    step at lr / (1 - momentum) is the same except for a share momentum^classes, which the release applies a sweep
+    later. It clamps pixels every 100 steps, here after each.
     """
     synthetic = SyntheticSet.create(task, run.ipc, config, seed=run.seed, device=run.device, space="pixel")
     distance, augmentation = DISTANCES[config.metric], augment.dsa(config.augment, variant="idc", mirror=task.mirror)
@@ -415,19 +419,20 @@ def idc(task: Task, config: IDC, run: Run) -> SyntheticSet:
     weights = [parameter for parameter in net.parameters() if parameter.dim() == 4]
     if not weights:
         raise CondenseError(f"--network {networks.name_of(run.network)}: idc matches convolutions, and it has none")
-    bank = snapshots_module.record(
+    snapshots = snapshots_module.record(
         run, config.recipe(task), count=config.networks, units=config.snapshots - 1, unit_steps=config.net_steps
     )
     images = Group(lr=config.rate(run.ipc, task.shape) / (1 - config.momentum), clamp=(0.0, 1.0))
     for step in run.optimise(synthetic, config.steps, sharded=True, images=images):
-        training, position = divmod(step.index, bank.snapshots)
-        bank.load(net, int(rng.Draws(run.seed, "training", training).integers(bank.networks, 1)), position)
-        drawn = augmentation.draw(step.draws("augment"), task.num_classes, task.shape[1:])  # a row per class: siamese
+        training, position = divmod(step.index, snapshots.snapshots)
+        number = int(rng.Draws(run.seed, "training", training).integers(snapshots.networks, 1))
+        snapshots.load(net, number, position)
+        views = augmentation.draw(step.draws("augment"), task.num_classes, task.shape[1:])  # a row per class: siamese
         for c in run.classes:
             real, truth = run.task.per_class(config.batch_real, step.key("real"), [c])
-            target = real_gradients(net, augmentation.apply(real, drawn, truth), truth, weights, run)
+            target = real_gradients(net, augmentation.apply(real, views, truth), truth, weights, run)
             fake, labels = synthetic.decode_some([c], config.batch_syn_max, step.key("matched"))
-            gradients = synthetic_gradients(net, augmentation.apply(fake, drawn, labels), labels, weights)
+            gradients = synthetic_gradients(net, augmentation.apply(fake, views, labels), labels, weights)
             step.accumulate(distance(target, gradients))
         step.update()
     return synthetic

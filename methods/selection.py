@@ -1,4 +1,4 @@
-"""Selection: sets made of real images. The yardstick for everything that is learned."""
+"""Selection of real images, the control of every learned set."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from condense.sets import SyntheticSet
 
 @dataclass(frozen=True)
 class Random:
-    """Random selection has nothing to set."""
+    """Random selection has no hyper-parameters."""
 
 
 @method(
     "random", config=Random, paper="Random real images, the control of every distillation paper", year=2018, order=0
 )
 def random(task: Task, config: Random, run: Run) -> SyntheticSet:
-    """Keeps ipc random real images of each class, exactly as they are (uint8).
+    """Selects ipc random real images of each class, unchanged (uint8).
 
     When to use: as the control that a distilled set must beat, or as a first small set. Cost: none. Known failure:
-    at a few images per class the draw decides; judge several seeds.
+    at a few images per class the accuracy depends on the draw; evaluate several seeds.
     """
     chosen = [task.sample_ids(run.ipc, (run.seed, "random"), [c]) for c in range(task.num_classes)]
     return SyntheticSet.select(task, torch.cat(chosen))
