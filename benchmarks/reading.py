@@ -35,7 +35,7 @@ class Module:
     """What the source of a module defines and imports."""
 
     lines: dict[str, int]
-    """Number of lines of each definition, with its decorators and the docstring that follows a constant."""
+    """Number of lines, without blank ones, of each definition with its decorators; constants with their docstring."""
     uses: dict[str, set[str]]
     """Names that each definition uses; ``alias.name`` for an attribute of an imported module."""
     imports: dict[str, tuple[str, str]]
@@ -63,7 +63,8 @@ class Reading:
 @functools.cache
 def parse_module(name: str) -> Module:
     """Reads a module's source."""
-    body = ast.parse(inspect.getsource(importlib.import_module(name))).body
+    source = inspect.getsource(importlib.import_module(name))
+    body, text = ast.parse(source).body, source.splitlines()
     lines: dict[str, int] = {}
     uses: dict[str, set[str]] = {}
     imports: dict[str, tuple[str, str]] = {}
@@ -74,7 +75,7 @@ def parse_module(name: str) -> Module:
             has_docstring = not isinstance(node, ast.FunctionDef | ast.ClassDef) and _is_text(following)
             end = following.end_lineno if has_docstring else node.end_lineno
             start = min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", []))])
-            lines[target] = end - start + 1
+            lines[target] = sum(bool(line.strip()) for line in text[start - 1 : end])
             uses[target] = set(_used_names(node))
     return Module(lines, uses, imports)
 

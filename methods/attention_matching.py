@@ -104,8 +104,9 @@ class DataDAM(SyntheticOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of(self, preset=PRESETS)
-        require(self, steps=(1, math.inf), lr_img=(0, sys.float_info.max), momentum=(0, 1), batch_real=(1, math.inf))
-        require(self, power=(1, 16), mmd_weight=(0, math.inf), scale=(0, sys.float_info.max))
+        counts = dict.fromkeys(("steps", "batch_real"), (1, math.inf))
+        factors = dict.fromkeys(("lr_img", "scale"), (0, sys.float_info.max))
+        require(self, **counts, **factors, momentum=(0, 1), power=(1, 16), mmd_weight=(0, math.inf))
 
     def resolved(self) -> Preset:
         """Power and scale: the given values, or those of the preset."""

@@ -158,9 +158,9 @@ class IDM(SyntheticOptions, OwnNetworks):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, steps=(1, math.inf), lr_img=(0, sys.float_info.max), momentum=(0, 0.99))
-        require(self, batch_real=(1, math.inf), ce_weight=(0, math.inf), snapshots=(2, math.inf))
-        require(self, net_steps=(1, math.inf))
+        counts = dict.fromkeys(("steps", "batch_real", "net_steps"), (1, math.inf))
+        factors = {"lr_img": (0, sys.float_info.max), "ce_weight": (0, math.inf)}
+        require(self, **counts, **factors, momentum=(0, 0.99), snapshots=(2, math.inf))
         self.check_networks()
 
 
@@ -244,8 +244,8 @@ class DANCE(SyntheticOptions, OwnNetworks):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, steps=(1, math.inf), lr_img=(0, sys.float_info.max), momentum=(0, 0.99))
-        require(self, batch_real=(1, math.inf), batch_syn_max=(1, math.inf), expert_epochs=(1, math.inf))
+        counts = dict.fromkeys(("steps", "batch_real", "batch_syn_max", "expert_epochs"), (1, math.inf))
+        require(self, **counts, lr_img=(0, sys.float_info.max), momentum=(0, 0.99))
         self.check_networks()
 
 

@@ -164,9 +164,9 @@ class DC(SyntheticOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        largest = sys.float_info.max
-        require(self, steps=(1, math.inf), lr_img=(0, largest), momentum=(0, 1), batch_real=(1, math.inf))
-        require(self, outer=(1, math.inf), inner=(0, math.inf), lr_net=(0, largest), batch_train=(1, math.inf))
+        counts = dict.fromkeys(("steps", "batch_real", "outer", "batch_train"), (1, math.inf))
+        rates = dict.fromkeys(("lr_img", "lr_net"), (0, sys.float_info.max))
+        require(self, **counts, **rates, momentum=(0, 1), inner=(0, math.inf))
 
     def loops(self, ipc: int) -> tuple[int, int]:
         """Matching steps per network and epochs between them, for ``ipc`` images per class."""
@@ -375,9 +375,8 @@ class IDC(SyntheticOptions, OwnNetworks):
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of(self, metric=DISTANCES)
-        require(self, steps=(1, math.inf), lr_img=(0, sys.float_info.max), momentum=(0, 0.99))
-        require(self, batch_real=(1, math.inf), batch_syn_max=(1, math.inf), snapshots=(2, math.inf))
-        require(self, net_steps=(1, math.inf))
+        counts = dict.fromkeys(("steps", "batch_real", "batch_syn_max", "net_steps"), (1, math.inf))
+        require(self, **counts, lr_img=(0, sys.float_info.max), momentum=(0, 0.99), snapshots=(2, math.inf))
         self.check_networks()
 
     def rate(self, ipc: int, shape: tuple[int, int, int]) -> float:

@@ -7,7 +7,6 @@ import sys
 from dataclasses import dataclass
 
 from condense.augment import dsa
-from condense.config import require
 from condense.data import Task
 from condense.pretraining.trajectories import Training
 from condense.training import Recipe
@@ -40,21 +39,20 @@ class ExpertOptions:
     min_start_epoch: int = 0
     """Segments start at this epoch or later."""
 
-    def check_experts(self) -> None:
-        """For ``__post_init__``: checks the ranges of these settings."""
+    def expert_ranges(self) -> dict[str, tuple[float, float]]:
+        """For ``__post_init__``: the ranges of these settings, as ``require`` takes them."""
         largest = sys.float_info.max
-        require(
-            self,
-            num_experts=(1, math.inf),
-            buffer_epochs=(self.min_start_epoch + self.expert_epochs, math.inf),
-            expert_lr=(0, largest),
-            expert_momentum=(0, 1),
-            expert_decay=(0, largest),
-            expert_batch=(1, math.inf),
-            expert_epochs=(1, math.inf),
-            min_start_epoch=(0, math.inf),
-            max_start_epoch=(self.min_start_epoch + 1, math.inf),
-        )
+        return {
+            "num_experts": (1, math.inf),
+            "buffer_epochs": (self.min_start_epoch + self.expert_epochs, math.inf),
+            "expert_lr": (0, largest),
+            "expert_momentum": (0, 1),
+            "expert_decay": (0, largest),
+            "expert_batch": (1, math.inf),
+            "expert_epochs": (1, math.inf),
+            "min_start_epoch": (0, math.inf),
+            "max_start_epoch": (self.min_start_epoch + 1, math.inf),
+        }
 
     def epochs_needed(self) -> int:
         """Epochs of an expert that are trained: up to the last one that is matched, or ``buffer_epochs``."""

@@ -135,16 +135,6 @@ class RecoveryOptions(RelabelOptions):
         super().__post_init__()
         largest = sys.float_info.max
         one_of(self, init=self.inits, schedule=CROP_SCHEDULES)
-        require(
-            self,
-            steps=(1, math.inf),
-            lr_img=(0, largest),
-            bn_weight=(0, largest),
-            bn_first=(0, largest),
-            bn_variance=(0, largest),
-            batch_classes=(1, math.inf),
-            min_scale=(1e-4, 1),
-            milestone=(0, 1),
-            jitter=(0, math.inf),
-            at_once=(1, math.inf),
-        )
+        counts = dict.fromkeys(("steps", "batch_classes", "at_once"), (1, math.inf))
+        factors = dict.fromkeys(("lr_img", "bn_weight", "bn_first", "bn_variance"), (0, largest))
+        require(self, **counts, **factors, min_scale=(1e-4, 1), milestone=(0, 1), jitter=(0, math.inf))

@@ -64,9 +64,12 @@ class DATM(FTD):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        largest, first = sys.float_info.max, (self.min_start_epoch + 1, self.max_start_epoch)
-        require(self, lr_label=(0, largest), label_momentum=(0, 1), gate=(0, largest), expand_steps=(0, math.inf))
-        require(self, first_max_start_epoch=first)
+        starts = {
+            "first_max_start_epoch": (self.min_start_epoch + 1, self.max_start_epoch),
+            "expand_steps": (0, math.inf),
+        }
+        factors = dict.fromkeys(("lr_label", "gate"), (0, sys.float_info.max))
+        require(self, **factors, label_momentum=(0, 1), **starts)
 
     def end_of_starts(self, index: int) -> int:
         """One more than the latest epoch at which the student of outer step ``index`` may start."""

@@ -55,11 +55,10 @@ class MTT(SyntheticOptions, ExpertOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_experts()
-        largest = sys.float_info.max
-        require(self, steps=(1, math.inf), syn_steps=(1, math.inf), batch_syn=(1, math.inf), momentum=(0, 1))
-        require(self, lr_img=(0, largest), lr_lr=(0, largest), lr_start=(1e-12, largest))
-        require(self, tesla_factor=(0, largest), inner_momentum=(0, 1))
+        counts = dict.fromkeys(("steps", "syn_steps", "batch_syn"), (1, math.inf))
+        factors = dict.fromkeys(("lr_img", "lr_lr", "tesla_factor"), (0, sys.float_info.max))
+        shares = dict.fromkeys(("momentum", "inner_momentum"), (0, 1))
+        require(self, **counts, **factors, **shares, lr_start=(1e-12, sys.float_info.max), **self.expert_ranges())
         one_of(self, step_size=("positive", "raw"))
         check(self.grad_mode, self.inner_optimizer, self.inner_momentum)
 
