@@ -19,7 +19,7 @@ import condense
 from condense.cli import EXIT_CODES
 from condense.data import ZCA, DataOptions, Standardise
 from condense.errors import CondenseError
-from condense.exchange import eight_bits, export_set, exporting, folder_name, import_set
+from condense.exchange import eight_bits, export_set, folder_name, import_set
 from condense.judge import evaluation
 from condense.labels import SoftLabels
 from condense.sets import DistilledSet
@@ -509,10 +509,10 @@ def test_a_failed_export_leaves_the_old_one(tmp_path, monkeypatch):
     export_set(make(), tmp_path / "a", "imagefolder")
     before = {path: path.read_bytes() for path in (tmp_path / "a").rglob("*.png")}
 
-    def full(image):
+    def full(*arguments, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(exporting, "_png", full)
+    monkeypatch.setattr(Image.Image, "save", full)
     with pytest.raises(CondenseError, match="No space left"):
         export_set(make(), tmp_path / "a", "imagefolder", force=True)
     assert {path: path.read_bytes() for path in (tmp_path / "a").rglob("*.png")} == before

@@ -1,4 +1,4 @@
-"""Export: distilled sets in the files that others read. What is written are the decoded images, whole or not at all."""
+"""Exports distilled sets to third-party formats. The decoded images are written, atomically."""
 
 from __future__ import annotations
 
@@ -18,24 +18,25 @@ from torch import Tensor
 
 from condense.data import unit
 from condense.errors import CondenseError, did_you_mean
-from condense.exchange.importing import folder_name, library
+from condense.exchange.shared import folder_name, library
 from condense.files import check_writable, replacing, replacing_folder
 from condense.formatting import by
 from condense.labels import HardLabels, SoftLabels
 from condense.sets import DistilledSet, decode
 
 FORMS = ("imagefolder", "pt", "safetensors", "hf")
-"""What ``condense export --to`` writes."""
+"""Formats of ``condense export --to``."""
 
 SET_FILE = "set.h5"
+"""Name of the set in a folder of ``hf``."""
 
 MARKER = ".condense-export"
-"""An empty file in every folder of ours; one without it is not replaced."""
+"""Empty file in every exported folder; folders without it are never replaced."""
 
 
 @dataclass(frozen=True)
 class Rounding:
-    """What 8 bits did to the images; errors count clipping in and are in units of 1/255."""
+    """Rounding of the images to 8 bits. Errors include clipping and are in units of 1/255."""
 
     rounded: DistilledSet
     """The set with the pixels that were written."""
@@ -48,22 +49,23 @@ class Rounding:
 
 
 def export_set(distilled: DistilledSet, destination: str | Path, form: str, *, force: bool = False) -> Rounding | None:
-    """Writes the decoded images and their labels in a format of others, whole or not at all.
+    """Writes the decoded images and their labels in a third-party format, atomically.
 
     * ``pt``: a dict for ``torch.load(..., weights_only=True)``: ``data`` ([[images, labels]], which the DC scripts
       load), ``images`` float32 (M,C,H,W) in training space, class-sorted, ``labels`` int64 (M,) or probabilities
       (M, classes) with their ``logits``, the transform (``mean`` and ``std``; ZCA: ``mean``, ``matrix``, ``inverse``),
-      ``lr`` where one was learned, ``classes``, ``manifest`` (JSON).
+      ``lr`` if one was learned, ``classes``, ``manifest`` (JSON).
     * ``safetensors``: the same tensors; classes and manifest as metadata.
     * ``imagefolder``: ``<class>/NNN.png``, 8 bits of pixel space. Hard labels only.
-    * ``hf``: what ``datasets.load_dataset`` opens: ``data/*.parquet`` with ``image`` (PNG), ``label`` and, unless the
+    * ``hf``: a folder for ``datasets.load_dataset``: ``data/*.parquet`` with ``image`` (PNG), ``label`` and, unless the
       set stores uint8 images, ``array`` (float32, training space), a dataset card, and the set itself as ``set.h5``.
 
     Returns:
-        What 8 bits cost, for ``imagefolder``.
+        The rounding to 8 bits for ``imagefolder``, otherwise None.
 
     Raises:
-        CondenseError: labels or channels that the format cannot hold, a library that is missing, or the place.
+        CondenseError: the format cannot store the labels or channels, a library is missing, or the destination cannot
+            be written.
     """
     path = Path(destination)
     if form not in FORMS:
@@ -104,30 +106,31 @@ def export_set(distilled: DistilledSet, destination: str | Path, form: str, *, f
 
 
 def eight_bits(distilled: DistilledSet) -> Rounding:
-    """The decoded set with 8-bit pixels, images in the order of the original, and what rounding and clipping cost."""
+    """Rounds the decoded images to 8 bits, in their order, and measures the error of rounding and clipping."""
     pixels = _pixels(distilled)
     stored = (pixels.clamp(0, 1) * 255).round()
     error = (stored - pixels * 255).abs()
     classes = distilled.labels.targets(distilled.training_images()[1])
-    kept = {key: value for key, value in distilled.manifest.items() if key not in ("bytes", "checksums")}
-    manifest = {**kept, "space": "pixel", "decode": [], "ipc": len(pixels) // len(distilled.classes)}
+    entries = {key: value for key, value in distilled.manifest.items() if key not in ("bytes", "checksums")}
+    manifest = {**entries, "space": "pixel", "decode": [], "ipc": len(pixels) // len(distilled.classes)}
     labels = HardLabels(classes, len(distilled.classes))
     rounded = DistilledSet(stored.byte(), labels, distilled.transform, manifest)
     outside = ((pixels < 0) | (pixels > 1)).float().mean()
     return Rounding(rounded, float(outside), float(error.mean()), float(error.max()))
 
 
-def _sorted(distilled: DistilledSet) -> tuple[Tensor, Tensor, Tensor]:
-    """Training images (M,C,H,W), the stored index (M,) and the order (M,) that sorts them by class."""
+def _sort_by_class(distilled: DistilledSet) -> tuple[Tensor, Tensor, Tensor]:
+    """Training images (M,C,H,W), their stored indices (M,), and the order (M,) that sorts them by class."""
     images, ids = distilled.training_images()
-    order = ids.argsort(stable=True)  # the images that a stored one decodes into stay together
+    order = ids.argsort(stable=True)  # images decoded from the same stored image stay together
     if distilled.labels.kind == "hard":
         order = order[distilled.labels.targets(ids[order]).argsort(stable=True)]
     return images, ids, order
 
 
 def _tensors(distilled: DistilledSet) -> dict[str, Tensor]:
-    images, ids, order = _sorted(distilled)
+    """Images, labels, learned rate and transform, by name."""
+    images, ids, order = _sort_by_class(distilled)
     tensors = {"images": images[order].detach().float().cpu(), "labels": distilled.labels.targets(ids[order]).cpu()}
     if isinstance(distilled.labels, SoftLabels):
         tensors["logits"] = distilled.labels.logits[ids[order]].detach().float().cpu()
@@ -138,25 +141,26 @@ def _tensors(distilled: DistilledSet) -> dict[str, Tensor]:
 
 
 def _pixels(distilled: DistilledSet) -> Tensor:
-    """Decoded images (M,C,H,W) float32 in pixel space; those stored there without a detour that would round them."""
+    """Decoded images (M,C,H,W) in pixel space, float32. Pixels stored there are not transformed, which is exact."""
     if distilled.manifest["space"] != "pixel":
         return distilled.transform.inverse(distilled.training_images()[0])
     return decode(unit(distilled.stored), distilled.stages)[0]
 
 
 def _write_folder(rounded: DistilledSet, folder: Path) -> None:
-    _, ids, order = _sorted(rounded)
+    """Writes ``<class>/NNN.png``."""
+    _, ids, order = _sort_by_class(rounded)
     classes = rounded.labels.targets(ids[order])
     width = max(3, len(str(len(order))))
     for number, name in enumerate(rounded.classes):
-        inside = folder / folder_name(name)
-        inside.mkdir()
-        for place, row in enumerate(order[classes == number].tolist()):
-            (inside / f"{place:0{width}}.png").write_bytes(_png(rounded.stored[row]))
+        class_folder = folder / folder_name(name)
+        class_folder.mkdir()
+        for position, row in enumerate(order[classes == number].tolist()):
+            (class_folder / f"{position:0{width}}.png").write_bytes(_png(rounded.stored[row]))
 
 
 def _png(image: Tensor) -> bytes:
-    """A PNG, grey or RGB, of uint8 (C,H,W)."""
+    """Encodes uint8 (1,H,W) or (3,H,W) as PNG."""
     from PIL import Image
 
     array = image.cpu().numpy()
@@ -167,7 +171,8 @@ def _png(image: Tensor) -> bytes:
 
 
 def _write_hf(distilled: DistilledSet, folder: Path, datasets: Any) -> None:
-    images, ids, order = _sorted(distilled)
+    """Writes parquet, dataset card and set."""
+    images, ids, order = _sort_by_class(distilled)
     stored = (_pixels(distilled)[order].clamp(0, 1) * 255).round().byte()
     targets = distilled.labels.targets(ids[order]).cpu()
     hard = not targets.is_floating_point()
@@ -187,14 +192,14 @@ def _write_hf(distilled: DistilledSet, folder: Path, datasets: Any) -> None:
         features["array"] = datasets.Array3D(distilled.shape, "float32")
     table = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
     (folder / "data").mkdir()
-    with open(os.devnull, "w") as quiet, contextlib.redirect_stderr(quiet):  # a progress bar
+    with open(os.devnull, "w") as devnull, contextlib.redirect_stderr(devnull):  # hides a progress bar
         table.to_parquet(str(folder / "data" / "train-00000-of-00001.parquet"))
     distilled.save(folder / SET_FILE)
     (folder / "README.md").write_text(_card(distilled, exact, hard), encoding="utf-8")
 
 
 def _card(distilled: DistilledSet, exact: bool, hard: bool) -> str:
-    """The dataset card: YAML that the hub reads, then what is in the folder, how it was made and how to use it."""
+    """The dataset card: YAML for the hub, then the columns of the data, their use and their origin."""
     import yaml
 
     manifest, count = distilled.manifest, len(distilled)
@@ -214,31 +219,64 @@ def _card(distilled: DistilledSet, exact: bool, hard: bool) -> str:
         shape = ", ".join(map(str, distilled.shape))
         rows.append(f"| `array` | float32 ({shape}) in training space: what networks are trained on, exact |")
     rows.append("| (not a column) | the map from pixels to training space, which real test images need: in `set.h5` |")
-    made = {key: manifest.get(key) for key in ("method", "paper", "network", "seed", "protocol", "imported", "command")}
-    made = {key: value for key, value in made.items() if value is not None}
-    shown = json.dumps({key: value for key, value in manifest.items() if key != "checksums"}, indent=1, sort_keys=True)
+    origin = {
+        key: manifest.get(key) for key in ("method", "paper", "network", "seed", "protocol", "imported", "command")
+    }
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in origin.items()}
+    origin_lines = [f"- {key}: {text}" for key, text in texts.items() if origin[key] is not None]
+    printed = json.dumps(
+        {key: value for key, value in manifest.items() if key != "checksums"}, indent=1, sort_keys=True
+    )
     return "\n".join(
         [
-            "---", yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip(), "---", "",
-            f"# {distilled.name}", "",
+            "---",
+            yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip(),
+            "---",
+            "",
+            f"# {distilled.name}",
+            "",
             f"{count} distilled training images ({by(distilled.shape)}, {len(distilled.classes)} classes) that "
-            f"stand for the data set `{manifest['dataset']}`.", "",
-            "| column | content |", "|---|---|", *rows, "",
-            "## Use", "", "```python", "import condense", "",
+            f"stand for the data set `{manifest['dataset']}`.",
+            "",
+            "| column | content |",
+            "|---|---|",
+            *rows,
+            "",
+            "## Use",
+            "",
+            "```python",
+            "import condense",
+            "",
             f'distilled = condense.load("{SET_FILE}")  # the file in this folder: checked, nothing lost',
             f'network = condense.fit(distilled, "{manifest["network"]}")',
-            "scores = network(distilled.transform(images))  # real images in [0,1]", "```", "",
+            "scores = network(distilled.transform(images))  # real images in [0,1]",
+            "```",
+            "",
             f"To judge it: `condense evaluate {SET_FILE} --data {manifest['dataset']}`. Without condense: "
-            '`datasets.load_dataset("this folder")`.', "",
-            "## How it was made", "",
-            *(f"- {key}: {value if isinstance(value, str) else json.dumps(value)}" for key, value in made.items()), "",
-            "<details><summary>Manifest</summary>", "", "```json", shown, "```", "", "</details>", "",
+            '`datasets.load_dataset("this folder")`.',
+            "",
+            "## How it was made",
+            "",
+            *origin_lines,
+            "",
+            "<details><summary>Manifest</summary>",
+            "",
+            "```json",
+            printed,
+            "```",
+            "",
+            "</details>",
+            "",
         ]
-    )  # fmt: skip
+    )
 
 
 def _check_folder(folder: Path, *, force: bool, size: int) -> None:
-    """Refuses a place that cannot be written, that holds something, and even with ``force`` what no export wrote."""
+    """Checks that a folder can be written.
+
+    Raises:
+        CondenseError: it cannot, it is not empty (without ``force``), or no export wrote it.
+    """
     if folder.exists() and not folder.is_dir():
         raise CondenseError(f"{folder} is a file; name a folder")
     if folder.is_dir() and any(folder.iterdir()):
@@ -251,7 +289,7 @@ def _check_folder(folder: Path, *, force: bool, size: int) -> None:
 
 @contextlib.contextmanager
 def _exporting(folder: Path) -> Iterator[Path]:
-    """A folder with our marker that takes the place of ``folder`` when the block succeeds."""
+    """Yields a temporary folder with our marker that replaces ``folder`` when the block succeeds."""
     with replacing_folder(folder) as temporary:
         (temporary / MARKER).touch()
         yield temporary
