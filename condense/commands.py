@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from condense.data import Task
-from condense.networks.pretrained import _is_file
+from condense.files import is_existing_file
 
 
 def format_value(value: Any) -> str:
@@ -24,4 +24,4 @@ def shown(backbone: str) -> str:
     if backbone.endswith(".h5"):
         return "PATH"
     name, at, weights = backbone.partition("@")
-    return f"{name}@PATH" if at and _is_file(weights) else backbone
+    return f"{name}@PATH" if at and is_existing_file(weights) else backbone

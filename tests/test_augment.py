@@ -435,7 +435,7 @@ def test_gpu_route_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     y = augmentation.apply(x, p)
     (expected,) = torch.autograd.grad(y, x, y.detach())
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-    monkeypatch.setattr(siamese, "_send", lambda x, images, dtype=None: x if dtype is None else x.to(dtype))
+    monkeypatch.setattr(siamese, "send_like", lambda x, images, dtype=None: x if dtype is None else x.to(dtype))
     z = augmentation.apply(x, p)
     assert torch.equal(z, y)
     torch.testing.assert_close(torch.autograd.grad(z, x, y.detach())[0], expected, atol=1e-11, rtol=0)
@@ -675,10 +675,14 @@ def test_padded_views_are_torchvisions_crops_of_padded_images() -> None:
 
 def test_rules_that_cannot_be() -> None:
     for words, options in {
-        "views of scale": {"min_scale": 0.0}, "pad=-1": {"pad": -1}, "pad=256": {"pad": 256},
-        "mix=cutmixx.*did you mean 'cutmix'": {"mix": "cutmixx"}, "alpha=0": {"alpha": 0.0}, "alpha=inf": {
-            "alpha": math.inf}, "alpha=nan": {"alpha": math.nan},
-    }.items():  # fmt: skip
+        "views of scale": {"min_scale": 0.0},
+        "pad=-1": {"pad": -1},
+        "pad=256": {"pad": 256},
+        "mix=cutmixx.*did you mean 'cutmix'": {"mix": "cutmixx"},
+        "alpha=0": {"alpha": 0.0},
+        "alpha=inf": {"alpha": math.inf},
+        "alpha=nan": {"alpha": math.nan},
+    }.items():
         with pytest.raises(CondenseError, match=words):
             ViewRule(**options)
     rule = ViewRule(mix="cutmix")

@@ -139,9 +139,16 @@ def test_distances_from_stored_logits_are_the_teachers(per_view, real):
     teacher, _ = label_source.recorded_teacher(per_view, None, torch.device("cpu"))
     terms, images = per_view.labels.terms(), per_view.training_images()[0]
     asked = view_distances(
-        teacher, images, per_view.hard_labels(), 6, terms["views"], terms["seed"], classes=3,
-        statistics=terms["statistics"], micro=terms["micro"],
-    )  # fmt: skip
+        teacher,
+        images,
+        per_view.hard_labels(),
+        6,
+        terms["views"],
+        terms["seed"],
+        classes=3,
+        statistics=terms["statistics"],
+        micro=terms["micro"],
+    )
     assert isinstance(light.labels, DistanceLabels)
     torch.testing.assert_close(light.labels.distances, asked, atol=0.01, rtol=0.01)
 
@@ -234,11 +241,15 @@ def test_the_bytes_of_a_plan_are_those_of_the_labels(classes, images, epochs):
     logits, hard = torch.randn(epochs, images, classes), torch.arange(images) % classes
     views = PerViewLabels(logits, 0)
     made = [
-        views, LowRankLabels.of(views, usual(classes, MOST_RANK)), TopKLabels.of(views, usual(classes, MOST_KEPT)),
+        views,
+        LowRankLabels.of(views, usual(classes, MOST_RANK)),
+        TopKLabels.of(views, usual(classes, MOST_KEPT)),
         PoolLabels.pruned(views, settings_module.PoolOptions().count(epochs), hard=hard),
-        DistanceLabels(logits[:, :, :2], hard, classes, 0), StaticLabels(logits[0].half(), 0), SoftLabels(logits[0]),
+        DistanceLabels(logits[:, :, :2], hard, classes, 0),
+        StaticLabels(logits[0].half(), 0),
+        SoftLabels(logits[0]),
         HardLabels(hard, classes),
-    ]  # fmt: skip
+    ]
     points = label_bytes(classes, images, epochs)
     assert {p.kind: (p.bytes, p.external, p.exactness) for p in points} == {
         one.kind: (one.nbytes(), one.external_nbytes(), one.exactness) for one in made
@@ -383,8 +394,11 @@ def test_the_protocol_must_hear_the_labels(per_view, real):
 
 def test_the_picture(tmp_path):
     pytest.importorskip("matplotlib")
-    points = [Point("own", "per-view", 1000, 0, mean=0.5, ci95=(0.4, 0.6)), Point("topk", "topk", 100, 50, mean=0.45),
-              Point("soft", missing="no teacher")]  # fmt: skip
+    points = [
+        Point("own", "per-view", 1000, 0, mean=0.5, ci95=(0.4, 0.6)),
+        Point("topk", "topk", 100, 50, mean=0.45),
+        Point("soft", missing="no teacher"),
+    ]
     for name in ("a.png", "a.svg"):
         assert comparison.chart(points, tmp_path / name, "set").stat().st_size > 1000
     assert "there are none; give --data" in refusal(lambda: comparison.chart(points[2:], tmp_path / "b.png", "set"))

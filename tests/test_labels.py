@@ -69,9 +69,11 @@ def chosen(tiny):
 # -- views and targets ------------------------------------------------------------------------------------------------
 
 RULES = [
-    CropViews(), ViewRule(0.3, 0.9, flip=False, mix="cutmix"), ViewRule(pad=2, mix="mixup", alpha=0.8),
+    CropViews(),
+    ViewRule(0.3, 0.9, flip=False, mix="cutmix"),
+    ViewRule(pad=2, mix="mixup", alpha=0.8),
     ViewRule(pad=3, mix="cutmix", alpha=0.5),
-]  # fmt: skip
+]
 HARD = torch.tensor([0, 1, 2, 1, 0])
 
 
@@ -80,10 +82,12 @@ def made_of(kind, teacher=None, views=None):
     if kind == "teacher":
         teacher = teacher or networks_of(1)
         shape = (1, 8, 8)
-        return TeacherLabels(teacher, 5, 3, views, 4.0, weights=(1, 3)[: len(teacher)], names=NAMES[: len(teacher)],
-                             shape=shape)  # fmt: skip
+        return TeacherLabels(
+            teacher, 5, 3, views, 4.0, weights=(1, 3)[: len(teacher)], names=NAMES[: len(teacher)], shape=shape
+        )
     return {
-        "hard": lambda: HardLabels(HARD, 3), "soft": lambda: SoftLabels(logits()[0]),
+        "hard": lambda: HardLabels(HARD, 3),
+        "soft": lambda: SoftLabels(logits()[0]),
         "smoothed": lambda: HardLabels(HARD, 3, 0.2),
         "per-view": lambda: PerViewLabels(logits(), 3, views, 4.0),
         "mse": lambda: PerViewLabels(logits(), 3, views, loss_kind="mse"),
@@ -92,7 +96,7 @@ def made_of(kind, teacher=None, views=None):
         "static": lambda: StaticLabels(logits()[0], 3, views, 4.0),
         "static, half": lambda: StaticLabels(logits()[0].half(), 3, views, 4.0),
         "distances": lambda: DistanceLabels(logits(classes=2).abs(), HARD, 3, 3, views, 0.5),
-    }[kind]()  # fmt: skip
+    }[kind]()
 
 
 KINDS = ("per-view", "mse", "mse and classes", "calibrated", "static", "static, half", "distances")
@@ -152,8 +156,16 @@ def test_a_view_that_is_replayed_is_the_one_that_was_labelled(tmp_path, views):
 
 def chosen_set():
     stored = (pictures(6).sigmoid() * 255).byte()
-    manifest = {"name": "a/b-ipc2", "dataset": "a", "method": "b", "network": NETWORK, "classes": ["x", "y", "z"],
-                "ipc": 2, "space": "pixel", "decode": []}  # fmt: skip
+    manifest = {
+        "name": "a/b-ipc2",
+        "dataset": "a",
+        "method": "b",
+        "network": NETWORK,
+        "classes": ["x", "y", "z"],
+        "ipc": 2,
+        "space": "pixel",
+        "decode": [],
+    }
     return DistilledSet(
         stored, HardLabels(torch.tensor([0, 0, 1, 1, 2, 2]), 3), Standardise(torch.zeros(1), torch.ones(1)), manifest
     )
@@ -378,8 +390,10 @@ def test_labelling_goes_on_where_it_stopped(tmp_path):
             assert torch.equal(view_answers(teacher, images, 4, views, 3, classes=3, into=array, **how), whole)
     for into, start, words in (
         (np.zeros((4, 5, 2), np.float16), 0, r"into: must be float16 \(4, 5, 3\)"),
-        (np.zeros((4, 5, 3), np.float32), 0, "not float32"), (None, 1, "start=1"), (mapped, 5, "start=5"),
-    ):  # fmt: skip
+        (np.zeros((4, 5, 3), np.float32), 0, "not float32"),
+        (None, 1, "start=1"),
+        (mapped, 5, "start=5"),
+    ):
         with pytest.raises(CondenseError, match=words):
             view_answers(teacher, images, 4, views, 3, classes=3, into=into, start=start)
 
@@ -418,13 +432,18 @@ def test_impossible_labels():
         with pytest.raises(CondenseError, match="temperature="):
             StaticLabels(logits()[0], 0, temperature=temperature)
     for words, options in {
-        "loss_kind=ms": {"loss_kind": "ms"}, "gamma=-1": {"gamma": -1.0}, "gamma=1: weighs": {"gamma": 1.0},
-        "gamma: needs the class": {"gamma": 1.0, "loss_kind": "mse"}, "calibrate: needs the class": {
-            "calibrate": (0, 0.5, 1)}, "calibrate: needs distributions": {"calibrate": (0, 0.5, 1), "loss_kind": "mse"},
-        "calibrate=.*low <= mid": {"calibrate": (0.5, 0.2, 1), "hard": HARD}, "statistics=bach": {"statistics": "bach"},
-        "micro=1": {"statistics": "batch", "micro": 1}, "hard: must be int64": {"hard": HARD[:4]},
+        "loss_kind=ms": {"loss_kind": "ms"},
+        "gamma=-1": {"gamma": -1.0},
+        "gamma=1: weighs": {"gamma": 1.0},
+        "gamma: needs the class": {"gamma": 1.0, "loss_kind": "mse"},
+        "calibrate: needs the class": {"calibrate": (0, 0.5, 1)},
+        "calibrate: needs distributions": {"calibrate": (0, 0.5, 1), "loss_kind": "mse"},
+        "calibrate=.*low <= mid": {"calibrate": (0.5, 0.2, 1), "hard": HARD},
+        "statistics=bach": {"statistics": "bach"},
+        "micro=1": {"statistics": "batch", "micro": 1},
+        "hard: must be int64": {"hard": HARD[:4]},
         "hard: classes 1 to 5": {"hard": HARD + torch.tensor([1, 1, 1, 1, 5])},
-    }.items():  # fmt: skip
+    }.items():
         with pytest.raises(CondenseError, match=words) as fault:
             PerViewLabels(logits(), 0, **options)
         assert "\n" not in str(fault.value)
@@ -455,8 +474,11 @@ def test_arrays_read_back_exactly(low, temperature):
     labels = PerViewLabels(logits(), 2**62, CropViews(low, 0.9, flip=False), temperature, squared=False)
     again = PerViewLabels.from_arrays(labels.arrays(), 3)
     assert (again.seed, again.views, again.temperature, again.squared) == (
-        labels.seed, labels.views, labels.temperature, False,
-    )  # fmt: skip
+        labels.seed,
+        labels.views,
+        labels.temperature,
+        False,
+    )
     images, ids = pictures(), torch.arange(5)
     for a, b in zip(again.shown(images, ids, 1), labels.shown(images, ids, 1)):
         assert torch.equal(a, b)
@@ -523,14 +545,18 @@ WRONG = [
     ("distances", "choices", np.array([1, 0, 0], np.uint8), "mix=none"),
     ("teacher", "networks", np.frombuffer(b"{}", np.uint8), "labels/networks does not name"),
     ("teacher", "networks", np.frombuffer(b'{"names": [], "shape": [1, 8, 8]}', np.uint8), "does not name"),
-    ("teacher", "networks", np.frombuffer(b'{"names": ["convnet-d2-w4-bn"], "shape": [1, 8, 8]}', np.uint8),
-     "not the weights of convnet-d2-w4-bn"),
+    (
+        "teacher",
+        "networks",
+        np.frombuffer(b'{"names": ["convnet-d2-w4-bn"], "shape": [1, 8, 8]}', np.uint8),
+        "not the weights of convnet-d2-w4-bn",
+    ),
     ("teacher", "networks", np.frombuffer(b'{"names": ["no-net"], "shape": [1, 8, 8]}', np.uint8), "no-net"),
     ("teacher", "weights", np.array([0.5, 0.5], np.float32), "labels/weights must be float32"),
     ("teacher", "weights", np.array([2.0], np.float32), "shares of 1"),
     ("teacher", "member0.classifier.weight", np.zeros(2, np.float32), "not the weights of"),
     ("teacher", "member0.foreign", np.zeros(2, np.float32), "not the weights of"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("kind", "name", "wrong", "words"), WRONG, ids=lambda x: x if isinstance(x, str) else "")
@@ -811,12 +837,19 @@ def test_the_judge_has_every_arm_for_every_kind(tiny, chosen, monkeypatch, kind)
     quick = dataclasses.replace(protocol.get_protocol("quick-v1"), steps=3, labels="soft")
     monkeypatch.setattr(evaluation, "get_protocol", lambda name: quick)
     record = condense.evaluate(
-        made, tiny, networks=NETWORK, runs=2, controls=["random", "noise"], without_augmentation=True,
+        made,
+        tiny,
+        networks=NETWORK,
+        runs=2,
+        controls=["random", "noise"],
+        without_augmentation=True,
         teacher=None if kind == "teacher" else net,
-    )  # fmt: skip
+    )
     assert [(e["arm"], e["labels"]) for e in record["results"]] == [
-        ("distilled", "own"), ("random", "own"), ("noise", "own")
-    ]  # fmt: skip
+        ("distilled", "own"),
+        ("random", "own"),
+        ("noise", "own"),
+    ]
     assert [entry["arm"] for entry in record["missing"]] == ["distilled without augmentation"]
     assert record["set"]["bytes"]["labels"] == labels.nbytes()
     others = torch.randn(4, 1, 8, 8)

@@ -90,9 +90,15 @@ MADE = {
 
 def saved(tmp_path, labels):
     manifest = {
-        "name": "tiny/set-ipc2", "dataset": "tiny", "method": "random", "network": NETWORK, "classes": list("abc"),
-        "ipc": 2, "space": "pixel", "decode": [],
-    }  # fmt: skip
+        "name": "tiny/set-ipc2",
+        "dataset": "tiny",
+        "method": "random",
+        "network": NETWORK,
+        "classes": list("abc"),
+        "ipc": 2,
+        "space": "pixel",
+        "decode": [],
+    }
     transform = Standardise(torch.zeros(1), torch.ones(1))
     made = DistilledSet(pictures(), labels, transform, manifest)
     return made, made.save(tmp_path / "set.h5")
@@ -104,8 +110,13 @@ def saved(tmp_path, labels):
 @pytest.mark.parametrize("classes", [7, 300])
 def test_codes_decode_within_the_stated_error(classes):
     logits = drawn(3, 5, classes).half()
-    for code in (Half.encode(logits), Bytes.encode(logits), LowRank.encode(logits, 5), LowRank.encode(logits, 5, True),
-                 TopK.encode(logits, 4)):  # fmt: skip
+    for code in (
+        Half.encode(logits),
+        Bytes.encode(logits),
+        LowRank.encode(logits, 5),
+        LowRank.encode(logits, 5, True),
+        TopK.encode(logits, 4),
+    ):
         error, true, read = fidelity(code, logits, 4.0), centred(logits.float()), centred(everything(code))
         assert float((true - read).abs().max()) <= error.largest
         assert float((true - read).square().sum() / true.square().sum()) <= error.relative

@@ -304,13 +304,13 @@ def test_a_watcher_sees_the_weights_on_the_way(together):
 def test_a_watcher_sees_a_step_before_its_checkpoint(together, tmp_path, always, monkeypatch):
     """So that what a resumption passes over was seen by the training that was killed."""
     events = []
-    original = checkpoint._Keeper.after
+    original = checkpoint.TrainingCheckpoint.after
 
     def after(keeper, step, state):
         events.append(("kept", step))
         original(keeper, step, state)
 
-    monkeypatch.setattr(checkpoint._Keeper, "after", after)
+    monkeypatch.setattr(checkpoint.TrainingCheckpoint, "after", after)
     watch = lambda k, step, state: events.append(("seen", step))  # noqa: E731
     options = {"device": CPU, "together": together, "checkpoint": tmp_path / "t.pt", "watch": watch}
     train(students("mlp", 2)[: 1 + together], recipe(steps=3), **options)
@@ -357,8 +357,10 @@ def trained(update, together, network=NET, precision="fp32", count=2, **changes)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_an_update_of_plain_gradients_changes_no_bit(together, precision):
     for changes in ({}, {"cutmix": 0.5}):
-        assert equal(trained(plain, together, precision=precision, **changes),
-                     trained(None, together, precision=precision, **changes))  # fmt: skip
+        assert equal(
+            trained(plain, together, precision=precision, **changes),
+            trained(None, together, precision=precision, **changes),
+        )
 
 
 @pytest.mark.parametrize("together", [False, True])
@@ -390,8 +392,10 @@ def test_what_an_update_sees(together):
 
     pupils = students(NET, 1 + together)
     clean = torch.stack([p.source.images[batch_ids(p.seed, 10, 4, 0)] for p in pupils])
-    losses = [F.cross_entropy(p.network(images), p.source.labels.targets(batch_ids(p.seed, 10, 4, 0)))
-              for p, images in zip(pupils, clean)]  # fmt: skip
+    losses = [
+        F.cross_entropy(p.network(images), p.source.labels.targets(batch_ids(p.seed, 10, 4, 0)))
+        for p, images in zip(pupils, clean)
+    ]
     train(pupils, recipe(augment=None, steps=4), device=CPU, together=together, update=look)
     head = (2,) if together else ()
     assert [entry[:4] for entry in seen] == [

@@ -160,8 +160,12 @@ def test_adamw_stacked_equals_one_after_the_other(network):
             # No BatchNorm: Adam would blow up the rounding that is all of the gradient of a bias before one.
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=name)
     stacked = [torch.zeros(3, 5, 5), torch.zeros(3, 5)]  # of three networks: a matrix each, and a bias
-    decays = [group["weight_decay"] for group in config_module._optimizer(stacked, ADAMW, stacked=True).param_groups]
-    shapes = [group["params"][0].ndim for group in config_module._optimizer(stacked, ADAMW, stacked=True).param_groups]
+    decays = [
+        group["weight_decay"] for group in config_module.make_optimizer(stacked, ADAMW, stacked=True).param_groups
+    ]
+    shapes = [
+        group["params"][0].ndim for group in config_module.make_optimizer(stacked, ADAMW, stacked=True).param_groups
+    ]
     assert (decays, shapes) == ([0.3, 0.0], [3, 2])
 
 
@@ -416,7 +420,7 @@ def resign(file, fault, name):
         group.create_dataset(name if longer else other, data=np.append(values, 0) if longer else values)
         state = {key: torch.from_numpy(np.asarray(array[()])) for key, array in group.items()}
         entry["sha256"] = teachers._digest(state)
-        manifest["content"] = saved._key(one["sha256"] for one in manifest["members"])
+        manifest["content"] = saved.digests_key(one["sha256"] for one in manifest["members"])
     elif fault == "network":
         entry["network"] = "convnet-d9-w8-bn"
     elif fault == "key":
@@ -627,13 +631,13 @@ def test_a_rehearsal_makes_one_short_network_and_tells_of_all(tiny, monkeypatch)
 
 
 def test_a_stop_says_how_to_go_on_and_keeps_finished_teachers(tiny, tmp_path, monkeypatch):
-    run, original = a_run(tiny, directory=tmp_path), saved._write
+    run, original = a_run(tiny, directory=tmp_path), saved.write_teacher_file
 
     def write(*words):
         original(*words)
         run._stop = True
 
-    monkeypatch.setattr(teachers, "_write", write)
+    monkeypatch.setattr(teachers, "write_teacher_file", write)
     with pytest.raises(Interrupted, match=f"go on with: condense resume {tmp_path}"):
         provided(tiny, run, count=2)
     trained_now, student = [], teachers._student
@@ -788,7 +792,9 @@ def test_public_weights_that_cannot_be_had_are_told_in_one_line(tiny, tmp_path, 
 
     monkeypatch.setattr(loader, "load_state_dict_from_url", offline)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    line = refusal(lambda: pretrained_module._public("torchvision:resnet18", task.shape, 1000, task.transform))
+    line = refusal(
+        lambda: pretrained_module.load_public_network("torchvision:resnet18", task.shape, 1000, task.transform)
+    )
     assert line.startswith("teachers=torchvision:resnet18: its weights are not here and cannot be fetched (<urlopen ")
     assert "put it at " + str(tmp_path / "checkpoints" / "resnet18-f37072fd.pth") in line
     assert "https://download.pytorch.org/models/resnet18-f37072fd.pth" in line
@@ -806,7 +812,7 @@ def test_public_weights_of_timm_that_cannot_be_had(tiny, monkeypatch):
         raise URLError("no network here")
 
     monkeypatch.setattr(timm, "create_model", offline)
-    line = refusal(lambda: pretrained_module._public("timm:resnet18", (3, 32, 32), 1000, tiny.transform))
+    line = refusal(lambda: pretrained_module.load_public_network("timm:resnet18", (3, 32, 32), 1000, tiny.transform))
     assert "models--timm--resnet18" in line and "no network here" in line
     assert "have 3" in refusal(lambda: provided(tiny, file="timm:resnet18"))
 
@@ -984,14 +990,14 @@ def test_teachers_of_the_cache_serve_the_method(mine, call):
 
 def test_a_signal_stops_and_the_same_command_goes_on(call, tmp_path, monkeypatch):
     assert call(f"{TEACHERS} --out whole.h5").code == 0
-    original = saved._write
+    original = saved.write_teacher_file
 
     def terminated(*words):
         original(*words)
         os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(teachers, "_write", terminated)
+        patch.setattr(teachers, "write_teacher_file", terminated)
         result = call(f"{TEACHERS} --out a.h5")
     assert result.code == 130 and result.out == "" and result.err.count("\n") == 1
     assert result.err.startswith("condense: stopped while training teachers") and "the same command" in result.err

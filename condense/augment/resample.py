@@ -13,12 +13,12 @@ def send(x: Tensor, device: torch.device) -> Tensor:
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
-def _send(x: Tensor, images: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def send_like(x: Tensor, images: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Host numbers on the images' device."""
     return send(x if dtype is None else x.to(dtype), images.device)
 
 
-def _shifted(x: Tensor, shift: Tensor) -> Tensor:
+def shift_images(x: Tensor, shift: Tensor) -> Tensor:
     """Each image moved by its own (dy, dx), zeros moving in. The opposite shift is the adjoint."""
     n, c, h, w = x.shape
     ys = torch.arange(h, device=x.device) + shift[:, :1]
@@ -41,7 +41,7 @@ def neighbours(outputs: Tensor, size: int, length: Tensor) -> tuple[Tensor, Tens
     return below, (below + 1).minimum(length - 1), position % (2 * size)
 
 
-def _stretch(x: Tensor, axis: int, outputs: Tensor, start: Tensor, length: Tensor) -> Tensor:
+def stretch_axis(x: Tensor, axis: int, outputs: Tensor, start: Tensor, length: Tensor) -> Tensor:
     """Positions ``outputs`` (N, size) of the ``length`` (N, 1) pixels from ``start``, drawn out to the whole axis."""
     size = x.shape[axis]
     below, above, part = neighbours(outputs, size, length)

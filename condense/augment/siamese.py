@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from condense.augment.resample import _send, _shifted
+from condense.augment.resample import send_like, shift_images
 from condense.errors import CondenseError, did_you_mean
 from condense.rng import Draws
 
@@ -194,7 +194,7 @@ class Augmentation:
             return self._one(OPERATIONS[numbers[0]], images, p) if numbers[0] >= 0 else images
         order = torch.argsort(p.operation, stable=True)
         back = torch.argsort(order)
-        there, home = _send(order, images), _send(back, images)
+        there, home = send_like(order, images), send_like(back, images)
         groups = _linear(images, lambda x: x[there], lambda g: g[home]).split(counts.tolist())
         pieces = [
             self._one(OPERATIONS[number], group, p[chosen])
@@ -262,7 +262,7 @@ def _color(images: Tensor, p: Parameters) -> Tensor:
     """
     dtype = torch.promote_types(images.dtype, torch.float32)
     b, s, c = p.brightness.double(), p.saturation.double(), p.contrast.double()
-    factors = _send(torch.stack([c * s, c * (1 - s), 1 - c, b]), images, dtype)
+    factors = send_like(torch.stack([c * s, c * (1 - s), 1 - c, b]), images, dtype)
     on_image, on_pixel_mean, on_image_mean, offset = factors[..., None, None, None].unbind()
     pixel_mean = images.mean(1, keepdim=True, dtype=dtype)
     image_mean = pixel_mean.mean((2, 3), keepdim=True)
@@ -274,8 +274,8 @@ def _crop(images: Tensor, p: Parameters) -> Tensor:
     if bool((p.shift == p.shift[:1]).all()):
         dy, dx = p.shift[0].tolist()
         return F.pad(images, (-dx, dx, -dy, dy))
-    shift = _send(p.shift, images)
-    return _linear(images, lambda x: _shifted(x, shift), lambda g: _shifted(g, -shift))
+    shift = send_like(p.shift, images)
+    return _linear(images, lambda x: shift_images(x, shift), lambda g: shift_images(g, -shift))
 
 
 def _cutout(images: Tensor, p: Parameters) -> Tensor:
@@ -284,7 +284,7 @@ def _cutout(images: Tensor, p: Parameters) -> Tensor:
         side = _share(size, CUTOUT)
         distance = torch.arange(size) - (p.centre[:, axis : axis + 1] - side // 2)
         keep.append((distance >= 0) & (distance < side))
-    rows, columns = (_send(k, images) for k in keep)
+    rows, columns = (send_like(k, images) for k in keep)
     return images * ~(rows[:, None, :, None] & columns[:, None, None, :])
 
 
@@ -292,7 +292,7 @@ def _flip(images: Tensor, p: Parameters) -> Tensor:
     heads = int(p.mirrored.sum())
     if heads in (0, len(p)):
         return images.flip(3) if heads else images
-    return torch.where(_send(p.mirrored, images)[:, None, None, None], images.flip(3), images)
+    return torch.where(send_like(p.mirrored, images)[:, None, None, None], images.flip(3), images)
 
 
 def _affine(images: Tensor, matrix: Tensor, align_corners: bool) -> Tensor:
@@ -300,10 +300,10 @@ def _affine(images: Tensor, matrix: Tensor, align_corners: bool) -> Tensor:
     # Positions rounded to bfloat16 would be off by part of a pixel; so would a matrix product be (TF32, autocast).
     x = images.to(torch.promote_types(images.dtype, torch.float32))
     h, w = x.shape[2:]
-    forth = _send(matrix, x, x.dtype)[:, :, :, None, None]
+    forth = send_like(matrix, x, x.dtype)[:, :, :, None, None]
 
     def resample(x: Tensor) -> Tensor:
-        ys, xs = (_send(_centred(size) * 2 / _span(size, align_corners), x, x.dtype) for size in (h, w))
+        ys, xs = (send_like(_centred(size) * 2 / _span(size, align_corners), x, x.dtype) for size in (h, w))
         grid = forth[:, :, 0] * xs + forth[:, :, 1] * ys[:, None]
         return F.grid_sample(x, grid.movedim(1, 3), align_corners=align_corners)
 
@@ -336,8 +336,8 @@ def _resample_adjoint(gradient: Tensor, matrix: Tensor, align_corners: bool) -> 
     reach = back.abs().sum(2)
     wide, high = (2 * reach.amax(0)).ceil().int().tolist()
 
-    a, b, near = (_send(v, gradient, gradient.dtype)[..., None, None] for v in (forth, back, reach))
-    qy, qx = (_send(_centred(size), gradient, gradient.dtype) for size in (h, w))
+    a, b, near = (send_like(v, gradient, gradient.dtype)[..., None, None] for v in (forth, back, reach))
+    qy, qx = (send_like(_centred(size), gradient, gradient.dtype) for size in (h, w))
     qy, top, left = qy[:, None], (h - 1) / 2, (w - 1) / 2
     first_x = (b[:, 0, 0] * qx + b[:, 0, 1] * qy + left - near[:, 0]).floor() + 1
     first_y = (b[:, 1, 0] * qx + b[:, 1, 1] * qy + top - near[:, 1]).floor() + 1

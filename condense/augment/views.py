@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from condense.augment.resample import _shifted, _stretch, neighbours
+from condense.augment.resample import neighbours, shift_images, stretch_axis
 from condense.data import working_dtype
 from condense.errors import CondenseError, did_you_mean
 from condense.rng import Draws
@@ -113,7 +113,7 @@ class CropViews:
         columns = torch.where(views.mirrored[:, None], columns.flip(1), columns)
         rows = torch.arange(size[0], device=images.device).expand(len(images), -1)
         top, left, height, width = views.box[:, :, None].unbind(1)
-        return _stretch(_stretch(images, 2, rows, top, height), 3, columns, left, width)
+        return stretch_axis(stretch_axis(images, 2, rows, top, height), 3, columns, left, width)
 
 
 MIXES = ("none", "cutmix", "mixup")
@@ -258,7 +258,7 @@ class ViewRule:
         """The crops or shifts of images, before mixing."""
         if not self.pad:
             return CropViews(self.min_scale, self.max_scale, self.flip).apply(images, views)
-        moved = _shifted(images, views.box[:, :2])
+        moved = shift_images(images, views.box[:, :2])
         return torch.where(views.mirrored[:, None, None, None], moved.flip(3), moved)
 
 

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from condense import networks, rng
 from condense.data import Standardise, Transform
 from condense.errors import CondenseError
-from condense.labels.arrays import _array
+from condense.labels.arrays import checked_array
 from condense.networks import Encoder
 
 HEADS = ("text", "mean")
@@ -46,9 +46,11 @@ def adapted(encoder: Encoder, pixels: Tensor) -> list[str]:
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
     found = {
         f"{path}.{name}".lstrip("."): weight
-        for path, layer in encoder.named_modules() if isinstance(layer, kinds)
-        for name, weight in layer.named_parameters(recurse=False) if weight.ndim > 1
-    }  # fmt: skip
+        for path, layer in encoder.named_modules()
+        if isinstance(layer, kinds)
+        for name, weight in layer.named_parameters(recurse=False)
+        if weight.ndim > 1
+    }
     copies = {name: weight.detach().clone().requires_grad_() for name, weight in found.items()}
     with torch.enable_grad():
         features = torch.func.functional_call(encoder, copies, (pixels,))
@@ -113,9 +115,8 @@ class Projector(networks.Network):
         own = dict(self.encoder.named_parameters())
         with torch.autocast(self.bias.device.type, enabled=False):
             return {
-                name: own[name] + (a @ b).view(own[name].shape)
-                for name, a, b in zip(self.names, self.low, self.high)
-            }  # fmt: skip
+                name: own[name] + (a @ b).view(own[name].shape) for name, a, b in zip(self.names, self.low, self.high)
+            }
 
     def columns(self) -> Tensor:
         """The head (D, classes)."""
@@ -151,8 +152,9 @@ class Projector(networks.Network):
         half |= {"head": self.head} if self.head is not None else dict(zip(("head_a", "head_b"), self.head_pair))
         return {
             **{name: x.detach().half().cpu().numpy() for name, x in half.items()},
-            "bias": self.bias.detach().cpu().numpy(), "scale": self.log_scale.detach().exp().cpu().numpy()[None],
-        }  # fmt: skip
+            "bias": self.bias.detach().cpu().numpy(),
+            "scale": self.log_scale.detach().exp().cpu().numpy()[None],
+        }
 
     @torch.no_grad()
     def load(self, arrays: Mapping[str, np.ndarray]) -> None:
@@ -168,12 +170,13 @@ class Projector(networks.Network):
             array = arrays.get(name)
             if array is None or array.dtype != np.float16 or array.shape != tuple(target.shape):
                 found = "missing" if array is None else f"{array.dtype} {array.shape}"
-                raise CondenseError(f"labels/{name}: does not fit the backbone ({found}, not float16 "
-                                    f"{tuple(target.shape)}); give the backbone that the labels were made with"
-                                    )  # fmt: skip
+                raise CondenseError(
+                    f"labels/{name}: does not fit the backbone ({found}, not float16 "
+                    f"{tuple(target.shape)}); give the backbone that the labels were made with"
+                )
             target.copy_(torch.from_numpy(array))
-        self.bias.copy_(torch.from_numpy(_array(arrays, "bias", np.float32, tuple(self.bias.shape))))
-        self.log_scale.fill_(math.log(_array(arrays, "scale", np.float32, (1,))[0]))
+        self.bias.copy_(torch.from_numpy(checked_array(arrays, "bias", np.float32, tuple(self.bias.shape))))
+        self.log_scale.fill_(math.log(checked_array(arrays, "scale", np.float32, (1,))[0]))
 
 
 class Merged(nn.Module):

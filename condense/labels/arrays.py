@@ -19,7 +19,7 @@ from condense.labels.teacher_logits import STATISTICS
 # Arrays from a file are data of a stranger: each is checked for type and shape before it is used.
 
 
-def _array(arrays: Mapping[str, np.ndarray], name: str, kind: Any, shape: tuple[int | None, ...]) -> np.ndarray:
+def checked_array(arrays: Mapping[str, np.ndarray], name: str, kind: Any, shape: tuple[int | None, ...]) -> np.ndarray:
     """The array ``name``, which must be of this type and shape (None: any size)."""
     array = arrays[name]
     fits = array.ndim == len(shape) and all(wanted in (None, size) for wanted, size in zip(shape, array.shape))
@@ -29,22 +29,22 @@ def _array(arrays: Mapping[str, np.ndarray], name: str, kind: Any, shape: tuple[
     return array
 
 
-def _count(arrays: Mapping[str, np.ndarray]) -> int:
+def read_image_count(arrays: Mapping[str, np.ndarray]) -> int:
     """How many images labels say that they are for."""
-    (count,) = _array(arrays, "images", np.int64, (1,)).tolist()
+    (count,) = checked_array(arrays, "images", np.int64, (1,)).tolist()
     if count < 0:
         raise CondenseError(f"labels/images must be at least 0, not {count}")
     return int(count)
 
 
-def _classes_from(arrays: Mapping[str, np.ndarray], classes: int) -> Tensor:
-    labels = _array(arrays, "hard", np.int64, (None,))
+def read_hard_labels(arrays: Mapping[str, np.ndarray], classes: int) -> Tensor:
+    labels = checked_array(arrays, "hard", np.int64, (None,))
     if len(labels) and (labels.min() < 0 or labels.max() >= classes):
         raise CondenseError(f"labels/hard has values outside 0..{classes - 1}")
     return torch.from_numpy(labels)
 
 
-def _rule_arrays(views: ViewRule, seed: int, statistics: str = "running", micro: int = 0) -> dict[str, np.ndarray]:
+def view_arrays(views: ViewRule, seed: int, statistics: str = "running", micro: int = 0) -> dict[str, np.ndarray]:
     """What the views follow from, and how the teacher was asked: its micro-batch, 0 with running statistics."""
     return {
         "draws": np.array([seed, rng.HASH_VERSION, micro if statistics == "batch" else 0], np.int64),
@@ -53,37 +53,43 @@ def _rule_arrays(views: ViewRule, seed: int, statistics: str = "running", micro:
     }
 
 
-def _rule_from(arrays: Mapping[str, np.ndarray]) -> tuple[ViewRule, int, str, int]:
-    """Views, seed, statistics and micro-batch of :func:`_rule_arrays`."""
-    seed, version, micro = _array(arrays, "draws", np.int64, (3,)).tolist()
+def read_views(arrays: Mapping[str, np.ndarray]) -> tuple[ViewRule, int, str, int]:
+    """Views, seed, statistics and micro-batch of :func:`view_arrays`."""
+    seed, version, micro = checked_array(arrays, "draws", np.int64, (3,)).tolist()
     if version != rng.HASH_VERSION:
         raise CondenseError(
             f"labels/draws: views of version {version} of the draws, this is {rng.HASH_VERSION}; "
             "use the condense-toolkit that the set was made with"
         )
-    low, high, alpha = _array(arrays, "views", np.float32, (3,)).tolist()
-    flip, pad, mix = _array(arrays, "choices", np.uint8, (3,)).tolist()
+    low, high, alpha = checked_array(arrays, "views", np.float32, (3,)).tolist()
+    flip, pad, mix = checked_array(arrays, "choices", np.uint8, (3,)).tolist()
     if flip > 1 or mix >= len(MIXES):
         raise CondenseError(f"labels/choices has values that no view has ({flip}, {pad}, {mix})")
     return ViewRule(low, high, bool(flip), pad, MIXES[mix], alpha), seed, STATISTICS[micro != 0], micro
 
 
-def _terms_from(arrays: Mapping[str, np.ndarray], classes: int) -> dict[str, Any]:
+def read_init_kwargs(arrays: Mapping[str, np.ndarray], classes: int) -> dict[str, Any]:
     """What :meth:`PerViewLabels.terms` gave."""
-    views, seed, statistics, micro = _rule_from(arrays)
-    temperature, gamma = _array(arrays, "loss", np.float32, (2,)).tolist()
-    squared, loss = _array(arrays, "flags", np.uint8, (2,)).tolist()
+    views, seed, statistics, micro = read_views(arrays)
+    temperature, gamma = checked_array(arrays, "loss", np.float32, (2,)).tolist()
+    squared, loss = checked_array(arrays, "flags", np.uint8, (2,)).tolist()
     if squared > 1 or loss >= len(LOSSES):
         raise CondenseError(f"labels/flags must be 0 or 1, not {squared} and {loss}")
     return {
-        "seed": seed, "views": views, "temperature": temperature, "squared": bool(squared),
-        "loss_kind": LOSSES[loss], "gamma": gamma, "statistics": statistics, "micro": micro,
-        "calibrate": _array(arrays, "calibrate", np.float32, (3,)).tolist() if "calibrate" in arrays else None,
-        "hard": _classes_from(arrays, classes) if "hard" in arrays else None,
-    }  # fmt: skip
+        "seed": seed,
+        "views": views,
+        "temperature": temperature,
+        "squared": bool(squared),
+        "loss_kind": LOSSES[loss],
+        "gamma": gamma,
+        "statistics": statistics,
+        "micro": micro,
+        "calibrate": checked_array(arrays, "calibrate", np.float32, (3,)).tolist() if "calibrate" in arrays else None,
+        "hard": read_hard_labels(arrays, classes) if "hard" in arrays else None,
+    }
 
 
-def _known_networks(text: bytes) -> tuple[list[str], networks.Shape]:
+def read_teacher_networks(text: bytes) -> tuple[list[str], networks.Shape]:
     """Names and image shape of the teachers in a file."""
     try:
         known = json.loads(text)
@@ -95,18 +101,18 @@ def _known_networks(text: bytes) -> tuple[list[str], networks.Shape]:
         raise CondenseError("labels/networks does not name the teachers; copy or make the set again") from fault
 
 
-def _numpy(tensor: Tensor) -> np.ndarray:
+def to_numpy(tensor: Tensor) -> np.ndarray:
     return tensor.detach().cpu().numpy()
 
 
-def _finite(arrays: Mapping[str, np.ndarray], name: str, kind: Any, shape: tuple[int | None, ...]) -> Tensor:
+def read_finite(arrays: Mapping[str, np.ndarray], name: str, kind: Any, shape: tuple[int | None, ...]) -> Tensor:
     """A stranger's array of numbers."""
-    found = torch.from_numpy(_array(arrays, name, kind, shape))
+    found = torch.from_numpy(checked_array(arrays, name, kind, shape))
     if not bool(found.isfinite().all()):
         raise CondenseError(f"labels/{name} has values that are not finite; copy or make the set again")
     return found
 
 
-def _small(classes: int) -> Any:
+def class_dtype(classes: int) -> Any:
     """The smallest type that numbers so many classes."""
     return np.uint8 if classes <= 1 << 8 else np.uint16 if classes <= 1 << 16 else np.int64

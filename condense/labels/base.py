@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from condense.augment import MixedViews, single
 from condense.errors import CondenseError, did_you_mean
-from condense.labels.teacher_logits import _drawn
+from condense.labels.teacher_logits import draw_epoch_views
 from condense.registry import Registry
 
 LOSSES = ("kl", "mse")
@@ -81,7 +81,7 @@ class Labels(Protocol):
         """What decides such labels besides the teacher."""
 
 
-def _kl(logits: Tensor, targets: Tensor, temperature: float | Tensor, squared: bool) -> Tensor:
+def kl_loss(logits: Tensor, targets: Tensor, temperature: float | Tensor, squared: bool) -> Tensor:
     """KL divergence of targets (B, C) to softmax(logits / T): the mean over rows of targets that are not all 0."""
     rows = targets.flatten(1).any(1).sum().clamp(min=1)
     loss = F.kl_div(F.log_softmax(logits / temperature, -1), targets, reduction="sum") / rows
@@ -100,7 +100,7 @@ def check_loss(loss_kind: str, gamma: float, hard: Tensor | None) -> None:
         raise CondenseError("gamma: needs the class of each image; give hard")
 
 
-def _squares(logits: Tensor, targets: Tensor, gamma: float) -> Tensor:
+def logit_mse_loss(logits: Tensor, targets: Tensor, gamma: float) -> Tensor:
     """Mean squared difference to logits (B, C); where gamma is not 0 targets are (B, 2, C), logits and classes, and
     gamma times the cross-entropy with these is added."""
     if not gamma:
@@ -108,34 +108,34 @@ def _squares(logits: Tensor, targets: Tensor, gamma: float) -> Tensor:
     return F.mse_loss(logits, targets[:, 0]) + gamma * F.cross_entropy(logits, targets[:, 1])
 
 
-def _temperature(value: float) -> float:
+def checked_temperature(value: float) -> float:
     temperature = single(value)
     if not 0 < temperature < math.inf:
         raise CondenseError(f"temperature={value:g}: must be above 0 and finite")
     return temperature
 
 
-def _asked(labels: Any) -> str:
+def statistics_text(labels: Any) -> str:
     return f"statistics={labels.statistics}, micro={labels.micro}"
 
 
-def _of_views(labels: Labels) -> CondenseError:
+def per_view_error(labels: Labels) -> CondenseError:
     return CondenseError(
         f"{labels.kind} labels belong to augmented views, not to images: iterate "
         "`for images, targets in set.batches(epoch, batch_size)` and use `set.loss(logits, targets)`"
     )
 
 
-def _check_count(images: Tensor, labels: Labels) -> None:
+def check_image_count(images: Tensor, labels: Labels) -> None:
     if len(images) != len(labels):
         raise CondenseError(f"{len(images)} images but {len(labels)} {labels.kind} labels; give those of their set")
 
 
-def _views(labels: Any, images: Tensor, ids: Tensor, epoch: int) -> tuple[Tensor, Tensor, MixedViews]:
+def epoch_views(labels: Any, images: Tensor, ids: Tensor, epoch: int) -> tuple[Tensor, Tensor, MixedViews]:
     """The views of images ``ids``, the ids on the device of the images, and all that was drawn for the epoch."""
-    _check_count(images, labels)
+    check_image_count(images, labels)
     size = (images.shape[2], images.shape[3])
-    drawn = _drawn(labels.views, labels.seed, epoch, len(images), size, images.device)
+    drawn = draw_epoch_views(labels.views, labels.seed, epoch, len(images), size, images.device)
     ids = ids.to(images.device)
     return labels.views.apply(images, ids, drawn), ids, drawn
 
@@ -148,15 +148,16 @@ def mixed(values: Tensor, ids: Tensor, drawn: MixedViews) -> Tensor:
     return share * values[ids] + (1 - share) * values[drawn.partner[ids]]
 
 
-def _check_classes(hard: Tensor, count: int, classes: int) -> None:
+def check_hard_labels(hard: Tensor, count: int, classes: int) -> None:
     if hard.dtype != torch.int64 or hard.shape != (count,):
-        raise CondenseError(f"hard: must be int64 ({count},), the class of each image, not {hard.dtype} "
-                            f"{tuple(hard.shape)}")  # fmt: skip
+        raise CondenseError(
+            f"hard: must be int64 ({count},), the class of each image, not {hard.dtype} {tuple(hard.shape)}"
+        )
     if count and not 0 <= int(hard.min()) <= int(hard.max()) < classes:
         raise CondenseError(f"hard: classes {int(hard.min())} to {int(hard.max())} are outside 0..{classes - 1}")
 
 
-def _moved(labels: Any, device: torch.device, *names: str) -> Any:
+def copy_to(labels: Any, device: torch.device, *names: str) -> Any:
     """A copy whose tensors ``names`` are on ``device``."""
     moved = copy.copy(labels)
     for name in names:
@@ -165,7 +166,7 @@ def _moved(labels: Any, device: torch.device, *names: str) -> Any:
     return moved
 
 
-def _nbytes(arrays: Mapping[str, np.ndarray]) -> int:
+def total_nbytes(arrays: Mapping[str, np.ndarray]) -> int:
     return sum(array.nbytes for array in arrays.values())
 
 

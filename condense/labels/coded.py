@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from condense.errors import CondenseError
-from condense.labels.arrays import _array, _small, _terms_from
-from condense.labels.base import PROVIDERS, _moved, _nbytes
-from condense.labels.codes import CODES, Code, Fidelity, LowRank, TopK, _on, fidelity
+from condense.labels.arrays import checked_array, class_dtype, read_init_kwargs
+from condense.labels.base import PROVIDERS, copy_to, total_nbytes
+from condense.labels.codes import CODES, Code, Fidelity, LowRank, TopK, code_to, fidelity
 from condense.labels.per_view import PerViewLabels
-from condense.labels.teacher_logits import _classes, view_answers
+from condense.labels.teacher_logits import given_or_predicted_classes, view_answers
 
 # Labels that read from a code -----------------------------------------------------------------------------------------
 
@@ -54,54 +54,60 @@ class CodedLabels(PerViewLabels):
     def arrays(self) -> dict[str, np.ndarray]:
         arrays = {**self.code.arrays(), "error": self.error.array(), **self._settled()}
         if self.hard is not None:
-            arrays["hard"] = arrays["hard"].astype(_small(self.shape[2]))
+            arrays["hard"] = arrays["hard"].astype(class_dtype(self.shape[2]))
         return arrays
 
     def nbytes(self) -> int:
         """Those of the code, some that the views and the loss follow from, and 1 or 2 N where classes are needed."""
-        return _nbytes(self.arrays())
+        return total_nbytes(self.arrays())
 
     def to(self, device: torch.device) -> CodedLabels:
-        moved = _moved(self, device, "hard")
-        moved.code = _on(self.code, device)
+        moved = copy_to(self, device, "hard")
+        moved.code = code_to(self.code, device)
         return moved
 
     def anew(self, images: Tensor, teacher: nn.Module, seed: int, hard: Tensor | None = None) -> PerViewLabels:
         """All epochs are asked for, whatever is kept of them."""
         logits = view_answers(
-            teacher, images, self.epochs, self.views, seed,
-            classes=self.shape[2], statistics=self.statistics, micro=self.micro or 8,
-        )  # fmt: skip
-        hard = None if self.hard is None else _classes(images, teacher, hard)
+            teacher,
+            images,
+            self.epochs,
+            self.views,
+            seed,
+            classes=self.shape[2],
+            statistics=self.statistics,
+            micro=self.micro or 8,
+        )
+        hard = None if self.hard is None else given_or_predicted_classes(images, teacher, hard)
         terms = {**self.terms(), "seed": seed, "hard": hard}
         return self.like(PerViewLabels(logits.to(images.device), **terms))
 
     def like(self, labels: PerViewLabels) -> CodedLabels:
         """Other labels in the same code."""
-        return _coded(type(self), labels, self.code.like(labels.logits))
+        return make_coded_labels(type(self), labels, self.code.like(labels.logits))
 
     def rule(self) -> str:
         return f"{super().rule()}, {self.code}"
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray], classes: int) -> CodedLabels:
-        return cls(CODES[cls.kind].from_arrays(arrays, classes), **_known(arrays, classes))
+        return cls(CODES[cls.kind].from_arrays(arrays, classes), **read_coded_kwargs(arrays, classes))
 
 
-def _coded(kind: Any, labels: PerViewLabels, code: Code, **more: Any) -> Any:
+def make_coded_labels(kind: Any, labels: PerViewLabels, code: Code, **more: Any) -> Any:
     """Labels of ``kind`` in ``code``, which was made of ``labels``, with the error that they have."""
     temperature = labels.temperature if labels.loss_kind == "kl" else 1.0
     return kind(code, fidelity(code, labels.logits, temperature), **more, **labels.terms())
 
 
-def _known(arrays: Mapping[str, np.ndarray], classes: int) -> dict[str, Any]:
+def read_coded_kwargs(arrays: Mapping[str, np.ndarray], classes: int) -> dict[str, Any]:
     """The stated error and the terms of a stranger's coded labels."""
-    error = _array(arrays, "error", np.float32, (3,))
+    error = checked_array(arrays, "error", np.float32, (3,))
     if not (np.isfinite(error).all() and (error >= 0).all()):
         raise CondenseError(f"labels/error must be finite and at least 0, not {error.tolist()}")
     if "hard" in arrays:
-        arrays = {**arrays, "hard": _array(arrays, "hard", _small(classes), (None,)).astype(np.int64)}
-    return {"error": Fidelity(*error.tolist()), **_terms_from(arrays, classes)}
+        arrays = {**arrays, "hard": checked_array(arrays, "hard", class_dtype(classes), (None,)).astype(np.int64)}
+    return {"error": Fidelity(*error.tolist()), **read_init_kwargs(arrays, classes)}
 
 
 class LowRankLabels(CodedLabels):
@@ -112,7 +118,7 @@ class LowRankLabels(CodedLabels):
     @classmethod
     def of(cls, labels: PerViewLabels, rank: int = 64) -> LowRankLabels:
         """``labels`` on ``rank`` axes. The means of views are kept where the loss is of the logits (``mse``)."""
-        return _coded(cls, labels, LowRank.encode(labels.logits, rank, labels.loss_kind == "mse"))
+        return make_coded_labels(cls, labels, LowRank.encode(labels.logits, rank, labels.loss_kind == "mse"))
 
 
 class TopKLabels(CodedLabels):
@@ -123,7 +129,7 @@ class TopKLabels(CodedLabels):
     @classmethod
     def of(cls, labels: PerViewLabels, k: int = 10, fill: str = "mrs") -> TopKLabels:
         """The ``k`` largest logits of ``labels``, and what stands for the others."""
-        return _coded(cls, labels, TopK.encode(labels.logits, k, fill))
+        return make_coded_labels(cls, labels, TopK.encode(labels.logits, k, fill))
 
 
 PROVIDERS.add("lowrank", LowRankLabels)

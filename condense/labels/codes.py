@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from condense.errors import CondenseError, did_you_mean
-from condense.labels.arrays import _array, _finite, _numpy, _small
+from condense.labels.arrays import checked_array, class_dtype, read_finite, to_numpy
 
 FILLS = ("mrs", "mr")
 
@@ -77,7 +77,7 @@ class Code(Protocol):
         """What is written; ``from_arrays`` reads it."""
 
 
-def _on(code: Any, device: torch.device) -> Any:
+def code_to(code: Any, device: torch.device) -> Any:
     """The same code on ``device``."""
     moved = {field.name: getattr(code, field.name) for field in dataclasses.fields(code)}
     return type(code)(**{name: x.to(device) if isinstance(x, Tensor) else x for name, x in moved.items()})
@@ -110,11 +110,11 @@ class Half:
         return Half.encode(logits)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        return {"values": _numpy(self.values)}
+        return {"values": to_numpy(self.values)}
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray], classes: int) -> Half:
-        return cls(_finite(arrays, "values", np.float16, (None, None, classes)))
+        return cls(read_finite(arrays, "values", np.float16, (None, None, classes)))
 
     def __str__(self) -> str:
         return "half"
@@ -161,12 +161,12 @@ class Bytes:
         return Bytes.encode(logits)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        return {"codes": _numpy(self.codes), "least": _numpy(self.least), "step": _numpy(self.step)}
+        return {"codes": to_numpy(self.codes), "least": to_numpy(self.least), "step": to_numpy(self.step)}
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray], classes: int) -> Bytes:
-        codes = _array(arrays, "codes", np.uint8, (None, None, classes))
-        least, step = (_finite(arrays, name, np.float16, codes.shape[:2]) for name in ("least", "step"))
+        codes = checked_array(arrays, "codes", np.uint8, (None, None, classes))
+        least, step = (read_finite(arrays, name, np.float16, codes.shape[:2]) for name in ("least", "step"))
         return cls(torch.from_numpy(codes), least, step)
 
     def __str__(self) -> str:
@@ -204,7 +204,7 @@ class LowRank:
             CondenseError: the rank is not in 1..C.
         """
         classes = logits.shape[2]
-        _check_size("rank", rank, classes)
+        check_code_size("rank", rank, classes)
         with torch.autocast(logits.device.type, enabled=False):
             total = torch.zeros(classes, dtype=torch.float64, device=logits.device)
             square = torch.zeros(classes, classes, dtype=torch.float64, device=logits.device)
@@ -239,15 +239,15 @@ class LowRank:
 
     def arrays(self) -> dict[str, np.ndarray]:
         names = ("codes", "scale", "basis", "centre", "means")
-        return {name: _numpy(getattr(self, name)) for name in names if getattr(self, name) is not None}
+        return {name: to_numpy(getattr(self, name)) for name in names if getattr(self, name) is not None}
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray], classes: int) -> LowRank:
-        basis = _finite(arrays, "basis", np.float16, (None, classes))
-        codes = _array(arrays, "codes", np.int8, (None, None, len(basis)))
-        means = _finite(arrays, "means", np.float16, codes.shape[:2]) if "means" in arrays else None
-        scale = _finite(arrays, "scale", np.float32, (len(basis),))
-        return cls(torch.from_numpy(codes), scale, basis, _finite(arrays, "centre", np.float16, (classes,)), means)
+        basis = read_finite(arrays, "basis", np.float16, (None, classes))
+        codes = checked_array(arrays, "codes", np.int8, (None, None, len(basis)))
+        means = read_finite(arrays, "means", np.float16, codes.shape[:2]) if "means" in arrays else None
+        scale = read_finite(arrays, "scale", np.float32, (len(basis),))
+        return cls(torch.from_numpy(codes), scale, basis, read_finite(arrays, "centre", np.float16, (classes,)), means)
 
     def __str__(self) -> str:
         return f"lowrank, rank={len(self.basis)}, means={self.means is not None}"
@@ -279,7 +279,7 @@ class TopK:
             CondenseError: k is not in 1..C, an unknown fill, or there are more than 65,536 classes.
         """
         classes = logits.shape[2]
-        _check_size("k", k, classes)
+        check_code_size("k", k, classes)
         if fill not in FILLS:
             raise CondenseError(f"fill={fill}: unknown{did_you_mean(fill, FILLS)}")
         if classes > 1 << 16:
@@ -306,20 +306,20 @@ class TopK:
         return TopK.encode(logits, self.values.shape[2], FILLS[self.least is None])
 
     def arrays(self) -> dict[str, np.ndarray]:
-        numbers = _numpy(self.numbers)
+        numbers = to_numpy(self.numbers)
         arrays = {
-            "values": _numpy(self.values),
+            "values": to_numpy(self.values),
             "numbers": numbers if numbers.dtype == np.uint8 else numbers.view(np.uint16),
         }
-        return arrays if self.least is None else {**arrays, "least": _numpy(self.least)}
+        return arrays if self.least is None else {**arrays, "least": to_numpy(self.least)}
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray], classes: int) -> TopK:
-        values = _finite(arrays, "values", np.float16, (None, None, None))
-        numbers = _array(arrays, "numbers", _small(classes), tuple(values.shape))
+        values = read_finite(arrays, "values", np.float16, (None, None, None))
+        numbers = checked_array(arrays, "numbers", class_dtype(classes), tuple(values.shape))
         if numbers.size and int(numbers.max()) >= classes:
             raise CondenseError(f"labels/numbers has values outside 0..{classes - 1}")
-        least = _finite(arrays, "least", np.float16, tuple(values.shape[:2])) if "least" in arrays else None
+        least = read_finite(arrays, "least", np.float16, tuple(values.shape[:2])) if "least" in arrays else None
         held = torch.from_numpy(numbers if numbers.dtype == np.uint8 else numbers.view(np.int16))
         return cls(values, held, least, classes)
 
@@ -330,7 +330,7 @@ class TopK:
 CODES: dict[str, Any] = {code.name: code for code in (Half, Bytes, LowRank, TopK)}
 
 
-def _check_size(word: str, value: int, classes: int) -> None:
+def check_code_size(word: str, value: int, classes: int) -> None:
     if not 1 <= value <= classes:
         raise CondenseError(f"{word}={value}: must be 1 to {classes}, the number of classes")
 

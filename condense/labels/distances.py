@@ -12,9 +12,17 @@ from torch import Tensor, nn
 
 from condense.augment import ViewRule, single
 from condense.errors import CondenseError
-from condense.labels.arrays import _array, _classes_from, _rule_arrays, _rule_from
-from condense.labels.base import PROVIDERS, _asked, _check_classes, _moved, _nbytes, _of_views, _views
-from condense.labels.teacher_logits import _check_statistics, _classes, view_distances
+from condense.labels.arrays import checked_array, read_hard_labels, read_views, view_arrays
+from condense.labels.base import (
+    PROVIDERS,
+    check_hard_labels,
+    copy_to,
+    epoch_views,
+    per_view_error,
+    statistics_text,
+    total_nbytes,
+)
+from condense.labels.teacher_logits import check_statistics, given_or_predicted_classes, view_distances
 
 
 class DistanceLabels:
@@ -60,7 +68,7 @@ class DistanceLabels:
     ) -> None:
         self.distances, self.hard, self.classes = distances.half(), hard.long(), classes
         self.seed, self.weight, self.views = seed, single(weight), views or ViewRule(mix="cutmix")
-        self.statistics, self.micro = _check_statistics(statistics, micro)
+        self.statistics, self.micro = check_statistics(statistics, micro)
         if distances.ndim != 3 or not len(distances) or distances.shape[2] != 2:
             raise CondenseError(f"distances must be (epochs, images, 2), not {tuple(distances.shape)}")
         if not all(bool(epoch.isfinite().all()) for epoch in self.distances):
@@ -69,7 +77,7 @@ class DistanceLabels:
             raise CondenseError("mix=none: distances are to the classes of two images; take mix=cutmix or mixup")
         if not 0 <= self.weight < math.inf:
             raise CondenseError(f"weight={weight:g}: must be at least 0 and finite")
-        _check_classes(self.hard, distances.shape[1], classes)
+        check_hard_labels(self.hard, distances.shape[1], classes)
 
     def __len__(self) -> int:
         return self.distances.shape[1]
@@ -80,11 +88,11 @@ class DistanceLabels:
         return len(self.distances)
 
     def targets(self, ids: Tensor) -> Tensor:
-        raise _of_views(self)
+        raise per_view_error(self)
 
     def shown(self, images: Tensor, ids: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
         epoch %= self.epochs
-        views, ids, drawn = _views(self, images, ids, epoch)
+        views, ids, drawn = epoch_views(self, images, ids, epoch)
         assert drawn.partner is not None and drawn.share is not None
         hard = self.hard.to(images.device)
         two = torch.stack([hard[ids], hard[drawn.partner[ids]]], 1).float()
@@ -102,40 +110,60 @@ class DistanceLabels:
             "distances": self.distances.detach().cpu().numpy(),
             "hard": self.hard.cpu().numpy(),
             "loss": np.array([self.weight], np.float32),
-            **_rule_arrays(self.views, self.seed, self.statistics, self.micro),
+            **view_arrays(self.views, self.seed, self.statistics, self.micro),
         }
 
     def nbytes(self) -> int:
         """4 E N, 8 N for the classes, and some bytes that the views and the loss follow from."""
-        return _nbytes(self.arrays())
+        return total_nbytes(self.arrays())
 
     def external_nbytes(self) -> int:
         return 0
 
     def to(self, device: torch.device) -> DistanceLabels:
-        return _moved(self, device, "distances", "hard")
+        return copy_to(self, device, "distances", "hard")
 
     def anew(self, images: Tensor, teacher: nn.Module, seed: int, hard: Tensor | None = None) -> DistanceLabels:
-        hard = _classes(images, teacher, hard)
+        hard = given_or_predicted_classes(images, teacher, hard)
         distances = view_distances(
-            teacher, images, hard, self.epochs, self.views, seed,
-            classes=self.classes, statistics=self.statistics, micro=self.micro,
-        )  # fmt: skip
+            teacher,
+            images,
+            hard,
+            self.epochs,
+            self.views,
+            seed,
+            classes=self.classes,
+            statistics=self.statistics,
+            micro=self.micro,
+        )
         return DistanceLabels(
-            distances.to(images.device), hard, self.classes, seed, self.views, self.weight,
-            statistics=self.statistics, micro=self.micro,
-        )  # fmt: skip
+            distances.to(images.device),
+            hard,
+            self.classes,
+            seed,
+            self.views,
+            self.weight,
+            statistics=self.statistics,
+            micro=self.micro,
+        )
 
     def rule(self) -> str:
-        return f"{self.epochs} epochs of {self.views}, {_asked(self)}, weight={self.weight}"
+        return f"{self.epochs} epochs of {self.views}, {statistics_text(self)}, weight={self.weight}"
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray], classes: int) -> DistanceLabels:
-        views, seed, statistics, micro = _rule_from(arrays)
-        distances = torch.from_numpy(_array(arrays, "distances", np.float16, (None, None, 2)))
-        (weight,) = _array(arrays, "loss", np.float32, (1,)).tolist()
+        views, seed, statistics, micro = read_views(arrays)
+        distances = torch.from_numpy(checked_array(arrays, "distances", np.float16, (None, None, 2)))
+        (weight,) = checked_array(arrays, "loss", np.float32, (1,)).tolist()
         return cls(
-            distances, _classes_from(arrays, classes), classes, seed, views, weight, statistics=statistics, micro=micro
+            distances,
+            read_hard_labels(arrays, classes),
+            classes,
+            seed,
+            views,
+            weight,
+            statistics=statistics,
+            micro=micro,
         )
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from condense.augment import single
 from condense.errors import CondenseError
-from condense.labels.arrays import _array, _classes_from
-from condense.labels.base import PROVIDERS, _check_count
+from condense.labels.arrays import checked_array, read_hard_labels
+from condense.labels.base import PROVIDERS, check_image_count
 from condense.labels.teacher_logits import answers
 
 # Labels of images -----------------------------------------------------------------------------------------------------
@@ -48,7 +48,7 @@ class HardLabels:
         return self.labels[ids]
 
     def shown(self, images: Tensor, ids: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
-        _check_count(images, self)
+        check_image_count(images, self)
         return images[ids], self.targets(ids)
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -78,8 +78,8 @@ class HardLabels:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray], classes: int) -> HardLabels:
-        smoothing = _array(arrays, "smoothing", np.float32, (1,)) if "smoothing" in arrays else [0.0]
-        return cls(_classes_from(arrays, classes), classes, float(smoothing[0]))
+        smoothing = checked_array(arrays, "smoothing", np.float32, (1,)) if "smoothing" in arrays else [0.0]
+        return cls(read_hard_labels(arrays, classes), classes, float(smoothing[0]))
 
 
 class SoftLabels:
@@ -101,7 +101,7 @@ class SoftLabels:
         return self.logits[ids].softmax(-1)
 
     def shown(self, images: Tensor, ids: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
-        _check_count(images, self)
+        check_image_count(images, self)
         return images[ids], self.targets(ids)
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -127,7 +127,7 @@ class SoftLabels:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray], classes: int) -> SoftLabels:
-        return cls(torch.from_numpy(_array(arrays, "logits", np.float32, (None, classes))))
+        return cls(torch.from_numpy(checked_array(arrays, "logits", np.float32, (None, classes))))
 
 
 PROVIDERS.add("hard", HardLabels)

@@ -12,23 +12,23 @@ from torch import Tensor, nn
 
 from condense.augment import CropViews, MixedViews, ViewRule, single
 from condense.errors import CondenseError
-from condense.labels.arrays import _array, _rule_arrays, _terms_from
+from condense.labels.arrays import checked_array, read_init_kwargs, view_arrays
 from condense.labels.base import (
     LOSSES,
     PROVIDERS,
-    _asked,
-    _check_classes,
-    _kl,
-    _moved,
-    _nbytes,
-    _of_views,
-    _squares,
-    _temperature,
-    _views,
+    check_hard_labels,
     check_loss,
+    checked_temperature,
+    copy_to,
+    epoch_views,
+    kl_loss,
+    logit_mse_loss,
     mixed,
+    per_view_error,
+    statistics_text,
+    total_nbytes,
 )
-from condense.labels.teacher_logits import _check_statistics, _classes, view_answers
+from condense.labels.teacher_logits import check_statistics, given_or_predicted_classes, view_answers
 
 SMOOTHING = 0.1
 """Of the ground truth that takes the place of a doubtful label, see :class:`PerViewLabels`."""
@@ -96,9 +96,18 @@ class PerViewLabels:
             raise CondenseError("per-view logits are not finite as float16; was the teacher trained?")
         epochs, images, classes = logits.shape
         self._settle(
-            (epochs, images, classes), seed, views, temperature, squared, loss_kind, gamma, calibrate, hard,
-            statistics, micro,
-        )  # fmt: skip
+            (epochs, images, classes),
+            seed,
+            views,
+            temperature,
+            squared,
+            loss_kind,
+            gamma,
+            calibrate,
+            hard,
+            statistics,
+            micro,
+        )
 
     def _settle(
         self,
@@ -116,10 +125,10 @@ class PerViewLabels:
     ) -> None:
         """All but the logits themselves, which are kept as (E, N, C) = ``shape`` in one way or another."""
         self.shape, self.seed, self.views = shape, seed, ViewRule.of(views)
-        self.temperature, self.squared = _temperature(temperature), squared
+        self.temperature, self.squared = checked_temperature(temperature), squared
         self.loss_kind, self.gamma, self.hard = loss_kind, single(gamma), hard
         self.calibrate = None if calibrate is None else tuple(single(x) for x in calibrate)
-        self.statistics, self.micro = _check_statistics(statistics, micro)
+        self.statistics, self.micro = check_statistics(statistics, micro)
         check_loss(loss_kind, self.gamma, hard)
         if self.calibrate is not None:
             if loss_kind != "kl":
@@ -127,7 +136,7 @@ class PerViewLabels:
             if len(self.calibrate) != 3 or not 0 <= self.calibrate[0] <= self.calibrate[1] <= self.calibrate[2] <= 1:
                 raise CondenseError(f"calibrate={self.calibrate}: must be low <= mid <= top between 0 and 1")
         if hard is not None:
-            _check_classes(hard, shape[1], shape[2])
+            check_hard_labels(hard, shape[1], shape[2])
         elif self.calibrate is not None:
             raise CondenseError("calibrate: needs the class of each image; give hard")
 
@@ -142,13 +151,20 @@ class PerViewLabels:
     def terms(self) -> dict[str, Any]:
         """Everything that the labels follow from besides the logits, as keywords of this class."""
         return {
-            "seed": self.seed, "views": self.views, "temperature": self.temperature, "squared": self.squared,
-            "loss_kind": self.loss_kind, "gamma": self.gamma, "calibrate": self.calibrate, "hard": self.hard,
-            "statistics": self.statistics, "micro": self.micro or 8,
-        }  # fmt: skip
+            "seed": self.seed,
+            "views": self.views,
+            "temperature": self.temperature,
+            "squared": self.squared,
+            "loss_kind": self.loss_kind,
+            "gamma": self.gamma,
+            "calibrate": self.calibrate,
+            "hard": self.hard,
+            "statistics": self.statistics,
+            "micro": self.micro or 8,
+        }
 
     def targets(self, ids: Tensor) -> Tensor:
-        raise _of_views(self)
+        raise per_view_error(self)
 
     def shown(self, images: Tensor, ids: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
         views, ids, drawn, logits = self._found(images, ids, epoch)
@@ -170,7 +186,7 @@ class PerViewLabels:
     def _found(self, images: Tensor, ids: Tensor, epoch: int) -> tuple[Tensor, Tensor, MixedViews, Tensor]:
         """Views of the images, the ids on their device, what was drawn for the epoch, and float32 logits (B, C)."""
         epoch %= self.epochs
-        views, ids, drawn = _views(self, images, ids, epoch)
+        views, ids, drawn = epoch_views(self, images, ids, epoch)
         return views, ids, drawn, self._read(torch.full_like(ids, epoch), ids).to(images.device)
 
     def _read(self, epochs: Tensor, ids: Tensor) -> Tensor:
@@ -186,18 +202,18 @@ class PerViewLabels:
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         if self.loss_kind == "kl":
-            return _kl(logits, targets, self.temperature, self.squared)
-        return _squares(logits, targets, self.gamma)
+            return kl_loss(logits, targets, self.temperature, self.squared)
+        return logit_mse_loss(logits, targets, self.gamma)
 
     def arrays(self) -> dict[str, np.ndarray]:
         return {"logits": self.logits.detach().cpu().numpy(), **self._settled()}
 
     def _settled(self) -> dict[str, np.ndarray]:
-        """The arrays of :meth:`terms`; :func:`_terms_from` reads them."""
+        """The arrays of :meth:`terms`; :func:`read_init_kwargs` reads them."""
         arrays: dict[str, np.ndarray] = {
             "loss": np.array([self.temperature, self.gamma], np.float32),
             "flags": np.array([self.squared, LOSSES.index(self.loss_kind)], np.uint8),
-            **_rule_arrays(self.views, self.seed, self.statistics, self.micro),
+            **view_arrays(self.views, self.seed, self.statistics, self.micro),
         }
         if self.calibrate is not None:
             arrays["calibrate"] = np.array(self.calibrate, np.float32)
@@ -207,30 +223,36 @@ class PerViewLabels:
 
     def nbytes(self) -> int:
         """2 E N C, some bytes that the views and the loss follow from, and 8 N where the classes are needed."""
-        return _nbytes(self.arrays())
+        return total_nbytes(self.arrays())
 
     def external_nbytes(self) -> int:
         return 0
 
     def to(self, device: torch.device) -> PerViewLabels:
-        return _moved(self, device, "logits", "hard")
+        return copy_to(self, device, "logits", "hard")
 
     def anew(self, images: Tensor, teacher: nn.Module, seed: int, hard: Tensor | None = None) -> PerViewLabels:
         logits = view_answers(
-            teacher, images, self.epochs, self.views, seed,
-            classes=self.shape[2], statistics=self.statistics, micro=self.micro,
-        )  # fmt: skip
-        hard = None if self.hard is None else _classes(images, teacher, hard)
+            teacher,
+            images,
+            self.epochs,
+            self.views,
+            seed,
+            classes=self.shape[2],
+            statistics=self.statistics,
+            micro=self.micro,
+        )
+        hard = None if self.hard is None else given_or_predicted_classes(images, teacher, hard)
         return PerViewLabels(logits.to(images.device), **{**self.terms(), "seed": seed, "hard": hard})
 
     def rule(self) -> str:
         loss = f"{self.loss_kind}, T={self.temperature}, squared={self.squared}, gamma={self.gamma}"
-        return f"{self.epochs} epochs of {self.views}, {_asked(self)}, {loss}, calibrate={self.calibrate}"
+        return f"{self.epochs} epochs of {self.views}, {statistics_text(self)}, {loss}, calibrate={self.calibrate}"
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray], classes: int) -> PerViewLabels:
-        logits = torch.from_numpy(_array(arrays, "logits", np.float16, (None, None, classes)))
-        return cls(logits, **_terms_from(arrays, classes))
+        logits = torch.from_numpy(checked_array(arrays, "logits", np.float16, (None, None, classes)))
+        return cls(logits, **read_init_kwargs(arrays, classes))
 
 
 PROVIDERS.add("per-view", PerViewLabels)

@@ -16,9 +16,9 @@ from condense import rng
 from condense.augment import MixedViews, ViewRule, Views, single
 from condense.config import one_of, require
 from condense.errors import CondenseError
-from condense.labels.arrays import _array
-from condense.labels.base import PROVIDERS, _kl
-from condense.labels.coded import CodedLabels, _coded, _known
+from condense.labels.arrays import checked_array
+from condense.labels.base import PROVIDERS, kl_loss
+from condense.labels.coded import CodedLabels, make_coded_labels, read_coded_kwargs
 from condense.labels.codes import (
     CODES,
     FILLS,
@@ -29,11 +29,11 @@ from condense.labels.codes import (
     Half,
     LowRank,
     TopK,
-    _check_size,
+    check_code_size,
     usual,
 )
 from condense.labels.per_view import PerViewLabels
-from condense.labels.teacher_logits import _classes, epoch_answers
+from condense.labels.teacher_logits import epoch_answers, given_or_predicted_classes
 from condense.tracking import Progress
 
 MOST_RECORDS = 1 << 27
@@ -83,8 +83,9 @@ class PoolLabels(CodedLabels):
         if self.cooling is not None:
             factor, every, least = self.cooling
             if not (0 < factor <= 1 and 1 <= every < math.inf and 0 < least < math.inf):
-                raise CondenseError(f"cooling={self.cooling}: must be a factor up to 1, epochs from 1 on, and a "
-                                    "temperature above 0")  # fmt: skip
+                raise CondenseError(
+                    f"cooling={self.cooling}: must be a factor up to 1, epochs from 1 on, and a temperature above 0"
+                )
             if self.loss_kind != "kl":
                 raise CondenseError("cooling: needs distributions at a temperature; take loss_kind=kl")
         self.kept = pooled_epochs(self.seed, self.shape[2], of, self.shape[0])
@@ -142,7 +143,7 @@ class PoolLabels(CodedLabels):
         """Labels of the records (K, N, C) of ``of`` epochs, as :func:`pool_answers` gives them; ``terms`` are those of
         ``PerViewLabels``."""
         part = PerViewLabels(records, **terms)
-        made: PoolLabels = _coded(cls, part, encode(part.logits), of=of, cooling=cooling)
+        made: PoolLabels = make_coded_labels(cls, part, encode(part.logits), of=of, cooling=cooling)
         return made
 
     def temperature_at(self, epoch: int) -> float:
@@ -160,7 +161,7 @@ class PoolLabels(CodedLabels):
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         if self.cooling is None:
             return super().loss(logits, targets)
-        return _kl(logits, targets[:, :-1], targets[0, -1], self.squared)  # a batch is of one epoch
+        return kl_loss(logits, targets[:, :-1], targets[0, -1], self.squared)  # a batch is of one epoch
 
     def slots(self, epoch: int) -> Tensor:
         """Which of its records each class shows in a student's ``epoch``, int64 (C,)."""
@@ -191,12 +192,20 @@ class PoolLabels(CodedLabels):
 
     def anew(self, images: Tensor, teacher: nn.Module, seed: int, hard: Tensor | None = None) -> PoolLabels:
         """Only what is kept is asked for."""
-        hard = _classes(images, teacher, hard)
+        hard = given_or_predicted_classes(images, teacher, hard)
         terms = {**self.terms(), "seed": seed, "hard": hard}
         records = pool_answers(
-            teacher, images, hard, self.of, self.views, seed, self.shape[0],
-            classes=self.shape[2], statistics=self.statistics, micro=self.micro or 8,
-        )  # fmt: skip
+            teacher,
+            images,
+            hard,
+            self.of,
+            self.views,
+            seed,
+            self.shape[0],
+            classes=self.shape[2],
+            statistics=self.statistics,
+            micro=self.micro or 8,
+        )
         return PoolLabels.recorded(records.to(images.device), self.of, self.code.like, self.cooling, **terms)
 
     def like(self, labels: PerViewLabels) -> CodedLabels:
@@ -208,12 +217,14 @@ class PoolLabels(CodedLabels):
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray], classes: int) -> PoolLabels:
-        name = _array(arrays, "code", np.uint8, (None,)).tobytes().decode(errors="replace")
+        name = checked_array(arrays, "code", np.uint8, (None,)).tobytes().decode(errors="replace")
         if name not in CODES:
             raise CondenseError(f"labels/code names '{name[:20]}', which is none of {', '.join(CODES)}")
-        (of,) = _array(arrays, "of", np.int64, (1,)).tolist()
-        cooling = _array(arrays, "cooling", np.float32, (3,)).tolist() if "cooling" in arrays else None
-        return cls(CODES[name].from_arrays(arrays, classes), of=of, cooling=cooling, **_known(arrays, classes))
+        (of,) = checked_array(arrays, "of", np.int64, (1,)).tolist()
+        cooling = checked_array(arrays, "cooling", np.float32, (3,)).tolist() if "cooling" in arrays else None
+        return cls(
+            CODES[name].from_arrays(arrays, classes), of=of, cooling=cooling, **read_coded_kwargs(arrays, classes)
+        )
 
 
 def pooled_epochs(seed: int, classes: int, of: int, count: int) -> Tensor:
@@ -304,9 +315,12 @@ def _joined(rule: ViewRule, seed: int, source: Tensor, size: tuple[int, int]) ->
 
     partners = [one for _, _, one in parts if one is not None]
     return MixedViews(
-        views([drawn.views[mine] for mine, drawn, _ in parts]), joined("partner"), joined("share"), joined("patch"),
+        views([drawn.views[mine] for mine, drawn, _ in parts]),
+        joined("partner"),
+        joined("share"),
+        joined("patch"),
         views(partners) if partners else None,
-    )  # fmt: skip
+    )
 
 
 @dataclass(frozen=True)
@@ -336,9 +350,13 @@ class Pruning:
         largest = sys.float_info.max
         one_of(self, values=CODES, fill=FILLS)
         require(
-            self, k=(1, math.inf), rank=(1, math.inf), cooling=(1e-6, 1), cool_epochs=(1, math.inf),
+            self,
+            k=(1, math.inf),
+            rank=(1, math.inf),
+            cooling=(1e-6, 1),
+            cool_epochs=(1, math.inf),
             cool_least=(1e-6, largest),
-        )  # fmt: skip
+        )
         if not 0 < self.keep <= 1:
             raise CondenseError(f"keep={self.keep:g}: must be above 0 and at most 1")
 
@@ -346,7 +364,7 @@ class Pruning:
         """Finds before the work what does not fit so many classes."""
         word, value = ("rank", self.rank) if self.values == "lowrank" else ("k", self.k)
         if value is not None and self.values in ("lowrank", "topk"):
-            _check_size(word, value, classes)
+            check_code_size(word, value, classes)
 
     def count(self, epochs: int) -> int:
         """Epochs that a class keeps of those that are labelled, at least one."""

@@ -16,12 +16,21 @@ from condense.augment import ViewRule, single
 from condense.data import Standardise
 from condense.errors import CondenseError
 from condense.labels.adapters import HEADS, Merged, Projector
-from condense.labels.arrays import _array, _classes_from, _count, _rule_from
-from condense.labels.base import LOSSES, PROVIDERS, _check_classes, _nbytes, _squares, _views, check_loss, mixed
+from condense.labels.arrays import checked_array, read_hard_labels, read_image_count, read_views
+from condense.labels.base import (
+    LOSSES,
+    PROVIDERS,
+    check_hard_labels,
+    check_loss,
+    epoch_views,
+    logit_mse_loss,
+    mixed,
+    total_nbytes,
+)
 from condense.labels.teacher import TeacherLabels
-from condense.labels.teacher_logits import _classes, answers
+from condense.labels.teacher_logits import answers, given_or_predicted_classes
 from condense.networks import find
-from condense.networks.pretrained import _normalisation
+from condense.networks.pretrained import is_normalisation
 
 _HEAD = ("head", "head_a", "head_b", "bias", "scale")
 
@@ -72,7 +81,7 @@ class ProjectorLabels(TeacherLabels):
         self.loss_kind, self.gamma, self.hard = loss_kind, single(gamma), hard
         check_loss(loss_kind, self.gamma, hard)
         if hard is not None:
-            _check_classes(hard, images, len(self.parts["bias"]))
+            check_hard_labels(hard, images, len(self.parts["bias"]))
 
     @classmethod
     def of(cls, projector: Projector, known: Mapping[str, Any], *terms: Any, **more: Any) -> ProjectorLabels:
@@ -92,7 +101,7 @@ class ProjectorLabels(TeacherLabels):
         return self._merged
 
     def shown(self, images: Tensor, ids: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
-        views, ids, drawn = _views(self, images, ids, epoch)
+        views, ids, drawn = epoch_views(self, images, ids, epoch)
         logits = answers(self.teacher, views)
         if self.loss_kind == "kl":
             return views, (logits / self.temperature).softmax(-1)
@@ -102,7 +111,7 @@ class ProjectorLabels(TeacherLabels):
         return views, torch.stack([logits, mixed(truth, ids, drawn)], 1)
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return super().loss(logits, targets) if self.loss_kind == "kl" else _squares(logits, targets, self.gamma)
+        return super().loss(logits, targets) if self.loss_kind == "kl" else logit_mse_loss(logits, targets, self.gamma)
 
     def arrays(self) -> dict[str, np.ndarray]:
         text = json.dumps(self.known, separators=(",", ":")).encode()
@@ -118,7 +127,7 @@ class ProjectorLabels(TeacherLabels):
 
     def nbytes(self) -> int:
         """Adapters, head, and what names the backbone, the views and the loss."""
-        return _nbytes(self.arrays())
+        return total_nbytes(self.arrays())
 
     def external_nbytes(self) -> int:
         """Of the public network."""
@@ -137,7 +146,7 @@ class ProjectorLabels(TeacherLabels):
         """The same projector on other images; ``teacher`` is that projector."""
         made = copy.copy(self.to(images.device))
         made.images, made.seed = len(images), seed
-        made.hard = None if self.hard is None else _classes(images, made.teacher, hard)
+        made.hard = None if self.hard is None else given_or_predicted_classes(images, made.teacher, hard)
         return made
 
     def rule(self) -> str:
@@ -145,26 +154,34 @@ class ProjectorLabels(TeacherLabels):
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray], classes: int) -> ProjectorLabels:
-        views, seed, _, _ = _rule_from(arrays)
-        count = _count(arrays)
-        temperature, gamma = _array(arrays, "loss", np.float32, (2,)).tolist()
-        squared, loss = _array(arrays, "flags", np.uint8, (2,)).tolist()
+        views, seed, _, _ = read_views(arrays)
+        count = read_image_count(arrays)
+        temperature, gamma = checked_array(arrays, "loss", np.float32, (2,)).tolist()
+        squared, loss = checked_array(arrays, "flags", np.uint8, (2,)).tolist()
         if squared > 1 or loss >= len(LOSSES):
             raise CondenseError(f"labels/flags must be 0 or 1, not {squared} and {loss}")
-        hard = _classes_from(arrays, classes) if "hard" in arrays else None
-        known = _stated(_array(arrays, "projector", np.uint8, (None,)).tobytes(), classes)
+        hard = read_hard_labels(arrays, classes) if "hard" in arrays else None
+        known = _stated(checked_array(arrays, "projector", np.uint8, (None,)).tobytes(), classes)
         parts = {name: np.asarray(x) for name, x in arrays.items() if name in _HEAD or name[1:].isdigit()}
-        _array(parts, "bias", np.float32, (classes,))
+        checked_array(parts, "bias", np.float32, (classes,))
         for name, part in parts.items():
             if part.dtype not in (np.float16, np.float32) or not np.isfinite(part).all():
                 raise CondenseError(f"labels/{name} must be finite floats; copy or make the set again")
-        (scale,) = _array(parts, "scale", np.float32, (1,)).tolist()
+        (scale,) = checked_array(parts, "scale", np.float32, (1,)).tolist()
         if scale <= 0:
             raise CondenseError(f"labels/scale must be above 0, not {scale}")
         return cls(
-            known, parts, count, seed, views, temperature, bool(squared),
-            loss_kind=LOSSES[loss], gamma=gamma, hard=hard,
-        )  # fmt: skip
+            known,
+            parts,
+            count,
+            seed,
+            views,
+            temperature,
+            bool(squared),
+            loss_kind=LOSSES[loss],
+            gamma=gamma,
+            hard=hard,
+        )
 
 
 def _stated(text: bytes, classes: int) -> dict[str, Any]:
@@ -172,9 +189,15 @@ def _stated(text: bytes, classes: int) -> dict[str, Any]:
     try:
         known = json.loads(text)
         kinds = {
-            "backbone": dict, "names": list, "rank": int, "head_rank": int, "head": str, "shape": list, "mean": list,
+            "backbone": dict,
+            "names": list,
+            "rank": int,
+            "head_rank": int,
+            "head": str,
+            "shape": list,
+            "mean": list,
             "std": list,
-        }  # fmt: skip
+        }
         backbone, shape = known["backbone"], known["shape"]
         words = [backbone["name"], backbone["sha256"], backbone.get("path", ""), *known["names"]]
         fits = all(isinstance(known[key], kind) for key, kind in kinds.items()) and known["head"] in HEADS
@@ -182,7 +205,7 @@ def _stated(text: bytes, classes: int) -> dict[str, Any]:
         fits = fits and len(set(known["names"])) == len(known["names"])  # each has its share of memory
         fits = fits and isinstance(backbone["bytes"], int) and 0 <= backbone["bytes"] < 1 << 63
         fits = fits and len(shape) == 3 and all(isinstance(size, int) and size > 0 for size in shape)
-        fits = fits and known["rank"] > 0 and known["head_rank"] >= 0 and _normalisation(known, shape[0])
+        fits = fits and known["rank"] > 0 and known["head_rank"] >= 0 and is_normalisation(known, shape[0])
         if fits and known["head"] == "text":
             fits = isinstance(known["classes"], list) and len(known["classes"]) == classes
             fits = fits and all(isinstance(word, str) for word in known["classes"])
@@ -212,15 +235,19 @@ def build(known: Mapping[str, Any], parts: Mapping[str, np.ndarray], device: tor
     if found is None:
         raise missing
     if (found.known["sha256"], found.external(known["head"])) != (wanted["sha256"], wanted["bytes"]):
-        raise CondenseError(f"{what}{wanted['name']}: is another network than that of these labels (its checksum or "
-                            "size differs); restore it")  # fmt: skip
+        raise CondenseError(
+            f"{what}{wanted['name']}: is another network than that of these labels (its checksum or "
+            "size differs); restore it"
+        )
     transform = Standardise(torch.tensor(known["mean"]), torch.tensor(known["std"]))
     names = [str(name) for name in known["names"]]
     matrices = {name for name, weight in found.encoder.named_parameters() if weight.ndim > 1}
     unknown = sorted(set(names) - matrices)
     if unknown:
-        raise CondenseError(f"labels/projector: does not fit {wanted['name']}, which has no weights {unknown[0]}; give "
-                            "the backbone that the labels were made with")  # fmt: skip
+        raise CondenseError(
+            f"labels/projector: does not fit {wanted['name']}, which has no weights {unknown[0]}; give "
+            "the backbone that the labels were made with"
+        )
     classes = len(parts["bias"])
     if known["head"] == "text":
         if found.text is None:
@@ -230,9 +257,7 @@ def build(known: Mapping[str, Any], parts: Mapping[str, np.ndarray], device: tor
         with torch.no_grad():
             width = found.encoder(torch.zeros(1, *found.encoder.shape, device=device)).shape[1]
         start = torch.zeros(width, classes, device=device)
-    made = Projector(
-        found.encoder, names, int(known["rank"]), start, int(known["head_rank"]), found.scale, transform
-    )  # fmt: skip
+    made = Projector(found.encoder, names, int(known["rank"]), start, int(known["head_rank"]), found.scale, transform)
     made.load(parts)
     return made
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from condense.augment import CropViews, ViewRule
 from condense.errors import CondenseError
-from condense.labels.arrays import _array, _rule_arrays, _rule_from
-from condense.labels.base import PROVIDERS, _kl, _moved, _nbytes, _temperature, _views, mixed
+from condense.labels.arrays import checked_array, read_views, view_arrays
+from condense.labels.base import PROVIDERS, checked_temperature, copy_to, epoch_views, kl_loss, mixed, total_nbytes
 from condense.labels.teacher_logits import answers
 
 
@@ -48,7 +48,7 @@ class StaticLabels:
         squared: bool = False,
     ) -> None:
         self.logits = logits if logits.dtype == torch.float16 else logits.float()
-        self.seed, self.temperature, self.squared = seed, _temperature(temperature), squared
+        self.seed, self.temperature, self.squared = seed, checked_temperature(temperature), squared
         self.views = ViewRule(pad=4, mix="mixup", alpha=0.8) if views is None else ViewRule.of(views)
         if logits.ndim != 2:
             raise CondenseError(f"static logits must be (images, classes), not {tuple(logits.shape)}")
@@ -63,30 +63,30 @@ class StaticLabels:
         return (self.logits[ids].float() / self.temperature).softmax(-1)
 
     def shown(self, images: Tensor, ids: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
-        views, ids, drawn = _views(self, images, ids, epoch)
+        views, ids, drawn = epoch_views(self, images, ids, epoch)
         logits = mixed(self.logits.to(images.device).float(), ids, drawn)
         return views, (logits / self.temperature).softmax(-1)
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return _kl(logits, targets, self.temperature, self.squared)
+        return kl_loss(logits, targets, self.temperature, self.squared)
 
     def arrays(self) -> dict[str, np.ndarray]:
         return {
             "logits": self.logits.detach().cpu().numpy(),
             "loss": np.array([self.temperature], np.float32),
             "flags": np.array([self.squared], np.uint8),
-            **_rule_arrays(self.views, self.seed),
+            **view_arrays(self.views, self.seed),
         }
 
     def nbytes(self) -> int:
         """2 or 4 N C, and some bytes that the views and the loss follow from."""
-        return _nbytes(self.arrays())
+        return total_nbytes(self.arrays())
 
     def external_nbytes(self) -> int:
         return 0
 
     def to(self, device: torch.device) -> StaticLabels:
-        return _moved(self, device, "logits")
+        return copy_to(self, device, "logits")
 
     def anew(self, images: Tensor, teacher: nn.Module, seed: int, hard: Tensor | None = None) -> StaticLabels:
         logits = answers(teacher, images).to(self.logits.dtype)
@@ -97,11 +97,11 @@ class StaticLabels:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray], classes: int) -> StaticLabels:
-        views, seed, _, _ = _rule_from(arrays)
-        (temperature,) = _array(arrays, "loss", np.float32, (1,)).tolist()
-        (squared,) = _array(arrays, "flags", np.uint8, (1,)).tolist()
+        views, seed, _, _ = read_views(arrays)
+        (temperature,) = checked_array(arrays, "loss", np.float32, (1,)).tolist()
+        (squared,) = checked_array(arrays, "flags", np.uint8, (1,)).tolist()
         kind = np.float16 if arrays["logits"].dtype == np.float16 else np.float32
-        logits = torch.from_numpy(_array(arrays, "logits", kind, (None, classes)))
+        logits = torch.from_numpy(checked_array(arrays, "logits", kind, (None, classes)))
         return cls(logits, seed, views, temperature, bool(squared))
 
 

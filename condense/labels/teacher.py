@@ -15,9 +15,25 @@ from torch import Tensor, nn
 from condense import networks, rng
 from condense.augment import CropViews, ViewRule
 from condense.errors import CondenseError
-from condense.labels.arrays import _array, _count, _finite, _known_networks, _numpy, _rule_arrays, _rule_from
-from condense.labels.base import PROVIDERS, _asked, _kl, _nbytes, _of_views, _temperature, _views
-from condense.labels.teacher_logits import _check_statistics, answers
+from condense.labels.arrays import (
+    checked_array,
+    read_finite,
+    read_image_count,
+    read_teacher_networks,
+    read_views,
+    to_numpy,
+    view_arrays,
+)
+from condense.labels.base import (
+    PROVIDERS,
+    checked_temperature,
+    epoch_views,
+    kl_loss,
+    per_view_error,
+    statistics_text,
+    total_nbytes,
+)
+from condense.labels.teacher_logits import answers, check_statistics
 from condense.networks import MeanLogits
 
 
@@ -88,22 +104,22 @@ class TeacherLabels:
         """All but the teachers."""
         self.images, self.seed = images, seed
         self.views = ViewRule(mix="cutmix") if views is None else ViewRule.of(views)
-        self.temperature, self.squared = _temperature(temperature), squared
-        self.statistics, self.micro = _check_statistics(statistics, micro)
+        self.temperature, self.squared = checked_temperature(temperature), squared
+        self.statistics, self.micro = check_statistics(statistics, micro)
 
     def __len__(self) -> int:
         return self.images
 
     def targets(self, ids: Tensor) -> Tensor:
-        raise _of_views(self)
+        raise per_view_error(self)
 
     def shown(self, images: Tensor, ids: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
-        views, _, _ = _views(self, images, ids, epoch)
+        views, _, _ = epoch_views(self, images, ids, epoch)
         logits = answers(self.teacher, views, statistics=self.statistics, micro=self.micro)
         return views, (logits / self.temperature).softmax(-1)
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return _kl(logits, targets, self.temperature, self.squared)
+        return kl_loss(logits, targets, self.temperature, self.squared)
 
     def arrays(self) -> dict[str, np.ndarray]:
         if not self.names:
@@ -116,7 +132,7 @@ class TeacherLabels:
             "images": np.array([self.images], np.int64),
             "loss": np.array([self.temperature], np.float32),
             "flags": np.array([self.squared], np.uint8),
-            **_rule_arrays(self.views, self.seed, self.statistics, self.micro),
+            **view_arrays(self.views, self.seed, self.statistics, self.micro),
         }
 
     def _members(self) -> dict[str, np.ndarray]:
@@ -128,10 +144,10 @@ class TeacherLabels:
 
     def nbytes(self) -> int:
         """The networks' weights and buffers as they are, and some bytes that the views and the loss follow from."""
-        return _nbytes(self.arrays() if self.names else self._settings())
+        return total_nbytes(self.arrays() if self.names else self._settings())
 
     def external_nbytes(self) -> int:
-        return 0 if self.names else _nbytes(self._members())
+        return 0 if self.names else total_nbytes(self._members())
 
     def to(self, device: torch.device) -> TeacherLabels:
         if self.teacher.weights.device == torch.device(device):
@@ -142,25 +158,32 @@ class TeacherLabels:
 
     def anew(self, images: Tensor, teacher: nn.Module, seed: int, hard: Tensor | None = None) -> TeacherLabels:
         return type(self)(
-            teacher, len(images), seed, self.views, self.temperature, self.squared,
-            statistics=self.statistics, micro=self.micro,
-        )  # fmt: skip
+            teacher,
+            len(images),
+            seed,
+            self.views,
+            self.temperature,
+            self.squared,
+            statistics=self.statistics,
+            micro=self.micro,
+        )
 
     def rule(self) -> str:
-        return f"{self.views}, {_asked(self)}, T={self.temperature}, squared={self.squared}"
+        return f"{self.views}, {statistics_text(self)}, T={self.temperature}, squared={self.squared}"
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray], classes: int) -> TeacherLabels:
-        views, seed, statistics, micro = _rule_from(arrays)
-        count = _count(arrays)
-        (temperature,) = _array(arrays, "loss", np.float32, (1,)).tolist()
-        (squared,) = _array(arrays, "flags", np.uint8, (1,)).tolist()
-        names, shape = _known_networks(_array(arrays, "networks", np.uint8, (None,)).tobytes())
+        views, seed, statistics, micro = read_views(arrays)
+        count = read_image_count(arrays)
+        (temperature,) = checked_array(arrays, "loss", np.float32, (1,)).tolist()
+        (squared,) = checked_array(arrays, "flags", np.uint8, (1,)).tolist()
+        names, shape = read_teacher_networks(checked_array(arrays, "networks", np.uint8, (None,)).tobytes())
         members = []
         for k, name in enumerate(names):
             head = f"member{k}."
-            state = {key[len(head) :]: torch.from_numpy(np.asarray(x)) for key, x in arrays.items()
-                     if key.startswith(head)}  # fmt: skip
+            state = {
+                key[len(head) :]: torch.from_numpy(np.asarray(x)) for key, x in arrays.items() if key.startswith(head)
+            }
             with rng.seeded("layout"):
                 network = networks.build(name, shape, classes)
             try:
@@ -168,13 +191,21 @@ class TeacherLabels:
             except RuntimeError as fault:
                 raise CondenseError(f"labels/{head}*: not the weights of {name}; copy or make the set again") from fault
             members.append(network)
-        weights = torch.from_numpy(_array(arrays, "weights", np.float32, (len(names),)))
+        weights = torch.from_numpy(checked_array(arrays, "weights", np.float32, (len(names),)))
         if not bool((weights >= 0).all()) or not math.isclose(float(weights.sum()), 1, abs_tol=1e-3):
             raise CondenseError(f"labels/weights must be shares of 1, not {weights.tolist()}")
         made = cls(
-            members, count, seed, views, temperature, bool(squared),
-            names=names, shape=shape, statistics=statistics, micro=micro,
-        )  # fmt: skip
+            members,
+            count,
+            seed,
+            views,
+            temperature,
+            bool(squared),
+            names=names,
+            shape=shape,
+            statistics=statistics,
+            micro=micro,
+        )
         made.teacher.weights.copy_(weights)  # as they are: another division would round them
         return made
 
@@ -201,15 +232,15 @@ class Int8TeacherLabels(TeacherLabels):
         super().__init__(kept, *terms, **more)
 
     def _members(self) -> dict[str, np.ndarray]:
-        arrays = {"weights": _numpy(self.teacher.weights)}
+        arrays = {"weights": to_numpy(self.teacher.weights)}
         for k, member in enumerate(self.teacher.members):
             layers = _layers(member)
             for name, value in member.state_dict().items():
                 if name in layers:
                     codes, scale = quantised(value)
-                    arrays |= {f"member{k}.{name}": _numpy(codes), f"scale{k}.{name}": _numpy(scale)}
+                    arrays |= {f"member{k}.{name}": to_numpy(codes), f"scale{k}.{name}": to_numpy(scale)}
                 else:
-                    arrays[f"member{k}.{name}"] = _numpy(value)
+                    arrays[f"member{k}.{name}"] = to_numpy(value)
         return arrays
 
     @classmethod
@@ -220,8 +251,8 @@ class Int8TeacherLabels(TeacherLabels):
                 scale = f"scale{name.removeprefix('member')}"
                 if scale not in arrays or not codes.ndim:
                     raise CondenseError(f"labels/{name}: 8-bit weights without their scales; make the set again")
-                found = _finite(arrays, scale, np.float32, codes.shape[:1])
-                restored[name] = _numpy(dequantised(torch.from_numpy(codes), found))
+                found = read_finite(arrays, scale, np.float32, codes.shape[:1])
+                restored[name] = to_numpy(dequantised(torch.from_numpy(codes), found))
         made = super().from_arrays(restored, classes)
         assert isinstance(made, Int8TeacherLabels)
         return made

@@ -24,7 +24,7 @@ from condense.tracking import Progress
 STATISTICS = ("running", "batch")
 
 
-def _check_statistics(statistics: str, micro: int) -> tuple[str, int]:
+def check_statistics(statistics: str, micro: int) -> tuple[str, int]:
     """Both, if they can be; ``micro`` is 0 where it has no say, so that equal rules read equal."""
     if statistics not in STATISTICS:
         raise CondenseError(f"statistics={statistics}: unknown{did_you_mean(statistics, STATISTICS)}")
@@ -34,14 +34,14 @@ def _check_statistics(statistics: str, micro: int) -> tuple[str, int]:
 
 
 @functools.lru_cache(maxsize=16)
-def _drawn(
+def draw_epoch_views(
     views: ViewRule, seed: int, epoch: int, rows: int, size: tuple[int, int], device: torch.device
 ) -> MixedViews:
     """The views of a whole epoch, kept from batch to batch."""
     return views.draw(seed, epoch, rows, size).to(device)
 
 
-def _classes(images: Tensor, teacher: nn.Module, hard: Tensor | None) -> Tensor:
+def given_or_predicted_classes(images: Tensor, teacher: nn.Module, hard: Tensor | None) -> Tensor:
     """``hard``, or the classes that the teacher finds likeliest."""
     return answers(teacher, images).argmax(1) if hard is None else hard.to(images.device).long()
 
@@ -185,8 +185,8 @@ def epoch_answers(
     Raises:
         CondenseError: answers that are no such logits.
     """
-    statistics, micro = _check_statistics(statistics, micro)
-    drawn = _drawn(views, seed, epoch, len(images), (images.shape[2], images.shape[3]), images.device)
+    statistics, micro = check_statistics(statistics, micro)
+    drawn = draw_epoch_views(views, seed, epoch, len(images), (images.shape[2], images.shape[3]), images.device)
     if statistics == "batch":
         parts = _parts(rng.Draws(seed, "label-batch", epoch).permutation(len(images)), micro)
         parts = parts if wanted is None else [part for part in parts if bool(wanted[part].any())]

@@ -16,7 +16,7 @@ from condense.files import replacing
 from condense.formatting import binary, size
 from condense.judge import evaluation, get_protocol
 from condense.lighten.kinds import KINDS
-from condense.lighten.lightening import _check_data, lighten
+from condense.lighten.lightening import check_same_data, lighten
 from condense.lighten.sizes import Point
 from condense.sets import DistilledSet
 
@@ -84,11 +84,13 @@ def compare(
     if task is not None:
         rules = get_protocol(chosen)
         if rules.labels != "soft" and protocol is not None:
-            raise CondenseError(f"--protocol {protocol}: judges classes alone, whatever the labels; take one of the "
-                                "soft track, e.g. dc-soft-v1")  # fmt: skip
+            raise CondenseError(
+                f"--protocol {protocol}: judges classes alone, whatever the labels; take one of the "
+                "soft track, e.g. dc-soft-v1"
+            )
         chosen = chosen if rules.labels == "soft" else "dc-soft-v1"
         network = network or get_protocol(chosen).networks[0]
-        _check_data(distilled, task)
+        check_same_data(distilled, task)
     points = []
     for word in kinds or ["own", *(kind for kind in KINDS if kind != distilled.labels.kind)]:
         try:
@@ -105,9 +107,17 @@ def compare(
         point = Point(word, labels.kind, labels.nbytes(), labels.external_nbytes(), labels.exactness, labels.step_cost)
         if task is not None:
             record = evaluation.evaluate(
-                made, task, networks=network, runs=runs, protocol=chosen, controls=(), seed=seed, device=device,
-                precision=precision, quiet=quiet,
-            )  # fmt: skip
+                made,
+                task,
+                networks=network,
+                runs=runs,
+                protocol=chosen,
+                controls=(),
+                seed=seed,
+                device=device,
+                precision=precision,
+                quiet=quiet,
+            )
             entry = record["results"][0]
             ci95 = (entry["ci95"][0], entry["ci95"][1]) if entry["ci95"] else None
             point = dataclasses.replace(point, mean=entry["mean"], ci95=ci95)
@@ -120,8 +130,17 @@ def table(points: Sequence[Point], whole: str = "own") -> str:
     made = [point for point in points if not point.missing]
     full = next((p.bytes + p.external for p in made if p.words == whole), None)
     judged, costs = any(point.mean is not None for point in made), any(point.step_cost for point in made)
-    rows = [("labels", "bytes", "external", f"of {whole}", "exactness",
-             *(("accuracy", "95 % interval") if judged else ()), *(("a step costs",) if costs else ()))]  # fmt: skip
+    rows = [
+        (
+            "labels",
+            "bytes",
+            "external",
+            f"of {whole}",
+            "exactness",
+            *(("accuracy", "95 % interval") if judged else ()),
+            *(("a step costs",) if costs else ()),
+        )
+    ]
     for p in made:
         share = f"{100 * (p.bytes + p.external) / full:.3g} %" if full else ""
         bounds = "" if p.ci95 is None else "{:.1f} to {:.1f}".format(*(100 * bound for bound in p.ci95))

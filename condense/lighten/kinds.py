@@ -126,11 +126,13 @@ class Job:
         live = self.teachers is None and self.kind not in ("teacher", "projector")  # which ask who taught the projector
         if live and isinstance(made.labels, ProjectorLabels):
             net = made.labels.to(self.device).teacher
-            about = {"network": f"projector of {made.labels.known['backbone']['name']}",
-                     "sha256": content(net.state_dict())}  # fmt: skip
+            about = {
+                "network": f"projector of {made.labels.known['backbone']['name']}",
+                "sha256": content(net.state_dict()),
+            }
             return Taught(net, {"teacher": about})
         if self.teachers is None and isinstance(made.labels, TeacherLabels) and made.labels.names:
-            return Taught(made.labels.to(self.device).teacher, _kept(made), made.labels.names)
+            return Taught(made.labels.to(self.device).teacher, teacher_facts(made), made.labels.names)
         found, why = label_source.recorded_teacher(made, self.teachers, self.device)
         if found is None:
             raise CondenseError(
@@ -139,10 +141,10 @@ class Job:
             )
         known = source.get("teachers") or {}
         buildable = known and not pretrained.is_public(str(known.get("path")))
-        return Taught(found, _kept(made), tuple(known.get("networks", ())) if buildable else ())
+        return Taught(found, teacher_facts(made), tuple(known.get("networks", ())) if buildable else ())
 
 
-def _kept(distilled: DistilledSet) -> dict[str, Any]:
+def teacher_facts(distilled: DistilledSet) -> dict[str, Any]:
     return {key: distilled.manifest[key] for key in ("label_source", "teacher") if key in distilled.manifest}
 
 
@@ -160,9 +162,14 @@ def _of_file(path: Path, source: dict[str, Any], distilled: DistilledSet, device
     weights = source.get("weights") if same else None
     try:
         net = committee.teacher(
-            path, device, distilled.shape, len(distilled.classes), described=about, weights=weights,
+            path,
+            device,
+            distilled.shape,
+            len(distilled.classes),
+            described=about,
+            weights=weights,
             transform=distilled.transform,
-        )  # fmt: skip
+        )
     except CondenseError as fault:
         raise CondenseError(f"--teachers {fault}") from fault
     return Taught(net, {"label_source": {"teachers": about, "weights": weights}}, tuple(about["networks"]))
@@ -171,8 +178,11 @@ def _of_file(path: Path, source: dict[str, Any], distilled: DistilledSet, device
 def _views(config: ViewOptions, start: ViewRule) -> ViewRule:
     """``start`` with what the settings say."""
     given: dict[str, Any] = {
-        "min_scale": config.label_scale, "pad": config.label_pad, "mix": config.mix, "alpha": config.mix_alpha,
-    }  # fmt: skip
+        "min_scale": config.label_scale,
+        "pad": config.label_pad,
+        "mix": config.mix,
+        "alpha": config.mix_alpha,
+    }
     return dataclasses.replace(start, **{key: value for key, value in given.items() if value is not None})
 
 
@@ -206,19 +216,30 @@ def _check_as_stored(labels: PerViewLabels, config: PerView | Distances) -> None
     """
     views = labels.views
     has = {
-        "label_scale": views.min_scale, "label_pad": views.pad, "mix": views.mix, "mix_alpha": views.alpha,
-        "label_statistics": labels.statistics, "label_micro": labels.micro or None,
-    }  # fmt: skip
-    faults = [f"{key}={getattr(config, key)} (stored: {value})" for key, value in has.items()
-              if getattr(config, key) not in (None, value)]  # fmt: skip
+        "label_scale": views.min_scale,
+        "label_pad": views.pad,
+        "mix": views.mix,
+        "mix_alpha": views.alpha,
+        "label_statistics": labels.statistics,
+        "label_micro": labels.micro or None,
+    }
+    faults = [
+        f"{key}={getattr(config, key)} (stored: {value})"
+        for key, value in has.items()
+        if getattr(config, key) not in (None, value)
+    ]
     if config.label_seed is not None:
         faults.append(f"label_seed={config.label_seed}")
     if faults:
-        raise CondenseError(f"{', '.join(faults)}: the stored labels are of other views; leave it out, or give "
-                            "--teachers FILE to have views labelled anew")  # fmt: skip
+        raise CondenseError(
+            f"{', '.join(faults)}: the stored labels are of other views; leave it out, or give "
+            "--teachers FILE to have views labelled anew"
+        )
     if (config.label_epochs or 0) > labels.epochs:
-        raise CondenseError(f"label_epochs={config.label_epochs}: {labels.epochs} are stored; leave it out, or give "
-                            "--teachers FILE to have views labelled anew")  # fmt: skip
+        raise CondenseError(
+            f"label_epochs={config.label_epochs}: {labels.epochs} are stored; leave it out, or give "
+            "--teachers FILE to have views labelled anew"
+        )
 
 
 # The kinds ------------------------------------------------------------------------------------------------------------
@@ -256,9 +277,17 @@ def _ask(job: Job, epochs: int | None, rule: dict[str, Any]) -> Tensor:
     epochs, classes = _epochs(job, epochs), len(job.distilled.classes)
     with _in_making(job, rule, epochs, classes) as where:
         return view_answers(
-            job.taught.network, job.images, epochs, rule["views"], rule["seed"], classes=classes,
-            statistics=rule["statistics"], micro=rule["micro"], quiet=job.quiet, **where,
-        )  # fmt: skip
+            job.taught.network,
+            job.images,
+            epochs,
+            rule["views"],
+            rule["seed"],
+            classes=classes,
+            statistics=rule["statistics"],
+            micro=rule["micro"],
+            quiet=job.quiet,
+            **where,
+        )
 
 
 @contextlib.contextmanager
@@ -309,9 +338,19 @@ def pool(job: Job, config: PoolOptions) -> PoolLabels:
     count = config.count(epochs)
     with _in_making(job, terms, count, classes, classes=job.classes, epochs=torch.tensor(epochs)) as where:
         records = pool_answers(
-            job.taught.network, job.images, job.classes, epochs, terms["views"], terms["seed"], count, classes=classes,
-            statistics=terms["statistics"], micro=terms["micro"], quiet=job.quiet, **where,
-        )  # fmt: skip
+            job.taught.network,
+            job.images,
+            job.classes,
+            epochs,
+            terms["views"],
+            terms["seed"],
+            count,
+            classes=classes,
+            statistics=terms["statistics"],
+            micro=terms["micro"],
+            quiet=job.quiet,
+            **where,
+        )
     encode = functools.partial(config.encode, means=terms.get("loss_kind") == "mse")
     cooling = config.cooled() or getattr(job.distilled.labels, "cooling", None)
     return PoolLabels.recorded(records.to(job.device), epochs, encode, cooling, **terms)
@@ -321,14 +360,21 @@ def teacher(job: Job, config: Teacher) -> TeacherLabels:
     """The teachers themselves."""
     taught = job.taught
     if not taught.names:
-        raise CondenseError("labels=teacher: the architectures of these teachers have no names that a file could keep; "
-                            "give --teachers FILE of `condense teachers`")  # fmt: skip
+        raise CondenseError(
+            "labels=teacher: the architectures of these teachers have no names that a file could keep; "
+            "give --teachers FILE of `condense teachers`"
+        )
     assert isinstance(taught.network, MeanLogits)
     kind = Int8TeacherLabels if config.weights == "int8" else TeacherLabels
     return kind(
-        list(taught.network.members), images=len(job.images), weights=taught.network.weights.tolist(),
-        names=taught.names, shape=job.distilled.shape, **_rule(job, config), **_targets(job, config),
-    )  # fmt: skip
+        list(taught.network.members),
+        images=len(job.images),
+        weights=taught.network.weights.tolist(),
+        names=taught.names,
+        shape=job.distilled.shape,
+        **_rule(job, config),
+        **_targets(job, config),
+    )
 
 
 def projector(job: Job, config: ProjectorOptions) -> ProjectorLabels:
@@ -342,9 +388,17 @@ def projector(job: Job, config: ProjectorOptions) -> ProjectorLabels:
     progress = Progress("projector", config.projector_steps, 0, job.quiet)
     try:
         made, known = fitted(
-            task, weak, config, rule["views"], rule["seed"], statistics=rule["statistics"], micro=rule["micro"],
-            device=job.device, report=progress.update, checkpoint=job.beside and answer_files(job.beside)[2],
-        )  # fmt: skip
+            task,
+            weak,
+            config,
+            rule["views"],
+            rule["seed"],
+            statistics=rule["statistics"],
+            micro=rule["micro"],
+            device=job.device,
+            report=progress.update,
+            checkpoint=job.beside and answer_files(job.beside)[2],
+        )
     except KeyboardInterrupt:
         raise Interrupted("stopped while training a projector; give the same command again to go on") from None
     progress.close()
@@ -353,9 +407,16 @@ def projector(job: Job, config: ProjectorOptions) -> ProjectorLabels:
     gamma = (own.get("gamma", 0.0) if loss_kind == "mse" else 0.0) if config.gamma is None else config.gamma
     hard = job.distilled.hard_labels() if gamma else None
     return ProjectorLabels.of(
-        made, known, len(job.images), rule["seed"], rule["views"], loss_kind=loss_kind, gamma=gamma, hard=hard,
+        made,
+        known,
+        len(job.images),
+        rule["seed"],
+        rule["views"],
+        loss_kind=loss_kind,
+        gamma=gamma,
+        hard=hard,
         **_targets(job, config),
-    )  # fmt: skip
+    )
 
 
 def _weak(job: Job, epochs: str) -> Taught:
@@ -369,9 +430,11 @@ def _weak(job: Job, epochs: str) -> Taught:
     shape, classes = job.distilled.shape, len(job.distilled.classes)
     members = [experts.teacher(path, job.device, shape, classes, epoch=epoch) for epoch in chosen]
     about = {
-        "path": str(path.absolute()), "count": file.count, "epochs": file.epochs,
+        "path": str(path.absolute()),
+        "count": file.count,
+        "epochs": file.epochs,
         "content": file.content(file.count, file.epochs),
-    }  # fmt: skip
+    }
     return Taught(MeanLogits(members).eval(), {"label_source": {"experts": about, "weak_epochs": chosen}})
 
 
@@ -386,9 +449,12 @@ def static(job: Job, config: Static) -> StaticLabels:
     rule = _rule(job, config)
     logits = answers(job.taught.network, job.images, statistics=rule["statistics"], micro=rule["micro"])
     return StaticLabels(
-        logits.half(), rule["seed"], _views(config, start), config.temperature or temperature,
+        logits.half(),
+        rule["seed"],
+        _views(config, start),
+        config.temperature or temperature,
         squared if config.squared is None else config.squared,
-    )  # fmt: skip
+    )
 
 
 def distances(job: Job, config: Distances) -> DistanceLabels:
@@ -398,16 +464,27 @@ def distances(job: Job, config: Distances) -> DistanceLabels:
         _check_as_stored(stored, config)
         terms = {key: stored.terms()[key] for key in ("seed", "views", "statistics", "micro")}
         if stored.views.mix == "none":
-            raise CondenseError("labels=distances: needs the classes of two images, and the stored labels are of views "
-                                "with mix=none; give --teachers FILE and mix=cutmix")  # fmt: skip
+            raise CondenseError(
+                "labels=distances: needs the classes of two images, and the stored labels are of views "
+                "with mix=none; give --teachers FILE and mix=cutmix"
+            )
         found = torch.stack([_from_logits(stored, job, e) for e in range(_epochs(job, config.label_epochs))])
     else:
         terms, epochs = _rule(job, config), _epochs(job, config.label_epochs)
         with _in_making(job, terms, epochs, 2, classes=job.classes) as where:
             found = view_distances(
-                job.taught.network, job.images, job.classes, epochs, terms["views"], terms["seed"], classes=classes,
-                statistics=terms["statistics"], micro=terms["micro"], quiet=job.quiet, **where,
-            )  # fmt: skip
+                job.taught.network,
+                job.images,
+                job.classes,
+                epochs,
+                terms["views"],
+                terms["seed"],
+                classes=classes,
+                statistics=terms["statistics"],
+                micro=terms["micro"],
+                quiet=job.quiet,
+                **where,
+            )
     return DistanceLabels(found.to(job.device), job.classes, classes, weight=config.weight, **terms)
 
 
@@ -431,9 +508,15 @@ def hard(job: Job, config: Hard) -> HardLabels:
 
 
 KINDS: dict[str, tuple[Any, Callable[[Job, Any], Labels]]] = {
-    "lowrank": (LowRankOptions, lowrank), "topk": (TopKOptions, topk), "pool": (PoolOptions, pool),
-    "teacher": (Teacher, teacher), "projector": (ProjectorOptions, projector), "static": (Static, static),
+    "lowrank": (LowRankOptions, lowrank),
+    "topk": (TopKOptions, topk),
+    "pool": (PoolOptions, pool),
+    "teacher": (Teacher, teacher),
+    "projector": (ProjectorOptions, projector),
+    "static": (Static, static),
     "distances": (Distances, distances),
-    "soft": (Soft, soft), "hard": (Hard, hard), "per-view": (PerView, per_view),
-}  # fmt: skip
+    "soft": (Soft, soft),
+    "hard": (Hard, hard),
+    "per-view": (PerView, per_view),
+}
 """The settings of each kind, and what makes it."""

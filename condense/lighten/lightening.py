@@ -38,7 +38,7 @@ from condense.device import pick_device
 from condense.errors import CondenseError, did_you_mean
 from condense.formatting import by
 from condense.labels import CodedLabels, Half, Int8TeacherLabels, Labels, answers, fidelity
-from condense.lighten.kinds import KINDS, Job, _kept
+from condense.lighten.kinds import KINDS, Job, teacher_facts
 from condense.sets import DistilledSet, prepared, tagged
 
 # Lightening -----------------------------------------------------------------------------------------------------------
@@ -85,14 +85,14 @@ def lighten(
     if teacher is not None and teachers is not None:
         raise CondenseError(f"--teachers {teachers}: a teacher is given too; leave one of them out")
     if task is not None:
-        _check_data(distilled, task)
+        check_same_data(distilled, task)
     if kind != "hard" and distilled.stages and not distilled.compensated:
         raise CondenseError(f"{distilled.name}: its stored images are decoded into more; only labels=hard fit these")
     began = time.monotonic()
     job = Job(distilled, teacher, teachers, pick_device(device), quiet, task, beside, kind)
     labels = make(job, config).to(torch.device("cpu"))
     asked = "taught" in vars(job)
-    source = {} if kind == "hard" else job.taught.known if asked else _kept(distilled)
+    source = {} if kind == "hard" else job.taught.known if asked else teacher_facts(distilled)
     outdated = {"bytes", "checksums", "claim", "command", "label_source", "teacher", "lightened"}
     if "hard" in (labels.kind, distilled.labels.kind):
         outdated |= {"protocol", "learned_lr"}
@@ -106,14 +106,18 @@ def lighten(
     if isinstance(made_by := distilled.manifest.get("command"), str):
         manifest["command"] = f"{made_by} && {_command(distilled, kind, config, task, teachers)}"
     manifest["lightened"] = {
-        "kind": kind, "settings": known, "exactness": labels.exactness, "step_cost": labels.step_cost,
+        "kind": kind,
+        "settings": known,
+        "exactness": labels.exactness,
+        "step_cost": labels.step_cost,
         "error": _error(job, labels),
         "bytes": {
             "before": before.get("before", old.nbytes() + old.external_nbytes()),
-            "after": labels.nbytes(), "external": labels.external_nbytes(),
+            "after": labels.nbytes(),
+            "external": labels.external_nbytes(),
         },
         "seconds": round(seconds, 2),
-    }  # fmt: skip
+    }
     manifest["name"] = tagged(distilled.name, kind)
     return DistilledSet(distilled.stored, labels, distilled.transform, manifest)
 
@@ -142,10 +146,14 @@ def _error(job: Job, labels: Labels) -> dict[str, float] | None:
     return None
 
 
-def _check_data(distilled: DistilledSet, task: Task) -> None:
+def check_same_data(distilled: DistilledSet, task: Task) -> None:
     if tuple(task.classes) != distilled.classes:
-        raise CondenseError(f"--data {task.name}: has other classes ({len(task.classes)}) than the set "
-                            f"({len(distilled.classes)}); give the data that it was made from")  # fmt: skip
+        raise CondenseError(
+            f"--data {task.name}: has other classes ({len(task.classes)}) than the set "
+            f"({len(distilled.classes)}); give the data that it was made from"
+        )
     if task.shape != distilled.shape:
-        raise CondenseError(f"--data {task.name}: images are {by(task.shape)}, those of the set "
-                            f"{by(distilled.shape)}; give the data that it was made from, or resize=")  # fmt: skip
+        raise CondenseError(
+            f"--data {task.name}: images are {by(task.shape)}, those of the set "
+            f"{by(distilled.shape)}; give the data that it was made from, or resize="
+        )

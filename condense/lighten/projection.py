@@ -74,9 +74,14 @@ class Projection:
         """For ``__post_init__``: refuses settings out of range, and words that are none."""
         one_of(self, head=("", *adapters.HEADS))
         require(
-            self, adapter_rank=(1, math.inf), head_rank=(1, math.inf), projector_steps=(1, math.inf),
-            projector_batch=(1, math.inf), projector_lr=(0, sys.float_info.max), hard_weight=(0, sys.float_info.max),
-        )  # fmt: skip
+            self,
+            adapter_rank=(1, math.inf),
+            head_rank=(1, math.inf),
+            projector_steps=(1, math.inf),
+            projector_batch=(1, math.inf),
+            projector_lr=(0, sys.float_info.max),
+            hard_weight=(0, sys.float_info.max),
+        )
         if not all("{}" in prompt for prompt in self.prompts.split("|")):
             raise CondenseError(f"prompts={self.prompts}: each needs {{}} where the class stands")
 
@@ -163,17 +168,29 @@ def fitted(
     pixels = transform.inverse(task.batch(torch.arange(2)))
     made, known = untrained(backbone, config, task.classes, start.to(device), transform, pixels, seed)
     recipe = Recipe(
-        steps=config.projector_steps, batch=config.projector_batch, lr=config.projector_lr, momentum=0.9,
-        weight_decay=0.0, drops=(), optimizer="adamw", schedule="cosine",
-    )  # fmt: skip
+        steps=config.projector_steps,
+        batch=config.projector_batch,
+        lr=config.projector_lr,
+        momentum=0.9,
+        weight_decay=0.0,
+        drops=(),
+        optimizer="adamw",
+        schedule="cosine",
+    )
     lessons = Lessons(task, weak, rule, seed, config.hard_weight, statistics, micro, str(config))
     train(
-        [Student(made, lessons, rng.key(seed, "projector"))], recipe, device=device, precision=precision,
-        report=report, checkpoint=checkpoint, together=False,
-    )  # fmt: skip
+        [Student(made, lessons, rng.key(seed, "projector"))],
+        recipe,
+        device=device,
+        precision=precision,
+        report=report,
+        checkpoint=checkpoint,
+        together=False,
+    )
     if not all(bool(weight.half().isfinite().all()) for weight in made.parameters()):  # as they will be kept
-        raise CondenseError(f"diverged: the projector's weights are not finite; lower projector_lr, now "
-                            f"{config.projector_lr:g}")  # fmt: skip
+        raise CondenseError(
+            f"diverged: the projector's weights are not finite; lower projector_lr, now {config.projector_lr:g}"
+        )
     return made, known
 
 
@@ -212,10 +229,15 @@ def untrained(
     rank = config.head_rank if head == "text" else 0
     made = Projector(backbone.encoder, names, config.adapter_rank, start, rank, backbone.scale, transform, seed)
     known = {
-        "backbone": {**backbone.known, "bytes": backbone.external(head)}, "names": names, "rank": config.adapter_rank,
-        "head_rank": rank, "head": head, "shape": list(pixels.shape[1:]), "mean": transform.mean.tolist(),
+        "backbone": {**backbone.known, "bytes": backbone.external(head)},
+        "names": names,
+        "rank": config.adapter_rank,
+        "head_rank": rank,
+        "head": head,
+        "shape": list(pixels.shape[1:]),
+        "mean": transform.mean.tolist(),
         "std": transform.std.tolist(),
-    }  # fmt: skip
+    }
     if head == "text":
         known |= {"classes": [str(name) for name in classes], "prompts": config.prompts.split("|")}
     return made, known

@@ -12,8 +12,6 @@ from condense.errors import CondenseError
 from condense.networks import architectures
 from condense.networks.flat import Layout
 
-# What they share ------------------------------------------------------------------------------------------------------
-
 
 class MeanLogits(nn.Module):
     """The weighted mean of several networks' logits, float32 (B, classes). ``weights`` are equal when None.
@@ -42,8 +40,19 @@ def device_of(module: nn.Module) -> torch.device:
     return next((value.device for value in module.state_dict().values()), torch.device("cpu"))
 
 
-class _Mean(nn.Module):
-    """The mean logits of networks of one architecture with flat weights (K, P)."""
+def mean_logits_of_flat(net: architectures.Network, layout: Layout, thetas: Tensor) -> nn.Module:
+    """Returns a module that computes the mean logits of K networks of one architecture.
+
+    Args:
+        net: Any network of that architecture; its own weights are not used.
+        layout: Names and shapes of its parameters.
+        thetas: Flat weights of the K networks, (K, P).
+    """
+    return _Mean(net, layout, thetas)
+
+
+class _Mean(nn.Module):  # manifests name this class as the teacher's network
+    """Mean logits of networks of one architecture with flat weights (K, P)."""
 
     def __init__(self, net: architectures.Network, layout: Layout, thetas: Tensor) -> None:
         super().__init__()

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from condense import rng
 from condense.data import Transform
 from condense.errors import CondenseError, did_you_mean, need
-from condense.files import content
+from condense.files import content, is_existing_file
 from condense.formatting import by
 from condense.networks import architectures, saved
-from condense.networks.saved import State, _load
+from condense.networks.saved import State, try_load_state
 
 SHIPPED = ("tiny20-convnet-d3-w64-bn",)
 """Backbones that come with the package: trained on 64x64 images of 20 classes, made 32x32."""
@@ -118,7 +118,7 @@ def find(word: str, shape: architectures.Shape, device: torch.device, what: str 
         made = {"open_clip": _open_clip, "timm": _timm, "torchvision": _torchvision}[library](
             name, weights, named, about
         )
-        if weights and _is_file(weights):
+        if weights and is_existing_file(weights):
             made.known["path"] = f"{library}:{name}@{Path(weights).absolute()}"
     elif word in SHIPPED:
         made = _teacher(_FOLDER / f"{word}.h5", named, about)
@@ -126,19 +126,14 @@ def find(word: str, shape: architectures.Shape, device: torch.device, what: str 
         made = _teacher(Path(word), named, {**about, "path": str(Path(word).absolute())})
     else:
         hint = did_you_mean(word, SHIPPED)
-        raise CondenseError(f"{named}: unknown{hint}; or write FILE.h5 of `condense teachers`, or LIBRARY:NAME with "
-                            f"one of {', '.join(BACKBONE_LIBRARIES)}")  # fmt: skip
+        raise CondenseError(
+            f"{named}: unknown{hint}; or write FILE.h5 of `condense teachers`, or LIBRARY:NAME with "
+            f"one of {', '.join(BACKBONE_LIBRARIES)}"
+        )
     if shape[0] not in (1, made.encoder.shape[0]):
         raise CondenseError(f"{named}: takes images of {made.encoder.shape[0]} channels, not {shape[0]}")
     made.encoder.to(device)
     return made
-
-
-def _is_file(path: str) -> bool:
-    try:
-        return Path(path).is_file()
-    except (OSError, ValueError):  # names that no file can have
-        return False
 
 
 def _known(net: nn.Module, about: Mapping[str, Any]) -> dict[str, Any]:
@@ -147,7 +142,7 @@ def _known(net: nn.Module, about: Mapping[str, Any]) -> dict[str, Any]:
     return {**about, "sha256": content({name: state[name] for name in sorted(state)}), "bytes": size}
 
 
-def _normalisation(known: Any, channels: int) -> bool:
+def is_normalisation(known: Any, channels: int) -> bool:
     """Whether a stranger's file gives a mean and a std for each channel."""
     try:
         fits = len(known["mean"]) == len(known["std"]) == channels
@@ -160,12 +155,12 @@ def _normalisation(known: Any, channels: int) -> bool:
 
 def _teacher(path: Path, named: str, about: dict[str, Any]) -> Backbone:
     """The first network of a file of teachers."""
-    if not _is_file(str(path)):
+    if not is_existing_file(str(path)):
         raise CondenseError(f"{named}: no such file: {path}")
     try:
         file = saved.read(path)
         channels, height, width = file.manifest["image_shape"]
-        if not _normalisation(file.manifest.get("normalisation"), channels):
+        if not is_normalisation(file.manifest.get("normalisation"), channels):
             raise CondenseError(f"{path}: does not say how its images were normalised; make it again, without zca")
         normalised = file.manifest["normalisation"]
         net = file.member(0, torch.device("cpu")).network
@@ -184,15 +179,16 @@ def _fetched(load: Callable[[], nn.Module], named: str, origin: str, place: str)
             return load()
     except Exception as fault:  # each library fails in its own way
         reason = (str(fault) or type(fault).__name__).strip().splitlines()[0]
-        raise CondenseError(f"{named}: its weights are not here and cannot be fetched ({reason}); get {origin} "
-                            f"elsewhere, and put it at {place} or name the file: {named.partition('@')[0]}@FILE"
-                            ) from fault  # fmt: skip
+        raise CondenseError(
+            f"{named}: its weights are not here and cannot be fetched ({reason}); get {origin} "
+            f"elsewhere, and put it at {place} or name the file: {named.partition('@')[0]}@FILE"
+        ) from fault
     finally:
         logging.disable(logging.NOTSET)
 
 
 def _of_file(net: nn.Module, path: str, named: str) -> nn.Module:
-    if not _is_file(path):
+    if not is_existing_file(path):
         raise CondenseError(f"{named}: no such file: {path}")
     fill(net, Path(path), named)
     return net
@@ -233,10 +229,12 @@ def _open_clip(name: str, tag: str, named: str, about: dict[str, Any]) -> Backbo
     if name not in known:
         raise CondenseError(f"{named}: open_clip has no model {name}{did_you_mean(name, known)}")
     tags = open_clip.list_pretrained_tags_by_model(name)
-    local = bool(tag) and _is_file(tag)
+    local = bool(tag) and is_existing_file(tag)
     if not local and tag not in tags:
-        raise CondenseError(f"{named}: neither a file nor weights that open_clip has for {name} "
-                            f"({', '.join(tags) or 'none'}); write open_clip:{name}@TAG or @FILE")  # fmt: skip
+        raise CondenseError(
+            f"{named}: neither a file nor weights that open_clip has for {name} "
+            f"({', '.join(tags) or 'none'}); write open_clip:{name}@TAG or @FILE"
+        )
     config = open_clip.get_pretrained_cfg(name, tag)
     hub = str(config.get("hf_hub", "")).rstrip("/")
     origin = f"https://huggingface.co/{hub}" if hub else str(config.get("url", tag))
@@ -256,8 +254,9 @@ def _open_clip(name: str, tag: str, named: str, about: dict[str, Any]) -> Backbo
             tokenizer = open_clip.get_tokenizer(name)
         except Exception as fault:  # of other libraries, which fail in their own ways
             reason = (str(fault) or type(fault).__name__).strip().splitlines()[0]
-            raise CondenseError(f"{named}: its tokenizer cannot be had ({reason}); install what it needs, or take "
-                                "head=mean") from fault  # fmt: skip
+            raise CondenseError(
+                f"{named}: its tokenizer cannot be had ({reason}); install what it needs, or take head=mean"
+            ) from fault
         with torch.autocast(device.type, enabled=False):
             made: Tensor = open_clip.build_zero_shot_classifier(model, tokenizer, words, templates, device=device)
         return made.float()
@@ -280,7 +279,7 @@ def is_public(file: str) -> bool:
     return all(word.partition(":")[0] in LIBRARIES and ":" in word for word in file.split(","))
 
 
-def _checkpoint(
+def load_checkpoint(
     path: Path, network: str | Callable[..., nn.Module], shape: tuple[int, int, int], classes: int
 ) -> architectures.Network:
     """The network with the weights of a file of ``torch.save``.
@@ -293,7 +292,7 @@ def _checkpoint(
         net = architectures.build(network, shape, classes)
     if isinstance(net, architectures.Wrapped) and not any(name.startswith("model.") for name in state):
         state = {f"model.{name}": value for name, value in state.items()}  # by its library's own names
-    if misfit := _load(net, state):
+    if misfit := try_load_state(net, state):
         wanted = f"{architectures.name_of(network)} for {by(shape)} images of {classes} classes"
         raise CondenseError(f"{path}: does not fit {wanted}: {misfit}")
     return net
@@ -305,7 +304,7 @@ def fill(net: nn.Module, path: Path, named: str) -> None:
     Raises:
         CondenseError: no such file, it holds more than tensors, or they do not fit.
     """
-    if misfit := _load(net, _saved(path)):
+    if misfit := try_load_state(net, _saved(path)):
         raise CondenseError(f"{named}: the file does not fit: {misfit}")
 
 
@@ -319,8 +318,10 @@ def _saved(path: Path) -> State:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as fault:  # a damaged file raises anything
         reason = (str(fault) or type(fault).__name__).strip().splitlines()[0]
-        raise CondenseError(f"{path}: cannot be read as tensors alone ({reason}); give what torch.save wrote of a "
-                            "network's state_dict()") from fault  # fmt: skip
+        raise CondenseError(
+            f"{path}: cannot be read as tensors alone ({reason}); give what torch.save wrote of a "
+            "network's state_dict()"
+        ) from fault
     for key in ("state_dict", "model", "net", "weights"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
@@ -386,9 +387,14 @@ def torchvision_weights(name: str, named: str) -> Weights:
     preset = weights.transforms()
     place = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rpartition("/")[2]
     return Weights(
-        len(weights.meta["categories"]), preset.mean, preset.std, (preset.crop_size[0], preset.crop_size[0]),
-        lambda: models.get_model(name, weights=weights, progress=False), str(place), weights.url,
-    )  # fmt: skip
+        len(weights.meta["categories"]),
+        preset.mean,
+        preset.std,
+        (preset.crop_size[0], preset.crop_size[0]),
+        lambda: models.get_model(name, weights=weights, progress=False),
+        str(place),
+        weights.url,
+    )
 
 
 def timm_weights(name: str, named: str) -> Weights:
@@ -408,12 +414,17 @@ def timm_weights(name: str, named: str) -> Weights:
     cache = "the Hugging Face cache (HF_HOME), below hub/models--" + repository.replace("/", "--")
     place = cache if repository else str(Path(torch.hub.get_dir()) / "checkpoints" / origin.rpartition("/")[2])
     return Weights(
-        found.num_classes, found.mean, found.std, (found.input_size[1], found.input_size[2]),
-        lambda: timm.create_model(name, pretrained=True), place, origin,
-    )  # fmt: skip
+        found.num_classes,
+        found.mean,
+        found.std,
+        (found.input_size[1], found.input_size[2]),
+        lambda: timm.create_model(name, pretrained=True),
+        place,
+        origin,
+    )
 
 
-def _public(file: str, shape: tuple[int, int, int], classes: int, transform: Transform) -> _Public:
+def load_public_network(file: str, shape: tuple[int, int, int], classes: int, transform: Transform) -> _Public:
     """Public weights behind the space that ``transform`` leads to.
 
     Raises:
@@ -422,8 +433,10 @@ def _public(file: str, shape: tuple[int, int, int], classes: int, transform: Tra
     library, _, name = file.partition(":")
     weights = {"torchvision": torchvision_weights, "timm": timm_weights}[library](name, f"teachers={file}")
     if weights.classes != classes:
-        raise CondenseError(f"teachers={file}: its weights tell {weights.classes} classes apart, the data have "
-                            f"{classes}; give a checkpoint of these, or leave it out to train teachers")  # fmt: skip
+        raise CondenseError(
+            f"teachers={file}: its weights tell {weights.classes} classes apart, the data have "
+            f"{classes}; give a checkpoint of these, or leave it out to train teachers"
+        )
     if shape[0] not in (1, 3):
         raise CondenseError(f"teachers={file}: takes images of 1 or 3 channels, not {shape[0]}")
     try:
@@ -431,7 +444,9 @@ def _public(file: str, shape: tuple[int, int, int], classes: int, transform: Tra
             model = weights.load()
     except Exception as fault:  # each library fails in its own way
         reason = (str(fault) or type(fault).__name__).strip().splitlines()[0]
-        raise CondenseError(f"teachers={file}: its weights are not here and cannot be fetched ({reason}); get "
-                            f"{weights.origin} elsewhere and put it at {weights.place}") from fault  # fmt: skip
+        raise CondenseError(
+            f"teachers={file}: its weights are not here and cannot be fetched ({reason}); get "
+            f"{weights.origin} elsewhere and put it at {weights.place}"
+        ) from fault
     net = architectures.Wrapped(model, (3, *shape[1:]), classes, name=file)
     return _Public(net, transform, weights.mean, weights.std)

@@ -22,12 +22,20 @@ from condense.hdf5 import AGAIN
 from condense.networks import architectures
 
 FORMAT = hdf5.Format(
-    "condense.teachers", 1, maker="condense teachers",
+    "condense.teachers",
+    1,
+    maker="condense teachers",
     required={
-        "classes": list, "image_shape": list, "fingerprint": str, "transform": list, "members": list, "recipe": str,
-        "epochs": int, "content": str,
+        "classes": list,
+        "image_shape": list,
+        "fingerprint": str,
+        "transform": list,
+        "members": list,
+        "recipe": str,
+        "epochs": int,
+        "content": str,
     },
-)  # fmt: skip
+)
 
 DTYPES = (np.float16, np.float32, np.float64, np.int32, np.int64, np.uint8, np.bool_)
 """What arrays of a file may be of."""
@@ -58,7 +66,7 @@ class Member:
     """Of its state."""
 
 
-def _nbytes(net: nn.Module) -> int:
+def network_nbytes(net: nn.Module) -> int:
     """Bytes of weights and buffers."""
     return sum(value.numel() * value.element_size() for value in net.state_dict().values())
 
@@ -93,7 +101,9 @@ class Recorded:
             group, names = file[f"members/{k}"], sorted(_arrays(self.path, file, k))
             found = {name: torch.from_numpy(np.asarray(group[name][()])) for name in names}
         if content(found) != self.entries[k]["sha256"]:
-            raise CondenseError(f"{self.path}: {_title(self.entries[k])} is damaged (its checksum differs); {AGAIN}")
+            raise CondenseError(
+                f"{self.path}: {member_title(self.entries[k])} is damaged (its checksum differs); {AGAIN}"
+            )
         return found
 
     def sound(self, k: int) -> bool:
@@ -115,21 +125,25 @@ class Recorded:
                 net = architectures.build(entry["network"], (channels, height, width), len(known["classes"]))
         except CondenseError as fault:
             raise CondenseError(f"{self.path}: {fault}") from fault
-        if misfit := _load(net, self.state(k)):
+        if misfit := try_load_state(net, self.state(k)):
             raise CondenseError(
-                f"{self.path}: {_title(entry)} is of another version of its network ({misfit}); make it again"
+                f"{self.path}: {member_title(entry)} is of another version of its network ({misfit}); make it again"
             )
         return Member(
-            _frozen(net, device), entry["network"], float(entry["accuracy"]), float(entry["seconds"]), entry["number"],
+            freeze(net, device),
+            entry["network"],
+            float(entry["accuracy"]),
+            float(entry["seconds"]),
+            entry["number"],
             entry["sha256"],
-        )  # fmt: skip
+        )
 
 
-def _title(entry: Mapping[str, Any]) -> str:
+def member_title(entry: Mapping[str, Any]) -> str:
     return f"teacher {entry['number']} of {entry['network']}"
 
 
-def _key(digests: Iterable[str]) -> str:
+def digests_key(digests: Iterable[str]) -> str:
     return hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
 
@@ -144,14 +158,17 @@ def read(path: Path) -> Recorded:
         sizes = manifest["image_shape"]
         if (
             not manifest["members"]
-            or not all(isinstance(m, dict) and all(isinstance(m.get(f), t) for f, t in fields.items())
-                       for m in manifest["members"])
-            or len(sizes) != 3 or not all(isinstance(size, int) and size > 0 for size in sizes)
-        ):  # fmt: skip
+            or not all(
+                isinstance(m, dict) and all(isinstance(m.get(f), t) for f, t in fields.items())
+                for m in manifest["members"]
+            )
+            or len(sizes) != 3
+            or not all(isinstance(size, int) and size > 0 for size in sizes)
+        ):
             raise CondenseError(f"{path}: the manifest is not one of teachers; it was not written by this toolkit")
         for k in range(len(manifest["members"])):
             _arrays(path, file, k)
-    if _key(entry["sha256"] for entry in manifest["members"]) != manifest["content"]:
+    if digests_key(entry["sha256"] for entry in manifest["members"]) != manifest["content"]:
         raise CondenseError(f"{path}: the manifest is damaged (its members are not those of its key); {AGAIN}")
     return Recorded(path, manifest)
 
@@ -177,7 +194,9 @@ def _arrays(path: Path, file: Any, k: int) -> list[str]:
     return list(group)
 
 
-def _write(path: Path, about: Mapping[str, Any], members: Iterable[tuple[Mapping[str, Any], State]]) -> None:
+def write_teacher_file(
+    path: Path, about: Mapping[str, Any], members: Iterable[tuple[Mapping[str, Any], State]]
+) -> None:
     """The file, atomically, from one member after the other: its entry of the manifest and its state."""
     entries = []
     with replacing(path) as temporary, hdf5.create(temporary) as file:
@@ -186,15 +205,15 @@ def _write(path: Path, about: Mapping[str, Any], members: Iterable[tuple[Mapping
             for name, value in state.items():
                 group.create_dataset(name, data=value.numpy())
             entries.append(dict(entry))
-        key = _key(entry["sha256"] for entry in entries)
+        key = digests_key(entry["sha256"] for entry in entries)
         hdf5.sign(file, FORMAT, {**about, "members": entries, "content": key})
 
 
-def _frozen(net: architectures.Network, device: torch.device) -> architectures.Network:
+def freeze(net: architectures.Network, device: torch.device) -> architectures.Network:
     return net.to(device).requires_grad_(False).eval()
 
 
-def _load(net: nn.Module, state: Mapping[str, Tensor]) -> str:
+def try_load_state(net: nn.Module, state: Mapping[str, Tensor]) -> str:
     """Gives ``net`` the state, or changes nothing and says what does not fit."""
     own = net.state_dict()
     counters = {name: value for name, value in own.items() if name.endswith("num_batches_tracked")}
@@ -208,7 +227,8 @@ def _load(net: nn.Module, state: Mapping[str, Tensor]) -> str:
         "not finite": [name for name in both if not bool(state[name].isfinite().all())],
     }
     if any(faults.values()):
-        return ", ".join(f"{len(names)} {words}: {names[0]}" + ", ..." * (len(names) > 1)
-                         for words, names in faults.items() if names)  # fmt: skip
+        return ", ".join(
+            f"{len(names)} {words}: {names[0]}" + ", ..." * (len(names) > 1) for words, names in faults.items() if names
+        )
     net.load_state_dict(dict(state))
     return ""

@@ -22,8 +22,8 @@ from condense.engine import Run
 from condense.errors import CondenseError
 from condense.formatting import by
 from condense.networks import CHECKPOINTS, Key, MeanLogits, Member, Recorded, is_public, read
-from condense.networks.pretrained import _checkpoint, _public
-from condense.networks.saved import _frozen, _key, _nbytes
+from condense.networks.pretrained import load_checkpoint, load_public_network
+from condense.networks.saved import digests_key, freeze, network_nbytes
 from condense.pretraining.budget import agreed_plan, groups, seconds_per_step, taught
 from condense.pretraining.store import Same, transform_digests
 from condense.pretraining.teachers import (
@@ -59,11 +59,11 @@ class Committee:
     @property
     def content(self) -> str:
         """Key of the members' states."""
-        return _key(member.sha256 for member in self.members)
+        return digests_key(member.sha256 for member in self.members)
 
     def bytes(self) -> int:
         """Of all members' states."""
-        return sum(_nbytes(member.network) for member in self.members)
+        return sum(network_nbytes(member.network) for member in self.members)
 
     def mean(self, weights: Sequence[float] | None = None) -> nn.Module:
         """A frozen network in eval mode that takes images (B,C,H,W) in training space to the members' mean logits,
@@ -210,7 +210,7 @@ def _unkept(
                     net = networks.build(one, source.shape, source.num_classes)
                 net.load_state_dict(state)
                 members[one, entry["number"]] = Member(
-                    _frozen(net, run.device), entry["network"], entry["accuracy"], entry["seconds"], entry["number"],
+                    freeze(net, run.device), entry["network"], entry["accuracy"], entry["seconds"], entry["number"],
                     entry["sha256"],
                 )  # fmt: skip
     judged_on = "held-out images" if squeezing.held_out else "test images"
@@ -223,7 +223,7 @@ def _filled(committee: Committee, run: Run, source: Task, wanted: Sequence[tuple
     for one, k in wanted[len(members) :]:
         with rng.seeded("layout"):
             net = networks.build(one, source.shape, source.num_classes)
-        members.append(Member(_frozen(net, run.device), networks.name_of(one), 0.0, number=k))
+        members.append(Member(freeze(net, run.device), networks.name_of(one), 0.0, number=k))
     return dataclasses.replace(committee, members=tuple(members))
 
 
@@ -231,7 +231,7 @@ def _named(run: Run, file: str, architectures: Sequence[Architecture], count: in
     """The teachers that ``file`` names, checked against the run."""
     task = run.task
     if is_public(file):
-        nets = {one: _public(one, task.shape, task.num_classes, task.transform) for one in file.split(",")}
+        nets = {one: load_public_network(one, task.shape, task.num_classes, task.transform) for one in file.split(",")}
         judged = [_judged(run, net, one, one) for one, net in nets.items()]
         return Committee(tuple(one.members[0] for one in judged), file, judged[0].judged_on)
     path = Path(file)
@@ -239,7 +239,7 @@ def _named(run: Run, file: str, architectures: Sequence[Architecture], count: in
         if len(architectures) > 1 or count > 1:
             raise CondenseError(f"teachers={file}: a checkpoint is one network; leave out committee and num_teachers, "
                                 "or give a file of `condense teachers`")  # fmt: skip
-        net = _checkpoint(path, architectures[0], task.shape, task.num_classes)
+        net = load_checkpoint(path, architectures[0], task.shape, task.num_classes)
         return _judged(run, net, networks.name_of(architectures[0]), str(path.absolute()))
     named = read(path)
     _check_suits(named, task)
@@ -286,7 +286,7 @@ def _few(classes: Sequence[Any]) -> str:
 
 def _judged(run: Run, net: networks.Network, name: str, source: str) -> Committee:
     """A teacher of others with its accuracy on some test images, which tells that classes or normalisation differ."""
-    net, task, right = _frozen(net, run.device), run.task, 0
+    net, task, right = freeze(net, run.device), run.task, 0
     ids = rng.Draws(0, "glance").sample(len(task.test), min(GLANCE, len(task.test))).sort().values
     with torch.no_grad():
         for part in ids.split(TEST_CHUNK):
@@ -309,7 +309,7 @@ def find(described: Mapping[str, Any]) -> Path | None:
     """Where the teachers are that ``Committee.describe()`` told of: where they lay, or in the cache; None where they
     are gone. A checkpoint that is still there, and public weights by their name, are compared when they are read."""
     wanted = described.get("sha256")
-    if not isinstance(wanted, list) or not wanted or _key(map(str, wanted)) != described.get("content"):
+    if not isinstance(wanted, list) or not wanted or digests_key(map(str, wanted)) != described.get("content"):
         return None
     named, cached = described.get("path"), cache_dir() / "teachers"
     if isinstance(named, str) and (is_public(named) or (Path(named).suffix in CHECKPOINTS and Path(named).is_file())):
@@ -372,14 +372,14 @@ def teacher(
     if is_public(file):
         if transform is None:
             raise CondenseError(f"{file}: public weights need the normalisation of their images")
-        nets: list[networks.Network] = [_public(one, shape, classes, transform) for one in file.split(",")]
+        nets: list[networks.Network] = [load_public_network(one, shape, classes, transform) for one in file.split(",")]
     else:
         networks.check(names[0])
-        nets = [_checkpoint(path, names[0], shape, classes)]
+        nets = [load_checkpoint(path, names[0], shape, classes)]
     found = [_digest(net.state_dict()) for net in nets]
     if wanted != found:
         raise others
     members = [
-        Member(_frozen(net, device), name, math.nan, sha256=digest) for net, name, digest in zip(nets, names, found)
+        Member(freeze(net, device), name, math.nan, sha256=digest) for net, name, digest in zip(nets, names, found)
     ]
     return Committee(tuple(members)).mean(weights)

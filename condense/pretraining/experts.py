@@ -22,7 +22,7 @@ from condense.engine import Run
 from condense.errors import CondenseError
 from condense.formatting import by
 from condense.networks import Layout, layout_of
-from condense.networks.ensemble import _Mean
+from condense.networks.ensemble import mean_logits_of_flat
 from condense.pretraining.budget import agreed_plan, groups, seconds_per_step, taught
 from condense.pretraining.store import Same, transform_digests
 from condense.pretraining.trajectories import GROUP, Recorded, Training, _student, _train, cache_file, read, record
@@ -345,4 +345,6 @@ def teacher(
     count = min(count or file.count, file.count)
     epoch = file.epochs if epoch == -1 else min(epoch, file.epochs)
     file.verify(range(count), [epoch])
-    return _Mean(net, file.layout, torch.from_numpy(np.array(file.values[:count, epoch]))).to(device).eval()
+    return (
+        mean_logits_of_flat(net, file.layout, torch.from_numpy(np.array(file.values[:count, epoch]))).to(device).eval()
+    )

@@ -35,7 +35,7 @@ from condense.errors import CondenseError
 from condense.files import check_writable, content
 from condense.hdf5 import AGAIN
 from condense.networks import Key, Recorded, State, is_public, read
-from condense.networks.saved import _nbytes, _title, _write
+from condense.networks.saved import member_title, network_nbytes, write_teacher_file
 from condense.pretraining.budget import groups, taught
 from condense.pretraining.store import expected, parts_of, transform_digests
 from condense.training import STUDENT_VERSION, Recipe, Student, TaskSource, accuracy, check_rule, pick_together, train
@@ -225,7 +225,7 @@ def _record(run: Run, squeezing: Squeezing, path: Path, wanted: Sequence[Key], a
         with rng.seeded("layout"):
             net = networks.build(name, source.shape, source.num_classes)
         _check_last_batch(net, name, len(source.train), squeezing.recipe.batch)
-        room += 2 * _nbytes(net)
+        room += 2 * network_nbytes(net)
     if missing and ranks.leads:
         check_writable(path, force=True, size=room)
     ranks.close()  # all have seen what is there before any adds to it
@@ -237,7 +237,7 @@ def _record(run: Run, squeezing: Squeezing, path: Path, wanted: Sequence[Key], a
         for group, report in groups(run, numbers, steps, words, again, GROUP):
             place = parts_of(path) / _part(name, group[0])
             for entry, state in _train(run, squeezing, source, name, group, unit, report, place.with_suffix(".train")):
-                _write(place.with_name(_part(name, entry["number"])), about, [(entry, state)])
+                write_teacher_file(place.with_name(_part(name, entry["number"])), about, [(entry, state)])
     ranks.close()
     if ranks.leads:
         have = _have(path, about, force)  # another process may have added to the file in the meantime
@@ -247,7 +247,7 @@ def _record(run: Run, squeezing: Squeezing, path: Path, wanted: Sequence[Key], a
         kept = [key for key, (file, _) in have.items() if file.path == path]
         if len(kept) < len(have):
             used = [have[key] for key in dict.fromkeys([*kept, *wanted, *have])]
-            _write(path, about, ((file.entries[k], file.state(k)) for file, k in used))
+            write_teacher_file(path, about, ((file.entries[k], file.state(k)) for file, k in used))
         shutil.rmtree(parts_of(path), ignore_errors=True)
     ranks.close()
     return Made(read(path), missing, time.monotonic() - began)
@@ -269,11 +269,12 @@ def _have(path: Path, about: Mapping[str, Any], force: bool) -> dict[Key, tuple[
                 continue
             stale = file.entries[k].get("library_version") != networks.library_version(key[0])
             if stale and not force:
-                raise CondenseError(f"{place}: {_title(file.entries[k])} is of another version of its library; "
+                raise CondenseError(f"{place}: {member_title(file.entries[k])} is of another version of its library; "
                                     "take another --out, or replace it with --force")  # fmt: skip
             sound = file.sound(k)
             if not sound and place == path and not force:
-                raise CondenseError(f"{place}: {_title(file.entries[k])} is damaged (its checksum differs); {AGAIN} "
+                title = member_title(file.entries[k])
+                raise CondenseError(f"{place}: {title} is damaged (its checksum differs); {AGAIN} "
                                     "with --force")  # fmt: skip
             if sound and not stale:
                 have[key] = file, k

@@ -29,12 +29,23 @@ IMAGE_TYPES = (np.uint8, np.float16, np.float32)
 ARRAY_TYPES = (*IMAGE_TYPES, np.int8, np.uint16, np.int64)
 
 FORMAT = hdf5.Format(
-    "condense.distilled", 1, maker="condense distill",
+    "condense.distilled",
+    1,
+    maker="condense distill",
     required={
-        "name": str, "dataset": str, "method": str, "network": str, "classes": list, "ipc": int, "space": str,
-        "decode": list, "label_kind": str, "transform": str, "checksums": dict,
+        "name": str,
+        "dataset": str,
+        "method": str,
+        "network": str,
+        "classes": list,
+        "ipc": int,
+        "space": str,
+        "decode": list,
+        "label_kind": str,
+        "transform": str,
+        "checksums": dict,
     },
-)  # fmt: skip
+)
 
 
 class DistilledSet(Dataset[tuple[Tensor, Tensor]]):

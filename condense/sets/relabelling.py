@@ -13,7 +13,7 @@ from condense.augment import CropViews, ViewRule
 from condense.errors import CondenseError
 from condense.files import content
 from condense.labels import Labels, PerViewLabels, view_answers
-from condense.labels.base import _check_count
+from condense.labels.base import check_image_count
 from condense.networks import device_of
 
 if TYPE_CHECKING:
@@ -74,15 +74,29 @@ def relabel(
     rule = ViewRule(flip=distilled.manifest.get("mirror", True)) if views is None else ViewRule.of(views)
     hard = distilled.hard_labels() if gamma or calibrate is not None else None
     how: dict[str, Any] = {
-        "loss_kind": loss_kind, "gamma": gamma, "calibrate": calibrate, "hard": hard, "statistics": statistics,
+        "loss_kind": loss_kind,
+        "gamma": gamma,
+        "calibrate": calibrate,
+        "hard": hard,
+        "statistics": statistics,
         "micro": micro,
-    }  # fmt: skip
+    }
     blank = torch.zeros(1, len(images), classes)
     PerViewLabels(blank, seed, rule, temperature, squared, **how)  # what cannot be is found before the work
     logits = view_answers(
-        teacher, images, epochs, rule, seed, classes=classes, statistics=statistics, micro=micro,
-        batch_size=batch_size, start=start, into=into, quiet=quiet,
-    )  # fmt: skip
+        teacher,
+        images,
+        epochs,
+        rule,
+        seed,
+        classes=classes,
+        statistics=statistics,
+        micro=micro,
+        batch_size=batch_size,
+        start=start,
+        into=into,
+        quiet=quiet,
+    )
     labels = PerViewLabels(logits, seed, rule, temperature, squared, **how)
     seconds = None if teacher_seconds is None else teacher_seconds + time.monotonic() - began
     return relabelled(distilled, labels, teacher, description=description, seconds=seconds)
@@ -112,7 +126,7 @@ def relabelled(
 
     if labels.per_view:
         _check_stages(distilled)
-    _check_count(distilled.training_images()[0] if distilled.compensated else distilled.stored, labels)
+    check_image_count(distilled.training_images()[0] if distilled.compensated else distilled.stored, labels)
     teachers = {"network": description or type(teacher).__name__, "sha256": content(teacher.state_dict())}
     outdated = ("bytes", "checksums", "protocol", "learned_lr", "label_source", "claim", "command")
     kept = {key: value for key, value in distilled.manifest.items() if key not in outdated}

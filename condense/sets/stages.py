@@ -88,9 +88,7 @@ class Compensated:
         return self.indices * (self.teachers + 1)
 
     def describe(self) -> dict[str, Any]:
-        return {
-            "stage": "compensated", "classes": self.classes, "indices": self.indices, "teachers": self.teachers
-        }  # fmt: skip
+        return {"stage": "compensated", "classes": self.classes, "indices": self.indices, "teachers": self.teachers}
 
 
 Stage = Formation | FlipUnion | Compensated

@@ -23,7 +23,7 @@ CHECKPOINT_SECONDS = 30.0
 """Least time between two checkpoints of a training."""
 
 
-class _Keeper:
+class TrainingCheckpoint:
     """The checkpoint of one training; does nothing where there is no ``path``.
 
     It is known by its students' seeds, initial weights and first batches, the recipe, the update, and where and how it
@@ -87,12 +87,12 @@ class _Keeper:
                 self.path.unlink()
 
 
-def _random_state(device: torch.device) -> list[Tensor]:
+def random_state(device: torch.device) -> list[Tensor]:
     """The global generators that dropout draws from."""
     return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
 
 
-def _set_random_state(state: Sequence[Tensor], device: torch.device) -> None:
+def set_random_state(state: Sequence[Tensor], device: torch.device) -> None:
     torch.set_rng_state(state[0])
     if device.type == "cuda":
         torch.cuda.set_rng_state(state[1], device)

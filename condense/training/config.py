@@ -110,7 +110,7 @@ def _pass_order(seed: int, size: int, epoch: int) -> Tensor:
     return rng.Draws(seed, "shuffle", epoch).permutation(size)
 
 
-def _optimizer(parameters: Sequence[Tensor], recipe: Recipe, stacked: bool = False) -> torch.optim.Optimizer:
+def make_optimizer(parameters: Sequence[Tensor], recipe: Recipe, stacked: bool = False) -> torch.optim.Optimizer:
     """The recipe's optimiser. Where ``stacked``, parameters have a leading axis of networks."""
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
@@ -118,9 +118,11 @@ def _optimizer(parameters: Sequence[Tensor], recipe: Recipe, stacked: bool = Fal
     # ones: pulling them to 0 weakens what a norm passes on, and keeps no weight small.
     matrices = [parameter.ndim - stacked >= 2 for parameter in parameters]
     groups = [
-        {"params": [parameter for parameter, is_matrix in zip(parameters, matrices) if is_matrix == decayed],
-         "weight_decay": recipe.weight_decay if decayed else 0.0}
+        {
+            "params": [parameter for parameter, is_matrix in zip(parameters, matrices) if is_matrix == decayed],
+            "weight_decay": recipe.weight_decay if decayed else 0.0,
+        }
         for decayed in (True, False)
         if decayed in matrices
-    ]  # fmt: skip
+    ]
     return torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.999))

@@ -23,8 +23,8 @@ from condense.augment import cutmix
 from condense.data import Task
 from condense.device import fast
 from condense.networks import Network, uses_dropout
-from condense.training.checkpoint import _Keeper, _random_state, _set_random_state
-from condense.training.config import Recipe, _optimizer, batch_ids, steps_per_pass
+from condense.training.checkpoint import TrainingCheckpoint, random_state, set_random_state
+from condense.training.config import Recipe, batch_ids, make_optimizer, steps_per_pass
 from condense.training.student import Source, Student, Targets, Update, Watch, Work
 
 _log = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ def train(
     equal = len({student.source.size for student in students}) == 1
     drops = uses_dropout(students[0].network)
     if together and equal and not drops and len(students) > 1:  # dropout is keyed by student, so these go one by one
-        keeper = _Keeper(checkpoint, students, recipe, device, precision, update)
+        keeper = TrainingCheckpoint(checkpoint, students, recipe, device, precision, update)
         try:
             _train_stacked(students, recipe, device, precision, report, keeper, watch, watch_every, update)
             keeper.remove()
@@ -77,7 +77,9 @@ def train(
     keepers, seconds = [], 0.0
     for k, student in enumerate(students):
         path = checkpoint and (checkpoint.with_name(f"{checkpoint.name}.{k}") if len(students) > 1 else checkpoint)
-        keepers.append(_Keeper(path, [student], recipe, device, precision, update, keep_end=len(students) > 1))
+        keepers.append(
+            TrainingCheckpoint(path, [student], recipe, device, precision, update, keep_end=len(students) > 1)
+        )
         shifted = report and functools.partial(_shift, report, k * recipe.steps)
         watched = watch and functools.partial(watch, k)
         _train_one(student, recipe, device, precision, shifted, keepers[k], watched, watch_every, update)
@@ -122,8 +124,10 @@ def _batch(
 
 def _loss(source: Source, logits: Tensor, targets: Targets) -> Tensor:
     """Mean loss of a batch, mixed targets weighted."""
-    parts = [weight * source.loss(logits, wanted) if weight != 1 else source.loss(logits, wanted)
-             for weight, wanted in targets]  # fmt: skip
+    parts = [
+        weight * source.loss(logits, wanted) if weight != 1 else source.loss(logits, wanted)
+        for weight, wanted in targets
+    ]
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
 
 
@@ -139,14 +143,14 @@ def _train_one(
     device: torch.device,
     precision: str,
     report: Callable[[int], None] | None,
-    keeper: _Keeper,
+    keeper: TrainingCheckpoint,
     watch: Callable[[int, Mapping[str, Tensor]], None] | None,
     watch_every: int,
     update: Update | None,
 ) -> None:
     network, start = student.network, 0
     weights: list[Tensor] = [weight for weight in network.parameters() if weight.requires_grad]
-    optimizer = _optimizer(weights, recipe)
+    optimizer = make_optimizer(weights, recipe)
 
     def forward(images: Tensor) -> Tensor:
         with fast(device, precision):
@@ -154,14 +158,14 @@ def _train_one(
         return logits.float()
 
     def state() -> dict[str, Any]:
-        return {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "random": _random_state(device)}
+        return {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "random": random_state(device)}
 
     with rng.seeded(student.seed, "dropout", device=device):
         saved = keeper.read()
         if saved is not None:
             network.load_state_dict(saved["network"])
             optimizer.load_state_dict(saved["optimizer"])
-            _set_random_state(saved["random"], device)
+            set_random_state(saved["random"], device)
             start = saved["step"]
         for step in range(start, recipe.steps):
             images, targets, clean = _batch(student, recipe, step, device, precision)
@@ -194,7 +198,7 @@ def _train_stacked(
     device: torch.device,
     precision: str,
     report: Callable[[int], None] | None,
-    keeper: _Keeper,
+    keeper: TrainingCheckpoint,
     watch: Watch | None,
     watch_every: int,
     update: Update | None,
@@ -204,7 +208,7 @@ def _train_stacked(
     parameters, buffers = torch.func.stack_module_state(nets)
     shell = copy.deepcopy(nets[0])
     leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
-    optimizer = _optimizer(list(leaves.values()), recipe, stacked=True)
+    optimizer = make_optimizer(list(leaves.values()), recipe, stacked=True)
 
     def call(weights: dict[str, Tensor], state: dict[str, Tensor], images: Tensor) -> Tensor:
         return torch.func.functional_call(shell, (weights, state), (images,))
