@@ -434,10 +434,10 @@ def test_impossible_labels():
     for words, options in {
         "loss_kind=ms": {"loss_kind": "ms"},
         "gamma=-1": {"gamma": -1.0},
-        "gamma=1: weighs": {"gamma": 1.0},
+        "gamma=1: applies to": {"gamma": 1.0},
         "gamma: needs the class": {"gamma": 1.0, "loss_kind": "mse"},
         "calibrate: needs the class": {"calibrate": (0, 0.5, 1)},
-        "calibrate: needs distributions": {"calibrate": (0, 0.5, 1), "loss_kind": "mse"},
+        "calibrate: replaces distributions": {"calibrate": (0, 0.5, 1), "loss_kind": "mse"},
         "calibrate=.*low <= mid": {"calibrate": (0.5, 0.2, 1), "hard": HARD},
         "statistics=bach": {"statistics": "bach"},
         "micro=1": {"statistics": "batch", "micro": 1},
@@ -462,7 +462,7 @@ def test_impossible_labels():
             TeacherLabels(networks_of(2), 5, 0, weights=weights)
     with pytest.raises(CondenseError, match="2 teachers but 1 names"):
         TeacherLabels(networks_of(2), 5, 0, names=NAMES[:1], shape=(1, 8, 8))
-    with pytest.raises(CondenseError, match=r"the teacher answers \(5, 3\)"):
+    with pytest.raises(CondenseError, match=r"the teacher returns \(5, 3\)"):
         view_answers(networks_of(1)[0], pictures(), 1, ViewRule(), 0, classes=2)
 
 
@@ -663,7 +663,7 @@ def test_data_that_do_not_survive_mirroring_are_not_mirrored(chosen, teacher):
 def test_sets_and_teachers_that_cannot_be(tiny, chosen, teacher):
     with pytest.raises(CondenseError, match="epochs=0"):
         relabel(chosen, teacher, 0)
-    with pytest.raises(CondenseError, match=r"the teacher answers \(6, 2\)"):
+    with pytest.raises(CondenseError, match=r"the teacher returns \(6, 2\)"):
         relabel(chosen, torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 2)), 1)
     packed = condense.distill("dm", tiny, 1, network=NETWORK, steps=1, batch_real=6, factor=2, init="collage")
     with pytest.raises(CondenseError, match="decodes into more"):

@@ -382,18 +382,18 @@ def test_refusals(make, line):
         ("lowrank", "scale", np.array([1, np.inf], np.float32), "labels/scale has values that are not finite"),
         ("lowrank", "basis", np.zeros((2, 4), np.float16), "labels/basis must be float16 (any, 3)"),
         ("lowrank", "error", np.array([1, -1, 0], np.float32), "labels/error must be finite and at least 0"),
-        ("lowrank", "codes", np.zeros((0, 6, 2), np.int8), "lowrank labels of no epochs"),
+        ("lowrank", "codes", np.zeros((0, 6, 2), np.int8), "lowrank labels without epochs"),
         ("topk", "numbers", np.full((5, 6, 2), 3, np.uint8), "labels/numbers has values outside 0..2"),
         ("topk", "numbers", np.zeros((5, 6, 2), np.uint16), "labels/numbers must be uint8"),
         ("topk", "least", np.zeros((5, 5), np.float16), "labels/least must be float16 (5, 6)"),
         ("pool", "code", np.frombuffer(b"zip", np.uint8), "labels/code names 'zip', which is none of half, int8"),
-        ("pool", "of", np.array([1], np.int64), "a pool of 2 epochs cannot be of 1"),
+        ("pool", "of", np.array([1], np.int64), "a pool of 2 epochs: out of range for 1 labelled"),
         ("pool", "hard", np.full(6, 3, np.uint8), "labels/hard has values outside 0..2"),
         ("pool", "hard", np.zeros(5, np.uint8), "hard: must be int64 (6,)"),
         ("pool", "values", np.full((2, 6, 3), np.nan, np.float16), "labels/values has values that are not finite"),
     ],
 )
-def test_arrays_of_strangers(kind, name, value, line):
+def test_untrusted_arrays_are_checked(kind, name, value, line):
     arrays = {**MADE[kind]().arrays(), name: value}
     with pytest.raises(CondenseError) as fault:
         PROVIDERS.get(kind).from_arrays(arrays, CLASSES)

@@ -735,7 +735,7 @@ def test_the_real_data_are_needed(plain, weak):
         ({"prompts": "a photo of a {}.|it"}, "prompts=a photo of a {}.|it: each needs {} where the class stands"),
         ({"prompts": ""}, "prompts=: each needs {} where the class stands"),
         ({"loss_kind": "mes"}, "loss_kind=mes: unknown; did you mean 'mse'?"),
-        ({"gamma": 0.5}, "gamma=0.5: weighs the classes in loss_kind=mse"),
+        ({"gamma": 0.5}, "gamma=0.5: applies to loss_kind=mse only"),
         ({"loss_kind": "mse", "gamma": -1.0}, "gamma=-1: must be at least 0"),
         ({"head": "txt"}, "head=txt: unknown; did you mean 'text'?"),
         ({"adapter_rank": 0}, "adapter_rank=0: must be at least 1"),

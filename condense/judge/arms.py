@@ -16,7 +16,7 @@ from condense.data import Task
 from condense.errors import CondenseError, did_you_mean
 from condense.files import content
 from condense.judge.protocol import Protocol
-from condense.labels import HardLabels, TeacherLabels
+from condense.labels import HardLabels
 from condense.sets import DistilledSet
 from condense.training import FixedSource, Source, TaskSource
 
@@ -86,9 +86,8 @@ def make_arms(
     controls, kind = list(controls), distilled.labels.kind
     arms, missing = _distilled_arms(distilled, protocol, device, with_hard="full" in controls)
     track = arms[0].labels
-    is_soft = track == "own" and kind != "hard"
-    if isinstance(distilled.labels, TeacherLabels) and (teacher is None or kind == "projector"):
-        teacher = distilled.labels.teacher
+    is_soft = track == "own" and not distilled.labels.is_hard
+    teacher = distilled.labels.relabelling_teacher(teacher)
     for control in controls:
         if control == "random" and is_soft and teacher is None:
             why = f"no teacher that gives random images {kind} labels" + (f" ({reason})" if reason else "")
@@ -129,7 +128,7 @@ def _distilled_arms(
         lambda *_: own_images,
         uses_learned_lr=lr is not None,
     )
-    if kind == "hard":
+    if distilled.labels.is_hard:
         return [own], []
     hard_images = _hard_source(distilled, device)
     content_key = f"{distilled.sha256()}-hard"
@@ -171,7 +170,7 @@ def _hard_control(control: str, track: str, distilled: DistilledSet, protocol: P
         count = equal_byte_count(distilled)
         source = functools.partial(random_bytes_source, seed, count)
         return Arm(control, "hard", f"{control}-{count}", steps, rates, source)
-    smoothing = getattr(distilled.labels, "smoothing", 0.0)
+    smoothing = distilled.labels.smoothing
     source = functools.partial(random_source if control == "random" else noise_source, seed, ipc, smoothing)
     content_key = f"{control}-{ipc}" + (f"-smoothing{smoothing}" if smoothing else "")
     return Arm(control, track, content_key, steps, rates, source)

@@ -233,7 +233,7 @@ def fit(
 
 def _default_protocol(distilled: DistilledSet) -> str:
     """The protocol of the manifest, or the usual one of the label track."""
-    return distilled.manifest.get("protocol") or ("dc-v1" if distilled.labels.kind == "hard" else "dc-soft-v1")
+    return distilled.manifest.get("protocol") or ("dc-v1" if distilled.labels.is_hard else "dc-soft-v1")
 
 
 def data_options(distilled: DistilledSet) -> dict[str, Any]:

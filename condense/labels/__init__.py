@@ -1,7 +1,11 @@
-"""TODO-FACE condense/labels."""
+"""Label providers: what a student of a distilled set trains on, and how it is stored.
+
+Each kind (``hard``, ``soft``, ``per-view`` ...) is a class with the interface :class:`Labels`, registered in
+:data:`PROVIDERS` under the name that manifests use.
+"""
 
 from condense.labels.adapters import Merged, Projector
-from condense.labels.base import PROVIDERS, Labels, check_loss, mixed
+from condense.labels.base import PROVIDERS, Labels, check_image_count, check_loss, mixed
 from condense.labels.coded import CodedLabels, LowRankLabels, TopKLabels
 from condense.labels.codes import MOST_KEPT, MOST_RANK, Bytes, Half, LowRank, TopK, fidelity, usual
 from condense.labels.distances import DistanceLabels
@@ -39,6 +43,7 @@ __all__ = [
     "TopK",
     "TopKLabels",
     "answers",
+    "check_image_count",
     "check_loss",
     "dequantised",
     "fidelity",

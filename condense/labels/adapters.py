@@ -1,18 +1,18 @@
 """Image-to-label projectors (HeLlO, ICCV 2025): a public network, low-rank changes of its weights, and a head.
 
 ``logits = scale * normalised(E(x)) @ W + bias``, where E is a public encoder whose weights of convolutions and linear
-layers are ``W_0 + A B``, each as a matrix with one row for each output. Only A, B and what makes the head are stored;
-the encoder is found by its name and stays as it is. Products are added to the weights when a projector is loaded, so
-that a student's step costs one pass through the encoder.
+layers are ``W_0 + A B``, each as a matrix with one row for each output. Only A, B and the head are stored; the
+encoder is identified by its name and does not change. The products are added to the weights when a projector is loaded,
+so that a student's step costs one forward pass of the encoder.
 
 =========================== ==========================================================================================
 backbone                    weights
 =========================== ==========================================================================================
-NAME                        one of :data:`SHIPPED`, which comes with this package
+NAME                        one of :data:`SHIPPED`, included in this package
 FILE.h5                     the first teacher of a file of ``condense teachers``
-torchvision:NAME            its default public weights
-timm:NAME                   its public weights
-open_clip:NAME@TAG          a CLIP model with the weights that open_clip calls TAG; the text tower can make the head
+torchvision:NAME            the default public weights
+timm:NAME                   the public weights
+open_clip:NAME@TAG          a CLIP model with the weights TAG of open_clip; the text tower can make the head
 LIBRARY:NAME@FILE           the same network with the weights of a file
 =========================== ==========================================================================================
 """
@@ -37,40 +37,38 @@ from condense.networks import Encoder
 
 HEADS = ("text", "mean")
 
-# Projectors -----------------------------------------------------------------------------------------------------------
-
 
 def adapted(encoder: Encoder, pixels: Tensor) -> list[str]:
-    """Names of the encoder's weights of convolutions and linear layers, attention's among them, that its features of
-    ``pixels`` follow from; a classifier that is left out has none."""
+    """Returns the names of the weights of convolutions and linear layers, including attention, on which the encoder's
+    features of ``pixels`` depend; weights of an unused classifier are omitted."""
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
-    found = {
+    weights = {
         f"{path}.{name}".lstrip("."): weight
         for path, layer in encoder.named_modules()
         if isinstance(layer, kinds)
         for name, weight in layer.named_parameters(recurse=False)
         if weight.ndim > 1
     }
-    copies = {name: weight.detach().clone().requires_grad_() for name, weight in found.items()}
+    copies = {name: weight.detach().clone().requires_grad_() for name, weight in weights.items()}
     with torch.enable_grad():
         features = torch.func.functional_call(encoder, copies, (pixels,))
-        slopes = torch.autograd.grad(features.float().square().sum(), list(copies.values()), allow_unused=True)
-    return [name for name, slope in zip(copies, slopes) if slope is not None]
+        gradients = torch.autograd.grad(features.float().square().sum(), list(copies.values()), allow_unused=True)
+    return [name for name, gradient in zip(copies, gradients) if gradient is not None]
 
 
 class Projector(networks.Network):
-    """Images in a set's training space to logits (B, classes). What requires grad is what is stored.
+    """Network from images in a set's training space to logits (B, classes). Parameters that require grad are stored.
 
     Args:
-        encoder: frozen.
-        names: of its weights that are adapted.
-        rank: r of their changes A B, at most what the matrix has; A starts at 0, so that all weights are the public
-            ones at first.
-        start: (D, classes), the head at first: of text, or the classes' means of features.
-        head_rank: r of the head's change; 0: the head itself is learned and stored, as a start from means must be.
-        scale: factor of cosines at first.
-        transform: from pixels to the training space of the set.
-        seed: of B's first values.
+        encoder: Frozen encoder.
+        names: Names of its adapted weights.
+        rank: Rank r of their changes A B, limited by the size of the matrix. A starts at 0, so that training starts at
+            the public weights.
+        start: Initial head (D, classes), from text or from the classes' mean features.
+        head_rank: Rank of the head's change; 0: the head itself is learned and stored, as for mean features.
+        scale: Initial factor of the cosines.
+        transform: Map from pixels to the training space of the set.
+        seed: Seed of the initial values of B.
     """
 
     def __init__(
@@ -111,7 +109,7 @@ class Projector(networks.Network):
         b.append(nn.Parameter(values.to(device)))
 
     def weights(self) -> dict[str, Tensor]:
-        """The encoder's weights with their changes."""
+        """Returns the adapted weights of the encoder by name."""
         own = dict(self.encoder.named_parameters())
         with torch.autocast(self.bias.device.type, enabled=False):
             return {
@@ -119,7 +117,7 @@ class Projector(networks.Network):
             }
 
     def columns(self) -> Tensor:
-        """The head (D, classes)."""
+        """Returns the head (D, classes)."""
         if self.head is not None:
             return self.head
         a, b = self.head_pair
@@ -127,27 +125,27 @@ class Projector(networks.Network):
             return self.start + a @ b
 
     def embed(self, x: Tensor, maps: list[Tensor] | None = None) -> Tensor:
-        """(B,C,H,W) in training space to features (B, D); no maps are told."""
+        """Maps (B,C,H,W) in training space to features (B, D); appends no maps."""
         if self.transform.mean.device != x.device:
             self.transform = self.transform.to(x.device)
         pixels = self.transform.inverse(x)
-        found: Tensor = torch.func.functional_call(self.encoder, self.weights(), (pixels,))
-        return found
+        features: Tensor = torch.func.functional_call(self.encoder, self.weights(), (pixels,))
+        return features
 
     def classify(self, embedding: Tensor) -> Tensor:
-        """Features to float32 logits (B, classes)."""
+        """Maps features to float32 logits (B, classes)."""
         return cosines(embedding, self.columns(), self.log_scale.exp(), self.bias)
 
     @torch.no_grad()
     def rounded(self) -> Projector:
-        """Itself, with what is stored rounded to float16 (scale and bias excepted)."""
+        """Rounds the stored matrices to float16 in place, as the file stores them, and returns itself."""
         for parameter in self.parameters():
             if parameter.requires_grad and parameter.ndim > 1:
                 parameter.copy_(parameter.half().float())
         return self
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """What is stored."""
+        """Returns the arrays to store."""
         half = {f"a{k}": a for k, a in enumerate(self.low)} | {f"b{k}": b for k, b in enumerate(self.high)}
         half |= {"head": self.head} if self.head is not None else dict(zip(("head_a", "head_b"), self.head_pair))
         return {
@@ -158,10 +156,10 @@ class Projector(networks.Network):
 
     @torch.no_grad()
     def load(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Takes what :meth:`arrays` gave.
+        """Loads the result of :meth:`arrays`.
 
         Raises:
-            CondenseError: arrays of other shapes: they do not fit this encoder.
+            CondenseError: The shapes do not fit this encoder.
         """
         targets: dict[str, Tensor] = {f"a{k}": a for k, a in enumerate(self.low)}
         targets |= {f"b{k}": b for k, b in enumerate(self.high)}
@@ -169,9 +167,9 @@ class Projector(networks.Network):
         for name, target in targets.items():
             array = arrays.get(name)
             if array is None or array.dtype != np.float16 or array.shape != tuple(target.shape):
-                found = "missing" if array is None else f"{array.dtype} {array.shape}"
+                actual = "missing" if array is None else f"{array.dtype} {array.shape}"
                 raise CondenseError(
-                    f"labels/{name}: does not fit the backbone ({found}, not float16 "
+                    f"labels/{name}: does not fit the backbone ({actual}, not float16 "
                     f"{tuple(target.shape)}); give the backbone that the labels were made with"
                 )
             target.copy_(torch.from_numpy(array))
@@ -180,7 +178,7 @@ class Projector(networks.Network):
 
 
 class Merged(nn.Module):
-    """A projector whose changes are in its weights; see :class:`Projector`."""
+    """A projector whose low-rank changes are added to its weights; see :class:`Projector`."""
 
     def __init__(self, projector: Projector) -> None:
         super().__init__()
@@ -192,30 +190,30 @@ class Merged(nn.Module):
         self.columns: Tensor
         self.bias: Tensor
         self.scale: Tensor
-        found = {"columns": projector.columns(), "bias": projector.bias, "scale": projector.log_scale.exp()}
-        for name, value in found.items():
+        buffers = {"columns": projector.columns(), "bias": projector.bias, "scale": projector.log_scale.exp()}
+        for name, value in buffers.items():
             self.register_buffer(name, value.detach().clone())
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B,C,H,W) in training space to float32 logits (B, classes)."""
+        """Maps (B,C,H,W) in training space to float32 logits (B, classes)."""
         if self.transform.mean.device != images.device:
             self.transform = self.transform.to(images.device)
         return cosines(self.encoder(self.transform.inverse(images)), self.columns, self.scale, self.bias)
 
 
 def cosines(features: Tensor, columns: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """``scale * features / |features| @ columns + bias``: float32 (B, classes) of features (B, D)."""
+    """Returns ``scale * features / |features| @ columns + bias``, float32 (B, classes), for features (B, D)."""
     with torch.autocast(features.device.type, enabled=False):
         return scale * (F.normalize(features.float(), dim=1) @ columns) + bias
 
 
-def plain(transform: Transform, words: str) -> Standardise:
-    """The transform, if pixels come back from it one by one.
+def plain(transform: Transform, setting: str) -> Standardise:
+    """Returns the transform after checking that its inverse maps each pixel separately.
 
     Raises:
-        CondenseError: it whitens.
+        CondenseError: It whitens. The message begins with ``setting``.
     """
     if not isinstance(transform, Standardise):
-        raise CondenseError(f"{words}: needs pixels, which zca=true mixes; leave zca out")
+        raise CondenseError(f"{setting}: needs pixels, which zca=true mixes; leave zca out")
     return transform

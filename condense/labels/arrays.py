@@ -1,4 +1,5 @@
-"""arrays of a file, checked before use."""
+"""Reading and writing the arrays of labels. Files are untrusted: the type and shape of each array are checked before
+use."""
 
 from __future__ import annotations
 
@@ -16,21 +17,19 @@ from condense.errors import CondenseError
 from condense.labels.base import LOSSES
 from condense.labels.teacher_logits import STATISTICS
 
-# Arrays from a file are data of a stranger: each is checked for type and shape before it is used.
-
 
 def checked_array(arrays: Mapping[str, np.ndarray], name: str, kind: Any, shape: tuple[int | None, ...]) -> np.ndarray:
-    """The array ``name``, which must be of this type and shape (None: any size)."""
+    """Returns the array ``name`` after checking its type and shape (None: any size)."""
     array = arrays[name]
-    fits = array.ndim == len(shape) and all(wanted in (None, size) for wanted, size in zip(shape, array.shape))
+    fits = array.ndim == len(shape) and all(expected in (None, size) for expected, size in zip(shape, array.shape))
     if array.dtype != kind or not fits:
-        wanted = ", ".join("any" if size is None else str(size) for size in shape)
-        raise CondenseError(f"labels/{name} must be {np.dtype(kind)} ({wanted}), not {array.dtype} {array.shape}")
+        sizes = ", ".join("any" if size is None else str(size) for size in shape)
+        raise CondenseError(f"labels/{name} must be {np.dtype(kind)} ({sizes}), not {array.dtype} {array.shape}")
     return array
 
 
 def read_image_count(arrays: Mapping[str, np.ndarray]) -> int:
-    """How many images labels say that they are for."""
+    """Returns the number of images that the labels are for."""
     (count,) = checked_array(arrays, "images", np.int64, (1,)).tolist()
     if count < 0:
         raise CondenseError(f"labels/images must be at least 0, not {count}")
@@ -38,6 +37,7 @@ def read_image_count(arrays: Mapping[str, np.ndarray]) -> int:
 
 
 def read_hard_labels(arrays: Mapping[str, np.ndarray], classes: int) -> Tensor:
+    """Returns the class of each image, int64 (N,)."""
     labels = checked_array(arrays, "hard", np.int64, (None,))
     if len(labels) and (labels.min() < 0 or labels.max() >= classes):
         raise CondenseError(f"labels/hard has values outside 0..{classes - 1}")
@@ -45,7 +45,7 @@ def read_hard_labels(arrays: Mapping[str, np.ndarray], classes: int) -> Tensor:
 
 
 def view_arrays(views: ViewRule, seed: int, statistics: str = "running", micro: int = 0) -> dict[str, np.ndarray]:
-    """What the views follow from, and how the teacher was asked: its micro-batch, 0 with running statistics."""
+    """Returns the arrays that define the views, and the teacher's micro-batch size, 0 with running statistics."""
     return {
         "draws": np.array([seed, rng.HASH_VERSION, micro if statistics == "batch" else 0], np.int64),
         "views": np.array([views.min_scale, views.max_scale, views.alpha], np.float32),
@@ -54,7 +54,7 @@ def view_arrays(views: ViewRule, seed: int, statistics: str = "running", micro: 
 
 
 def read_views(arrays: Mapping[str, np.ndarray]) -> tuple[ViewRule, int, str, int]:
-    """Views, seed, statistics and micro-batch of :func:`view_arrays`."""
+    """Returns the views, seed, statistics and micro-batch size that :func:`view_arrays` stored."""
     seed, version, micro = checked_array(arrays, "draws", np.int64, (3,)).tolist()
     if version != rng.HASH_VERSION:
         raise CondenseError(
@@ -64,12 +64,12 @@ def read_views(arrays: Mapping[str, np.ndarray]) -> tuple[ViewRule, int, str, in
     low, high, alpha = checked_array(arrays, "views", np.float32, (3,)).tolist()
     flip, pad, mix = checked_array(arrays, "choices", np.uint8, (3,)).tolist()
     if flip > 1 or mix >= len(MIXES):
-        raise CondenseError(f"labels/choices has values that no view has ({flip}, {pad}, {mix})")
+        raise CondenseError(f"labels/choices has invalid values ({flip}, {pad}, {mix})")
     return ViewRule(low, high, bool(flip), pad, MIXES[mix], alpha), seed, STATISTICS[micro != 0], micro
 
 
 def read_init_kwargs(arrays: Mapping[str, np.ndarray], classes: int) -> dict[str, Any]:
-    """What :meth:`PerViewLabels.terms` gave."""
+    """Returns the arguments that :meth:`PerViewLabels.terms` returned."""
     views, seed, statistics, micro = read_views(arrays)
     temperature, gamma = checked_array(arrays, "loss", np.float32, (2,)).tolist()
     squared, loss = checked_array(arrays, "flags", np.uint8, (2,)).tolist()
@@ -90,10 +90,10 @@ def read_init_kwargs(arrays: Mapping[str, np.ndarray], classes: int) -> dict[str
 
 
 def read_teacher_networks(text: bytes) -> tuple[list[str], networks.Shape]:
-    """Names and image shape of the teachers in a file."""
+    """Returns the names and the image shape of the teachers in a file."""
     try:
-        known = json.loads(text)
-        names, (channels, height, width) = known["names"], known["shape"]
+        description = json.loads(text)
+        names, (channels, height, width) = description["names"], description["shape"]
         if not names or not all(isinstance(name, str) for name in names):
             raise ValueError("no names")
         return names, (int(channels), int(height), int(width))
@@ -102,17 +102,18 @@ def read_teacher_networks(text: bytes) -> tuple[list[str], networks.Shape]:
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray:
+    """Copies a tensor to a NumPy array on the CPU."""
     return tensor.detach().cpu().numpy()
 
 
 def read_finite(arrays: Mapping[str, np.ndarray], name: str, kind: Any, shape: tuple[int | None, ...]) -> Tensor:
-    """A stranger's array of numbers."""
-    found = torch.from_numpy(checked_array(arrays, name, kind, shape))
-    if not bool(found.isfinite().all()):
+    """Returns the array ``name`` of an untrusted file after checking its type, shape and that all values are finite."""
+    values = torch.from_numpy(checked_array(arrays, name, kind, shape))
+    if not bool(values.isfinite().all()):
         raise CondenseError(f"labels/{name} has values that are not finite; copy or make the set again")
-    return found
+    return values
 
 
 def class_dtype(classes: int) -> Any:
-    """The smallest type that numbers so many classes."""
+    """Returns the smallest dtype that holds the indices of ``classes`` classes."""
     return np.uint8 if classes <= 1 << 8 else np.uint16 if classes <= 1 << 16 else np.int64

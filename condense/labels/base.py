@@ -1,10 +1,12 @@
-"""the Labels protocol, the registry of kinds, losses."""
+"""The interface of label providers, the registry of label kinds, and the losses that several kinds share."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,95 +22,164 @@ from condense.registry import Registry
 LOSSES = ("kl", "mse")
 
 
+@dataclass(frozen=True)
+class Fidelity:
+    """Difference between the encoded logits z and the decoded logits z', both centred, which changes no softmax."""
+
+    largest: float
+    """Upper bound of |z - z'| over all views and classes; with ``fill=mr`` over the stored classes."""
+    relative: float
+    """Upper bound of sum |z - z'|^2 / sum |z|^2, over the same entries."""
+    moved: float
+    """Mean over views of sum |p - p'| / 2, the total variation distance of the targets at temperature T."""
+
+    def array(self) -> np.ndarray:
+        """Returns the three numbers as float32 (3,)."""
+        return np.array(dataclasses.astuple(self), np.float32)
+
+
 class Labels(Protocol):
-    """What every provider offers."""
+    """Interface of a label provider. Kinds derive from it and override the defaults that do not apply to them."""
 
     kind: str
+    """Name in :data:`PROVIDERS`, in manifests and on the command line."""
     per_view: bool
-    """True where targets come with views of the provider's own making, so that no other augmentation is due."""
+    """Whether targets belong to augmented views that the provider draws, so that no other augmentation is applied."""
+    is_hard: bool = False
+    """Whether the target is a class index."""
+    smoothing: float = 0.0
+    """Share of the target that is spread evenly over all classes."""
+    stores_all_logits: bool = False
+    """Whether the teacher's logits on each view of each epoch are stored, so that other kinds can be made from them."""
+    error: Fidelity | None = None
+    """Measured error of lossy labels; None if unknown or if there is none."""
 
     @property
     def exactness(self) -> str:
-        """exact: a teacher's own answers on the very views, to float16; lossy: these, coded within an error that the
-        labels state; approximate: something that stands for them."""
+        """``exact``: the teacher's logits on exactly these views, to float16; ``lossy``: the same, coded within an
+        error that the labels state; ``approximate``: a substitute for them."""
 
     @property
     def step_cost(self) -> str:
-        """What a student's step costs beyond drawing and making the views, in words."""
+        """Cost of a student's step in addition to drawing and applying the views, as text."""
 
     def __len__(self) -> int:
         """Number of stored images that have labels."""
 
     def targets(self, ids: Tensor) -> Tensor:
-        """Targets of the stored images ``ids`` (any shape) as they are, on their device.
+        """Returns the targets of the stored images ``ids`` (any shape) without augmentation, on the labels' device.
 
         Raises:
-            CondenseError: such labels belong to views.
+            CondenseError: Labels of this kind belong to views.
         """
+        raise CondenseError(
+            f"{self.kind} labels belong to augmented views, not to images: iterate "
+            "`for images, targets in set.batches(epoch, batch_size)` and use `set.loss(logits, targets)`"
+        )
 
     def shown(self, images: Tensor, ids: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
-        """Views (B,C,H,W) of the images ``ids`` (B,) in ``epoch``, and targets whose first axis is B.
+        """Returns what a student trains on: views (B,C,H,W) of the images ``ids``, and targets whose first axis is B.
 
         Args:
-            images: (N,C,H,W), all stored images, in training space.
-            ids: int64, which of them.
-            epoch: pass over the set, from 0.
+            images: All stored images (N,C,H,W), in training space.
+            ids: Indices of the batch, int64 (B,).
+            epoch: Pass over the set, from 0.
 
         Raises:
-            CondenseError: there are not as many images as labels.
+            CondenseError: The number of images differs from the number of labels.
         """
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Mean loss over the batch for logits (B, C)."""
+        """Returns the mean loss over the batch for logits (B, C)."""
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """What is written below ``/labels`` in the file; the class's ``from_arrays(arrays, classes)`` reads it."""
+        """Returns the arrays to store below ``/labels``; ``from_arrays(arrays, classes)`` of the class reads them."""
 
     def nbytes(self) -> int:
-        """Bytes that the labels need, as the benchmark counts them."""
+        """Returns the bytes that the labels need, as the benchmark counts them."""
 
     def external_nbytes(self) -> int:
-        """Bytes that training on the labels needs from outside the file, such as a live teacher's weights."""
+        """Returns the bytes that training needs from outside the file, such as the weights of a public network."""
+        return 0
 
     def to(self, device: torch.device) -> Labels:
-        """The same labels on ``device``."""
+        """Returns the same labels on ``device``."""
 
     def anew(self, images: Tensor, teacher: nn.Module, seed: int, hard: Tensor | None = None) -> Labels:
-        """Labels of this kind and rule that ``teacher`` gives other images (N,C,H,W), in training space, on its
-        device. ``hard`` (N,) are their classes; None: those that the teacher finds likeliest."""
+        """Labels other images with ``teacher``, using the same kind and settings.
+
+        Args:
+            images: (N,C,H,W) in training space, on the teacher's device.
+            teacher: Network that labels them; see :meth:`relabelling_teacher`.
+            seed: Seed of the views.
+            hard: Classes of the images, int64 (N,). Default: the classes that the teacher predicts.
+        """
+
+    def relabelling_teacher(self, teacher: nn.Module | None) -> nn.Module | None:
+        """Returns the network that :meth:`anew` needs: ``teacher``, or the labels' own network."""
+        return teacher
+
+    def own_teacher(
+        self, device: torch.device, *, original: bool
+    ) -> tuple[nn.Module, dict[str, Any] | None, tuple[str, ...]] | None:
+        """Returns the network that computes the targets, if the labels contain one.
+
+        Args:
+            device: Device of the network.
+            original: Whether only the original teachers are suitable, not a network that imitates them.
+
+        Returns:
+            The network, its description if the manifest of the set has none, and the names of the architectures from
+            which its members can be built; or None.
+        """
+        return None
+
+    def loss_settings(self) -> dict[str, Any]:
+        """Returns the settings of the loss that other kinds adopt, as keyword arguments of ``PerViewLabels``."""
+        return {}
 
     def rule(self) -> str:
-        """What decides such labels besides the teacher."""
+        """Returns the settings on which the labels depend, except the teacher. The text is part of cache keys."""
 
 
 def kl_loss(logits: Tensor, targets: Tensor, temperature: float | Tensor, squared: bool) -> Tensor:
-    """KL divergence of targets (B, C) to softmax(logits / T): the mean over rows of targets that are not all 0."""
+    """Returns the KL divergence of targets (B, C) to softmax(logits / T), averaged over the rows that are not all 0."""
     rows = targets.flatten(1).any(1).sum().clamp(min=1)
     loss = F.kl_div(F.log_softmax(logits / temperature, -1), targets, reduction="sum") / rows
     return loss * temperature**2 if squared else loss
 
 
 def check_loss(loss_kind: str, gamma: float, hard: Tensor | None) -> None:
-    """Refuses a loss of views that cannot be."""
+    """Checks the settings of the loss of per-view labels.
+
+    Raises:
+        CondenseError: An unknown loss, or a ``gamma`` that is out of range or does not apply.
+    """
     if loss_kind not in LOSSES:
         raise CondenseError(f"loss_kind={loss_kind}: unknown{did_you_mean(loss_kind, LOSSES)}")
     if not 0 <= gamma < math.inf:
         raise CondenseError(f"gamma={gamma:g}: must be at least 0 and finite")
     if loss_kind == "kl" and gamma:
-        raise CondenseError(f"gamma={gamma:g}: weighs the classes in loss_kind=mse; leave it out or take that")
+        raise CondenseError(f"gamma={gamma:g}: applies to loss_kind=mse only; remove it or set loss_kind=mse")
     if gamma and hard is None:
         raise CondenseError("gamma: needs the class of each image; give hard")
 
 
 def logit_mse_loss(logits: Tensor, targets: Tensor, gamma: float) -> Tensor:
-    """Mean squared difference to logits (B, C); where gamma is not 0 targets are (B, 2, C), logits and classes, and
-    gamma times the cross-entropy with these is added."""
+    """Returns the mean squared difference to the teacher's logits, plus ``gamma`` times the cross-entropy.
+
+    Args:
+        logits: (B, C).
+        targets: Teacher logits (B, C); if ``gamma`` is not 0, teacher logits and class probabilities (B, 2, C).
+        gamma: Weight of the cross-entropy.
+    """
     if not gamma:
         return F.mse_loss(logits, targets)
     return F.mse_loss(logits, targets[:, 0]) + gamma * F.cross_entropy(logits, targets[:, 1])
 
 
 def checked_temperature(value: float) -> float:
+    """Rounds a temperature to float32 and checks that it is above 0 and finite."""
     temperature = single(value)
     if not 0 < temperature < math.inf:
         raise CondenseError(f"temperature={value:g}: must be above 0 and finite")
@@ -116,23 +187,20 @@ def checked_temperature(value: float) -> float:
 
 
 def statistics_text(labels: Any) -> str:
+    """Returns the BatchNorm settings of the teacher as text for :meth:`Labels.rule`."""
     return f"statistics={labels.statistics}, micro={labels.micro}"
 
 
-def per_view_error(labels: Labels) -> CondenseError:
-    return CondenseError(
-        f"{labels.kind} labels belong to augmented views, not to images: iterate "
-        "`for images, targets in set.batches(epoch, batch_size)` and use `set.loss(logits, targets)`"
-    )
-
-
 def check_image_count(images: Tensor, labels: Labels) -> None:
+    """Checks that there are as many images as labels."""
     if len(images) != len(labels):
-        raise CondenseError(f"{len(images)} images but {len(labels)} {labels.kind} labels; give those of their set")
+        raise CondenseError(
+            f"{len(images)} images but {len(labels)} {labels.kind} labels; give the images of their set"
+        )
 
 
 def epoch_views(labels: Any, images: Tensor, ids: Tensor, epoch: int) -> tuple[Tensor, Tensor, MixedViews]:
-    """The views of images ``ids``, the ids on the device of the images, and all that was drawn for the epoch."""
+    """Returns the views of the images ``ids``, the ids on the images' device, and all views drawn for the epoch."""
     check_image_count(images, labels)
     size = (images.shape[2], images.shape[3])
     drawn = draw_epoch_views(labels.views, labels.seed, epoch, len(images), size, images.device)
@@ -141,7 +209,7 @@ def epoch_views(labels: Any, images: Tensor, ids: Tensor, epoch: int) -> tuple[T
 
 
 def mixed(values: Tensor, ids: Tensor, drawn: MixedViews) -> Tensor:
-    """Rows ``ids`` of ``values`` (N, C), mixed with those of their partners as the views are."""
+    """Returns the rows ``ids`` of ``values`` (N, C), mixed with the rows of their partners like the views."""
     if drawn.partner is None or drawn.share is None:
         return values[ids]
     share = drawn.share[ids, None]
@@ -149,6 +217,7 @@ def mixed(values: Tensor, ids: Tensor, drawn: MixedViews) -> Tensor:
 
 
 def check_hard_labels(hard: Tensor, count: int, classes: int) -> None:
+    """Checks that ``hard`` holds the class of each of ``count`` images, int64 in 0..``classes``-1."""
     if hard.dtype != torch.int64 or hard.shape != (count,):
         raise CondenseError(
             f"hard: must be int64 ({count},), the class of each image, not {hard.dtype} {tuple(hard.shape)}"
@@ -158,7 +227,7 @@ def check_hard_labels(hard: Tensor, count: int, classes: int) -> None:
 
 
 def copy_to(labels: Any, device: torch.device, *names: str) -> Any:
-    """A copy whose tensors ``names`` are on ``device``."""
+    """Returns a copy of the labels whose tensors ``names`` are on ``device``."""
     moved = copy.copy(labels)
     for name in names:
         tensor = getattr(labels, name)
@@ -167,12 +236,8 @@ def copy_to(labels: Any, device: torch.device, *names: str) -> Any:
 
 
 def total_nbytes(arrays: Mapping[str, np.ndarray]) -> int:
+    """Returns the total number of bytes of the arrays."""
     return sum(array.nbytes for array in arrays.values())
 
 
-_LIGHT = "condense.light_labels"
-
-PROVIDERS: Registry[Any] = Registry(
-    "label kind",
-    {**dict.fromkeys(("lowrank", "topk", "pool", "teacher-int8"), _LIGHT), "projector": "condense.projectors"},
-)
+PROVIDERS: Registry[Any] = Registry("label kind")

@@ -1,4 +1,4 @@
-"""TODO-DOC."""
+"""Per-view labels whose logits are stored in a compressed code: ``lowrank`` and ``topk``."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ from torch import Tensor, nn
 
 from condense.errors import CondenseError
 from condense.labels.arrays import checked_array, class_dtype, read_init_kwargs
-from condense.labels.base import PROVIDERS, copy_to, total_nbytes
-from condense.labels.codes import CODES, Code, Fidelity, LowRank, TopK, code_to, fidelity
+from condense.labels.base import PROVIDERS, Fidelity, copy_to, total_nbytes
+from condense.labels.codes import CODES, Code, LowRank, TopK, code_to, fidelity
 from condense.labels.per_view import PerViewLabels
 from condense.labels.teacher_logits import given_or_predicted_classes, view_answers
 
-# Labels that read from a code -----------------------------------------------------------------------------------------
-
 
 class CodedLabels(PerViewLabels):
-    """Labels of views whose logits are decoded when they are asked for; all else is as in ``PerViewLabels``.
+    """Per-view labels whose logits are decoded batch by batch; otherwise like ``PerViewLabels``.
 
     Args:
-        code: of the logits (E, N, C).
-        error: how far it is from what was encoded.
-        terms: what :meth:`PerViewLabels.terms` gives.
+        code: Code of the logits (E, N, C).
+        error: Difference between the code and the logits that were encoded.
+        terms: The result of :meth:`PerViewLabels.terms`.
 
     Raises:
-        CondenseError: as ``PerViewLabels``; or the loss is of the logits themselves, and the code has not all of them.
+        CondenseError: As for ``PerViewLabels``; or ``loss_kind=mse`` with a code that lacks some logits.
     """
+
+    stores_all_logits = False
 
     def __init__(self, code: Code, error: Fidelity, **terms: Any) -> None:
         self.code, self.error = code, error
         if not code.shape[0]:
-            raise CondenseError(f"{self.kind} labels of no epochs")
+            raise CondenseError(f"{self.kind} labels without epochs")
         self._settle(code.shape, **terms)
         if self.loss_kind == "mse" and isinstance(code, TopK) and code.least is None:
-            raise CondenseError("fill=mr: loss_kind=mse needs the logits of all classes; take fill=mrs")
+            raise CondenseError("fill=mr: loss_kind=mse needs the logits of all classes; set fill=mrs")
 
     @property
     def exactness(self) -> str:  # type: ignore[override]
@@ -48,8 +48,8 @@ class CodedLabels(PerViewLabels):
         return self.code.step_cost
 
     def _read(self, epochs: Tensor, ids: Tensor) -> Tensor:
-        where = next(x for x in vars(self.code).values() if isinstance(x, Tensor)).device
-        return self.code.read(epochs.to(where), ids.to(where))
+        device = next(x for x in vars(self.code).values() if isinstance(x, Tensor)).device
+        return self.code.read(epochs.to(device), ids.to(device))
 
     def arrays(self) -> dict[str, np.ndarray]:
         arrays = {**self.code.arrays(), "error": self.error.array(), **self._settled()}
@@ -58,7 +58,7 @@ class CodedLabels(PerViewLabels):
         return arrays
 
     def nbytes(self) -> int:
-        """Those of the code, some that the views and the loss follow from, and 1 or 2 N where classes are needed."""
+        """Returns the bytes of the code, of the settings of views and loss, and 1 or 2 N if the classes are needed."""
         return total_nbytes(self.arrays())
 
     def to(self, device: torch.device) -> CodedLabels:
@@ -67,7 +67,7 @@ class CodedLabels(PerViewLabels):
         return moved
 
     def anew(self, images: Tensor, teacher: nn.Module, seed: int, hard: Tensor | None = None) -> PerViewLabels:
-        """All epochs are asked for, whatever is kept of them."""
+        """Labels all epochs with the teacher, then encodes the logits with the same settings."""
         logits = view_answers(
             teacher,
             images,
@@ -83,7 +83,7 @@ class CodedLabels(PerViewLabels):
         return self.like(PerViewLabels(logits.to(images.device), **terms))
 
     def like(self, labels: PerViewLabels) -> CodedLabels:
-        """Other labels in the same code."""
+        """Encodes other per-view labels with the same settings."""
         return make_coded_labels(type(self), labels, self.code.like(labels.logits))
 
     def rule(self) -> str:
@@ -95,13 +95,13 @@ class CodedLabels(PerViewLabels):
 
 
 def make_coded_labels(kind: Any, labels: PerViewLabels, code: Code, **more: Any) -> Any:
-    """Labels of ``kind`` in ``code``, which was made of ``labels``, with the error that they have."""
+    """Makes labels of ``kind`` from ``code``, which encodes ``labels``, and measures its error."""
     temperature = labels.temperature if labels.loss_kind == "kl" else 1.0
     return kind(code, fidelity(code, labels.logits, temperature), **more, **labels.terms())
 
 
 def read_coded_kwargs(arrays: Mapping[str, np.ndarray], classes: int) -> dict[str, Any]:
-    """The stated error and the terms of a stranger's coded labels."""
+    """Reads the stated error and the other arguments of coded labels from an untrusted file."""
     error = checked_array(arrays, "error", np.float32, (3,))
     if not (np.isfinite(error).all() and (error >= 0).all()):
         raise CondenseError(f"labels/error must be finite and at least 0, not {error.tolist()}")
@@ -111,13 +111,13 @@ def read_coded_kwargs(arrays: Mapping[str, np.ndarray], classes: int) -> dict[st
 
 
 class LowRankLabels(CodedLabels):
-    """Per-view labels on r axes that all views share; see :class:`LowRank`."""
+    """Per-view labels as coefficients on r axes that all views share; see :class:`LowRank`."""
 
     kind = "lowrank"
 
     @classmethod
     def of(cls, labels: PerViewLabels, rank: int = 64) -> LowRankLabels:
-        """``labels`` on ``rank`` axes. The means of views are kept where the loss is of the logits (``mse``)."""
+        """Projects ``labels`` on ``rank`` axes. Each view's mean logit is stored only for ``loss_kind=mse``."""
         return make_coded_labels(cls, labels, LowRank.encode(labels.logits, rank, labels.loss_kind == "mse"))
 
 
@@ -128,7 +128,7 @@ class TopKLabels(CodedLabels):
 
     @classmethod
     def of(cls, labels: PerViewLabels, k: int = 10, fill: str = "mrs") -> TopKLabels:
-        """The ``k`` largest logits of ``labels``, and what stands for the others."""
+        """Keeps the ``k`` largest logits of each view; ``fill`` determines the other ones."""
         return make_coded_labels(cls, labels, TopK.encode(labels.logits, k, fill))
 
 

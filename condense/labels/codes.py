@@ -1,19 +1,19 @@
-"""Light labels: per-view logits in codes, of fewer epochs, and teachers in 8 bits.
+"""Codes that store the logits of views in fewer bytes.
 
-A code keeps logits, never probabilities: softmax(z / 20) is so flat that its largest entries hold little of it, while
-the KL divergence at such a temperature is the squared difference of centred logits up to scale.
+A code stores logits, never probabilities: softmax(z / 20) is so flat that its largest entries contain little of its
+mass, while the KL divergence at such a temperature is, up to a factor, the squared difference of centred logits.
 
 ============= ============================== ===================================================================
-code          bytes per view of C classes    what comes back
+code          bytes per view of C classes    decoded values
 ============= ============================== ===================================================================
 :class:`Half` 2 C                            float16 logits
 :class:`Bytes` C + 4                         256 steps between the smallest and the largest logit of the view
-:class:`LowRank` r (+ 2)                     a sum of r vectors that all views share, with coefficients in 8 bits
-:class:`TopK` k (2 + 1 or 2) (+ 2)           the k largest logits; the others at their minimum, or left out
+:class:`LowRank` r (+ 2)                     a sum of r vectors that all views share, with 8-bit coefficients
+:class:`TopK` k (2 + 1 or 2) (+ 2)           the k largest logits; the others at their minimum, or omitted
 ============= ============================== ===================================================================
 
-:class:`LowRankLabels` and :class:`TopKLabels` are :class:`condense.labels.PerViewLabels` that read from a code,
-:class:`PoolLabels` such with few epochs, from which every epoch of a student is drawn anew.
+:class:`LowRankLabels` and :class:`TopKLabels` are :class:`condense.labels.PerViewLabels` that decode their logits;
+:class:`PoolLabels` also store only some epochs and sample the epochs of a student from these.
 """
 
 from __future__ import annotations
@@ -30,33 +30,15 @@ from torch import Tensor
 
 from condense.errors import CondenseError, did_you_mean
 from condense.labels.arrays import checked_array, class_dtype, read_finite, to_numpy
+from condense.labels.base import Fidelity
 
 FILLS = ("mrs", "mr")
 
 MOST_RANK, MOST_KEPT = 64, 10
 
 
-@dataclass(frozen=True)
-class Fidelity:
-    """How far decoded logits z' are from those that were encoded, z; both centred, which no softmax notices."""
-
-    largest: float
-    """Bound of |z - z'| over all views and classes; of ``fill=mr`` over the classes that are kept."""
-    relative: float
-    """Bound of sum |z - z'|^2 / sum |z|^2, over the same."""
-    moved: float
-    """Mean over views of half of sum |p - p'|, the share of the targets' probability that lies elsewhere, at T."""
-
-    def array(self) -> np.ndarray:
-        """float32 (3,)."""
-        return np.array(dataclasses.astuple(self), np.float32)
-
-
-# Codes ----------------------------------------------------------------------------------------------------------------
-
-
 class Code(Protocol):
-    """Logits (E, N, C) kept in some other way. Settings that encode others alike are in the instance."""
+    """Encoded logits (E, N, C). The instance contains the settings that encode other logits in the same way."""
 
     name: ClassVar[str]
     exactness: ClassVar[str]
@@ -67,25 +49,25 @@ class Code(Protocol):
         """(E, N, C)."""
 
     def read(self, epochs: Tensor, ids: Tensor) -> Tensor:
-        """Logits, float32 (B, C), of images ``ids`` (B,) in ``epochs`` (B,), both on the device of the code; -inf where
-        a class has no probability."""
+        """Decodes logits, float32 (B, C), of images ``ids`` (B,) in ``epochs`` (B,), both on the device of the code;
+        -inf for a class without probability."""
 
     def like(self, logits: Tensor) -> Code:
-        """Other logits (E', N', C) with the same settings."""
+        """Encodes other logits (E', N', C) with the same settings."""
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """What is written; ``from_arrays`` reads it."""
+        """Returns the arrays to store; ``from_arrays`` reads them."""
 
 
 def code_to(code: Any, device: torch.device) -> Any:
-    """The same code on ``device``."""
-    moved = {field.name: getattr(code, field.name) for field in dataclasses.fields(code)}
-    return type(code)(**{name: x.to(device) if isinstance(x, Tensor) else x for name, x in moved.items()})
+    """Returns the same code on ``device``."""
+    values = {field.name: getattr(code, field.name) for field in dataclasses.fields(code)}
+    return type(code)(**{name: x.to(device) if isinstance(x, Tensor) else x for name, x in values.items()})
 
 
 @dataclass(frozen=True, eq=False)
 class Half:
-    """Logits as they are."""
+    """Logits as float16."""
 
     name: ClassVar[str] = "half"
     exactness: ClassVar[str] = "exact"
@@ -122,7 +104,7 @@ class Half:
 
 @dataclass(frozen=True, eq=False)
 class Bytes:
-    """256 equal steps from the smallest logit of a view to its largest."""
+    """Logits in 8 bits: 256 equal steps from the smallest to the largest logit of each view."""
 
     name: ClassVar[str] = "int8"
     exactness: ClassVar[str] = "lossy"
@@ -131,9 +113,9 @@ class Bytes:
     codes: Tensor
     """(E, N, C) uint8."""
     least: Tensor
-    """(E, N) float16."""
+    """Smallest logit of each view, (E, N) float16."""
     step: Tensor
-    """(E, N) float16."""
+    """Step size of each view, (E, N) float16."""
 
     @classmethod
     def encode(cls, logits: Tensor) -> Bytes:
@@ -141,7 +123,7 @@ class Bytes:
         for epoch in logits.float():
             low = epoch.amin(-1).half()
             width = ((epoch.amax(-1) - low.float()) / 255).half()
-            width = torch.where(width > 0, width, torch.finfo(torch.float16).tiny)  # of a view of equal logits
+            width = torch.where(width > 0, width, torch.finfo(torch.float16).tiny)  # if all logits of a view are equal
             steps = (epoch - low.float()[:, None]) / width.float()[:, None]
             codes.append(steps.round().clamp(0, 255).to(torch.uint8))
             least.append(low)
@@ -175,10 +157,10 @@ class Bytes:
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """Centred logits as their mean over views plus r coefficients in 8 bits on the first r principal axes.
+    """Centred logits as their mean over views plus r 8-bit coefficients on the first r principal axes.
 
-    Logits of a network that ends in a linear layer of d features have a rank of at most d + 1. The mean of a view's own
-    logits changes no softmax; it is kept where the loss is of the logits themselves. Encoding needs 16 C^2 bytes.
+    The logits of a network that ends in a linear layer with d inputs have rank d + 1 at most. The mean logit of a view
+    changes no softmax; it is stored only if the loss depends on it. Encoding needs 16 C^2 bytes.
     """
 
     name: ClassVar[str] = "lowrank"
@@ -188,49 +170,49 @@ class LowRank:
     codes: Tensor
     """(E, N, r) int8."""
     scale: Tensor
-    """(r,) float32: of the coefficients."""
+    """Scale of the coefficients, (r,) float32."""
     basis: Tensor
     """(r, C) float16."""
     centre: Tensor
-    """(C,) float16."""
+    """Mean of the centred logits over views, (C,) float16."""
     means: Tensor | None = None
-    """(E, N) float16: each view's mean logit."""
+    """Mean logit of each view, (E, N) float16."""
 
     @classmethod
     def encode(cls, logits: Tensor, rank: int, means: bool = False) -> LowRank:
-        """``logits`` (E, N, C) on ``rank`` axes.
+        """Projects ``logits`` (E, N, C) on ``rank`` axes; ``means`` also stores each view's mean logit.
 
         Raises:
-            CondenseError: the rank is not in 1..C.
+            CondenseError: The rank is not in 1..C.
         """
         classes = logits.shape[2]
         check_code_size("rank", rank, classes)
         with torch.autocast(logits.device.type, enabled=False):
             total = torch.zeros(classes, dtype=torch.float64, device=logits.device)
             square = torch.zeros(classes, classes, dtype=torch.float64, device=logits.device)
-            for epoch in logits:  # by epoch: all of them as float32 may exceed the memory
+            for epoch in logits:  # by epoch: float32 copies of all may exceed the memory
                 rows = _centred(epoch.float())
                 total += rows.sum(0)
                 square += rows.T @ rows
             centre = total / (logits.shape[0] * logits.shape[1])
             spread = square / (logits.shape[0] * logits.shape[1]) - centre.outer(centre)
             axes = torch.linalg.eigh(spread.cpu()).eigenvectors[:, -rank:].flip(1).T.to(logits.device)
-            basis, kept = axes.half(), centre.half()
-            # Coefficients fit the basis and the mean as they are stored, so that their rounding costs nothing twice.
+            basis, mean = axes.half(), centre.half()
+            # Coefficients are computed for the rounded basis and mean, so that their rounding adds no error.
             solve = torch.linalg.pinv(basis.double()).float()
-            parts = [(_centred(epoch.float()) - kept.float()) @ solve for epoch in logits]
+            parts = [(_centred(epoch.float()) - mean.float()) @ solve for epoch in logits]
             scale = torch.stack([part.abs().amax(0) for part in parts]).amax(0) / 127
             scale = scale.clamp(min=torch.finfo(torch.float32).tiny)
             codes = torch.stack([(part / scale).round().clamp(-127, 127).to(torch.int8) for part in parts])
-            own = torch.stack([epoch.float().mean(-1).half() for epoch in logits]) if means else None
-        return cls(codes, scale, basis, kept, own)
+            view_means = torch.stack([epoch.float().mean(-1).half() for epoch in logits]) if means else None
+        return cls(codes, scale, basis, mean, view_means)
 
     @property
     def shape(self) -> tuple[int, int, int]:
         return self.codes.shape[0], self.codes.shape[1], self.basis.shape[1]
 
     def read(self, epochs: Tensor, ids: Tensor) -> Tensor:
-        with torch.autocast(self.codes.device.type, enabled=False):  # a product in bf16 would break the stated error
+        with torch.autocast(self.codes.device.type, enabled=False):  # a product in bf16 would exceed the stated error
             logits = self.centre.float() + (self.codes[epochs, ids].float() * self.scale) @ self.basis.float()
         return logits if self.means is None else logits + self.means[epochs, ids].float()[:, None]
 
@@ -255,8 +237,8 @@ class LowRank:
 
 @dataclass(frozen=True, eq=False)
 class TopK:
-    """The k largest logits of each view. Of the others ``fill="mrs"`` keeps the smallest, which stands for all of them;
-    with ``"mr"`` they have no probability, and the k share all of it (LPQLD's two forms that keep logits)."""
+    """The k largest logits of each view. With ``fill="mrs"`` all other logits are decoded as the smallest one; with
+    ``"mr"`` the other classes have no probability (the two forms of LPQLD that store logits)."""
 
     name: ClassVar[str] = "topk"
     exactness: ClassVar[str] = "lossy"
@@ -265,15 +247,15 @@ class TopK:
     values: Tensor
     """(E, N, k) float16."""
     numbers: Tensor
-    """(E, N, k) their classes: uint8 for up to 256 classes, else int16 that holds the bits of uint16."""
+    """Classes of the values, (E, N, k): uint8 for up to 256 classes, else the bits of uint16 as int16."""
     least: Tensor | None
-    """(E, N) float16: the smallest logit of each view; None for ``mr``."""
+    """Smallest logit of each view, (E, N) float16; None for ``mr``."""
     classes: int
-    """C."""
+    """Number of classes C."""
 
     @classmethod
     def encode(cls, logits: Tensor, k: int, fill: str = "mrs") -> TopK:
-        """The ``k`` largest of ``logits`` (E, N, C).
+        """Keeps the ``k`` largest of ``logits`` (E, N, C).
 
         Raises:
             CondenseError: k is not in 1..C, an unknown fill, or there are more than 65,536 classes.
@@ -283,12 +265,12 @@ class TopK:
         if fill not in FILLS:
             raise CondenseError(f"fill={fill}: unknown{did_you_mean(fill, FILLS)}")
         if classes > 1 << 16:
-            raise CondenseError(f"topk: numbers {classes} classes in 16 bits, which end at 65536; take lowrank")
+            raise CondenseError(f"topk: {classes} classes exceed the 65536 that 16 bits can index; use lowrank")
         values, numbers = zip(*(epoch.float().topk(k) for epoch in logits))
         least = torch.stack([epoch.amin(-1).half() for epoch in logits]) if fill == "mrs" else None
-        # int16 cannot count to 65,535, but keeps the bits; torch indexes no uint16.
-        kind = torch.uint8 if classes <= 256 else torch.int16
-        return cls(torch.stack(values).half(), torch.stack(numbers).to(kind), least, classes)
+        # torch cannot index with uint16; int16 has the same bits.
+        dtype = torch.uint8 if classes <= 256 else torch.int16
+        return cls(torch.stack(values).half(), torch.stack(numbers).to(dtype), least, classes)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -320,8 +302,8 @@ class TopK:
         if numbers.size and int(numbers.max()) >= classes:
             raise CondenseError(f"labels/numbers has values outside 0..{classes - 1}")
         least = read_finite(arrays, "least", np.float16, tuple(values.shape[:2])) if "least" in arrays else None
-        held = torch.from_numpy(numbers if numbers.dtype == np.uint8 else numbers.view(np.int16))
-        return cls(values, held, least, classes)
+        indices = torch.from_numpy(numbers if numbers.dtype == np.uint8 else numbers.view(np.int16))
+        return cls(values, indices, least, classes)
 
     def __str__(self) -> str:
         return f"topk, k={self.values.shape[2]}, fill={FILLS[self.least is None]}"
@@ -330,40 +312,41 @@ class TopK:
 CODES: dict[str, Any] = {code.name: code for code in (Half, Bytes, LowRank, TopK)}
 
 
-def check_code_size(word: str, value: int, classes: int) -> None:
+def check_code_size(setting: str, value: int, classes: int) -> None:
+    """Checks that the rank or k is between 1 and the number of classes."""
     if not 1 <= value <= classes:
-        raise CondenseError(f"{word}={value}: must be 1 to {classes}, the number of classes")
+        raise CondenseError(f"{setting}={value}: must be 1 to {classes}, the number of classes")
 
 
 def usual(classes: int, most: int) -> int:
-    """How many axes or logits are kept where nobody says: a quarter of the classes, at most ``most``."""
+    """Returns the default number of axes or logits: a quarter of the classes, at most ``most``."""
     return min(most, max(1, classes // 4))
 
 
 def _centred(rows: Tensor) -> Tensor:
-    """Rows (B, C) minus their means, over what is finite."""
-    known = rows.isfinite()
-    mean = rows.where(known, 0.0).sum(-1, keepdim=True) / known.sum(-1, keepdim=True)
+    """Subtracts from each row of (B, C) the mean of its finite values."""
+    finite = rows.isfinite()
+    mean = rows.where(finite, 0.0).sum(-1, keepdim=True) / finite.sum(-1, keepdim=True)
     return rows - mean
 
 
 def fidelity(code: Code, logits: Tensor, temperature: float) -> Fidelity:
-    """How far ``code`` is from ``logits`` (E, N, C) on its device; the targets are at ``temperature``.
+    """Measures the difference between ``code`` and ``logits`` (E, N, C) on its device, with targets at ``temperature``.
 
-    The two bounds are widened by more than another order of float32 sums can change.
+    The two bounds include a margin for float32 sums in another order.
     """
     largest, error, size, moved, highest = 0.0, 0.0, 0.0, 0.0, 0.0
     ids = torch.arange(logits.shape[1], device=logits.device)
     for number, epoch in enumerate(logits):
-        true, read = epoch.float(), code.read(torch.full_like(ids, number), ids)
-        gap = (true / temperature).softmax(-1) - (read / temperature).softmax(-1)
+        true, decoded = epoch.float(), code.read(torch.full_like(ids, number), ids)
+        gap = (true / temperature).softmax(-1) - (decoded / temperature).softmax(-1)
         moved += float(gap.abs().sum().double()) / 2
-        known = read.isfinite()
-        true = _centred(true.where(known, -math.inf)).where(known, 0.0)
-        apart = true - _centred(read).where(known, 0.0)
-        if apart.numel():
-            largest, highest = max(largest, float(apart.abs().max())), max(highest, float(true.abs().max()))
-        error, size = error + float(apart.double().square().sum()), size + float(true.double().square().sum())
-    wider, rounding = 1 + 2.0**-10, 2.0**-20
-    relative = error / size * wider + rounding if size else 0.0
-    return Fidelity(largest * wider + rounding * highest, relative, moved / max(1, math.prod(logits.shape[:2])))
+        finite = decoded.isfinite()
+        true = _centred(true.where(finite, -math.inf)).where(finite, 0.0)
+        difference = true - _centred(decoded).where(finite, 0.0)
+        if difference.numel():
+            largest, highest = max(largest, float(difference.abs().max())), max(highest, float(true.abs().max()))
+        error, size = error + float(difference.double().square().sum()), size + float(true.double().square().sum())
+    margin, rounding = 1 + 2.0**-10, 2.0**-20
+    relative = error / size * margin + rounding if size else 0.0
+    return Fidelity(largest * margin + rounding * highest, relative, moved / max(1, math.prod(logits.shape[:2])))

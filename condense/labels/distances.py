@@ -1,4 +1,4 @@
-"""TODO-DOC."""
+"""Distance labels (NRR-DD): the teacher's negative log-likelihood of the two classes in each mixed view."""
 
 from __future__ import annotations
 
@@ -15,38 +15,38 @@ from condense.errors import CondenseError
 from condense.labels.arrays import checked_array, read_hard_labels, read_views, view_arrays
 from condense.labels.base import (
     PROVIDERS,
+    Labels,
     check_hard_labels,
     copy_to,
     epoch_views,
-    per_view_error,
     statistics_text,
     total_nbytes,
 )
 from condense.labels.teacher_logits import check_statistics, given_or_predicted_classes, view_distances
 
 
-class DistanceLabels:
-    """Two numbers per view: how surprised a teacher is by the class of either image in it (NRR-DD's distance-based
-    representative, CVPR 2025).
+class DistanceLabels(Labels):
+    """Two numbers per view: the teacher's negative log-likelihood of the classes of the two mixed images (NRR-DD's
+    distance-based representative, CVPR 2025).
 
-    Stored is float16 (E, N, 2), (-log p_i, -log p_j) of the teacher at T = 1, where i and j are the classes of the
-    image and of its partner; epoch e shows the views of epoch e modulo E. The student's loss is its cross-entropy with
-    the classes, shared as the view is, plus ``weight`` times |d_i - d_i^T| + |d_j - d_j^T|. Targets are float32 (B, 5):
-    class, partner's class, share, and the teacher's two distances. No code is public: the form and the weight are a
-    reconstruction.
+    The stored array is float16 (E, N, 2), (-log p_i, -log p_j) of the teacher at T = 1, where i and j are the classes
+    of the image and of its partner; epoch e uses the views of epoch e modulo E. The student's loss is its cross-entropy
+    with the classes, weighted by their shares of the view, plus ``weight`` times |d_i - d_i^T| + |d_j - d_j^T|. Targets
+    are float32 (B, 5): class, partner's class, share, and the teacher's two distances. No code is public: the form and
+    the weight are a reconstruction.
 
     Args:
-        distances: (E, N, 2) of any floating dtype, as :func:`view_distances` gives them.
-        hard: int64 (N,), class of each image.
-        classes: C.
-        seed: of the views.
-        views: how they are drawn, with mixing; crops with CutMix when None.
-        weight: of the distances in the loss.
-        statistics: how the teacher's BatchNorm normalised, see :func:`view_answers`.
-        micro: views that it normalised together.
+        distances: (E, N, 2) of any floating dtype, from :func:`view_distances`.
+        hard: Class of each image, int64 (N,).
+        classes: Number of classes C.
+        seed: Seed of the views.
+        views: Distribution of the views, with mixing. Default: crops with CutMix.
+        weight: Weight of the distances in the loss.
+        statistics: BatchNorm statistics of the teacher, see :func:`view_answers`.
+        micro: Views per micro-batch of the teacher.
 
     Raises:
-        CondenseError: a value that cannot be, distances of another shape or not finite as float16.
+        CondenseError: An invalid value, or distances of another shape or not finite as float16.
     """
 
     kind = "distances"
@@ -74,7 +74,7 @@ class DistanceLabels:
         if not all(bool(epoch.isfinite().all()) for epoch in self.distances):
             raise CondenseError("distances are not finite as float16; was the teacher trained?")
         if self.views.mix == "none":
-            raise CondenseError("mix=none: distances are to the classes of two images; take mix=cutmix or mixup")
+            raise CondenseError("mix=none: distances belong to the classes of two images; set mix=cutmix or mixup")
         if not 0 <= self.weight < math.inf:
             raise CondenseError(f"weight={weight:g}: must be at least 0 and finite")
         check_hard_labels(self.hard, distances.shape[1], classes)
@@ -84,20 +84,17 @@ class DistanceLabels:
 
     @property
     def epochs(self) -> int:
-        """Stored epochs E, after which views and targets repeat."""
+        """Number of stored epochs E, after which views and targets repeat."""
         return len(self.distances)
-
-    def targets(self, ids: Tensor) -> Tensor:
-        raise per_view_error(self)
 
     def shown(self, images: Tensor, ids: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
         epoch %= self.epochs
         views, ids, drawn = epoch_views(self, images, ids, epoch)
         assert drawn.partner is not None and drawn.share is not None
         hard = self.hard.to(images.device)
-        two = torch.stack([hard[ids], hard[drawn.partner[ids]]], 1).float()
+        pairs = torch.stack([hard[ids], hard[drawn.partner[ids]]], 1).float()
         stored = self.distances[epoch][ids.to(self.distances.device)].to(images.device).float()
-        return views, torch.cat([two, drawn.share[ids, None], stored], 1)
+        return views, torch.cat([pairs, drawn.share[ids, None], stored], 1)
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         distances = -F.log_softmax(logits, -1).gather(1, targets[:, :2].long())
@@ -114,11 +111,8 @@ class DistanceLabels:
         }
 
     def nbytes(self) -> int:
-        """4 E N, 8 N for the classes, and some bytes that the views and the loss follow from."""
+        """Returns 4 E N bytes, 8 N for the classes, and the settings of the views and the loss."""
         return total_nbytes(self.arrays())
-
-    def external_nbytes(self) -> int:
-        return 0
 
     def to(self, device: torch.device) -> DistanceLabels:
         return copy_to(self, device, "distances", "hard")

@@ -1,4 +1,4 @@
-"""TODO-DOC."""
+"""Labels of whole images: one class (``hard``) or one distribution (``soft``) per image."""
 
 from __future__ import annotations
 
@@ -13,26 +13,25 @@ from torch import Tensor, nn
 from condense.augment import single
 from condense.errors import CondenseError
 from condense.labels.arrays import checked_array, read_hard_labels
-from condense.labels.base import PROVIDERS, check_image_count
+from condense.labels.base import PROVIDERS, Labels, check_image_count
 from condense.labels.teacher_logits import answers
 
-# Labels of images -----------------------------------------------------------------------------------------------------
 
-
-class HardLabels:
+class HardLabels(Labels):
     """One class per image.
 
     Args:
-        labels: int64 (N,) in 0..C-1.
-        classes: C.
-        smoothing: share of the target that is spread evenly over all C classes.
+        labels: Class of each image, int64 (N,) in 0..C-1.
+        classes: Number of classes C.
+        smoothing: Share of the target that is spread evenly over all C classes.
 
     Raises:
-        CondenseError: the smoothing is not in [0, 1).
+        CondenseError: The smoothing is not in [0, 1).
     """
 
     kind = "hard"
     per_view = False
+    is_hard = True
     exactness = "approximate"
     step_cost = "none"
 
@@ -59,13 +58,10 @@ class HardLabels:
         return {"hard": self.labels.cpu().numpy(), **smoothing}
 
     def nbytes(self) -> int:
-        """ceil(log2 C) bits per image: what a packed store needs, however wide the array in the file is; and 4 bytes
-        where the labels are smoothed."""
+        """Returns ceil(log2 C) bits per image, the size of a packed array whatever the dtype in the file, plus 4 bytes
+        for smoothing."""
         packed = math.ceil(len(self.labels) * math.ceil(math.log2(self.classes)) / 8)
         return packed + 4 * (self.smoothing > 0)
-
-    def external_nbytes(self) -> int:
-        return 0
 
     def to(self, device: torch.device) -> HardLabels:
         return HardLabels(self.labels.to(device), self.classes, self.smoothing)
@@ -82,9 +78,12 @@ class HardLabels:
         return cls(read_hard_labels(arrays, classes), classes, float(smoothing[0]))
 
 
-class SoftLabels:
-    """One distribution per image, stored as logits float32 (N, C); the target is their softmax, the loss
-    cross-entropy."""
+class SoftLabels(Labels):
+    """One distribution per image, stored as logits; the target is their softmax, the loss the cross-entropy.
+
+    Args:
+        logits: float32 (N, C).
+    """
 
     kind = "soft"
     per_view = False
@@ -112,9 +111,6 @@ class SoftLabels:
 
     def nbytes(self) -> int:
         return self.logits.numel() * 4
-
-    def external_nbytes(self) -> int:
-        return 0
 
     def to(self, device: torch.device) -> SoftLabels:
         return SoftLabels(self.logits.to(device))

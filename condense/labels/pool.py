@@ -1,4 +1,4 @@
-"""TODO-DOC."""
+"""Pool labels (LPLD, LPQLD): few labelled epochs per class, from which every epoch of a student is sampled."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from condense.augment import MixedViews, ViewRule, Views, single
 from condense.config import one_of, require
 from condense.errors import CondenseError
 from condense.labels.arrays import checked_array
-from condense.labels.base import PROVIDERS, kl_loss
+from condense.labels.base import PROVIDERS, Fidelity, check_image_count, kl_loss
 from condense.labels.coded import CodedLabels, make_coded_labels, read_coded_kwargs
 from condense.labels.codes import (
     CODES,
@@ -25,7 +25,6 @@ from condense.labels.codes import (
     MOST_KEPT,
     MOST_RANK,
     Code,
-    Fidelity,
     Half,
     LowRank,
     TopK,
@@ -37,36 +36,36 @@ from condense.labels.teacher_logits import epoch_answers, given_or_predicted_cla
 from condense.tracking import Progress
 
 MOST_RECORDS = 1 << 27
-"""Classes times labelled epochs, of a pool."""
+"""Maximum of classes times labelled epochs of a pool."""
 
 
 class PoolLabels(CodedLabels):
-    """A pool of few labelled epochs, from which each epoch of a student is drawn anew (LPLD, NeurIPS 2024).
+    """A pool of few labelled epochs, from which each epoch of a student is sampled (LPLD, NeurIPS 2024).
 
-    A record is the views of one class's images in one of the E labelled epochs. Of each class K records are kept, those
-    of random epochs; in a student's epoch e all images of a class show one of its records, drawn with equal chances and
-    put back. Which are kept and which is drawn follow from the seed alone, so nothing but the logits is stored:
+    A record consists of the views of one class's images in one of the E labelled epochs. The pool keeps K records of
+    each class, from random epochs; in a student's epoch e all images of a class use one of its records, sampled
+    uniformly with replacement. The kept records and the samples depend only on the seed, so only logits are stored:
 
-        kept(c)    the K first of a random order of the E epochs, sorted
+        kept(c)    the first K of a random order of the E epochs, sorted
         slot(e, c) uniform on 0..K-1, by (seed, e)
 
-    An image's partner enters by the view that it had in the record's epoch: the teacher saw that. The released program
-    keeps records of its loader's batches, which hold mixed classes; batches of ours are free, so the class takes their
-    place. With values in another code this is LPQLD's pruning and quantisation.
+    The partner of an image is mixed in with its view in the record's epoch, which the teacher labelled. The released
+    program keeps records of its loader's batches, which contain mixed classes; here batches are arbitrary, so records
+    belong to classes. With another code of the values this is LPQLD's pruning and quantisation.
 
     ``cooling=(factor, every, least)`` is LPQLD's dynamic knowledge reuse: in a student's epoch e the temperature of
-    targets and loss is T * factor^(e // every), but not below ``least`` (or T, where that is lower), so that a record
-    that comes again teaches something else. Targets then are (B, C + 1), the temperature behind the classes.
+    targets and loss is T * factor^(e // every), but at least ``least`` (or T, if that is lower), so that a repeated
+    record gives different targets. Targets are then (B, C + 1), with the temperature after the classes.
 
     Args:
-        code: of logits (K, N, C).
-        error: how far it is from what was encoded.
-        of: E, labelled epochs.
+        code: Code of the logits (K, N, C).
+        error: Difference between the code and the logits that were encoded.
+        of: Number of labelled epochs E.
         cooling: None or three numbers.
-        terms: what :meth:`PerViewLabels.terms` gives, with ``hard``.
+        terms: The result of :meth:`PerViewLabels.terms`, with ``hard``.
 
     Raises:
-        CondenseError: as ``PerViewLabels``, or no classes, or K is not in 1..E, or a cooling that cannot be.
+        CondenseError: As for ``PerViewLabels``; or there are no classes, K is not in 1..E, or the cooling is invalid.
     """
 
     kind = "pool"
@@ -77,8 +76,10 @@ class PoolLabels(CodedLabels):
         super().__init__(code, error, **terms)
         if self.hard is None:
             raise CondenseError("pool: needs the class of each image; give hard")
-        if not code.shape[0] <= of <= MOST_RECORDS // self.shape[2]:  # a stranger's file must not claim the memory
-            raise CondenseError(f"a pool of {code.shape[0]} epochs cannot be of {of}")
+        if (
+            not code.shape[0] <= of <= MOST_RECORDS // self.shape[2]
+        ):  # bounds the memory that an untrusted file can claim
+            raise CondenseError(f"a pool of {code.shape[0]} epochs: out of range for {of} labelled epochs")
         self.of, self.cooling = of, None if cooling is None else tuple(single(x) for x in cooling)
         if self.cooling is not None:
             factor, every, least = self.cooling
@@ -87,13 +88,13 @@ class PoolLabels(CodedLabels):
                     f"cooling={self.cooling}: must be a factor up to 1, epochs from 1 on, and a temperature above 0"
                 )
             if self.loss_kind != "kl":
-                raise CondenseError("cooling: needs distributions at a temperature; take loss_kind=kl")
+                raise CondenseError("cooling: changes the temperature of distributions; set loss_kind=kl")
         self.kept = pooled_epochs(self.seed, self.shape[2], of, self.shape[0])
         self._latest: tuple[Any, MixedViews, Tensor] | None = None
 
     @property
     def epochs(self) -> int:
-        """Labelled epochs E, of which some are kept."""
+        """Number of labelled epochs E, of which K are kept."""
         return self.of
 
     @property
@@ -109,14 +110,14 @@ class PoolLabels(CodedLabels):
         hard: Tensor | None = None,
         cooling: Sequence[float] | None = None,
     ) -> PoolLabels:
-        """``count`` records of each class of ``labels``.
+        """Keeps ``count`` records of each class of ``labels``.
 
         Args:
-            labels: with all their epochs.
-            count: K.
-            code: whose settings the values are kept with; float16 when None.
-            hard: int64 (N,), classes of the images, where the labels have none.
-            cooling: of the pool.
+            labels: Per-view labels with all epochs.
+            count: Number of records K per class.
+            code: Code whose settings are used for the values. Default: float16.
+            hard: Classes of the images, int64 (N,), if the labels have none.
+            cooling: See the class.
 
         Raises:
             CondenseError: K is not in 1..E.
@@ -140,11 +141,11 @@ class PoolLabels(CodedLabels):
         cooling: Sequence[float] | None = None,
         **terms: Any,
     ) -> PoolLabels:
-        """Labels of the records (K, N, C) of ``of`` epochs, as :func:`pool_answers` gives them; ``terms`` are those of
-        ``PerViewLabels``."""
-        part = PerViewLabels(records, **terms)
-        made: PoolLabels = make_coded_labels(cls, part, encode(part.logits), of=of, cooling=cooling)
-        return made
+        """Makes labels from records (K, N, C) of ``of`` epochs, the result of :func:`pool_answers`; ``terms`` are the
+        other arguments of ``PerViewLabels``."""
+        uncoded = PerViewLabels(records, **terms)
+        labels: PoolLabels = make_coded_labels(cls, uncoded, encode(uncoded.logits), of=of, cooling=cooling)
+        return labels
 
     def temperature_at(self, epoch: int) -> float:
         if self.cooling is None:
@@ -161,21 +162,20 @@ class PoolLabels(CodedLabels):
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         if self.cooling is None:
             return super().loss(logits, targets)
-        return kl_loss(logits, targets[:, :-1], targets[0, -1], self.squared)  # a batch is of one epoch
+        return kl_loss(logits, targets[:, :-1], targets[0, -1], self.squared)  # all rows of a batch belong to one epoch
 
     def slots(self, epoch: int) -> Tensor:
-        """Which of its records each class shows in a student's ``epoch``, int64 (C,)."""
+        """Returns the index of the record that each class uses in a student's ``epoch``, int64 (C,)."""
         return rng.Draws(self.seed, "pool", epoch).integers(self.shape[0], self.shape[2])
 
-    def _found(self, images: Tensor, ids: Tensor, epoch: int) -> tuple[Tensor, Tensor, MixedViews, Tensor]:
-        if len(images) != len(self):
-            raise CondenseError(f"{len(images)} images but {len(self)} pool labels; give those of their set")
+    def _views_and_logits(self, images: Tensor, ids: Tensor, epoch: int) -> tuple[Tensor, Tensor, MixedViews, Tensor]:
+        check_image_count(images, self)
         drawn, slots = self._epoch(epoch, images)
         ids = ids.to(images.device)
         return self.views.apply(images, ids, drawn), ids, drawn, self._read(slots[ids], ids).to(images.device)
 
     def _epoch(self, epoch: int, images: Tensor) -> tuple[MixedViews, Tensor]:
-        """The views of a student's epoch and the record (N,) of each image, kept from batch to batch."""
+        """Returns the views of a student's epoch and the record (N,) of each image; cached for its batches."""
         assert self.hard is not None
         key = (epoch, images.shape, images.device)
         if self._latest is None or self._latest[0] != key:
@@ -191,7 +191,7 @@ class PoolLabels(CodedLabels):
         return {**super().arrays(), "of": np.array([self.of], np.int64), "code": name, **cooling}
 
     def anew(self, images: Tensor, teacher: nn.Module, seed: int, hard: Tensor | None = None) -> PoolLabels:
-        """Only what is kept is asked for."""
+        """Labels only the records that the pool keeps."""
         hard = given_or_predicted_classes(images, teacher, hard)
         terms = {**self.terms(), "seed": seed, "hard": hard}
         records = pool_answers(
@@ -212,8 +212,8 @@ class PoolLabels(CodedLabels):
         return PoolLabels.pruned(labels, self.shape[0], self.code, cooling=self.cooling)
 
     def rule(self) -> str:
-        cooled = "" if self.cooling is None else f", cooling={self.cooling}"
-        return f"{super().rule()}, pool of {self.shape[0]}{cooled}"
+        cooling = "" if self.cooling is None else f", cooling={self.cooling}"
+        return f"{super().rule()}, pool of {self.shape[0]}{cooling}"
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray], classes: int) -> PoolLabels:
@@ -228,7 +228,7 @@ class PoolLabels(CodedLabels):
 
 
 def pooled_epochs(seed: int, classes: int, of: int, count: int) -> Tensor:
-    """The epochs, of ``of``, that each class keeps: int64 (classes, count), sorted."""
+    """Returns the epochs, out of ``of``, that each class keeps: int64 (classes, count), sorted."""
     order = rng.Draws(seed, "pool-kept").bits((classes, of)).argsort(dim=1, stable=True)
     return order[:, :count].sort(1).values
 
@@ -252,37 +252,43 @@ def pool_answers(
     report: Callable[[int], None] | None = None,
     quiet: bool = True,
 ) -> Tensor:
-    """The records of a pool, float16 (count, N, classes) on the CPU: the teacher's logits on the views of those epochs
-    that the class of each image keeps, in their order. It is asked about nothing else, but for what its statistics need
-    (see :func:`condense.labels.epoch_answers`).
+    """Computes the records of a pool: the teacher's logits on the views of the epochs that each image's class keeps.
+
+    The teacher labels no other views, except those in the same micro-batch (see :func:`epoch_answers`).
 
     Args:
-        teacher, images, views, seed, classes, statistics, micro, batch_size, report, quiet: see
+        teacher, images, views, seed, classes, statistics, micro, batch_size, report, quiet: See
             :func:`condense.labels.view_answers`.
-        hard: int64 (N,), classes of the images.
-        epochs: E, of which ``count`` are kept of each class.
-        start: first epoch to label; what those before gave is in ``into``.
-        into: float16 (count, N, classes) that takes each epoch when it is done.
+        hard: Classes of the images, int64 (N,).
+        epochs: Number of epochs E, of which each class keeps ``count``.
+        count: Number of records K per class.
+        start: First epoch to label; the logits of earlier epochs are in ``into``.
+        into: float16 (count, N, classes) that receives each epoch as soon as it is labelled.
+
+    Returns:
+        float16 (count, N, classes) on the CPU, in the order of the epochs.
 
     Raises:
-        CondenseError: the count is not in 1..E, or answers that are no such logits.
+        CondenseError: The count is not in 1..E, or the teacher's logits have another shape.
     """
     _check_kept(count, epochs)
     kept = pooled_epochs(seed, classes, epochs, count)[hard.cpu()]  # (N, K)
     records = np.empty((count, len(images), classes), np.float16) if into is None else into
-    asked: dict[str, Any] = {"statistics": statistics, "micro": micro, "batch_size": batch_size}
+    batching: dict[str, Any] = {"statistics": statistics, "micro": micro, "batch_size": batch_size}
     progress = Progress("relabel", epochs, start, quiet)
     for epoch in range(start, epochs):
-        wanted, slot = (kept == epoch).max(1)
-        if not bool(wanted.any()):
+        is_kept, slot = (kept == epoch).max(1)
+        if not bool(is_kept.any()):
             continue
-        parts = epoch_answers(teacher, images, views, seed, epoch, classes=classes, wanted=wanted, **asked)
+        parts = epoch_answers(teacher, images, views, seed, epoch, classes=classes, wanted=is_kept, **batching)
         for part, logits, _ in parts:
-            mine = wanted[part]
-            rows = part[mine]
-            records[slot[rows].numpy(), rows.numpy()] = logits[mine.to(logits.device)].to("cpu", torch.float16).numpy()
+            selected = is_kept[part]
+            rows = part[selected]
+            records[slot[rows].numpy(), rows.numpy()] = (
+                logits[selected.to(logits.device)].to("cpu", torch.float16).numpy()
+            )
         if isinstance(records, np.memmap):
-            records.flush()  # what a kill must not lose
+            records.flush()  # so that a kill loses no labelled epoch
         progress.update(epoch + 1)
         if report is not None:
             report(epoch + 1)
@@ -292,61 +298,62 @@ def pool_answers(
 
 def _check_kept(count: int, epochs: int) -> None:
     if not 1 <= count <= epochs:
-        raise CondenseError(f"a pool of {count} epochs: must be 1 to {epochs}, those that are labelled")
+        raise CondenseError(f"a pool of {count} epochs: must be 1 to {epochs}, the number of labelled epochs")
 
 
 def _joined(rule: ViewRule, seed: int, source: Tensor, size: tuple[int, int]) -> MixedViews:
-    """Views on the CPU in which image i shows what it shows in epoch ``source[i]``, partner included."""
+    """Combines views of several epochs, on the CPU: image i and its partner use their views of epoch ``source[i]``."""
     rows, count = torch.arange(len(source)), len(source)
     parts: list[tuple[Tensor, MixedViews, Views | None]] = []
     for epoch in source.unique().tolist():
-        mine, drawn = rows[source == epoch], rule.draw(seed, epoch, count, size)
-        entering = None if drawn.partner is None else drawn.views[drawn.partner[mine]]
-        parts.append((mine, drawn, entering))
-    order = torch.cat([mine for mine, _, _ in parts]).argsort()
+        images, drawn = rows[source == epoch], rule.draw(seed, epoch, count, size)
+        partner_views = None if drawn.partner is None else drawn.views[drawn.partner[images]]
+        parts.append((images, drawn, partner_views))
+    order = torch.cat([images for images, _, _ in parts]).argsort()
 
-    def views(each: Sequence[Views]) -> Views:
-        box, mirrored = (torch.cat([getattr(one, name) for one in each])[order] for name in ("box", "mirrored"))
+    def concatenated(views: Sequence[Views]) -> Views:
+        box, mirrored = (torch.cat([getattr(part, name) for part in views])[order] for name in ("box", "mirrored"))
         return Views(size, box, mirrored)
 
     def joined(name: str) -> Tensor | None:
-        found = [getattr(drawn, name) for _, drawn, _ in parts]
-        return None if found[0] is None else torch.cat([x[mine] for x, (mine, _, _) in zip(found, parts)])[order]
+        values = [getattr(drawn, name) for _, drawn, _ in parts]
+        if values[0] is None:
+            return None
+        return torch.cat([value[images] for value, (images, _, _) in zip(values, parts)])[order]
 
-    partners = [one for _, _, one in parts if one is not None]
+    partners = [views for _, _, views in parts if views is not None]
     return MixedViews(
-        views([drawn.views[mine] for mine, drawn, _ in parts]),
+        concatenated([drawn.views[images] for images, drawn, _ in parts]),
         joined("partner"),
         joined("share"),
         joined("patch"),
-        views(partners) if partners else None,
+        concatenated(partners) if partners else None,
     )
 
 
 @dataclass(frozen=True)
 class Pruning:
-    """Settings of pools, mixed into the settings of what makes some."""
+    """Settings of pool labels; a mixin for the settings of everything that makes them."""
 
     keep: float = 0.1
-    """Share of the labelled epochs that is kept of each class."""
+    """Share of the labelled epochs that is kept for each class."""
     values: str = "half"
-    """What logits are kept as: half, int8, lowrank or topk."""
+    """Code of the logits: half, int8, lowrank or topk."""
     k: int | None = None
-    """values=topk: logits that are kept; otherwise a quarter of the classes, at most 10."""
+    """Stored logits per view with values=topk. Default: a quarter of the classes, at most 10."""
     fill: str = "mrs"
-    """values=topk: what stands for the others: mrs (the view's smallest logit) or mr (nothing; the k share all
-    probability)."""
+    """Value of the other logits with values=topk: mrs (the view's smallest logit) or mr (no probability)."""
     rank: int | None = None
-    """values=lowrank: axes, and bytes a view; otherwise a quarter of the classes, at most 64."""
+    """Number of axes, and bytes per view, with values=lowrank. Default: a quarter of the classes, at most 64."""
     cooling: float = 1.0
-    """Factor on the temperature after every cool_epochs epochs of a student (LPQLD); 1: it stays."""
+    """Factor on the temperature after every cool_epochs epochs of a student (LPQLD); 1: constant temperature."""
     cool_epochs: int = 30
-    """Epochs of a student at one temperature."""
+    """Epochs of a student at the same temperature."""
     cool_least: float = 2.0
-    """Temperature below which it does not fall."""
+    """Minimum temperature of the cooling."""
 
     def check_pruning(self) -> None:
-        """For ``__post_init__``: refuses settings out of range, and words that are none."""
+        """Checks ranges and choices of the settings; called by ``__post_init__`` of a subclass."""
         largest = sys.float_info.max
         one_of(self, values=CODES, fill=FILLS)
         require(
@@ -361,17 +368,17 @@ class Pruning:
             raise CondenseError(f"keep={self.keep:g}: must be above 0 and at most 1")
 
     def check_classes(self, classes: int) -> None:
-        """Finds before the work what does not fit so many classes."""
-        word, value = ("rank", self.rank) if self.values == "lowrank" else ("k", self.k)
+        """Checks before the work that rank and k fit the number of classes."""
+        setting, value = ("rank", self.rank) if self.values == "lowrank" else ("k", self.k)
         if value is not None and self.values in ("lowrank", "topk"):
-            check_code_size(word, value, classes)
+            check_code_size(setting, value, classes)
 
     def count(self, epochs: int) -> int:
-        """Epochs that a class keeps of those that are labelled, at least one."""
+        """Returns the number of epochs that a class keeps out of ``epochs``, at least one."""
         return max(1, round(self.keep * epochs))
 
     def encode(self, logits: Tensor, means: bool = False) -> Code:
-        """``logits`` (E, N, C) as they are kept; ``means``: see :class:`LowRank`."""
+        """Encodes ``logits`` (E, N, C) as the settings say; for ``means`` see :class:`LowRank`."""
         classes = logits.shape[2]
         if self.values == "lowrank":
             return LowRank.encode(logits, self.rank or usual(classes, MOST_RANK), means)
@@ -381,7 +388,7 @@ class Pruning:
         return code
 
     def cooled(self) -> tuple[float, float, float] | None:
-        """What :class:`PoolLabels` call ``cooling``."""
+        """Returns the argument ``cooling`` of :class:`PoolLabels`."""
         return None if self.cooling == 1 else (self.cooling, self.cool_epochs, self.cool_least)
 
 

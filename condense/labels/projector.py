@@ -1,4 +1,4 @@
-"""TODO-DOC."""
+"""Projector labels (HeLlO): a public network with stored low-rank changes labels the student's views in each step."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from condense.augment import ViewRule, single
 from condense.data import Standardise
 from condense.errors import CondenseError
+from condense.files import content
 from condense.labels.adapters import HEADS, Merged, Projector
 from condense.labels.arrays import checked_array, read_hard_labels, read_image_count, read_views
 from condense.labels.base import (
@@ -34,25 +35,23 @@ from condense.networks.pretrained import is_normalisation
 
 _HEAD = ("head", "head_a", "head_b", "bias", "scale")
 
-# Labels ---------------------------------------------------------------------------------------------------------------
-
 
 class ProjectorLabels(TeacherLabels):
-    """What a projector says of the very views that the student sees, asked in each step.
+    """Targets computed by a projector in each step on the student's views.
 
-    The public network is looked for when labels are first asked for; until then, and for whoever wants the images
-    alone, it need not be here. It counts as external bytes, with the text tower where that makes the head.
+    The public network is loaded when the first targets are computed, so a set can be opened and its images used without
+    it. It counts as external bytes, including the text tower if that determines the head.
 
     Args:
-        known: what the file states: ``backbone`` (name, sha256, bytes), ``names``, ``rank``, ``head_rank``, ``head``
-            (kind), ``shape``, ``mean`` and ``std``, and for a head of text ``classes`` and ``prompts``.
-        parts: arrays of :meth:`Projector.arrays`.
-        images, seed, views, temperature, squared: as in ``TeacherLabels``.
-        loss_kind, gamma, hard: as in ``PerViewLabels``; published is ``mse`` with some gamma.
-        projector: with its changes in the weights, where it is at hand.
+        known: Description in the file: ``backbone`` (name, sha256, bytes), ``names``, ``rank``, ``head_rank``, ``head``
+            (kind), ``shape``, ``mean`` and ``std``, and for a text head ``classes`` and ``prompts``.
+        parts: The arrays of :meth:`Projector.arrays`.
+        images, seed, views, temperature, squared: See ``TeacherLabels``.
+        loss_kind, gamma, hard: See ``PerViewLabels``; the paper uses ``mse`` and does not state gamma.
+        projector: The projector with merged weights, if it is already in memory.
 
     Raises:
-        CondenseError: a value that cannot be.
+        CondenseError: An invalid value.
     """
 
     kind = "projector"
@@ -76,7 +75,7 @@ class ProjectorLabels(TeacherLabels):
     ) -> None:
         self.known, self.parts = dict(known), dict(parts)
         self.device, self._merged = torch.device("cpu"), projector
-        self.names, self.shape = (), None  # it is not built from the name of an architecture
+        self.names, self.shape = (), None  # the network is not built from the name of an architecture
         self._settle(images, seed, views, temperature, squared)
         self.loss_kind, self.gamma, self.hard = loss_kind, single(gamma), hard
         check_loss(loss_kind, self.gamma, hard)
@@ -85,16 +84,16 @@ class ProjectorLabels(TeacherLabels):
 
     @classmethod
     def of(cls, projector: Projector, known: Mapping[str, Any], *terms: Any, **more: Any) -> ProjectorLabels:
-        """The labels of a projector that was just made; ``known`` without what the projector says itself."""
+        """Makes labels from a trained projector and its description ``known``; rounds the projector to float16."""
         arrays = projector.rounded().arrays()
         return cls(known, arrays, *terms, **more, projector=Merged(projector).cpu())
 
     @property
     def teacher(self) -> Merged:  # type: ignore[override]
-        """The projector; finds the public network when it is first needed.
+        """The projector with merged weights; loads the public network on first use.
 
         Raises:
-            CondenseError: it is not here or another one, or the stored arrays do not fit it.
+            CondenseError: The public network is missing or a different one, or the stored arrays do not fit it.
         """
         if self._merged is None:
             self._merged = Merged(build(self.known, self.parts, self.device))
@@ -126,11 +125,11 @@ class ProjectorLabels(TeacherLabels):
         }
 
     def nbytes(self) -> int:
-        """Adapters, head, and what names the backbone, the views and the loss."""
+        """Returns the bytes of adapters, head, and the settings of backbone, views and loss."""
         return total_nbytes(self.arrays())
 
     def external_nbytes(self) -> int:
-        """Of the public network."""
+        """Returns the bytes of the public network."""
         return int(self.known["backbone"]["bytes"])
 
     def to(self, device: torch.device) -> ProjectorLabels:
@@ -143,11 +142,26 @@ class ProjectorLabels(TeacherLabels):
         return moved
 
     def anew(self, images: Tensor, teacher: nn.Module, seed: int, hard: Tensor | None = None) -> ProjectorLabels:
-        """The same projector on other images; ``teacher`` is that projector."""
-        made = copy.copy(self.to(images.device))
-        made.images, made.seed = len(images), seed
-        made.hard = None if self.hard is None else given_or_predicted_classes(images, made.teacher, hard)
-        return made
+        """Labels other images with the same projector; ``teacher`` is not used."""
+        labels = copy.copy(self.to(images.device))
+        labels.images, labels.seed = len(images), seed
+        labels.hard = None if self.hard is None else given_or_predicted_classes(images, labels.teacher, hard)
+        return labels
+
+    def relabelling_teacher(self, teacher: nn.Module | None) -> nn.Module | None:
+        return self.teacher
+
+    def own_teacher(
+        self, device: torch.device, *, original: bool
+    ) -> tuple[nn.Module, dict[str, Any] | None, tuple[str, ...]] | None:
+        if original:
+            return None
+        net = self.to(device).teacher
+        network = f"projector of {self.known['backbone']['name']}"
+        return net, {"network": network, "sha256": content(net.state_dict())}, ()
+
+    def loss_settings(self) -> dict[str, Any]:
+        return {"loss_kind": self.loss_kind, "gamma": self.gamma, "hard": self.hard}
 
     def rule(self) -> str:
         return f"{super().rule()}, {self.loss_kind}, gamma={self.gamma}"
@@ -161,7 +175,7 @@ class ProjectorLabels(TeacherLabels):
         if squared > 1 or loss >= len(LOSSES):
             raise CondenseError(f"labels/flags must be 0 or 1, not {squared} and {loss}")
         hard = read_hard_labels(arrays, classes) if "hard" in arrays else None
-        known = _stated(checked_array(arrays, "projector", np.uint8, (None,)).tobytes(), classes)
+        known = _parse_description(checked_array(arrays, "projector", np.uint8, (None,)).tobytes(), classes)
         parts = {name: np.asarray(x) for name, x in arrays.items() if name in _HEAD or name[1:].isdigit()}
         checked_array(parts, "bias", np.float32, (classes,))
         for name, part in parts.items():
@@ -184,8 +198,8 @@ class ProjectorLabels(TeacherLabels):
         )
 
 
-def _stated(text: bytes, classes: int) -> dict[str, Any]:
-    """What a stranger's file says of a projector."""
+def _parse_description(text: bytes, classes: int) -> dict[str, Any]:
+    """Parses the description of a projector in an untrusted file and checks all fields."""
     try:
         known = json.loads(text)
         kinds = {
@@ -199,67 +213,73 @@ def _stated(text: bytes, classes: int) -> dict[str, Any]:
             "std": list,
         }
         backbone, shape = known["backbone"], known["shape"]
-        words = [backbone["name"], backbone["sha256"], backbone.get("path", ""), *known["names"]]
+        texts = [backbone["name"], backbone["sha256"], backbone.get("path", ""), *known["names"]]
         fits = all(isinstance(known[key], kind) for key, kind in kinds.items()) and known["head"] in HEADS
-        fits = fits and all(isinstance(word, str) and word.isprintable() for word in words)
-        fits = fits and len(set(known["names"])) == len(known["names"])  # each has its share of memory
+        fits = fits and all(isinstance(text, str) and text.isprintable() for text in texts)
+        fits = fits and len(set(known["names"])) == len(known["names"])  # each name needs memory
         fits = fits and isinstance(backbone["bytes"], int) and 0 <= backbone["bytes"] < 1 << 63
         fits = fits and len(shape) == 3 and all(isinstance(size, int) and size > 0 for size in shape)
         fits = fits and known["rank"] > 0 and known["head_rank"] >= 0 and is_normalisation(known, shape[0])
         if fits and known["head"] == "text":
             fits = isinstance(known["classes"], list) and len(known["classes"]) == classes
-            fits = fits and all(isinstance(word, str) for word in known["classes"])
+            fits = fits and all(isinstance(name, str) for name in known["classes"])
             fits = fits and bool(known["prompts"]) and all("{}" in prompt for prompt in known["prompts"])
             fits = fits and all(isinstance(prompt, str) for prompt in known["prompts"])
         if not fits:
             raise ValueError("no projector")
         return dict(known)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as fault:
-        raise CondenseError("labels/projector does not describe one; copy or make the set again") from fault
+        raise CondenseError("labels/projector is not a valid description; copy or make the set again") from fault
 
 
 def build(known: Mapping[str, Any], parts: Mapping[str, np.ndarray], device: torch.device) -> Projector:
-    """The projector that a file describes, with the public network that it names.
+    """Builds the projector that a file describes, from the public network that it names.
+
+    Args:
+        known: Description, see :class:`ProjectorLabels`.
+        parts: The arrays of :meth:`Projector.arrays`.
+        device: Device of the projector.
 
     Raises:
-        CondenseError: the network is not here or another one, or the arrays do not fit it.
+        CondenseError: The network is missing or a different one, or the arrays do not fit it.
     """
-    wanted, what = known["backbone"], "projector labels: backbone "
-    found = None
-    for word in dict.fromkeys([str(wanted["name"]), str(wanted.get("path", wanted["name"]))]):
+    described, prefix = known["backbone"], "projector labels: backbone "
+    backbone = None
+    for name in dict.fromkeys([str(described["name"]), str(described.get("path", described["name"]))]):
         try:
-            found = find(word, tuple(known["shape"]), device, what)
+            backbone = find(name, tuple(known["shape"]), device, prefix)
             break
         except CondenseError as fault:
             missing = fault
-    if found is None:
+    if backbone is None:
         raise missing
-    if (found.known["sha256"], found.external(known["head"])) != (wanted["sha256"], wanted["bytes"]):
+    if (backbone.known["sha256"], backbone.external(known["head"])) != (described["sha256"], described["bytes"]):
         raise CondenseError(
-            f"{what}{wanted['name']}: is another network than that of these labels (its checksum or "
+            f"{prefix}{described['name']}: is another network than that of these labels (its checksum or "
             "size differs); restore it"
         )
     transform = Standardise(torch.tensor(known["mean"]), torch.tensor(known["std"]))
     names = [str(name) for name in known["names"]]
-    matrices = {name for name, weight in found.encoder.named_parameters() if weight.ndim > 1}
+    matrices = {name for name, weight in backbone.encoder.named_parameters() if weight.ndim > 1}
     unknown = sorted(set(names) - matrices)
     if unknown:
         raise CondenseError(
-            f"labels/projector: does not fit {wanted['name']}, which has no weights {unknown[0]}; give "
+            f"labels/projector: does not fit {described['name']}, which has no weights {unknown[0]}; give "
             "the backbone that the labels were made with"
         )
     classes = len(parts["bias"])
     if known["head"] == "text":
-        if found.text is None:
-            raise CondenseError(f"labels/projector: its head is made of text, and {wanted['name']} has no text tower")
-        start = found.text(known["classes"], known["prompts"])
+        if backbone.text is None:
+            raise CondenseError(f"labels/projector: has a text head, but {described['name']} has no text tower")
+        start = backbone.text(known["classes"], known["prompts"])
     else:
         with torch.no_grad():
-            width = found.encoder(torch.zeros(1, *found.encoder.shape, device=device)).shape[1]
+            width = backbone.encoder(torch.zeros(1, *backbone.encoder.shape, device=device)).shape[1]
         start = torch.zeros(width, classes, device=device)
-    made = Projector(found.encoder, names, int(known["rank"]), start, int(known["head_rank"]), found.scale, transform)
-    made.load(parts)
-    return made
+    ranks = int(known["rank"]), int(known["head_rank"])
+    projector = Projector(backbone.encoder, names, ranks[0], start, ranks[1], backbone.scale, transform)
+    projector.load(parts)
+    return projector
 
 
 PROVIDERS.add("projector", ProjectorLabels)

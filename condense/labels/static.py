@@ -1,4 +1,4 @@
-"""TODO-DOC."""
+"""Static labels (INFER): one vector of logits per image, mixed as its views are mixed."""
 
 from __future__ import annotations
 
@@ -11,27 +11,36 @@ from torch import Tensor, nn
 from condense.augment import CropViews, ViewRule
 from condense.errors import CondenseError
 from condense.labels.arrays import checked_array, read_views, view_arrays
-from condense.labels.base import PROVIDERS, checked_temperature, copy_to, epoch_views, kl_loss, mixed, total_nbytes
+from condense.labels.base import (
+    PROVIDERS,
+    Labels,
+    checked_temperature,
+    copy_to,
+    epoch_views,
+    kl_loss,
+    mixed,
+    total_nbytes,
+)
 from condense.labels.teacher_logits import answers
 
 
-class StaticLabels:
-    """One vector of logits z per image; a view that is mixed of images i and j is asked for softmax((lambda z_i +
-    (1 - lambda) z_j) / T), mixed before softening, whatever its crop and mirror (INFER, Zhang et al., ICLR 2025).
+class StaticLabels(Labels):
+    """One vector of logits z per image; the target of a view mixed from images i and j is softmax((lambda z_i +
+    (1 - lambda) z_j) / T), whatever its crop and flip (INFER, Zhang et al., ICLR 2025).
 
-    The loss is the KL divergence to the student's softmax at T. Every epoch has views of its own. Published: z is the
-    mean logits of several teachers in eval mode on the image itself, T = 30, MixUp Beta(.8, .8), shifts by up to 4
-    pixels on small images, no T^2.
+    The loss is the KL divergence to the student's softmax at T. Every epoch has its own views. In the paper z is the
+    mean logits of several teachers in eval mode on the unaugmented image, with T = 30, MixUp Beta(.8, .8), shifts by up
+    to 4 pixels on small images, and no factor T^2.
 
     Args:
-        logits: (N, C); float16 is stored as it is, anything else as float32.
-        seed: of the views.
-        views: how they are drawn; those just named when None.
-        temperature: T, kept as its float32 neighbour prints.
-        squared: multiply the loss by T^2.
+        logits: (N, C); float16 is stored unchanged, other dtypes as float32.
+        seed: Seed of the views.
+        views: Distribution of the views. Default: that of the paper.
+        temperature: T, rounded to float32.
+        squared: Whether the loss is multiplied by T^2.
 
     Raises:
-        CondenseError: a value that cannot be, logits of another shape or not finite.
+        CondenseError: An invalid value, or logits of another shape or not finite.
     """
 
     kind = "static"
@@ -59,7 +68,7 @@ class StaticLabels:
         return len(self.logits)
 
     def targets(self, ids: Tensor) -> Tensor:
-        """Distributions at T of whole images without mixing, float32 (..., C)."""
+        """Returns the distributions at T of the unmixed images, float32 (..., C)."""
         return (self.logits[ids].float() / self.temperature).softmax(-1)
 
     def shown(self, images: Tensor, ids: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
@@ -79,11 +88,8 @@ class StaticLabels:
         }
 
     def nbytes(self) -> int:
-        """2 or 4 N C, and some bytes that the views and the loss follow from."""
+        """Returns 2 or 4 N C bytes, plus the settings of the views and the loss."""
         return total_nbytes(self.arrays())
-
-    def external_nbytes(self) -> int:
-        return 0
 
     def to(self, device: torch.device) -> StaticLabels:
         return copy_to(self, device, "logits")

@@ -1,4 +1,4 @@
-"""TODO-DOC."""
+"""Teacher labels: the teachers' weights are stored, and they label the student's views in each step."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from condense.labels.arrays import (
 )
 from condense.labels.base import (
     PROVIDERS,
+    Labels,
     checked_temperature,
     epoch_views,
     kl_loss,
-    per_view_error,
     statistics_text,
     total_nbytes,
 )
@@ -37,31 +37,31 @@ from condense.labels.teacher_logits import answers, check_statistics
 from condense.networks import MeanLogits
 
 
-class TeacherLabels:
-    """Teachers that are asked in each step, on the very views that the student sees. Nothing is stored but themselves.
+class TeacherLabels(Labels):
+    """Targets computed by the teachers in each step on the student's views. Only the teachers' weights are stored.
 
-    The target is softmax(logits / T), float32 (B, C), of their mean logits; the loss its KL divergence to the student's
-    softmax at T. The file holds the networks' weights, which count as bytes of the labels; where they cannot be built
-    from a name (``names`` is empty) they count as external and the labels cannot be stored.
+    The target is softmax(logits / T), float32 (B, C), of the teachers' mean logits; the loss is its KL divergence to
+    the student's softmax at T. The file contains the networks' weights, which count as bytes of the labels; networks
+    that cannot be built from a name (``names`` is empty) count as external, and the labels cannot be stored.
 
-    Every epoch has views of its own. With ``statistics="batch"`` BatchNorm normalises by the views that are asked for
-    together, ``micro`` at a time in their order (BSSL, CV-DD), so that targets depend on the student's batch.
+    Every epoch has its own views. With ``statistics="batch"`` BatchNorm uses the statistics of ``micro`` consecutive
+    views of the student's batch (BSSL, CV-DD), so that targets depend on the batch.
 
     Args:
-        members: one network or several of the same classes; put into eval mode.
-        images: N, how many images the labels are for.
-        seed: of the views.
-        views: how they are drawn; crops with CutMix when None.
-        temperature: T of the targets and the loss, kept as its float32 neighbour prints.
-        squared: multiply the loss by T^2.
-        weights: of the members' logits; equal when None. They are divided by their sum.
-        names: of the members' architectures, as :func:`condense.networks.build` takes them.
-        shape: (C,H,W) of the images that they were built for; needed with names.
+        members: One network or several with the same classes; put into eval mode.
+        images: Number of images N that the labels are for.
+        seed: Seed of the views.
+        views: Distribution of the views. Default: crops with CutMix.
+        temperature: T of the targets and the loss, rounded to float32.
+        squared: Whether the loss is multiplied by T^2.
+        weights: Weights of the members' logits, normalised to sum 1. Default: equal.
+        names: Names of the members' architectures for :func:`condense.networks.build`.
+        shape: (C,H,W) of the images that the members were built for; needed with names.
         statistics: ``running`` or ``batch``.
-        micro: views that BatchNorm normalises together.
+        micro: Views per micro-batch with ``statistics="batch"``.
 
     Raises:
-        CondenseError: a value that cannot be, or numbers of members, weights and names that differ.
+        CondenseError: An invalid value, or different numbers of members, weights and names.
     """
 
     kind = "teacher"
@@ -101,7 +101,7 @@ class TeacherLabels:
         statistics: str = "running",
         micro: int = 8,
     ) -> None:
-        """All but the teachers."""
+        """Sets everything except the teachers."""
         self.images, self.seed = images, seed
         self.views = ViewRule(mix="cutmix") if views is None else ViewRule.of(views)
         self.temperature, self.squared = checked_temperature(temperature), squared
@@ -109,9 +109,6 @@ class TeacherLabels:
 
     def __len__(self) -> int:
         return self.images
-
-    def targets(self, ids: Tensor) -> Tensor:
-        raise per_view_error(self)
 
     def shown(self, images: Tensor, ids: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
         views, _, _ = epoch_views(self, images, ids, epoch)
@@ -124,8 +121,8 @@ class TeacherLabels:
     def arrays(self) -> dict[str, np.ndarray]:
         if not self.names:
             raise CondenseError("the teachers of these labels cannot be stored: give the names of their architectures")
-        known = json.dumps({"names": self.names, "shape": self.shape}).encode()
-        return {**self._settings(), "networks": np.frombuffer(known, np.uint8), **self._members()}
+        description = json.dumps({"names": self.names, "shape": self.shape}).encode()
+        return {**self._settings(), "networks": np.frombuffer(description, np.uint8), **self._members()}
 
     def _settings(self) -> dict[str, np.ndarray]:
         return {
@@ -136,14 +133,14 @@ class TeacherLabels:
         }
 
     def _members(self) -> dict[str, np.ndarray]:
-        """Weights and buffers, ``member0.NAME`` and so on, and the weights of the members' logits."""
+        """Returns weights and buffers as ``member0.NAME`` and so on, and the weights of the members' logits."""
         arrays = {"weights": self.teacher.weights.cpu().numpy()}
         for k, member in enumerate(self.teacher.members):
             arrays |= {f"member{k}.{name}": x.detach().cpu().numpy() for name, x in member.state_dict().items()}
         return arrays
 
     def nbytes(self) -> int:
-        """The networks' weights and buffers as they are, and some bytes that the views and the loss follow from."""
+        """Returns the bytes of the networks' weights and buffers, and of the settings of the views and the loss."""
         return total_nbytes(self.arrays() if self.names else self._settings())
 
     def external_nbytes(self) -> int:
@@ -168,6 +165,14 @@ class TeacherLabels:
             micro=self.micro,
         )
 
+    def relabelling_teacher(self, teacher: nn.Module | None) -> nn.Module | None:
+        return self.teacher if teacher is None else teacher
+
+    def own_teacher(
+        self, device: torch.device, *, original: bool
+    ) -> tuple[nn.Module, dict[str, Any] | None, tuple[str, ...]] | None:
+        return (self.to(device).teacher, None, self.names) if self.names else None
+
     def rule(self) -> str:
         return f"{self.views}, {statistics_text(self)}, T={self.temperature}, squared={self.squared}"
 
@@ -180,21 +185,25 @@ class TeacherLabels:
         names, shape = read_teacher_networks(checked_array(arrays, "networks", np.uint8, (None,)).tobytes())
         members = []
         for k, name in enumerate(names):
-            head = f"member{k}."
+            prefix = f"member{k}."
             state = {
-                key[len(head) :]: torch.from_numpy(np.asarray(x)) for key, x in arrays.items() if key.startswith(head)
+                key.removeprefix(prefix): torch.from_numpy(np.asarray(x))
+                for key, x in arrays.items()
+                if key.startswith(prefix)
             }
             with rng.seeded("layout"):
                 network = networks.build(name, shape, classes)
             try:
                 network.load_state_dict(state)
             except RuntimeError as fault:
-                raise CondenseError(f"labels/{head}*: not the weights of {name}; copy or make the set again") from fault
+                raise CondenseError(
+                    f"labels/{prefix}*: not the weights of {name}; copy or make the set again"
+                ) from fault
             members.append(network)
         weights = torch.from_numpy(checked_array(arrays, "weights", np.float32, (len(names),)))
         if not bool((weights >= 0).all()) or not math.isclose(float(weights.sum()), 1, abs_tol=1e-3):
             raise CondenseError(f"labels/weights must be shares of 1, not {weights.tolist()}")
-        made = cls(
+        labels = cls(
             members,
             count,
             seed,
@@ -206,30 +215,28 @@ class TeacherLabels:
             statistics=statistics,
             micro=micro,
         )
-        made.teacher.weights.copy_(weights)  # as they are: another division would round them
-        return made
+        labels.teacher.weights.copy_(weights)  # exactly as stored: normalising them again would round
+        return labels
 
 
 PROVIDERS.add("teacher", TeacherLabels)
 
-# Teachers in 8 bits ---------------------------------------------------------------------------------------------------
-
 
 class Int8TeacherLabels(TeacherLabels):
-    """Teachers whose convolutions and linear layers keep 8 bits a weight, and a float32 scale for each output channel;
-    everything else stays as it is. They answer with the weights that come back.
+    """Teacher labels whose convolutions and linear layers have 8-bit weights and a float32 scale per output channel;
+    everything else is stored unchanged. Targets are computed with the decoded weights.
 
-    Arguments are those of ``TeacherLabels``; the networks that are given do not change.
+    Arguments are those of ``TeacherLabels``; the given networks do not change.
     """
 
     kind = "teacher-int8"
     exactness = "lossy"
 
     def __init__(self, members: nn.Module | Sequence[nn.Module], *terms: Any, **more: Any) -> None:
-        kept = [copy.deepcopy(net) for net in ([members] if isinstance(members, nn.Module) else members)]
-        for net in kept:
-            _round(net)
-        super().__init__(kept, *terms, **more)
+        copies = [copy.deepcopy(net) for net in ([members] if isinstance(members, nn.Module) else members)]
+        for net in copies:
+            _round_weights(net)
+        super().__init__(copies, *terms, **more)
 
     def _members(self) -> dict[str, np.ndarray]:
         arrays = {"weights": to_numpy(self.teacher.weights)}
@@ -251,17 +258,18 @@ class Int8TeacherLabels(TeacherLabels):
                 scale = f"scale{name.removeprefix('member')}"
                 if scale not in arrays or not codes.ndim:
                     raise CondenseError(f"labels/{name}: 8-bit weights without their scales; make the set again")
-                found = read_finite(arrays, scale, np.float32, codes.shape[:1])
-                restored[name] = to_numpy(dequantised(torch.from_numpy(codes), found))
-        made = super().from_arrays(restored, classes)
-        assert isinstance(made, Int8TeacherLabels)
-        return made
+                scales = read_finite(arrays, scale, np.float32, codes.shape[:1])
+                restored[name] = to_numpy(dequantised(torch.from_numpy(codes), scales))
+        labels = super().from_arrays(restored, classes)
+        assert isinstance(labels, Int8TeacherLabels)
+        return labels
 
 
 def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 codes of a weight (out, ...), and the float32 scale (out,) of each output channel.
+    """Returns int8 codes of a weight (out, ...) and the float32 scale (out,) of each output channel.
 
-    Scales have 16 bits after the first, so that 127 scales are exact in float32 and what comes back has the same codes.
+    Scales are rounded to 17 significant bits, so that 127 times a scale is exact in float32 and quantising the decoded
+    weights gives the same codes.
     """
     rows = weight.detach().float().flatten(1)
     mantissa, exponent = torch.frexp(rows.abs().amax(1) / 127)
@@ -271,21 +279,21 @@ def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantised(codes: Tensor, scale: Tensor) -> Tensor:
-    """float32 weights of :func:`quantised`."""
+    """Returns the float32 weights that :func:`quantised` encoded."""
     return codes.float() * scale.view(-1, *[1] * (codes.ndim - 1))
 
 
 def _layers(net: nn.Module) -> set[str]:
-    """Names of the weights of convolutions and linear layers."""
+    """Returns the names of the weights of convolutions and linear layers."""
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
     return {f"{name}.weight".lstrip(".") for name, layer in net.named_modules() if isinstance(layer, kinds)}
 
 
 @torch.no_grad()
-def _round(net: nn.Module) -> None:
-    """Gives the network the weights that come back from 8 bits."""
+def _round_weights(net: nn.Module) -> None:
+    """Replaces the weights of convolutions and linear layers by their 8-bit approximation."""
     layers = _layers(net)
-    for name, value in net.state_dict().items():  # shares memory with the network
+    for name, value in net.state_dict().items():  # the tensors share memory with the network
         if name in layers:
             value.copy_(dequantised(*quantised(value)))
 

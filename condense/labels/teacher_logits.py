@@ -1,4 +1,4 @@
-"""a teacher's logits on every view, resumable."""
+"""The teacher's logits on augmented views: computed epoch by epoch, and written to disk so that labelling resumes."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ from torch import Tensor, nn
 from condense import rng
 from condense.augment import MixedViews, ViewRule
 from condense.errors import CondenseError, did_you_mean
+from condense.files import check_writable, replacing
 from condense.tracking import Progress
 
 STATISTICS = ("running", "batch")
 
 
 def check_statistics(statistics: str, micro: int) -> tuple[str, int]:
-    """Both, if they can be; ``micro`` is 0 where it has no say, so that equal rules read equal."""
+    """Checks both settings and returns them; ``micro`` is 0 with running statistics, where it has no effect."""
     if statistics not in STATISTICS:
         raise CondenseError(f"statistics={statistics}: unknown{did_you_mean(statistics, STATISTICS)}")
     if statistics == "batch" and micro < 2:
-        raise CondenseError(f"micro={micro}: one view has no statistics of a batch; take at least 2")
+        raise CondenseError(f"micro={micro}: a batch of one view has no statistics; set at least 2")
     return statistics, micro if statistics == "batch" else 0
 
 
@@ -37,22 +38,19 @@ def check_statistics(statistics: str, micro: int) -> tuple[str, int]:
 def draw_epoch_views(
     views: ViewRule, seed: int, epoch: int, rows: int, size: tuple[int, int], device: torch.device
 ) -> MixedViews:
-    """The views of a whole epoch, kept from batch to batch."""
+    """Draws the views of a whole epoch; cached, because every batch of the epoch needs them."""
     return views.draw(seed, epoch, rows, size).to(device)
 
 
 def given_or_predicted_classes(images: Tensor, teacher: nn.Module, hard: Tensor | None) -> Tensor:
-    """``hard``, or the classes that the teacher finds likeliest."""
+    """Returns ``hard`` on the images' device, or the classes that the teacher predicts if it is None."""
     return answers(teacher, images).argmax(1) if hard is None else hard.to(images.device).long()
-
-
-# Asking a teacher -----------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def _answering(teacher: nn.Module, statistics: str) -> Iterator[None]:
-    """The teacher in eval mode, for ``statistics="batch"`` with BatchNorm by the batch, and running statistics that
-    stay as they are."""
+    """Puts the teacher into eval mode. With ``statistics="batch"`` BatchNorm uses the statistics of the batch; running
+    statistics do not change."""
     teacher.eval()
     norms = [m for m in teacher.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     if statistics == "running" or not norms:
@@ -69,7 +67,7 @@ def _answering(teacher: nn.Module, statistics: str) -> Iterator[None]:
 
 
 def _parts(rows: Tensor, size: int) -> list[Tensor]:
-    """Consecutive parts of ``size`` rows; a last single one, which has no statistics, joins the part before it."""
+    """Splits into parts of ``size`` rows; a last single row, which has no batch statistics, joins the previous part."""
     parts = list(rows.split(size))
     return [*parts[:-2], torch.cat(parts[-2:])] if len(parts) > 1 and len(parts[-1]) == 1 else parts
 
@@ -78,14 +76,14 @@ def _parts(rows: Tensor, size: int) -> list[Tensor]:
 def answers(
     teacher: nn.Module, images: Tensor, *, statistics: str = "running", micro: int = 8, batch_size: int = 256
 ) -> Tensor:
-    """The teacher's logits, float32 (N, classes), on images (N,C,H,W) as they are; it is left in eval mode.
+    """Computes the teacher's logits, float32 (N, classes), on images without augmentation.
 
     Args:
-        teacher: images in training space, on its device, to logits.
-        images: what it sees.
-        statistics: ``running``, or ``batch``: BatchNorm by each micro-batch, without dropout (BSSL).
-        micro: images of a micro-batch, consecutive; a last single one joins those before it.
-        batch_size: images at once with running statistics.
+        teacher: Network from images in training space to logits; left in eval mode.
+        images: (N,C,H,W) in training space, on the teacher's device.
+        statistics: ``running``, or ``batch``: BatchNorm uses each micro-batch's statistics, without dropout (BSSL).
+        micro: Consecutive images per micro-batch; a last single image joins the previous one.
+        batch_size: Images per forward pass with running statistics.
     """
     batches = _parts(images, micro) if statistics == "batch" else images.split(batch_size)
     with _answering(teacher, statistics):
@@ -108,33 +106,35 @@ def view_answers(
     report: Callable[[int], None] | None = None,
     quiet: bool = True,
 ) -> Tensor:
-    """The teacher's logits on the views of a whole set, float16 (epochs, N, classes) on the CPU, epoch by epoch.
+    """Computes the teacher's logits on the views of a whole set, float16 (epochs, N, classes) on the CPU.
 
     Args:
-        teacher: images in training space, on its device, to logits; left in eval mode.
-        images: (N,C,H,W), the whole set.
-        epochs: passes over the set, each with views of its own.
-        views: how they are drawn.
-        seed: of the views.
-        classes: number of logits that the teacher must give.
-        statistics: ``running``: the teacher as in any test. ``batch``: its BatchNorm normalises each micro-batch by its
-            own statistics, running ones are left as they are, dropout is off (BSSL of CV-DD, whose release leaves
-            dropout on). Micro-batches are consecutive parts of a permutation drawn for each epoch by ``seed``.
-        micro: views of a micro-batch; a last single view joins the batch before it.
-        batch_size: views at once with running statistics; of no consequence but for rounding.
-        start: first epoch to label; those before are in ``into``.
-        into: float16 (epochs, N, classes), a ``numpy.memmap`` or an HDF5 dataset open for writing, that takes each
-            epoch when it is done, so that memory need hold one only and a run that was cut short goes on from
-            ``start``. An HDF5 dataset is read whole at the end.
-        report: called with the number of epochs that are done, after each.
-        quiet: show no progress.
+        teacher: Network from images in training space to logits; left in eval mode.
+        images: The whole set (N,C,H,W), in training space, on the teacher's device.
+        epochs: Number of passes over the set, each with its own views.
+        views: Distribution of the views.
+        seed: Seed of the views.
+        classes: Number of logits that the teacher must return.
+        statistics: ``running``: BatchNorm uses its running statistics. ``batch``: BatchNorm uses the statistics of each
+            micro-batch, running statistics do not change, dropout is off (BSSL of CV-DD, whose release leaves dropout
+            on). Micro-batches are consecutive parts of a permutation drawn for each epoch from ``seed``.
+        micro: Views per micro-batch; a last single view joins the previous batch.
+        batch_size: Views per forward pass with running statistics; affects only rounding.
+        start: First epoch to label; earlier epochs are already in ``into``.
+        into: float16 (epochs, N, classes), a ``numpy.memmap`` or an HDF5 dataset open for writing, that receives each
+            epoch as soon as it is labelled, so that memory holds one epoch and an interrupted run resumes from
+            ``start``. An HDF5 dataset is read into memory at the end.
+        report: Called after each epoch with the number of labelled epochs.
+        quiet: Whether to hide the progress bar.
 
     Raises:
-        CondenseError: answers that are no such logits or not finite as float16, or an ``into`` or ``start`` that does
-            not fit.
+        CondenseError: The teacher's logits have another shape or are not finite as float16, or ``into`` or ``start``
+            does not fit.
     """
-    how = _Asking(statistics, micro, batch_size, start, into, report, quiet)
-    return _each_view(teacher, images, epochs, views, seed, classes, how, classes, lambda logits, ids, drawn: logits)
+    options = _Asking(statistics, micro, batch_size, start, into, report, quiet)
+    return _each_view(
+        teacher, images, epochs, views, seed, classes, options, classes, lambda logits, ids, drawn: logits
+    )
 
 
 def view_distances(
@@ -146,19 +146,26 @@ def view_distances(
     seed: int,
     *,
     classes: int,
-    **how: Any,
+    **options: Any,
 ) -> Tensor:
-    """-log of the teacher's probabilities of the classes of both images in each view, float16 (epochs, N, 2) on the
-    CPU: what :class:`DistanceLabels` store. ``hard`` (N,) are the images' classes, ``views`` mix; the rest is as for
-    :func:`view_answers`, ``into`` being (epochs, N, 2)."""
+    """Computes the teacher's negative log-likelihood of the classes of the two mixed images in each view.
 
-    def distances(logits: Tensor, ids: Tensor, drawn: MixedViews) -> Tensor:
+    Args:
+        teacher, images, epochs, views, seed, classes: See :func:`view_answers`; ``views`` must mix.
+        hard: Classes of the images, int64 (N,).
+        options: See :func:`view_answers`; ``into`` is (epochs, N, 2).
+
+    Returns:
+        float16 (epochs, N, 2) on the CPU, which :class:`DistanceLabels` store.
+    """
+
+    def pair_nll(logits: Tensor, ids: Tensor, drawn: MixedViews) -> Tensor:
         assert drawn.partner is not None
-        known = hard.to(logits.device)
-        two = torch.stack([known[ids], known[drawn.partner[ids]]], 1)
-        return -F.log_softmax(logits, -1).gather(1, two)
+        classes_of = hard.to(logits.device)
+        pairs = torch.stack([classes_of[ids], classes_of[drawn.partner[ids]]], 1)
+        return -F.log_softmax(logits, -1).gather(1, pairs)
 
-    return _each_view(teacher, images, epochs, views, seed, classes, _Asking(**how), 2, distances)
+    return _each_view(teacher, images, epochs, views, seed, classes, _Asking(**options), 2, pair_nll)
 
 
 @torch.no_grad()
@@ -175,15 +182,19 @@ def epoch_answers(
     batch_size: int = 256,
     wanted: Tensor | None = None,
 ) -> Iterator[tuple[Tensor, Tensor, MixedViews]]:
-    """The teacher's logits on the views of one epoch, part by part: rows of the images, int64 (B,) on the CPU, logits
-    float32 (B, classes), and all that was drawn for the epoch.
+    """Yields the teacher's logits on the views of one epoch, batch by batch.
 
-    ``wanted`` (N,) marks rows that matter, all when None. No others are asked for with running statistics; with those
-    of the batch, whose others have a say, only micro-batches without any are left out. The rest is as for
-    :func:`view_answers`.
+    Args:
+        teacher, images, views, seed, classes, statistics, micro, batch_size: See :func:`view_answers`.
+        epoch: Epoch of the views.
+        wanted: Images to label, bool (N,); all by default. With batch statistics a micro-batch is labelled as a whole
+            if it contains any of them, because its other views affect the result.
+
+    Yields:
+        Rows of the images, int64 (B,) on the CPU; logits, float32 (B, classes); and all views drawn for the epoch.
 
     Raises:
-        CondenseError: answers that are no such logits.
+        CondenseError: The teacher's logits have another shape.
     """
     statistics, micro = check_statistics(statistics, micro)
     drawn = draw_epoch_views(views, seed, epoch, len(images), (images.shape[2], images.shape[3]), images.device)
@@ -199,13 +210,13 @@ def epoch_answers(
             teacher, views.apply(images, ids, drawn), statistics=statistics, micro=len(ids), batch_size=len(ids)
         )
         if logits.shape != (len(ids), classes):
-            raise CondenseError(f"the teacher answers {tuple(logits.shape)}, not ({len(ids)}, {classes}) logits")
+            raise CondenseError(f"the teacher returns {tuple(logits.shape)}, not ({len(ids)}, {classes}) logits")
         yield part, logits, drawn
 
 
 @dataclass(frozen=True)
 class _Asking:
-    """How a teacher is taken through the views; see :func:`view_answers`."""
+    """Options of labelling all views; see :func:`view_answers`."""
 
     statistics: str = "running"
     micro: int = 8
@@ -224,31 +235,35 @@ def _each_view(
     views: ViewRule,
     seed: int,
     classes: int,
-    how: _Asking,
+    options: _Asking,
     width: int,
     keep: Callable[[Tensor, Tensor, MixedViews], Tensor],
 ) -> Tensor:
-    """``keep(logits, ids, drawn)`` (B, width) of every view, float16 (epochs, N, width)."""
+    """Computes ``keep(logits, ids, drawn)`` (B, width) for every view; returns float16 (epochs, N, width)."""
     shape = (epochs, len(images), width)
-    into = np.empty(shape, np.float16) if how.into is None else how.into
+    into = np.empty(shape, np.float16) if options.into is None else options.into
     if tuple(into.shape) != shape or into.dtype != np.float16:
-        raise CondenseError(f"into: must be float16 {shape} to take the labels, not {into.dtype} {tuple(into.shape)}")
-    if not 0 <= how.start <= (epochs if how.into is not None else 0):
-        raise CondenseError(f"start={how.start}: of {epochs} epochs, those before it must be in into")
-    progress = Progress("relabel", epochs, how.start, how.quiet)
-    asked: dict[str, Any] = {"statistics": how.statistics, "micro": how.micro, "batch_size": how.batch_size}
-    for epoch in range(how.start, epochs):
+        raise CondenseError(f"into: must be float16 {shape}, not {into.dtype} {tuple(into.shape)}")
+    if not 0 <= options.start <= (epochs if options.into is not None else 0):
+        raise CondenseError(f"start={options.start}: must be 0 to {epochs}, and earlier epochs must be in into")
+    progress = Progress("relabel", epochs, options.start, options.quiet)
+    batching: dict[str, Any] = {
+        "statistics": options.statistics,
+        "micro": options.micro,
+        "batch_size": options.batch_size,
+    }
+    for epoch in range(options.start, epochs):
         done = torch.empty(shape[1:], dtype=torch.float16)
-        for part, logits, drawn in epoch_answers(teacher, images, views, seed, epoch, classes=classes, **asked):
+        for part, logits, drawn in epoch_answers(teacher, images, views, seed, epoch, classes=classes, **batching):
             done[part] = keep(logits, part.to(images.device), drawn).to("cpu", torch.float16)
         if not bool(done.isfinite().all()):
-            raise CondenseError("the teacher's answers are not finite as float16; was it trained?")
+            raise CondenseError("the teacher's logits are not finite as float16; was it trained?")
         into[epoch] = done.numpy()
         if hasattr(into, "flush"):
-            into.flush()  # what a kill must not lose
+            into.flush()  # so that a kill loses no labelled epoch
         progress.update(epoch + 1)
-        if how.report is not None:
-            how.report(epoch + 1)
+        if options.report is not None:
+            options.report(epoch + 1)
     progress.close()
     return torch.from_numpy(into if isinstance(into, np.ndarray) else into[()])
 
@@ -257,30 +272,30 @@ def _each_view(
 def stored_answers(
     path: Path, state: Path, key: Sequence[Any], shape: tuple[int, int, int], stop: Callable[[], None] | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Where labels of views go while they are made, as keywords of :func:`view_answers`: into a file, so that memory
-    holds one epoch, and who was killed goes on with the epoch that was not done. The caller removes both files.
+    """Writes labels of views to a file during labelling, so that memory holds one epoch and a killed run resumes.
 
     Args:
-        path: .npy of float16 ``shape``.
-        state: JSON that says how many epochs are done, and of what.
-        key: strings and numbers that the labels follow from; of another key the files are begun anew.
+        path: .npy file of float16 ``shape``. The caller removes both files.
+        state: JSON file with the number of labelled epochs and the key.
+        key: Strings and numbers on which the labels depend; files with a different key are overwritten.
         shape: (records, images, width).
-        stop: called after each epoch, when it is on disk; may raise.
+        stop: Called after each epoch, when it is on disk; may raise.
+
+    Yields:
+        Keyword arguments of :func:`view_answers`.
 
     Raises:
-        CondenseError: the files cannot be written, or the disk has no room for them.
+        CondenseError: The files cannot be written, or the disk is full.
     """
-    from condense.files import check_writable, replacing
-
     key = [*key, *shape, rng.HASH_VERSION]
     start, into = 0, None
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # what cannot be read is begun anew
-        known = json.loads(state.read_text())
-        if known["key"] == key:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # unreadable files are overwritten
+        progress = json.loads(state.read_text())
+        if progress["key"] == key:
             into = np.lib.format.open_memmap(path, "r+")
-            start = int(known["epochs"]) if (into.shape, into.dtype) == (shape, np.float16) else 0
+            start = int(progress["epochs"]) if (into.shape, into.dtype) == (shape, np.float16) else 0
     if not start:
-        state.unlink(missing_ok=True)  # it must not speak of what comes now
+        state.unlink(missing_ok=True)  # it must not describe the new file
         check_writable(path, force=True, size=2 * math.prod(shape))
         path.parent.mkdir(parents=True, exist_ok=True)
         into = np.lib.format.open_memmap(path, "w+", np.float16, shape)

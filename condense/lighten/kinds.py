@@ -23,8 +23,8 @@ from condense.judge import label_source
 from condense.labels import (
     MOST_KEPT,
     MOST_RANK,
-    CodedLabels,
     DistanceLabels,
+    Half,
     HardLabels,
     Int8TeacherLabels,
     Labels,
@@ -37,6 +37,7 @@ from condense.labels import (
     TeacherLabels,
     TopKLabels,
     answers,
+    fidelity,
     pool_answers,
     stored_answers,
     usual,
@@ -106,8 +107,8 @@ class Job:
     def stored(self) -> PerViewLabels | None:
         """The set's own logits of views, where it has them and no other teachers are named."""
         labels = self.distilled.labels
-        whole = isinstance(labels, PerViewLabels) and not isinstance(labels, CodedLabels)
-        return labels if whole and self.teacher is None and self.teachers is None else None  # type: ignore[return-value]
+        given = self.teacher is not None or self.teachers is not None
+        return labels if labels.stores_all_logits and not given else None  # type: ignore[return-value]
 
     @functools.cached_property
     def taught(self) -> Taught:
@@ -123,16 +124,11 @@ class Job:
             return Taught(net, {"teacher": about})
         if self.teachers is not None and hdf5.format_of(Path(self.teachers)) == saved.FORMAT.name:
             return _of_file(Path(self.teachers), source, made, self.device)
-        live = self.teachers is None and self.kind not in ("teacher", "projector")  # which ask who taught the projector
-        if live and isinstance(made.labels, ProjectorLabels):
-            net = made.labels.to(self.device).teacher
-            about = {
-                "network": f"projector of {made.labels.known['backbone']['name']}",
-                "sha256": content(net.state_dict()),
-            }
-            return Taught(net, {"teacher": about})
-        if self.teachers is None and isinstance(made.labels, TeacherLabels) and made.labels.names:
-            return Taught(made.labels.to(self.device).teacher, teacher_facts(made), made.labels.names)
+        if self.teachers is None:
+            own = made.labels.own_teacher(self.device, original=self.kind in ("teacher", "projector"))
+            if own is not None:
+                net, description, names = own
+                return Taught(net, {"teacher": description} if description else teacher_facts(made), names)
         found, why = label_source.recorded_teacher(made, self.teachers, self.device)
         if found is None:
             raise CondenseError(
@@ -260,12 +256,7 @@ def per_view(job: Job, config: PerView) -> PerViewLabels:
 
 def _terms(job: Job, config: TargetOptions) -> dict[str, Any]:
     """All but the logits of labels that are asked for, as keywords of ``PerViewLabels``."""
-    terms, own = {**_rule(job, config), **_targets(job, config)}, job.distilled.labels
-    if isinstance(own, PerViewLabels):
-        terms["calibrate"] = own.calibrate
-    if isinstance(own, PerViewLabels | ProjectorLabels):
-        terms |= {"loss_kind": own.loss_kind, "gamma": own.gamma, "hard": own.hard}
-    return terms
+    return {**_rule(job, config), **_targets(job, config), **job.distilled.labels.loss_settings()}
 
 
 def _epochs(job: Job, asked: int | None) -> int:
@@ -366,7 +357,7 @@ def teacher(job: Job, config: Teacher) -> TeacherLabels:
         )
     assert isinstance(taught.network, MeanLogits)
     kind = Int8TeacherLabels if config.weights == "int8" else TeacherLabels
-    return kind(
+    labels = kind(
         list(taught.network.members),
         images=len(job.images),
         weights=taught.network.weights.tolist(),
@@ -375,6 +366,10 @@ def teacher(job: Job, config: Teacher) -> TeacherLabels:
         **_rule(job, config),
         **_targets(job, config),
     )
+    if config.weights == "int8":  # measured on the unaugmented images
+        true, decoded = (answers(net, job.images) for net in (taught.network, labels.teacher))
+        labels.error = fidelity(Half(decoded[None]), true[None], labels.temperature)
+    return labels
 
 
 def projector(job: Job, config: ProjectorOptions) -> ProjectorLabels:

@@ -37,7 +37,6 @@ from condense.data import Task
 from condense.device import pick_device
 from condense.errors import CondenseError, did_you_mean
 from condense.formatting import by
-from condense.labels import CodedLabels, Half, Int8TeacherLabels, Labels, answers, fidelity
 from condense.lighten.kinds import KINDS, Job, teacher_facts
 from condense.sets import DistilledSet, prepared, tagged
 
@@ -94,7 +93,7 @@ def lighten(
     asked = "taught" in vars(job)
     source = {} if kind == "hard" else job.taught.known if asked else teacher_facts(distilled)
     outdated = {"bytes", "checksums", "claim", "command", "label_source", "teacher", "lightened"}
-    if "hard" in (labels.kind, distilled.labels.kind):
+    if labels.is_hard or distilled.labels.is_hard:
         outdated |= {"protocol", "learned_lr"}
     before, old = distilled.manifest.get("lightened", {}).get("bytes", {}), distilled.labels
     manifest = {key: value for key, value in distilled.manifest.items() if key not in outdated}
@@ -110,7 +109,7 @@ def lighten(
         "settings": known,
         "exactness": labels.exactness,
         "step_cost": labels.step_cost,
-        "error": _error(job, labels),
+        "error": labels.error and dataclasses.asdict(labels.error),
         "bytes": {
             "before": before.get("before", old.nbytes() + old.external_nbytes()),
             "after": labels.nbytes(),
@@ -134,16 +133,6 @@ def _command(distilled: DistilledSet, kind: str, config: Any, task: Task | None,
             value = commands.shown(value) if field.name == "backbone" else value
             words.append(f"{field.name}={json.dumps(value) if isinstance(value, bool) else value}")
     return shlex.join([*words, "--out", f"{distilled.file_name.removesuffix('.h5')}.{kind}.h5"])
-
-
-def _error(job: Job, labels: Labels) -> dict[str, float] | None:
-    """How far lossy labels are from what they stand for; of teachers in 8 bits, on the set's images as they are."""
-    if isinstance(labels, CodedLabels):
-        return dataclasses.asdict(labels.error)
-    if isinstance(labels, Int8TeacherLabels):
-        true, read = (answers(net, job.images) for net in (job.taught.network, labels.to(job.device).teacher))
-        return dataclasses.asdict(fidelity(Half(read[None]), true[None], labels.temperature))
-    return None
 
 
 def check_same_data(distilled: DistilledSet, task: Task) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,12 +12,9 @@ from torch import nn
 from condense.augment import CropViews, ViewRule
 from condense.errors import CondenseError
 from condense.files import content
-from condense.labels import Labels, PerViewLabels, view_answers
-from condense.labels.base import check_image_count
+from condense.labels import Labels, PerViewLabels, check_image_count, view_answers
 from condense.networks import device_of
-
-if TYPE_CHECKING:
-    from condense.sets.distilled import DistilledSet
+from condense.sets.distilled import DistilledSet
 
 
 @torch.no_grad()
@@ -122,8 +119,6 @@ def relabelled(
     Raises:
         CondenseError: the set has decode stages, or another number of images.
     """
-    from condense.sets.distilled import DistilledSet
-
     if labels.per_view:
         _check_stages(distilled)
     check_image_count(distilled.training_images()[0] if distilled.compensated else distilled.stored, labels)
