@@ -1,4 +1,5 @@
-"""TODO-FACE condense/sets."""
+"""The distilled set: its file, its decode stages and initial images, its form while it is being optimised, new labels
+for it, and pictures of it."""
 
 from condense.sets.distilled import DistilledSet, checksums, packaged_sets
 from condense.sets.initial import INITS, SyntheticOptions, central_rows

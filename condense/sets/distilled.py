@@ -1,5 +1,4 @@
-"""DistilledSet: the file that the whole toolkit makes, judges and uses. One HDF5 file, checked on load, never a
-pickle."""
+"""DistilledSet, the result of every method: one HDF5 file, which is checked on load and contains no pickle."""
 
 from __future__ import annotations
 
@@ -51,19 +50,19 @@ FORMAT = hdf5.Format(
 class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
     """A distilled set: stored images, labels, the map to training space and the manifest.
 
-    As a ``torch.utils.data.Dataset`` it serves decoded images in pixel space, float32 in about [0,1] (learned pixels
-    are neither clamped nor rounded), and the target of each. ``set.transform`` maps pixel space to training space, for
-    these images and for real test images alike::
+    As a ``torch.utils.data.Dataset`` it yields decoded images in pixel space, float32 in about [0,1] (learned pixels
+    are neither clamped nor rounded), and their targets. ``set.transform`` maps pixel space to training space, for these
+    images and for real test images::
 
         distilled = condense.load("set.h5")
         images, targets = next(iter(DataLoader(distilled, batch_size=256, shuffle=True)))
         loss = distilled.loss(network(distilled.transform(images)), targets)
 
     Attributes:
-        stored: (N,C,H,W) uint8, float16 or float32 as in the file, in the space that ``manifest["space"]`` names.
-        labels: the label provider, indexed by stored image.
-        transform: pixel space to training space.
-        manifest: everything known of the set.
+        stored: Images as in the file, (N,C,H,W) uint8, float16 or float32, in the space ``manifest["space"]``.
+        labels: Label provider, indexed by stored image.
+        transform: Map from pixel space to training space.
+        manifest: Name, origin, settings and cost of the set.
     """
 
     def __init__(
@@ -79,7 +78,7 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
         self._decoded: tuple[Tensor, Tensor] | None = None
         self._pixels: Tensor | None = None
 
-    # -- what it says of itself -------------------------------------------------------------------------------------
+    # -- properties -------------------------------------------------------------------------------------------------
 
     @property
     def name(self) -> str:
@@ -88,13 +87,13 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
 
     @property
     def file_name(self) -> str:
-        """What the file is called unless told otherwise: ``dataset-method-ipcN.tag-seedS.h5``."""
+        """Default name of the file: ``dataset-method-ipcN.tag-seedS.h5``."""
         seed = self.manifest.get("seed")
         return f"{self.name.replace('/', '-')}{f'-seed{seed}' if seed else ''}.h5"
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Class names; a target c means ``classes[c]``."""
+        """Class names; target c is ``classes[c]``."""
         return tuple(self.manifest["classes"])
 
     @property
@@ -110,13 +109,12 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
 
     @property
     def compensated(self) -> Compensated | None:
-        """The stage that makes images from such as classes share, where there is one: then labels are of what it
-        makes."""
+        """The INFER decode stage, if there is one; labels then belong to decoded images instead of stored ones."""
         return next((stage for stage in self.stages if isinstance(stage, Compensated)), None)
 
     def nbytes(self) -> dict[str, int]:
-        """Bytes of ``images``, ``labels``, ``auxiliary`` (the transform), ``external`` (what training needs beside the
-        file) and their ``total``."""
+        """Returns the bytes of ``images``, ``labels``, ``auxiliary`` (the transform), ``external`` (needed for training
+        in addition to the file) and their ``total``."""
         parts = {
             "images": self.stored.numel() * self.stored.element_size(),
             "labels": self.labels.nbytes(),
@@ -126,13 +124,17 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
         return {**parts, "total": sum(parts.values())}
 
     def sha256(self) -> str:
-        """Digest of all arrays and of what gives them meaning (decode, space, classes), however they were made."""
+        """Returns a digest of all arrays and of the fields that define their meaning (decode, space, classes ...)."""
         meaning = {key: self.manifest.get(key) for key in ("classes", "decode", "space", "transform", "label_kind")}
         text = json.dumps([sorted(checksums(self.arrays()).items()), meaning], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def pictures(self, decoded: bool = False) -> tuple[Tensor, int]:
-        """Images for viewing (N,C,H,W) in pixel space, sorted by class, and how many there are of each class."""
+        """Returns images for a picture, (N,C,H,W) in pixel space and sorted by class, and their number per class.
+
+        Args:
+            decoded: Whether to return decoded images instead of stored ones.
+        """
         if decoded or self.compensated:
             order = torch.argsort(self.training_images()[1], stable=True)
             return self.images[order], len(order) // len(self.classes)
@@ -143,7 +145,8 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
     # -- images and targets -----------------------------------------------------------------------------------------
 
     def training_images(self) -> tuple[Tensor, Tensor]:
-        """Decoded images (M,C,H,W) float32 in training space, and the stored index (M,) of each. What students see."""
+        """Returns what students train on: images (M,C,H,W), float32 in training space, and their stored indices
+        (M,)."""
         if self._decoded is None:
             images, ids = decode(unit(self.stored), self.stages)
             self._decoded = (self.transform(images) if self.manifest["space"] == "pixel" else images), ids
@@ -151,7 +154,7 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
 
     @property
     def images(self) -> Tensor:
-        """Decoded images (M,C,H,W) float32 in pixel space; ``transform(images)`` is training space."""
+        """Decoded images (M,C,H,W), float32 in pixel space; ``transform(images)`` is in training space."""
         if self._pixels is None:
             if self.transform.kind == "zca":
                 warnings.warn(
@@ -163,10 +166,10 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
         return self._pixels
 
     def hard_labels(self) -> Tensor:
-        """Class of each image that has a label, int64 (N,): its hard label, else its place, as classes come in order.
+        """Returns the class of each labelled image, int64 (N,): its hard label, or its position, as images are sorted.
 
         Raises:
-            CondenseError: the set has no equal number of images per class.
+            CondenseError: The number of images per class varies, so that the position does not determine the class.
         """
         if isinstance(self.labels, HardLabels):
             return self.labels.labels
@@ -181,16 +184,19 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
         return len(self.training_images()[0])
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        target = self.labels.targets(self.training_images()[1][index])  # raises where labels belong to views
+        target = self.labels.targets(self.training_images()[1][index])  # raises an error if labels belong to views
         return self.images[index], target
 
     def batches(self, epoch: int, batch_size: int, seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Shuffled batches of one epoch: images (B,C,H,W) in pixel space and their targets. The same for the same
-        epoch.
+        """Yields shuffled batches of one epoch: images (B,C,H,W) in pixel space and their targets.
 
-        Labels of views come with the epoch's augmented and mixed images; leave out augmentation of your own. These
-        views are made in training space, as the teacher saw them, and mapped back: whitening and cropping do not
-        commute.
+        With per-view labels the images are already augmented and mixed; add no other augmentation. The views are
+        computed in training space, as for the teacher, and mapped back, because whitening and cropping do not commute.
+
+        Args:
+            epoch: Number of the epoch, from 0; the same epoch gives the same batches.
+            batch_size: Images per batch; the last batch may be smaller.
+            seed: Seed of the order.
         """
         order = rng.Draws(seed, "batches", epoch).permutation(len(self))
         pixels, (images, ids) = self.images, self.training_images()
@@ -202,23 +208,23 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
                 yield pixels[chunk], self.labels.targets(ids[chunk])
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Mean loss that goes with this set's targets, for logits (B, classes)."""
+        """Returns the mean loss of logits (B, classes) for this set's targets."""
         return self.labels.loss(logits, targets)
 
     # -- the file ---------------------------------------------------------------------------------------------------
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Every array of the file by its path in it."""
+        """Returns the arrays of the file by path."""
         arrays = {"images": self.stored.detach().cpu().numpy()}
         arrays |= {f"labels/{name}": array for name, array in self.labels.arrays().items()}
         arrays |= {f"transform/{name}": array for name, array in self.transform.arrays().items()}
         return arrays
 
     def save(self, path: str | Path, *, force: bool = False) -> Path:
-        """Writes the file atomically; a kill leaves either the old file or the whole new one.
+        """Writes the file atomically: a kill leaves either the old file or the complete new one.
 
         Raises:
-            CondenseError: the file exists and ``force`` is False, or the place cannot be written.
+            CondenseError: The file exists and ``force`` is False, or it cannot be written.
         """
         path = Path(path)
         check_writable(path, force=force, size=self.nbytes()["total"])
@@ -235,7 +241,7 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
         """Reads and verifies a file.
 
         Raises:
-            CondenseError: one line per fault: not our format, newer version, truncated, or which array is damaged.
+            CondenseError: One line: another format, a newer version, a truncated file, or the name of a damaged array.
         """
         path = Path(path)
         arrays, manifest = _read(path)
@@ -246,13 +252,13 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
             shape = tuple(arrays["images"].shape[1:])
             restored = transform_from_arrays(manifest["transform"], transform, shape)
             loaded = cls(torch.from_numpy(arrays["images"]), provider, restored, manifest)
-            loaded.stages  # noqa: B018 - an unknown stage is a fault of the file
-            shared = loaded.compensated
-            if provider.per_view and loaded.stages and not shared:
+            loaded.stages  # noqa: B018 - raises an error for an unknown stage
+            stage = loaded.compensated
+            if provider.per_view and loaded.stages and not stage:
                 raise CondenseError(f"{provider.kind} labels belong to stored images, which its decode stages cut up")
-            if shared and len(loaded.stored) != shared.stored:
-                raise CondenseError(f"{len(loaded.stored)} images, but its decode stage needs {shared.stored}")
-            count = shared.decoded * len(loaded.classes) if shared else len(loaded.stored)
+            if stage and len(loaded.stored) != stage.stored:
+                raise CondenseError(f"{len(loaded.stored)} images, but its decode stage needs {stage.stored}")
+            count = stage.decoded * len(loaded.classes) if stage else len(loaded.stored)
             if len(provider) != count:
                 raise CondenseError(f"{count} images but {len(provider)} labels")
         except KeyError as fault:
@@ -265,27 +271,26 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
 
 
 def packaged_sets() -> dict[str, Path]:
-    """The ready-made sets that come with the toolkit, by name."""
+    """Returns the paths of the sets that are included in the package, by name."""
     folder = Path(__file__).parents[1] / "distilled_sets"
-    if not folder.is_dir():  # a checkout
+    if not folder.is_dir():  # in a source checkout
         folder = Path(__file__).parents[2] / "distilled_sets"
     return {str(path.relative_to(folder).with_suffix("")): path for path in sorted(folder.glob("*/*.h5"))}
 
 
 def checksums(arrays: Mapping[str, np.ndarray]) -> dict[str, str]:
-    """SHA-256 of each array's type, shape and bytes."""
+    """Returns the SHA-256 of each array's dtype, shape and bytes."""
     return {name: _digest(array) for name, array in arrays.items()}
 
 
 def _digest(array: np.ndarray) -> str:
     digest = hashlib.sha256(f"{array.dtype.str}{array.shape}".encode())
-    digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)  # no copy: labels may be large
+    digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)  # without a copy: labels may be large
     return digest.hexdigest()
 
 
 def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """All arrays and the manifest of a file from anywhere: types, sizes and links are checked before anything is
-    read."""
+    """Reads all arrays and the manifest of an untrusted file; types, sizes and links are checked before reading."""
     with hdf5.opened(path, FORMAT) as (file, manifest):
         arrays = {}
         for name, expected in sorted(manifest["checksums"].items()):
@@ -298,8 +303,8 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
 
 def _read_array(path: Path, file: Any, name: str, file_size: int) -> np.ndarray:
-    """One array, refused before allocation where it links elsewhere, is of a foreign type or claims more than is
-    stored."""
+    """Reads one array. Raises an error before allocation if it is a link, has an unknown type or claims more bytes than
+    the file holds."""
     import h5py
 
     hdf5.check_link(path, file, name)

@@ -1,4 +1,4 @@
-"""TODO-DOC."""
+"""Initial images of a synthetic set: random real images, noise, k-means representatives or collages."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ class SyntheticOptions:
     """Settings of the synthetic set that every method shares."""
 
     init: str = "real"
-    """How images start: real (random real images), noise (N(0,1); N(1/2,1/16) where pixels in [0,1] are learned),
+    """Initial images: real (random real images), noise (N(0,1); N(1/2,1/16) for methods that learn pixels in [0,1]),
     kmeans (the real image nearest to each of ipc centroids of its class), collage (factor x factor shrunken real images
-    in each; real where factor is 1)."""
+    per image; like real if factor is 1)."""
     factor: int = 1
     """Multi-formation: each stored image is decoded into factor x factor training images, also when the set is used."""
     fyi: bool = False
     """Distil the union of the set and its mirror images (FYI); needs data whose classes survive mirroring."""
 
     inits: ClassVar[tuple[str, ...]] = INITS
-    """What ``init`` may be; a method with a start of its own adds its word and finds the images itself."""
+    """Values of ``init``; a method with its own initial images adds a value and makes the images itself."""
 
     def __post_init__(self) -> None:
         one_of(self, init=self.inits)
@@ -39,9 +39,9 @@ class SyntheticOptions:
 
 
 def initial_images(task: Task, ipc: int, options: SyntheticOptions, seed: int) -> tuple[Tensor, Tensor]:
-    """Starting images (classes * ipc, C,H,W) on the CPU and their classes.
+    """Returns initial images (classes * ipc, C,H,W) on the CPU and their classes.
 
-    Pixel space [0,1], except ``noise``, which is N(0,1).
+    The images are in pixel space [0,1], except ``noise``, which is N(0,1).
     """
     classes = torch.arange(task.num_classes).repeat_interleave(ipc)
     shape = (len(classes), *task.shape)
@@ -55,7 +55,7 @@ def initial_images(task: Task, ipc: int, options: SyntheticOptions, seed: int) -
 
 
 def _sample_per_class(task: Task, count: int, seed: int) -> Tensor:
-    """Ids of ``count`` random training images of each class, class by class; repeats only where a class has too few."""
+    """Draws ``count`` training images of each class, class by class; repeats images only if a class has too few."""
     ids = []
     for c in range(task.num_classes):
         members = torch.from_numpy(task.class_ids(c))
@@ -65,7 +65,7 @@ def _sample_per_class(task: Task, count: int, seed: int) -> Tensor:
 
 
 def _collages(task: Task, ipc: int, factor: int, seed: int) -> Tensor:
-    """IDC's start: every image is factor x factor nearest-neighbour-shrunken real images of its class."""
+    """Initial images of IDC: factor x factor real images of the class, shrunk by nearest neighbour, in each image."""
     height, width = task.shape[1:]
     h, w = -(-height // factor), -(-width // factor)
     small = F.interpolate(task.pixels(_sample_per_class(task, ipc * factor * factor, seed)), size=(h, w))
@@ -74,18 +74,19 @@ def _collages(task: Task, ipc: int, factor: int, seed: int) -> Tensor:
 
 
 def _representatives(task: Task, c: int, ipc: int, seed: int) -> Tensor:
-    """Ids of the training images of class ``c`` nearest to its ``ipc`` k-means centroids in pixel space."""
+    """Returns the ids of the training images of class ``c`` nearest to its ``ipc`` k-means centroids in pixel space."""
     members = torch.from_numpy(task.class_ids(c))
     return members[central_rows(task.pixels(members).flatten(1), ipc, rng.key(seed, "init", "kmeans", c))]
 
 
 def central_rows(points: Tensor, count: int, key: int) -> Tensor:
-    """Rows of the float32 ``points`` (N, D) nearest to ``count`` k-means centroids, int64 (count,), without repeats."""
+    """Returns the rows of float32 ``points`` (N, D) nearest to ``count`` k-means centroids, int64 (count,),
+    distinct."""
     from sklearn.cluster import KMeans
 
     points = points.cpu()
-    fitted = KMeans(count, n_init=1, random_state=key % 2**31).fit(points.numpy())
-    distances = torch.cdist(torch.from_numpy(fitted.cluster_centers_).float(), points)
+    kmeans = KMeans(count, n_init=1, random_state=key % 2**31).fit(points.numpy())
+    distances = torch.cdist(torch.from_numpy(kmeans.cluster_centers_).float(), points)
     chosen: list[int] = []
     for row in distances:
         row[chosen] = torch.inf

@@ -1,4 +1,4 @@
-"""TODO-DOC."""
+"""Pictures of sets."""
 
 from __future__ import annotations
 
@@ -11,24 +11,27 @@ from condense.files import replacing
 
 
 def save_grid(images: Tensor, path: Path, columns: int, limit: int = 50) -> Path:
-    """A PNG of images (N,C,H,W) in pixel space, clipped to [0,1] for viewing: one class a row, ``columns`` images wide.
+    """Writes a PNG with one row of images per class.
 
     Args:
-        limit: at most so many columns are shown.
+        images: (N,C,H,W) in pixel space, sorted by class; clipped to [0,1].
+        path: File to write.
+        columns: Number of images per class.
+        limit: Maximum number of images per row.
     """
     from PIL import Image
 
     count, channels, height, width = images.shape
     rows = count // columns
-    shown = min(columns, limit)
+    width_in_images = min(columns, limit)
     scale = max(1, 32 // width)  # small images are enlarged to at least 32 pixels
     values = (images.detach().float().cpu().clamp(0, 1) * 255).round().byte()
-    values = values[: rows * columns].view(rows, columns, channels, height, width)[:, :shown]
+    values = values[: rows * columns].view(rows, columns, channels, height, width)[:, :width_in_images]
     values = values.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
     height, width = height * scale, width * scale
-    canvas = torch.full((rows * (height + 2) + 2, shown * (width + 2) + 2, 3), 255, dtype=torch.uint8)
+    canvas = torch.full((rows * (height + 2) + 2, width_in_images * (width + 2) + 2, 3), 255, dtype=torch.uint8)
     for r in range(rows):
-        for c in range(shown):
+        for c in range(width_in_images):
             tile = values[r, c].expand(3, height, width) if channels == 1 else values[r, c, :3]
             canvas[2 + r * (height + 2) :, 2 + c * (width + 2) :][:height, :width] = tile.permute(1, 2, 0)
     with replacing(path) as temporary:

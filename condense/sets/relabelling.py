@@ -1,4 +1,4 @@
-"""TODO-DOC."""
+"""New labels for an existing set: relabelling with a teacher, and the manifest of the result."""
 
 from __future__ import annotations
 
@@ -39,28 +39,31 @@ def relabel(
     description: str | None = None,
     teacher_seconds: float | None = None,
 ) -> DistilledSet:
-    """The same images with a teacher's logits on ``epochs`` stored epochs of augmented views (FKD, SRe2L's relabel).
+    """Labels a set with a teacher's logits on ``epochs`` epochs of augmented views (FKD, the relabel stage of SRe2L).
 
-    Needs 2 * epochs * images * classes bytes. The teacher works in the set's training space, on its own device, and is
-    left in eval mode; inside ``torch.autocast`` it works in that precision. The manifest loses the protocol and the
-    learned rate of the old labels, and the name ends in ``.relabelled``.
+    The labels need 2 * epochs * images * classes bytes. The teacher is left in eval mode on its own device; inside
+    ``torch.autocast`` it runs in that precision. The new manifest omits the protocol and the learned learning rate of
+    the old labels, and the name gets the tag ``relabelled``.
 
     Args:
-        distilled: a set without decode stages that cut stored images up.
-        teacher: images (B,C,H,W) in training space to logits (B, classes).
-        epochs: passes over the set with views of their own; students start again after them.
-        seed: of the views.
-        views: how they are drawn; when None crops of 8 % to 100 %, mirrored only where the set's classes allow it.
+        distilled: A set without decode stages that cut stored images up.
+        teacher: Network from images (B,C,H,W) in training space to logits (B, classes).
+        epochs: Number of labelled epochs, each with its own views; students repeat them.
+        seed: Seed of the views.
+        views: Distribution of the views. Default: crops of 8 % to 100 %, flipped only if the set's classes allow it.
         temperature: T of targets and loss.
-        squared, loss_kind, gamma, calibrate: see :class:`PerViewLabels`.
-        statistics, micro, batch_size, start, into, quiet: see :func:`view_answers`.
-        description: what the manifest calls the teacher; its class when None. A digest of its weights is added.
-        teacher_seconds: what training it took; joins the set's cost with the time of labelling. None: the cost of the
-            new set is unknown.
+        squared, loss_kind, gamma, calibrate: See :class:`PerViewLabels`.
+        statistics, micro, batch_size, start, into, quiet: See :func:`view_answers`.
+        description: Name of the teacher in the manifest, which also gets a digest of its weights. Default: its class.
+        teacher_seconds: Seconds that training the teacher took; added to the set's cost together with the seconds of
+            labelling. None: the cost of the new set is unknown.
+
+    Returns:
+        A new set with the same images.
 
     Raises:
-        CondenseError: the set has decode stages, epochs are below 1, the logits do not fit the classes or are not
-            finite, or an option that cannot be.
+        CondenseError: The set has decode stages, ``epochs`` is below 1, the logits do not fit the classes or are not
+            finite, or an option is invalid.
     """
     _check_stages(distilled)
     if epochs < 1:
@@ -70,7 +73,7 @@ def relabel(
     images, classes = distilled.training_images()[0].to(device), len(distilled.classes)
     rule = ViewRule(flip=distilled.manifest.get("mirror", True)) if views is None else ViewRule.of(views)
     hard = distilled.hard_labels() if gamma or calibrate is not None else None
-    how: dict[str, Any] = {
+    options: dict[str, Any] = {
         "loss_kind": loss_kind,
         "gamma": gamma,
         "calibrate": calibrate,
@@ -79,7 +82,7 @@ def relabel(
         "micro": micro,
     }
     blank = torch.zeros(1, len(images), classes)
-    PerViewLabels(blank, seed, rule, temperature, squared, **how)  # what cannot be is found before the work
+    PerViewLabels(blank, seed, rule, temperature, squared, **options)  # checks the arguments before labelling
     logits = view_answers(
         teacher,
         images,
@@ -94,7 +97,7 @@ def relabel(
         into=into,
         quiet=quiet,
     )
-    labels = PerViewLabels(logits, seed, rule, temperature, squared, **how)
+    labels = PerViewLabels(logits, seed, rule, temperature, squared, **options)
     seconds = None if teacher_seconds is None else teacher_seconds + time.monotonic() - began
     return relabelled(distilled, labels, teacher, description=description, seconds=seconds)
 
@@ -107,42 +110,41 @@ def relabelled(
     description: str | None = None,
     seconds: float | None = None,
 ) -> DistilledSet:
-    """The same images with other labels, and a manifest that claims nothing of the old ones.
+    """Returns the same images with other labels, and a manifest without the facts about the old labels.
 
     Args:
-        distilled: a set, for labels of views without decode stages that cut stored images up.
-        labels: one for each stored image, or, where a stage makes images with labels of their own, for each of these.
-        teacher: who gave them.
-        description: what the manifest calls the teacher; its class when None. A digest of its weights is added.
-        seconds: what training the teacher and labelling took; joins the set's cost. None: it is unknown.
+        distilled: A set; for per-view labels one without decode stages that cut stored images up.
+        labels: Labels of the stored images, or of the decoded images if the set has an INFER stage.
+        teacher: Network that computed them.
+        description: Name of the teacher in the manifest, which also gets a digest of its weights. Default: its class.
+        seconds: Seconds of training the teacher and of labelling, added to the set's cost. None: unknown.
 
     Raises:
-        CondenseError: the set has decode stages, or another number of images.
+        CondenseError: The set has decode stages, or another number of images.
     """
     if labels.per_view:
         _check_stages(distilled)
     check_image_count(distilled.training_images()[0] if distilled.compensated else distilled.stored, labels)
     teachers = {"network": description or type(teacher).__name__, "sha256": content(teacher.state_dict())}
     outdated = ("bytes", "checksums", "protocol", "learned_lr", "label_source", "claim", "command")
-    kept = {key: value for key, value in distilled.manifest.items() if key not in outdated}
-    cost = prepared(kept.get("cost", {}), seconds)
-    manifest = {**kept, "name": tagged(distilled.name, "relabelled"), "cost": cost, "teacher": teachers}
+    manifest = {key: value for key, value in distilled.manifest.items() if key not in outdated}
+    cost = prepared(manifest.get("cost", {}), seconds)
+    manifest = {**manifest, "name": tagged(distilled.name, "relabelled"), "cost": cost, "teacher": teachers}
     return DistilledSet(distilled.stored, labels, distilled.transform, manifest)
 
 
 def prepared(cost: Mapping[str, Any], seconds: float | None) -> dict[str, Any]:
-    """A set's cost with seconds of work done for its labels elsewhere; None: it is unknown, and what is unknown stays
-    so."""
-    known = dict(cost)
+    """Adds seconds of preparation to a set's cost. None, or an unknown cost, gives an unknown cost."""
+    total = dict(cost)
     if seconds is None:
-        known.pop("seconds", None)
-    elif "seconds" in known:
-        known["preparation_seconds"] = round(known.get("preparation_seconds", 0.0) + seconds, 2)
-    return known
+        total.pop("seconds", None)
+    elif "seconds" in total:
+        total["preparation_seconds"] = round(total.get("preparation_seconds", 0.0) + seconds, 2)
+    return total
 
 
 def tagged(name: str, tag: str) -> str:
-    """A set's name with one more word in its tag."""
+    """Appends a tag to a set's name."""
     return name + ("-" if "." in name.rpartition("/")[2] else ".") + tag
 
 

@@ -1,4 +1,4 @@
-"""TODO-DOC."""
+"""Decode stages: maps from the stored images of a set to the images that students train on."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from condense.errors import CondenseError
 
 @dataclass(frozen=True)
 class Formation:
-    """Multi-formation (IDC): each stored image holds factor x factor tiles, each upsampled to a full image.
+    """Multi-formation (IDC): each stored image consists of factor x factor tiles, each upsampled to a full image.
 
-    The image is cut into tiles (right and bottom edges padded with ``pad`` where the size does not divide) and every
-    tile is enlarged to the full size, bilinear with align_corners=False. Order: tile (0, 0) of all images,
-    then (0, 1), and so on.
+    The image is cut into tiles (right and bottom edges are padded with ``pad`` if the size is not divisible) and every
+    tile is upsampled to the full size, bilinear with align_corners=False. Order: tile (0, 0) of all images, then
+    (0, 1), and so on.
     """
 
     factor: int
@@ -41,7 +41,7 @@ class Formation:
 
 @dataclass(frozen=True)
 class FlipUnion:
-    """FYI: the set and its mirror images, originals first. Acts while distilling only; flips are not stored."""
+    """FYI: the set and its mirror images, originals first. Applied only while distilling; flips are not stored."""
 
     at_load: bool = dataclasses.field(default=False, init=False)
 
@@ -54,11 +54,11 @@ class FlipUnion:
 
 @dataclass(frozen=True)
 class Compensated:
-    """INFER: stored are ``indices`` real images of each class, then compensators that all classes share.
+    """INFER: the set stores ``indices`` real images of each class, then compensators that all classes share.
 
-    Compensator m of index k, stored after the real images as row k * ``teachers`` + m, is kept as (u + 1) / 2, so that
-    8 bits hold it. In pixel space: real image k of every class, and that image plus u, clamped to [0,1], for each m.
-    What comes out is sorted by class; it has labels of its own, so ids count what comes out.
+    Compensator m of index k, stored after the real images as row k * ``teachers`` + m, is encoded as (u + 1) / 2, so
+    that 8 bits suffice. Decoded images, in pixel space and sorted by class: real image k of every class, and that image
+    plus u, clamped to [0,1], for each m. They have their own labels, so ids are indices of decoded images.
     """
 
     classes: int
@@ -74,17 +74,17 @@ class Compensated:
 
     @staticmethod
     def encode(added: Tensor) -> Tensor:
-        """Compensators in pixel space, as they are stored; beyond -1 and 1 they would have no effect."""
+        """Encodes compensators in pixel space for storage; values beyond -1 and 1 would have no effect."""
         return (added.clamp(-1, 1) + 1) / 2
 
     @property
     def stored(self) -> int:
-        """Stored rows."""
+        """Number of stored rows."""
         return self.indices * (self.classes + self.teachers)
 
     @property
     def decoded(self) -> int:
-        """Images that come out, of each class."""
+        """Number of decoded images per class."""
         return self.indices * (self.teachers + 1)
 
     def describe(self) -> dict[str, Any]:
@@ -95,10 +95,10 @@ Stage = Formation | FlipUnion | Compensated
 
 
 def stages_from(description: Sequence[dict[str, Any]]) -> list[Stage]:
-    """The decode stages that a manifest describes.
+    """Returns the decode stages that a manifest describes.
 
     Raises:
-        CondenseError: a stage that this version does not know.
+        CondenseError: An unknown stage.
     """
     stages: list[Stage] = []
     for entry in description:
@@ -116,7 +116,7 @@ def stages_from(description: Sequence[dict[str, Any]]) -> list[Stage]:
 
 
 def decode(images: Tensor, stages: Sequence[Stage]) -> tuple[Tensor, Tensor]:
-    """Stored images (N,C,H,W) through ``stages``: decoded images (M,C,H,W) and the stored index (M,) of each."""
+    """Applies ``stages`` to stored images (N,C,H,W); returns decoded images (M,C,H,W) and their stored indices (M,)."""
     ids = torch.arange(len(images), device=images.device)
     for stage in stages:
         images, ids = stage(images, ids)

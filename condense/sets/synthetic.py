@@ -1,4 +1,4 @@
-"""The learnable set: pixels behind decode stages, labels, and the ways to initialise them."""
+"""SyntheticSet: images, labels and decode stages while a method optimises them."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ Space = Literal["training", "pixel"]
 
 
 class SyntheticSet:
-    """Images, labels and decode stages while they are being made.
+    """Images, labels and decode stages of a set that is being optimised.
 
     Attributes:
-        tensors: the leaves that may be learned; ``tensors["images"]`` is (N,C,H,W), sorted by class. The methods
+        tensors: Leaf tensors that may be optimised; ``tensors["images"]`` is (N,C,H,W), sorted by class. The methods
             below add ``labels`` and ``step_size``.
-        classes: int64 (N,), the class of each stored image.
-        labels: the label provider that the finished set will carry.
-        space: ``training`` (pixels after the task's transform, unclamped) or ``pixel`` ([0,1], or uint8 for
-            selections).
-        stages: the decode stages, in order.
-        label_source: what soft labels came from, for the manifest.
+        classes: Class of each stored image, int64 (N,).
+        labels: Label provider of the finished set.
+        space: ``training`` (pixels after the task's transform, unclamped) or ``pixel`` ([0,1], or uint8 for selected
+            real images).
+        stages: Decode stages, in order.
+        label_source: Origin of soft labels, for the manifest.
     """
 
     def __init__(
@@ -52,21 +52,22 @@ class SyntheticSet:
 
     @property
     def images(self) -> Tensor:
-        """The stored images (N,C,H,W)."""
+        """Stored images (N,C,H,W)."""
         return self.tensors["images"]
 
     def learn_step_size(self, start: float) -> None:
-        """Makes the learning rate of students part of the set; it travels with it and serves its evaluation."""
+        """Makes the students' learning rate a learned part of the set, used in its evaluation; ``start`` is its initial
+        value."""
         self.tensors["step_size"] = torch.tensor(start, device=self.images.device).requires_grad_()
 
     @property
     def step_size(self) -> Tensor | None:
-        """The learned rate as it is now, without a graph; None where it is not learned."""
+        """Current learned learning rate, without a graph; None if it is not learned."""
         leaf = self.tensors.get("step_size")
         return None if leaf is None else leaf.detach()
 
     def learn_labels(self, logits: Tensor) -> None:
-        """Makes soft labels, logits (N, classes), part of what is learned."""
+        """Makes soft labels, logits (N, classes), a learned part of the set."""
         self.tensors["labels"] = logits.detach().clone().requires_grad_()
         self.labels = SoftLabels(self.tensors["labels"])
 
@@ -82,9 +83,19 @@ class SyntheticSet:
         space: Space = "training",
         ids: Tensor | None = None,
     ) -> SyntheticSet:
-        """A set of ``ipc`` images per class, initialised and decoded as ``options`` say.
+        """Creates a set of ``ipc`` images per class.
 
-        ``ids``: the real training images (classes * ipc,) to start from instead, class by class.
+        Args:
+            task: The real data.
+            ipc: Images per class.
+            options: Initial images and decode stages.
+            seed: Seed of the initial images.
+            device: Device of the tensors.
+            space: See the class.
+            ids: Real training images (classes * ipc,) to use as initial images instead, class by class.
+
+        Raises:
+            CondenseError: ``factor`` exceeds the image size, or ``fyi`` does not suit the classes.
         """
         stages: list[Stage] = []
         if options.factor > min(task.shape[1:]):
@@ -112,19 +123,19 @@ class SyntheticSet:
 
     @classmethod
     def select(cls, task: Task, ids: Tensor) -> SyntheticSet:
-        """Real training images kept exactly as they are (uint8 where the data is), sorted by class."""
+        """Creates a set of unchanged real training images (uint8 if the data is), sorted by class."""
         classes = torch.as_tensor(task.train.labels[ids.numpy()])
         order = torch.argsort(classes, stable=True)
         return cls(task, torch.as_tensor(task.raw(ids[order])), classes[order], space="pixel")
 
     def decode(self, classes: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
-        """The training images that the set stands for while distilling, with gradients to the stored tensors.
+        """Decodes the stored images, with gradients to the stored tensors.
 
         Args:
-            classes: only these classes, in this order; all of them when None.
+            classes: Classes to decode, in this order. Default: all.
 
         Returns:
-            images (M,C,H,W) in training space and their classes, int64 (M,).
+            Images (M,C,H,W) in training space and their classes, int64 (M,).
         """
         rows = None if classes is None else torch.cat([self._rows[c] for c in classes])
         stored = self.images if rows is None else self.images[rows]
@@ -134,13 +145,13 @@ class SyntheticSet:
         return images, (self.classes if rows is None else self.classes[rows])[ids]
 
     def decode_some(self, classes: Sequence[int], most: int, parts: tuple[int | str, ...]) -> tuple[Tensor, Tensor]:
-        """As :meth:`decode`, but of a class with more than ``most`` images so many, drawn by ``(*parts, class)``."""
+        """Decodes at most ``most`` images per class, sampled with the random key ``(*parts, class)``."""
         images, labels = self.decode(classes)
         if len(images) <= most * len(classes) and len({len(self._rows[c]) for c in classes}) == 1:
             return images, labels
-        picked = []
+        selected = []
         for c in classes:
             rows = (labels == c).nonzero().squeeze(1)
-            picked.append(rows[rng.Draws(*parts, c).sample(len(rows), most).to(rows.device)])
-        rows = torch.cat(picked)
+            selected.append(rows[rng.Draws(*parts, c).sample(len(rows), most).to(rows.device)])
+        rows = torch.cat(selected)
         return images[rows], labels[rows]

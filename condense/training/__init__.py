@@ -1,4 +1,4 @@
-"""TODO-FACE condense/training."""
+"""The training loop for students, experts and teachers: configuration, data sources, checkpoints and accuracy."""
 
 from condense.training.config import STUDENT_VERSION, Recipe, batch_ids, check_rule, steps_per_pass
 from condense.training.loop import TEST_CHUNK, accuracy, pick_together, train

@@ -1,4 +1,4 @@
-"""TODO-DOC."""
+"""Checkpoints in the middle of a training."""
 
 from __future__ import annotations
 
@@ -20,15 +20,23 @@ from condense.training.student import Student, Update
 _log = logging.getLogger(__name__)
 
 CHECKPOINT_SECONDS = 30.0
-"""Least time between two checkpoints of a training."""
+"""Minimum seconds between two checkpoints of a training."""
 
 
 class TrainingCheckpoint:
-    """The checkpoint of one training; does nothing where there is no ``path``.
+    """The checkpoint file of one training; without ``path`` nothing is written.
 
-    It is known by its students' seeds, initial weights and first batches, the recipe, the update, and where and how it
-    runs.
-    ``keep_end``: the state after the last step is written too.
+    The key consists of the students' seeds, initial weights and first batches, the recipe, the update rule, device
+    type, precision and torch version.
+
+    Args:
+        path: The file, or None.
+        students: Students that are trained, with their initial weights.
+        recipe: Training configuration.
+        device: Device of the training.
+        precision: Precision of the training.
+        update: Gradient rule; None: the gradient of the mean loss.
+        keep_end: Whether the state after the last step is written as well.
     """
 
     def __init__(
@@ -45,22 +53,22 @@ class TrainingCheckpoint:
         self.began = self.saved = time.monotonic()
         if path is None:
             return
-        known = [str(recipe), str(update), str(device.type), precision, torch.__version__]
+        parts = [str(recipe), str(update), str(device.type), precision, torch.__version__]
         for student in students:
             first = batch_ids(student.seed, student.source.size, recipe.batch, 0)
             images, targets = student.source.batch(first, epoch=0)
             state = {**student.network.state_dict(), "first images": images, "first targets": targets}
-            known += [str(student.seed), str(student.source.size), content(state)]
-            known += [student.source.key] if hasattr(student.source, "key") else []  # what first targets do not show
-        self.key = " ".join(known)
+            parts += [str(student.seed), str(student.source.size), content(state)]
+            parts += [student.source.key] if hasattr(student.source, "key") else []  # settings that later targets need
+        self.key = " ".join(parts)
 
     @property
     def seconds(self) -> float:
-        """Of training so far, over all resumptions."""
+        """Seconds of training so far, including those before resumptions."""
         return time.monotonic() - self.began
 
     def read(self) -> dict[str, Any] | None:
-        """What :meth:`after` wrote for this same training; None where there is nothing of use."""
+        """Reads the state that :meth:`after` wrote for this training; None if there is no valid one."""
         if self.path is None or not self.path.exists():
             return None
         state = read_state(self.path)
@@ -70,7 +78,7 @@ class TrainingCheckpoint:
         return state
 
     def after(self, step: int, state: Callable[[], dict[str, Any]]) -> None:
-        """Writes ``state()`` after ``step`` steps if it is time; a failure costs safety, not the result."""
+        """Writes ``state()`` if enough time has passed; a failure is only logged, because the training can continue."""
         end = self.keep_end and step == self.steps
         if self.path is None or (time.monotonic() - self.saved < checkpoint_interval(CHECKPOINT_SECONDS) and not end):
             return
@@ -78,21 +86,23 @@ class TrainingCheckpoint:
             with replacing(self.path) as temporary, temporary.open("wb") as file:
                 torch.save({"key": self.key, "step": step, "seconds": self.seconds, **state()}, file)
         except (CondenseError, OSError, RuntimeError) as fault:
-            _log.warning("condense: the training goes on without a checkpoint: %s", fault)
+            _log.warning("condense: the training continues without a checkpoint: %s", fault)
         self.saved = time.monotonic()
 
     def remove(self) -> None:
+        """Deletes the file."""
         if self.path is not None:
             with contextlib.suppress(OSError):
                 self.path.unlink()
 
 
 def random_state(device: torch.device) -> list[Tensor]:
-    """The global generators that dropout draws from."""
+    """Returns the states of the global generators that dropout uses."""
     return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
 
 
 def set_random_state(state: Sequence[Tensor], device: torch.device) -> None:
+    """Restores the result of :func:`random_state`."""
     torch.set_rng_state(state[0])
     if device.type == "cuda":
         torch.cuda.set_rng_state(state[1], device)

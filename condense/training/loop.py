@@ -1,9 +1,9 @@
 """The loop that trains networks on a small or a large set: evaluated students, experts and teachers.
 
-Students of one architecture are trained either in lock-step as one stacked network (``torch.func``), which fills a GPU
-with many small steps, or one after the other. The maths is the same; ``pick_together`` says which is faster where.
-Every draw is keyed by the student's own seed and step, so neither the number of students nor the way they are batched
-changes any.
+Students of one architecture are trained either together as one stacked network (``torch.func``), which uses a GPU
+better, or one after the other. The result is the same up to rounding; ``pick_together`` returns the faster way for a
+device. All random numbers are keyed by the student's seed and the step, so they do not depend on the number of students
+or on stacking.
 """
 
 from __future__ import annotations
@@ -47,31 +47,38 @@ def train(
 ) -> float:
     """Trains all students in place, on ``device``, and leaves them in train mode.
 
-    Returns the seconds that it took, over all resumptions.
-
     Args:
-        together: stacked in lock-step (needs equal architectures and sources of equal size); None picks by device.
-        report: called with the number of student steps that are done, of ``len(students) * recipe.steps``.
-        checkpoint: a file for the state in mid-training, written every ``CHECKPOINT_SECONDS`` and removed at the end
-            (students trained one by one have one each, numbered). The same call after a kill goes on from it and ends
-            with the same bits. A file that is damaged or of another training is ignored.
-        watch: called as ``watch(k, step, state)`` with the live weights and buffers of student k after every
-            ``watch_every`` steps, before these are in the checkpoint: what a resumption passes over was seen.
-        update: what gradients the optimiser steps along; None: those of the mean loss.
+        students: Networks with their data sources and seeds.
+        recipe: Training configuration.
+        device: Device of the training.
+        precision: ``fp32`` or ``bf16``.
+        together: Whether the students are stacked, which needs equal architectures and sources of equal size. Default:
+            depends on the device.
+        report: Called with the number of completed student steps, out of ``len(students) * recipe.steps``.
+        checkpoint: File for the state during training, written every ``CHECKPOINT_SECONDS`` and removed at the end;
+            students that are trained one by one have one numbered file each. After a kill the same call resumes from it
+            and ends with the same bits. A file that is damaged or belongs to a different training is ignored.
+        watch: Called as ``watch(k, step, state)`` with the current weights and buffers of student k after every
+            ``watch_every`` steps, before they are in the checkpoint, so that a resumption skips no call.
+        watch_every: Number of steps between two calls of ``watch``.
+        update: Computes the gradients that the optimiser uses. Default: those of the mean loss.
+
+    Returns:
+        The seconds of training, including those before resumptions.
     """
     for student in students:
         student.network.to(device).train()
     if together is None:
         together = pick_together(device)
     equal = len({student.source.size for student in students}) == 1
-    drops = uses_dropout(students[0].network)
-    if together and equal and not drops and len(students) > 1:  # dropout is keyed by student, so these go one by one
+    has_dropout = uses_dropout(students[0].network)
+    if together and equal and not has_dropout and len(students) > 1:  # dropout is keyed by student
         keeper = TrainingCheckpoint(checkpoint, students, recipe, device, precision, update)
         try:
             _train_stacked(students, recipe, device, precision, report, keeper, watch, watch_every, update)
             keeper.remove()
             return keeper.seconds
-        except torch.OutOfMemoryError:  # the students themselves are untouched until the end
+        except torch.OutOfMemoryError:  # the students do not change before the end
             torch.cuda.empty_cache()
             keeper.remove()
     keepers, seconds = [], 0.0
@@ -84,13 +91,14 @@ def train(
         watched = watch and functools.partial(watch, k)
         _train_one(student, recipe, device, precision, shifted, keepers[k], watched, watch_every, update)
         seconds += keepers[k].seconds
-    for keeper in keepers:  # only now, so that the first students need no second training when the last one is killed
+    for keeper in keepers:  # not earlier, so that a kill during the last student loses none of the others
         keeper.remove()
     return seconds
 
 
 def pick_together(device: torch.device) -> bool:
-    """Stacked on a GPU, where launches rule; one after the other on a CPU, where grouped convolutions are slower."""
+    """Returns whether stacking is faster: on a GPU, where kernel launches dominate; not on a CPU, where grouped
+    convolutions are slower."""
     return device.type == "cuda"
 
 
@@ -101,11 +109,11 @@ def _shift(report: Callable[[int], None], offset: int, done: int) -> None:
 def _batch(
     student: Student, recipe: Recipe, step: int, device: torch.device, precision: str
 ) -> tuple[Tensor, Targets, Tensor]:
-    """Images and targets of ``step``, augmented and mixed by the recipe or as the labels' own views; then the images
-    before that."""
+    """Returns images and targets of ``step``, augmented and mixed by the recipe or by the labels, and the unaugmented
+    images."""
     source = student.source
     ids = batch_ids(student.seed, source.size, recipe.batch, step)
-    with fast(device, precision if source.per_view else "fp32"):  # live teachers answer in it
+    with fast(device, precision if source.per_view else "fp32"):  # the precision of teachers that label in each step
         clean, targets = source.batch(ids, step // steps_per_pass(source.size, recipe.batch))
     images = clean
     if source.per_view:
@@ -123,10 +131,10 @@ def _batch(
 
 
 def _loss(source: Source, logits: Tensor, targets: Targets) -> Tensor:
-    """Mean loss of a batch, mixed targets weighted."""
+    """Returns the mean loss of a batch; mixed targets are weighted."""
     parts = [
-        weight * source.loss(logits, wanted) if weight != 1 else source.loss(logits, wanted)
-        for weight, wanted in targets
+        weight * source.loss(logits, target) if weight != 1 else source.loss(logits, target)
+        for weight, target in targets
     ]
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
 
@@ -203,7 +211,8 @@ def _train_stacked(
     watch_every: int,
     update: Update | None,
 ) -> None:
-    """K networks as one: parameters (K, ...), batches (K, B, ...), the sum of K losses has K separate gradients."""
+    """Trains K networks as one: parameters (K, ...), batches (K, B, ...); the sum of K losses has K separate
+    gradients."""
     nets, start = [student.network for student in students], 0
     parameters, buffers = torch.func.stack_module_state(nets)
     shell = copy.deepcopy(nets[0])
@@ -263,13 +272,15 @@ def _train_stacked(
 
 @torch.no_grad()
 def accuracy(network: Network, task: Task, *, device: torch.device, precision: str = "fp32") -> float:
-    """Fraction of the task's test images that the network, put into eval mode, gets right."""
+    """Returns the fraction of the task's test images that the network classifies correctly; puts it into eval mode."""
     network.to(device).eval()
     labels = torch.as_tensor(task.test.labels).to(device)
-    right = torch.zeros((), dtype=torch.int64, device=device)
+    correct = torch.zeros((), dtype=torch.int64, device=device)
     for ids in torch.arange(len(labels)).split(TEST_CHUNK):
         with fast(device, precision):
             embedding = network.embed(task.test_batch(ids))
-        guesses = network.classify(embedding.float()).argmax(1)  # bf16 logits would tie, in favour of low classes
-        right += (guesses == labels[ids.to(device)]).sum()
-    return float(right) / len(labels)
+        predictions = network.classify(embedding.float()).argmax(
+            1
+        )  # bf16 logits would have ties, which favour low classes
+        correct += (predictions == labels[ids.to(device)]).sum()
+    return float(correct) / len(labels)

@@ -1,4 +1,4 @@
-"""Student and what it learns from."""
+"""Students, their data sources, and the interface of gradient rules."""
 
 from __future__ import annotations
 
@@ -15,21 +15,28 @@ from condense.networks import Network
 
 
 class Source(Protocol):
-    """What a student learns from: ``size`` images in training space with targets and the loss that goes with them."""
+    """Data source of a student: images in training space with targets and their loss."""
 
     size: int
+    """Number of images of an epoch."""
     per_view: bool
-    """True where the images come augmented, as the targets need them, so that the recipe's augmentation is left out."""
+    """Whether the images are already augmented, so that the recipe's augmentation is not applied."""
 
     def batch(self, ids: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
-        """Images (B,C,H,W) and targets of positions ``ids`` in pass ``epoch`` over the set, on the device."""
+        """Returns images (B,C,H,W) and targets of positions ``ids`` in ``epoch``, on the device."""
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Mean loss of a batch."""
+        """Returns the mean loss of a batch."""
 
 
 class FixedSource:
-    """Images (N,C,H,W) held in memory, with a label provider indexed by ``ids`` (the stored image of each)."""
+    """Images (N,C,H,W) in memory, with a label provider.
+
+    Args:
+        images: In training space, on the device.
+        labels: Label provider.
+        ids: Index of each image's label, int64 (N,). Default: its position.
+    """
 
     def __init__(self, images: Tensor, labels: Labels, ids: Tensor | None = None) -> None:
         self.images, self.labels = images, labels
@@ -38,7 +45,7 @@ class FixedSource:
 
     def batch(self, ids: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
         ids = ids.to(self.images.device)
-        if self.per_view:  # such labels have one image each
+        if self.per_view:  # each per-view label belongs to one image
             return self.labels.shown(self.images, ids, epoch)
         return self.images[ids], self.labels.targets(self.ids[ids])
 
@@ -47,7 +54,7 @@ class FixedSource:
 
 
 class TaskSource:
-    """All real training images, hard labels, served by the task."""
+    """All real training images of a task with their classes."""
 
     per_view = False
 
@@ -65,7 +72,7 @@ class TaskSource:
 
 @dataclass
 class Student:
-    """A network with what it learns from and the seed of its shuffles and augmentations."""
+    """A network, its data source, and the seed of its shuffles and augmentations."""
 
     network: Network
     source: Source
@@ -73,32 +80,34 @@ class Student:
 
 
 Watch = Callable[[int, int, Mapping[str, Tensor]], None]
-"""Looks on while students are trained; see :func:`train`."""
+"""Callback of a training; see :func:`train`."""
 
 
 @dataclass
 class Work:
-    """One training step of one network, or of K stacked ones, as an update sees it."""
+    """One training step of one network, or of K stacked ones: the argument of an :data:`Update`."""
 
     weights: list[Tensor]
-    """The leaves, which require grad; with a leading axis of networks where ``stacked``."""
+    """Leaf tensors that require grad; with a leading axis of networks if ``stacked``."""
     stacked: bool
+    """Whether the step trains K stacked networks."""
     step: int
-    """Steps done before this one."""
+    """Number of completed steps."""
     epoch: int
-    """Pass over the data that the step belongs to, from 0."""
+    """Epoch of the step, from 0."""
     clean: Tensor
-    """The images before augmentation and mixing, (B,C,H,W), or (K,B,C,H,W) where ``stacked``."""
+    """The images before augmentation and mixing, (B,C,H,W), or (K,B,C,H,W) if ``stacked``."""
     loss: Callable[[], Tensor]
-    """The sum over networks of the mean loss on the batch, at the weights as they now are. An update may move these in
-    place, under ``no_grad``, and must put them back bit for bit. In train mode each call moves running statistics."""
+    """Computes the sum over networks of the mean loss on the batch, at the current weights. An update may change these
+    in place, under ``no_grad``, and must restore them bit for bit. In train mode each call updates running
+    statistics."""
     forward: Callable[[Tensor], Tensor]
-    """Images shaped like ``clean`` to float32 logits, (B,classes) or (K,B,classes), at the weights as they now are."""
+    """Maps images shaped like ``clean`` to float32 logits, (B,classes) or (K,B,classes), at the current weights."""
 
 
 Update = Callable[[Work], Sequence[Tensor]]
-"""Gives a gradient for each of ``work.weights``, along which the optimiser then steps. Its ``str`` must say all that it
-does, as it tells one training from another. Norms over weights it takes for each network alone."""
+"""Gradient rule: returns a gradient for each of ``work.weights``, which the optimiser uses. Its ``str`` must contain
+all its settings, because it is part of cache keys. Norms over weights must be computed for each network separately."""
 
 Targets = list[tuple[float, Tensor]]
-"""Targets of a batch with the weight of each in its loss; more than one where images were mixed."""
+"""Targets of a batch with their weights in its loss; several if images were mixed."""
