@@ -73,7 +73,7 @@ def parse_module(name: str) -> Module:
             imports |= {alias.asname or alias.name: (node.module, alias.name) for alias in node.names}
         for target in _defined_names(node):
             has_docstring = not isinstance(node, ast.FunctionDef | ast.ClassDef) and _is_text(following)
-            end = following.end_lineno if has_docstring else node.end_lineno
+            end = following.end_lineno if has_docstring and following is not None else node.end_lineno
             start = min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", []))])
             lines[target] = sum(bool(line.strip()) for line in text[start - 1 : end])
             uses[target] = set(_used_names(node))

@@ -104,7 +104,7 @@ def distill(
         CondenseError: invalid arguments, found before the work; or the run diverged, in which case the last finite set
             is written to ``out`` first.
     """
-    checked = {"network": network, "protocol": protocol, "device": device, "precision": precision}
+    checked: dict[str, Any] = {"network": network, "protocol": protocol, "device": device, "precision": precision}
     jobs.check(method, settings, minutes=minutes, track=track, **checked)
     entry = METHODS.get(method)
     config = jobs.resolve_settings(entry, settings)

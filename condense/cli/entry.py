@@ -10,7 +10,8 @@ import ctypes
 import os
 import sys
 import traceback
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
 
@@ -19,7 +20,7 @@ from condense.cli.parameters import EXIT_CODES, app
 from condense.errors import CondenseError
 from condense.version import __version__
 
-COMMANDS = {
+COMMANDS: dict[str, Callable[..., Any]] = {
     "ls": listing.ls,
     "show": listing.show,
     "distill": make.distill,

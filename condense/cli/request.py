@@ -62,7 +62,7 @@ def parse_request(
         raise CondenseError(f"{', '.join(missing)} missing; give METHOD --data DATA --ipc N, or --recipe NAME")
     entry = METHODS.get(str(keys["method"]))
     run, options, values = sort_settings(keys, RunRequest, DataOptions, entry.config)
-    names = {"network": run.get("network"), "protocol": run.get("protocol")}
+    names: dict[str, Any] = {"network": run.get("network"), "protocol": run.get("protocol")}
     request, _ = jobs.all_at_once(
         lambda: config.build(RunRequest, run, "the run"),
         lambda: jobs.check(entry.name, values, options, **names, **run_options),

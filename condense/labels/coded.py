@@ -52,6 +52,7 @@ class CodedLabels(PerViewLabels):
         return self.code.read(epochs.to(device), ids.to(device))
 
     def arrays(self) -> dict[str, np.ndarray]:
+        assert self.error is not None
         arrays = {**self.code.arrays(), "error": self.error.array(), **self._settled()}
         if self.hard is not None:
             arrays["hard"] = arrays["hard"].astype(class_dtype(self.shape[2]))

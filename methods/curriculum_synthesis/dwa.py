@@ -118,7 +118,7 @@ def dwa(task: Task, config: DWA, run: Run) -> SyntheticSet:
         guides.append(Guide(matcher, {g: 1.0}, {f"net.{name}": value for name, value in weights.items()}))
     finish = functools.partial(finish_set, config, run, synthetic.images, synthetic.classes, committee)
     run.partial_result(finish)
-    for batch in recovery_passes(config, run, synthetic, guides, batches):
-        logits, distances = batch.forward(batch.views(batch.pixels))
-        batch.backward(class_loss(logits, batch.classes, len(distances)) + config.bn_weight * distances)
+    for part in recovery_passes(config, run, synthetic, guides, batches):
+        logits, distances = part.forward(part.views(part.pixels))
+        part.backward(class_loss(logits, part.classes, len(distances)) + config.bn_weight * distances)
     return finish()

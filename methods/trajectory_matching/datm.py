@@ -6,7 +6,7 @@ import logging
 import math
 import sys
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -145,7 +145,7 @@ def datm(task: Task, config: DATM, run: Run) -> SyntheticSet:
     synthetic.label_source = {"experts": experts.describe(), **rule}
     student = UnrolledStudent(config, run, synthetic, experts)
     gate = None if run.dry_run else config.gate  # a skipped step has another cost than the others
-    groups = {"images": config.pixel_group(), "step_size": step_size_group(config)}
+    groups: dict[str, Any] = {"images": config.pixel_group(), "step_size": step_size_group(config)}
     groups["labels"] = Group(lr=config.lr_label, momentum=config.label_momentum)
     skipped = 0
     for step in run.optimise(synthetic, config.steps, **groups):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 from condense.config import require
 from condense.data import Task
@@ -72,7 +73,7 @@ def ftd(task: Task, config: FTD, run: Run) -> SyntheticSet:
     synthetic = SyntheticSet.create(task, run.ipc, config, seed=run.seed, device=run.device)
     synthetic.learn_step_size(config.lr_start)
     student = UnrolledStudent(config, run, synthetic, experts)
-    groups = {"images": config.pixel_group(), "step_size": step_size_group(config)}
+    groups: dict[str, Any] = {"images": config.pixel_group(), "step_size": step_size_group(config)}
     for step in run.optimise(synthetic, config.steps, **groups):
         expert, epoch = draw_segment(config, run, experts, step.index)
         start, goal = experts.at(expert, epoch), experts.at(expert, epoch + config.expert_epochs)
