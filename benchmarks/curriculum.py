@@ -16,7 +16,7 @@ from condense.benchmarks import equal_time
 from condense.benchmarks.speed.measure import Parser, aligned, guarded, positive
 from condense.errors import CondenseError
 from condense.formatting import duration, size
-from condense.networks import saved
+from condense.networks import read_teacher_file
 
 METHODS = ("sre2l", "cda", "dwa", "cvdd", "infer", "nrr", "rded")
 SMALL = ["temperature=4"]
@@ -101,7 +101,7 @@ def _main(words: Sequence[str]) -> int:
         )  # fmt: skip
         records.append(record)
         (options.out / "table.txt").write_text(table(methods, records) + "\n")
-    for entry in saved.read(committee).entries:
+    for entry in read_teacher_file(committee).entries:
         print(f"teacher {entry['network']} {entry['number']}: {100 * entry['accuracy']:.1f} %, "
               f"{duration(entry['seconds'])}")  # fmt: skip
     print(table(methods, records))

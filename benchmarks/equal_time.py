@@ -104,7 +104,7 @@ def methods() -> list[str]:
     """Those that learn and spend their time on neither experts nor teachers, which have tables of their own
     (``trajectories``, ``curriculum``)."""
     entries = [METHODS.get(name) for name in METHODS.names()]
-    return [e.name for e in entries if e.order and not (hasattr(e.config, "experts") or hasattr(e.config, "teachers"))]
+    return [e.name for e in entries if e.order and e.pretrains not in ("experts", "teachers")]
 
 
 def _main(words: Sequence[str]) -> int:

@@ -15,7 +15,7 @@ from condense.benchmarks import equal_time
 from condense.benchmarks.speed.measure import Parser, aligned, guarded, positive
 from condense.errors import CondenseError
 from condense.formatting import duration, size
-from condense.pretraining import read
+from condense.pretraining import read_trajectory_file
 from condense.registry import METHODS
 from condense.sets import DistilledSet
 
@@ -53,7 +53,7 @@ def table(rows: Sequence[tuple[dict[str, Any], DistilledSet, Path]]) -> str:
     """One row for each record: what experts and set took, and accuracies ± half the 95 % interval."""
     shown = [["method", "ipc", "experts", "their disk", "steps", "seconds", "peak memory", "distilled", "random"]]
     for record, made, path in rows:
-        file, cost = read(path), record["cost"]
+        file, cost = read_trajectory_file(path), record["cost"]
         main = [entry for entry in record["results"] if entry["labels"] == record["results"][0]["labels"]]
         arms = {entry["arm"]: equal_time.accuracy(entry) for entry in main}
         shown.append(

@@ -19,8 +19,16 @@ from condense.device import pick_device, pick_precision
 from condense.engine import Run
 from condense.errors import CondenseError, did_you_mean
 from condense.jobs import resume
-from condense.pretraining import parts_of, trajectories
-from condense.pretraining import teachers as teachers_module
+from condense.networks import MemberKey, TeacherFile
+from condense.pretraining import (
+    DEFAULT_TEACHER_NETWORK,
+    TrainedFile,
+    TrajectoryFile,
+    expert_cache_file,
+    teacher_cache_file,
+    train_teacher_file,
+    train_trajectory_file,
+)
 from condense.registry import METHODS
 from condense.sets import DistilledSet, packaged_sets
 
@@ -179,7 +187,7 @@ def experts(
     force: bool = False,
     quiet: bool = True,
     **settings: Any,
-) -> trajectories.Made:
+) -> TrainedFile[TrajectoryFile, int]:
     """Trains experts on real data and writes their trajectories to one file.
 
     Repeat the call to resume after a stop; a larger ``count`` adds experts to the file.
@@ -211,13 +219,13 @@ def experts(
     real = data if isinstance(data, Task) else task(data)
     network = network or METHODS.get(method).network
     jobs.check_fit(real, 1, network)
-    training, epochs = config.training(real), config.epochs_needed()
+    training, epochs = config.expert_training(real), config.epochs_needed()
     if held_out is not None:
         training = dataclasses.replace(training, held_out=held_out)
     run = _pretraining_run("experts", real, network, seed, device, precision, quiet)
-    path = Path(out) if out else trajectories.cache_file(run, training, epochs, dtype)
-    with _training(run, path, "a smaller --network or batch"):
-        return trajectories.record(
+    path = Path(out) if out else expert_cache_file(run, training, epochs, dtype)
+    with _interruptible(run, "a smaller --network or batch"):
+        return train_trajectory_file(
             run, training, path, count=config.num_experts, epochs=epochs, dtype=dtype, force=force
         )
 
@@ -237,7 +245,7 @@ def teachers(
     force: bool = False,
     quiet: bool = True,
     **settings: Any,
-) -> teachers_module.Made:
+) -> TrainedFile[TeacherFile, MemberKey]:
     """Trains teachers on real data and writes them to one file.
 
     Repeat the call to resume after a stop; a larger ``count`` or other networks add teachers to the file.
@@ -267,17 +275,17 @@ def teachers(
     checked: dict[str, Any] = {"held_out": held_out, "device": device, "precision": precision}
     config = jobs.check_teachers(method, settings, networks=networks, count=count, epochs=epochs, **checked)
     real = data if isinstance(data, Task) else task(data)
-    architectures = config.architectures(METHODS.get(method).network if method else teachers_module.NETWORK)
+    architectures = config.architectures(METHODS.get(method).network if method else DEFAULT_TEACHER_NETWORK)
     for architecture in architectures:
         jobs.check_fit(real, 1, architecture)
-    squeezing = config.squeezing(real)
+    training = config.teacher_training(real)
     if held_out is not None:
-        squeezing = dataclasses.replace(squeezing, held_out=held_out)
+        training = dataclasses.replace(training, held_out=held_out)
     run = _pretraining_run("teachers", real, architectures[0], seed, device, precision, quiet)
-    path = Path(out) if out else teachers_module.cache_file(run, squeezing)
-    with _training(run, path, "smaller --networks or teacher_batch"):
-        return teachers_module.record(
-            run, squeezing, path, architectures=architectures, count=config.num_teachers, force=force
+    path = Path(out) if out else teacher_cache_file(run, training)
+    with _interruptible(run, "smaller --networks or teacher_batch"):
+        return train_teacher_file(
+            run, training, path, architectures=architectures, count=config.num_teachers, force=force
         )
 
 
@@ -290,15 +298,14 @@ def _pretraining_run(name: str, real: Task, network: str, seed: int, device: str
 
 
 @contextlib.contextmanager
-def _training(run: Run, path: Path, advice: str) -> Iterator[None]:
-    """Trains networks for the file ``path`` in the block. Finished networks are stored, so a signal may stop it.
+def _interruptible(run: Run, advice: str) -> Iterator[None]:
+    """Trains networks for a file in the block. Finished networks are stored, so a signal may stop it.
 
     Raises:
         CondenseError: out of memory.
     """
-    run.directory = parts_of(path)
     try:
-        with run.stop_on_signal():
+        with run.stop_on_signal(is_resumable=True):
             yield
     except (torch.OutOfMemoryError, MemoryError) as fault:
         raise CondenseError(f"out of memory on {run.device}: take {advice}") from fault

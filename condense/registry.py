@@ -83,6 +83,8 @@ class Method:
     """Evaluation protocol that the method's published numbers use."""
     network: str
     """Default network, e.g. ``convnet-d3-w128-in``."""
+    pretrains: str | None = None
+    """Networks that it trains on the real data first: experts, teachers or snapshots; None: none."""
 
     @property
     def summary(self) -> str:
@@ -122,11 +124,12 @@ def method(
     order: int = 1,
     protocol: str = "dc-v1",
     network: str = "convnet-d3-w128-in",
+    pretrains: str | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers ``function(task, config, run) -> SyntheticSet`` as a method; see :class:`Method` for the fields."""
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        METHODS.add(name, Method(name, function, config, paper, year, labels, order, protocol, network))
+        METHODS.add(name, Method(name, function, config, paper, year, labels, order, protocol, network, pretrains))
         return function
 
     return register

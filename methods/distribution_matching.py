@@ -20,8 +20,7 @@ from condense.augment import dsa
 from condense.config import require
 from condense.data import Task
 from condense.engine import Group, Run, Step
-from condense.pretraining import OwnNetworks
-from condense.pretraining import snapshots as snapshots_module
+from condense.pretraining import SnapshotOptions, load_or_train_snapshots
 from condense.registry import method
 from condense.sets import SyntheticOptions, SyntheticSet
 
@@ -126,7 +125,7 @@ def class_groups(net: networks.Network, run: Run, batch_real: int) -> Iterator[l
 
 
 @dataclass(frozen=True)
-class IDM(SyntheticOptions, OwnNetworks):
+class IDM(SyntheticOptions, SnapshotOptions):
     """Hyper-parameters of IDM, with the released CIFAR-10 settings."""
 
     init: str = "collage"
@@ -161,7 +160,7 @@ class IDM(SyntheticOptions, OwnNetworks):
         counts = dict.fromkeys(("steps", "batch_real", "net_steps"), (1, math.inf))
         factors = {"lr_img": (0, sys.float_info.max), "ce_weight": (0, math.inf)}
         require(self, **counts, **factors, momentum=(0, 0.99), snapshots=(2, math.inf))
-        self.check_networks()
+        self.check_snapshot_options()
 
 
 ACCURACY_IMAGES = 256
@@ -178,7 +177,13 @@ def training_accuracy(net: networks.Network, run: Run, step: Step) -> Tensor:
     return (net.classify(features.float()).argmax(1) == labels).float().mean()
 
 
-@method("idm", config=IDM, paper="Improved Distribution Matching for Dataset Condensation", year=2023)
+@method(
+    "idm",
+    config=IDM,
+    paper="Improved Distribution Matching for Dataset Condensation",
+    year=2023,
+    pretrains="snapshots",
+)
 def idm(task: Task, config: IDM, run: Run) -> SyntheticSet:
     """Matches class-mean features under networks at all stages of training, plus their cross-entropy on the images.
 
@@ -194,7 +199,7 @@ def idm(task: Task, config: IDM, run: Run) -> SyntheticSet:
     """
     synthetic = SyntheticSet.create(task, run.ipc, config, seed=run.seed, device=run.device)
     augment = dsa(config.augment, mirror=task.mirror)
-    snapshots = snapshots_module.record(
+    snapshots = load_or_train_snapshots(
         run, config.recipe(task), count=config.networks, units=config.snapshots - 1, unit_steps=config.net_steps
     )
     net = run.random_network(0).eval()
@@ -218,7 +223,7 @@ def idm(task: Task, config: IDM, run: Run) -> SyntheticSet:
 
 
 @dataclass(frozen=True)
-class DANCE(SyntheticOptions, OwnNetworks):
+class DANCE(SyntheticOptions, SnapshotOptions):
     """Hyper-parameters of DANCE, with the released CIFAR settings."""
 
     init: str = "collage"
@@ -246,7 +251,7 @@ class DANCE(SyntheticOptions, OwnNetworks):
         super().__post_init__()
         counts = dict.fromkeys(("steps", "batch_real", "batch_syn_max", "expert_epochs"), (1, math.inf))
         require(self, **counts, lr_img=(0, sys.float_info.max), momentum=(0, 0.99))
-        self.check_networks()
+        self.check_snapshot_options()
 
 
 @method(
@@ -255,6 +260,7 @@ class DANCE(SyntheticOptions, OwnNetworks):
     paper="Dual-view Distribution Alignment for Dataset Condensation",
     year=2024,
     protocol="idc-v1",
+    pretrains="snapshots",
 )
 def dance(task: Task, config: DANCE, run: Run) -> SyntheticSet:
     """Matches class-mean features under networks between untrained and trained weights, then calibrates by an expert.
@@ -271,7 +277,7 @@ def dance(task: Task, config: DANCE, run: Run) -> SyntheticSet:
     synthetic = SyntheticSet.create(task, run.ipc, config, seed=run.seed, device=run.device, space="pixel")
     augment = dsa(config.augment, variant="idc", mirror=task.mirror)
     epoch = math.ceil(len(run.task.train) / config.batch_net)
-    experts = snapshots_module.record(
+    experts = load_or_train_snapshots(
         run,
         config.recipe(task, drops=(2 / 3, 5 / 6)),
         count=config.networks,

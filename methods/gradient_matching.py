@@ -21,8 +21,7 @@ from condense.data import Task
 from condense.engine import Group, Run, Step
 from condense.errors import CondenseError
 from condense.labels import HardLabels
-from condense.pretraining import OwnNetworks
-from condense.pretraining import snapshots as snapshots_module
+from condense.pretraining import SnapshotOptions, load_or_train_snapshots
 from condense.registry import method
 from condense.sets import SyntheticOptions, SyntheticSet
 from condense.training import FixedSource, Recipe, Student, train
@@ -344,7 +343,7 @@ DISTANCES: dict[str, Callable[[Iterable[Tensor], Iterable[Tensor]], Tensor]] = {
 
 
 @dataclass(frozen=True)
-class IDC(SyntheticOptions, OwnNetworks):
+class IDC(SyntheticOptions, SnapshotOptions):
     """Hyper-parameters of IDC, with the released CIFAR settings."""
 
     init: str = "collage"
@@ -377,7 +376,7 @@ class IDC(SyntheticOptions, OwnNetworks):
         one_of(self, metric=DISTANCES)
         counts = dict.fromkeys(("steps", "batch_real", "batch_syn_max", "net_steps"), (1, math.inf))
         require(self, **counts, lr_img=(0, sys.float_info.max), momentum=(0, 0.99), snapshots=(2, math.inf))
-        self.check_networks()
+        self.check_snapshot_options()
 
     def rate(self, ipc: int, shape: tuple[int, int, int]) -> float:
         """Learning rate of the pixels for ``ipc`` images of ``shape`` (C, H, W) per class."""
@@ -397,6 +396,7 @@ class IDC(SyntheticOptions, OwnNetworks):
     year=2022,
     order=2,
     protocol="idc-v1",
+    pretrains="snapshots",
 )
 def idc(task: Task, config: IDC, run: Run) -> SyntheticSet:
     """Matches gradients of convolutions along networks trained on real data; each stored image holds several.
@@ -418,7 +418,7 @@ def idc(task: Task, config: IDC, run: Run) -> SyntheticSet:
     weights = [parameter for parameter in net.parameters() if parameter.dim() == 4]
     if not weights:
         raise CondenseError(f"--network {networks.name_of(run.network)}: idc matches convolutions, and it has none")
-    snapshots = snapshots_module.record(
+    snapshots = load_or_train_snapshots(
         run, config.recipe(task), count=config.networks, units=config.snapshots - 1, unit_steps=config.net_steps
     )
     images = Group(lr=config.rate(run.ipc, task.shape) / (1 - config.momentum), clamp=(0.0, 1.0))

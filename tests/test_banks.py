@@ -4,13 +4,14 @@ import json
 
 import pytest
 import torch
+from pretraining_seams import StoppedRun
 
 import condense
 from condense import networks
 from condense.data import cache_dir
 from condense.engine import Run, checkpoint
 from condense.jobs import measure
-from condense.pretraining import budget, snapshots
+from condense.pretraining import PLAN_FILE, load_or_train_snapshots, make_student, pipeline, plan_training
 from condense.training import Recipe
 
 NETWORK = "convnet-d2-w8-in"
@@ -21,8 +22,14 @@ def a_run(task, **options):
     return Run(task, 1, NETWORK, quiet=True, track="none", **options)
 
 
-def recorded(task, run=None, count=2, units=3, unit_steps=4, ends=False):
-    return snapshots.record(run or a_run(task), RECIPE, count=count, units=units, unit_steps=unit_steps, ends=ends)
+def recorded(task, run=None, count=2, units=3, unit_steps=4, endpoints_only=False):
+    return load_or_train_snapshots(
+        run or a_run(task), RECIPE, count=count, units=units, unit_steps=unit_steps, endpoints_only=endpoints_only
+    )
+
+
+def cached_files():
+    return sorted((cache_dir() / "banks").glob("*/*.pt"))
 
 
 def same(a, b):
@@ -34,16 +41,16 @@ def test_snapshots_are_the_start_and_each_unit(tiny):
     bank = recorded(tiny)
     assert (bank.networks, bank.snapshots) == (2, 4)
     for k in range(2):
-        start = snapshots._student(a_run(tiny), k).network.state_dict()
+        start = make_student(a_run(tiny), tiny, NETWORK, "bank", k).network.state_dict()
         for name, value in bank.weights(k, 0).items():
             torch.testing.assert_close(value, start[name], rtol=1e-3, atol=1e-6)
-    shorter = recorded(tiny, units=1, unit_steps=4, ends=True)
+    shorter = recorded(tiny, units=1, unit_steps=4, endpoints_only=True)
     for name, value in shorter.weights(0, -1).items():
         assert torch.equal(value, bank.weights(0, 1)[name]), name
 
 
 def test_the_networks_learn_the_real_data(tiny):
-    bank = recorded(tiny, units=2, unit_steps=60, ends=True)
+    bank = recorded(tiny, units=2, unit_steps=60, endpoints_only=True)
     assert bank.snapshots == 2
     images, labels = tiny.batch(torch.arange(36)), torch.as_tensor(tiny.train.labels)
     losses = []
@@ -54,17 +61,19 @@ def test_the_networks_learn_the_real_data(tiny):
     assert losses[1] < losses[0] / 2
 
 
-def test_found_in_the_cache_and_a_larger_bank_trains_only_what_lacks(tiny, monkeypatch):
+def test_cached_networks_are_loaded_and_only_missing_ones_are_trained(tiny):
     first = recorded(tiny)
-    trained = []
-    original = snapshots._train
-    monkeypatch.setattr(snapshots, "_train", lambda *words: (trained.extend(words[3]), original(*words))[1])
+    written = {path: path.stat().st_mtime_ns for path in cached_files()}
+    assert len(written) == 2
     run = a_run(tiny)
-    assert same(recorded(tiny, run), first) and trained == []
+    assert same(recorded(tiny, run), first)
+    assert {path: path.stat().st_mtime_ns for path in cached_files()} == written
     assert run.notes["preparation"]["from_cache"] == 2 and run.notes["preparation"]["seconds"] > 0
-    assert run.elapsed >= run.notes["preparation"]["seconds"] - 0.01  # what the cache saved is still counted
-    larger = recorded(tiny, count=3)
-    assert trained == [2] and torch.equal(larger.states[0]["classify.weight"], first.states[0]["classify.weight"])
+    assert run.elapsed >= run.notes["preparation"]["seconds"] - 0.01  # the training seconds of cached networks count
+    larger = recorded(tiny, run := a_run(tiny), count=3)
+    added = {path.name for path in cached_files() if path.stat().st_mtime_ns != written.get(path)}
+    assert added == {"2.pt"} and run.notes["preparation"]["from_cache"] == 2
+    assert torch.equal(larger.states[0]["classify.weight"], first.states[0]["classify.weight"])
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"precision": "bf16"}])
@@ -83,11 +92,18 @@ def test_a_damaged_file_is_trained_again(tiny):
     assert same(recorded(tiny, run), first) and run.notes["preparation"]["from_cache"] == 1
 
 
-def test_a_time_limit_takes_whole_units_or_fewer_networks(tiny, monkeypatch):
-    monkeypatch.setattr(snapshots, "_seconds_per_step", lambda run, recipe: 1.0)
-    for minutes, expected in ((1.0, (2, 2)), (0.35, (1, 1)), (0.01, (1, 1)), (60.0, (2, 3))):
-        plan = snapshots._agreed_plan(a_run(tiny, minutes=minutes), RECIPE, budget._Plan(2, 3, 4))
-        assert (plan.networks, plan.units) == expected  # a third of a minute: 20 steps, 5 units of 4 for 2 networks
+@pytest.mark.parametrize(("minutes", "networks", "units"), [(1.0, 2, 2), (0.35, 1, 1), (0.01, 1, 1), (60.0, 2, 3)])
+def test_a_time_limit_takes_whole_units_or_fewer_networks(minutes, networks, units, tiny):
+    """A third of a minute at a second a step: 20 steps, 5 units of 4 for 2 networks."""
+    plan = plan_training(a_run(tiny, minutes=minutes), lambda: 1.0, networks=2, units=3, unit_steps=4)
+    assert (plan.networks, plan.units) == (networks, units)
+
+
+def test_a_short_time_limit_trains_one_network(tiny):
+    run = a_run(tiny, minutes=1e-9)
+    bank = recorded(tiny, run)
+    assert (bank.networks, bank.snapshots) == (1, 2)
+    assert (run.notes["preparation"]["networks"], run.notes["preparation"]["networks_wanted"]) == (1, 2)
 
 
 def test_a_resumed_run_keeps_its_plan(tiny, tmp_path, monkeypatch):
@@ -98,12 +114,12 @@ def test_a_resumed_run_keeps_its_plan(tiny, tmp_path, monkeypatch):
     task = condense.task(str(data))
     options = {"network": NETWORK, "steps": 3, "batch_real": 6, "networks": 2, "expert_epochs": 3}
     made = condense.distill("dance", task, 1, minutes=5, run_dir=tmp_path / "run", out=tmp_path / "a.h5", **options)
-    plan = json.loads((tmp_path / "run" / budget.PLAN).read_text())
+    plan = json.loads((tmp_path / "run" / PLAN_FILE).read_text())
     (tmp_path / "a.h5").unlink()
     (tmp_path / "run" / "result.json").unlink()
     (tmp_path / "run" / "checkpoint.pt").unlink()
     (tmp_path / "run" / "checkpoint.previous.pt").unlink(missing_ok=True)
-    monkeypatch.setattr(snapshots, "_seconds_per_step", lambda run, recipe: 1e6)  # the machine became slow
+    monkeypatch.setattr(pipeline, "measure_step_seconds", lambda *arguments: 1e6)  # the machine became slow
     again = condense.api.resume(tmp_path / "run")
     assert again.sha256() == made.sha256()
     assert again.manifest["preparation"]["steps_each"] == plan["units"] * plan["unit_steps"]
@@ -126,15 +142,8 @@ def test_a_factory_is_not_kept(tiny):
     assert not (cache_dir() / "banks").exists()
 
 
-def test_ctrl_c_ends_in_one_line_and_finished_networks_stay(tiny, tmp_path, monkeypatch):
-    run = a_run(tiny, directory=tmp_path)
-    original = snapshots._write
-
-    def write(path, entry):
-        original(path, entry)
-        run._stop = True
-
-    monkeypatch.setattr(snapshots, "_write", write)
+def test_ctrl_c_ends_in_one_line_and_finished_networks_stay(tiny, tmp_path):
+    run = StoppedRun(tiny, 1, NETWORK, quiet=True, track="none", directory=tmp_path, condition=cached_files)
     with pytest.raises(checkpoint.Interrupted, match="condense resume"):
         recorded(tiny, run)
     fresh = a_run(tiny)

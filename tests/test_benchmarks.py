@@ -445,13 +445,13 @@ def test_a_published_expert_equals_ours(method, tiny_colour):
     from condense.benchmarks.speed.experts import Ours, published_loop, training_of
     from condense.benchmarks.speed.measure import distance
     from condense.benchmarks.speed.published import convnet, copy_weights, same_views
-    from condense.pretraining.trajectories import _student
+    from condense.pretraining import make_student
     from condense.training import batch_ids, train
 
     case = trajectory_case(tiny_colour, expert_batch=16, expert_lr=0.1)
     training = training_of(method, case)
     published, run = published_loop(case, training), Ours(case, training, 1).run
-    student = _student(run, run.task, 0)
+    student = make_student(run, run.task, run.network, "expert", 0)
     copy_weights(student.network, published.net)
     start = torch.nn.utils.parameters_to_vector(published.net.parameters()).detach()
     for step in range(4):

@@ -22,7 +22,7 @@ from condense.engine import Run
 from condense.errors import CondenseError
 from condense.methods.curriculum_synthesis import bn_matching, cvdd, dwa, infer, initial, nrr, patches, recovery
 from condense.methods.curriculum_synthesis import crops as crops_module
-from condense.pretraining.committee import provide
+from condense.pretraining import load_or_train_teachers
 from condense.registry import METHODS
 from condense.sets import Compensated
 
@@ -164,7 +164,7 @@ def published_images(task, ipc, steps, config):
     from condense.sets import SyntheticOptions, SyntheticSet
 
     run = Run(task, ipc, NETWORK, quiet=True, track="none")
-    committee = provide(run, config.squeezing(task), architectures=[NETWORK], count=1)
+    committee = load_or_train_teachers(run, config.teacher_training(task), architectures=[NETWORK], count=1)
     start = SyntheticSet.create(task, ipc, SyntheticOptions(init="noise"), seed=0, device=run.device).images.detach()
     ends = tuple(task.transform(torch.full((task.shape[0], 1, 1), end)).flatten() for end in (0.0, 1.0))
     loop = published.SRe2L(
@@ -226,7 +226,7 @@ def test_pixels_are_kept_as_asked_and_labels_are_theirs(tiny, tmp_path, store):
     assert float(one.stored.min()) >= 0 and float(one.stored.max()) <= (255 if store == "uint8" else 1)
     run = Run(tiny, 2, NETWORK, quiet=True, track="none")
     config = METHODS.get("sre2l").config(**{key: SMALL[key] for key in ("teacher_epochs", "teacher_batch")})
-    teacher = provide(run, config.squeezing(tiny), architectures=[NETWORK], count=1).mean()
+    teacher = load_or_train_teachers(run, config.teacher_training(tiny), architectures=[NETWORK], count=1).mean()
     torch.testing.assert_close(one.labels.logits, teacher(one.training_images()[0]), rtol=1e-4, atol=1e-4)
 
 
@@ -363,7 +363,7 @@ def test_a_committee_sums_its_weighted_losses(tiny):
     """Two teachers of equal votes: the gradient is the mean of what each alone gives."""
     run = Run(tiny, 1, NETWORK, quiet=True, track="none")
     config = METHODS.get("cvdd").config(teacher_epochs=1, teacher_batch=8, steps=1, num_teachers=2, init="real")
-    members = provide(run, config.squeezing(tiny), architectures=[NETWORK], count=2).members
+    members = load_or_train_teachers(run, config.teacher_training(tiny), architectures=[NETWORK], count=2).members
     slopes = []
     for guides in ([(0, 0.25), (1, 0.75)], [(0, 1.0)], [(1, 1.0)]):
         taken = {}
@@ -422,7 +422,7 @@ def test_infer_keeps_no_more_than_its_images_and_comes_back_whole(tiny, tmp_path
     # Labels are the teachers' mean logits of the images as they are used.
     run = Run(tiny, 4, NETWORK, quiet=True, track="none")
     config = METHODS.get("infer").config(**{key: SMALL[key] for key in ("teacher_epochs", "teacher_batch")})
-    teacher = provide(run, config.squeezing(tiny), architectures=[NETWORK], count=1).mean()
+    teacher = load_or_train_teachers(run, config.teacher_training(tiny), architectures=[NETWORK], count=1).mean()
     torch.testing.assert_close(one.labels.logits.float(), teacher(one.training_images()[0]), rtol=2e-3, atol=2e-3)
 
 
@@ -450,7 +450,8 @@ def test_nrr_moves_only_what_is_not_looked_at(tiny):
     config = METHODS.get("nrr").config(
         **{key: SMALL[key] for key in ("teacher_epochs", "teacher_batch")}, pool=6, crops=2
     )
-    net = provide(run, config.squeezing(tiny), architectures=[NETWORK], count=1).members[0].network
+    committee = load_or_train_teachers(run, config.teacher_training(tiny), architectures=[NETWORK], count=1)
+    net = committee.members[0].network
     looks = nrr.compute_class_activation(net, still.training_images()[0], torch.arange(3).repeat_interleave(2))
     critical = (looks >= 0.5)[:, None].expand_as(still.stored)
     assert bool(critical.any())
@@ -462,7 +463,8 @@ def test_rded_takes_the_crops_that_its_teacher_is_surest_of(tiny):
     one = condense.distill("rded", tiny, 2, **TAUGHT, pool=6, crops=3, store="float32", precision="fp32")
     run = Run(tiny, 2, NETWORK, quiet=True, track="none")
     config = METHODS.get("rded").config(teacher_epochs=2, teacher_batch=8, pool=6, crops=3)
-    net = provide(run, config.squeezing(tiny), architectures=[NETWORK], count=1).members[0].network
+    committee = load_or_train_teachers(run, config.teacher_training(tiny), architectures=[NETWORK], count=1)
+    net = committee.members[0].network
     for c in range(3):
         images = tiny.per_class(6, (0, "pool"), [c])[0]
         best = []
@@ -494,7 +496,7 @@ def test_a_teacher_without_batch_norm_is_refused_before_any_is_trained(tiny, unt
 @pytest.fixture
 def untaught(monkeypatch):
     """No teacher can be trained: what is wrong must be found before."""
-    monkeypatch.setattr("condense.pretraining.teachers.train", None)
+    monkeypatch.setattr("condense.pretraining.pipeline.train", None)
 
 
 def test_images_that_hold_no_squares_are_refused(untaught):

@@ -8,7 +8,6 @@ import condense
 from condense import augment, networks, rng
 from condense.engine import Run
 from condense.methods import distribution_matching as dm
-from condense.pretraining import snapshots
 from condense.registry import METHODS
 
 NETWORK = "convnet-d2-w8-in"
@@ -21,12 +20,12 @@ def made_by(name, task, **settings):
     config = entry.config(**OWN, **settings)
     run = Run(task, 2, NETWORK, quiet=True)
     found = []
-    original = snapshots.record
-    snapshots.record = lambda *words, **options: (found.append(original(*words, **options)), found[-1])[1]
+    original = dm.load_or_train_snapshots
+    dm.load_or_train_snapshots = lambda *words, **options: (found.append(original(*words, **options)), found[-1])[1]
     try:
         pixels = entry.function(task, config, run).images.detach()
     finally:
-        snapshots.record = original
+        dm.load_or_train_snapshots = original
     space = "pixel" if name == "dance" else "training"
     start = dm.SyntheticSet.create(task, 2, config, seed=0, device=torch.device("cpu"), space=space)
     return pixels, found[0], config, start

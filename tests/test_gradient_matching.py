@@ -11,7 +11,7 @@ from condense import augment, networks, rng
 from condense.data import cache_dir
 from condense.engine import Run
 from condense.methods import gradient_matching as gm
-from condense.pretraining import snapshots
+from condense.pretraining import load_or_train_snapshots
 
 NETWORK = "convnet-d2-w8-in"
 
@@ -244,7 +244,7 @@ def test_an_idc_sweep_equals_the_published_steps_class_by_class(tiny):
     made = condense.distill("idc", tiny, 2, network=NETWORK, steps=2, precision="fp32", **settings)
     config = gm.IDC(**settings)
     run = Run(tiny, 2, NETWORK, quiet=True)
-    bank = snapshots.record(run, config.recipe(tiny), count=1, units=1, unit_steps=1)
+    bank = load_or_train_snapshots(run, config.recipe(tiny), count=1, units=1, unit_steps=1)
     net = run.random_network(0).requires_grad_(True)
     weights = [parameter for parameter in net.parameters() if parameter.dim() == 4]
     assert len(weights) == 2

@@ -22,7 +22,7 @@ from condense.labels import PerViewLabels, PoolLabels, TopK, codes, pool_answers
 from condense.lighten import lighten
 from condense.methods.curriculum_synthesis import bn_matching, recovery
 from condense.methods.label_lightening import lpld
-from condense.pretraining.committee import provide
+from condense.pretraining import load_or_train_teachers
 from condense.sets import SyntheticOptions, SyntheticSet
 
 NETWORK, CLASSES = "convnet-d2-w8-bn", 3
@@ -166,7 +166,8 @@ def test_targets_follow_the_batches_that_pass(tiny, monkeypatch, pixels, at_once
     monkeypatch.setattr("condense.engine.run.GRADIENT_PIXELS", pixels)
     run = a_run(tiny, 2)
     config = lpld.LPLD(teacher_epochs=1, teacher_batch=8, steps=3, at_once=at_once)
-    net = provide(run, config.squeezing(tiny), architectures=[NETWORK], count=1).members[0].network
+    committee = load_or_train_teachers(run, config.teacher_training(tiny), architectures=[NETWORK], count=1)
+    net = committee.members[0].network
     targets, batches = lpld.class_moments(run, net), lpld.make_single_class_batches(run)
     synthetic = SyntheticSet.create(tiny, 2, SyntheticOptions(init="noise"), seed=0, device=run.device)
     guides, classes = [recovery.guide_all(bn_matching.make_matcher(config, net), batches, targets)], []
@@ -184,7 +185,9 @@ def test_targets_follow_the_batches_that_pass(tiny, monkeypatch, pixels, at_once
 def plain_loop(task, ipc, steps, config):
     """LPLD written plainly: class after class, with torch's Adam and views by indexing."""
     run = a_run(task, ipc)
-    net = provide(run, config.squeezing(task), architectures=[NETWORK], count=1).members[0].network
+    net = (
+        load_or_train_teachers(run, config.teacher_training(task), architectures=[NETWORK], count=1).members[0].network
+    )
     targets = plain_moments(net, run.task)
     start = SyntheticSet.create(task, ipc, SyntheticOptions(init="noise"), seed=0, device=run.device).images.detach()
     low, high = (task.transform(torch.full((task.shape[0], 1, 1), end)) for end in (0.0, 1.0))
@@ -463,7 +466,7 @@ def test_a_plan_states_what_is_made(tiny, changes):
     ],
 )
 def test_what_cannot_be_is_found_before_the_work(tiny, name, words, line, monkeypatch):
-    monkeypatch.setattr("condense.pretraining.teachers.train", None)
+    monkeypatch.setattr("condense.pretraining.pipeline.train", None)
     key, _, value = words.partition("=")
     with pytest.raises(CondenseError) as fault:
         made(tiny, name, **{key: value})

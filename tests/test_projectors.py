@@ -28,7 +28,7 @@ from condense.lighten import kinds, lighten, projection
 from condense.methods.curriculum_synthesis import patches, relabelling
 from condense.networks import SHIPPED, Encoder, MeanLogits, pretrained
 from condense.networks import saved as saved_module
-from condense.pretraining import experts
+from condense.pretraining import load_expert_ensemble
 from condense.registry import METHODS
 from condense.sets import DistilledSet
 
@@ -177,7 +177,7 @@ def own(tmp_path, tiny):
 @pytest.mark.parametrize("word", [*SHIPPED, "own"])
 def test_a_projector_starts_as_the_frozen_networks_cosines(word, head_rank, own):
     found = pretrained.find(str(own) if word == "own" else word, (1, 16, 16), CPU)
-    file = saved_module.read(own if word == "own" else pretrained._FOLDER / f"{word}.h5")
+    file = saved_module.read_teacher_file(own if word == "own" else pretrained._FOLDER / f"{word}.h5")
     with rng.seeded("start"):
         made = projector(found, head_rank, channels=1)
         pixels = torch.rand(4, 1, 16, 16)
@@ -187,7 +187,7 @@ def test_a_projector_starts_as_the_frozen_networks_cosines(word, head_rank, own)
         resized = F.interpolate(pixels, (height, width), mode="bilinear", align_corners=False, antialias=True)
     else:
         resized = pixels
-    features = file.member(0, CPU).network.embed((resized.repeat(1, channels, 1, 1) - mean) / std).flatten(1)
+    features = file.load_member(0, CPU).network.embed((resized.repeat(1, channels, 1, 1) - mean) / std).flatten(1)
     start = made.start if head_rank else made.head
     wanted = 10.0 * (features / features.norm(dim=1, keepdim=True)) @ start
     assert float(wanted.detach().std()) > 0.1
@@ -706,7 +706,7 @@ def test_whitened_images_and_grey_backbones(own, plain, colour, weak, tmp_path):
     {"mean": [0.5] * 3, "std": [0.5, 0.5, 0.0]}, {"mean": [math.nan] * 3, "std": [0.5] * 3},
 ])  # fmt: skip
 def test_a_backbone_file_of_a_stranger(normalised, backbone, monkeypatch):
-    file = saved_module.read(backbone)
+    file = saved_module.read_teacher_file(backbone)
     file.manifest["normalisation"] = normalised
     monkeypatch.setattr(saved_module, "read", lambda path: file)
     assert "does not say how its images were normalised" in refusal(
@@ -927,7 +927,7 @@ def test_experts_of_some_epochs_teach_together(plain, colour, backbone, tmp_path
     late = {"teachers": file, "weak_epochs": "1,99", "backbone": str(backbone)}
     assert "have 3 epochs" in refusal(lambda: lighten(plain, "projector", colour, **late, **QUICK))
     images = colour.batch(torch.arange(6))
-    logits = {epoch: experts.teacher(file, CPU, epoch=epoch)(images) for epoch in (1, 2, 3)}
+    logits = {epoch: load_expert_ensemble(file, CPU, epoch=epoch)(images) for epoch in (1, 2, 3)}
     assert isinstance(asked[0], MeanLogits)
     torch.testing.assert_close(asked[0](images), (logits[1] + logits[3]) / 2, rtol=1e-5, atol=1e-6)
     assert float((asked[0](images) - logits[2]).abs().max()) > 1e-3

@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny_arrays
+from pretraining_seams import StoppedRun, forbid_training, train_in_groups
 from torch import nn
 
 import condense
@@ -30,12 +31,24 @@ from condense.errors import CondenseError
 from condense.judge import label_source, protocol
 from condense.labels import HardLabels, SoftLabels
 from condense.networks import pretrained as pretrained_module
-from condense.networks import read, saved
-from condense.pretraining import TeacherOptions, budget, require_batch_norm, store, teachers, trajectories
-from condense.pretraining import committee as committee_module
-from condense.pretraining import experts as experts_module
-from condense.pretraining.committee import find, provide, teacher
-from condense.pretraining.teachers import record
+from condense.networks import read_teacher_file, saved
+from condense.pretraining import (
+    ExpertTraining,
+    TeacherOptions,
+    find_teachers,
+    load_expert_ensemble,
+    load_or_train_teachers,
+    load_teacher_ensemble,
+    make_student,
+    pipeline,
+    plan_training,
+    require_batch_norm,
+    store,
+    teacher_cache_file,
+    teachers,
+    train_teacher_file,
+    train_trajectory_file,
+)
 from condense.sets import DistilledSet
 from condense.training import FixedSource, Recipe, Student, batch_ids, loop, train
 from condense.training import config as config_module
@@ -51,21 +64,15 @@ def a_run(task, network=NETWORK, **options):
 
 
 def made(task, path, *, architectures=(NETWORK,), count=1, options=OPTIONS, run=None, **rest):
-    return record(run or a_run(task), options.squeezing(task), path, architectures=architectures, count=count, **rest)
+    return train_teacher_file(
+        run or a_run(task), options.teacher_training(task), path, architectures=architectures, count=count, **rest
+    )
 
 
 def provided(task, run=None, *, options=OPTIONS, architectures=(NETWORK,), **rest):
-    return provide(run or a_run(task), options.squeezing(task), architectures=architectures, **rest)
-
-
-def untouched(monkeypatch):
-    """Nothing may be trained from here on."""
-
-    def fail(*words, **options):
-        raise AssertionError("trained")
-
-    monkeypatch.setattr(teachers, "train", fail)
-    monkeypatch.setattr(budget, "train", fail)
+    return load_or_train_teachers(
+        run or a_run(task), options.teacher_training(task), architectures=architectures, **rest
+    )
 
 
 def refusal(action):
@@ -81,10 +88,10 @@ def equal(one, other):
 
 def trained(task, network=NETWORK, number=0, options=OPTIONS):
     """What a teacher must be, trained by the plain loop."""
-    run, squeezing = a_run(task), options.squeezing(task)
-    student = teachers._student(run, task, network, number)
-    steps = squeezing.epochs * -(-len(task.train) // squeezing.recipe.batch)
-    train([student], dataclasses.replace(squeezing.recipe, steps=steps), device=CPU)
+    run, training = a_run(task), options.teacher_training(task)
+    student = make_student(run, task, network, "teacher", network, number)
+    steps = training.epochs * -(-len(task.train) // training.recipe.batch)
+    train([student], dataclasses.replace(training.recipe, steps=steps), device=CPU)
     return student.network
 
 
@@ -230,11 +237,11 @@ def test_a_protocol_hands_its_rule_on():
 
 def test_a_file_gives_back_what_was_trained(tiny, tmp_path):
     done = made(tiny, tmp_path / "a.h5", architectures=[NETWORK, PLAIN], count=2)
-    file = read(done.file.path)
+    file = read_teacher_file(done.file.path)
     assert done.trained == file.keys == [(NETWORK, 0), (PLAIN, 0), (NETWORK, 1), (PLAIN, 1)]
     for k, (name, number) in enumerate(file.keys):
         net = trained(tiny, name, number)
-        member = file.member(k, CPU)
+        member = file.load_member(k, CPU)
         assert equal(net.state_dict(), member.network.state_dict())
         assert file.entries[k]["accuracy"] == member.accuracy == loop.accuracy(net, tiny, device=CPU)
         assert not member.network.training and not any(p.requires_grad for p in member.network.parameters())
@@ -249,12 +256,12 @@ def test_a_file_gives_back_what_was_trained(tiny, tmp_path):
 
 
 def test_held_out_images_judge_and_are_not_seen(tiny, tmp_path):
-    squeezing = dataclasses.replace(OPTIONS.squeezing(tiny), held_out=0.25)
-    file = record(a_run(tiny), squeezing, tmp_path / "a.h5", architectures=[NETWORK]).file
+    training = dataclasses.replace(OPTIONS.teacher_training(tiny), held_out=0.25)
+    file = train_teacher_file(a_run(tiny), training, tmp_path / "a.h5", architectures=[NETWORK]).file
     inner = tiny.hold_out(0.25, (0, "held-out"))
     assert file.manifest["judged_on"] == "held-out images" and file.manifest["steps_per_epoch"] == 4  # 27 images
     net = trained(inner)
-    assert equal(net.state_dict(), file.member(0, CPU).network.state_dict())
+    assert equal(net.state_dict(), file.load_member(0, CPU).network.state_dict())
     assert file.entries[0]["accuracy"] == loop.accuracy(net, inner, device=CPU)
 
 
@@ -268,7 +275,7 @@ def test_members_are_added_and_stay(tiny, tmp_path, monkeypatch):
     assert {e["network"] + str(e["number"]): e["sha256"] for e in again.file.entries} == {
         e["network"] + str(e["number"]): e["sha256"] for e in whole.entries
     }
-    untouched(monkeypatch)
+    forbid_training(monkeypatch)
     before = path.read_bytes()
     assert made(tiny, path, count=1).trained == [] and path.read_bytes() == before
 
@@ -289,7 +296,7 @@ def test_a_killed_training_goes_on_bit_for_bit(tiny, tmp_path, monkeypatch):
 
         return original(group, *words, report=reported, **options)
 
-    monkeypatch.setattr(teachers, "train", dying)
+    monkeypatch.setattr(pipeline, "train", dying)
     with pytest.raises(Killed):
         made(tiny, tmp_path / "a.h5", count=2)
     assert not (tmp_path / "a.h5").exists() and len(os.listdir(tmp_path / "a.h5.parts")) == 2
@@ -298,26 +305,18 @@ def test_a_killed_training_goes_on_bit_for_bit(tiny, tmp_path, monkeypatch):
     assert steps == [7, 8, 9, 10]  # nothing was done twice
     assert again.trained == [(NETWORK, 1)]
     assert [entry["sha256"] for entry in again.file.entries] == [entry["sha256"] for entry in whole.entries]
-    assert equal(again.file.state(1), whole.state(1))
+    assert equal(again.file.load_state(1), whole.load_state(1))
     assert sorted(os.listdir(tmp_path)) == ["a.h5", "whole.h5"]
 
 
 def test_teachers_that_are_trained_together_are_those_trained_alone(tiny, tmp_path, monkeypatch):
     alone = made(tiny, tmp_path / "alone.h5", count=3).file
-    for module in (loop, budget, teachers, committee_module):
-        monkeypatch.setattr(module, "pick_together", lambda device: True)
-    monkeypatch.setattr(teachers, "GROUP", 2)
-    sizes, original = [], loop.train
-
-    def counted(group, *words, **options):
-        sizes.append(len(group))
-        return original(group, *words, **options)
-
-    monkeypatch.setattr(teachers, "train", counted)
+    sizes = train_in_groups(monkeypatch)
+    monkeypatch.setattr(teachers, "MAX_TEACHER_GROUP", 2)
     together = made(tiny, tmp_path / "together.h5", count=3).file
     assert sizes == [2, 1]
     for k in range(3):
-        for (name, a), b in zip(together.state(k).items(), alone.state(k).values()):
+        for (name, a), b in zip(together.load_state(k).items(), alone.load_state(k).values()):
             torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3, msg=name)
 
 
@@ -326,17 +325,16 @@ def test_a_diverging_teacher_is_refused_and_finished_ones_stay(tiny, tmp_path, m
     line = refusal(lambda: made(tiny, tmp_path / "a.h5", options=wild))
     assert f"diverged: teacher 0 of {NETWORK} in epoch 1 " in line and "lower teacher_lr, now 1e+30" in line
     assert not (tmp_path / "a.h5").exists()
-    original = teachers._student
 
-    def student(run, source, network, k):
-        one = original(run, source, network, k)
-        if k == 1:
+    def exploding_student(run, source, architecture, *purpose):
+        student = make_student(run, source, architecture, *purpose)
+        if purpose[-1] == 1:
             with torch.no_grad():
-                one.network.classify.bias.fill_(math.inf)
-        return one
+                student.network.classify.bias.fill_(math.inf)
+        return student
 
     with monkeypatch.context() as patch:
-        patch.setattr(teachers, "_student", student)
+        patch.setattr(teachers, "make_student", exploding_student)
         assert "diverged: teacher 1" in refusal(lambda: made(tiny, tmp_path / "a.h5", count=2))
     assert made(tiny, tmp_path / "a.h5", count=2).trained == [(NETWORK, 1)]
 
@@ -377,8 +375,8 @@ def test_a_damaged_or_foreign_file_is_refused_in_one_line(fault, tiny, good, mon
     else:
         with h5py.File(good, "r+") as file:
             spoil(file, fault)
-    untouched(monkeypatch)
-    for action in (lambda: provided(tiny, file=str(good), count=2), lambda: teacher(good, CPU)):
+    forbid_training(monkeypatch)
+    for action in (lambda: provided(tiny, file=str(good), count=2), lambda: load_teacher_ensemble(good, CPU)):
         line = refusal(action)
         assert line.startswith(f"{good}: ") and (FAULTS[fault] in line or fault == "network"), line
     assert FAULTS[fault] in line
@@ -419,8 +417,8 @@ def resign(file, fault, name):
         longer, other = fault == "shape", "extra"
         group.create_dataset(name if longer else other, data=np.append(values, 0) if longer else values)
         state = {key: torch.from_numpy(np.asarray(array[()])) for key, array in group.items()}
-        entry["sha256"] = teachers._digest(state)
-        manifest["content"] = saved.digests_key(one["sha256"] for one in manifest["members"])
+        entry["sha256"] = teachers.state_sha256(state)
+        manifest["content"] = saved.combined_sha256(one["sha256"] for one in manifest["members"])
     elif fault == "network":
         entry["network"] = "convnet-d9-w8-bn"
     elif fault == "key":
@@ -437,7 +435,7 @@ def test_claims_beyond_the_file_are_not_allocated(good, monkeypatch):
         options.set_layout(h5py.h5d.CONTIGUOUS)
         options.set_alloc_time(h5py.h5d.ALLOC_TIME_LATE)  # nothing lies there
         h5py.h5d.create(file["members/0"].id, b"huge", kind, space, options)
-    assert "teacher 0 claims 4000000" in refusal(lambda: read(good))
+    assert "teacher 0 claims 4000000" in refusal(lambda: read_teacher_file(good))
 
 
 def test_a_place_with_other_teachers_is_refused_before_any_work(tiny, good, monkeypatch):
@@ -445,7 +443,7 @@ def test_a_place_with_other_teachers_is_refused_before_any_work(tiny, good, monk
     faster, longer = (dataclasses.replace(OPTIONS, **change) for change in ({"teacher_lr": 0.1}, {"teacher_epochs": 3}))
     before = good.read_bytes()
     with monkeypatch.context() as patch:
-        untouched(patch)
+        forbid_training(patch)
         for expected, action in {
             "another data, normalisation;": lambda: made(other, good),
             "another normalisation;": lambda: made(zca, good),
@@ -457,11 +455,11 @@ def test_a_place_with_other_teachers_is_refused_before_any_work(tiny, good, monk
             assert f"{good}: holds teachers of another" in (line := refusal(action)) and expected in line
             assert good.read_bytes() == before and os.listdir(good.parent) == ["a.h5"]
     assert made(other, good, force=True).trained == [(NETWORK, 0)]
-    assert read(good).manifest["fingerprint"] == other.fingerprint
+    assert read_teacher_file(good).manifest["fingerprint"] == other.fingerprint
 
 
 def test_sound_teachers_of_a_damaged_file_are_kept_where_it_is_replaced(tiny, good):
-    digests = [entry["sha256"] for entry in read(good).entries]
+    digests = [entry["sha256"] for entry in read_teacher_file(good).entries]
     with h5py.File(good, "r+") as file:
         spoil(file, "bit")
     again = made(tiny, good, count=2, force=True)
@@ -469,7 +467,7 @@ def test_sound_teachers_of_a_damaged_file_are_kept_where_it_is_replaced(tiny, go
 
 
 def test_a_file_that_does_not_suit_a_run_is_refused_before_any_work(tiny, tiny_colour, good, monkeypatch):
-    untouched(monkeypatch)
+    forbid_training(monkeypatch)
     arrays, begun = tiny_arrays(), []
     fewer = condense.task((arrays[0][:24], arrays[1][:24], arrays[2][:12], arrays[3][:12]), name="tiny")
     brighter = condense.task(((arrays[0] // 2).astype(np.uint8), *arrays[1:]), name="tiny")
@@ -493,7 +491,7 @@ def test_teachers_without_batch_norm_are_refused_before_any_is_trained(tiny, goo
     expected = (f"teacher {PLAIN} has no BatchNorm, whose statistics this method matches; take a network such as "
                 "convnet-d3-w128-bn")  # fmt: skip
     assert refusal(lambda: require_batch_norm(plain)) == expected
-    untouched(monkeypatch)
+    forbid_training(monkeypatch)
     begun = []
     run = a_run(tiny, begin=lambda: begun.append(1))
     line = refusal(lambda: provided(tiny, run, architectures=[NETWORK, "mlp"], batch_norm=True))
@@ -503,7 +501,7 @@ def test_teachers_without_batch_norm_are_refused_before_any_is_trained(tiny, goo
 
 def test_a_last_batch_of_one_is_refused_where_it_has_no_variance(tiny, tmp_path, monkeypatch):
     lonely = dataclasses.replace(OPTIONS, teacher_batch=7)  # 36 images
-    untouched(monkeypatch)
+    forbid_training(monkeypatch)
     for action in (lambda: made(tiny, tmp_path / "a.h5", options=lonely), lambda: provided(tiny, options=lonely)):
         assert "give teacher_batch=8" in refusal(action)
     monkeypatch.undo()
@@ -528,7 +526,7 @@ def test_the_committee_gives_the_weighted_mean_of_its_members(tiny, good):
     wanted = images.clone().requires_grad_()
     mean(wanted).sum().backward()
     assert wanted.grad.abs().sum() > 0
-    assert committee.bytes() == 2 * sum(v.nbytes for v in trained(tiny).state_dict().values())
+    assert committee.nbytes() == 2 * sum(v.nbytes for v in trained(tiny).state_dict().values())
     for weights in ([1.0], [1.0, -1.0], [0.0, 0.0], [1.0, math.nan]):
         assert "give one of at least 0 for each" in refusal(lambda weights=weights: committee.mean(weights))
 
@@ -536,23 +534,25 @@ def test_the_committee_gives_the_weighted_mean_of_its_members(tiny, good):
 def test_what_is_described_is_found_and_served_again(tiny, good):
     committee, images = provided(tiny, file=str(good), count=1), tiny.batch(torch.arange(5))
     told = json.loads(json.dumps(committee.describe()))
-    assert told["path"] == str(good) and told["networks"] == [NETWORK] and told["bytes"] == committee.bytes()
+    assert told["path"] == str(good) and told["networks"] == [NETWORK] and told["bytes"] == committee.nbytes()
     assert told["accuracies"] == [pytest.approx(committee.members[0].accuracy)] and told["seconds"] > 0
-    assert find(told) == good
-    one, all_of_it = teacher(good, CPU, tiny.shape, 3, described=told), teacher(good, CPU)
+    assert find_teachers(told) == good
+    one, all_of_it = load_teacher_ensemble(good, CPU, tiny.shape, 3, described=told), load_teacher_ensemble(good, CPU)
     torch.testing.assert_close(one(images), committee.mean()(images))
     assert not torch.allclose(one(images), all_of_it(images)) and not one.training
-    assert "another image size ([1, 8, 8], not [3, 8, 8])" in refusal(lambda: teacher(good, CPU, (3, 8, 8), 3))
-    assert "another number of classes (3, not 10)" in refusal(lambda: teacher(good, CPU, (1, 8, 8), 10))
+    assert "another image size ([1, 8, 8], not [3, 8, 8])" in refusal(
+        lambda: load_teacher_ensemble(good, CPU, (3, 8, 8), 3)
+    )
+    assert "another number of classes (3, not 10)" in refusal(lambda: load_teacher_ensemble(good, CPU, (1, 8, 8), 10))
     zca = condense.task(tiny_arrays(), zca=True)
-    assert "another normalisation" in refusal(lambda: teacher(good, CPU, transform=zca.transform))
+    assert "another normalisation" in refusal(lambda: load_teacher_ensemble(good, CPU, transform=zca.transform))
     place = cache_dir() / "teachers" / "somewhere.h5"
     place.parent.mkdir(parents=True)
     good.rename(place)
-    assert find(told) == place
+    assert find_teachers(told) == place
     made(tiny, place, options=dataclasses.replace(OPTIONS, teacher_lr=0.1), force=True)
-    assert find(told) is None and find({"content": None, "path": None}) is None
-    assert "holds other teachers" in refusal(lambda: teacher(place, CPU, described=told))
+    assert find_teachers(told) is None and find_teachers({"content": None, "path": None}) is None
+    assert "holds other teachers" in refusal(lambda: load_teacher_ensemble(place, CPU, described=told))
 
 
 def test_teachers_are_kept_and_shared(tiny, monkeypatch):
@@ -562,9 +562,9 @@ def test_teachers_are_kept_and_shared(tiny, monkeypatch):
     assert (preparation["networks"], preparation["from_cache"], preparation["epochs"]) == (2, 0, 2)
     assert preparation["seconds"] > 0 and described == first.describe() and described["path"] is None
     (path,) = (cache_dir() / "teachers").glob("*.h5")
-    assert path == teachers.cache_file(run, OPTIONS.squeezing(tiny)) and find(first.describe()) == path
+    assert path == teacher_cache_file(run, OPTIONS.teacher_training(tiny)) and find_teachers(first.describe()) == path
     with monkeypatch.context() as patch:
-        untouched(patch)
+        forbid_training(patch)
         other = Run(tiny, 5, "mlp", quiet=True, track="none", name="another method")
         again = provided(tiny, other, architectures=[PLAIN])
         assert other.notes["preparation"]["from_cache"] == 1 and other.notes["preparation"]["seconds"] > 0
@@ -573,7 +573,7 @@ def test_teachers_are_kept_and_shared(tiny, monkeypatch):
     more = a_run(tiny)
     assert provided(tiny, more, count=2).members[0].sha256 == first.members[0].sha256
     assert more.notes["preparation"]["from_cache"] == 1
-    assert len(read(path).entries) == 3  # the one of the other architecture stayed
+    assert len(read_teacher_file(path).entries) == 3  # the one of the other architecture stayed
 
 
 @pytest.mark.parametrize("change", [{"teacher_lr": 0.1}, {"teacher_epochs": 1}, {"teacher_augment": "none"},
@@ -583,7 +583,7 @@ def test_other_trainings_have_other_files_and_weights(change, tiny):
     run = a_run(tiny)
     second = provided(tiny, run, options=dataclasses.replace(OPTIONS, **change))
     assert run.notes["preparation"]["from_cache"] == 0 and len(os.listdir(cache_dir() / "teachers")) == 2
-    assert second.content != first.content
+    assert second.content_key != first.content_key
 
 
 def test_a_damaged_file_of_the_cache_is_mended(tiny):
@@ -591,7 +591,7 @@ def test_a_damaged_file_of_the_cache_is_mended(tiny):
     with h5py.File(next((cache_dir() / "teachers").glob("*.h5")), "r+") as file:
         spoil(file, "bit")
     run = a_run(tiny)
-    assert provided(tiny, run, count=2).content == first.content and run.notes["preparation"]["from_cache"] == 1
+    assert provided(tiny, run, count=2).content_key == first.content_key and run.notes["preparation"]["from_cache"] == 1
 
 
 def test_a_network_from_python_is_not_kept(tiny):
@@ -601,49 +601,55 @@ def test_a_network_from_python_is_not_kept(tiny):
     committee = provided(tiny, a_run(tiny, mine), architectures=[mine], count=2)
     assert [member.number for member in committee.members] == [0, 1]
     assert committee.members[0].name.startswith("python:") and not (cache_dir() / "teachers").exists()
-    assert find(committee.describe()) is None
+    assert find_teachers(committee.describe()) is None
     assert "have a name" in refusal(lambda: made(tiny, cache_dir() / "a.h5", architectures=[mine]))
 
 
-def test_a_time_limit_takes_whole_epochs_or_fewer_teachers(tiny, monkeypatch):
-    monkeypatch.setattr(committee_module, "seconds_per_step", lambda *words: 0.1)
+@pytest.mark.parametrize(("minutes", "count", "epochs"), [(0.3, 4, 3), (0.2, 4, 2), (0.08, 3, 1), (0.001, 1, 1)])
+def test_a_time_limit_takes_whole_epochs_or_fewer_teachers(minutes, count, epochs, tiny, tmp_path):
+    """Of 60 s a third is 20: 200 steps, 40 epochs of 5 steps."""
+    plan_training(a_run(tiny, directory=tmp_path, minutes=minutes), lambda: 0.1, networks=4, units=3, unit_steps=5)
     options = dataclasses.replace(OPTIONS, teacher_epochs=3)
-    # Of 60 s a third is 20: 200 steps, 40 epochs of 5 steps.
-    for minutes, expected in ((0.3, (4, 3)), (0.2, (4, 2)), (0.08, (3, 1)), (0.001, (1, 1))):
-        run = a_run(tiny, minutes=minutes)
-        committee = provided(tiny, run, options=options, architectures=[NETWORK, PLAIN], count=2)
-        assert (run.notes["preparation"]["networks"], run.notes["preparation"]["epochs"]) == expected
-        assert len(committee.members) == expected[0] and run.notes["preparation"]["steps_each_wanted"] == 15
-    assert committee.members[0].sha256 != provided(tiny, options=options).members[0].sha256  # a cosine of one epoch
+    run = a_run(tiny, directory=tmp_path, minutes=1e-9, resume=True)  # keeps the plan that it began with
+    committee = provided(tiny, run, options=options, architectures=[NETWORK, PLAIN], count=2)
+    assert (run.notes["preparation"]["networks"], run.notes["preparation"]["epochs"]) == (count, epochs)
+    assert len(committee.members) == count and run.notes["preparation"]["steps_each_wanted"] == 15
 
 
-def test_a_rehearsal_makes_one_short_network_and_tells_of_all(tiny, monkeypatch):
-    monkeypatch.setattr(committee_module, "seconds_per_step", lambda *words: 0.1)
-    run = a_run(tiny)
-    run.dry_run = True
-    trained, train = [], teachers._train
-    monkeypatch.setattr(committee_module, "_train", lambda *w: (trained.append((w[3], list(w[4]))), train(*w))[1])
+def test_a_short_time_limit_trains_one_teacher_for_an_epoch(tiny):
+    run = a_run(tiny, minutes=1e-9)
     committee = provided(tiny, run, architectures=[NETWORK, PLAIN], count=2)
-    assert trained == [(NETWORK, [0])] and not (cache_dir() / "teachers").exists()
+    assert (run.notes["preparation"]["networks"], run.notes["preparation"]["epochs"]) == (1, 1)
+    assert committee.members[0].sha256 != provided(tiny).members[0].sha256  # a cosine of one epoch
+
+
+class DryRun(Run):
+    dry_run = True
+
+
+def test_a_dry_run_trains_one_short_network_and_estimates_all(tiny, monkeypatch):
+    monkeypatch.setattr(pipeline, "measure_step_seconds", lambda *arguments: 0.1)
+    run = DryRun(tiny, 1, NETWORK, quiet=True, track="none")
+    committee = provided(tiny, run, architectures=[NETWORK, PLAIN], count=2)
+    assert not (cache_dir() / "teachers").exists()
     # The others are there untrained, so that sizes are those of the whole committee.
     assert [member.name for member in committee.members] == [NETWORK, PLAIN] * 2
+    assert [member.seconds > 0 for member in committee.members] == [True, False, False, False]
+    assert run.notes["preparation"]["networks"] == 1 and run.notes["preparation"]["steps_each"] == 2
     assert run.estimates["preparation"] == pytest.approx(0.1 * 4 * 10)
 
 
-def test_a_stop_says_how_to_go_on_and_keeps_finished_teachers(tiny, tmp_path, monkeypatch):
-    run, original = a_run(tiny, directory=tmp_path), saved.write_teacher_file
+def test_a_stop_says_how_to_go_on_and_keeps_finished_teachers(tiny, tmp_path):
+    def finished_parts():
+        return list((cache_dir() / "teachers").glob("*.parts/*-0000.h5"))
 
-    def write(*words):
-        original(*words)
-        run._stop = True
-
-    monkeypatch.setattr(teachers, "write_teacher_file", write)
+    run = StoppedRun(tiny, 1, NETWORK, quiet=True, track="none", directory=tmp_path, condition=finished_parts)
     with pytest.raises(Interrupted, match=f"go on with: condense resume {tmp_path}"):
         provided(tiny, run, count=2)
-    trained_now, student = [], teachers._student
-    monkeypatch.setattr(teachers, "_student", lambda *w: (trained_now.append(w[3]), student(*w))[1])
-    provided(tiny, count=2)
-    assert trained_now == [1]
+    assert len(finished_parts()) == 1
+    fresh = a_run(tiny)
+    provided(tiny, fresh, count=2)
+    assert fresh.notes["preparation"]["from_cache"] == 1
 
 
 # -- named teachers ---------------------------------------------------------------------------------------------------
@@ -675,10 +681,12 @@ def test_a_checkpoint_is_a_teacher(form, tiny, tmp_path, caplog):
         and "order" not in caplog.text
     )
     told = json.loads(json.dumps(run.notes["teachers"]))
-    again = teacher(find(told), CPU, tiny.shape, 3, described=told)
+    again = load_teacher_ensemble(find_teachers(told), CPU, tiny.shape, 3, described=told)
     assert torch.equal(again(images), net(images))
     save(tmp_path, trained(tiny, number=1).state_dict())
-    assert "holds other teachers" in refusal(lambda: teacher(find(told), CPU, tiny.shape, 3, described=told))
+    assert "holds other teachers" in refusal(
+        lambda: load_teacher_ensemble(find_teachers(told), CPU, tiny.shape, 3, described=told)
+    )
 
 
 def test_a_checkpoint_in_the_names_of_its_library(tmp_path):
@@ -758,8 +766,8 @@ def test_public_weights_take_images_of_the_training_space(zca, channels, tmp_pat
     pixels = (task.pixels(ids).expand(-1, 3, -1, -1) - torch.tensor(mean).view(shape)) / torch.tensor(std).view(shape)
     torch.testing.assert_close(committee.mean()(task.batch(ids)), head.eval()(pixels), rtol=1e-3, atol=1e-3)
     told = json.loads(json.dumps(run.notes["teachers"]))
-    assert find(told) == Path("torchvision:head") and "preparation" not in run.notes
-    again = teacher(find(told), CPU, task.shape, 3, described=told, transform=task.transform)
+    assert find_teachers(told) == Path("torchvision:head") and "preparation" not in run.notes
+    again = load_teacher_ensemble(find_teachers(told), CPU, task.shape, 3, described=told, transform=task.transform)
     torch.testing.assert_close(again(task.batch(ids)), committee.mean()(task.batch(ids)))
 
 
@@ -776,7 +784,7 @@ def test_several_public_weights_are_a_committee(tiny, monkeypatch):
     committee = provided(tiny, run, file=file)
     assert [member.name for member in committee.members] == file.split(",")
     told, images = json.loads(json.dumps(run.notes["teachers"])), tiny.batch(torch.arange(5))
-    again = teacher(find(told), CPU, tiny.shape, 3, described=told, transform=tiny.transform)
+    again = load_teacher_ensemble(find_teachers(told), CPU, tiny.shape, 3, described=told, transform=tiny.transform)
     torch.testing.assert_close(again(images), committee.mean()(images))
     assert dataclasses.replace(OPTIONS, teachers=file).wanted("mlp") == 2
     assert dataclasses.replace(OPTIONS, num_teachers=3).wanted("mlp") == 3
@@ -793,7 +801,7 @@ def test_public_weights_that_cannot_be_had_are_told_in_one_line(tiny, tmp_path, 
     monkeypatch.setattr(loader, "load_state_dict_from_url", offline)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     line = refusal(
-        lambda: pretrained_module.load_public_network("torchvision:resnet18", task.shape, 1000, task.transform)
+        lambda: pretrained_module.load_public_weights("torchvision:resnet18", task.shape, 1000, task.transform)
     )
     assert line.startswith("teachers=torchvision:resnet18: its weights are not here and cannot be fetched (<urlopen ")
     assert "put it at " + str(tmp_path / "checkpoints" / "resnet18-f37072fd.pth") in line
@@ -812,7 +820,7 @@ def test_public_weights_of_timm_that_cannot_be_had(tiny, monkeypatch):
         raise URLError("no network here")
 
     monkeypatch.setattr(timm, "create_model", offline)
-    line = refusal(lambda: pretrained_module.load_public_network("timm:resnet18", (3, 32, 32), 1000, tiny.transform))
+    line = refusal(lambda: pretrained_module.load_public_weights("timm:resnet18", (3, 32, 32), 1000, tiny.transform))
     assert "models--timm--resnet18" in line and "no network here" in line
     assert "have 3" in refusal(lambda: provided(tiny, file="timm:resnet18"))
 
@@ -847,10 +855,10 @@ def test_settings_are_checked_and_used(tiny):
     assert TeacherOptions().architectures("lenet") == ["lenet"]
     options = TeacherOptions(teacher_lr=0.3, teacher_decay=0.1, teacher_batch=9, teacher_optimizer="adamw",
                              teacher_cutmix=0.4, teacher_epochs=7)  # fmt: skip
-    squeezing = options.squeezing(tiny)
-    recipe = squeezing.recipe
+    training = options.teacher_training(tiny)
+    recipe = training.recipe
     assert (recipe.lr, recipe.weight_decay, recipe.batch, recipe.optimizer) == (0.3, 0.1, 9, "adamw")
-    assert (recipe.schedule, recipe.momentum, recipe.cutmix, squeezing.epochs) == ("cosine", 0.9, 0.4, 7)
+    assert (recipe.schedule, recipe.momentum, recipe.cutmix, training.epochs) == ("cosine", 0.9, 0.4, 7)
     assert recipe.augment == dsa("crop_flip", variant="flip-always", mirror=tiny.mirror)
 
 
@@ -888,15 +896,15 @@ def test_either_kind_of_file_serves_where_the_manifest_names_none(tiny, good, tm
     made_set, images = soft_set(tiny, provided(tiny)), tiny.batch(torch.arange(5))
     recipe = Recipe(steps=0, batch=8, lr=0.05, momentum=0.0, weight_decay=0.0, drops=())
     run = Run(tiny, 1, PLAIN, quiet=True, track="none")
-    experts = trajectories.record(run, trajectories.Training(recipe), tmp_path / "e.h5", count=1, epochs=1).file.path
+    experts = train_trajectory_file(run, ExpertTraining(recipe), tmp_path / "e.h5", count=1, epochs=1).file.path
     assert "another format (condense.trajectories)" in refusal(
         lambda: label_source.recorded_teacher(made_set, experts, CPU)
     )
     del made_set.manifest["label_source"]
     found, _ = label_source.recorded_teacher(made_set, experts, CPU)
-    assert torch.equal(found(images), experts_module.teacher(experts, CPU)(images))
+    assert torch.equal(found(images), load_expert_ensemble(experts, CPU)(images))
     found, _ = label_source.recorded_teacher(made_set, good, CPU)
-    assert torch.equal(found(images), teacher(good, CPU)(images))
+    assert torch.equal(found(images), load_teacher_ensemble(good, CPU)(images))
     assert label_source.recorded_teacher(made_set, None, CPU) == (None, "")
 
 
@@ -915,7 +923,7 @@ def test_the_command_line_makes_adds_and_keeps(call, tiny, tmp_path):
     result = call(f"{TEACHERS} --count 2 --out a.h5")
     assert "4 teachers of tiny, 2 epochs: 2 trained now, 2 were there" in result.out
     assert result.out.strip().endswith("num_teachers=2")
-    assert equal(read(tmp_path / "a.h5").state(0), dict(sorted(trained(tiny).state_dict().items())))
+    assert equal(read_teacher_file(tmp_path / "a.h5").load_state(0), dict(sorted(trained(tiny).state_dict().items())))
     text = call(f"{TEACHERS} --epochs 1 --held-out 0.25").out
     assert str(cache_dir() / "teachers") in text and "1 epochs" in text and "% of the held-out images right" in text
 
@@ -949,8 +957,14 @@ def a_method(task, config, run):
     from condense.engine import Group
     from condense.sets import SyntheticOptions, SyntheticSet
 
-    committee = provide(run, config.squeezing(task), file=config.teachers, count=config.num_teachers,
-                        architectures=config.architectures(run.network), batch_norm=True)  # fmt: skip
+    committee = load_or_train_teachers(
+        run,
+        config.teacher_training(task),
+        file=config.teachers,
+        count=config.num_teachers,
+        architectures=config.architectures(run.network),
+        batch_norm=True,
+    )
     synthetic = SyntheticSet.create(task, run.ipc, SyntheticOptions(), seed=run.seed, device=run.device)
     for step in run.optimise(synthetic, config.steps, images=Group(0.1)):
         step.minimise(F.cross_entropy(committee.mean()(synthetic.images), synthetic.classes))
@@ -960,7 +974,7 @@ def a_method(task, config, run):
 
 @pytest.fixture
 def mine(monkeypatch):
-    entry = registry.Method("mine", a_method, Mine, "-", 2024, "hard", 1, "quick-v1", NETWORK)
+    entry = registry.Method("mine", a_method, Mine, "-", 2024, "hard", 1, "quick-v1", NETWORK, "teachers")
     monkeypatch.setitem(registry.METHODS._entries, "mine", entry)
 
 
@@ -990,19 +1004,22 @@ def test_teachers_of_the_cache_serve_the_method(mine, call):
 
 def test_a_signal_stops_and_the_same_command_goes_on(call, tmp_path, monkeypatch):
     assert call(f"{TEACHERS} --out whole.h5").code == 0
-    original = saved.write_teacher_file
+    write = teachers.TeacherStore.write
 
-    def terminated(*words):
-        original(*words)
+    def write_and_terminate(store, key, record):
+        write(store, key, record)
         os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(teachers, "write_teacher_file", terminated)
+        patch.setattr(teachers.TeacherStore, "write", write_and_terminate)
         result = call(f"{TEACHERS} --out a.h5")
     assert result.code == 130 and result.out == "" and result.err.count("\n") == 1
     assert result.err.startswith("condense: stopped while training teachers") and "the same command" in result.err
     assert "1 trained now, 1 were there" in call(f"{TEACHERS} --out a.h5").out
-    assert read(tmp_path / "a.h5").manifest["content"] == read(tmp_path / "whole.h5").manifest["content"]
+    assert (
+        read_teacher_file(tmp_path / "a.h5").manifest["content"]
+        == read_teacher_file(tmp_path / "whole.h5").manifest["content"]
+    )
 
 
 def test_two_ranks_make_the_teachers_of_one(call, tmp_path):
@@ -1014,5 +1031,5 @@ def test_two_ranks_make_the_teachers_of_one(call, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("2 trained now") == 1
     one, two = ({key: entry["sha256"] for key, entry in zip(file.keys, file.entries)}
-                for file in (read(tmp_path / name) for name in ("one.h5", "two.h5")))  # fmt: skip
+                for file in (read_teacher_file(tmp_path / name) for name in ("one.h5", "two.h5")))  # fmt: skip
     assert one == two and not (tmp_path / "two.h5.parts").exists()

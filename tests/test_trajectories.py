@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_arrays
+from pretraining_seams import StoppedRun, forbid_training, train_in_groups
 
 import condense
 from condense import api, networks, registry, rng
@@ -26,10 +27,22 @@ from condense.data import cache_dir
 from condense.engine import Interrupted, Run
 from condense.errors import CondenseError
 from condense.networks import Layout, layout_of
-from condense.pretraining import Training, budget, read, residency, trajectories
+from condense.pretraining import (
+    ExpertTraining,
+    choose_placement,
+    expert_cache_file,
+    expert_cache_key_fields,
+    find_experts,
+    load_expert_ensemble,
+    load_or_train_experts,
+    make_student,
+    plan_training,
+    read_trajectory_file,
+    store,
+    train_trajectory_file,
+    trajectories,
+)
 from condense.pretraining import experts as experts_module
-from condense.pretraining.experts import provide, teacher
-from condense.pretraining.trajectories import facts, record
 from condense.training import Recipe, loop
 
 NETWORK = "convnet-d2-w8-in"
@@ -37,7 +50,7 @@ CPU = torch.device("cpu")
 RECIPE = Recipe(
     steps=0, batch=8, lr=0.05, momentum=0.0, weight_decay=0.0, drops=(), augment=dsa("color_crop_cutout_scale_rotate")
 )
-TRAINING = Training(RECIPE)
+TRAINING = ExpertTraining(RECIPE)
 MTT = "steps=2 syn_steps=2 max_start_epoch=2 expert_epochs=1 expert_batch=8"
 
 
@@ -45,22 +58,18 @@ def a_run(task, network=NETWORK, **options):
     return Run(task, 1, network, quiet=True, track="none", **options)
 
 
+def stopped_run(task, **options):
+    return StoppedRun(task, 1, NETWORK, quiet=True, track="none", **options)
+
+
 def made(task, path, count=2, epochs=3, training=TRAINING, run=None, **options):
-    return record(run or a_run(task), training, path, count=count, epochs=epochs, **options)
+    return train_trajectory_file(run or a_run(task), training, path, count=count, epochs=epochs, **options)
 
 
 def provided(task, run=None, training=TRAINING, count=2, epochs=3, **options):
-    return provide(run or a_run(task), training, count=count, epochs=epochs, **{"last": epochs, **options})
-
-
-def untouched(monkeypatch):
-    """Nothing may be trained from here on."""
-
-    def fail(*words, **options):
-        raise AssertionError("trained")
-
-    monkeypatch.setattr(trajectories, "train", fail)
-    monkeypatch.setattr(budget, "train", fail)
+    return load_or_train_experts(
+        run or a_run(task), training, count=count, epochs=epochs, **{"last": epochs, **options}
+    )
 
 
 def cut(path):
@@ -115,7 +124,7 @@ def test_snapshots_are_the_start_and_each_epoch(tiny, tmp_path):
     assert (file.count, file.epochs, file.values.dtype) == (2, 4 - 1, np.float16)
     assert file.manifest["steps_per_epoch"] == 5  # 36 images in batches of 8
     for k in range(2):
-        student = trajectories._student(a_run(tiny), tiny, k)
+        student = make_student(a_run(tiny), tiny, NETWORK, "expert", k)
         start = file.layout.flatten(student.network)
         torch.testing.assert_close(torch.tensor(file.values[k, 0]).float(), start, rtol=2**-11, atol=1e-7)
         plan = dataclasses.replace(RECIPE, steps=10)
@@ -137,7 +146,7 @@ def test_float16_rounds_little_and_float32_nothing(tiny, tmp_path):
 
 def test_an_update_and_its_precision_are_used(tiny, tmp_path):
     plain = made(tiny, tmp_path / "a.h5").file
-    other = made(tiny, tmp_path / "b.h5", training=Training(RECIPE, Half(0.5), "bf16")).file
+    other = made(tiny, tmp_path / "b.h5", training=ExpertTraining(RECIPE, Half(0.5), "bf16")).file
     assert np.array_equal(plain.values[:, 0], other.values[:, 0])
     assert not np.array_equal(plain.values[:, 1], other.values[:, 1])
     assert (other.manifest["update"], other.manifest["precision"]) == ("Half(factor=0.5)", "bf16")
@@ -158,33 +167,22 @@ def test_adding_experts_gives_what_training_all_at_once_gives(tiny, tmp_path, mo
     made(tiny, tmp_path / "a.h5", count=1)
     trained = made(tiny, tmp_path / "a.h5", count=3)
     assert trained.trained == [1, 2] and np.array_equal(trained.file.values, whole.values)
-    assert trained.file.content(3, 3) == whole.content(3, 3) == whole.manifest["content"]
+    assert trained.file.content_key(3, 3) == whole.content_key(3, 3) == whole.manifest["content"]
     assert [entry["number"] for entry in trained.file.manifest["experts"]] == [0, 1, 2]
     assert os.listdir(tmp_path).count("a.h5.parts") == 0
-    untouched(monkeypatch)
+    forbid_training(monkeypatch)
     before = (tmp_path / "a.h5").read_bytes()
     assert made(tiny, tmp_path / "a.h5", count=2).trained == []  # more than enough are there
     assert (tmp_path / "a.h5").read_bytes() == before
 
 
-def test_a_killed_training_goes_on_bit_for_bit(tiny, tmp_path, monkeypatch):
+def test_an_interrupted_training_is_continued_bit_for_bit(tiny, tmp_path):
     whole = made(tiny, tmp_path / "whole.h5", count=3).file
-    original = trajectories._write
-
-    class Killed(BaseException):
-        pass
-
-    def dying(path, *words):
-        if path.name == "0001.h5":
-            raise Killed
-        original(path, *words)
-
-    monkeypatch.setattr(trajectories, "_write", dying)
-    with pytest.raises(Killed):
-        made(tiny, tmp_path / "a.h5", count=3)
-    assert os.listdir(tmp_path / "a.h5.parts") == ["0000.h5"] and not (tmp_path / "a.h5").exists()
-    monkeypatch.setattr(trajectories, "_write", original)
-    cut(shutil.copy(tmp_path / "a.h5.parts" / "0000.h5", tmp_path / "a.h5.parts" / "0002.h5"))  # is trained again
+    parts = tmp_path / "a.h5.parts"
+    with pytest.raises(Interrupted):  # in the training of the second expert
+        made(tiny, tmp_path / "a.h5", count=3, run=stopped_run(tiny, condition=(parts / "0000.h5").exists))
+    assert os.listdir(parts) == ["0000.h5"] and not (tmp_path / "a.h5").exists()
+    cut(shutil.copy(parts / "0000.h5", parts / "0002.h5"))  # is trained again
     again = made(tiny, tmp_path / "a.h5", count=3)
     assert again.trained == [1, 2] and np.array_equal(again.file.values, whole.values)
     assert sorted(os.listdir(tmp_path)) == ["a.h5", "whole.h5"]
@@ -192,14 +190,8 @@ def test_a_killed_training_goes_on_bit_for_bit(tiny, tmp_path, monkeypatch):
 
 def test_experts_that_are_trained_together_are_those_trained_alone(tiny, tmp_path, monkeypatch):
     alone = made(tiny, tmp_path / "alone.h5", count=3, dtype="float32").file
-    for module in (loop, budget, trajectories, experts_module):
-        monkeypatch.setattr(module, "pick_together", lambda device: True)
-    monkeypatch.setattr(trajectories, "GROUP", 2)  # two together, then one
-    groups = []
-    original = loop.train
-    monkeypatch.setattr(
-        trajectories, "train", lambda group, *w, **o: (groups.append(len(group)), original(group, *w, **o))[1]
-    )
+    groups = train_in_groups(monkeypatch)
+    monkeypatch.setattr(trajectories, "MAX_EXPERT_GROUP", 2)  # two together, then one
     together = made(tiny, tmp_path / "together.h5", count=3, dtype="float32").file
     assert groups == [2, 1]
     assert np.allclose(together.values, alone.values, rtol=1e-3, atol=1e-4)
@@ -207,50 +199,54 @@ def test_experts_that_are_trained_together_are_those_trained_alone(tiny, tmp_pat
 
 
 def test_held_out_images_are_not_seen_and_judge(tiny, tmp_path):
-    file = made(tiny, tmp_path / "a.h5", epochs=30, training=Training(RECIPE, held_out=0.25)).file
+    file = made(tiny, tmp_path / "a.h5", epochs=30, training=ExpertTraining(RECIPE, held_out=0.25)).file
     assert file.manifest["held_out"] == 0.25
     assert file.manifest["steps_per_epoch"] == 4  # 27 images
     assert all(entry["accuracy"] > 0.6 for entry in file.manifest["experts"])
     assert not np.array_equal(file.values[0, 1], made(tiny, tmp_path / "b.h5", epochs=1).file.values[0, 1])
 
 
-def test_a_diverging_expert_is_refused_and_finished_ones_stay(tiny, tmp_path, monkeypatch):
-    fast = Training(dataclasses.replace(RECIPE, lr=1e20))
+class Explosion:
+    """An update that multiplies gradients by a large factor after some calls, for one of the stacked networks."""
+
+    def __init__(self, after=0, network=None):
+        self.after, self.network, self.is_active, self.calls = after, network, True, 0
+
+    def __repr__(self):
+        return "Explosion()"
+
+    def __call__(self, work):
+        gradients = torch.autograd.grad(work.loss(), work.weights)
+        self.calls += 1
+        if self.is_active and self.calls > self.after:
+            for gradient in gradients:
+                (gradient if self.network is None else gradient[self.network]).mul_(1e30)
+        return gradients
+
+
+def test_a_diverging_expert_is_refused_and_finished_ones_stay(tiny, tmp_path):
+    fast = ExpertTraining(dataclasses.replace(RECIPE, lr=1e20))
     with pytest.raises(
         CondenseError, match=r"diverged: expert 0 in epoch 1 .*float16.*learning rate, now 1e\+20"
     ) as fault:
         made(tiny, tmp_path / "a.h5", training=fast)
     assert "\n" not in str(fault.value) and not (tmp_path / "a.h5").exists()
 
-    def blow_up(layout, state, dtype, original=trajectories._shot):  # float16 alone cannot hold the second expert
-        shot = original(layout, state, dtype)
-        return shot * 1e30 if len(os.listdir(parts) if parts.exists() else ()) else shot
-
-    parts = tmp_path / "b.h5.parts"
-    monkeypatch.setattr(trajectories, "_shot", blow_up)
+    parts, training = tmp_path / "b.h5.parts", ExpertTraining(RECIPE, Explosion(after=15))  # 3 epochs of 5 steps
     with pytest.raises(CondenseError, match="expert 1 in epoch 1"):
-        made(tiny, tmp_path / "b.h5")
+        made(tiny, tmp_path / "b.h5", training=training)
     assert os.listdir(parts) == ["0000.h5"]
 
 
 def test_one_of_a_group_that_diverges_costs_the_others_nothing(tiny, tmp_path, monkeypatch):
-    for module in (loop, budget, trajectories, experts_module):
-        monkeypatch.setattr(module, "pick_together", lambda device: True)
-    original = trajectories._student
-
-    def student(run, source, k):
-        one = original(run, source, k)
-        if k == 1:
-            with torch.no_grad():
-                next(one.network.parameters()).fill_(1e30)
-        return one
-
-    with monkeypatch.context() as patch:
-        patch.setattr(trajectories, "_student", student)
-        with pytest.raises(CondenseError, match="diverged: expert 1 in epoch 1 "):
-            made(tiny, tmp_path / "a.h5", count=3)
+    train_in_groups(monkeypatch)
+    explosion = Explosion(network=1)
+    training = ExpertTraining(RECIPE, explosion)
+    with pytest.raises(CondenseError, match="diverged: expert 1 in epoch 1 "):
+        made(tiny, tmp_path / "a.h5", count=3, training=training)
     assert sorted(os.listdir(tmp_path / "a.h5.parts")) == ["0000.h5", "0002.h5"]
-    assert made(tiny, tmp_path / "a.h5", count=3).trained == [1]
+    explosion.is_active = False
+    assert made(tiny, tmp_path / "a.h5", count=3, training=training).trained == [1]
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------
@@ -276,15 +272,15 @@ def test_a_place_with_other_experts_is_refused_before_any_work(tiny, good, monke
     zca = condense.task(tiny_arrays(), zca=True)
     before = good.read_bytes()
     with monkeypatch.context() as patch:
-        untouched(patch)
+        forbid_training(patch)
         for expected, action in {
             "another data": lambda: made(other, good),
             "another normalisation;": lambda: made(zca, good),
             f"another network \\({NETWORK}, not convnet-d2-w16-in\\);": lambda: made(
                 tiny, good, run=a_run(tiny, "convnet-d2-w16-in")
             ),
-            "another recipe;": lambda: made(tiny, good, training=Training(dataclasses.replace(RECIPE, lr=0.1))),
-            "update": lambda: made(tiny, good, training=Training(RECIPE, Half(0.5))),
+            "another recipe;": lambda: made(tiny, good, training=ExpertTraining(dataclasses.replace(RECIPE, lr=0.1))),
+            "update": lambda: made(tiny, good, training=ExpertTraining(RECIPE, Half(0.5))),
             r"number of epochs \(3, not 4\)": lambda: made(tiny, good, epochs=4),
             r"dtype \(float16, not float32\)": lambda: made(tiny, good, dtype="float32"),
             r"seed \(0, not 1\)": lambda: made(tiny, good, run=a_run(tiny, seed=1)),
@@ -293,12 +289,12 @@ def test_a_place_with_other_experts_is_refused_before_any_work(tiny, good, monke
             assert re.search(expected, refusal(action)), expected
             assert good.read_bytes() == before and os.listdir(good.parent) == ["a.h5"]
     assert made(other, good, force=True).trained == [0, 1]
-    assert read(good).manifest["fingerprint"] == other.fingerprint
+    assert read_trajectory_file(good).manifest["fingerprint"] == other.fingerprint
 
 
 def test_what_a_killed_training_of_others_left_is_refused_too(tiny, tmp_path):
     shutil.copytree(made(tiny, tmp_path / "x" / "0000.h5", count=1).file.path.parent, tmp_path / "a.h5.parts")
-    other = Training(dataclasses.replace(RECIPE, lr=0.1))
+    other = ExpertTraining(dataclasses.replace(RECIPE, lr=0.1))
     assert "a.h5.parts/0000.h5: holds experts of another recipe" in refusal(
         lambda: made(tiny, tmp_path / "a.h5", training=other)
     )
@@ -339,7 +335,7 @@ def test_a_damaged_or_foreign_file_is_refused_in_one_line(fault, tiny, good, mon
                 values = file["parameters"][()]
                 del file["parameters"]
                 file.create_dataset("parameters", data=values, chunks=True)
-    untouched(monkeypatch)
+    forbid_training(monkeypatch)
     line = refusal(lambda: provided(tiny, file=str(good), count=2, last=3))
     assert line.startswith(f"{good}: ") and words[fault] in line
     if fault not in ("missing",):
@@ -355,7 +351,7 @@ def test_damage_where_nothing_is_read_does_not_matter(tiny, good):
 
 
 def test_sound_experts_of_a_damaged_file_are_kept_where_it_is_replaced(tiny, good):
-    whole = read(good).values.copy()
+    whole = read_trajectory_file(good).values.copy()
     damage(good, 1, 2)
     assert "expert 1 is damaged" in refusal(lambda: made(tiny, good, count=2))
     again = made(tiny, good, count=2, force=True)
@@ -363,7 +359,7 @@ def test_sound_experts_of_a_damaged_file_are_kept_where_it_is_replaced(tiny, goo
 
 
 def test_a_file_that_does_not_suit_a_run_is_refused_before_any_work(tiny, tiny_colour, good, monkeypatch):
-    untouched(monkeypatch)
+    forbid_training(monkeypatch)
     begun = []
     arrays = tiny_arrays()
     fewer = condense.task((arrays[0][:24], arrays[1][:24], arrays[2][:12], arrays[3][:12]), name="tiny")
@@ -387,7 +383,7 @@ def test_a_file_that_does_not_suit_a_run_is_refused_before_any_work(tiny, tiny_c
 
 
 def test_experts_serve_new_float32_vectors(tiny, good):
-    file = read(good)
+    file = read_trajectory_file(good)
     experts = provided(tiny, file=str(good))
     assert (experts.count, experts.epochs, experts.layout) == (2, 3, layout_of(NETWORK, tiny))
     for k in range(2):
@@ -408,7 +404,7 @@ def test_mapped_values_are_those_in_memory(dtype, tiny, tmp_path, monkeypatch):
     near = provided(tiny, file=path, first=1, last=2)
     monkeypatch.setattr(experts_module, "free_host_memory", lambda: 10)
     far = provided(tiny, file=path, first=1, last=2)
-    assert (near.place, far.place) == ("memory", "mapped")
+    assert (near.placement, far.placement) == ("memory", "mapped")
     far.prefetch([(0, 1), (1, 2)])
     for k in range(2):
         for t in (0, 1, 2, -1):
@@ -428,10 +424,10 @@ def test_where_snapshots_lie(monkeypatch):
     monkeypatch.setattr(experts_module, "free_host_memory", lambda: 1000)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (200, 400))
     cuda = torch.device("cuda")
-    assert [residency(size, cuda) for size in (100, 101, 500, 501)] == ["device", "pinned", "pinned", "mapped"]
-    assert [residency(size, CPU) for size in (100, 500, 501)] == ["memory", "memory", "mapped"]
+    assert [choose_placement(size, cuda) for size in (100, 101, 500, 501)] == ["device", "pinned", "pinned", "mapped"]
+    assert [choose_placement(size, CPU) for size in (100, 500, 501)] == ["memory", "memory", "mapped"]
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert [residency(size, CPU) for size in (125, 126)] == ["memory", "mapped"]
+    assert [choose_placement(size, CPU) for size in (125, 126)] == ["memory", "mapped"]
 
 
 def test_the_free_memory_is_told():
@@ -439,41 +435,41 @@ def test_the_free_memory_is_told():
 
 
 def test_a_teacher_is_the_mean_of_the_experts(tiny, good):
-    file, images = read(good), tiny.batch(torch.arange(5))
+    file, images = read_trajectory_file(good), tiny.batch(torch.arange(5))
     logits = []
     for k in range(2):
         net = networks.build(NETWORK, tiny.shape, 3)
         net.load_state_dict(file.layout.unflatten(torch.tensor(file.values[k, 3]).float()))
         logits.append(net(images).detach())
-    mean = teacher(good, CPU, (1, 8, 8), 3)
+    mean = load_expert_ensemble(good, CPU, (1, 8, 8), 3)
     assert not mean.training
     torch.testing.assert_close(mean(images), sum(logits) / 2)
-    torch.testing.assert_close(teacher(good, CPU, count=1)(images), logits[0])
-    assert not torch.equal(teacher(good, CPU, count=1, epoch=1)(images), logits[0])
-    assert "another image size" in refusal(lambda: teacher(good, CPU, (3, 8, 8), 3))
-    assert "another number of classes (3, not 10)" in refusal(lambda: teacher(good, CPU, (1, 8, 8), 10))
+    torch.testing.assert_close(load_expert_ensemble(good, CPU, count=1)(images), logits[0])
+    assert not torch.equal(load_expert_ensemble(good, CPU, count=1, epoch=1)(images), logits[0])
+    assert "another image size" in refusal(lambda: load_expert_ensemble(good, CPU, (3, 8, 8), 3))
+    assert "another number of classes (3, not 10)" in refusal(lambda: load_expert_ensemble(good, CPU, (1, 8, 8), 10))
     damage(good, 1, 3)
-    assert "damaged" in refusal(lambda: teacher(good, CPU))
+    assert "damaged" in refusal(lambda: load_expert_ensemble(good, CPU))
 
 
 def test_experts_with_batch_norm_are_no_teachers(tiny, tmp_path):
     path = made(tiny, tmp_path / "a.h5", run=a_run(tiny, "convnet-d2-w8-bn"), epochs=1).file.path
-    assert "batch norm" in refusal(lambda: teacher(path, CPU))
+    assert "batch norm" in refusal(lambda: load_expert_ensemble(path, CPU))
 
 
 def test_a_described_file_is_found_again(tiny, good):
     told = json.loads(json.dumps(provided(tiny, file=str(good), count=1).describe()))
     assert told["path"] == str(good) and told["count"] == 1 and told["bytes"] == good.stat().st_size
-    assert experts_module.find(told) == good
+    assert find_experts(told) == good
     made(tiny, good, count=3)
-    assert experts_module.find(told) == good  # its first expert is still there
+    assert find_experts(told) == good  # its first expert is still there
     place = cache_dir() / "trajectories" / "somewhere.h5"
     place.parent.mkdir(parents=True)
     good.rename(place)
-    assert experts_module.find(told) == place
+    assert find_experts(told) == place
     place.unlink()
     made(condense.task(tiny_arrays(seed=1)), good)
-    assert experts_module.find(told) is None and experts_module.find({"content": None, "path": None}) is None
+    assert find_experts(told) is None and find_experts({"content": None, "path": None}) is None
 
 
 # -- the cache --------------------------------------------------------------------------------------------------------
@@ -484,10 +480,10 @@ def test_experts_are_kept_and_shared(tiny, monkeypatch):
     first = provided(tiny, run)
     assert run.notes["preparation"]["from_cache"] == 0 and run.notes["preparation"]["seconds"] > 0
     (path,) = (cache_dir() / "trajectories").iterdir()
-    assert path == trajectories.cache_file(run, TRAINING, 3) and path.name.endswith("-e3.h5")
+    assert path == expert_cache_file(run, TRAINING, 3) and path.name.endswith("-e3.h5")
     told = first.describe()  # the place of a cache says nothing to others
-    assert told["path"] is None and experts_module.find(told) == path
-    untouched(monkeypatch)
+    assert told["path"] is None and find_experts(told) == path
+    forbid_training(monkeypatch)
     other = Run(tiny, 5, NETWORK, quiet=True, track="none", name="another method")
     again = provided(tiny, other, count=1)
     assert other.notes["preparation"]["from_cache"] == 1 and other.notes["preparation"]["seconds"] > 0
@@ -498,7 +494,7 @@ def test_experts_are_kept_and_shared(tiny, monkeypatch):
 def test_longer_files_serve_shorter_needs(tiny, monkeypatch):
     longer, shorter = provided(tiny, epochs=3), None
     with monkeypatch.context() as patch:
-        untouched(patch)
+        forbid_training(patch)
         shorter = provided(tiny, epochs=2)
     assert shorter.epochs == 2 and torch.equal(shorter.at(0, -1), longer.at(0, 2))
     assert shorter._file.path == longer._file.path
@@ -510,7 +506,7 @@ def test_longer_files_serve_shorter_needs(tiny, monkeypatch):
 
 
 def test_a_schedule_of_the_learning_rate_ties_experts_to_their_length(tiny):
-    dropping = Training(dataclasses.replace(RECIPE, drops=(0.5,)))
+    dropping = ExpertTraining(dataclasses.replace(RECIPE, drops=(0.5,)))
     provided(tiny, training=dropping, epochs=3)
     run = a_run(tiny)
     provided(tiny, run, training=dropping, epochs=2)
@@ -520,10 +516,10 @@ def test_a_schedule_of_the_learning_rate_ties_experts_to_their_length(tiny):
 @pytest.mark.parametrize(
     "change",
     [
-        {"training": Training(RECIPE, Half(0.5))},
-        {"training": Training(RECIPE, None, "bf16")},
-        {"training": Training(RECIPE, held_out=0.2)},
-        {"training": Training(dataclasses.replace(RECIPE, lr=0.1))},
+        {"training": ExpertTraining(RECIPE, Half(0.5))},
+        {"training": ExpertTraining(RECIPE, None, "bf16")},
+        {"training": ExpertTraining(RECIPE, held_out=0.2)},
+        {"training": ExpertTraining(dataclasses.replace(RECIPE, lr=0.1))},
         {"dtype": "float32"},
     ],
 )
@@ -535,20 +531,20 @@ def test_other_trainings_have_other_files(change, tiny):
 
 
 def test_what_decides_the_weights_is_known(tiny, monkeypatch):
-    base = facts(a_run(tiny), TRAINING, 3, "float16")
+    base = expert_cache_key_fields(a_run(tiny), TRAINING, 3, "float16")
     assert json.loads(json.dumps(base)) == base
     longer = dataclasses.replace(RECIPE, steps=99)
-    assert facts(a_run(tiny), Training(longer), 4, "float16") == base
-    assert facts(a_run(tiny, seed=1), TRAINING, 3, "float16") != base
-    assert facts(a_run(tiny, precision="bf16"), TRAINING, 3, "float16") != base
-    monkeypatch.setattr(trajectories, "STUDENT_VERSION", -1)
-    assert facts(a_run(tiny), TRAINING, 3, "float16") != base
+    assert expert_cache_key_fields(a_run(tiny), ExpertTraining(longer), 4, "float16") == base
+    assert expert_cache_key_fields(a_run(tiny, seed=1), TRAINING, 3, "float16") != base
+    assert expert_cache_key_fields(a_run(tiny, precision="bf16"), TRAINING, 3, "float16") != base
+    monkeypatch.setattr(store, "STUDENT_VERSION", -1)
+    assert expert_cache_key_fields(a_run(tiny), TRAINING, 3, "float16") != base
 
 
 @pytest.mark.parametrize("fault", ["cut", "bit"])
 def test_a_damaged_file_of_the_cache_is_mended(fault, tiny, caplog):
     whole = provided(tiny)
-    path = trajectories.cache_file(a_run(tiny), TRAINING, 3)
+    path = expert_cache_file(a_run(tiny), TRAINING, 3)
     cut(path) if fault == "cut" else damage(path, 1, 3)
     run = a_run(tiny)
     again = provided(tiny, run)
@@ -566,40 +562,44 @@ def test_a_network_from_python_is_not_kept(tiny):
     experts = provided(tiny, a_run(tiny, lambda: networks.build(NETWORK, tiny.shape, 3)), count=2, epochs=2)
     assert (experts.count, experts.epochs) == (2, 2) and not torch.equal(experts.at(0, 0), experts.at(0, -1))
     assert not (cache_dir() / "trajectories").exists()
-    assert experts.describe()["path"] is None and experts_module.find(experts.describe()) is None
+    assert experts.describe()["path"] is None and find_experts(experts.describe()) is None
 
 
-def test_a_time_limit_takes_whole_epochs_or_fewer_experts(tiny, monkeypatch):
-    monkeypatch.setattr(experts_module, "seconds_per_step", lambda *words: 0.1)
-    # Of 60 s a third is 20: 200 steps, 40 epochs of 5 steps.
-    for minutes, least, expected in ((1.0, 1, (4, 6)), (0.6, 1, (4, 6)), (0.25, 1, (4, 2)), (0.25, 3, (3, 3)),
-                                     (0.05, 3, (1, 3)), (0.001, 1, (1, 1)), (0.1, 9, (1, 6))):  # fmt: skip
-        run = a_run(tiny, minutes=minutes)
-        experts = provided(tiny, run, count=4, epochs=6, least=least)
-        assert (experts.count, experts.epochs) == expected, (minutes, least)
-        assert (run.notes["preparation"]["networks"], run.notes["preparation"]["epochs"]) == expected
-        assert (run.notes["preparation"]["networks_wanted"], run.notes["preparation"]["steps_each_wanted"]) == (4, 30)
+@pytest.mark.parametrize(
+    ("minutes", "min_epochs", "count", "epochs"),
+    [
+        (1.0, 1, 4, 6),
+        (0.6, 1, 4, 6),
+        (0.25, 1, 4, 2),
+        (0.25, 3, 3, 3),
+        (0.05, 3, 1, 3),
+        (0.001, 1, 1, 1),
+        (0.1, 9, 1, 6),
+    ],
+)
+def test_a_time_limit_takes_whole_epochs_or_fewer_experts(minutes, min_epochs, count, epochs, tiny, tmp_path):
+    """Of 60 s a third is 20: 200 steps, 40 epochs of 5 steps."""
+    options = {"directory": tmp_path, "minutes": minutes}
+    plan = plan_training(a_run(tiny, **options), lambda: 0.1, networks=4, units=6, unit_steps=5, min_units=min_epochs)
+    assert (plan.networks, plan.units) == (count, epochs)
+    # A resumed run keeps the plan that it began with, also where the machine became slow.
+    run = a_run(tiny, directory=tmp_path, minutes=1e-9, resume=True)
+    experts = provided(tiny, run, count=4, epochs=6, min_epochs=min_epochs)
+    assert (experts.count, experts.epochs) == (count, epochs)
+    assert (run.notes["preparation"]["networks"], run.notes["preparation"]["epochs"]) == (count, epochs)
+    assert (run.notes["preparation"]["networks_wanted"], run.notes["preparation"]["steps_each_wanted"]) == (4, 30)
 
 
-def test_a_resumed_run_keeps_its_plan(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(experts_module, "seconds_per_step", lambda *words: 0.1)
-    tmp_path.joinpath("run").mkdir()
-    options = {"directory": tmp_path / "run", "minutes": 0.25}
-    first = provided(tiny, a_run(tiny, **options), count=4, epochs=6)
-    monkeypatch.setattr(experts_module, "seconds_per_step", lambda *words: 1e6)  # the machine became slow
-    again = provided(tiny, a_run(tiny, **options, resume=True), count=4, epochs=6)
-    assert (again.count, again.epochs) == (first.count, first.epochs) == (4, 2)
+def test_a_short_time_limit_trains_the_minimum(tiny):
+    run = a_run(tiny, minutes=1e-9)
+    experts = provided(tiny, run, count=4, epochs=6, min_epochs=2)
+    assert (experts.count, experts.epochs) == (1, 2) and run.notes["preparation"]["networks_wanted"] == 4
 
 
-def test_a_stop_says_how_to_go_on_and_keeps_finished_experts(tiny, tmp_path, monkeypatch):
-    run = a_run(tiny, directory=tmp_path)
-    original = trajectories._write
-
-    def write(path, *words):
-        original(path, *words)
-        run._stop = True
-
-    monkeypatch.setattr(trajectories, "_write", write)
+def test_a_stop_says_how_to_go_on_and_keeps_finished_experts(tiny, tmp_path):
+    run = stopped_run(
+        tiny, directory=tmp_path, condition=lambda: list((cache_dir() / "trajectories").glob("*.parts/0000.h5"))
+    )
     with pytest.raises(Interrupted, match=f"go on with: condense resume {tmp_path}"):
         provided(tiny, run)
     fresh = a_run(tiny)
@@ -615,20 +615,22 @@ EXPERTS = f"experts --data tiny.npz --network {NETWORK} {MTT} --precision fp32"
 
 def test_a_signal_stops_and_the_same_command_goes_on(call, tmp_path, monkeypatch):
     assert call(f"{EXPERTS} --count 3 --out whole.h5").code == 0
-    original = trajectories._write
+    write = trajectories.TrajectoryStore.write
 
-    def terminated(path, *words):
-        original(path, *words)
+    def write_and_terminate(store, key, record):
+        write(store, key, record)
         os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trajectories, "_write", terminated)
+        patch.setattr(trajectories.TrajectoryStore, "write", write_and_terminate)
         result = call(f"{EXPERTS} --count 3 --out a.h5")
     assert result.code == 130 and result.out == "" and result.err.count("\n") == 1
     assert result.err.startswith("condense: stopped while training experts") and "the same command" in result.err
     again = call(f"{EXPERTS} --count 3 --out a.h5")
     assert again.code == 0 and "2 trained now, 1 were there" in again.out
-    assert np.array_equal(read(tmp_path / "a.h5").values, read(tmp_path / "whole.h5").values)
+    assert np.array_equal(
+        read_trajectory_file(tmp_path / "a.h5").values, read_trajectory_file(tmp_path / "whole.h5").values
+    )
 
 
 def test_experts_of_the_cache_serve_the_method(call):
@@ -669,10 +671,10 @@ def test_a_method_of_ones_own_has_experts(tiny, tmp_path, monkeypatch):
         def epochs_needed(self):
             return self.buffer_epochs or 2
 
-        def training(self, task):
-            return Training(dataclasses.replace(RECIPE, batch=task.num_classes))
+        def expert_training(self, task):
+            return ExpertTraining(dataclasses.replace(RECIPE, batch=task.num_classes))
 
-    entry = SimpleNamespace(name="mine", config=Config, network=NETWORK, protocol="quick-v1")
+    entry = SimpleNamespace(name="mine", config=Config, network=NETWORK, protocol="quick-v1", pretrains="experts")
     monkeypatch.setitem(registry.METHODS._entries, "mine", entry)
     found = api.experts(tiny, method="mine", epochs=1, out=tmp_path / "a.h5").file
     assert (found.count, found.epochs, found.manifest["steps_per_epoch"]) == (2, 1, 12)
@@ -688,5 +690,7 @@ def test_two_ranks_make_the_experts_of_one(call, tmp_path):
     done = subprocess.run([*launcher, *words], capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("3 trained now") == 1
-    assert np.array_equal(read(tmp_path / "one.h5").values, read(tmp_path / "two.h5").values)
+    assert np.array_equal(
+        read_trajectory_file(tmp_path / "one.h5").values, read_trajectory_file(tmp_path / "two.h5").values
+    )
     assert not (tmp_path / "two.h5.parts").exists()

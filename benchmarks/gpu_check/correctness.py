@@ -101,14 +101,14 @@ def distil_images(
     Raises:
         Killed: before step ``kill_at``.
     """
-    kind = METHODS.get(name).config
+    entry = METHODS.get(name)
     settings = {**tiny_settings(name), "steps": steps}
     case = dataclasses.replace(check.case(check.task(), 2, precision), device=device)
-    if hasattr(kind, "teachers"):  # the same one on every device
+    if entry.pretrains == "teachers":  # the same one on every device
         case = dataclasses.replace(case, norm="bn")
         settings |= {**UNLABELLED, "teachers": str(sre2l.teacher_file(case)), "num_teachers": 1}
-        settings |= {"voters": 1} if hasattr(kind, "voters") else {}
-    config = kind(**settings)
+        settings |= {"voters": 1} if hasattr(entry.config, "voters") else {}
+    config = entry.config(**settings)
     start: list[Tensor] = []
 
     def between(run: Run, index: int) -> None:

@@ -39,7 +39,7 @@ from condense.device import pick_precision
 from condense.engine import Run
 from condense.errors import CondenseError
 from condense.formatting import duration
-from condense.pretraining.trajectories import GROUP
+from condense.pretraining import MAX_EXPERT_GROUP
 
 BENCHMARKS: list[StepBenchmark] = [module.BENCHMARK for module in (dm, dc, dsa_steps, dcc, datadam, mtt, sre2l)]
 """Steps timed against their published form; a method adds itself here."""
@@ -100,7 +100,10 @@ def time_experts(check: Check) -> tuple[str, Any]:
 
     The time of 100 experts of 50 epochs is extrapolated from both.
     """
-    count, precision = (2 if check.tiny else GROUP if check.cuda else 1), pick_precision("auto", check.device)
+    count, precision = (
+        (2 if check.tiny else MAX_EXPERT_GROUP if check.cuda else 1),
+        pick_precision("auto", check.device),
+    )
 
     def measure(method: str) -> dict[str, Any]:
         case = check.case(check.big_task, 1, precision, **(tiny_settings(method) if check.tiny else {}))

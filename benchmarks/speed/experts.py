@@ -49,8 +49,7 @@ from condense.engine import Run
 from condense.formatting import duration
 from condense.judge import environment
 from condense.methods.trajectory_matching.expert_updates import GSAM
-from condense.pretraining import Training
-from condense.pretraining.trajectories import GROUP, _student
+from condense.pretraining import MAX_EXPERT_GROUP, ExpertTraining, make_student
 from condense.registry import METHODS
 from condense.training import steps_per_pass, train
 
@@ -71,7 +70,7 @@ class Ours:
         count: experts of a slice, together where the device is faster so.
     """
 
-    def __init__(self, case: Case, training: Training, count: int) -> None:
+    def __init__(self, case: Case, training: ExpertTraining, count: int) -> None:
         self.case, self.training, self.count, self.begun = case, training, count, 0
         self.run = Run(case.task, 1, case.network, seed=case.seed, device=case.device, quiet=True, track="none")
         self.precision = training.precision or case.precision
@@ -82,17 +81,20 @@ class Ours:
         self.begun += self.count
         recipe = dataclasses.replace(self.training.recipe, steps=steps)
         train(
-            [_student(self.run, self.run.task, k) for k in numbers], recipe, device=self.case.device,
-            precision=self.precision, update=self.training.update,
-        )  # fmt: skip
+            [make_student(self.run, self.run.task, self.run.network, "expert", k) for k in numbers],
+            recipe,
+            device=self.case.device,
+            precision=self.precision,
+            update=self.training.update,
+        )
 
 
-def training_of(method: str, case: Case) -> Training:
+def training_of(method: str, case: Case) -> ExpertTraining:
     """How the method's experts are trained; the case's settings may change it."""
-    return METHODS.get(method).config(**case.settings).training(case.task)
+    return METHODS.get(method).config(**case.settings).expert_training(case.task)
 
 
-def published_loop(case: Case, training: Training) -> published.Expert:
+def published_loop(case: Case, training: ExpertTraining) -> published.Expert:
     """The published training of the same experts."""
     recipe, update = training.recipe, training.update
     assert update is None or isinstance(update, GSAM)
@@ -181,7 +183,9 @@ def _parser() -> Parser:
     parser.add_argument("--data", help="a name, folder, .npz or .h5; random images shaped like CIFAR-10 when left out")
     parser.add_argument("--width", type=positive, default=128, help="channels of the ConvNet")
     parser.add_argument("--depth", type=positive, default=3, help="blocks of the ConvNet")
-    parser.add_argument("--count", type=positive, help=f"experts of ours in a slice; {GROUP} on CUDA, else 1")
+    parser.add_argument(
+        "--count", type=positive, help=f"experts of ours in a slice; {MAX_EXPERT_GROUP} on CUDA, else 1"
+    )
     parser.add_argument("--steps", type=positive, help="steps of each expert in a slice; 200 on CUDA, else 20")
     parser.add_argument("--pairs", type=positive, default=3, help="slices of each side, in turn")
     parser.add_argument("--methods", default="mtt,ftd", help="whose experts: mtt (SGD), ftd (GSAM), or both")
@@ -205,7 +209,7 @@ def _measure(words: Sequence[str]) -> int:
         options.width, options.depth, options.count, options.steps, options.pairs = TINY_WIDTH, TINY_DEPTH, 2, 2, 1
     device = pick_device(options.device)
     cuda = device.type == "cuda"
-    count, steps = options.count or (GROUP if cuda else 1), options.steps or (200 if cuda else 20)
+    count, steps = options.count or (MAX_EXPERT_GROUP if cuda else 1), options.steps or (200 if cuda else 20)
     case = _case(options, device)
     if options.alone:
         side, method = options.alone.split()

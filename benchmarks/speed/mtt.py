@@ -46,7 +46,7 @@ from condense.device import pick_device
 from condense.engine import Run
 from condense.errors import CondenseError
 from condense.judge import environment
-from condense.pretraining import trajectories
+from condense.pretraining import ExpertTraining, read_trajectory_file, train_trajectory_file
 from condense.training import Recipe
 
 METHOD = "mtt"
@@ -65,7 +65,7 @@ def expert_file(case: Case) -> Path:
     run = Run(few, 1, case.network, seed=case.seed, device=case.device, quiet=True, track="none")
     recipe = Recipe(0, batch=case.task.num_classes, lr=0.01, momentum=0.0, weight_decay=0.0, drops=())
     path = scratch() / f"{case.network}-{case.device.type}.h5"
-    trajectories.record(run, trajectories.Training(recipe), path, count=1, epochs=EPOCHS, dtype="float32", force=True)
+    train_trajectory_file(run, ExpertTraining(recipe), path, count=1, epochs=EPOCHS, dtype="float32", force=True)
     return path
 
 
@@ -99,7 +99,7 @@ class Loop(published.MTT):
 
 def published_loop(case: Case, config: Any) -> Loop:
     """The published loop of MTT."""
-    file = trajectories.read(Path(config.experts))
+    file = read_trajectory_file(Path(config.experts))
 
     def weights(epoch: int) -> Tensor:
         """Our parameters in the order of the published network's."""

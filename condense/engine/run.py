@@ -307,10 +307,14 @@ class Run:
         return self.minutes is not None and self.elapsed >= self.minutes * 60
 
     @contextlib.contextmanager
-    def stop_on_signal(self) -> Iterator[None]:
-        """While a method runs, the first SIGINT or SIGTERM asks the loop to save and stop; a second one stops at once.
+    def stop_on_signal(self, is_resumable: bool | None = None) -> Iterator[None]:
+        """In this block, the first SIGINT or SIGTERM asks the loop to save and stop; a second one stops at once.
 
         Under torchrun every rank gets Ctrl-C twice, from the terminal and from torchrun.
+
+        Args:
+            is_resumable: whether unfinished work is stored; if not, signals act as usual. By default, whether the run
+                has a directory.
         """
         handled = []
 
@@ -319,7 +323,7 @@ class Run:
                 raise KeyboardInterrupt
             self._stop = True
 
-        if self.directory is not None:
+        if self.directory is not None if is_resumable is None else is_resumable:
             with contextlib.suppress(ValueError):  # not in the main thread: signals are the caller's business
                 for number in (signal.SIGINT, signal.SIGTERM):
                     handled.append((number, signal.signal(number, ask)))

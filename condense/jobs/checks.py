@@ -17,7 +17,7 @@ from condense.errors import CondenseError, did_you_mean
 from condense.files import check_writable
 from condense.jobs.job import CONFIG_FILE, RESULT_FILE, resolve_settings
 from condense.judge import get_protocol
-from condense.pretraining import teachers, trajectories
+from condense.pretraining import TRAJECTORY_DTYPES, TeacherOptions
 from condense.registry import METHODS
 from condense.tracking import check_tracker
 
@@ -90,11 +90,11 @@ def check_experts(
     Raises:
         CondenseError: all mistakes, in one line.
     """
-    _check_pretrains(method, "training", "experts")
+    _check_pretrains(method, "experts")
     flags = {"count": ("num_experts", count), "epochs": ("buffer_epochs", epochs)}
     faults = _flag_faults(flags, held_out)
-    if dtype not in trajectories.DTYPES:
-        faults.append(f"--dtype {dtype}: unknown{did_you_mean(dtype, trajectories.DTYPES)}")
+    if dtype not in TRAJECTORY_DTYPES:
+        faults.append(f"--dtype {dtype}: unknown{did_you_mean(dtype, TRAJECTORY_DTYPES)}")
     settings = {**settings, **_positive_settings(flags)}
     all_at_once(functools.partial(_raise, faults), lambda: check(method, settings, options, **run_options))
     return resolve_settings(METHODS.get(method), settings)
@@ -121,7 +121,7 @@ def check_teachers(
         CondenseError: all mistakes, in one line.
     """
     if method:
-        _check_pretrains(method, "squeezing", "teachers")
+        _check_pretrains(method, "teachers")
     flags = {"count": ("num_teachers", count), "epochs": ("teacher_epochs", epochs)}
     faults = _flag_faults(flags, held_out)
     settings = {**settings, **_positive_settings(flags)}
@@ -133,7 +133,7 @@ def check_teachers(
     def build_config() -> Any:
         if method:
             return resolve_settings(METHODS.get(method), settings)
-        config = build(teachers.TeacherOptions, settings, "teachers")
+        config = build(TeacherOptions, settings, "teachers")
         config.check_teachers()
         return config
 
@@ -146,10 +146,10 @@ def check_teachers(
     return config
 
 
-def _check_pretrains(method: str, attribute: str, networks: str) -> None:
+def _check_pretrains(method: str, networks: str) -> None:
     """Checks that a method trains ``networks`` (experts or teachers) on real data."""
-    if not hasattr(METHODS.get(method).config, attribute):
-        names = [name for name in METHODS.names() if hasattr(METHODS.get(name).config, attribute)]
+    if METHODS.get(method).pretrains != networks:
+        names = [name for name in METHODS.names() if METHODS.get(name).pretrains == networks]
         raise CondenseError(f"--for {method}: this method has no {networks}; these have: {', '.join(names) or 'none'}")
 
 

@@ -20,7 +20,7 @@ from condense.engine import CHECKPOINT, PREVIOUS, VIEW_LABELS, VIEW_LABELS_STATE
 from condense.errors import CondenseError
 from condense.files import write_json
 from condense.networks import pretrained
-from condense.pretraining import PLAN
+from condense.pretraining import PLAN_FILE
 from condense.registry import Method
 from condense.sets import DistilledSet
 from condense.version import __version__
@@ -124,7 +124,7 @@ def prepare_run_dir(run_dir: Path, job: Job) -> None:
     """Creates the run directory, deletes the files of an earlier run, and writes ``config.json``."""
     run_dir.mkdir(parents=True, exist_ok=True)
     if (run_dir / CONFIG_FILE).exists():
-        for name in (RESULT_FILE, CHECKPOINT, PREVIOUS, PLAN, VIEW_LABELS, VIEW_LABELS_STATE, "log.jsonl"):
+        for name in (RESULT_FILE, CHECKPOINT, PREVIOUS, PLAN_FILE, VIEW_LABELS, VIEW_LABELS_STATE, "log.jsonl"):
             (run_dir / name).unlink(missing_ok=True)
         for name in ("previews", "tensorboard"):
             shutil.rmtree(run_dir / name, ignore_errors=True)

@@ -16,7 +16,7 @@ from condense.engine import Run, Step
 from condense.jobs.checks import check, check_fit
 from condense.jobs.job import resolve_settings
 from condense.networks import flat
-from condense.pretraining import experts, trajectories
+from condense.pretraining import choose_placement, read_trajectory_file, trajectory_nbytes
 from condense.registry import METHODS
 from condense.sets import DistilledSet, SyntheticSet
 
@@ -92,7 +92,9 @@ def measure(
         "set_bytes": made.nbytes(),
         "views": _labelled(made, config, trial),
         "checkpoint_bytes": 2 * trial.state_bytes,  # the last one and the one before it
-        "trajectories": _trajectories(config, real, network or entry.network, where),
+        "trajectories": _trajectories(config, real, network or entry.network, where)
+        if entry.pretrains == "experts"
+        else None,
         "real_bytes": int(real.train.images.nbytes + real.test.images.nbytes),
         "device": device_name(where),
     }
@@ -108,16 +110,14 @@ def _labelled(made: DistilledSet, config: Any, trial: Run) -> dict[str, Any] | N
 
 def _trajectories(
     config: Any, real: Task, network: str | Callable[..., nn.Module], device: torch.device
-) -> dict[str, Any] | None:
-    """What the experts of a method need: bytes of their file, and where which of them lie; None where it has none."""
-    if not hasattr(config, "training"):
-        return None
+) -> dict[str, Any]:
+    """Size and placement of the experts of a method, and the bytes of their file."""
     count, epochs, layout = config.num_experts, config.epochs_needed(), flat.layout_of(network, real)
     first, last = config.epochs_read()
-    nbytes, needed = (trajectories.nbytes(count, span, layout) for span in (epochs, last - first))
+    nbytes, needed = (trajectory_nbytes(count, span, layout) for span in (epochs, last - first))
     if config.experts:
-        file = trajectories.read(Path(config.experts))
+        file = read_trajectory_file(Path(config.experts))
         count, nbytes = min(count, file.count), file.path.stat().st_size
-        needed = trajectories.nbytes(count, last - first, layout, file.manifest["dtype"])
-    place = experts.residency(needed, device)
+        needed = trajectory_nbytes(count, last - first, layout, file.manifest["dtype"])
+    place = choose_placement(needed, device)
     return {"experts": count, "epochs": epochs, "bytes": nbytes, "resident_bytes": needed, "place": place}

@@ -10,7 +10,14 @@ from torch import nn
 
 from condense import hdf5
 from condense.errors import CondenseError
-from condense.pretraining import committee, experts, trajectories
+from condense.pretraining import (
+    TRAJECTORY_FORMAT,
+    find_experts,
+    find_teachers,
+    load_expert_ensemble,
+    load_teacher_ensemble,
+    read_trajectory_file,
+)
 from condense.sets import DistilledSet
 
 
@@ -32,20 +39,20 @@ def recorded_teacher(
     """
     source = distilled.manifest.get("label_source", {})
     recorded = source.get("experts", {})
-    is_teacher_file = teachers is not None and hdf5.format_of(Path(teachers)) != trajectories.FORMAT.name
+    is_teacher_file = teachers is not None and hdf5.format_of(Path(teachers)) != TRAJECTORY_FORMAT.name
     if "teachers" in source or (is_teacher_file and not recorded):
         return _find_saved_teacher(distilled, source, teachers, device)
     members = {"count": recorded.get("count"), "epoch": source.get("epoch", -1)}
     if teachers is not None:
-        file = trajectories.read(Path(teachers))
-        if recorded and file.content(recorded["count"], recorded["epochs"]) != recorded["content"]:
+        file = read_trajectory_file(Path(teachers))
+        if recorded and file.content_key(recorded["count"], recorded["epochs"]) != recorded["content"]:
             raise CondenseError(f"--teachers {teachers}: not the experts that the set's labels came from")
-        return experts.teacher(file.path, device, distilled.shape, len(distilled.classes), **members), ""
-    path = experts.find(recorded)
+        return load_expert_ensemble(file.path, device, distilled.shape, len(distilled.classes), **members), ""
+    path = find_experts(recorded)
     if path is None:
         return None, "the experts that its labels came from are not found; give --teachers FILE" if recorded else ""
     try:
-        return experts.teacher(path, device, distilled.shape, len(distilled.classes), **members), ""
+        return load_expert_ensemble(path, device, distilled.shape, len(distilled.classes), **members), ""
     except CondenseError as fault:
         return None, str(fault)
 
@@ -55,11 +62,11 @@ def _find_saved_teacher(
 ) -> tuple[nn.Module | None, str]:
     """Finds the weighted ensemble of saved teachers; see :func:`recorded_teacher`."""
     recorded = source.get("teachers") or {}
-    path = committee.find(recorded) if teachers is None else Path(teachers)
+    path = find_teachers(recorded) if teachers is None else Path(teachers)
     if path is None:
         return None, "the teachers that its labels came from are not found; give --teachers FILE"
     try:
-        ensemble = committee.teacher(
+        ensemble = load_teacher_ensemble(
             path,
             device,
             distilled.shape,

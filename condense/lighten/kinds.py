@@ -60,8 +60,14 @@ from condense.lighten.settings import (
     TopKOptions,
     ViewOptions,
 )
-from condense.networks import MeanLogits, pretrained, saved
-from condense.pretraining import committee, experts, trajectories
+from condense.networks import MeanLogits, pretrained, read_teacher_file, saved
+from condense.pretraining import (
+    TRAJECTORY_FORMAT,
+    committee_of,
+    load_expert_ensemble,
+    load_teacher_ensemble,
+    read_trajectory_file,
+)
 from condense.sets import DistilledSet
 from condense.tracking import Progress
 
@@ -146,7 +152,7 @@ def teacher_facts(distilled: DistilledSet) -> dict[str, Any]:
 
 def _of_file(path: Path, source: dict[str, Any], distilled: DistilledSet, device: torch.device) -> Taught:
     """The teachers of a file: those that the set's labels came from where it holds them, else all of them."""
-    file = saved.read(path)
+    file = read_teacher_file(path)
     wanted = (source.get("teachers") or {}).get("sha256", [])
     same = bool(wanted) and set(wanted) <= {entry["sha256"] for entry in file.entries}
     if same:
@@ -154,10 +160,10 @@ def _of_file(path: Path, source: dict[str, Any], distilled: DistilledSet, device
         keys = [places[digest] for digest in wanted]
     else:
         keys = file.keys
-    about = committee.committee_of(file, keys, device).describe()
+    about = committee_of(file, keys, device).describe()
     weights = source.get("weights") if same else None
     try:
-        net = committee.teacher(
+        net = load_teacher_ensemble(
             path,
             device,
             distilled.shape,
@@ -417,13 +423,13 @@ def projector(job: Job, config: ProjectorOptions) -> ProjectorLabels:
 def _weak(job: Job, epochs: str) -> Taught:
     """The mean logits of some epochs of the experts that are named."""
     path = None if job.teachers is None else Path(job.teachers)
-    if path is None or hdf5.format_of(path) != trajectories.FORMAT.name:
+    if path is None or hdf5.format_of(path) != TRAJECTORY_FORMAT.name:
         raise CondenseError(f"weak_epochs={epochs}: are of experts; give --teachers FILE of `condense experts`")
-    file, chosen = trajectories.read(path), [int(epoch) for epoch in epochs.split(",")]
+    file, chosen = read_trajectory_file(path), [int(epoch) for epoch in epochs.split(",")]
     if max(chosen) > file.epochs:
         raise CondenseError(f"weak_epochs={epochs}: the experts of {path} have {file.epochs} epochs")
     shape, classes = job.distilled.shape, len(job.distilled.classes)
-    members = [experts.teacher(path, job.device, shape, classes, epoch=epoch) for epoch in chosen]
+    members = [load_expert_ensemble(path, job.device, shape, classes, epoch=epoch) for epoch in chosen]
     about = {
         "path": str(path.absolute()),
         "count": file.count,

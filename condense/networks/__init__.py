@@ -16,10 +16,30 @@ from condense.networks.architectures import (
     uses_batch_statistics,
     uses_dropout,
 )
-from condense.networks.ensemble import MeanLogits, device_of
+from condense.networks.ensemble import MeanLogits, device_of, mean_of_flat_networks
 from condense.networks.flat import Layout, layout_of
-from condense.networks.pretrained import CHECKPOINTS, SHIPPED, Backbone, Encoder, find, is_public
-from condense.networks.saved import Key, Member, Recorded, State, read
+from condense.networks.pretrained import (
+    CHECKPOINTS,
+    SHIPPED,
+    Backbone,
+    Encoder,
+    find,
+    is_public,
+    load_public_weights,
+    load_torch_checkpoint,
+)
+from condense.networks.saved import (
+    Member,
+    MemberKey,
+    State,
+    TeacherFile,
+    combined_sha256,
+    freeze,
+    member_title,
+    read_teacher_file,
+    state_nbytes,
+    write_teacher_file,
+)
 
 __all__ = [
     "CHECKPOINTS",
@@ -29,26 +49,34 @@ __all__ = [
     "Backbone",
     "ConvNet",
     "Encoder",
-    "Key",
     "Layout",
     "MeanLogits",
     "Member",
+    "MemberKey",
     "Network",
-    "Recorded",
     "Shape",
     "State",
+    "TeacherFile",
     "Wrapped",
     "build",
     "check",
+    "combined_sha256",
     "device_of",
     "find",
+    "freeze",
     "is_public",
     "layout_of",
     "library_version",
+    "load_public_weights",
+    "load_torch_checkpoint",
+    "mean_of_flat_networks",
+    "member_title",
     "name_of",
     "names",
-    "read",
+    "read_teacher_file",
     "reset",
+    "state_nbytes",
     "uses_batch_statistics",
     "uses_dropout",
+    "write_teacher_file",
 ]

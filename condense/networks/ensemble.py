@@ -40,19 +40,13 @@ def device_of(module: nn.Module) -> torch.device:
     return next((value.device for value in module.state_dict().values()), torch.device("cpu"))
 
 
-def mean_logits_of_flat(net: architectures.Network, layout: Layout, thetas: Tensor) -> nn.Module:
-    """Returns a module that computes the mean logits of K networks of one architecture.
-
-    Args:
-        net: Any network of that architecture; its own weights are not used.
-        layout: Names and shapes of its parameters.
-        thetas: Flat weights of the K networks, (K, P).
-    """
+def mean_of_flat_networks(net: architectures.Network, layout: Layout, thetas: Tensor) -> nn.Module:
+    """The mean logits, float32 (B, classes), of networks of one architecture with flat weights (K, P)."""
     return _Mean(net, layout, thetas)
 
 
-class _Mean(nn.Module):  # manifests name this class as the teacher's network
-    """Mean logits of networks of one architecture with flat weights (K, P)."""
+class _Mean(nn.Module):  # the name is in manifests
+    """See :func:`mean_of_flat_networks`."""
 
     def __init__(self, net: architectures.Network, layout: Layout, thetas: Tensor) -> None:
         super().__init__()

@@ -20,7 +20,7 @@ from condense.errors import CondenseError, did_you_mean, need
 from condense.files import content, is_existing_file
 from condense.formatting import by
 from condense.networks import architectures, saved
-from condense.networks.saved import State, try_load_state
+from condense.networks.saved import State, apply_state
 
 SHIPPED = ("tiny20-convnet-d3-w64-bn",)
 """Backbones that come with the package: trained on 64x64 images of 20 classes, made 32x32."""
@@ -158,12 +158,12 @@ def _teacher(path: Path, named: str, about: dict[str, Any]) -> Backbone:
     if not is_existing_file(str(path)):
         raise CondenseError(f"{named}: no such file: {path}")
     try:
-        file = saved.read(path)
+        file = saved.read_teacher_file(path)
         channels, height, width = file.manifest["image_shape"]
         if not is_normalisation(file.manifest.get("normalisation"), channels):
             raise CondenseError(f"{path}: does not say how its images were normalised; make it again, without zca")
         normalised = file.manifest["normalisation"]
-        net = file.member(0, torch.device("cpu")).network
+        net = file.load_member(0, torch.device("cpu")).network
     except CondenseError as fault:
         raise CondenseError(f"{named}: {fault}") from fault
     encoder = Encoder(net, (channels, height, width), normalised["mean"], normalised["std"])
@@ -279,7 +279,7 @@ def is_public(file: str) -> bool:
     return all(word.partition(":")[0] in LIBRARIES and ":" in word for word in file.split(","))
 
 
-def load_checkpoint(
+def load_torch_checkpoint(
     path: Path, network: str | Callable[..., nn.Module], shape: tuple[int, int, int], classes: int
 ) -> architectures.Network:
     """The network with the weights of a file of ``torch.save``.
@@ -292,7 +292,7 @@ def load_checkpoint(
         net = architectures.build(network, shape, classes)
     if isinstance(net, architectures.Wrapped) and not any(name.startswith("model.") for name in state):
         state = {f"model.{name}": value for name, value in state.items()}  # by its library's own names
-    if misfit := try_load_state(net, state):
+    if misfit := apply_state(net, state):
         wanted = f"{architectures.name_of(network)} for {by(shape)} images of {classes} classes"
         raise CondenseError(f"{path}: does not fit {wanted}: {misfit}")
     return net
@@ -304,7 +304,7 @@ def fill(net: nn.Module, path: Path, named: str) -> None:
     Raises:
         CondenseError: no such file, it holds more than tensors, or they do not fit.
     """
-    if misfit := try_load_state(net, _saved(path)):
+    if misfit := apply_state(net, _saved(path)):
         raise CondenseError(f"{named}: the file does not fit: {misfit}")
 
 
@@ -424,7 +424,7 @@ def timm_weights(name: str, named: str) -> Weights:
     )
 
 
-def load_public_network(file: str, shape: tuple[int, int, int], classes: int, transform: Transform) -> _Public:
+def load_public_weights(file: str, shape: tuple[int, int, int], classes: int, transform: Transform) -> _Public:
     """Public weights behind the space that ``transform`` leads to.
 
     Raises:

@@ -1,4 +1,4 @@
-"""whole networks in one HDF5 file."""
+"""Files of teachers: networks with all weights and buffers in one HDF5 file."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ FORMAT = hdf5.Format(
 )
 
 DTYPES = (np.float16, np.float32, np.float64, np.int32, np.int64, np.uint8, np.bool_)
-"""What arrays of a file may be of."""
+"""Data types that the arrays of a file may have."""
 
 State = dict[str, Tensor]
 
-Key = tuple[str, int]
+MemberKey = tuple[str, int]
 """A member's network and number."""
 
 # -- what a method sees -----------------------------------------------------------------------------------------------
@@ -66,7 +66,7 @@ class Member:
     """Of its state."""
 
 
-def network_nbytes(net: nn.Module) -> int:
+def state_nbytes(net: nn.Module) -> int:
     """Bytes of weights and buffers."""
     return sum(value.numel() * value.element_size() for value in net.state_dict().values())
 
@@ -75,7 +75,7 @@ def network_nbytes(net: nn.Module) -> int:
 
 
 @dataclass(frozen=True, eq=False)
-class Recorded:
+class TeacherFile:
     """A file of teachers. Members are read and verified when they are asked for."""
 
     path: Path
@@ -87,11 +87,11 @@ class Recorded:
         return self.manifest["members"]
 
     @property
-    def keys(self) -> list[Key]:
+    def keys(self) -> list[MemberKey]:
         """Network and number of each member."""
         return [(entry["network"], entry["number"]) for entry in self.entries]
 
-    def state(self, k: int) -> State:
+    def load_state(self, k: int) -> State:
         """Weights and buffers of member ``k`` by name, on the CPU.
 
         Raises:
@@ -106,13 +106,13 @@ class Recorded:
             )
         return found
 
-    def sound(self, k: int) -> bool:
+    def is_intact(self, k: int) -> bool:
         """Whether member ``k`` is what was written."""
         with contextlib.suppress(CondenseError):
-            return bool(self.state(k))
+            return bool(self.load_state(k))
         return False
 
-    def member(self, k: int, device: torch.device) -> Member:
+    def load_member(self, k: int, device: torch.device) -> Member:
         """Member ``k``, verified.
 
         Raises:
@@ -125,7 +125,7 @@ class Recorded:
                 net = architectures.build(entry["network"], (channels, height, width), len(known["classes"]))
         except CondenseError as fault:
             raise CondenseError(f"{self.path}: {fault}") from fault
-        if misfit := try_load_state(net, self.state(k)):
+        if misfit := apply_state(net, self.load_state(k)):
             raise CondenseError(
                 f"{self.path}: {member_title(entry)} is of another version of its network ({misfit}); make it again"
             )
@@ -140,14 +140,16 @@ class Recorded:
 
 
 def member_title(entry: Mapping[str, Any]) -> str:
+    """``teacher 0 of convnet-d3-w128-bn``, for messages."""
     return f"teacher {entry['number']} of {entry['network']}"
 
 
-def digests_key(digests: Iterable[str]) -> str:
+def combined_sha256(digests: Iterable[str]) -> str:
+    """SHA-256 of several SHA-256, in their order."""
     return hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
 
-def read(path: Path) -> Recorded:
+def read_teacher_file(path: Path) -> TeacherFile:
     """Opens a file of teachers from anywhere: types, sizes and links are checked, no member is read.
 
     Raises:
@@ -168,9 +170,9 @@ def read(path: Path) -> Recorded:
             raise CondenseError(f"{path}: the manifest is not one of teachers; it was not written by this toolkit")
         for k in range(len(manifest["members"])):
             _arrays(path, file, k)
-    if digests_key(entry["sha256"] for entry in manifest["members"]) != manifest["content"]:
+    if combined_sha256(entry["sha256"] for entry in manifest["members"]) != manifest["content"]:
         raise CondenseError(f"{path}: the manifest is damaged (its members are not those of its key); {AGAIN}")
-    return Recorded(path, manifest)
+    return TeacherFile(path, manifest)
 
 
 def _arrays(path: Path, file: Any, k: int) -> list[str]:
@@ -205,15 +207,16 @@ def write_teacher_file(
             for name, value in state.items():
                 group.create_dataset(name, data=value.numpy())
             entries.append(dict(entry))
-        key = digests_key(entry["sha256"] for entry in entries)
+        key = combined_sha256(entry["sha256"] for entry in entries)
         hdf5.sign(file, FORMAT, {**about, "members": entries, "content": key})
 
 
 def freeze(net: architectures.Network, device: torch.device) -> architectures.Network:
+    """Moves the network to the device, in eval mode and without gradients of its weights."""
     return net.to(device).requires_grad_(False).eval()
 
 
-def try_load_state(net: nn.Module, state: Mapping[str, Tensor]) -> str:
+def apply_state(net: nn.Module, state: Mapping[str, Tensor]) -> str:
     """Gives ``net`` the state, or changes nothing and says what does not fit."""
     own = net.state_dict()
     counters = {name: value for name, value in own.items() if name.endswith("num_batches_tracked")}

@@ -1,4 +1,4 @@
-"""teachers, served to a method."""
+"""Teachers of a method: loads or trains them, and returns them as a committee."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import contextlib
 import dataclasses
 import logging
 import math
-import statistics
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,53 +19,65 @@ from condense.data import Task, Transform, cache_dir, digests
 from condense.engine import Run
 from condense.errors import CondenseError
 from condense.formatting import by
-from condense.networks import CHECKPOINTS, Key, MeanLogits, Member, Recorded, is_public, read
-from condense.networks.pretrained import load_checkpoint, load_public_network
-from condense.networks.saved import digests_key, freeze, network_nbytes
-from condense.pretraining.budget import agreed_plan, groups, seconds_per_step, taught
-from condense.pretraining.store import Same, transform_digests
-from condense.pretraining.teachers import (
-    GROUP,
-    NETWORK,
-    Architecture,
-    Squeezing,
-    _check_last_batch,
-    _digest,
-    _record,
-    _student,
-    _train,
-    cache_file,
+from condense.networks import (
+    CHECKPOINTS,
+    MeanLogits,
+    Member,
+    MemberKey,
+    TeacherFile,
+    combined_sha256,
+    freeze,
+    is_public,
+    load_public_weights,
+    load_torch_checkpoint,
+    read_teacher_file,
+    state_nbytes,
 )
-from condense.training import TEST_CHUNK, pick_together
+from condense.pretraining.budget import TrainingPlan
+from condense.pretraining.pipeline import Architecture, MemoryStore, NetworkKey, load_or_train, split_training_data
+from condense.pretraining.store import ContentGuard, transform_digests
+from condense.pretraining.teachers import (
+    DEFAULT_TEACHER_NETWORK,
+    TeacherRecord,
+    TeacherStore,
+    TeacherTraining,
+    accuracy_source,
+    build_untrained,
+    check_last_batch,
+    recorded_teacher_training,
+    state_sha256,
+    teacher_cache_file,
+)
+from condense.training import TEST_CHUNK
 
 _log = logging.getLogger(__name__)
 
-GLANCE = 1000
-"""Most test images on which teachers of others are judged."""
+ACCURACY_SAMPLE = 1000
+"""Maximum number of test images that measure the accuracy of teachers that this toolkit did not train."""
 
 
 @dataclass(frozen=True, eq=False)
 class Committee:
-    """Teachers: the first one of each architecture, then the second ones, and so on."""
+    """Teachers: the first of each architecture, then the second ones, and so on."""
 
     members: tuple[Member, ...]
     source: str = ""
-    """Where they are from: path of a file, or the name of public weights; empty for those of the cache."""
+    """Path of their file, or name of public weights; empty for those of the cache."""
     judged_on: str = "test images"
-    """What their accuracies are of."""
+    """Images that their accuracies were measured on."""
 
     @property
-    def content(self) -> str:
-        """Key of the members' states."""
-        return digests_key(member.sha256 for member in self.members)
+    def content_key(self) -> str:
+        """SHA-256 of the members' states."""
+        return combined_sha256(member.sha256 for member in self.members)
 
-    def bytes(self) -> int:
-        """Of all members' states."""
-        return sum(network_nbytes(member.network) for member in self.members)
+    def nbytes(self) -> int:
+        """Bytes of all members' states."""
+        return sum(state_nbytes(member.network) for member in self.members)
 
     def mean(self, weights: Sequence[float] | None = None) -> nn.Module:
-        """A frozen network in eval mode that takes images (B,C,H,W) in training space to the members' mean logits,
-        float32 (B,classes). It shares the members' networks, and its state holds all of theirs.
+        """Returns a frozen network in eval mode that maps images (B,C,H,W) in training space to the members' mean
+        logits, float32 (B,classes). It shares the members' networks, and its state holds all of theirs.
 
         Args:
             weights: of the members, in their order, scaled to a sum of 1; None: all alike.
@@ -78,21 +88,26 @@ class Committee:
         return MeanLogits([member.network for member in self.members], weights).requires_grad_(False).eval()
 
     def describe(self) -> dict[str, Any]:
-        """For the manifest of a set: where they are (no path if in the cache), which, how good and how large."""
+        """For the manifest of a set: path (None in the cache), networks, content keys, accuracies, size and seconds."""
         return {
-            "path": self.source or None, "content": self.content,
+            "path": self.source or None,
+            "content": self.content_key,
             "networks": [member.name for member in self.members],
             "numbers": [member.number for member in self.members],
             "sha256": [member.sha256 for member in self.members],
-            "accuracies": [round(member.accuracy, 6) for member in self.members], "judged_on": self.judged_on,
-            "bytes": self.bytes(), "seconds": round(sum(member.seconds for member in self.members), 2),
-        }  # fmt: skip
+            "accuracies": [round(member.accuracy, 6) for member in self.members],
+            "judged_on": self.judged_on,
+            "bytes": self.nbytes(),
+            "seconds": round(sum(member.seconds for member in self.members), 2),
+        }
 
 
-def committee_of(file: Recorded, keys: Sequence[Key], device: torch.device, source: str | None = None) -> Committee:
-    """The members of ``file`` of these keys, in their order; ``source``: the file unless given."""
+def committee_of(
+    file: TeacherFile, keys: Sequence[MemberKey], device: torch.device, source: str | None = None
+) -> Committee:
+    """Loads the members of ``file`` with these keys, in their order. ``source`` is the path of the file by default."""
     places = {key: k for k, key in enumerate(file.keys)}
-    members = tuple(file.member(places[key], device) for key in keys)
+    members = tuple(file.load_member(places[key], device) for key in keys)
     source = str(file.path.absolute()) if source is None else source
     return Committee(members, source, str(file.manifest.get("judged_on", "")))
 
@@ -110,219 +125,194 @@ def require_batch_norm(committee: Committee) -> None:
 def _check_batch_norm(net: nn.Module, name: str) -> None:
     if not networks.uses_batch_statistics(net):
         raise CondenseError(
-            f"teacher {name} has no BatchNorm, whose statistics this method matches; take a network such as {NETWORK}"
+            f"teacher {name} has no BatchNorm, whose statistics this method matches; take a network such as "
+            f"{DEFAULT_TEACHER_NETWORK}"
         )
 
 
-def provide(
+def load_or_train_teachers(
     run: Run,
-    squeezing: Squeezing,
+    training: TeacherTraining,
     *,
     file: str = "",
     architectures: Sequence[Architecture],
     count: int = 1,
     batch_norm: bool = False,
 ) -> Committee:
-    """The teachers of a method's run: named ones, else those of the cache, where missing ones are trained. Once a run.
+    """Returns the teachers of a method's run: named ones, else those of the cache, where missing ones are trained.
 
-    Teachers of the cache count as the run's own work, whenever they were trained; ``preparation`` in
-    the manifest states them. Of a
-    time limit they take a third at most: as many whole epochs for all as fit, or one epoch for fewer of them. Named
-    ones are free. ``teachers`` in the manifest describes them.
+    Of a time limit the training takes a third at most: as many whole epochs for all teachers as fit, or one epoch for
+    fewer of them. Named teachers cost nothing. The note ``teachers`` in the manifest describes them.
 
     Args:
         run: of the method.
-        squeezing: how they are trained, where they are not named.
+        training: of the teachers, unless they are named.
         file: ``teachers`` of :class:`TeacherOptions`, or nothing.
         architectures: of the teachers.
-        count: of each architecture.
+        count: number of teachers of each architecture.
         batch_norm: refuse teachers without BatchNorm, before any is trained.
 
     Raises:
-        Interrupted: SIGINT or SIGTERM; teachers that are done stay in the cache.
-        CondenseError: named teachers do not suit the run, one diverged, or the cache cannot be written.
+        Interrupted: SIGINT or SIGTERM; finished teachers stay in the cache.
+        CondenseError: the run cannot use the named teachers, one diverged, or the cache cannot be written.
     """
     if file:
-        committee = _named(run, file, architectures, count)
+        committee = _load_named_teachers(run, file, architectures, count)
         if batch_norm:
             require_batch_norm(committee)
-        run.keep("teachers", Same(committee.content, file, "teachers"))
+        run.keep("teachers", ContentGuard(committee.content_key, file, "teachers"))
         run.note("teachers", committee.describe())
         return committee
-    source, unit = taught(run, squeezing.recipe.batch, squeezing.held_out)
-    precision = squeezing.precision or run.precision
-    for one in architectures:
-        with rng.seeded("layout"):
-            net = networks.build(one, source.shape, source.num_classes)
+    source, steps_per_epoch = split_training_data(run, training.recipe.batch, training.held_out)
+    for architecture in architectures:
+        net, name = build_untrained(architecture, source), networks.name_of(architecture)
         if batch_norm:
-            _check_batch_norm(net, networks.name_of(one))
-        _check_last_batch(net, networks.name_of(one), len(source.train), squeezing.recipe.batch)
+            _check_batch_norm(net, name)
+        check_last_batch(net, name, len(source.train), training.recipe.batch)
 
-    def seconds() -> float:
-        together = min(count, GROUP) if pick_together(run.device) else 1
-        paces = []
-        for one in architectures:
-            students = [_student(run, source, one, k) for k in range(together)]
-            paces.append(seconds_per_step(run, students, squeezing.recipe, precision))
-        return statistics.mean(paces)
+    def open_cache(plan: TrainingPlan, keys: Sequence[NetworkKey]) -> TeacherStore:
+        shorter = dataclasses.replace(training, epochs=plan.units)
+        members = [(networks.name_of(architecture), number) for architecture, number in keys]
+        path = teacher_cache_file(run, shorter)
+        return TeacherStore(run, shorter, path, members, source, steps_per_epoch, True)
 
-    if run.ranks.leads:
-        run.begin()
-    wanted = [(one, k) for k in range(count) for one in architectures]
-    plan = agreed_plan(run, seconds, networks=len(wanted), units=squeezing.epochs, unit_steps=unit)
-    shorter = dataclasses.replace(squeezing, epochs=plan.units)
-    again = f"stopped while training its teachers; go on with: condense resume {run.directory}"
-    began, chosen = time.monotonic(), wanted[: plan.networks]
-    if run.dry_run or not all(isinstance(one, str) for one in architectures):  # a name must say what is kept
-        committee, from_cache = _unkept(run, shorter, source, chosen, plan.unit_steps, again), 0
-        if run.dry_run:  # as large as wanted
-            committee = _filled(committee, run, source, wanted)
-        credited = 0.0
+    store = load_or_train(
+        run,
+        recorded_teacher_training(run, training, source),
+        [(architecture, number) for number in range(count) for architecture in architectures],
+        open_cache,
+        units=training.epochs,
+        unit_steps=steps_per_epoch,
+    )
+    if isinstance(store, MemoryStore):
+        committee = _committee_in_memory(store, source, run.device, accuracy_source(training))
     else:
-        keys = [(networks.name_of(one), k) for one, k in chosen]
-        made = _record(run, shorter, cache_file(run, shorter), keys, again, force=True)
-        committee = committee_of(made.file, keys, run.device, "")
-        there = [member for member in committee.members if (member.name, member.number) not in made.trained]
-        credited, from_cache = sum(member.seconds for member in there), len(there)
-    run.credit(credited)
+        committee = committee_of(read_teacher_file(store.path), store.keys, run.device, "")
     run.note("teachers", committee.describe())
-    trained = plan.networks - from_cache
-    run.note("preparation", {
-        "networks": plan.networks, "networks_wanted": len(wanted), "steps_each": plan.steps,
-        "steps_each_wanted": squeezing.epochs * unit, "epochs": plan.units, "epochs_wanted": squeezing.epochs,
-        "from_cache": from_cache,
-        "seconds": round(credited + (time.monotonic() - began if trained else 0.0), 2),
-    })  # fmt: skip
     return committee
 
 
-def _unkept(
-    run: Run, squeezing: Squeezing, source: Task, chosen: Sequence[tuple[Architecture, int]], unit: int, again: str
+def _committee_in_memory(
+    store: MemoryStore[TeacherRecord], source: Task, device: torch.device, judged_on: str
 ) -> Committee:
-    """Teachers that no file keeps: a rehearsal's, and those of networks that were given in Python."""
-    members: dict[tuple[Architecture, int], Member] = {}
-    for one in dict.fromkeys(one for one, _ in chosen):
-        numbers = [k for other, k in chosen if other is one]
-        words = f"{len(numbers)} teachers {networks.name_of(one)}, {squeezing.epochs} epochs"
-        for group, report in groups(run, numbers, squeezing.epochs * unit, words, again, GROUP):
-            for entry, state in _train(run, squeezing, source, one, group, unit, report, None):
-                with rng.seeded("layout"):
-                    net = networks.build(one, source.shape, source.num_classes)
-                net.load_state_dict(state)
-                members[one, entry["number"]] = Member(
-                    freeze(net, run.device), entry["network"], entry["accuracy"], entry["seconds"], entry["number"],
-                    entry["sha256"],
-                )  # fmt: skip
-    judged_on = "held-out images" if squeezing.held_out else "test images"
-    return Committee(tuple(members[pair] for pair in chosen), "", judged_on)
+    members = []
+    for architecture, number in store.keys:
+        entry, state = store.records[architecture, number]
+        net = build_untrained(architecture, source)
+        net.load_state_dict(state)
+        name, accuracy, seconds = entry["network"], entry["accuracy"], entry["seconds"]
+        members.append(Member(freeze(net, device), name, accuracy, seconds, number, entry["sha256"]))
+    for architecture, number in store.untrained:  # so that a dry run has the memory of the whole committee
+        net = freeze(build_untrained(architecture, source), device)
+        members.append(Member(net, networks.name_of(architecture), 0.0, number=number))
+    return Committee(tuple(members), "", judged_on)
 
 
-def _filled(committee: Committee, run: Run, source: Task, wanted: Sequence[tuple[Architecture, int]]) -> Committee:
-    """The committee with untrained members in the place of those that are wanting."""
-    members = list(committee.members)
-    for one, k in wanted[len(members) :]:
-        with rng.seeded("layout"):
-            net = networks.build(one, source.shape, source.num_classes)
-        members.append(Member(freeze(net, run.device), networks.name_of(one), 0.0, number=k))
-    return dataclasses.replace(committee, members=tuple(members))
-
-
-def _named(run: Run, file: str, architectures: Sequence[Architecture], count: int) -> Committee:
-    """The teachers that ``file`` names, checked against the run."""
+def _load_named_teachers(run: Run, file: str, architectures: Sequence[Architecture], count: int) -> Committee:
+    """Loads the teachers that the setting ``teachers`` names, and checks that the run can use them."""
     task = run.task
     if is_public(file):
-        nets = {one: load_public_network(one, task.shape, task.num_classes, task.transform) for one in file.split(",")}
-        judged = [_judged(run, net, one, one) for one, net in nets.items()]
-        return Committee(tuple(one.members[0] for one in judged), file, judged[0].judged_on)
+        nets = {
+            name: load_public_weights(name, task.shape, task.num_classes, task.transform) for name in file.split(",")
+        }
+        committees = [_with_accuracy(run, net, name, name) for name, net in nets.items()]
+        return Committee(tuple(committee.members[0] for committee in committees), file, committees[0].judged_on)
     path = Path(file)
     if path.suffix in CHECKPOINTS:
         if len(architectures) > 1 or count > 1:
-            raise CondenseError(f"teachers={file}: a checkpoint is one network; leave out committee and num_teachers, "
-                                "or give a file of `condense teachers`")  # fmt: skip
-        net = load_checkpoint(path, architectures[0], task.shape, task.num_classes)
-        return _judged(run, net, networks.name_of(architectures[0]), str(path.absolute()))
-    named = read(path)
-    _check_suits(named, task)
-    there: dict[str, int] = {}
-    for name, _ in named.keys:
-        there[name] = there.get(name, 0) + 1
-    for name in map(networks.name_of, architectures):
-        if name not in there:
             raise CondenseError(
-                f"{file}: holds no teacher of {name}, only of {', '.join(there)}; give committee={','.join(there)}"
+                f"teachers={file}: a checkpoint is one network; leave out committee and num_teachers, or give a file "
+                "of `condense teachers`"
             )
-        if there[name] < count:
+        net = load_torch_checkpoint(path, architectures[0], task.shape, task.num_classes)
+        return _with_accuracy(run, net, networks.name_of(architectures[0]), str(path.absolute()))
+    named = read_teacher_file(path)
+    _check_teacher_file(named, task)
+    numbers = {name: sorted(k for other, k in named.keys if other == name) for name, _ in named.keys}
+    names = [networks.name_of(architecture) for architecture in architectures]
+    for name in names:
+        if name not in numbers:
             raise CondenseError(
-                f"{file}: holds {there[name]} of the {count} teachers of {name}; add some with `condense teachers "
-                f"--count {count}`, or give num_teachers={there[name]}"
+                f"{file}: holds no teacher of {name}, only of {', '.join(numbers)}; give committee={','.join(numbers)}"
             )
-    firsts = {name: sorted(k for other, k in named.keys if other == name) for name in there}
-    keys = [(networks.name_of(one), firsts[networks.name_of(one)][k]) for k in range(count) for one in architectures]
-    return committee_of(named, keys, run.device)
+        if len(numbers[name]) < count:
+            raise CondenseError(
+                f"{file}: holds {len(numbers[name])} of the {count} teachers of {name}; add some with `condense "
+                f"teachers --count {count}`, or give num_teachers={len(numbers[name])}"
+            )
+    return committee_of(named, [(name, numbers[name][k]) for k in range(count) for name in names], run.device)
 
 
-def _check_suits(file: Recorded, task: Task) -> None:
-    """Finds before any work that a file cannot serve the data.
+def _check_teacher_file(file: TeacherFile, task: Task) -> None:
+    """Checks before any work that the teachers of a file fit the data.
 
     Raises:
-        CondenseError: it is of other classes, image size or normalisation.
+        CondenseError: they have other classes, image size or normalisation.
     """
-    known = file.manifest
-    for what, has, wants in (
-        ("image size", by(known["image_shape"]), by(task.shape)),
-        ("classes", _few(known["classes"]), _few(task.classes)),
+    manifest = file.manifest
+    for what, stored, expected in (
+        ("image size", by(manifest["image_shape"]), by(task.shape)),
+        ("classes", _format_classes(manifest["classes"]), _format_classes(task.classes)),
     ):
-        if has != wants:
-            raise CondenseError(f"{file.path}: its teachers are of another {what} ({has}, not {wants})")
-    if known["classes"] != list(task.classes):
+        if stored != expected:
+            raise CondenseError(f"{file.path}: its teachers are of another {what} ({stored}, not {expected})")
+    if manifest["classes"] != list(task.classes):
         raise CondenseError(f"{file.path}: its teachers are of other classes, or of these in another order")
-    if known["transform"] != transform_digests(task):
+    if manifest["transform"] != transform_digests(task):
         raise CondenseError(f"{file.path}: its teachers saw the data under another normalisation (zca=true or not?)")
 
 
-def _few(classes: Sequence[Any]) -> str:
+def _format_classes(classes: Sequence[Any]) -> str:
     return f"{len(classes)} of {', '.join(map(str, classes[:3]))}" + ", ..." * (len(classes) > 3)
 
 
-def _judged(run: Run, net: networks.Network, name: str, source: str) -> Committee:
-    """A teacher of others with its accuracy on some test images, which tells that classes or normalisation differ."""
-    net, task, right = freeze(net, run.device), run.task, 0
-    ids = rng.Draws(0, "glance").sample(len(task.test), min(GLANCE, len(task.test))).sort().values
+def _with_accuracy(run: Run, net: networks.Network, name: str, source: str) -> Committee:
+    """A teacher that this toolkit did not train, with its accuracy on some test images.
+
+    A low accuracy warns that its classes or its normalisation differ.
+    """
+    net, task, correct = freeze(net, run.device), run.task, 0
+    ids = rng.Draws(0, "glance").sample(len(task.test), min(ACCURACY_SAMPLE, len(task.test))).sort().values
     with torch.no_grad():
         for part in ids.split(TEST_CHUNK):
             labels = torch.from_numpy(task.test.labels[part.numpy()]).to(run.device)
-            right += int((net(task.test_batch(part)).argmax(1) == labels).sum())
-    share = right / len(ids)
+            correct += int((net(task.test_batch(part)).argmax(1) == labels).sum())
+    share = correct / len(ids)
     if share < 2 / task.num_classes:
         _log.warning(
             "condense: teacher %s gets %.1f %% of the test images right: were its classes in another order, or its "
-            "images normalised in another way?", source, 100 * share,
-        )  # fmt: skip
-    member = Member(net, name, share, sha256=_digest(net.state_dict()))
+            "images normalised in another way?",
+            source,
+            100 * share,
+        )
+    member = Member(net, name, share, sha256=state_sha256(net.state_dict()))
     return Committee((member,), source, f"{len(ids)} test images")
 
 
 # -- teachers of a set's labels ---------------------------------------------------------------------------------------
 
 
-def find(described: Mapping[str, Any]) -> Path | None:
-    """Where the teachers are that ``Committee.describe()`` told of: where they lay, or in the cache; None where they
-    are gone. A checkpoint that is still there, and public weights by their name, are compared when they are read."""
-    wanted = described.get("sha256")
-    if not isinstance(wanted, list) or not wanted or digests_key(map(str, wanted)) != described.get("content"):
+def find_teachers(described: Mapping[str, Any]) -> Path | None:
+    """Returns the file of the teachers that ``Committee.describe()`` described, also if it was moved to the cache.
+
+    Returns None if it is not found. The contents of a checkpoint and of public weights are compared when they are read.
+    """
+    expected = described.get("sha256")
+    if not isinstance(expected, list) or not expected:
         return None
-    named, cached = described.get("path"), cache_dir() / "teachers"
+    if combined_sha256(map(str, expected)) != described.get("content"):
+        return None
+    named, cache = described.get("path"), cache_dir() / "teachers"
     if isinstance(named, str) and (is_public(named) or (Path(named).suffix in CHECKPOINTS and Path(named).is_file())):
         return Path(named)
-    places = [Path(named)] if isinstance(named, str) else []
-    for path in (*places, *(sorted(cached.glob("*.h5")) if cached.exists() else ())):
+    for path in (*([Path(named)] if isinstance(named, str) else []), *sorted(cache.glob("*.h5"))):
         with contextlib.suppress(CondenseError):
-            if set(wanted) <= {entry["sha256"] for entry in read(path).entries}:
+            if set(expected) <= {entry["sha256"] for entry in read_teacher_file(path).entries}:
                 return path
     return None
 
 
-def teacher(
+def load_teacher_ensemble(
     path: Path,
     device: torch.device,
     shape: tuple[int, int, int] | None = None,
@@ -332,54 +322,58 @@ def teacher(
     weights: Sequence[float] | None = None,
     transform: Transform | None = None,
 ) -> nn.Module:
-    """A network, in eval mode on the device, that gives the mean logits of teachers.
+    """Returns a network, in eval mode on the device, that computes the mean logits of teachers.
 
     Args:
         path: of their file, of a checkpoint, or a name of public weights.
         device: where it computes.
-        shape: (C,H,W) that its images must have; needed for what is no file of `condense teachers`.
-        classes: number of classes that it must have; needed likewise.
-        described: what ``Committee.describe()`` told of the teachers that are wanted; None: all of the file.
+        shape: (C,H,W) that its images must have; required unless ``path`` is a file of `condense teachers`.
+        classes: number of classes that it must have; required in the same cases.
+        described: result of ``Committee.describe()`` for the requested teachers; None: all of the file.
         weights: of the teachers, as for :meth:`Committee.mean`.
-        transform: the map to the training space of its images; needed for public weights, else compared.
+        transform: the map to the training space of its images; required for public weights, else compared.
 
     Raises:
         CondenseError: the file is damaged or of other images, classes or normalisation, or holds other teachers.
     """
     file = str(path)
-    others = CondenseError(f"{file}: holds other teachers than those that are asked for")
-    wanted = [str(digest) for digest in (described or {}).get("sha256", [])]
+    different_teachers_error = CondenseError(f"{file}: holds other teachers than those that are asked for")
+    expected_digests = [str(digest) for digest in (described or {}).get("sha256", [])]
     if not is_public(file) and path.suffix not in CHECKPOINTS:
-        recorded = read(path)
-        known = recorded.manifest
-        for what, has, wants in (
-            ("image size", known["image_shape"], list(shape) if shape else None),
-            ("number of classes", len(known["classes"]), classes),
-            ("normalisation", known["transform"], digests(transform) if transform is not None else None),
+        recorded = read_teacher_file(path)
+        manifest = recorded.manifest
+        for what, stored, expected in (
+            ("image size", manifest["image_shape"], list(shape) if shape else None),
+            ("number of classes", len(manifest["classes"]), classes),
+            ("normalisation", manifest["transform"], digests(transform) if transform is not None else None),
         ):
-            if wants is not None and has != wants:
-                seen = f" ({has}, not {wants})" if what != "normalisation" else ""
-                raise CondenseError(f"{file}: its teachers are of another {what}{seen}")
-        places = {entry["sha256"]: k for k, entry in enumerate(recorded.entries)}
-        if not set(wanted) <= set(places):
-            raise others
-        chosen = [places[digest] for digest in wanted] or range(len(recorded.entries))
-        return Committee(tuple(recorded.member(k, device) for k in chosen)).mean(weights)
+            if expected is not None and stored != expected:
+                values = f" ({stored}, not {expected})" if what != "normalisation" else ""
+                raise CondenseError(f"{file}: its teachers are of another {what}{values}")
+        indices = {entry["sha256"]: k for k, entry in enumerate(recorded.entries)}
+        if not set(expected_digests) <= set(indices):
+            raise different_teachers_error
+        chosen = [indices[digest] for digest in expected_digests] or range(len(recorded.entries))
+        return Committee(tuple(recorded.load_member(k, device) for k in chosen)).mean(weights)
     names = [str(name) for name in (described or {}).get("networks", [])]
     if shape is None or classes is None or len(names) != len(file.split(",") if is_public(file) else [file]):
-        raise CondenseError(f"{file}: only a set that was labelled by it says what it is; give a file of "
-                            "`condense teachers`")  # fmt: skip
+        raise CondenseError(
+            f"{file}: only a set that was labelled by it says what it is; give a file of `condense teachers`"
+        )
     if is_public(file):
         if transform is None:
             raise CondenseError(f"{file}: public weights need the normalisation of their images")
-        nets: list[networks.Network] = [load_public_network(one, shape, classes, transform) for one in file.split(",")]
+        nets: list[networks.Network] = [
+            load_public_weights(name, shape, classes, transform) for name in file.split(",")
+        ]
     else:
         networks.check(names[0])
-        nets = [load_checkpoint(path, names[0], shape, classes)]
-    found = [_digest(net.state_dict()) for net in nets]
-    if wanted != found:
-        raise others
+        nets = [load_torch_checkpoint(path, names[0], shape, classes)]
+    net_digests = [state_sha256(net.state_dict()) for net in nets]
+    if expected_digests != net_digests:
+        raise different_teachers_error
     members = [
-        Member(freeze(net, device), name, math.nan, sha256=digest) for net, name, digest in zip(nets, names, found)
+        Member(freeze(net, device), name, math.nan, sha256=digest)
+        for net, name, digest in zip(nets, names, net_digests)
     ]
     return Committee(tuple(members)).mean(weights)

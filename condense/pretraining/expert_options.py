@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from condense.augment import dsa
 from condense.data import Task
-from condense.pretraining.trajectories import Training
+from condense.pretraining.trajectories import ExpertTraining
 from condense.training import Recipe
 
 
@@ -62,7 +62,7 @@ class ExpertOptions:
         """The first and the last epoch at which students start or that they are matched with."""
         return self.min_start_epoch, min(self.max_start_epoch - 1 + self.expert_epochs, self.epochs_needed())
 
-    def training(self, task: Task) -> Training:
+    def expert_training(self, task: Task) -> ExpertTraining:
         """The experts' training: SGD at a constant rate, by default plain, so that students without momentum follow."""
         recipe = Recipe(
             steps=0,
@@ -73,4 +73,4 @@ class ExpertOptions:
             drops=(),
             augment=dsa(self.augment, mirror=task.mirror),
         )
-        return Training(recipe, None, None)
+        return ExpertTraining(recipe)

@@ -1,11 +1,10 @@
-"""expert trajectories, served to a method."""
+"""Experts of a method: loads or trains them, and returns their weights at each epoch."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import os
-import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,23 +20,28 @@ from condense.device import free_host_memory
 from condense.engine import Run
 from condense.errors import CondenseError
 from condense.formatting import by
-from condense.networks import Layout, layout_of
-from condense.networks.ensemble import mean_logits_of_flat
-from condense.pretraining.budget import agreed_plan, groups, seconds_per_step, taught
-from condense.pretraining.store import Same, transform_digests
-from condense.pretraining.trajectories import GROUP, Recorded, Training, _student, _train, cache_file, read, record
-from condense.training import pick_together
+from condense.networks import Layout, layout_of, mean_of_flat_networks
+from condense.pretraining.budget import TrainingPlan
+from condense.pretraining.pipeline import Architecture, MemoryStore, NetworkKey, load_or_train, split_training_data
+from condense.pretraining.store import ContentGuard, transform_digests
+from condense.pretraining.trajectories import (
+    ExpertRecord,
+    ExpertTraining,
+    TrajectoryFile,
+    TrajectoryStore,
+    expert_cache_file,
+    read_trajectory_file,
+    recorded_expert_training,
+)
 
 _log = logging.getLogger(__name__)
 
-PREFETCHED = 64
-"""Most snapshots on their way to a GPU."""
-
-# -- what a method sees -----------------------------------------------------------------------------------------------
+MAX_PREFETCHED = 64
+"""Maximum number of snapshots that are copied to a GPU ahead of their use."""
 
 
-def residency(size: int, device: torch.device) -> str:
-    """Where ``size`` bytes of snapshots lie while a method runs.
+def choose_placement(size: int, device: torch.device) -> str:
+    """Returns where ``size`` bytes of snapshots are kept while a method runs.
 
     On CUDA: ``device`` where they fit in half of its free memory; else ``pinned`` host memory, from which they are
     copied ahead, where they fit in half of the free host memory; else ``mapped`` from the file. Elsewhere: ``memory``
@@ -52,13 +56,13 @@ def residency(size: int, device: torch.device) -> str:
 
 
 class Experts:
-    """Snapshots of experts, served as float32 on the device. Where they lie is decided by :func:`residency`.
+    """Snapshots of experts, returned as float32 on the device. :func:`choose_placement` decides where they are kept.
 
     Attributes:
-        count: experts.
+        count: number of experts.
         epochs: of their training; there is one snapshot more.
-        layout: what the P numbers of a snapshot are.
-        place: device, pinned, memory or mapped.
+        layout: of the P numbers of a snapshot.
+        placement: device, pinned, memory or mapped.
     """
 
     def __init__(
@@ -67,13 +71,13 @@ class Experts:
         values: Tensor,
         device: torch.device,
         *,
-        place: str = "memory",
+        placement: str = "memory",
         epochs: int,
         first: int = 0,
-        file: Recorded | None = None,
+        file: TrajectoryFile | None = None,
     ) -> None:
         """``values`` (count, snapshots, P) begin at epoch ``first``; other epochs are read from ``file``."""
-        self.layout, self.values, self.device, self.place = layout, values, device, place
+        self.layout, self.values, self.device, self.placement = layout, values, device, placement
         self.count, self.epochs = len(values), epochs
         self._first, self._file = first, file
         self._coming: dict[tuple[int, int], Tensor] = {}
@@ -97,185 +101,204 @@ class Experts:
             return self.values[k, t - self._first]
         assert self._file is not None
         self._file.verify([k], [t])
-        return _tensor(self._file.values[k, t])
+        return _readonly_tensor(self._file.values[k, t])
 
     def prefetch(self, pairs: Iterable[tuple[int, int]]) -> None:
-        """Starts to copy what :meth:`at` will be asked for, as (k, t); does nothing where there is nothing to gain."""
-        if self.place != "pinned":
+        """Starts to copy the snapshots (k, t) to the GPU for :meth:`at`, where they are in pinned memory."""
+        if self.placement != "pinned":
             return
         self._stream = self._stream or torch.cuda.Stream(self.device)
         with torch.cuda.stream(self._stream):
             for k, t in pairs:
                 if (k, t) not in self._coming and 0 <= t - self._first < self.values.shape[1]:
                     self._coming[k, t] = self._stored(k, t).to(self.device, non_blocking=True)
-        while len(self._coming) > PREFETCHED:  # what nobody asked for
+        while len(self._coming) > MAX_PREFETCHED:  # copied, but never used
             del self._coming[next(iter(self._coming))]
 
     def seconds(self, numbers: Iterable[int]) -> float:
-        """Seconds that the training of these experts took, as the file tells; 0 where there is none."""
+        """Training seconds of these experts, from the file; 0 without a file."""
         return self._file.seconds(numbers, self.epochs) if self._file is not None else 0.0
 
     def describe(self) -> dict[str, Any]:
-        """For the manifest of a set: the file (no path if it is the cache's), key and number of its snapshots."""
+        """For the manifest of a set: path (None in the cache), content key, number and size of the snapshots."""
         if self._file is None:
             return {"path": None, "content": None, "count": self.count, "epochs": self.epochs, "bytes": 0}
         path = self._file.path.absolute()
         return {
             "path": None if path.is_relative_to(cache_dir().absolute()) else str(path),
-            "content": self._file.content(self.count, self.epochs),
-            "count": self.count, "epochs": self.epochs, "bytes": path.stat().st_size,
+            "content": self._file.content_key(self.count, self.epochs),
+            "count": self.count,
+            "epochs": self.epochs,
+            "bytes": path.stat().st_size,
             "seconds": round(self.seconds(range(self.count)), 2),
-        }  # fmt: skip
+        }
 
 
-def _tensor(array: np.ndarray) -> Tensor:
-    """The array as a tensor that shares its memory, which is never written to."""
+def _readonly_tensor(array: np.ndarray) -> Tensor:
+    """Returns a tensor that shares the array's memory, which is never written to."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*not writable")
         return torch.from_numpy(array)
 
 
-def load(file: Recorded, device: torch.device, *, count: int, epochs: int, first: int, last: int) -> Experts:
-    """The first experts of a file up to ``epochs``, those of ``first`` to ``last`` at hand.
+def load_experts(
+    file: TrajectoryFile, device: torch.device, *, count: int, epochs: int, first: int, last: int
+) -> Experts:
+    """Loads the first experts of a file up to ``epochs``; those of ``first`` to ``last`` stay in memory.
 
     Raises:
         CondenseError: one of their snapshots is damaged.
     """
     first, last = min(first, epochs), min(last, epochs)
     file.verify(range(count), sorted({*range(first, last + 1), epochs}))
-    needed = _tensor(file.values[:count, first : last + 1])
-    place = residency(needed.nbytes, device)
-    if place != "mapped":
-        where = device if place == "device" else torch.device("cpu")
-        values = torch.empty(needed.shape, dtype=needed.dtype, device=where, pin_memory=place == "pinned")
+    needed = _readonly_tensor(file.values[:count, first : last + 1])
+    placement = choose_placement(needed.nbytes, device)
+    if placement != "mapped":
+        where = device if placement == "device" else torch.device("cpu")
+        values = torch.empty(needed.shape, dtype=needed.dtype, device=where, pin_memory=placement == "pinned")
         for k in range(count):
             values[k].copy_(needed[k])
         needed = values
-    return Experts(file.layout, needed, device, place=place, epochs=epochs, first=first, file=file)
+    return Experts(file.layout, needed, device, placement=placement, epochs=epochs, first=first, file=file)
 
 
-def provide(
+def load_or_train_experts(
     run: Run,
-    training: Training,
+    training: ExpertTraining,
     *,
     file: str = "",
     count: int,
     epochs: int,
     first: int = 0,
     last: int,
-    least: int = 1,
+    min_epochs: int = 1,
     dtype: str = "float16",
 ) -> Experts:
-    """The experts of a method's run: those of a file that was named, else of the cache, where missing ones are trained.
+    """Returns the experts of a method's run: those of a named file, else of the cache, where missing ones are trained.
 
-    Experts of the cache count as the run's own work, whenever they were trained; ``preparation`` in
-    the manifest states them. Of a
-    time limit they take a third at most: as many whole epochs for all as fit, or ``least`` epochs for fewer of them.
-    A file that was named is free.
+    Of a time limit the training takes a third at most: as many whole epochs for all experts as fit, or ``min_epochs``
+    for fewer of them. Experts of a named file cost nothing. The note ``trajectories`` in the manifest describes them.
 
     Args:
         run: of the method.
-        training: of the experts, where they are not of a named file.
+        training: of the experts, unless a file is named.
         file: path of a file, or nothing.
-        count: experts, at most.
+        count: maximum number of experts.
         epochs: of their training.
-        first: the first epoch that is asked for.
-        last: the last epoch that is asked for, but for the last of all.
-        least: fewest epochs of use.
+        first: first epoch that the method uses.
+        last: last epoch that the method uses, besides the very last one.
+        min_epochs: minimum number of useful epochs.
         dtype: float16 or float32, of the stored weights.
 
     Raises:
-        Interrupted: SIGINT or SIGTERM; experts that are done stay in the cache.
-        CondenseError: the file does not suit the run, an expert diverged, or the cache cannot be written.
+        Interrupted: SIGINT or SIGTERM; finished experts stay in the cache.
+        CondenseError: the run cannot use the file, an expert diverged, or the cache cannot be written.
     """
     layout = layout_of(run.network, run.task)
     if file:
-        named = read(Path(file))
-        check_suits(named, run, layout, last)
-        count, long = min(count, named.count), named.epochs
-        run.keep("experts", Same(named.content(count, long), named.path, "experts"))
-        experts = load(named, run.device, count=count, epochs=long, first=first, last=last)
+        named = read_trajectory_file(Path(file))
+        check_expert_file(named, run, layout, last)
+        count = min(count, named.count)
+        run.keep("experts", ContentGuard(named.content_key(count, named.epochs), named.path, "experts"))
+        experts = load_experts(named, run.device, count=count, epochs=named.epochs, first=first, last=last)
         run.note("trajectories", experts.describe())
         return experts
-    source, unit = taught(run, training.recipe.batch, training.held_out)
+    source, steps_per_epoch = split_training_data(run, training.recipe.batch, training.held_out)
 
-    def seconds() -> float:
-        together = min(count, GROUP) if pick_together(run.device) else 1
-        students, precision = [_student(run, source, k) for k in range(together)], training.precision or run.precision
-        return seconds_per_step(run, students, training.recipe, precision, training.update)
+    def open_cache(plan: TrainingPlan, keys: Sequence[NetworkKey]) -> _ExpertCache:
+        path = expert_cache_file(run, training, plan.units, dtype)
+        return _ExpertCache(TrajectoryStore(run, training, path, plan, dtype, True), first, last)
 
-    if run.ranks.leads:
-        run.begin()
-    plan = agreed_plan(run, seconds, networks=count, units=epochs, unit_steps=unit, least=least)
-    again = f"stopped while training its experts; go on with: condense resume {run.directory}"
-    began, trained = time.monotonic(), list(range(plan.networks))
-    if run.dry_run or not isinstance(run.network, str):  # nothing is kept that a name does not describe
-        shots = [
-            snapshots
-            for group, report in groups(run, trained, plan.steps, f"{plan.networks} experts", again, GROUP)
-            for snapshots, _ in _train(run, training, source, layout, group, plan.units, plan.unit_steps, dtype, report)
-        ]
-        experts = Experts(layout, torch.stack(shots), run.device, epochs=plan.units)
+    store = load_or_train(
+        run,
+        recorded_expert_training(run, training, source, dtype),
+        [(run.network, number) for number in range(count)],
+        open_cache,
+        units=epochs,
+        unit_steps=steps_per_epoch,
+        min_units=min_epochs,
+    )
+    if isinstance(store, MemoryStore):
+        values = torch.stack([snapshots for _, snapshots in store.records.values()])
+        experts = Experts(layout, values, run.device, epochs=values.shape[1] - 1)
     else:
-        need: dict[str, int] = {"count": plan.networks, "epochs": plan.units}
-        path = cache_file(run, training, plan.units, dtype)
-        found = _cached(path, run.device, **need, first=first, last=last)
-        if found is not None:
-            experts, trained = found, []
-        else:
-            made = record(run, training, path, **need, dtype=dtype, again=again, force=True)
-            experts, trained = load(made.file, run.device, **need, first=first, last=last), made.trained
-    credited = experts.seconds(k for k in range(plan.networks) if k not in trained)
-    run.credit(credited)
+        experts = store.load()
     run.note("trajectories", experts.describe())
-    run.note("preparation", {
-        "networks": plan.networks, "networks_wanted": count, "steps_each": plan.steps,
-        "steps_each_wanted": epochs * unit, "epochs": plan.units, "epochs_wanted": epochs,
-        "from_cache": plan.networks - len(trained),
-        "seconds": round(credited + (time.monotonic() - began if trained else 0.0), 2),
-    })  # fmt: skip
     return experts
 
 
-def _cached(path: Path, device: torch.device, *, count: int, epochs: int, first: int, last: int) -> Experts | None:
-    """The experts of ``path`` in the cache, or of a longer file of the same key; None where none has enough that are
-    sound."""
-    stem = path.stem.rpartition("-e")[0]
-    lengths = sorted(int(place.stem.rpartition("-e")[2]) for place in path.parent.glob(f"{stem}-e*.h5"))
-    for length in lengths:
-        if length < epochs:
-            continue
+class _ExpertCache:
+    """The file of some experts in the cache, or a longer file of the same cache key."""
+
+    def __init__(self, store: TrajectoryStore, first: int, last: int) -> None:
+        self.store, self.keys = store, store.keys
+        self.count, self.epochs = len(store.keys), store.shape[0] - 1
+        self.first, self.last = first, last
+        self._experts: Experts | None = None
+
+    def find(self) -> dict[NetworkKey, float]:
+        stem = self.store.path.stem.rpartition("-e")[0]
+        folder = self.store.path.parent
+        lengths = sorted(int(path.stem.rpartition("-e")[2]) for path in folder.glob(f"{stem}-e*.h5"))
+        for length in lengths:
+            if length >= self.epochs:
+                self._experts = self._load_file(folder / f"{stem}-e{length}.h5")
+            if self._experts is not None:
+                return {key: self._experts.seconds([key[1]]) for key in self.keys}
+        found = self.store.find()
+        self.keys = self.store.keys
+        return found
+
+    def checkpoint(self, architecture: Architecture, number: int) -> Path | None:
+        return self.store.checkpoint(architecture, number)
+
+    def write(self, key: NetworkKey, record: ExpertRecord) -> None:
+        self.store.write(key, record)
+
+    def merge(self) -> None:
+        if self._experts is None:
+            self.store.merge()
+
+    def load(self) -> Experts:
+        """Returns the experts that were found or trained."""
+        return self._experts or self._load(read_trajectory_file(self.store.path))
+
+    def _load_file(self, path: Path) -> Experts | None:
+        """Returns the experts of a file; None if it has too few or they are damaged."""
         try:
-            file = read(path.with_name(f"{stem}-e{length}.h5"))
-            if file.count >= count:
-                return load(file, device, count=count, epochs=epochs, first=first, last=last)
+            file = read_trajectory_file(path)
+            return self._load(file) if file.count >= self.count else None
         except CondenseError as fault:
             _log.warning("condense: %s", fault)
-    return None
+            return None
+
+    def _load(self, file: TrajectoryFile) -> Experts:
+        device, count = self.store.run.device, self.count
+        return load_experts(file, device, count=count, epochs=self.epochs, first=self.first, last=self.last)
 
 
-def check_suits(file: Recorded, run: Run, layout: Layout, last: int) -> None:
-    """Finds before any work that a file cannot serve a run.
+def check_expert_file(file: TrajectoryFile, run: Run, layout: Layout, last: int) -> None:
+    """Checks before any work that a run can use a file.
 
     Raises:
         CondenseError: it is of another network, data or normalisation, or too short.
     """
-    known, task = file.manifest, run.task
+    manifest, task = file.manifest, run.task
     name = networks.name_of(run.network)
-    for what, has, wants, mend in (
-        ("network", known["network"], name, f"; give --network {known['network']}"),
-        ("image size", by(known["image_shape"]), by(task.shape), ""),
-        ("classes", _named(known["classes"]), _named(list(task.classes)), ""),
+    for what, stored, expected, fix in (
+        ("network", manifest["network"], name, f"; give --network {manifest['network']}"),
+        ("image size", by(manifest["image_shape"]), by(task.shape), ""),
+        ("classes", _format_classes(manifest["classes"]), _format_classes(list(task.classes)), ""),
     ):
-        if has != wants:
-            raise CondenseError(f"{file.path}: its experts are of another {what} ({has}, not {wants}){mend}")
+        if stored != expected:
+            raise CondenseError(f"{file.path}: its experts are of another {what} ({stored}, not {expected}){fix}")
     if file.layout != layout:
         raise CondenseError(f"{file.path}: its experts are of another version of {name}; make them again")
-    if known["fingerprint"] != task.fingerprint:
-        name = known.get("data", "?")
+    if manifest["fingerprint"] != task.fingerprint:
+        name = manifest.get("data", "?")
         data = f"{name}, not {task.name}" if name != task.name else f"{name} with other images or labels"
         raise CondenseError(f"{file.path}: its experts were trained on other data ({data})")
-    if known["transform"] != transform_digests(task):
+    if manifest["transform"] != transform_digests(task):
         raise CondenseError(f"{file.path}: its experts saw the data under another normalisation (zca=true or not?)")
     if file.epochs < last:
         raise CondenseError(
@@ -285,27 +308,27 @@ def check_suits(file: Recorded, run: Run, layout: Layout, last: int) -> None:
         )
 
 
-def _named(classes: Sequence[str]) -> str:
+def _format_classes(classes: Sequence[str]) -> str:
     return f"{len(classes)} of {', '.join(classes[:3])}" + ", ..." * (len(classes) > 3)
 
 
 # -- experts as teachers ----------------------------------------------------------------------------------------------
 
 
-def find(described: Mapping[str, Any]) -> Path | None:
-    """The file whose experts ``Experts.describe()`` told of, where they lay or in the cache; None where it is gone."""
+def find_experts(described: Mapping[str, Any]) -> Path | None:
+    """Returns the file of the described experts, also if it was moved to the cache; None if it is not found."""
     if not described.get("content"):
         return None
-    named, cached = described.get("path"), cache_dir() / "trajectories"
-    for path in (*([Path(named)] if named else []), *(sorted(cached.glob("*.h5")) if cached.exists() else ())):
+    named, cache = described.get("path"), cache_dir() / "trajectories"
+    for path in (*([Path(named)] if named else []), *sorted(cache.glob("*.h5"))):
         with contextlib.suppress(CondenseError):
-            file = read(path)
-            if file.content(described["count"], described["epochs"]) == described["content"]:
+            file = read_trajectory_file(path)
+            if file.content_key(described["count"], described["epochs"]) == described["content"]:
                 return path
     return None
 
 
-def teacher(
+def load_expert_ensemble(
     path: Path,
     device: torch.device,
     shape: Sequence[int] | None = None,
@@ -314,7 +337,7 @@ def teacher(
     count: int | None = None,
     epoch: int = -1,
 ) -> nn.Module:
-    """A network, in eval mode on the device, that gives the mean logits of the experts of a file.
+    """Returns a network, in eval mode on the device, that computes the mean logits of the experts of a file.
 
     Args:
         path: of the file.
@@ -327,24 +350,28 @@ def teacher(
     Raises:
         CondenseError: the file is damaged or of other images or classes, or its network keeps more than weights.
     """
-    file = read(path)
-    known, wanted = file.manifest, (list(shape) if shape else None, classes)
-    found = known["image_shape"], len(known["classes"])
-    for what, has, wants in zip(("image size", "number of classes"), found, wanted):
-        if wants is not None and has != wants:
-            raise CondenseError(f"{path}: its experts are of another {what} ({has}, not {wants})")
-    channels, height, width = known["image_shape"]
+    file = read_trajectory_file(path)
+    manifest = file.manifest
+    for what, stored, expected in (
+        ("image size", manifest["image_shape"], list(shape) if shape else None),
+        ("number of classes", len(manifest["classes"]), classes),
+    ):
+        if expected is not None and stored != expected:
+            raise CondenseError(f"{path}: its experts are of another {what} ({stored}, not {expected})")
+    channels, height, width = manifest["image_shape"]
     with rng.seeded("layout"):
-        net = networks.build(known["network"], (channels, height, width), len(known["classes"]))
+        net = networks.build(manifest["network"], (channels, height, width), len(manifest["classes"]))
     if networks.uses_batch_statistics(net):
         raise CondenseError(
-            f"{path}: experts of {known['network']} are no teachers: batch norm's statistics are not kept"
+            f"{path}: experts of {manifest['network']} are no teachers: batch norm's statistics are not kept"
         )
     if Layout.of(net) != file.layout:
-        raise CondenseError(f"{path}: its experts are of another version of {known['network']}; make them again")
+        raise CondenseError(f"{path}: its experts are of another version of {manifest['network']}; make them again")
     count = min(count or file.count, file.count)
     epoch = file.epochs if epoch == -1 else min(epoch, file.epochs)
     file.verify(range(count), [epoch])
     return (
-        mean_logits_of_flat(net, file.layout, torch.from_numpy(np.array(file.values[:count, epoch]))).to(device).eval()
+        mean_of_flat_networks(net, file.layout, torch.from_numpy(np.array(file.values[:count, epoch])))
+        .to(device)
+        .eval()
     )

@@ -1,90 +1,148 @@
-"""TODO-DOC."""
+"""What the files of experts and teachers have in common: their manifests, and how a file is matched to a training."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
+import torch
+
+from condense import rng
 from condense.data import Task, digests
+from condense.device import device_name
+from condense.engine import Run
 from condense.errors import CondenseError
+from condense.training import STUDENT_VERSION, Recipe, pick_together
+from condense.version import __version__
 
+MANIFEST_KEY_NAMES = {
+    "fingerprint": "data",
+    "transform": "normalisation",
+    "library_version": "library",
+    "held_out": "held-out share",
+    "random_hash_version": "version of the draws",
+    "student_version": "version of the training",
+    "epochs": "number of epochs",
+    "image_shape": "image size",
+    "schedule_epochs": "schedule",
+}
+"""What messages call an entry of a manifest, where not by its key."""
 
-def transform_digests(task: Task) -> list[str]:
-    """SHA-256 of each array of the map to training space, by name."""
-    return digests(task.transform)
-
-
-# -- files of networks ------------------------------------------------------------------------------------------------
-
-WORDS = {
-    "fingerprint": "data", "transform": "normalisation", "library_version": "library", "held_out": "held-out share",
-    "random_hash_version": "version of the draws", "student_version": "version of the training",
-    "epochs": "number of epochs", "image_shape": "image size", "schedule_epochs": "schedule",
-}  # fmt: skip
-"""What messages call an entry of a manifest, where not by its name."""
-
-FREE = ("data", "options", "steps_per_epoch", "judged_on", "code_version", "normalisation")
+IGNORED_MANIFEST_KEYS = ("data", "options", "steps_per_epoch", "judged_on", "code_version", "normalisation")
 """Entries in which files of the same training may differ."""
 
 
-class Manifested(Protocol):
+class HasManifest(Protocol):
     """A file of trained networks."""
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """What it says of their training."""
+        """Describes their training."""
 
 
-F = TypeVar("F", bound=Manifested)
+F = TypeVar("F", bound=HasManifest)
+K = TypeVar("K")
 
 
-def expected(
-    path: Path, read: Callable[[Path], F], about: Mapping[str, Any], what: str, other: bool, damaged: bool
+@dataclass(frozen=True, eq=False)
+class TrainedFile(Generic[F, K]):
+    """A file of networks, after the missing ones were trained."""
+
+    file: F
+    trained: list[K]
+    """Networks that were missing: numbers of experts, or architectures and numbers of teachers."""
+    seconds: float
+    """Duration of the call."""
+
+
+def transform_digests(task: Task) -> list[str]:
+    """SHA-256 of each array of the map to training space, in the order of their names."""
+    return digests(task.transform)
+
+
+def training_key_fields(run: Run, recipe: Recipe, precision: str | None, held_out: float) -> dict[str, Any]:
+    """Returns all that decides the weights of a network besides its architecture and number: part of cache keys."""
+    return {
+        "fingerprint": run.task.fingerprint,
+        "transform": transform_digests(run.task),
+        "recipe": str(dataclasses.replace(recipe, steps=0)),
+        "held_out": held_out,
+        "seed": run.seed,
+        "precision": precision or run.precision,
+        "device": device_name(run.device),
+        "stacked": pick_together(run.device),
+        "random_hash_version": rng.HASH_VERSION,
+        "student_version": STUDENT_VERSION,
+        "torch": torch.__version__,
+    }
+
+
+def data_fields(task: Task, steps_per_epoch: int) -> dict[str, Any]:
+    """Returns the entries of a manifest that describe the real data."""
+    return {
+        "data": task.name,
+        "options": dataclasses.asdict(task.options),
+        "classes": list(task.classes),
+        "image_shape": list(task.shape),
+        "steps_per_epoch": steps_per_epoch,
+        "code_version": __version__,
+    }
+
+
+def open_matching_file(
+    path: Path,
+    read: Callable[[Path], F],
+    manifest: Mapping[str, Any],
+    what: str,
+    replace_other: bool,
+    replace_damaged: bool,
 ) -> F | None:
-    """The file there, where it is of this training; None where there is none.
+    """Opens a file if it belongs to this training; returns None if it does not exist or is to be replaced.
 
     Args:
         path: of the file.
         read: opens it.
-        about: the manifest that it should have, but for the networks themselves.
+        manifest: that the file must have, without its networks.
         what: the file holds.
-        other: give up what is of another training.
-        damaged: give up what cannot be read.
+        replace_other: return None for a file of another training.
+        replace_damaged: return None for a damaged file.
 
     Raises:
-        CondenseError: it cannot be read or is of another training, and is not given up.
+        CondenseError: the file is damaged or belongs to another training, and is not to be replaced.
     """
     if not path.exists():
         return None
     try:
-        found = read(path)
+        file = read(path)
     except CondenseError as fault:
-        if damaged:
+        if replace_damaged:
             return None
         raise CondenseError(f"{fault}, or replace it with --force") from fault
-    faults = {}
-    for key, value in json.loads(json.dumps(about)).items():
-        known = found.manifest.get(key)
-        if key not in FREE and known != value:
-            short = all(isinstance(one, int | float) or len(str(one)) < 40 for one in (known, value))
-            faults[key] = WORDS.get(key, key) + f" ({known}, not {value})" * short
-    if len(faults) > 1:
-        faults.pop("layout", None)  # it follows from the others
-    if faults and not other:
-        words = ", ".join(faults.values())
-        raise CondenseError(f"{path}: holds {what} of another {words}; take another --out, or replace it with --force")
-    return None if faults else found
+    differences = {}
+    for key, value in json.loads(json.dumps(manifest)).items():
+        stored = file.manifest.get(key)
+        if key not in IGNORED_MANIFEST_KEYS and stored != value:
+            is_short = all(isinstance(side, int | float) or len(str(side)) < 40 for side in (stored, value))
+            differences[key] = MANIFEST_KEY_NAMES.get(key, key) + f" ({stored}, not {value})" * is_short
+    if len(differences) > 1:
+        differences.pop("layout", None)  # it follows from the others
+    if differences and not replace_other:
+        names = ", ".join(differences.values())
+        raise CondenseError(f"{path}: holds {what} of another {names}; take another --out, or replace it with --force")
+    return None if differences else file
 
 
-def parts_of(path: Path) -> Path:
-    """The folder beside a file in making that holds what is finished, and what is in training."""
+def parts_folder(path: Path) -> Path:
+    """The folder beside an unfinished file with the finished networks and the states of trainings in progress."""
     return path.with_name(path.name + ".parts")
 
 
-class Same:
-    """In the checkpoint of a run, which networks of a named file it began with; refuses to go on with others."""
+class ContentGuard:
+    """Part of a run's checkpoint: refuses to resume with other networks than the run began with."""
 
     def __init__(self, content: str, file: str | Path, what: str) -> None:
         self.content, self.file, self.what = content, file, what

@@ -86,6 +86,7 @@ def assign_teachers(priors: Sequence[float], voters: int, ipc: int, key: Sequenc
     protocol="cvdd-v1",
     network="resnet18-bn",
     paper="Dataset Distillation via Committee Voting",
+    pretrains="teachers",
 )
 def cvdd(task: Task, config: CVDD, run: Run) -> SyntheticSet:
     """SRe2L from real crops, with two teachers of a committee guiding each image and all labelling with batch

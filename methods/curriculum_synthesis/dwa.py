@@ -89,6 +89,7 @@ def ascend_weights(
     protocol="dwa-v1",
     network="resnet18-bn",
     paper="Diversity-Driven Synthesis: Enhancing Dataset Distillation through Directed Weight Adjustment",
+    pretrains="teachers",
 )
 def dwa(task: Task, config: DWA, run: Run) -> SyntheticSet:
     """SRe2L from real images, where each batch has a teacher whose weights ascend the loss on it, for diverse images.

@@ -58,6 +58,7 @@ def count_real_images(ipc: int, classes: int, teachers: int) -> int:
     protocol="infer-v1",
     network="resnet18-bn",
     paper="Breaking Class Barriers: Efficient Dataset Distillation via Inter-Class Feature Compensator",
+    pretrains="teachers",
 )
 def infer(task: Task, config: INFER, run: Run) -> SyntheticSet:
     """Adds learned compensators, one per teacher and shared by all classes, to real images; stores one label per image.

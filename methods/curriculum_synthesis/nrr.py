@@ -81,6 +81,7 @@ def compute_class_activation(net: Network, images: Tensor, classes: Tensor) -> T
     protocol="rded-v1",
     network="resnet18-bn",
     paper="Enhancing Dataset Distillation via Non-Critical Region Refinement",
+    pretrains="teachers",
 )
 def nrr(task: Task, config: NRR, run: Run) -> SyntheticSet:
     """Optimises crops of real images in regions of low class activation; labels may be two numbers per view.

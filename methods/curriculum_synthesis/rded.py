@@ -44,6 +44,7 @@ class RDED(RelabelOptions):
     protocol="rded-v1",
     network="resnet18-bn",
     paper="On the Diversity and Realism of Distilled Dataset: An Efficient Dataset Distillation Paradigm",
+    pretrains="teachers",
 )
 def rded(task: Task, config: RDED, run: Run) -> SyntheticSet:
     """Selects the most confident crops of real images as collages, with a teacher's labels; no optimisation.

@@ -32,8 +32,7 @@ from condense.labels import (
 )
 from condense.methods.curriculum_synthesis.patches import get_crop_size
 from condense.methods.curriculum_synthesis.settings import STORAGE_DTYPES, RelabelOptions
-from condense.pretraining import Committee, TeacherOptions
-from condense.pretraining.committee import provide
+from condense.pretraining import Committee, TeacherOptions, load_or_train_teachers
 from condense.sets import SyntheticSet
 
 
@@ -48,9 +47,9 @@ def get_teachers(config: TeacherOptions, run: Run) -> Committee:
     init = getattr(config, "init", "")
     if init in ("patches", "critical"):
         get_crop_size(run.task, 1, f"init={init}")
-    return provide(
+    return load_or_train_teachers(
         run,
-        config.squeezing(run.task),
+        config.teacher_training(run.task),
         file=config.teachers,
         architectures=config.architectures(run.network),
         count=config.num_teachers,

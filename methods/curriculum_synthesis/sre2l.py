@@ -29,6 +29,7 @@ class SRe2L(RecoveryOptions):
     protocol="sre2l-v1",
     network="resnet18-bn",
     paper="Squeeze, Recover and Relabel: Dataset Condensation at ImageNet Scale From A New Perspective",
+    pretrains="teachers",
 )
 def sre2l(task: Task, config: SRe2L, run: Run) -> SyntheticSet:
     """Optimises images so that a trained network predicts their class and its BatchNorm statistics match, then relabels
@@ -80,6 +81,7 @@ class CDA(RecoveryOptions):
     protocol="cda-v1",
     network="resnet18-bn",
     paper="Dataset Distillation via Curriculum Data Synthesis in Large Data Era",
+    pretrains="teachers",
 )
 def cda(task: Task, config: CDA, run: Run) -> SyntheticSet:
     """SRe2L with a curriculum of crops: they hold the whole image at first and smaller parts later.

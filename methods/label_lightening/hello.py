@@ -33,7 +33,7 @@ from condense.methods.curriculum_synthesis.rded import RDED
 from condense.methods.curriculum_synthesis.relabelling import finish_set, get_teachers
 from condense.methods.curriculum_synthesis.settings import RELABEL_KINDS, RelabelOptions
 from condense.networks import Encoder, pretrained
-from condense.pretraining import Committee, groups
+from condense.pretraining import Committee, iter_training_groups
 from condense.registry import method
 from condense.sets import SyntheticSet
 
@@ -103,7 +103,7 @@ def train_projector_labels(
         ends.append(time.monotonic())
         report(done)
 
-    for _, report in groups(run, [0], steps, "a projector", again):
+    for _, report in iter_training_groups(run, [0], steps, "a projector", again):
         made, known = fitted(
             run.task,
             committee.mean(weights),
@@ -142,6 +142,7 @@ def train_projector_labels(
     protocol="rded-v1",
     network="resnet18-bn",
     paper="Heavy Labels Out! Dataset Distillation with Label Space Lightening",
+    pretrains="teachers",
 )
 def hello(task: Task, config: HeLlO, run: Run) -> SyntheticSet:
     """RDED's images with labels of a public network, of which only low-rank weight changes are stored.

@@ -132,6 +132,7 @@ def make_single_class_batches(run: Run) -> list[Batch]:
     protocol="cda-v1",
     network="resnet18-bn",
     paper="Are Large-scale Soft Labels Necessary for Large-scale Dataset Distillation?",
+    pretrains="teachers",
 )
 def lpld(task: Task, config: LPLD, run: Run) -> SyntheticSet:
     """SRe2L with batches of one class, matched to the BatchNorm moments of that class; stores a fortieth of the labels.
@@ -180,6 +181,7 @@ class LPQLD(LPLD):
     protocol="cda-v1",
     network="resnet18-bn",
     paper="Soft Label Pruning and Quantization for Large-Scale Dataset Distillation",
+    pretrains="teachers",
 )
 def lpqld(task: Task, config: LPQLD, run: Run) -> SyntheticSet:
     """LPLD with more epochs of fewer logits each (top-k) and a temperature that decreases over the student's epochs.

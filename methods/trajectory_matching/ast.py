@@ -28,7 +28,7 @@ from condense.methods.trajectory_matching.matching import (
     step_size_group,
 )
 from condense.methods.trajectory_matching.mtt import MTT
-from condense.pretraining import Experts, Training
+from condense.pretraining import Experts, ExpertTraining
 from condense.registry import method
 from condense.sets import INITS, SyntheticSet, central_rows
 
@@ -73,11 +73,11 @@ class AST(MTT):
         require(self, perturb=(0, sys.float_info.max), penalty=(0, sys.float_info.max))
         one_of(self, intermediate=INTERMEDIATE_WEIGHTS)
 
-    def training(self, task: Task) -> Training:
+    def expert_training(self, task: Task) -> ExpertTraining:
         """SGD with momentum and one milestone, on a smooth loss; in float32 because of its second derivative."""
-        recipe, epochs = super().training(task).recipe, self.epochs_needed()
+        recipe, epochs = super().expert_training(task).recipe, self.epochs_needed()
         recipe = dataclasses.replace(recipe, drops=((epochs // 2 + 1) / epochs,), drop_factor=0.6)
-        return Training(recipe, Smooth(self.penalty, self.warm_loss), "fp32")
+        return ExpertTraining(recipe, Smooth(self.penalty, self.warm_loss), "fp32")
 
 
 def start_weight(epoch: int, max_start_epoch: int) -> float:
@@ -130,6 +130,7 @@ def select_representatives(task: Task, run: Run, experts: Experts) -> Tensor:
     year=2023,
     order=2,
     protocol="mtt-v1",
+    pretrains="experts",
 )
 def ast(task: Task, config: AST, run: Run) -> SyntheticSet:
     """MTT with experts of a gradient penalty, perturbed initial student weights and matches at intermediate epochs.

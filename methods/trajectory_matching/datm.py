@@ -122,6 +122,7 @@ def average_correct_logits(run: Run, experts: Experts, synthetic: SyntheticSet) 
     labels="soft",
     order=2,
     protocol="mtt-soft-v1",
+    pretrains="experts",
 )
 def datm(task: Task, config: DATM, run: Run) -> SyntheticSet:
     """MTT on FTD's experts with a curriculum from early to late epochs, and learned soft labels.

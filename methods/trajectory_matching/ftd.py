@@ -19,7 +19,7 @@ from condense.methods.trajectory_matching.matching import (
     step_size_group,
 )
 from condense.methods.trajectory_matching.mtt import MTT
-from condense.pretraining import Training
+from condense.pretraining import ExpertTraining
 from condense.registry import method
 from condense.sets import SyntheticSet
 
@@ -40,9 +40,9 @@ class FTD(MTT):
         super().__post_init__()
         require(self, rho=(0, sys.float_info.max), gsam=(0, sys.float_info.max), ema=(0, 1))
 
-    def training(self, task: Task) -> Training:
+    def expert_training(self, task: Task) -> ExpertTraining:
         """MTT's training with GSAM, which finds flat regions; in float32."""
-        return Training(super().training(task).recipe, GSAM(self.rho, self.gsam), "fp32")
+        return ExpertTraining(super().expert_training(task).recipe, GSAM(self.rho, self.gsam), "fp32")
 
     def pixel_group(self) -> Group:
         """Optimiser settings of the pixels, with their moving average."""
@@ -57,6 +57,7 @@ class FTD(MTT):
     year=2023,
     order=2,
     protocol="mtt-v1",
+    pretrains="experts",
 )
 def ftd(task: Task, config: FTD, run: Run) -> SyntheticSet:
     """MTT with experts trained by GSAM towards flat minima; the set is a moving average of the iterates.

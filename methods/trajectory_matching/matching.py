@@ -15,8 +15,7 @@ from condense import networks, rng
 from condense.augment import Parameters, dsa
 from condense.engine import Diverged, Group, Outcome, Run, Step, StepLoss, Target, unroll
 from condense.errors import CondenseError
-from condense.pretraining import Experts
-from condense.pretraining.experts import provide
+from condense.pretraining import Experts, load_or_train_experts
 from condense.sets import SyntheticSet, decode
 from condense.training import batch_ids
 
@@ -51,15 +50,15 @@ def get_experts(config: MTT, run: Run, required_by: str = "") -> Experts:
             "statistics are not kept; take a network with instance norm"
         )
     epochs, (first, last) = config.epochs_needed(), config.epochs_read()
-    return provide(
+    return load_or_train_experts(
         run,
-        config.training(run.task),
+        config.expert_training(run.task),
         file=config.experts,
         count=config.num_experts,
         epochs=epochs,
         first=first,
         last=last,
-        least=min(first + 3 * config.expert_epochs, epochs),
+        min_epochs=min(first + 3 * config.expert_epochs, epochs),
     )
 
 

@@ -79,6 +79,7 @@ class MTT(SyntheticOptions, ExpertOptions):
     year=2022,
     order=2,
     protocol="mtt-v1",
+    pretrains="experts",
 )
 def mtt(task: Task, config: MTT, run: Run) -> SyntheticSet:
     """Matches a student's weights after steps on the synthetic set to an expert's weights after epochs on real data.

@@ -48,6 +48,7 @@ class TESLA(MTT):
     year=2023,
     order=2,
     protocol="mtt-v1",
+    pretrains="experts",
 )
 def tesla(task: Task, config: TESLA, run: Run) -> SyntheticSet:
     """MTT with an approximate gradient in the memory of one training step, and soft labels assigned by the expert.
