@@ -283,7 +283,7 @@ def dance(task: Task, config: DANCE, run: Run) -> SyntheticSet:
         count=config.networks,
         units=config.expert_epochs,
         unit_steps=epoch,
-        ends=True,
+        endpoints_only=True,
     )
     middle = run.random_network(0)
     expert, parameters = copy.deepcopy(middle), dict(middle.named_parameters())

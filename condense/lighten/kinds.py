@@ -434,7 +434,7 @@ def _weak(job: Job, epochs: str) -> Taught:
         "path": str(path.absolute()),
         "count": file.count,
         "epochs": file.epochs,
-        "content": file.content(file.count, file.epochs),
+        "content": file.content_key(file.count, file.epochs),
     }
     return Taught(MeanLogits(members).eval(), {"label_source": {"experts": about, "weak_epochs": chosen}})
 

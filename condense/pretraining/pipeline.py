@@ -11,7 +11,7 @@ import functools
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -73,16 +73,17 @@ class RecordedTraining(Generic[S, R]):
 class Store(Protocol[R_contra]):
     """Where finished networks are stored: a folder or file of the cache, a file that the user named, or memory."""
 
-    keys: Sequence[NetworkKey]
-    """Networks that the store holds at the end."""
+    @property
+    def keys(self) -> Sequence[tuple[Any, int]]:
+        """Networks that the store holds at the end."""
 
-    def find(self) -> dict[NetworkKey, float]:
+    def find(self) -> Mapping[Any, float]:
         """Returns the training seconds of the finished networks; checks that there is room for the missing ones."""
 
     def checkpoint(self, architecture: Architecture, number: int) -> Path | None:
         """Path for the state of a training in progress; None: an interrupted training begins again."""
 
-    def write(self, key: NetworkKey, record: R_contra) -> None:
+    def write(self, key: Any, record: R_contra) -> None:
         """Stores a finished network, so that it survives an interruption."""
 
     def merge(self) -> None:
