@@ -388,7 +388,7 @@ def test_mistakes_are_named() -> None:
     p = dsa(ALL).draw(Draws("mistakes"), 4, (8, 8))
     with pytest.raises(ValueError, match="5 images need as many rows, not 4"):
         dsa(ALL).apply(noise(5, 3, 8, 8), p)
-    with pytest.raises(ValueError, match="drawn for"):
+    with pytest.raises(ValueError, match="parameters for images of"):
         dsa(ALL).apply(noise(4, 3, 8, 9), p)
 
 
@@ -575,7 +575,7 @@ def test_views_that_cannot_be() -> None:
             CropViews(low, high)
     with pytest.raises(ValueError, match="2 views of"):
         CropViews().apply(torch.zeros(3, 1, 8, 8), drawn(2, (8, 8)))
-    with pytest.raises(ValueError, match="cannot serve"):
+    with pytest.raises(ValueError, match="cannot be applied to"):
         CropViews().apply(torch.zeros(2, 1, 8, 9), drawn(2, (8, 8)))
 
 
@@ -688,7 +688,7 @@ def test_rules_that_cannot_be() -> None:
     rule = ViewRule(mix="cutmix")
     with pytest.raises(ValueError, match="3 views of"):
         rule.apply(torch.zeros(2, 1, 8, 8), torch.arange(2), rule.draw(0, 0, 3, (8, 8)))
-    with pytest.raises(ValueError, match="cannot serve"):
+    with pytest.raises(ValueError, match="cannot be applied to"):
         rule.apply(torch.zeros(3, 1, 8, 9), torch.arange(3), rule.draw(0, 0, 3, (8, 8)))
 
 

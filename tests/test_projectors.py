@@ -698,7 +698,7 @@ def test_whitened_images_and_grey_backbones(own, plain, colour, weak, tmp_path):
     out = tmp_path / "white.h5"
     condense.api.teachers(white, networks=[NETWORK], epochs=1, teacher_batch=8, out=out)
     line = refusal(lambda: pretrained.find(str(out), (3, 16, 16), CPU))
-    assert line == f"backbone={out}: {out}: does not say how its images were normalised; make it again, without zca"
+    assert line == f"backbone={out}: {out}: does not state the normalisation of its images; make it again, without zca"
 
 
 @pytest.mark.parametrize("normalised", [
@@ -709,7 +709,7 @@ def test_a_backbone_file_of_a_stranger(normalised, backbone, monkeypatch):
     file = saved_module.read_teacher_file(backbone)
     file.manifest["normalisation"] = normalised
     monkeypatch.setattr(saved_module, "read", lambda path: file)
-    assert "does not say how its images were normalised" in refusal(
+    assert "does not state the normalisation of its images" in refusal(
         lambda: pretrained.find(str(backbone), (3, 16, 16), CPU)
     )
 

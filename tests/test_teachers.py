@@ -357,8 +357,8 @@ FAULTS = {
     "chunked": "not an array stored in one piece", "link": "is missing or links to another file",
     "member": "the array 'members/1' is missing", "type": "has the type |S5, which no teacher uses",
     "shape": "1 of another shape: classify.bias (4, not 3)", "name": "1 missing: classify.bias, 1 unknown: extra",
-    "network": "unknown network 'convnet-d9-w8-bn'", "entry": "the manifest is not one of teachers",
-    "key": "its members are not those of its key",
+    "network": "unknown network 'convnet-d9-w8-bn'", "entry": "the manifest does not describe teachers",
+    "key": "its members do not match its digest",
 }  # fmt: skip
 
 
@@ -717,9 +717,9 @@ def test_what_is_no_fitting_checkpoint_is_refused(tiny, tmp_path, monkeypatch):
         (lacking, "1 missing: classify.bias"),
         ({**good, "head": torch.ones(1)}, "1 unknown: head"),
         ({**good, "classify.bias": torch.full((3,), math.nan)}, "1 not finite: classify.bias"),
-        ({"epoch": 3}, "holds no state of a network"),
-        ([torch.ones(1)], "holds no state of a network"),
-        ({"state_dict": Trap()}, "cannot be read as tensors alone"),
+        ({"epoch": 3}, "contains no state of a network"),
+        ([torch.ones(1)], "contains no state of a network"),
+        ({"state_dict": Trap()}, "contains more than tensors, or is damaged"),
     ):
         line = refusal(lambda state=state: provided(tiny, file=save(tmp_path, state)))
         assert line.startswith(f"{tmp_path / 'mine.pt'}: ") and expected in line, line
@@ -807,7 +807,7 @@ def test_public_weights_that_cannot_be_had_are_told_in_one_line(tiny, tmp_path, 
     assert "put it at " + str(tmp_path / "checkpoints" / "resnet18-f37072fd.pth") in line
     assert "https://download.pytorch.org/models/resnet18-f37072fd.pth" in line
     line = refusal(lambda: provided(tiny, file="torchvision:resnet18"))
-    assert "its weights tell 1000 classes apart, the data have 3" in line
+    assert "its weights distinguish 1000 classes, the data have 3" in line
     line = refusal(lambda: provided(tiny, file="torchvision:resnet81"))
     assert "teachers=torchvision:resnet81: unknown; did you mean 'torchvision:resnet18'" in line
 

@@ -1,4 +1,4 @@
-"""TODO-FACE condense/augment."""
+"""Augmentation: differentiable augmentation of a batch, CutMix, and the reproducible views that labels belong to."""
 
 from condense.augment.resample import send
 from condense.augment.siamese import OPERATIONS, VARIANTS, Augmentation, Parameters, cutmix, dsa

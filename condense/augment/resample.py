@@ -1,4 +1,4 @@
-"""TODO-DOC."""
+"""Shifts and bilinear resampling with exact positions."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from condense.data import working_dtype
 
 
 def send(x: Tensor, device: torch.device) -> Tensor:
-    """Host numbers on the device, without waiting for it."""
+    """Copies a CPU tensor to the device without waiting for it."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def send_like(x: Tensor, images: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Host numbers on the images' device."""
+    """Copies a CPU tensor to the device of ``images``, optionally as ``dtype``."""
     return send(x if dtype is None else x.to(dtype), images.device)
 
 
 def shift_images(x: Tensor, shift: Tensor) -> Tensor:
-    """Each image moved by its own (dy, dx), zeros moving in. The opposite shift is the adjoint."""
+    """Shifts each image by its own (dy, dx), padding with zeros. The opposite shift is the adjoint."""
     n, c, h, w = x.shape
     ys = torch.arange(h, device=x.device) + shift[:, :1]
     xs = torch.arange(w, device=x.device) + shift[:, 1:]
@@ -30,19 +30,26 @@ def shift_images(x: Tensor, shift: Tensor) -> Tensor:
 
 
 def neighbours(outputs: Tensor, size: int, length: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Between which pixels of ``length`` (N, 1) the ``outputs`` (N, R) lie when these are drawn out to ``size`` pixels.
+    """Returns the neighbouring input pixels of each output pixel when ``length`` pixels are resized to ``size``.
+
+    Args:
+        outputs: Positions of output pixels, int64 (N, R).
+        size: Number of output pixels.
+        length: Number of input pixels, int64 (N, 1).
 
     Returns:
-        below, above, and how far from the one to the other, in parts of 1 / (2 size); all int64 (N, R), so exact.
+        The lower and the upper neighbour, and the weight of the upper one in units of 1 / (2 size); all int64 (N, R),
+        so that positions are exact.
     """
-    # Output o lies at (2o + 1) * length / 2 size - 1/2 in the stretch, kept inside; here in units of 1 / 2 size.
+    # Output o is at (2o + 1) * length / 2 size - 1/2, clamped to the input; here in units of 1 / 2 size.
     position = ((2 * outputs + 1) * length - size).clamp(min=0).minimum(2 * size * (length - 1))
     below = position // (2 * size)
     return below, (below + 1).minimum(length - 1), position % (2 * size)
 
 
 def stretch_axis(x: Tensor, axis: int, outputs: Tensor, start: Tensor, length: Tensor) -> Tensor:
-    """Positions ``outputs`` (N, size) of the ``length`` (N, 1) pixels from ``start``, drawn out to the whole axis."""
+    """Resizes the ``length`` (N, 1) pixels from ``start`` to the whole axis and returns the positions ``outputs``
+    (N, size) of the result."""
     size = x.shape[axis]
     below, above, part = neighbours(outputs, size, length)
     share = part.to(working_dtype(x)) / (2 * size)

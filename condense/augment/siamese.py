@@ -1,7 +1,4 @@
-"""Maps between pixel space and training space, differentiable augmentation, and the views that stored labels belong to.
-
-The one room that touches kornia.
-"""
+"""Differentiable Siamese augmentation (DSA) with its variants, and CutMix."""
 
 from __future__ import annotations
 
@@ -19,11 +16,9 @@ from condense.augment.resample import send_like, shift_images
 from condense.errors import CondenseError, did_you_mean
 from condense.rng import Draws
 
-# Differentiable Siamese augmentation ----------------------------------------------------------------------------------
-
 OPERATIONS = ("color", "crop", "cutout", "flip", "scale", "rotate")
 
-# Variant -> operations always applied before and after the drawn one.
+# For each variant, the operations that are always applied before and after the sampled one.
 _ALWAYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "dsa": ((), ()),
     "flip-always": (("flip",), ()),
@@ -38,65 +33,67 @@ CROP, CUTOUT, SCALE, DEGREES = 0.125, 0.5, 1.2, 15.0
 
 
 def _share(size: int, ratio: float) -> int:
-    """``ratio`` of ``size`` pixels, rounded half up."""
+    """Returns ``ratio`` of ``size`` pixels, rounded half up."""
     return int(size * ratio + 0.5)
 
 
 @dataclass(frozen=True, eq=False)
 class Parameters:
-    """R independent draws of every operation's parameters, one per row, on the CPU. ``parameters[rows]`` picks rows."""
+    """R independent samples of every operation's parameters, one per row, on the CPU; ``parameters[rows]`` selects
+    rows."""
 
     image_size: tuple[int, int]
-    """(H, W) that the pixel offsets were drawn for."""
+    """(H, W) of the images."""
     operation: Tensor
-    """(R,) int64, the drawn one as an index into ``OPERATIONS``; -1 where there is no lottery."""
+    """Sampled operation as an index of ``OPERATIONS``, (R,) int64; -1 if none is sampled."""
     brightness: Tensor
-    """(R,) float32 in [-0.5, 0.5), added."""
+    """Offset of the pixels, (R,) float32 in [-0.5, 0.5)."""
     saturation: Tensor
-    """(R,) float32 in [0, 2), factor on the distance from the channel mean of each pixel."""
+    """Factor on the difference to the channel mean of each pixel, (R,) float32 in [0, 2)."""
     contrast: Tensor
-    """(R,) float32 in [0.5, 1.5), factor on the distance from the mean of each image."""
+    """Factor on the difference to the mean of each image, (R,) float32 in [0.5, 1.5)."""
     shift: Tensor
-    """(R, 2) int64 (dy, dx) of crop: pixel (y, x) becomes what was at (y + dy, x + dx)."""
+    """Shift (dy, dx) of crop, (R, 2) int64: pixel (y, x) gets the value at (y + dy, x + dx)."""
     centre: Tensor
-    """(R, 2) int64 (y, x) of cutout's square."""
+    """Centre (y, x) of the square of cutout, (R, 2) int64."""
     mirrored: Tensor
-    """(R,) bool, flip's coin."""
+    """Whether flip mirrors the image, (R,) bool."""
     zoom: Tensor
-    """(R, 2) float32 (sx, sy) in [1/1.2, 1.2); below 1 enlarges."""
+    """Scales (sx, sy), (R, 2) float32 in [1/1.2, 1.2); values below 1 enlarge."""
     angle: Tensor
-    """(R,) float32 in [-15, 15) degrees."""
+    """Angle of rotate in degrees, (R,) float32 in [-15, 15)."""
 
     def __len__(self) -> int:
         return len(self.operation)
 
     def __getitem__(self, rows: Tensor | slice) -> Parameters:
-        picked = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name != "image_size"}
-        return Parameters(self.image_size, **picked)
+        selected = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name != "image_size"}
+        return Parameters(self.image_size, **selected)
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """DSA: operations, differentiable in the pixels, whose parameters are drawn once and can be replayed.
+    """DSA: operations that are differentiable in the pixels, with parameters that are sampled once and can be reused.
 
-    Made by :func:`dsa`. Images are in training space, so that the zeros which crop, cutout, scale and rotate bring in
-    are the data's mean.
+    Created by :func:`dsa`. Images are in training space, so that the zeros with which crop, cutout, scale and rotate
+    pad are the mean of the data.
 
-    ``variant`` says what one row of :meth:`draw` does to an image:
+    ``variant`` determines what one row of :meth:`draw` does to an image:
 
-    * ``dsa``: one of ``ops``, drawn uniformly.
-    * ``flip-always`` (FYI's forks): flip (its coin decides), then one of the others.
-    * ``idc`` (IDC, DANCE): flip (its coin decides), color, one of crop, scale and rotate, then cutout; each if listed.
+    * ``dsa``: one of ``ops``, sampled uniformly.
+    * ``flip-always`` (forks of FYI): flip (with probability 1/2), then one of the others.
+    * ``idc`` (IDC, DANCE): flip (with probability 1/2), color, one of crop, scale and rotate, then cutout; each if
+      listed.
 
     Raises:
-        CondenseError: an operation or the variant is unknown, or an operation is listed twice.
+        CondenseError: An operation or the variant is unknown, or an operation is listed twice.
     """
 
     ops: tuple[str, ...]
     variant: str = "dsa"
     align_corners: bool = True
-    """torch's corner convention. It only tells in rotate on images that are not square: about the centre, a linear map
-    is otherwise the same in pixels under both, so numbers published on square images do not depend on it."""
+    """Corner convention of torch. It affects only rotate on images that are not square: otherwise both conventions give
+    the same map in pixels about the centre, so results on square images do not depend on it."""
 
     def __post_init__(self) -> None:
         for op in self.ops:
@@ -109,34 +106,41 @@ class Augmentation:
 
     @property
     def stages(self) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-        """Operations always applied first, those of which one is drawn, and those always applied last."""
+        """Operations that are applied first, those of which one is sampled, and those that are applied last."""
         first, last = _ALWAYS[self.variant]
-        lottery = tuple(op for op in self.ops if op not in first + last)
-        return tuple(op for op in first if op in self.ops), lottery, tuple(op for op in last if op in self.ops)
+        sampled = tuple(op for op in self.ops if op not in first + last)
+        return tuple(op for op in first if op in self.ops), sampled, tuple(op for op in last if op in self.ops)
 
     def draw(self, draws: Draws, rows: int, image_size: tuple[int, int], groups: int | None = None) -> Parameters:
-        """Parameters for ``rows`` independent uses on images of ``image_size`` (H, W).
+        """Samples parameters for ``rows`` images.
 
-        ``groups`` says who shares the drawn operation (never its parameters): None, nobody (a row per class, for
-        siamese matching); 1, all rows (a row per image of a training batch, as published); K, each of K equal blocks
-        of rows (K networks trained together, a batch each). One call per fresh stream makes row i depend on the stream
-        and i alone (given ``groups``, its operation on the first row of its block): ranks and chunks draw the rows of
-        all classes and pick by label in :meth:`apply`.
+        With one call per new stream, row i depends only on the stream and i (with ``groups``, its operation depends on
+        the first row of its block): ranks and chunks sample the rows of all classes and select by label in
+        :meth:`apply`.
+
+        Args:
+            draws: Random stream.
+            rows: Number of rows R.
+            image_size: (H, W) of the images.
+            groups: Number of equal blocks of rows that share the sampled operation, though not its parameters. None:
+                each row has its own (a row per class, for siamese matching); 1: all rows share it (a row per image of a
+                training batch, as published); K: one per network of K networks that are trained together.
 
         Raises:
             ValueError: ``rows`` is not a multiple of ``groups``.
         """
         h, w = image_size
-        # Every operation's parameters in one call, row by row: a row stays the same when `ops` or `rows` change.
+        # One call samples the parameters of all operations row by row, so that a row does not depend on `ops` or
+        # `rows`.
         integers = draws.integers(1 << 24, (rows, 12)).cpu()
         unit = integers.to(torch.float32) * 2.0**-24
 
         def below(column: int, high: int) -> Tensor:
             return (integers[:, column] * high) >> 24
 
-        lottery = self.stages[1]
-        if lottery:
-            operation = torch.tensor([OPERATIONS.index(op) for op in lottery])[below(0, len(lottery))]
+        sampled = self.stages[1]
+        if sampled:
+            operation = torch.tensor([OPERATIONS.index(op) for op in sampled])[below(0, len(sampled))]
         else:
             operation = torch.full((rows,), -1)
         if groups is not None:
@@ -145,8 +149,8 @@ class Augmentation:
             operation = operation.reshape(groups, -1)[:, :1].expand(groups, rows // groups).flatten()
 
         reach = (_share(h, CROP), _share(w, CROP))
-        # An even square's centre lies between pixels, so that it has one more place.
-        places = [size + 1 - _share(size, CUTOUT) % 2 for size in (h, w)]
+        # The centre of an even square is between pixels, so it has one more position.
+        positions = [size + 1 - _share(size, CUTOUT) % 2 for size in (h, w)]
         return Parameters(
             image_size=(h, w),
             operation=operation,
@@ -154,55 +158,60 @@ class Augmentation:
             saturation=unit[:, 2] * SATURATION,
             contrast=unit[:, 3] + CONTRAST,
             shift=torch.stack([below(4 + i, 2 * reach[i] + 1) - reach[i] for i in (0, 1)], 1),
-            centre=torch.stack([below(6 + i, places[i]) for i in (0, 1)], 1),
+            centre=torch.stack([below(6 + i, positions[i]) for i in (0, 1)], 1),
             mirrored=unit[:, 8] < 0.5,
             zoom=unit[:, 9:11] * (SCALE - 1 / SCALE) + 1 / SCALE,
             angle=(unit[:, 11] - 0.5) * (2 * DEGREES),
         )
 
     def apply(self, images: Tensor, parameters: Parameters, rows: Tensor | None = None) -> Tensor:
-        """``images`` (N,C,H,W) of any floating dtype and device, each changed by its row; same shape and dtype.
+        """Augments each image with its row of the parameters; returns the same shape and dtype.
 
-        ``rows`` (N,) int64 on the CPU (elsewhere costs a wait for the device) says which row image i uses; None: row
-        i. Siamese matching is one :class:`Parameters` applied to the real and to the synthetic batch, the labels being
-        the rows. An image's result does not depend on the others in the batch. Forward and backward are deterministic
-        on every device.
+        The result of an image does not depend on the others in the batch. Forward and backward are deterministic on
+        every device.
+
+        Args:
+            images: (N,C,H,W) of any floating dtype, on any device.
+            parameters: Result of :meth:`draw`. Siamese matching applies the same parameters to the real and to the
+                synthetic batch, with the labels as rows.
+            rows: Row of each image, int64 (N,); on the CPU, since otherwise the call waits for the device. Default: row
+                i for image i.
 
         Raises:
-            ValueError: the rows do not match the images, or the parameters were drawn for another image size.
+            ValueError: The rows do not match the images, or the parameters were sampled for another image size.
         """
         if not self.ops or not len(images):
             return images
-        picked = parameters if rows is None else parameters[rows.cpu()]
-        if len(picked) != len(images):
-            raise ValueError(f"{len(images)} images need as many rows, not {len(picked)}")
+        selected = parameters if rows is None else parameters[rows.cpu()]
+        if len(selected) != len(images):
+            raise ValueError(f"{len(images)} images need as many rows, not {len(selected)}")
         size = tuple(images.shape[2:])
         if size != parameters.image_size:
-            raise ValueError(f"parameters drawn for {parameters.image_size} cannot serve images of {size}")
+            raise ValueError(f"parameters for images of {parameters.image_size} cannot be applied to images of {size}")
         first, _, last = self.stages
         for op in first:
-            images = self._one(op, images, picked)
-        images = self._drawn(images, picked)
+            images = self._apply_one(op, images, selected)
+        images = self._apply_sampled(images, selected)
         for op in last:
-            images = self._one(op, images, picked)
+            images = self._apply_one(op, images, selected)
         return images
 
-    def _drawn(self, images: Tensor, p: Parameters) -> Tensor:
-        """The drawn operation of each image: images are ordered by operation, each group is changed at once."""
+    def _apply_sampled(self, images: Tensor, p: Parameters) -> Tensor:
+        """Applies the sampled operation of each image: images are sorted by operation and each group is augmented at
+        once."""
         numbers, counts = torch.unique(p.operation, return_counts=True)
         if len(numbers) == 1:
-            return self._one(OPERATIONS[numbers[0]], images, p) if numbers[0] >= 0 else images
+            return self._apply_one(OPERATIONS[numbers[0]], images, p) if numbers[0] >= 0 else images
         order = torch.argsort(p.operation, stable=True)
-        back = torch.argsort(order)
-        there, home = send_like(order, images), send_like(back, images)
-        groups = _linear(images, lambda x: x[there], lambda g: g[home]).split(counts.tolist())
+        sort, unsort = send_like(order, images), send_like(torch.argsort(order), images)
+        groups = _linear(images, lambda x: x[sort], lambda g: g[unsort]).split(counts.tolist())
         pieces = [
-            self._one(OPERATIONS[number], group, p[chosen])
-            for number, group, chosen in zip(numbers.tolist(), groups, order.split(counts.tolist()))
+            self._apply_one(OPERATIONS[number], group, p[rows])
+            for number, group, rows in zip(numbers.tolist(), groups, order.split(counts.tolist()))
         ]
-        return _linear(torch.cat(pieces), lambda x: x[home], lambda g: g[there])
+        return _linear(torch.cat(pieces), lambda x: x[unsort], lambda g: g[sort])
 
-    def _one(self, op: str, images: Tensor, p: Parameters) -> Tensor:
+    def _apply_one(self, op: str, images: Tensor, p: Parameters) -> Tensor:
         if op == "color":
             return _color(images, p)
         if op == "crop":
@@ -222,9 +231,12 @@ class Augmentation:
 
 
 def dsa(strategy: str, variant: str = "dsa", mirror: bool = True, align_corners: bool = True) -> Augmentation:
-    """The augmentation named by ``strategy``, e.g. ``color_crop_cutout_flip_scale_rotate``; empty or ``none`` for none.
+    """Creates an augmentation.
 
-    ``mirror=False`` drops flip, for data whose mirror image is another class (digits). See :class:`Augmentation`.
+    Args:
+        strategy: Operations joined by ``_``, e.g. ``color_crop_cutout_flip_scale_rotate``; empty or ``none`` for none.
+        variant, align_corners: See :class:`Augmentation`.
+        mirror: Whether flip is allowed; False for data whose mirror images belong to another class (digits).
     """
     names = () if strategy.lower() in ("", "none") else tuple(strategy.lower().split("_"))
     return Augmentation(tuple(name for name in names if mirror or name != "flip"), variant, align_corners)
@@ -234,7 +246,7 @@ _Map: TypeAlias = Callable[[Tensor], Tensor]
 
 
 class _Linear(torch.autograd.Function):
-    """A linear map with a known adjoint: exact derivatives of every order, without a backward that adds atomically."""
+    """A linear map with a given adjoint: exact derivatives of every order, without atomic additions in backward."""
 
     @staticmethod
     def forward(x: Tensor, apply: _Map, adjoint: _Map) -> Tensor:
@@ -255,10 +267,10 @@ def _linear(x: Tensor, apply: _Map, adjoint: _Map) -> Tensor:
 
 
 def _color(images: Tensor, p: Parameters) -> Tensor:
-    """Brightness, saturation, contrast in one expression.
+    """Applies brightness, saturation and contrast in one expression.
 
-    Saturation keeps the channel mean m of each pixel and so the mean M of the image; b, s and c in turn therefore give
-    x -> c*s*x + c*(1 - s)*m + (1 - c)*M + b.
+    Saturation keeps the channel mean m of each pixel and so the mean M of the image; b, s and c in this order therefore
+    map x -> c*s*x + c*(1 - s)*m + (1 - c)*M + b.
     """
     dtype = torch.promote_types(images.dtype, torch.float32)
     b, s, c = p.brightness.double(), p.saturation.double(), p.contrast.double()
@@ -289,22 +301,22 @@ def _cutout(images: Tensor, p: Parameters) -> Tensor:
 
 
 def _flip(images: Tensor, p: Parameters) -> Tensor:
-    heads = int(p.mirrored.sum())
-    if heads in (0, len(p)):
-        return images.flip(3) if heads else images
+    mirrored = int(p.mirrored.sum())
+    if mirrored in (0, len(p)):
+        return images.flip(3) if mirrored else images
     return torch.where(send_like(p.mirrored, images)[:, None, None, None], images.flip(3), images)
 
 
 def _affine(images: Tensor, matrix: Tensor, align_corners: bool) -> Tensor:
-    """Bilinear resampling, zeros outside. ``matrix`` (N,2,2) takes output to input positions, as (x, y) in [-1, 1]."""
-    # Positions rounded to bfloat16 would be off by part of a pixel; so would a matrix product be (TF32, autocast).
+    """Resamples bilinearly with zeros outside. ``matrix`` (N,2,2) maps output to input positions, (x, y) in [-1, 1]."""
+    # Rounding to bfloat16, and a matrix product with TF32 or autocast, would move positions by part of a pixel.
     x = images.to(torch.promote_types(images.dtype, torch.float32))
     h, w = x.shape[2:]
-    forth = send_like(matrix, x, x.dtype)[:, :, :, None, None]
+    forward = send_like(matrix, x, x.dtype)[:, :, :, None, None]
 
     def resample(x: Tensor) -> Tensor:
         ys, xs = (send_like(_centred(size) * 2 / _span(size, align_corners), x, x.dtype) for size in (h, w))
-        grid = forth[:, :, 0] * xs + forth[:, :, 1] * ys[:, None]
+        grid = forward[:, :, 0] * xs + forward[:, :, 1] * ys[:, None]
         return F.grid_sample(x, grid.movedim(1, 3), align_corners=align_corners)
 
     # On the CPU torch's own adjoint is deterministic and faster.
@@ -314,29 +326,30 @@ def _affine(images: Tensor, matrix: Tensor, align_corners: bool) -> Tensor:
 
 
 def _centred(size: int) -> Tensor:
-    """Positions along an axis, in pixels from its middle."""
+    """Returns the positions along an axis, in pixels from its middle."""
     return torch.arange(size, dtype=torch.float64) - (size - 1) / 2
 
 
 def _span(size: int, align_corners: bool) -> int:
-    """Pixels from -1 to 1."""
+    """Returns the number of pixels from -1 to 1."""
     return max(size - 1, 1) if align_corners else size
 
 
 def _resample_adjoint(gradient: Tensor, matrix: Tensor, align_corners: bool) -> Tensor:
-    """The adjoint of bilinear resampling, gathered: torch's own adds atomically on a GPU, in an order that varies.
+    """Computes the adjoint of bilinear resampling by gathering, because that of torch adds atomically on a GPU, in a
+    varying order.
 
-    In pixels from the middle, output p reads input q with weight hat(Ap - q) in x times the same in y, which is 0
-    unless p lies in A^-1 q + A^-1 (-1, 1)^2: a window of few pixels, whose size is known on the host.
+    In pixels from the middle, output p uses input q with weight hat(Ap - q) in x times the same in y, which is 0 unless
+    p is in A^-1 q + A^-1 (-1, 1)^2: a window of few pixels, whose size is known on the CPU.
     """
     n, c, h, w = gradient.shape
     aspect = _span(w, align_corners) / _span(h, align_corners)
-    forth = matrix * matrix.new_tensor([[1, aspect], [1 / aspect, 1]])
-    back = torch.linalg.inv(forth)
-    reach = back.abs().sum(2)
+    forward = matrix * matrix.new_tensor([[1, aspect], [1 / aspect, 1]])
+    inverse = torch.linalg.inv(forward)
+    reach = inverse.abs().sum(2)
     wide, high = (2 * reach.amax(0)).ceil().int().tolist()
 
-    a, b, near = (send_like(v, gradient, gradient.dtype)[..., None, None] for v in (forth, back, reach))
+    a, b, near = (send_like(v, gradient, gradient.dtype)[..., None, None] for v in (forward, inverse, reach))
     qy, qx = (send_like(_centred(size), gradient, gradient.dtype) for size in (h, w))
     qy, top, left = qy[:, None], (h - 1) / 2, (w - 1) / 2
     first_x = (b[:, 0, 0] * qx + b[:, 0, 1] * qy + left - near[:, 0]).floor() + 1
@@ -353,21 +366,18 @@ def _resample_adjoint(gradient: Tensor, matrix: Tensor, align_corners: bool) -> 
     return total
 
 
-# CutMix ---------------------------------------------------------------------------------------------------------------
-
-
 def cutmix(images: Tensor, draws: Draws) -> tuple[Tensor, Tensor, float]:
-    """CutMix (Yun et al., ICCV 2019): one box of every image is replaced by that of its partner.
+    """CutMix (Yun et al., ICCV 2019): replaces the same box of every image by that of its partner.
 
-    The box's share of the area is uniform, its centre too; it is clipped at the border.
+    The box's share of the area and its centre are uniform; the box is clipped at the border.
 
     Args:
         images: (N,C,H,W).
-        draws: the stream that box and partners are drawn from.
+        draws: Random stream of box and partners.
 
     Returns:
-        The mixed images, each image's partner, int64 (N,) on the CPU, and the exact share that images keep of
-        themselves, the weight of their own targets.
+        The mixed images; each image's partner, int64 (N,) on the CPU; and the exact share of the area that images keep,
+        which is the weight of their own targets.
     """
     height, width = images.shape[-2:]
     area, y, x = draws.uniform(3).double().tolist()

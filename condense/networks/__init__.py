@@ -1,4 +1,4 @@
-"""TODO-FACE condense/networks."""
+"""Networks: architectures by name, public weights and checkpoints, files of trained networks, ensembles."""
 
 from condense.networks.architectures import (
     CONVNET_GRAMMAR,

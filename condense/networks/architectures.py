@@ -1,18 +1,18 @@
-"""The field's networks under strict names, and any torchvision, timm or user-made network behind the same calls.
+"""Network architectures by name: those of dataset distillation, and any torchvision, timm or user-defined network.
 
-Every network gives ``net(x)`` (logits), ``net.embed(x)`` (the flat input of its last linear layer) and
+Every network provides ``net(x)`` (logits), ``net.embed(x)`` (the flat input of its last linear layer) and
 ``net.features(x)`` (the maps of its stages). Names: ``convnet-d{1..6}-w{width}-{norm}[-{activation}][-{pool}]`` (see
 ``CONVNET_GRAMMAR``), ``mlp``, ``lenet``, ``alexnet``, ``alexnet-bn``, ``vgg11-in``, ``vgg11-bn``, ``resnet18-in``,
 ``resnet18-bn``, ``resnet18-bn-ap``, ``torchvision:NAME`` and ``timm:NAME``.
 
 At 1x28x28 and 3x32x32 the layers are those of the code base that DC, DSA, DM and their forks share ("in" is GroupNorm
-with one channel per group). Three rules carry them to other sizes, from 8x8 up and square or not:
+with one channel per group). Three rules extend them to other sizes, from 8x8 up and square or not:
 
-* a 28x28 grey image grows to 32x32 by 2 more pixels of padding in the first convolution (not in the ResNets);
-* pooling or a stride that would leave less than 2x2 before a further stage is dropped, because a norm over one pixel
-  turns the map into a constant; only the last pool may reach 1x1. A ConvNet is refused instead: its name states its
-  depth;
-* the last linear layer has as many inputs as the maps then give.
+* the first convolution pads 28x28 grey images by 2 more pixels, as if they were 32x32 (not in the ResNets);
+* pooling or a stride that would leave less than 2x2 before a further stage is omitted, because a norm over one pixel
+  gives a constant map; only the last pool may reach 1x1. A ConvNet raises an error instead, because its name states
+  its depth;
+* the number of inputs of the last linear layer follows from the maps.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _CONVNET = re.compile(
     r"(?:-(?P<activation>relu|sigmoid|leakyrelu|swish))?(?:-(?P<pool>avg|max|none))?"
 )
 
-# ReLU may overwrite its input: neither a convolution nor a norm needs its own output for the backward pass.
+# ReLU may overwrite its input, since convolutions and norms do not need their own output in the backward pass.
 _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": functools.partial(nn.ReLU, inplace=True),
     "sigmoid": nn.Sigmoid,
@@ -56,23 +56,23 @@ _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 
 
 class AveragePool(nn.Module):
-    """The mean of each 2x2 square. With gradients on a CPU it is a matrix product over pairs of rows.
+    """2x2 average pooling. With gradients on a CPU it is a matrix product over pairs of rows.
 
-    Forward and backward of 64 maps of 128x32x32 then take 2.6 ms in bf16 and 6.3 ms in fp32, where ``avg_pool2d`` takes
-    21 and 16 ms (two cores). Sums in another order aside, the results are equal.
+    Forward and backward of 64 maps of 128x32x32 then take 2.6 ms in bf16 and 6.3 ms in fp32, while ``avg_pool2d`` takes
+    21 and 16 ms (two cores). The results are equal except for the order of sums.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         *outer, height, width = x.shape
         if x.device.type != "cpu" or not torch.is_grad_enabled() or height % 2 or width % 2:
             return F.avg_pool2d(x, 2)
-        with torch.autocast("cpu", enabled=False):  # means have the dtype of what they are means of
+        with torch.autocast("cpu", enabled=False):  # the result has the dtype of the input
             means = x.reshape(-1, 2 * width) @ _pair_of_rows(width, x.dtype)
         return means.view(*outer, height // 2, width // 2)
 
 
 def _pair_of_rows(width: int, dtype: torch.dtype) -> Tensor:
-    """(2 * width, width / 2): takes two rows of a map, one after the other, to one row of means."""
+    """Returns a matrix (2 * width, width / 2) that maps two concatenated rows of a map to one row of means."""
     columns = torch.arange(2 * width, device="cpu") % width // 2
     return F.one_hot(columns, width // 2).to(dtype) / 4
 
@@ -84,48 +84,49 @@ _POOLS: dict[str, Callable[[], nn.Module]] = {
 }
 
 FACTORY = "python:"
-"""Begins the recorded name of a network that was given as a function, and cannot be built from its name."""
+"""Prefix of the recorded name of a network that was given as a function and cannot be built from its name."""
 
 
 def name_of(network: str | Callable[..., nn.Module]) -> str:
-    """What records call an architecture: its name, or ``python:`` and the name of the function that makes it."""
+    """Returns the name of an architecture in records: its name, or ``python:`` and the name of its factory."""
     if isinstance(network, str):
         return network
     return f"{FACTORY}{getattr(network, '__qualname__', type(network).__name__)}"
 
 
 def library_version(network: str | Callable[..., nn.Module]) -> str | None:
-    """Version of the library that defines ``timm:NAME`` or ``torchvision:NAME``; None for our own and for functions."""
+    """Returns the version of the library of ``timm:NAME`` or ``torchvision:NAME``; None for other networks."""
     library = network.partition(":")[0] if isinstance(network, str) else ""
     return importlib.metadata.version(library) if library in ("timm", "torchvision") else None
 
 
 class Network(nn.Module):
-    """What every network offers: ``classify(embed(x)) == net(x)``, and the maps on the way."""
+    """Interface of every network: ``classify(embed(x)) == net(x)``, and the maps of its stages."""
 
     classify: Callable[[Tensor], Tensor]
     """The last linear layer: (N, D) to (N, classes)."""
 
     rebuild: Callable[[], nn.Module] | None = None
-    """Makes the weights anew where they come from code of others; None: every layer starts as PyTorch starts it."""
+    """Builds the network again, for third-party code; None: every layer has PyTorch's default initialisation."""
 
     def embed(self, x: Tensor, maps: list[Tensor] | None = None) -> Tensor:
-        """(N, C, H, W) to (N, D), the flat input of ``classify``; appends the maps of :meth:`features` to ``maps``."""
+        """Maps (N, C, H, W) to (N, D), the flat input of ``classify``; appends the maps of :meth:`features` to
+        ``maps``."""
         raise NotImplementedError
 
     def features(self, x: Tensor) -> list[Tensor]:
-        """The (N, C, H, W) map of each stage, first to last; :meth:`embed` gives them and the embedding in one pass."""
+        """Returns the map (N, C, H, W) of each stage; :meth:`embed` computes them and the embedding in one pass."""
         maps: list[Tensor] = []
         self.embed(x, maps)
         return maps
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) to logits (N, classes)."""
+        """Maps (N, C, H, W) to logits (N, classes)."""
         return self.classify(self.embed(x))
 
 
 def _norm(kind: str, channels: int, size: Sequence[int] = ()) -> nn.Module:
-    """The norm layer after a convolution; ``size`` (height, width of its map) is read for LayerNorm alone."""
+    """Creates the norm layer after a convolution; only LayerNorm uses ``size``, the height and width of its map."""
     if kind == "in":
         return nn.GroupNorm(channels, channels)
     if kind == "gn":
@@ -138,18 +139,18 @@ def _norm(kind: str, channels: int, size: Sequence[int] = ()) -> nn.Module:
 
 
 def _extra_padding(shape: Shape) -> int:
-    """Padding that the first convolution adds so that MNIST-sized grey images are treated as 32x32."""
+    """Returns the additional padding with which the first convolution treats MNIST-sized grey images as 32x32."""
     return 2 if tuple(shape) == (1, 28, 28) else 0
 
 
 class ConvNet(Network):
     """``depth`` blocks of 3x3 convolution (with bias), norm, activation and 2x2 pooling, then one linear layer.
 
-    ``features`` gives each block's output after its activation and before its pooling, as attention matching needs;
-    ``embed`` is the last block after its pooling.
+    ``features`` returns each block's output after its activation and before its pooling, as attention matching needs;
+    ``embed`` returns the output of the last block after its pooling.
 
     Raises:
-        CondenseError: the blocks would pool the image to nothing; the message names the largest depth that fits.
+        CondenseError: The image is too small for the blocks; the message states the largest depth that fits.
     """
 
     def __init__(
@@ -184,38 +185,38 @@ class ConvNet(Network):
         self.classify = nn.Linear(width * height * columns, classes)
 
     def stage(self, i: int, x: Tensor) -> Tensor:
-        """Block ``i`` up to its activation."""
+        """Applies block ``i`` up to its activation."""
         x = self.convs[i](x)
-        if _channels_last_pays(x) and x.shape[2] * x.shape[3] < 1024:
-            x = x.contiguous()  # torch's group norm crawls over small channels-last maps
+        if _prefers_channels_last(x) and x.shape[2] * x.shape[3] < 1024:
+            x = x.contiguous()  # torch's group norm is slow on small channels-last maps
         return self.activation(self.norms[i](x))
 
     def embed(self, x: Tensor, maps: list[Tensor] | None = None) -> Tensor:
         for i in range(len(self.convs)):
-            if _channels_last_pays(x):
+            if _prefers_channels_last(x):
                 x = x.contiguous(memory_format=torch.channels_last)
             x = self.stage(i, x)
             if maps is not None:
                 maps.append(x)
-            if _channels_last_pays(x):
+            if _prefers_channels_last(x):
                 x = x.contiguous(memory_format=torch.channels_last)
             x = self.pool(x)
         return x.flatten(1)
 
 
-def _channels_last_pays(x: Tensor) -> bool:
-    """Without gradients on a CPU: convolution and pooling are several times faster there, their backward is not."""
+def _prefers_channels_last(x: Tensor) -> bool:
+    """Returns whether channels-last is faster: without gradients on a CPU, several times; their backward is not."""
     return x.device.type == "cpu" and not torch.is_grad_enabled()
 
 
 class PlainNet(Network):
     """MLP, LeNet, AlexNet and VGG11: stages of convolutions with ReLU, 2x2 max pooling after each, then linear layers.
 
-    ``features`` gives each stage's output after its last activation and before its pooling; the MLP has no stages.
+    ``features`` returns each stage's output after its last activation and before its pooling; the MLP has no stages.
 
     Args:
-        stages: per stage its convolutions, as (filters, kernel, padding).
-        hidden: widths of the linear layers, each with ReLU, between the flattened maps and ``classify``.
+        stages: Convolutions of each stage as (filters, kernel, padding).
+        hidden: Widths of the linear layers, each with ReLU, between the flattened maps and ``classify``.
     """
 
     def __init__(
@@ -263,7 +264,7 @@ class PlainNet(Network):
 
 
 def _lenet(shape: Shape, classes: int) -> PlainNet:
-    # Two unpadded 5x5 convolutions need 28 pixels to leave what LeNet was made for; below that they keep the size.
+    # Unpadded 5x5 convolutions need 28 pixels to give the maps of LeNet; for smaller images they keep the size.
     padding = 0 if min(shape[1:]) >= 28 else 2
     return PlainNet(shape, classes, stages=[[(6, 5, padding)], [(16, 5, padding)]], hidden=(120, 84))
 
@@ -290,13 +291,13 @@ class BasicBlock(nn.Module):
             self.shortcut = nn.Sequential(narrow, self.pool, _norm(norm, filters))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, channels, H, W) to (N, filters, H', W')."""
+        """Maps (N, channels, H, W) to (N, filters, H', W')."""
         y = self.pool(F.relu(self.norm1(self.conv1(x)), inplace=True))
         return F.relu(self.norm2(self.conv2(y)) + self.shortcut(x), inplace=True)
 
 
 class ResNet18(Network):
-    """ResNet18 with a 3x3 stem and no first pooling; ``features`` gives the outputs of its four stages.
+    """ResNet18 with a 3x3 stem and no first pooling; ``features`` returns the outputs of its four stages.
 
     ``embed`` is the mean over the last map. With ``average`` (the "AP" variant) average pooling does the halving and
     ``embed`` is the whole last map, flattened.
@@ -377,9 +378,9 @@ class Wrapped(Network):
             for module, training in modes.items():
                 module.training = training
         if not isinstance(logits, Tensor) or logits.shape != (2, classes):
-            given = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            returned = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise CondenseError(
-                f"network '{name}' gives {given} for 2 images of size {size}, not (2, {classes}) logits"
+                f"network '{name}' returns {returned} for 2 images of size {size}, not (2, {classes}) logits"
             )
         self.last, inputs, outputs = calls[-1] if calls else ("", logits, logits)
         if not calls or inputs.dim() != 2 or not torch.equal(outputs, logits):
@@ -389,33 +390,37 @@ class Wrapped(Network):
         return x.expand(-1, 3, -1, -1) if self.repeat_grey else x
 
     def classify(self, embedding: Tensor) -> Tensor:
-        """The module's own last linear layer: (N, D) to (N, classes)."""
+        """Applies the module's last linear layer: maps (N, D) to (N, classes)."""
         return self.model.get_submodule(self.last)(embedding)
 
     def embed(self, x: Tensor, maps: list[Tensor] | None = None) -> Tensor:
-        seen: list[Tensor] = []
+        embeddings: list[Tensor] = []
 
-        def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            # An activation in place hands back the tensor that it was given: one map, not two.
-            if isinstance(output, Tensor) and output.dim() == 4 and not any(output is known for known in maps or ()):
+        def append_map(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            # An in-place activation returns its input: one map, not two.
+            if (
+                isinstance(output, Tensor)
+                and output.dim() == 4
+                and not any(output is previous for previous in maps or ())
+            ):
                 assert maps is not None
                 maps.append(output)
 
         with contextlib.ExitStack() as hooks:
             last = self.model.get_submodule(self.last)
-            hooks.enter_context(last.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])))
+            hooks.enter_context(last.register_forward_pre_hook(lambda _, inputs: embeddings.append(inputs[0])))
             for child in self.model.children() if maps is not None else ():
-                hooks.enter_context(child.register_forward_hook(keep))
+                hooks.enter_context(child.register_forward_hook(append_map))
             self.model(self._channels(x))
-        return seen[-1]
+        return embeddings[-1]
 
 
 def _torchvision(name: str, classes: int) -> nn.Module:
     from torchvision import models
 
-    known = models.list_models(module=models)
-    if name not in known:
-        hint = did_you_mean(f"torchvision:{name}", [f"torchvision:{other}" for other in known])
+    available = models.list_models(module=models)
+    if name not in available:
+        hint = did_you_mean(f"torchvision:{name}", [f"torchvision:{other}" for other in available])
         raise CondenseError(f"unknown network 'torchvision:{name}'{hint}")
     return models.get_model(name, weights=None, num_classes=classes)
 
@@ -479,7 +484,7 @@ _NAMED: dict[str, Callable[[Shape, int], Network]] = {
 
 
 def names() -> list[str]:
-    """Example names, all of which fit images from 8x8 up; other ConvNets follow ``CONVNET_GRAMMAR``."""
+    """Returns example names, all for images from 8x8 up; other ConvNets follow ``CONVNET_GRAMMAR``."""
     convnets = [f"convnet-d3-w128-{norm}" for norm in ("in", "bn", "ln", "gn", "none")]
     convnets += ["convnet-d1-w128-in", "convnet-d2-w128-in"]
     convnets += [f"convnet-d3-w{width}-in" for width in (32, 64, 256)]
@@ -488,20 +493,20 @@ def names() -> list[str]:
     return [*convnets, *_NAMED, "torchvision:resnet18", "timm:resnet18"]
 
 
-def _nearest_convnet(word: str) -> str:
-    """The ConvNet whose parts occur in ``word``, also in the field's spelling (convnetd4, convnetaswishbn)."""
+def _nearest_convnet(text: str) -> str:
+    """Returns the ConvNet whose parts occur in ``text``, also in the common spelling (convnetd4, convnetaswishbn)."""
 
-    def find(pattern: str, default: str) -> str:
-        match = re.search(pattern, word)
+    def part(pattern: str, default: str) -> str:
+        match = re.search(pattern, text)
         return match[1] if match else default
 
-    depth, width = find("d([1-6])(?![0-9])", "3"), find("w([1-9][0-9]{0,3})", "128")
-    parts = [find("(in|bn|ln|gn|none)", "in"), find("(leakyrelu|relu|sigmoid|swish)", ""), find("(avg|max)", "")]
+    depth, width = part("d([1-6])(?![0-9])", "3"), part("w([1-9][0-9]{0,3})", "128")
+    parts = [part("(in|bn|ln|gn|none)", "in"), part("(leakyrelu|relu|sigmoid|swish)", ""), part("(avg|max)", "")]
     return "-".join(["convnet", f"d{depth}", f"w{width}", *filter(None, parts)])
 
 
 def _constructor(network: str) -> Callable[[Shape, int], Network]:
-    """What makes the network of this name; nothing is built or imported."""
+    """Returns the function that builds the network of this name; builds and imports nothing."""
     if network in _NAMED:
         return _NAMED[network]
     library, _, name = network.partition(":")
@@ -509,9 +514,9 @@ def _constructor(network: str) -> Callable[[Shape, int], Network]:
         return functools.partial(_from_library, network)
     match = _CONVNET.fullmatch(network)
     if match is None and network.lower().startswith("conv"):
-        meant = _nearest_convnet(network.lower())
+        suggestion = _nearest_convnet(network.lower())
         raise CondenseError(
-            f"unknown network '{network}'; did you mean '{meant}'? ConvNets are named {CONVNET_GRAMMAR}"
+            f"unknown network '{network}'; did you mean '{suggestion}'? ConvNets are named {CONVNET_GRAMMAR}"
         )
     if match is None:
         raise CondenseError(f"unknown network '{network}'{did_you_mean(network.lower(), names())}")
@@ -523,33 +528,33 @@ def _constructor(network: str) -> Callable[[Shape, int], Network]:
 
 
 def check(network: str | Callable[..., nn.Module]) -> None:
-    """Does nothing for a well-formed name or a factory; builds nothing and imports neither torchvision nor timm.
+    """Checks the name of a network without building it or importing torchvision or timm.
 
-    What follows ``torchvision:`` or ``timm:`` is looked up by :func:`build`.
+    Names of torchvision and timm models are checked only by :func:`build`.
 
     Raises:
-        CondenseError: the name is unknown or mis-spelt; the message suggests the nearest one.
+        CondenseError: The name is unknown; the message suggests the nearest one.
     """
     if isinstance(network, str):
         _constructor(network)
 
 
 def build(network: str | Callable[..., nn.Module], shape: Shape, classes: int) -> Network:
-    """A freshly initialised network on the CPU, in train mode.
+    """Builds a newly initialised network on the CPU, in train mode.
 
-    Initial weights are PyTorch's defaults (for torchvision and timm: that model's own) drawn from torch's global CPU
-    generator, so callers wrap this in :func:`condense.rng.seeded`.
+    Initial weights are PyTorch's defaults (for torchvision and timm those of the model), drawn from torch's global CPU
+    generator; callers use :func:`condense.rng.seeded`.
 
     Args:
-        network: a name, or a function that makes a new module: called as ``factory(shape, classes)`` where two of its
-            arguments have no default, as ``factory()`` where none has. A module that is no :class:`Network` becomes
-            :class:`Wrapped`. Models of torchvision and timm see a grey channel three times.
-        shape: of the images, (C, H, W).
-        classes: number of logits.
+        network: A name, or a factory of a new module: called as ``factory(shape, classes)`` if two of its arguments
+            have no default, as ``factory()`` if all have one. A module that is not a :class:`Network` becomes
+            :class:`Wrapped`. Grey images are repeated for models of torchvision and timm.
+        shape: (C, H, W) of the images.
+        classes: Number of logits.
 
     Raises:
-        CondenseError: unknown name, images under 8x8, a ConvNet too deep for them, a missing package, or a foreign
-            network that fails on such images.
+        CondenseError: An unknown name, images under 8x8, a ConvNet that is too deep for them, a missing package, or a
+            third-party network that fails on such images.
     """
     if not isinstance(network, str):
         return _from_factory(network, shape, classes)
@@ -561,10 +566,10 @@ def build(network: str | Callable[..., nn.Module], shape: Shape, classes: int) -
 
 @torch.no_grad()
 def reset(net: nn.Module) -> None:
-    """Draws new weights for a network of :func:`build`: bit for bit those of a new one built under the same seed.
+    """Initialises a network of :func:`build` again: bit for bit like a new one that is built with the same seed.
 
-    Running statistics restart too and gradients are dropped; device, dtype, memory format and train mode stay. Only
-    foreign networks are built again to copy from.
+    Running statistics are reset and gradients removed; device, dtype, memory format and train mode stay. Only
+    third-party networks are built again.
     """
     rebuild = getattr(net, "rebuild", None)
     if rebuild is not None:
@@ -582,9 +587,9 @@ def reset(net: nn.Module) -> None:
 
 
 def _redraw(module: nn.Conv2d | nn.Linear) -> None:
-    """PyTorch's default initialisation, drawn as a constructor draws it: on the CPU in plain memory order.
+    """Applies PyTorch's default initialisation like a constructor: on the CPU in contiguous memory order.
 
-    ``reset_parameters`` would fill channels-last weights in another order and those on a GPU from another generator.
+    ``reset_parameters`` would fill channels-last weights in another order, and weights on a GPU from another generator.
     """
     weight = torch.empty(module.weight.shape)
     nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
@@ -595,10 +600,10 @@ def _redraw(module: nn.Conv2d | nn.Linear) -> None:
 
 
 def uses_dropout(net: nn.Module) -> bool:
-    """Whether the network draws at random in train mode, so that its draws must be keyed."""
+    """Returns whether the network uses random numbers in train mode, which must then be seeded."""
     return any("drop" in type(module).__name__.lower() for module in net.modules())
 
 
 def uses_batch_statistics(net: nn.Module) -> bool:
-    """Whether any layer is a BatchNorm, so that outputs in train mode depend on the other images of the batch."""
+    """Returns whether any layer is a BatchNorm, so that outputs in train mode depend on the whole batch."""
     return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in net.modules())

@@ -1,4 +1,4 @@
-"""mean logits of several networks."""
+"""Ensembles: the mean logits of several networks."""
 
 from __future__ import annotations
 
@@ -14,10 +14,14 @@ from condense.networks.flat import Layout
 
 
 class MeanLogits(nn.Module):
-    """The weighted mean of several networks' logits, float32 (B, classes). ``weights`` are equal when None.
+    """Network that computes the weighted mean of several networks' logits, float32 (B, classes).
+
+    Args:
+        members: Networks with the same classes.
+        weights: One non-negative weight per network, normalised to sum 1. Default: equal.
 
     Raises:
-        CondenseError: there are no networks, or not as many weights of at least 0, or all are 0.
+        CondenseError: There are no networks, the number of weights differs, or the weights are negative or all 0.
     """
 
     def __init__(self, members: Sequence[nn.Module], weights: Sequence[float] | None = None) -> None:
@@ -27,8 +31,8 @@ class MeanLogits(nn.Module):
         if not members or len(shares) != len(members) or min(shares) < 0 or not 0 < sum(shares) < math.inf:
             raise CondenseError(f"weights {shares} of {len(members)} teachers: give one of at least 0 for each")
         self.weights: Tensor
-        weighed = torch.tensor([share / sum(shares) for share in shares], device=device_of(self.members))
-        self.register_buffer("weights", weighed)
+        normalised = torch.tensor([share / sum(shares) for share in shares], device=device_of(self.members))
+        self.register_buffer("weights", normalised)
 
     def forward(self, images: Tensor) -> Tensor:
         logits = torch.stack([member(images).float() for member in self.members])
@@ -36,7 +40,7 @@ class MeanLogits(nn.Module):
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where a module's weights are; the CPU where it has none."""
+    """Returns the device of a module's weights; the CPU if it has none."""
     return next((value.device for value in module.state_dict().values()), torch.device("cpu"))
 
 

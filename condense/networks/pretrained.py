@@ -1,4 +1,4 @@
-"""weights of others: checkpoints, torchvision, timm, open_clip."""
+"""Public and third-party weights: checkpoints, torchvision, timm and open_clip, as encoders or as teachers."""
 
 from __future__ import annotations
 
@@ -23,25 +23,23 @@ from condense.networks import architectures, saved
 from condense.networks.saved import State, apply_state
 
 SHIPPED = ("tiny20-convnet-d3-w64-bn",)
-"""Backbones that come with the package: trained on 64x64 images of 20 classes, made 32x32."""
+"""Backbones that are included in the package: trained on images of 20 classes, resized from 64x64 to 32x32."""
 
 PROMPT = "a photo of a {}."
 
 _FOLDER = Path(__file__).parent / "backbones"
 
 _LARGE = 1e30
-"""Beyond any mean or std, and within float32."""
-
-# Public networks ------------------------------------------------------------------------------------------------------
+"""Limit for mean, std and 1 / std of an untrusted file; within the range of float32."""
 
 
 class Encoder(nn.Module):
-    """A frozen network of others that takes pixels to flat features.
+    """A frozen third-party network that maps pixels to flat features.
 
     Args:
-        net: has ``embed``, from images normalised in its own way to features.
-        shape: (C,H,W) that it takes; pixels of other sizes are resized, grey ones repeated.
-        mean, std: of its normalisation, for each channel.
+        net: Network with ``embed``, which maps normalised images to features.
+        shape: (C,H,W) of its input; images of other sizes are resized, grey images are repeated.
+        mean, std: Normalisation of each channel.
     """
 
     def __init__(self, net: nn.Module, shape: architectures.Shape, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -54,11 +52,11 @@ class Encoder(nn.Module):
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> Encoder:
-        """Stays in eval mode: its statistics are public too."""
+        """Stays in eval mode, because the BatchNorm statistics belong to the public weights."""
         return super().train(False)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Pixels (B,C,H,W) in [0,1] to features (B,D)."""
+        """Maps pixels (B,C,H,W) in [0,1] to features (B,D)."""
         if pixels.shape[2:] != self.shape[1:]:
             pixels = F.interpolate(pixels, self.shape[1:], mode="bilinear", align_corners=False, antialias=True)
         pixels = pixels.expand(-1, self.shape[0], -1, -1)
@@ -68,82 +66,83 @@ class Encoder(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class Backbone:
-    """A public network as it was found."""
+    """A loaded public network."""
 
     encoder: Encoder
     known: dict[str, Any]
-    """For a file: ``name``, ``sha256`` of its state, ``bytes`` of the encoder, and where a file of weights lies."""
+    """Description for manifests: ``name``, ``sha256`` of its state, ``bytes`` of the encoder, ``path`` of a local
+    file."""
     scale: float = 10.0
-    """Factor of cosines where a head starts."""
+    """Initial factor of the cosines of a head."""
     text: Callable[[Sequence[str], Sequence[str]], Tensor] | None = None
-    """Class names and prompts to unit vectors (D, classes); None without a text tower."""
+    """Maps class names and prompts to unit vectors (D, classes); None without a text tower."""
     text_bytes: int = 0
-    """Of the text tower."""
+    """Bytes of the text tower."""
 
     def external(self, head: str) -> int:
-        """Bytes of the encoder, with the text tower where that makes the head."""
+        """Returns the bytes of the encoder, plus those of the text tower for ``head="text"``."""
         return int(self.known["bytes"]) + (self.text_bytes if head == "text" else 0)
 
 
 class _Clip(nn.Module):
-    """The image tower of a CLIP model, behind ``embed``."""
+    """The image tower of a CLIP model with the method ``embed``."""
 
     def __init__(self, visual: nn.Module) -> None:
         super().__init__()
         self.visual = visual
 
     def embed(self, x: Tensor) -> Tensor:
-        """(B,3,H,W) to (B,D)."""
-        found = self.visual(x)
-        first: Tensor = found if isinstance(found, Tensor) else found[0]  # CoCa's tower gives its tokens too
-        return first
+        """Maps (B,3,H,W) to (B,D)."""
+        output = self.visual(x)
+        embedding: Tensor = output if isinstance(output, Tensor) else output[0]  # CoCa's tower also returns tokens
+        return embedding
 
 
-def find(word: str, shape: architectures.Shape, device: torch.device, what: str = "backbone=") -> Backbone:
-    """The public network of a name as in the table of this module.
+def find(name: str, shape: architectures.Shape, device: torch.device, prefix: str = "backbone=") -> Backbone:
+    """Loads a public network.
 
     Args:
-        word: its name.
-        shape: (C,H,W) of the images that it will be given.
-        device: where it computes.
-        what: begins what messages call it.
+        name: Name as in the table of :mod:`condense.labels.adapters`.
+        shape: (C,H,W) of the images that it will be applied to.
+        device: Device of the encoder.
+        prefix: Text before the name in messages.
 
     Raises:
-        CondenseError: an unknown name, a missing package, weights that are not here, or images that it cannot take.
+        CondenseError: An unknown name, a missing package, unavailable weights, or an unsuitable number of channels.
     """
-    named, about = what + word, {"name": word}
-    library, _, rest = word.partition(":")
+    named, about = prefix + name, {"name": name}
+    library, _, rest = name.partition(":")
     if library in BACKBONE_LIBRARIES and rest:
-        name, _, weights = rest.partition("@")
-        made = {"open_clip": _open_clip, "timm": _timm, "torchvision": _torchvision}[library](
-            name, weights, named, about
-        )
+        model, _, weights = rest.partition("@")
+        load = {"open_clip": _open_clip, "timm": _timm, "torchvision": _torchvision}[library]
+        backbone = load(model, weights, named, about)
         if weights and is_existing_file(weights):
-            made.known["path"] = f"{library}:{name}@{Path(weights).absolute()}"
-    elif word in SHIPPED:
-        made = _teacher(_FOLDER / f"{word}.h5", named, about)
-    elif word.endswith(".h5"):
-        made = _teacher(Path(word), named, {**about, "path": str(Path(word).absolute())})
+            backbone.known["path"] = f"{library}:{model}@{Path(weights).absolute()}"
+    elif name in SHIPPED:
+        backbone = _teacher(_FOLDER / f"{name}.h5", named, about)
+    elif name.endswith(".h5"):
+        backbone = _teacher(Path(name), named, {**about, "path": str(Path(name).absolute())})
     else:
-        hint = did_you_mean(word, SHIPPED)
+        hint = did_you_mean(name, SHIPPED)
         raise CondenseError(
             f"{named}: unknown{hint}; or write FILE.h5 of `condense teachers`, or LIBRARY:NAME with "
             f"one of {', '.join(BACKBONE_LIBRARIES)}"
         )
-    if shape[0] not in (1, made.encoder.shape[0]):
-        raise CondenseError(f"{named}: takes images of {made.encoder.shape[0]} channels, not {shape[0]}")
-    made.encoder.to(device)
-    return made
+    if shape[0] not in (1, backbone.encoder.shape[0]):
+        raise CondenseError(f"{named}: takes images of {backbone.encoder.shape[0]} channels, not {shape[0]}")
+    backbone.encoder.to(device)
+    return backbone
 
 
-def _known(net: nn.Module, about: Mapping[str, Any]) -> dict[str, Any]:
+def _describe(net: nn.Module, about: Mapping[str, Any]) -> dict[str, Any]:
+    """Adds digest and bytes of a network to its description."""
     state = net.state_dict()
     size = sum(value.numel() * value.element_size() for value in state.values())
     return {**about, "sha256": content({name: state[name] for name in sorted(state)}), "bytes": size}
 
 
 def is_normalisation(known: Any, channels: int) -> bool:
-    """Whether a stranger's file gives a mean and a std for each channel."""
+    """Returns whether an untrusted file states a valid mean and std for each channel."""
     try:
         fits = len(known["mean"]) == len(known["std"]) == channels
         values = [*known["mean"], *known["std"]]
@@ -154,30 +153,30 @@ def is_normalisation(known: Any, channels: int) -> bool:
 
 
 def _teacher(path: Path, named: str, about: dict[str, Any]) -> Backbone:
-    """The first network of a file of teachers."""
+    """Loads the first network of a file of teachers."""
     if not is_existing_file(str(path)):
         raise CondenseError(f"{named}: no such file: {path}")
     try:
         file = saved.read_teacher_file(path)
         channels, height, width = file.manifest["image_shape"]
         if not is_normalisation(file.manifest.get("normalisation"), channels):
-            raise CondenseError(f"{path}: does not say how its images were normalised; make it again, without zca")
+            raise CondenseError(f"{path}: does not state the normalisation of its images; make it again, without zca")
         normalised = file.manifest["normalisation"]
         net = file.load_member(0, torch.device("cpu")).network
     except CondenseError as fault:
         raise CondenseError(f"{named}: {fault}") from fault
     encoder = Encoder(net, (channels, height, width), normalised["mean"], normalised["std"])
-    return Backbone(encoder, _known(net, about))
+    return Backbone(encoder, _describe(net, about))
 
 
 def _fetched(load: Callable[[], nn.Module], named: str, origin: str, place: str) -> nn.Module:
-    """A network with its weights, or one line that says which file is wanted where."""
-    logging.disable(logging.ERROR)  # libraries log what the line will say
+    """Calls ``load``; if the weights are unavailable, the error states which file is needed and where."""
+    logging.disable(logging.ERROR)  # libraries log the same reason
     try:
         with rng.seeded("layout"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return load()
-    except Exception as fault:  # each library fails in its own way
+    except Exception as fault:  # the libraries raise different types
         reason = (str(fault) or type(fault).__name__).strip().splitlines()[0]
         raise CondenseError(
             f"{named}: its weights are not here and cannot be fetched ({reason}); get {origin} "
@@ -187,7 +186,7 @@ def _fetched(load: Callable[[], nn.Module], named: str, origin: str, place: str)
         logging.disable(logging.NOTSET)
 
 
-def _of_file(net: nn.Module, path: str, named: str) -> nn.Module:
+def _with_weights(net: nn.Module, path: str, named: str) -> nn.Module:
     if not is_existing_file(path):
         raise CondenseError(f"{named}: no such file: {path}")
     fill(net, Path(path), named)
@@ -197,12 +196,12 @@ def _of_file(net: nn.Module, path: str, named: str) -> nn.Module:
 def _library(weights: Weights, make: Callable[[], nn.Module], file: str, named: str, about: dict[str, Any]) -> Backbone:
     if file:
         with rng.seeded("layout"):
-            net = _of_file(make(), file, named)
+            net = _with_weights(make(), file, named)
     else:
         net = _fetched(weights.load, named, weights.origin, weights.place)
     shape = (3, *weights.size)
     encoder = Encoder(architectures.Wrapped(net, shape, weights.classes, name=named), shape, weights.mean, weights.std)
-    return Backbone(encoder, _known(encoder.net, about))
+    return Backbone(encoder, _describe(encoder.net, about))
 
 
 def _torchvision(name: str, file: str, named: str, about: dict[str, Any]) -> Backbone:
@@ -225,9 +224,9 @@ def _open_clip(name: str, tag: str, named: str, about: dict[str, Any]) -> Backbo
         import open_clip
     except ImportError as error:
         raise need("open_clip_torch", "clip", named) from error
-    known = open_clip.list_models()
-    if name not in known:
-        raise CondenseError(f"{named}: open_clip has no model {name}{did_you_mean(name, known)}")
+    models = open_clip.list_models()
+    if name not in models:
+        raise CondenseError(f"{named}: open_clip has no model {name}{did_you_mean(name, models)}")
     tags = open_clip.list_pretrained_tags_by_model(name)
     local = bool(tag) and is_existing_file(tag)
     if not local and tag not in tags:
@@ -246,24 +245,24 @@ def _open_clip(name: str, tag: str, named: str, about: dict[str, Any]) -> Backbo
     encoder = Encoder(_Clip(model.visual), (3, int(height), int(width)), cfg["mean"], cfg["std"])
 
     def text(classes: Sequence[str], prompts: Sequence[str]) -> Tensor:
-        device = next(encoder.parameters()).device  # which the image tower may have been moved to, alone
+        device = next(encoder.parameters()).device  # the image tower may have been moved to it separately
         model.to(device)
-        words = [word.replace("_", " ") for word in classes]
-        templates = [functools.partial(prompt.replace, "{}") for prompt in prompts]  # class to text
+        names = [class_name.replace("_", " ") for class_name in classes]
+        templates = [functools.partial(prompt.replace, "{}") for prompt in prompts]  # each maps a class to text
         try:
             tokenizer = open_clip.get_tokenizer(name)
-        except Exception as fault:  # of other libraries, which fail in their own ways
+        except Exception as fault:  # the tokenizer libraries raise different types
             reason = (str(fault) or type(fault).__name__).strip().splitlines()[0]
             raise CondenseError(
-                f"{named}: its tokenizer cannot be had ({reason}); install what it needs, or take head=mean"
+                f"{named}: its tokenizer is unavailable ({reason}); install the missing package, or set head=mean"
             ) from fault
         with torch.autocast(device.type, enabled=False):
-            made: Tensor = open_clip.build_zero_shot_classifier(model, tokenizer, words, templates, device=device)
-        return made.float()
+            head: Tensor = open_clip.build_zero_shot_classifier(model, tokenizer, names, templates, device=device)
+        return head.float()
 
-    whole = _known(model, about)  # another text tower would make another head
-    size = _known(encoder.net, {})["bytes"]
-    return Backbone(encoder, {**whole, "bytes": size}, float(model.logit_scale.exp()), text, whole["bytes"] - size)
+    description = _describe(model, about)  # of the whole model, since the head depends on the text tower
+    size, scale = _describe(encoder.net, {})["bytes"], float(model.logit_scale.exp())
+    return Backbone(encoder, {**description, "bytes": size}, scale, text, description["bytes"] - size)
 
 
 BACKBONE_LIBRARIES = ("open_clip", "timm", "torchvision")
@@ -271,71 +270,75 @@ LIBRARIES = ("torchvision", "timm")
 
 CHECKPOINTS = (".pt", ".pth")
 
-# -- named teachers ---------------------------------------------------------------------------------------------------
-
 
 def is_public(file: str) -> bool:
-    """Whether ``file`` names public weights, ``torchvision:NAME`` or ``timm:NAME``, or several joined by commas."""
-    return all(word.partition(":")[0] in LIBRARIES and ":" in word for word in file.split(","))
+    """Returns whether ``file`` names public weights, ``torchvision:NAME`` or ``timm:NAME``, or several with commas."""
+    return all(name.partition(":")[0] in LIBRARIES and ":" in name for name in file.split(","))
 
 
 def load_torch_checkpoint(
     path: Path, network: str | Callable[..., nn.Module], shape: tuple[int, int, int], classes: int
 ) -> architectures.Network:
-    """The network with the weights of a file of ``torch.save``.
+    """Builds a network with the weights of a file written by ``torch.save``.
+
+    Args:
+        path: The file.
+        network: Name or factory of the architecture.
+        shape: (C,H,W) of the images.
+        classes: Number of classes.
 
     Raises:
-        CondenseError: no such file, it holds more than tensors, or they do not fit.
+        CondenseError: The file does not exist, contains more than tensors, or does not fit.
     """
-    state = _saved(path)
+    state = _read_checkpoint(path)
     with rng.seeded("layout"):
         net = architectures.build(network, shape, classes)
     if isinstance(net, architectures.Wrapped) and not any(name.startswith("model.") for name in state):
-        state = {f"model.{name}": value for name, value in state.items()}  # by its library's own names
+        state = {f"model.{name}": value for name, value in state.items()}  # the file has the names of the library
     if misfit := apply_state(net, state):
-        wanted = f"{architectures.name_of(network)} for {by(shape)} images of {classes} classes"
-        raise CondenseError(f"{path}: does not fit {wanted}: {misfit}")
+        expected = f"{architectures.name_of(network)} for {by(shape)} images of {classes} classes"
+        raise CondenseError(f"{path}: does not fit {expected}: {misfit}")
     return net
 
 
 def fill(net: nn.Module, path: Path, named: str) -> None:
-    """Gives ``net`` the weights of a file of ``torch.save``; ``named`` is what messages call both.
+    """Loads the weights of a file written by ``torch.save`` into ``net``; messages begin with ``named``.
 
     Raises:
-        CondenseError: no such file, it holds more than tensors, or they do not fit.
+        CondenseError: The file does not exist, contains more than tensors, or does not fit.
     """
-    if misfit := apply_state(net, _saved(path)):
+    if misfit := apply_state(net, _read_checkpoint(path)):
         raise CondenseError(f"{named}: the file does not fit: {misfit}")
 
 
-def _saved(path: Path) -> State:
-    """What a file of ``torch.save`` holds of a network, without what other tools put around it."""
+def _read_checkpoint(path: Path) -> State:
+    """Reads the state of a network from a file of ``torch.save``, without the wrappers that other tools add."""
     if not path.is_file():
         raise CondenseError(f"{path}: no such file")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of old pickles, which are read all the same or refused
+            warnings.simplefilter("ignore")  # about old pickles
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as fault:  # a damaged file raises anything
+    except Exception as fault:  # a damaged file may raise any type
         reason = (str(fault) or type(fault).__name__).strip().splitlines()[0]
         raise CondenseError(
-            f"{path}: cannot be read as tensors alone ({reason}); give what torch.save wrote of a "
+            f"{path}: contains more than tensors, or is damaged ({reason}); give a file of torch.save with a "
             "network's state_dict()"
         ) from fault
     for key in ("state_dict", "model", "net", "weights"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()) or not state:
-        raise CondenseError(f"{path}: holds no state of a network; give what torch.save wrote of its state_dict()")
-    for prefix in ("_orig_mod.", "module."):  # what torch.compile and DataParallel put before names
+        raise CondenseError(f"{path}: contains no state of a network; give a file of torch.save with its state_dict()")
+    for prefix in ("_orig_mod.", "module."):  # prefixes of torch.compile and DataParallel
         if all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): value for name, value in state.items()}
     return dict(state)
 
 
 class _Public(architectures.Network):
-    """A network with public weights that takes images in a task's training space: they go back to pixels and from there
-    to what the weights were trained on."""
+    """A network with public weights for images in a task's training space, which it maps to pixels and then to the
+    normalisation that the weights were trained with."""
 
     def __init__(
         self, net: architectures.Network, transform: Transform, mean: Sequence[float], std: Sequence[float]
@@ -350,38 +353,38 @@ class _Public(architectures.Network):
     def embed(self, x: Tensor, maps: list[Tensor] | None = None) -> Tensor:
         if self.transform.mean.device != x.device:
             self.transform = self.transform.to(x.device)
-        pixels = self.transform.inverse(x).expand(-1, 3, -1, -1)  # grey ones three times
+        pixels = self.transform.inverse(x).expand(-1, 3, -1, -1)  # grey images are repeated
         return self.net.embed((pixels - self.own_mean) / self.own_std, maps)
 
     def classify(self, embedding: Tensor) -> Tensor:
-        """(N, D) to (N, classes)."""
+        """Maps (N, D) to (N, classes)."""
         return self.net.classify(embedding)
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Public weights, not loaded yet."""
+    """Public weights that are not loaded yet."""
 
     classes: int
     mean: Sequence[float]
     std: Sequence[float]
     size: tuple[int, int]
-    """Height and width of the images that they were made for."""
+    """Height and width of the images that they were trained on."""
     load: Callable[[], nn.Module]
-    """Gives the network with its weights; fetches them where they are not here."""
+    """Returns the network with its weights; downloads them if necessary."""
     place: str
-    """The file that holds them once they are here."""
+    """File of the weights after the download."""
     origin: str
-    """Where they are fetched from."""
+    """Address of the download."""
 
 
 def torchvision_weights(name: str, named: str) -> Weights:
-    """The default weights of a torchvision model; ``named`` is what messages call it."""
+    """Returns the default weights of a torchvision model; messages begin with ``named``."""
     from torchvision import models
 
-    known = models.list_models(module=models)
-    if name not in known:
-        hint = did_you_mean(f"torchvision:{name}", [f"torchvision:{other}" for other in known])
+    available = models.list_models(module=models)
+    if name not in available:
+        hint = did_you_mean(f"torchvision:{name}", [f"torchvision:{other}" for other in available])
         raise CondenseError(f"{named}: unknown{hint}")
     weights: Any = models.get_model_weights(name).DEFAULT
     preset = weights.transforms()
@@ -398,7 +401,7 @@ def torchvision_weights(name: str, named: str) -> Weights:
 
 
 def timm_weights(name: str, named: str) -> Weights:
-    """The weights that timm has for a model; ``named`` is what messages call it."""
+    """Returns the default weights of a timm model; messages begin with ``named``."""
     try:
         import timm
     except ImportError as error:
@@ -406,18 +409,18 @@ def timm_weights(name: str, named: str) -> Weights:
     if not timm.is_model(name):
         hint = did_you_mean(f"timm:{name}", [f"timm:{other}" for other in timm.list_models()])
         raise CondenseError(f"{named}: unknown{hint}")
-    found = timm.models.get_pretrained_cfg(name)
-    if found is None or not (found.hf_hub_id or found.url):
+    config = timm.models.get_pretrained_cfg(name)
+    if config is None or not (config.hf_hub_id or config.url):
         raise CondenseError(f"{named}: timm has no weights for it")
-    repository = found.hf_hub_id or ""
-    origin = f"https://huggingface.co/{repository}" if repository else str(found.url)
+    repository = config.hf_hub_id or ""
+    origin = f"https://huggingface.co/{repository}" if repository else str(config.url)
     cache = "the Hugging Face cache (HF_HOME), below hub/models--" + repository.replace("/", "--")
     place = cache if repository else str(Path(torch.hub.get_dir()) / "checkpoints" / origin.rpartition("/")[2])
     return Weights(
-        found.num_classes,
-        found.mean,
-        found.std,
-        (found.input_size[1], found.input_size[2]),
+        config.num_classes,
+        config.mean,
+        config.std,
+        (config.input_size[1], config.input_size[2]),
         lambda: timm.create_model(name, pretrained=True),
         place,
         origin,
@@ -425,24 +428,30 @@ def timm_weights(name: str, named: str) -> Weights:
 
 
 def load_public_weights(file: str, shape: tuple[int, int, int], classes: int, transform: Transform) -> _Public:
-    """Public weights behind the space that ``transform`` leads to.
+    """Loads a network with public weights for images in the training space of ``transform``.
+
+    Args:
+        file: ``torchvision:NAME`` or ``timm:NAME``.
+        shape: (C,H,W) of the images.
+        classes: Number of classes.
+        transform: Map from pixels to training space.
 
     Raises:
-        CondenseError: unknown, of another number of classes, or they are neither here nor can be fetched.
+        CondenseError: An unknown name, another number of classes, or the weights cannot be downloaded.
     """
     library, _, name = file.partition(":")
     weights = {"torchvision": torchvision_weights, "timm": timm_weights}[library](name, f"teachers={file}")
     if weights.classes != classes:
         raise CondenseError(
-            f"teachers={file}: its weights tell {weights.classes} classes apart, the data have "
-            f"{classes}; give a checkpoint of these, or leave it out to train teachers"
+            f"teachers={file}: its weights distinguish {weights.classes} classes, the data have "
+            f"{classes}; give a checkpoint for these classes, or remove teachers= to train teachers"
         )
     if shape[0] not in (1, 3):
         raise CondenseError(f"teachers={file}: takes images of 1 or 3 channels, not {shape[0]}")
     try:
         with rng.seeded("layout"):
             model = weights.load()
-    except Exception as fault:  # each library fails in its own way
+    except Exception as fault:  # the libraries raise different types
         reason = (str(fault) or type(fault).__name__).strip().splitlines()[0]
         raise CondenseError(
             f"teachers={file}: its weights are not here and cannot be fetched ({reason}); get "

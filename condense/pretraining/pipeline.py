@@ -11,7 +11,7 @@ import functools
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -77,7 +77,7 @@ class Store(Protocol[R_contra]):
     def keys(self) -> Sequence[tuple[Any, int]]:
         """Networks that the store holds at the end."""
 
-    def find(self) -> Mapping[Any, float]:
+    def find(self) -> dict[Any, float]:
         """Returns the training seconds of the finished networks; checks that there is room for the missing ones."""
 
     def checkpoint(self, architecture: Architecture, number: int) -> Path | None:
