@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+import typer
 from conftest import command_line, tiny_arrays
 from PIL import Image
 
@@ -519,6 +521,24 @@ def test_version(done):
 def test_help_of_every_verb_tells_the_exit_codes(verb, done):
     text = " ".join(done(f"{verb} --help").split())
     assert text.endswith(EXIT_CODES)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_parameter_of_a_verb_is_explained_where_it_stands(verb):
+    for parameter in typer.main.get_command(cli.app).commands[verb].params:
+        text = getattr(parameter, "help", None)
+        assert text or parameter.name == "help", f"{verb}: {parameter.name} has no help"
+        assert not re.search(r"\bsee\b", text or "", re.IGNORECASE), f"{verb}: {parameter.name}: {text}"
+
+
+def test_show_explains_inherited_settings(done):
+    """CDA sets another default of a setting of SRe2L's and has no docstring of its own for it."""
+    meanings = {
+        name: {row["name"]: row["meaning"] for row in json.loads(done(f"show {name} --json"))["settings"]}
+        for name in ("sre2l", "cda")
+    }
+    assert meanings["cda"]["bn_weight"] == meanings["sre2l"]["bn_weight"] != ""
+    assert f"      {meanings['cda']['bn_weight']}\n" in done("show cda")
 
 
 def test_help(done):

@@ -1,6 +1,7 @@
 """Settings: types, did you mean, and all faults at once; every packaged recipe and protocol parses."""
 
 import dataclasses
+import re
 from dataclasses import dataclass
 
 import pytest
@@ -129,4 +130,5 @@ def test_every_setting_of_every_method_is_documented():
         entry = METHODS.get(name)
         for key, _, _, meaning in config.describe(entry.config):
             assert meaning, f"{name}: {key} has no docstring"
+            assert not re.match(r"^See \w+", meaning) and "{inherited}" not in meaning, f"{name}: {key}: {meaning}"
         assert entry.summary and entry.paper

@@ -240,7 +240,7 @@ class ViewRule:
         size = (images.shape[2], images.shape[3])
         if len(drawn.views) != len(images) or size != drawn.views.image_size:
             raise ValueError(
-                f"{len(drawn.views)} views for images of {drawn.views.image_size} cannot be applied to "
+                f"{len(drawn.views)} views of {drawn.views.image_size} images cannot be applied to "
                 f"{len(images)} images of {size}"
             )
         own = self._unmixed(images[ids], drawn.views[ids])
