@@ -25,7 +25,7 @@ def look(index: int) -> tuple[str, str]:
 
 
 @dataclass
-class Point:
+class ChartPoint:
     """One thing to draw: an accuracy at one place per number of uses."""
 
     at: dict[str, float]
@@ -55,7 +55,7 @@ class Line:
 class Mark:
     """A point in the drawing."""
 
-    point: Point
+    point: ChartPoint
     x: dict[str, float]
     y: float
     low: float
@@ -80,12 +80,12 @@ class Chart:
     """Shapes that occur, for the legend."""
 
 
-def chart(
+def layout_chart(
     id: str,
     title: str,
     about: str,
     x_title: str,
-    points: Iterable[Point],
+    points: Iterable[ChartPoint],
     lines: Sequence[Line],
     ticks: Callable[[float, float], list[tuple[float, str]]],
 ) -> Chart | None:

@@ -18,7 +18,7 @@ from condense.errors import CondenseError
 from condense.formatting import duration, size
 from condense.networks import read_teacher_file
 
-METHODS = ("sre2l", "cda", "dwa", "cvdd", "infer", "nrr", "rded")
+COMPARED_METHODS = ("sre2l", "cda", "dwa", "cvdd", "infer", "nrr", "rded")
 SMALL = ["temperature=4"]
 """For every method: small teachers have small logits."""
 SETTINGS: dict[str, list[str]] = {
@@ -33,21 +33,32 @@ SETTINGS: dict[str, list[str]] = {
 """What differs from a method's defaults."""
 SHARED = {"cvdd", "infer"}
 """Methods that take all teachers; the others take the first."""
-CONTROLS = "random,random-hard,noise"
+CONTROL_FLAGS = "random,random-hard,noise"
 
 
 def squeeze(data: str, out: Path, *, network: str, count: int, epochs: int) -> Path:
     """The file of a committee, trained where it is not there yet."""
-    path = out / f"teachers-{equal_time.name_of(data)}-{network}-{count}x{epochs}.h5"
+    path = out / f"teachers-{equal_time.data_name(data)}-{network}-{count}x{epochs}.h5"
     if not path.exists():
-        equal_time.condense(
-            "teachers", "--data", data, "--networks", network, "--count", str(count), "--epochs", str(epochs), "--for",
-            "sre2l", "--out", str(path),
-        )  # fmt: skip
+        equal_time.run_condense(
+            "teachers",
+            "--data",
+            data,
+            "--networks",
+            network,
+            "--count",
+            str(count),
+            "--epochs",
+            str(epochs),
+            "--for",
+            "sre2l",
+            "--out",
+            str(path),
+        )
     return path
 
 
-def fill(
+def run_cell(
     method: str, data: str, out: Path, committee: Path, *, ipc: int, network: str, steps: int, count: int, protocol: str
 ) -> dict[str, Any]:
     """The record of a method (settings after colons), made and judged where it is not there yet."""
@@ -55,9 +66,18 @@ def fill(
     given = [f"teachers={committee}", *SMALL, *SETTINGS[bare], *([] if bare == "rded" else [f"steps={steps}"])]
     given += [f"num_teachers={count}"] * (bare in SHARED)
     _, record = equal_time.fill(
-        method, data, out, ipc=ipc, network=network, minutes=None, protocol=protocol, given=given, controls=CONTROLS,
-        teachers=committee, budget=f"{steps}steps-of-{committee.stem}",
-    )  # fmt: skip
+        method,
+        data,
+        out,
+        ipc=ipc,
+        network=network,
+        minutes=None,
+        protocol=protocol,
+        given=given,
+        controls=CONTROL_FLAGS,
+        teachers=committee,
+        budget=f"{steps}steps-of-{committee.stem}",
+    )
     return dict(json.loads(record.read_text()))
 
 
@@ -66,12 +86,19 @@ def table(methods: Sequence[str], records: Sequence[dict[str, Any]]) -> str:
     arms = ("distilled", "random", "random-hard", "noise")
     rows = [["method", "labels", "label bytes", "image bytes", "seconds", "peak memory", *arms]]
     for method, record in zip(methods, records):
-        found = {entry["arm"]: equal_time.accuracy(entry) for entry in record["results"]}
+        found = {entry["arm"]: equal_time.format_accuracy(entry) for entry in record["results"]}
         made, cost = record["set"], record["cost"]
         rows.append(
-            [method, made["label_kind"], size(made["bytes"]["labels"]), size(made["bytes"]["images"]),
-             duration(cost["seconds"]), size(cost["peak_memory"]["host"]), *(found.get(arm, "-") for arm in arms)]
-        )  # fmt: skip
+            [
+                method,
+                made["label_kind"],
+                size(made["bytes"]["labels"]),
+                size(made["bytes"]["images"]),
+                duration(cost["seconds"]),
+                size(cost["peak_memory"]["host"]),
+                *(found.get(arm, "-") for arm in arms),
+            ]
+        )
     return aligned(rows)
 
 
@@ -79,7 +106,9 @@ def _main(words: Sequence[str]) -> int:
     parser = Parser(prog="python -m condense.benchmarks.curriculum", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--data", required=True, help="real images, as for `condense distill`")
     parser.add_argument("--out", type=Path, required=True, help="folder for teachers, sets, records and the table")
-    parser.add_argument("--methods", default=",".join(METHODS), help="A,B:KEY=VALUE,...; all of the family by default")
+    parser.add_argument(
+        "--methods", default=",".join(COMPARED_METHODS), help="A,B:KEY=VALUE,...; all of the family by default"
+    )
     parser.add_argument("--ipc", type=positive, default=10)
     parser.add_argument("--network", default="convnet-d3-w32-bn", help="of teachers and students")
     parser.add_argument("--count", type=positive, default=3, help="teachers")
@@ -89,21 +118,30 @@ def _main(words: Sequence[str]) -> int:
     options = parser.parse_args(words)
     methods = options.methods.split(",")
     for method in methods:
-        if method.partition(":")[0] not in METHODS:
-            raise CondenseError(f"--methods {method}: must be of {', '.join(METHODS)}")
+        if method.partition(":")[0] not in COMPARED_METHODS:
+            raise CondenseError(f"--methods {method}: must be of {', '.join(COMPARED_METHODS)}")
     options.out.mkdir(parents=True, exist_ok=True)
     committee = squeeze(options.data, options.out, network=options.network, count=options.count, epochs=options.epochs)
     records: list[dict[str, Any]] = []
     for method in methods:
-        record = fill(
-            method, options.data, options.out, committee, ipc=options.ipc, network=options.network,
-            steps=options.steps, count=options.count, protocol=options.protocol,
-        )  # fmt: skip
+        record = run_cell(
+            method,
+            options.data,
+            options.out,
+            committee,
+            ipc=options.ipc,
+            network=options.network,
+            steps=options.steps,
+            count=options.count,
+            protocol=options.protocol,
+        )
         records.append(record)
         (options.out / "table.txt").write_text(table(methods, records) + "\n")
     for entry in read_teacher_file(committee).entries:
-        print(f"teacher {entry['network']} {entry['number']}: {100 * entry['accuracy']:.1f} %, "
-              f"{duration(entry['seconds'])}")  # fmt: skip
+        print(
+            f"teacher {entry['network']} {entry['number']}: {100 * entry['accuracy']:.1f} %, "
+            f"{duration(entry['seconds'])}"
+        )
     print(table(methods, records))
     return 0
 

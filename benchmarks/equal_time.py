@@ -27,14 +27,14 @@ SETTINGS: dict[str, list[str]] = {
 """What differs from a method's defaults."""
 
 
-def condense(*words: str) -> None:
+def run_condense(*words: str) -> None:
     """One command of the command line, its progress on this terminal."""
     code = subprocess.run([sys.executable, "-m", "condense", *words]).returncode
     if code:
         raise CondenseError(f"`condense {' '.join(words)}` ended with code {code}")
 
 
-def name_of(data: str) -> str:
+def data_name(data: str) -> str:
     """What files call the data of ``--data``."""
     return data.partition("=")[0].split("/")[-1]
 
@@ -62,25 +62,25 @@ def fill(
     """
     method, *settings = method.split(":")
     limit = [] if minutes is None else ["--minutes", f"{minutes:g}"]
-    stem = "-".join([name_of(data), method, f"ipc{ipc}", network, budget or f"{minutes:g}min", protocol, *settings])
+    stem = "-".join([data_name(data), method, f"ipc{ipc}", network, budget or f"{minutes:g}min", protocol, *settings])
     made, record = out / "sets" / f"{stem}.h5", out / "records" / f"{stem}.json"
     if not made.exists():
         made.parent.mkdir(parents=True, exist_ok=True)
-        condense(
+        run_condense(
             "distill", method, "--data", data, "--ipc", str(ipc), "--network", network, *limit, "--out", str(made),
             "--run-dir", str(out / "runs" / stem), "--force", "--track", "none", *given, *settings,
         )  # fmt: skip
     if not record.exists():
         record.parent.mkdir(parents=True, exist_ok=True)
-        condense(
+        run_condense(
             "evaluate", str(made), "--data", data, "--protocol", protocol, "--controls", controls, "--json",
             str(record), *(("--teachers", str(teachers)) if teachers else ()),
         )  # fmt: skip
-        condense("preview", str(made), "--out", str(record.with_suffix(".png")), "--force")
+        run_condense("preview", str(made), "--out", str(record.with_suffix(".png")), "--force")
     return made, record
 
 
-def accuracy(entry: dict[str, Any]) -> str:
+def format_accuracy(entry: dict[str, Any]) -> str:
     """Mean ± half the 95 % interval of a record's entry, in per cent."""
     return f"{100 * entry['mean']:.1f} ± {50 * (entry['ci95'][1] - entry['ci95'][0]):.1f}"
 
@@ -90,7 +90,7 @@ def table(names: Sequence[str], records: Sequence[dict[str, Any]], steps: Sequen
     rows = [["method", "steps", "seconds", "of it preparing", "peak memory", "distilled", "random", "noise"]]
     for name, record, made in zip(names, records, steps):
         cost = record["cost"]
-        arms = {entry["arm"]: accuracy(entry) for entry in record["results"]}
+        arms = {entry["arm"]: format_accuracy(entry) for entry in record["results"]}
         cells = [arms.get(arm, "-") for arm in ("distilled", "random", "noise")]
         prepared = duration(cost["preparation_seconds"]) if cost.get("preparation_seconds") else "-"
         rows.append(

@@ -7,14 +7,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from condense.benchmarks.leaderboard import PUBLISHED, RESULTS, Published, read_published
+from condense.benchmarks.leaderboard import PUBLISHED_CSV, RESULTS, PublishedResult, read_published
 from condense.formatting import duration
 from condense.judge import main_entries, read_record
 
 
 @functools.cache
-def _published() -> list[Published]:
-    return read_published(PUBLISHED)[0]
+def _published() -> list[PublishedResult]:
+    return read_published(PUBLISHED_CSV)[0]
 
 
 @functools.cache

@@ -24,17 +24,17 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from condense.benchmarks import charts
-from condense.benchmarks.charts import Chart, Line, Point
+from condense.benchmarks.charts import Chart, ChartPoint, Line
 from condense.errors import CondenseError
-from condense.files import replacing_folder
+from condense.files import atomic_folder
 from condense.formatting import duration, size
-from condense.judge import USES, arm_name, main_entries, protocols, read_record
+from condense.judge import REUSE_COUNTS, arm_name, main_entries, protocols, read_record
 from condense.registry import METHODS
 from condense.version import __version__
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-PUBLISHED = HERE / "published.csv"
+PUBLISHED_CSV = HERE / "published.csv"
 MARKER = '<meta name="generator" content="condense leaderboard">'
 """In every page of ours; a folder without it is not replaced."""
 RECORDS = "records"
@@ -78,7 +78,7 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishedResult:
     """A number from a paper, in per cent, as it was reported."""
 
     method: str
@@ -214,7 +214,7 @@ def _paper(method: str) -> tuple[str, int] | None:
 # -- the site ---------------------------------------------------------------------------------------------------------
 
 
-def build(results: Path, out: Path, published: Path | None = PUBLISHED, *, force: bool = False) -> Built:
+def build_page(results: Path, out: Path, published: Path | None = PUBLISHED_CSV, *, force: bool = False) -> Built:
     """Writes the site. It takes the place of ``out`` as a whole, when it is complete.
 
     Args:
@@ -232,7 +232,7 @@ def build(results: Path, out: Path, published: Path | None = PUBLISHED, *, force
     if not files:
         raise CondenseError(f"{results}: no record (*.json) in it; `condense evaluate SET.h5 --json FILE` writes one")
     _check_place(out, results.resolve(), force)
-    with replacing_folder(out) as temporary:
+    with atomic_folder(out) as temporary:
         (temporary / RECORDS).mkdir()
         entries, rejected = _entries(files, temporary / RECORDS)
         quoted, faults = read_published(published) if published else ([], [])
@@ -331,7 +331,7 @@ def _png(path: Path) -> tuple[bytes, int, int]:
     return data, width, height
 
 
-def read_published(path: Path) -> tuple[list[Published], list[Rejected]]:
+def read_published(path: Path) -> tuple[list[PublishedResult], list[Rejected]]:
     """The good rows of a published.csv, and the bad ones by line."""
     try:
         text = path.read_text(encoding="utf-8")
@@ -355,7 +355,7 @@ def read_published(path: Path) -> tuple[list[Published], list[Rejected]]:
     return rows, rejected
 
 
-def _published(line: dict[str | None, Any]) -> Published:
+def _published(line: dict[str | None, Any]) -> PublishedResult:
     if None in line or None in line.values():
         raise CondenseError(f"has not {len(COLUMNS)} fields")
     try:
@@ -368,7 +368,7 @@ def _published(line: dict[str | None, Any]) -> Published:
     if missing:
         raise CondenseError(f"lacks {', '.join(missing)}")
     texts = {key: _printable(line[key]) for key in ("method", "dataset", "network", "protocol", "source", "evidence")}
-    return Published(ipc=ipc, mean=mean, std=std, **texts)
+    return PublishedResult(ipc=ipc, mean=mean, std=std, **texts)
 
 
 # -- rows and charts --------------------------------------------------------------------------------------------------
@@ -418,7 +418,7 @@ def _time(record: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
     return {
         "train": found["train_seconds"] if found else entry["seconds"] / len(entry["accuracies"]),
         "made": found["made_seconds"] if found else None,
-        "total": {str(uses): totals.get(str(uses)) for uses in USES},
+        "total": {str(uses): totals.get(str(uses)) for uses in REUSE_COUNTS},
     }
 
 
@@ -436,7 +436,7 @@ def _bytes_chart(id: str, rows: list[Row], looks: Looks) -> Chart | None:
                 points.append(_control_point(row, control, at, "beside a set of " + size(at["1"])))
     about = f"{len(rows)} rows of the table below; each mark is a row, its bar the 95 % interval."
     title = "Accuracy against stored bytes"
-    return charts.chart(f"{id}-bytes", title, about, "bytes of the set", points, lines, charts.byte_ticks)
+    return charts.layout_chart(f"{id}-bytes", title, about, "bytes of the set", points, lines, charts.byte_ticks)
 
 
 def _time_chart(id: str, rows: list[Row], looks: Looks) -> Chart | None:
@@ -455,13 +455,13 @@ def _time_chart(id: str, rows: list[Row], looks: Looks) -> Chart | None:
         f" {unknown} not drawn: what the set cost to make is unknown." if unknown else ""
     )
     title = "Accuracy against time to reach it"
-    return charts.chart(f"{id}-time", title, about, "time to make and train", points, lines, charts.second_ticks)
+    return charts.layout_chart(f"{id}-time", title, about, "time to make and train", points, lines, charts.second_ticks)
 
 
-def _point(row: Row, at: dict[str, float], looks: Looks, where: str) -> Point:
+def _point(row: Row, at: dict[str, float], looks: Looks, where: str) -> ChartPoint:
     colour, shape = looks[row.set["method"]]
     half = "" if row.half is None else f" ± {100 * row.half:.1f}"
-    return Point(
+    return ChartPoint(
         at=at,
         accuracy=row.main["mean"],
         rows=[row.id],
@@ -475,9 +475,9 @@ def _point(row: Row, at: dict[str, float], looks: Looks, where: str) -> Point:
     )
 
 
-def _control_point(row: Row, control: dict[str, Any], at: dict[str, float], where: str) -> Point:
+def _control_point(row: Row, control: dict[str, Any], at: dict[str, float], where: str) -> ChartPoint:
     tip = f"{control['arm']}, {row.network}: {100 * control['mean']:.1f} %, {where}"
-    return Point(at=at, accuracy=control["mean"], rows=[row.id], tip=tip, shape=control["arm"])
+    return ChartPoint(at=at, accuracy=control["mean"], rows=[row.id], tip=tip, shape=control["arm"])
 
 
 def _full_lines(rows: list[Row]) -> list[Line]:
@@ -502,7 +502,7 @@ def _full_lines(rows: list[Row]) -> list[Line]:
 # -- the page ---------------------------------------------------------------------------------------------------------
 
 
-def _page(sections: list[Section], published: list[Published], rejected: list[Rejected], records: int) -> str:
+def _page(sections: list[Section], published: list[PublishedResult], rejected: list[Rejected], records: int) -> str:
     page = Environment(
         loader=FileSystemLoader(HERE / "page"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
@@ -526,7 +526,7 @@ def _page(sections: list[Section], published: list[Published], rejected: list[Re
     return page.get_template("index.html").render(
         marker=Markup(MARKER), version=__version__, style=Markup(style), script=Markup(script),
         style_hash=_csp_hash(style), script_hash=_csp_hash(script), sections=sections, published=published,
-        rejected=rejected, records=records, choices=choices, looks=looks, uses=[str(uses) for uses in USES],
+        rejected=rejected, records=records, choices=choices, looks=looks, uses=[str(uses) for uses in REUSE_COUNTS],
         rows=len(rows),
     )  # fmt: skip
 

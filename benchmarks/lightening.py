@@ -15,9 +15,9 @@ from condense.benchmarks import curriculum, equal_time
 from condense.benchmarks.speed.measure import Parser, aligned, guarded, positive
 from condense.formatting import duration, size
 from condense.judge import get_protocol
-from condense.lighten import Point, chart
+from condense.lighten import LabelComparison, plot_comparison
 from condense.sets import DistilledSet
-from condense.training import steps_per_pass
+from condense.training import epoch_steps
 
 OWN = "own"
 KINDS = (
@@ -31,10 +31,10 @@ KINDS = (
 
 def full(data: str, out: Path, committee: Path, *, ipc: int, network: str, epochs: int) -> Path:
     """RDED's set with stored labels of ``epochs`` epochs of views, made where it is not there yet."""
-    made = out / "sets" / f"{equal_time.name_of(data)}-rded-ipc{ipc}-{epochs}epochs-of-{committee.stem}.h5"
+    made = out / "sets" / f"{equal_time.data_name(data)}-rded-ipc{ipc}-{epochs}epochs-of-{committee.stem}.h5"
     if not made.exists():
         made.parent.mkdir(parents=True, exist_ok=True)
-        equal_time.condense(
+        equal_time.run_condense(
             "distill", "rded", "--data", data, "--ipc", str(ipc), "--network", network, "--out", str(made), "--run-dir",
             str(out / "runs" / made.stem), "--force", "--track", "none", f"teachers={committee}", "labels=per-view",
             f"label_epochs={epochs}", *curriculum.SMALL,
@@ -50,14 +50,14 @@ def fill(word: str, stored: Path, data: str, out: Path, protocol: str) -> tuple[
     if word == OWN:
         made = stored
     elif not made.exists():
-        equal_time.condense("lighten", str(stored), "--labels", kind, "--data", data, "--out", str(made), *settings)
+        equal_time.run_condense("lighten", str(stored), "--labels", kind, "--data", data, "--out", str(made), *settings)
     if not record.exists():
         record.parent.mkdir(parents=True, exist_ok=True)
         controls = "random,random-hard" if word == OWN else "none"
-        equal_time.condense(
+        equal_time.run_condense(
             "evaluate", str(made), "--data", data, "--protocol", protocol, "--controls", controls, "--json", str(record)
         )
-        equal_time.condense("preview", str(made), "--out", str(record.with_suffix(".png")), "--force")
+        equal_time.run_condense("preview", str(made), "--out", str(record.with_suffix(".png")), "--force")
     return made, dict(json.loads(record.read_text()))
 
 
@@ -68,22 +68,22 @@ def row(word: str, stored: int, made: Path, record: dict[str, Any]) -> list[str]
     lightened = distilled.manifest.get("lightened", {})
     inside, outside = known["bytes"]["labels"], known["bytes"]["external"]
     batch = get_protocol(record["protocol"]["name"]).batch
-    passes = entry["steps"] / steps_per_pass(len(distilled), batch)
+    passes = entry["steps"] / epoch_steps(len(distilled), batch)
     return [
         word, known["labelling"]["exactness"], size(inside), size(outside) if outside else "-",
         f"{100 * inside / stored:.3g} %", f"{100 * (inside + outside) / stored:.3g} %",
         duration(lightened["seconds"]) if lightened else "-",
-        duration(entry["seconds"] / len(entry["accuracies"]) / passes), equal_time.accuracy(entry),
+        duration(entry["seconds"] / len(entry["accuracies"]) / passes), equal_time.format_accuracy(entry),
     ]  # fmt: skip
 
 
 HEADINGS = ["labels", "exactness", "bytes", "external", "of own", "with external", "made in", "epoch", "accuracy"]
 
 
-def point(word: str, record: dict[str, Any]) -> Point:
+def point(word: str, record: dict[str, Any]) -> LabelComparison:
     """What the chart draws."""
     entry, known = record["results"][0], record["set"]
-    return Point(
+    return LabelComparison(
         word, known["label_kind"], known["bytes"]["labels"], known["bytes"]["external"], mean=entry["mean"],
         ci95=tuple(entry["ci95"]),
     )  # fmt: skip
@@ -116,7 +116,7 @@ def _main(words: Sequence[str]) -> int:
         points.append(point(word, record))
         (options.out / "table.txt").write_text(aligned(rows) + "\n")
     print(aligned(rows))
-    print(f"picture: {chart(points, options.out / 'labels.png', stored.stem.partition('-of-')[0])}")
+    print(f"picture: {plot_comparison(points, options.out / 'labels.png', stored.stem.partition('-of-')[0])}")
     return 0
 
 

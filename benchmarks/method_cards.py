@@ -37,7 +37,7 @@ def cards() -> dict[str, str]:
         "# Methods\n\nOrder is the highest derivative that a step takes through a network. These cards are made by "
         "`python -m condense.benchmarks.method_cards --out docs/methods --readme README.md`.\n\n"
     )
-    return {"README.md": f"{about}{table}\n", **{f"{e.name}.md": card(e) for e in entries}}
+    return {"README.md": f"{about}{table}\n", **{f"{e.name}.md": method_card(e) for e in entries}}
 
 
 def methods_table() -> str:
@@ -77,7 +77,7 @@ def _age(entry: Method) -> tuple[int, str]:
     return entry.year, entry.name
 
 
-def card(entry: Method) -> str:
+def method_card(entry: Method) -> str:
     """The card of one method, Markdown."""
     doc = inspect.cleandoc(entry.function.__doc__ or "")
     summary, _, rest = doc.partition("\n\n")

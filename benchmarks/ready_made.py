@@ -18,7 +18,7 @@ from condense.formatting import by, size
 from condense.judge import records, scoring
 from condense.sets import DistilledSet, save_grid
 
-LIMIT = 1_000_000
+MAX_SET_BYTES = 1_000_000
 """Bytes of the largest set that is packaged."""
 TOLERANCE = 0.005
 """Largest change of a mean accuracy that float16 pixels may bring."""
@@ -57,7 +57,7 @@ def unchanged(whole: dict[str, Any], half: dict[str, Any]) -> bool:
     return True
 
 
-def card(made: DistilledSet, record: dict[str, Any], suite: str) -> str:
+def set_card(made: DistilledSet, record: dict[str, Any], suite: str) -> str:
     """The set's card, Markdown."""
     manifest, bytes_ = made.manifest, made.nbytes()
     protocol = f"{record['protocol']['name']} (version {record['protocol']['version']}, {record['runs']} runs)"
@@ -85,7 +85,7 @@ def card(made: DistilledSet, record: dict[str, Any], suite: str) -> str:
         f"Judged under {protocol}; chosen for its accuracy among the methods of the suite `{suite}`:",
         "",
         "```",
-        records.table(record),
+        records.format_record(record),
         "```",
         "",
         f"SHA-256 of its content: `{made.sha256()}`. The rights in the images of {manifest['dataset']} apply.",
@@ -107,7 +107,7 @@ def write(suite: suites.Suite, out: Path, to: Path, data: dict[str, str]) -> lis
             judged = suites.judge(suite, cell, half, real, quiet=False)
             if unchanged(whole, judged):
                 made, record = half, judged
-        if made.nbytes()["total"] > LIMIT:
+        if made.nbytes()["total"] > MAX_SET_BYTES:
             print(f"{made.name}: {made.nbytes()['total']} bytes, left out")
             continue
         main = next(e for e in scoring.main_entries(record) if e["network"] == record["set"]["network"])
@@ -119,7 +119,7 @@ def write(suite: suites.Suite, out: Path, to: Path, data: dict[str, str]) -> lis
         path = made.save(to / f"{made.name}.h5", force=True)
         images, per_class = made.pictures()
         save_grid(images, path.with_suffix(".png"), columns=per_class)
-        path.with_suffix(".md").write_text(card(made, record, suite.name))
+        path.with_suffix(".md").write_text(set_card(made, record, suite.name))
         print(f"{made.name}: {path}, {path.stat().st_size} bytes")
         written.append(path)
     return written

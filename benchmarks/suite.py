@@ -12,7 +12,7 @@ from typing import Any
 
 from condense import api, networks
 from condense.benchmarks import leaderboard
-from condense.config import as_mapping, build, packaged, read_yaml, suite_cells
+from condense.config import as_mapping, build_config, packaged_yaml, read_yaml, suite_cells
 from condense.data import DATASETS, Task
 from condense.device import pick_device
 from condense.errors import CondenseError, did_you_mean
@@ -22,7 +22,7 @@ from condense.judge import OWN, evaluation, get_protocol, records
 from condense.judge import arms as arms_module
 from condense.ranks import Ranks
 from condense.sets import DistilledSet, save_grid
-from condense.tracking import leads
+from condense.tracking import is_main_process
 
 RECORDS, SETS, RUNS, PAGE = "records", "sets", "runs", "page"
 
@@ -69,7 +69,7 @@ class Cell:
 
 
 @dataclass
-class Outcome:
+class SuiteResult:
     """What came of a suite: records that are there, cells that are not and why, and the page."""
 
     made: list[Path] = field(default_factory=list)
@@ -81,7 +81,7 @@ class Outcome:
 @functools.cache
 def suites() -> dict[str, Suite]:
     """Every packaged suite by name."""
-    found = [_suite(entry.read_text(), entry.name) for entry in packaged("benchmarks/suites")]
+    found = [_suite(entry.read_text(), entry.name) for entry in packaged_yaml("benchmarks/suites")]
     return {suite.name: suite for suite in found}
 
 
@@ -110,13 +110,13 @@ class _Data:
 
 
 def _suite(text: str, where: str) -> Suite:
-    suite = build(Suite, read_yaml(text, where), where)
+    suite = build_config(Suite, read_yaml(text, where), where)
     checks: list[Callable[[], Any]] = [lambda: get_protocol(suite.protocol)]
-    checks += [functools.partial(networks.check, name) for name in suite.networks if name != OWN]
+    checks += [functools.partial(networks.check_network, name) for name in suite.networks if name != OWN]
     known: dict[str, str] = {}
     for data, content in suite.tasks.items():
-        task = build(_Data, as_mapping(content, f"{where}: {data}"), f"{where}: {data}")
-        checks.append(functools.partial(networks.check, task.network))
+        task = build_config(_Data, as_mapping(content, f"{where}: {data}"), f"{where}: {data}")
+        checks.append(functools.partial(networks.check_network, task.network))
         checks += [functools.partial(arms_module.check_control, name) for name in task.controls]
         suite.tasks[data] = task
         known |= {f"{data}-ipc{ipc}": task.network for ipc in task.ipc}
@@ -125,11 +125,11 @@ def _suite(text: str, where: str) -> Suite:
     if not suite.methods:
         raise CondenseError(f"{where}: lacks methods, and no method's own file has cells for a suite '{suite.name}'")
     for method, cells in suite.methods.items():
-        checks.append(functools.partial(checks_module.check, method, {}))
+        checks.append(functools.partial(checks_module.check_request, method, {}))
         suite.methods[method] = as_mapping(cells, f"{where}: {method}")
         for name, values in suite.methods[method].items():
             checks.append(functools.partial(_check_cell, method, name, values, known, f"{where}: {method}, {name}"))
-    checks_module.all_at_once(*checks)
+    checks_module.run_checks(*checks)
     return suite
 
 
@@ -137,7 +137,7 @@ def _check_cell(method: str, name: str, values: Any, known: Mapping[str, str], w
     if name not in known:
         raise CondenseError(f"{where}: none of the suite's cells{did_you_mean(name, known)}")
     try:
-        checks_module.check(method, as_mapping(values, where), network=known[name])
+        checks_module.check_request(method, as_mapping(values, where), network=known[name])
     except CondenseError as fault:
         raise CondenseError(f"{where}: {fault}") from fault
 
@@ -180,7 +180,7 @@ def run(
     precision: str = "auto",
     download: bool = False,
     quiet: bool = True,
-) -> Outcome:
+) -> SuiteResult:
     """Fills the table: distils and judges every cell, writes records and pictures, and builds the page.
 
     A cell whose record is there and says the same settings, protocol and networks is kept; one that was stopped goes on
@@ -196,7 +196,7 @@ def run(
         download: fetch registered data that are not on disk.
     """
     wanted = cells(suite, methods, datasets)
-    outcome = Outcome()
+    outcome = SuiteResult()
     tasks: dict[str, Task | str] = {}
     ranks = Ranks(pick_device(device))
     began, spent = time.monotonic(), 0
@@ -207,24 +207,24 @@ def run(
         try:
             if isinstance(real, str):
                 raise CondenseError(real)
-            if ranks.agree(_is_current(path, suite, cell, real, device, precision)):
+            if ranks.broadcast(_is_current(path, suite, cell, real, device, precision)):
                 outcome.kept.append(path)
                 line = "is there"
             else:
                 spent += 1
-                line = _fill(suite, cell, real, out, device, precision, quiet or not leads())
+                line = _fill(suite, cell, real, out, device, precision, quiet or not is_main_process())
                 outcome.made.append(path)
         except CondenseError as fault:
-            if ranks.world > 1:
+            if ranks.world_size > 1:
                 raise
             outcome.failed[cell.stem] = str(fault)
             line = f"not made: {fault}"
-        if leads() and not quiet:
+        if is_main_process() and not quiet:
             left = (time.monotonic() - began) / max(spent, 1) * (len(wanted) - number) / 60
             rest = f"; about {left:.0f} min left" if spent and number < len(wanted) else ""
             print(f"[{number}/{len(wanted)}] {cell.stem}: {line}{rest}", file=sys.stderr, flush=True)
-    if leads() and any((out / RECORDS).glob("*.json")):
-        outcome.page = leaderboard.build(out / RECORDS, out / PAGE).index
+    if is_main_process() and any((out / RECORDS).glob("*.json")):
+        outcome.page = leaderboard.build_page(out / RECORDS, out / PAGE).index
     return outcome
 
 
@@ -249,7 +249,8 @@ def _is_current(path: Path, suite: Suite, cell: Cell, real: Task, device: str, p
     asked = {cell.network if name == OWN else name for name in suite.networks}
     arms = {entry["arm"] for entry in [*record["results"], *record["missing"]]}
     return (
-        record["set"]["command"] == distill_command(**_asked(suite, cell, real), device=device, precision=precision)
+        record["set"]["command"]
+        == distill_command(**_cell_arguments(suite, cell, real), device=device, precision=precision)
         and record["data"]["fingerprint"] == real.fingerprint
         and (record["protocol"]["name"], record["protocol"]["version"]) == (protocol.name, protocol.version)
         and record["runs"] == suite.runs
@@ -258,24 +259,33 @@ def _is_current(path: Path, suite: Suite, cell: Cell, real: Task, device: str, p
     )
 
 
-def _asked(suite: Suite, cell: Cell, real: Task) -> dict[str, Any]:
+def _cell_arguments(suite: Suite, cell: Cell, real: Task) -> dict[str, Any]:
     """The cell as arguments of ``api``."""
     return {
-        "method": cell.method, "real": real, "ipc": cell.ipc, "network": cell.network, "seed": cell.seed,
-        "protocol": suite.protocol, **cell.settings,
-    }  # fmt: skip
+        "method": cell.method,
+        "real": real,
+        "ipc": cell.ipc,
+        "network": cell.network,
+        "seed": cell.seed,
+        "protocol": suite.protocol,
+        **cell.settings,
+    }
 
 
 def _fill(suite: Suite, cell: Cell, real: Task, out: Path, device: str, precision: str, quiet: bool) -> str:
     """Makes, judges and draws one cell; a line on what came out."""
     began = time.monotonic()
     made = api.distill_or_resume(
-        **_asked(suite, cell, real), out=out / SETS / f"{cell.stem}.h5", run_dir=out / RUNS / cell.stem, device=device,
-        precision=precision, quiet=quiet,
-    )  # fmt: skip
+        **_cell_arguments(suite, cell, real),
+        out=out / SETS / f"{cell.stem}.h5",
+        run_dir=out / RUNS / cell.stem,
+        device=device,
+        precision=precision,
+        quiet=quiet,
+    )
     record = judge(suite, cell, made, real, device=device, precision=precision, quiet=quiet)
     path = out / RECORDS / f"{cell.stem}.json"
-    if leads():
+    if is_main_process():
         images, per_class = made.pictures()
         save_grid(images, path.with_suffix(".png"), columns=per_class)
         records.write_record(record, path)
@@ -287,6 +297,11 @@ def _fill(suite: Suite, cell: Cell, real: Task, out: Path, device: str, precisio
 def judge(suite: Suite, cell: Cell, made: DistilledSet, real: Task, **options: Any) -> dict[str, Any]:
     """The record of a set under the suite's rules."""
     return evaluation.evaluate(
-        made, real, networks=suite.networks, runs=suite.runs, protocol=suite.protocol,
-        controls=suite.tasks[cell.data].controls, **options,
-    )  # fmt: skip
+        made,
+        real,
+        networks=suite.networks,
+        runs=suite.runs,
+        protocol=suite.protocol,
+        controls=suite.tasks[cell.data].controls,
+        **options,
+    )

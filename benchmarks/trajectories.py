@@ -39,10 +39,10 @@ SETTINGS: dict[str, list[str]] = {
 
 def experts(kind: str, data: str, out: Path, *, network: str, count: int, epochs: int) -> Path:
     """The file of a kind of experts, trained where it is not there yet."""
-    path = out / "experts" / f"{equal_time.name_of(data)}-{kind}-{network}-{count}x{epochs}.h5"
+    path = out / "experts" / f"{equal_time.data_name(data)}-{kind}-{network}-{count}x{epochs}.h5"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        equal_time.condense(
+        equal_time.run_condense(
             "experts", "--data", data, "--network", network, "--for", kind, "--count", str(count), "--epochs",
             str(epochs), "--out", str(path),
         )  # fmt: skip
@@ -55,7 +55,7 @@ def table(rows: Sequence[tuple[dict[str, Any], DistilledSet, Path]]) -> str:
     for record, made, path in rows:
         file, cost = read_trajectory_file(path), record["cost"]
         main = [entry for entry in record["results"] if entry["labels"] == record["results"][0]["labels"]]
-        arms = {entry["arm"]: equal_time.accuracy(entry) for entry in main}
+        arms = {entry["arm"]: equal_time.format_accuracy(entry) for entry in main}
         shown.append(
             [record["set"]["method"], str(record["set"]["ipc"]), duration(file.seconds(range(file.count), file.epochs)),
              size(path.stat().st_size), str(made.manifest["steps_done"]), duration(cost["seconds"]),

@@ -13,7 +13,7 @@ from torch import nn
 
 from condense import data as data_module
 from condense import jobs
-from condense.config import build
+from condense.config import build_config
 from condense.data import DataOptions, Task
 from condense.device import pick_device, pick_precision
 from condense.engine import Run
@@ -47,7 +47,7 @@ def task(data: Any, *, name: str | None = None, download: bool = False, **option
     Raises:
         CondenseError: the data do not exist or are invalid.
     """
-    return data_module.load(data, build(DataOptions, options, "the data"), download=download, name=name)
+    return data_module.load_task(data, build_config(DataOptions, options, "the data"), download=download, name=name)
 
 
 def load(source: str | Path) -> DistilledSet:
@@ -113,7 +113,7 @@ def distill(
             is written to ``out`` first.
     """
     checked: dict[str, Any] = {"network": network, "protocol": protocol, "device": device, "precision": precision}
-    jobs.check(method, settings, minutes=minutes, track=track, **checked)
+    jobs.check_request(method, settings, minutes=minutes, track=track, **checked)
     entry = METHODS.get(method)
     config = jobs.resolve_settings(entry, settings)
     real = data if isinstance(data, Task) else task(data)
@@ -160,7 +160,7 @@ def distill_or_resume(
     A run with other settings or data in ``run_dir`` is replaced.
     """
     checked: dict[str, Any] = {"device": device, "precision": precision, "track": "none"}
-    jobs.check(method, settings, network=network, protocol=protocol, **checked)
+    jobs.check_request(method, settings, network=network, protocol=protocol, **checked)
     entry = METHODS.get(method)
     fields: dict[str, Any] = {"minutes": None, "tag": None, "track": "none", "protocol": protocol or entry.protocol}
     config = jobs.resolve_settings(entry, settings)
@@ -309,4 +309,4 @@ def _interruptible(run: Run, advice: str) -> Iterator[None]:
             yield
     except (torch.OutOfMemoryError, MemoryError) as fault:
         raise CondenseError(f"out of memory on {run.device}: take {advice}") from fault
-    run.ranks.close()
+    run.ranks.barrier()

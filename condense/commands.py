@@ -14,12 +14,12 @@ def format_value(value: Any) -> str:
     return json.dumps(value) if isinstance(value, (bool, list)) else str(value)
 
 
-def data_word(task: Task) -> str:
+def data_argument(task: Task) -> str:
     """The value of ``--data`` for a task: a registered name, or NAME=PATH."""
     return task.name if task.source == task.name else f"{task.name}=PATH"
 
 
-def shown(backbone: str) -> str:
+def redact_backbone(backbone: str) -> str:
     """The name of a backbone, with PATH instead of a file of the user."""
     if backbone.endswith(".h5"):
         return "PATH"

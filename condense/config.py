@@ -18,7 +18,7 @@ from condense.errors import CondenseError, did_you_mean
 C = TypeVar("C")
 
 
-def parse(overrides: Iterable[str]) -> dict[str, str]:
+def parse_overrides(overrides: Iterable[str]) -> dict[str, str]:
     """``["steps=100", "init=noise"]`` as a dict of strings.
 
     Raises:
@@ -33,7 +33,7 @@ def parse(overrides: Iterable[str]) -> dict[str, str]:
     return settings
 
 
-def build(config: type[C], settings: Mapping[str, Any], where: str) -> C:
+def build_config(config: type[C], settings: Mapping[str, Any], where: str) -> C:
     """An instance of the dataclass ``config`` with ``settings`` (strings as typed, or values) over its defaults.
 
     Raises:
@@ -63,7 +63,7 @@ def build(config: type[C], settings: Mapping[str, Any], where: str) -> C:
     return config(**values)  # type: ignore[arg-type]
 
 
-def one_of(config: Any, **known: Iterable[str]) -> None:
+def require_one_of(config: Any, **known: Iterable[str]) -> None:
     """For a config's ``__post_init__``: each named field is one of its known words.
 
     Raises:
@@ -77,7 +77,7 @@ def one_of(config: Any, **known: Iterable[str]) -> None:
 _WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
 
 
-def require(config: Any, **ranges: tuple[float, float]) -> None:
+def require_range(config: Any, **ranges: tuple[float, float]) -> None:
     """For a config's ``__post_init__``: each named field lies in its closed range (low, high) and is a number, or None.
 
     Raises:
@@ -172,7 +172,7 @@ class MethodFile:
     """Cost of a run, one of ``COSTS``; empty if it is not stated."""
 
 
-def packaged(folder: str) -> list[Any]:
+def packaged_yaml(folder: str) -> list[Any]:
     """The YAML files of ``condense.methods/recipes`` or ``condense.benchmarks/protocols``, sorted by name."""
     package, _, sub = folder.partition("/")
     root = importlib.resources.files(f"condense.{package}") / sub
@@ -205,7 +205,7 @@ def method_paths() -> dict[str, Any]:
     Raises:
         CondenseError: such a folder does not exist, or two files describe methods of the same name.
     """
-    paths = {entry.name.removesuffix(".yaml"): entry for entry in packaged("methods/recipes")}
+    paths = {entry.name.removesuffix(".yaml"): entry for entry in packaged_yaml("methods/recipes")}
     for folder in method_folders():
         if not folder.is_dir():
             raise CondenseError(f"{METHOD_FOLDERS}: {folder}: no such folder")
@@ -275,7 +275,7 @@ def recipe_names() -> list[str]:
     return [f"{name}/{cell}" for name in method_paths() for cell in method_file(name).cells]
 
 
-def recipe(name: str) -> dict[str, Any]:
+def load_recipe(name: str) -> dict[str, Any]:
     """A recipe's keys: ``method``, ``data``, ``ipc``, perhaps ``network`` and ``protocol``, and hyper-parameters.
 
     Args:
@@ -303,7 +303,7 @@ def recipe(name: str) -> dict[str, Any]:
 
 def tiny_settings(method: str) -> dict[str, Any]:
     """Hyper-parameters of the quickest run of a method, from the cell ``tiny`` of its YAML file."""
-    return {key: value for key, value in recipe(f"{method}/{TINY}").items() if key not in RUN_KEYS}
+    return {key: value for key, value in load_recipe(f"{method}/{TINY}").items() if key not in RUN_KEYS}
 
 
 def suite_cells(suite: str) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def pick_precision(name: str, device: torch.device) -> str:
     return "bf16" if device.type == "cpu" and cpu_has_bf16() else "fp32"
 
 
-def fast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
     """Returns an autocast context for ``bf16``, or a null context for ``fp32``."""
     if precision == "bf16":
         return torch.autocast(device.type, torch.bfloat16)

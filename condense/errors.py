@@ -19,7 +19,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; known: {', '.join(known)}" if known else ""
 
 
-def need(package: str, extra: str, purpose: str) -> CondenseError:
+def missing_package(package: str, extra: str, purpose: str) -> CondenseError:
     """Returns the error for a missing optional package, with the command that installs it."""
     return CondenseError(
         f"{purpose} needs the package '{package}'; install it with: pip install 'condense-toolkit[{extra}]'"

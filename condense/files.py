@@ -50,7 +50,7 @@ def check_writable(path: Path, *, force: bool, size: int = 0) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Yields a temporary path; its file is synced and replaces ``path`` when the block succeeds.
 
     Raises:
@@ -71,12 +71,12 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes indented JSON, atomically."""
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1) + "\n")
 
 
 @contextlib.contextmanager
-def replacing_folder(folder: Path) -> Iterator[Path]:
+def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yields a temporary folder that replaces ``folder`` when the block succeeds; otherwise nothing changes.
 
     Raises:
@@ -99,7 +99,7 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def content(tensors: Mapping[str, Tensor]) -> str:
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of the names, dtypes, shapes and bytes of tensors on any device."""
     digest = hashlib.sha256()
     for name, tensor in tensors.items():

@@ -19,7 +19,7 @@ import numpy as np
 
 from condense.errors import CondenseError, did_you_mean
 
-AGAIN = "copy or make it again"
+RESTORE_HINT = "copy or make it again"
 
 MANIFEST_LIMIT = 64 * 1024 * 1024
 """Maximum size of a manifest in bytes."""
@@ -38,7 +38,7 @@ class Format:
 
 
 @contextlib.contextmanager
-def opened(path: Path, form: Format) -> Iterator[tuple[Any, dict[str, Any]]]:
+def open_hdf5(path: Path, form: Format) -> Iterator[tuple[Any, dict[str, Any]]]:
     """Opens a file for reading and yields it with its manifest. Errors in the block become one line.
 
     Raises:
@@ -54,13 +54,15 @@ def opened(path: Path, form: Format) -> Iterator[tuple[Any, dict[str, Any]]]:
     except OSError as fault:
         with path.open("rb") as raw:
             if raw.read(8) == b"\x89HDF\r\n\x1a\n":
-                raise CondenseError(f"{path}: truncated or damaged; {AGAIN}") from fault
+                raise CondenseError(f"{path}: truncated or damaged; {RESTORE_HINT}") from fault
         raise CondenseError(f"{path}: not an HDF5 file; give one that `{form.maker}` writes") from fault
     with file:
         try:
             yield file, _manifest(path, file, form)
         except (OSError, RuntimeError, KeyError, ValueError, TypeError) as fault:
-            raise CondenseError(f"{path}: truncated or damaged ({str(fault).splitlines()[0]}); {AGAIN}") from fault
+            raise CondenseError(
+                f"{path}: truncated or damaged ({str(fault).splitlines()[0]}); {RESTORE_HINT}"
+            ) from fault
 
 
 def _manifest(path: Path, file: Any, form: Format) -> dict[str, Any]:
@@ -77,7 +79,7 @@ def _manifest(path: Path, file: Any, form: Format) -> dict[str, Any]:
         raise CondenseError(f"{path}: its manifest is larger than {MANIFEST_LIMIT} bytes")
     text = bytes(file.attrs["manifest"])
     if hashlib.sha256(text).hexdigest() != file.attrs["manifest_sha256"]:
-        raise CondenseError(f"{path}: the manifest is damaged (its checksum differs); {AGAIN}")
+        raise CondenseError(f"{path}: the manifest is damaged (its checksum differs); {RESTORE_HINT}")
     manifest = json.loads(text)
     for key, kind in form.required.items():
         if not isinstance(manifest, dict) or not isinstance(manifest.get(key), kind):
@@ -85,7 +87,7 @@ def _manifest(path: Path, file: Any, form: Format) -> dict[str, Any]:
     return manifest
 
 
-def format_of(path: Path) -> str:
+def read_format(path: Path) -> str:
     """Returns the format name in an HDF5 file; an empty string if there is none or the file is not HDF5."""
     import h5py
 
@@ -96,7 +98,7 @@ def format_of(path: Path) -> str:
         return ""
 
 
-def create(path: Path) -> Any:
+def create_hdf5(path: Path) -> Any:
     """Opens a new file for writing, in the 1.10 layout.
 
     The oldest layout limits attributes to 64 KiB. The class names of a large set or the manifest of many experts may be
@@ -107,7 +109,7 @@ def create(path: Path) -> Any:
     return h5py.File(path, "w", libver=("v110", "v110"))
 
 
-def sign(file: Any, form: Format, manifest: Mapping[str, Any]) -> None:
+def write_manifest(file: Any, form: Format, manifest: Mapping[str, Any]) -> None:
     """Writes the format, its version and the manifest into an open file."""
     text = json.dumps(manifest, sort_keys=True)
     file.attrs["format"], file.attrs["version"] = form.name, form.version

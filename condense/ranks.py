@@ -15,44 +15,44 @@ class Ranks:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.world = int(os.environ.get("WORLD_SIZE", "1"))
+        self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
         self.rank = int(os.environ.get("RANK", "0"))
-        if self.world > 1 and device.type == "cuda":
+        if self.world_size > 1 and device.type == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # the meaning of "cuda" on this rank
-        if self.world > 1 and not torch.distributed.is_initialized():
+        if self.world_size > 1 and not torch.distributed.is_initialized():
             # One rank may train a network for hours while the others wait for its result.
             timeout = datetime.timedelta(days=7)
             torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
             atexit.register(_destroy_process_group)  # a process group of the caller is not destroyed
 
     @property
-    def leads(self) -> bool:
+    def is_main_process(self) -> bool:
         """Whether this is the main process, which writes files and prints."""
         return self.rank == 0
 
-    def sum(self, tensor: Tensor) -> None:
+    def all_reduce_sum(self, tensor: Tensor) -> None:
         """Sums ``tensor`` over all ranks, in place."""
-        if self.world > 1:
+        if self.world_size > 1:
             torch.distributed.all_reduce(tensor)
 
-    def agree(self, value: int) -> int:
+    def broadcast(self, value: int) -> int:
         """Broadcasts the value of rank 0, so that all ranks stop, save and log at the same step."""
-        if self.world == 1:
+        if self.world_size == 1:
             return value
         tensor = torch.tensor([value], device=self.device)
         torch.distributed.broadcast(tensor, 0)
         return int(tensor.item())
 
-    def all(self, condition: Tensor) -> bool:
+    def all_true(self, condition: Tensor) -> bool:
         """Whether the device scalar ``condition`` is true on all ranks."""
         minimum = condition.float().reshape(1).clone()
-        if self.world > 1:
+        if self.world_size > 1:
             torch.distributed.all_reduce(minimum, torch.distributed.ReduceOp.MIN)
         return bool(minimum.item())
 
-    def close(self) -> None:
+    def barrier(self) -> None:
         """Blocks until all ranks reach this call."""
-        if self.world > 1:
+        if self.world_size > 1:
             torch.distributed.barrier()
 
 

@@ -12,14 +12,14 @@ import time
 from pathlib import Path
 from typing import Any, Protocol
 
-from condense.errors import CondenseError, did_you_mean, need
+from condense.errors import CondenseError, did_you_mean, missing_package
 
-KINDS = ("auto", "tensorboard", "trackio", "none")
+TRACKERS = ("auto", "tensorboard", "trackio", "none")
 LINE_SECONDS = 30.0
 """Seconds between two lines of progress if stderr is not a terminal."""
 
 
-def leads() -> bool:
+def is_main_process() -> bool:
     """Whether this is the main process, which prints and writes files: rank 0 of ``torchrun``, or the only process."""
     return os.environ.get("RANK", "0") == "0"
 
@@ -84,10 +84,10 @@ def check_tracker(kind: str) -> None:
     Raises:
         CondenseError: unknown tracker, or it is not installed.
     """
-    if kind not in KINDS:
-        raise CondenseError(f"--track {kind}: unknown{did_you_mean(kind, KINDS)}")
+    if kind not in TRACKERS:
+        raise CondenseError(f"--track {kind}: unknown{did_you_mean(kind, TRACKERS)}")
     if kind in ("tensorboard", "trackio") and importlib.util.find_spec(kind) is None:
-        raise need(kind, "track", f"--track {kind}")
+        raise missing_package(kind, "track", f"--track {kind}")
 
 
 def open_tracker(kind: str, directory: Path | None, step: int) -> Tracker | None:

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from condense import networks
-from condense.augment import dsa
-from condense.config import one_of, require
+from condense.augment import make_augmentation
+from condense.config import require_one_of, require_range
 from condense.data import Task
-from condense.engine import Group, Run
+from condense.engine import ParamGroup, Run
 from condense.errors import CondenseError
 from condense.methods.distribution_matching import class_means, distribution_loss
 from condense.registry import method
@@ -103,10 +103,10 @@ class DataDAM(SyntheticOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of(self, preset=PRESETS)
+        require_one_of(self, preset=PRESETS)
         counts = dict.fromkeys(("steps", "batch_real"), (1, math.inf))
         factors = dict.fromkeys(("lr_img", "scale"), (0, sys.float_info.max))
-        require(self, **counts, **factors, momentum=(0, 1), power=(1, 16), mmd_weight=(0, math.inf))
+        require_range(self, **counts, **factors, momentum=(0, 1), power=(1, 16), mmd_weight=(0, math.inf))
 
     def resolved(self) -> Preset:
         """Power and scale: the given values, or those of the preset."""
@@ -131,20 +131,22 @@ def datadam(task: Task, config: DataDAM, run: Run) -> SyntheticSet:
     ranks.
     """
     synthetic = SyntheticSet.create(task, run.ipc, config, seed=run.seed, device=run.device)
-    augment, (power, scale) = dsa(config.augment, mirror=task.mirror), config.resolved()
-    images = Group(lr=config.lr_img, momentum=config.momentum)
+    augment, (power, scale) = make_augmentation(config.augment, mirror=task.mirror), config.resolved()
+    images = ParamGroup(lr=config.lr_img, momentum=config.momentum)
     net = run.random_network(0)
     with torch.no_grad(), run.seeded("stages"):
         if len(net.features(torch.zeros(2, *task.shape, device=run.device))) < 2:
-            raise CondenseError(f"--network {networks.name_of(run.network)}: datadam needs two stages of maps or more")
+            raise CondenseError(
+                f"--network {networks.network_name(run.network)}: datadam needs two stages of maps or more"
+            )
     coupled = networks.uses_batch_statistics(net)
-    chunk = None if coupled else run.forward_chunk()
+    chunk = None if coupled else run.forward_chunk_size()
     for step in run.optimise(synthetic, config.steps, sharded=not coupled, images=images):
         net = step.network()
         views = augment.draw(step.draws("augment"), task.num_classes, task.shape[1:])  # one row per class: siamese
         for classes in [list(range(task.num_classes))] if coupled else run.class_chunks(config.batch_real):
             real, truth = run.task.per_class(config.batch_real, step.key("real"), classes)
-            with torch.no_grad(), run.fast():
+            with torch.no_grad(), run.autocast():
                 target = layer_means(net, augment.apply(real, views, truth), truth, classes, power, chunk)
             fake, labels = synthetic.decode(classes)
             means = layer_means(net, augment.apply(fake, views, labels), labels, classes, power)

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from condense import networks
-from condense.augment import dsa
-from condense.config import require
+from condense.augment import make_augmentation
+from condense.config import require_range
 from condense.data import Task
-from condense.engine import Group, Run, Step
+from condense.engine import ParamGroup, Run, Step
 from condense.pretraining import SnapshotOptions, load_or_train_snapshots
 from condense.registry import method
 from condense.sets import SyntheticOptions, SyntheticSet
@@ -52,7 +52,7 @@ def real_class_means(
     net: networks.Network, images: Tensor, labels: Tensor, classes: list[int], run: Run, chunk: int | None
 ) -> Tensor:
     """Class means of real features (len(classes), D) in the run's precision, ``chunk`` images at a time (None: all)."""
-    with run.fast():
+    with run.autocast():
         parts = [net.embed(part).float() for part in images.split(chunk or len(images))]
     return class_means(torch.cat(parts), labels, classes)
 
@@ -77,7 +77,9 @@ class DM(SyntheticOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, steps=(1, math.inf), lr_img=(0, sys.float_info.max), momentum=(0, 1), batch_real=(1, math.inf))
+        require_range(
+            self, steps=(1, math.inf), lr_img=(0, sys.float_info.max), momentum=(0, 1), batch_real=(1, math.inf)
+        )
 
 
 @method("dm", config=DM, paper="Dataset Condensation with Distribution Matching", year=2023)
@@ -92,8 +94,8 @@ def dm(task: Task, config: DM, run: Run) -> SyntheticSet:
     released; such a network couples the classes, so the step is neither chunked nor sharded over ranks.
     """
     synthetic = SyntheticSet.create(task, run.ipc, config, seed=run.seed, device=run.device)
-    augment = dsa(config.augment, variant=config.augment_variant, mirror=task.mirror)
-    images = Group(lr=config.lr_img, momentum=config.momentum)
+    augment = make_augmentation(config.augment, variant=config.augment_variant, mirror=task.mirror)
+    images = ParamGroup(lr=config.lr_img, momentum=config.momentum)
     coupled = networks.uses_batch_statistics(run.random_network(0))
     for step in run.optimise(synthetic, config.steps, sharded=not coupled, images=images):
         net = step.network()
@@ -101,7 +103,9 @@ def dm(task: Task, config: DM, run: Run) -> SyntheticSet:
         for classes in [list(range(task.num_classes))] if coupled else run.class_chunks(config.batch_real):
             real, real_labels = run.task.per_class(config.batch_real, step.key("real"), classes)
             real = augment.apply(real, views, real_labels)
-            target = real_class_means(net, real, real_labels, classes, run, None if coupled else run.forward_chunk())
+            target = real_class_means(
+                net, real, real_labels, classes, run, None if coupled else run.forward_chunk_size()
+            )
             fake, fake_labels = synthetic.decode(classes)
             fake = augment.apply(fake, views, fake_labels)
             step.accumulate(distribution_loss(target, class_means(net.embed(fake), fake_labels, classes)))
@@ -159,7 +163,7 @@ class IDM(SyntheticOptions, SnapshotOptions):
         super().__post_init__()
         counts = dict.fromkeys(("steps", "batch_real", "net_steps"), (1, math.inf))
         factors = {"lr_img": (0, sys.float_info.max), "ce_weight": (0, math.inf)}
-        require(self, **counts, **factors, momentum=(0, 0.99), snapshots=(2, math.inf))
+        require_range(self, **counts, **factors, momentum=(0, 0.99), snapshots=(2, math.inf))
         self.check_snapshot_options()
 
 
@@ -172,7 +176,7 @@ def training_accuracy(net: networks.Network, run: Run, step: Step) -> Tensor:
     """Accuracy, 0 to 1, of ``net`` on random real training images without augmentation."""
     ids = step.draws("accuracy").integers(len(run.task.train), ACCURACY_IMAGES)
     labels = torch.from_numpy(run.task.train.labels[ids.numpy()]).to(run.device)
-    with run.fast():
+    with run.autocast():
         features = net.embed(run.task.batch(ids))
     return (net.classify(features.float()).argmax(1) == labels).float().mean()
 
@@ -198,12 +202,12 @@ def idm(task: Task, config: IDM, run: Run) -> SyntheticSet:
     by nearest neighbour, in the release bilinearly.
     """
     synthetic = SyntheticSet.create(task, run.ipc, config, seed=run.seed, device=run.device)
-    augment = dsa(config.augment, mirror=task.mirror)
+    augment = make_augmentation(config.augment, mirror=task.mirror)
     snapshots = load_or_train_snapshots(
         run, config.recipe(task), count=config.networks, units=config.snapshots - 1, unit_steps=config.net_steps
     )
     net = run.random_network(0).eval()
-    images = Group(lr=config.lr_img / (1 - config.momentum))
+    images = ParamGroup(lr=config.lr_img / (1 - config.momentum))
     for step in run.optimise(synthetic, config.steps, sharded=True, images=images):
         draws = step.draws("snapshot")
         number, age = (int(draws.integers(count, 1)) for count in (snapshots.networks, snapshots.snapshots))
@@ -213,7 +217,7 @@ def idm(task: Task, config: IDM, run: Run) -> SyntheticSet:
         for classes in class_groups(net, run, config.batch_real):
             real, truth = run.task.per_class(config.batch_real, step.key("real"), classes)
             real = augment.apply(real, views, truth)
-            target = real_class_means(net, real, truth, classes, run, run.forward_chunk())
+            target = real_class_means(net, real, truth, classes, run, run.forward_chunk_size())
             fake, labels = synthetic.decode(classes)
             features = net.embed(augment.apply(fake, views, labels))
             loss = distribution_loss(target, class_means(features, labels, classes))
@@ -250,7 +254,7 @@ class DANCE(SyntheticOptions, SnapshotOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         counts = dict.fromkeys(("steps", "batch_real", "batch_syn_max", "expert_epochs"), (1, math.inf))
-        require(self, **counts, lr_img=(0, sys.float_info.max), momentum=(0, 0.99))
+        require_range(self, **counts, lr_img=(0, sys.float_info.max), momentum=(0, 0.99))
         self.check_snapshot_options()
 
 
@@ -275,11 +279,11 @@ def dance(task: Task, config: DANCE, run: Run) -> SyntheticSet:
     the learning rate of a sweep; pixels are clamped after each sweep.
     """
     synthetic = SyntheticSet.create(task, run.ipc, config, seed=run.seed, device=run.device, space="pixel")
-    augment = dsa(config.augment, variant="idc", mirror=task.mirror)
+    augment = make_augmentation(config.augment, variant="idc", mirror=task.mirror)
     epoch = math.ceil(len(run.task.train) / config.batch_net)
     experts = load_or_train_snapshots(
         run,
-        config.recipe(task, drops=(2 / 3, 5 / 6)),
+        config.recipe(task, lr_milestones=(2 / 3, 5 / 6)),
         count=config.networks,
         units=config.expert_epochs,
         unit_steps=epoch,
@@ -289,7 +293,7 @@ def dance(task: Task, config: DANCE, run: Run) -> SyntheticSet:
     expert, parameters = copy.deepcopy(middle), dict(middle.named_parameters())
     coupled = networks.uses_batch_statistics(middle)
     rate = 0.01 * run.ipc if config.lr_img is None else config.lr_img
-    images = Group(lr=rate / (1 - config.momentum), clamp=(0.0, 1.0))
+    images = ParamGroup(lr=rate / (1 - config.momentum), clamp=(0.0, 1.0))
     for step in run.optimise(synthetic, config.steps, sharded=True, images=images):
         draws = step.draws("expert")
         number, share = int(draws.integers(experts.networks, 1)), float(draws.uniform(1))
@@ -305,14 +309,14 @@ def dance(task: Task, config: DANCE, run: Run) -> SyntheticSet:
         for classes in class_groups(middle, run, config.batch_real):
             real, truth = run.task.per_class(config.batch_real, step.key("real"), classes)
             real = augment.apply(real, views, truth)
-            target = real_class_means(middle, real, truth, classes, run, None if coupled else run.forward_chunk())
-            fake, labels = synthetic.decode_some(classes, config.batch_syn_max, step.key("matched"))
+            target = real_class_means(middle, real, truth, classes, run, None if coupled else run.forward_chunk_size())
+            fake, labels = synthetic.decode_sample(classes, config.batch_syn_max, step.key("matched"))
             features = middle.embed(augment.apply(fake, views, labels))
             step.accumulate(distribution_loss(target, class_means(features, labels, classes)))
         step.update()
         views = augment.draw(step.draws("calibrate"), task.num_classes, task.shape[1:])
         for classes in class_groups(expert, run, config.batch_real):
-            fake, labels = synthetic.decode_some(classes, config.batch_syn_max, step.key("calibrated"))
+            fake, labels = synthetic.decode_sample(classes, config.batch_syn_max, step.key("calibrated"))
             step.accumulate(class_cross_entropy(expert(augment.apply(fake, views, labels)), labels, classes))
         step.update()
     return synthetic

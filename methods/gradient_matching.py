@@ -16,15 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from condense import augment, networks, rng
-from condense.config import one_of, require
+from condense.config import require_one_of, require_range
 from condense.data import Task
-from condense.engine import Group, Run, Step
+from condense.engine import ParamGroup, Run, Step
 from condense.errors import CondenseError
 from condense.labels import HardLabels
 from condense.pretraining import SnapshotOptions, load_or_train_snapshots
 from condense.registry import method
 from condense.sets import SyntheticOptions, SyntheticSet
-from condense.training import FixedSource, Recipe, Student, train
+from condense.training import FixedSource, Student, TrainConfig, train
 
 COSINE_EPS = 1e-6
 """Added to the product of the norms of two rows, as released."""
@@ -67,9 +67,9 @@ def real_gradients(
     """
     total = [torch.zeros_like(weight) for weight in weights]
     whole_batch = any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in net.modules())
-    chunk = (None if whole_batch else run.forward_chunk(gradients=True)) or len(images)
+    chunk = (None if whole_batch else run.forward_chunk_size(gradients=True)) or len(images)
     for images_part, labels_part in zip(images.split(chunk), labels.split(chunk)):
-        with run.fast():
+        with run.autocast():
             logits = net(images_part)
         loss = F.cross_entropy(logits.float(), labels_part, reduction="sum") / len(images)
         for summed, gradient in zip(total, torch.autograd.grad(loss, weights)):
@@ -119,14 +119,14 @@ def train_on_synthetic(
     """Trains ``net`` for ``epochs`` by plain SGD on the current set, augmented image by image."""
     images, labels = synthetic.decode()
     source = FixedSource(images.detach(), HardLabels(labels, run.task.num_classes))
-    recipe = Recipe(
+    recipe = TrainConfig(
         steps=epochs * math.ceil(len(images) / config.batch_train),
         batch=config.batch_train,
         lr=config.lr_net,
         momentum=0.0,
         weight_decay=0.0,
-        drops=(),
-        augment=augment.dsa(config.augment, mirror=run.task.mirror),
+        lr_milestones=(),
+        augment=augment.make_augmentation(config.augment, mirror=run.task.mirror),
     )
     student = Student(net, source, rng.key(run.seed, "inner", step.index))
     train([student], recipe, device=run.device, precision=run.precision)
@@ -165,7 +165,7 @@ class DC(SyntheticOptions):
         super().__post_init__()
         counts = dict.fromkeys(("steps", "batch_real", "outer", "batch_train"), (1, math.inf))
         rates = dict.fromkeys(("lr_img", "lr_net"), (0, sys.float_info.max))
-        require(self, **counts, **rates, momentum=(0, 1), inner=(0, math.inf))
+        require_range(self, **counts, **rates, momentum=(0, 1), inner=(0, math.inf))
 
     def loops(self, ipc: int) -> tuple[int, int]:
         """Matching steps per network and epochs between them, for ``ipc`` images per class."""
@@ -188,10 +188,10 @@ def dc(task: Task, config: DC, run: Run) -> SyntheticSet:
     between them it is trained on the current set.
     """
     synthetic = SyntheticSet.create(task, run.ipc, config, seed=run.seed, device=run.device)
-    augmentation, (outer, inner) = augment.dsa(config.augment, mirror=task.mirror), config.loops(run.ipc)
+    augmentation, (outer, inner) = augment.make_augmentation(config.augment, mirror=task.mirror), config.loops(run.ipc)
     net = run.random_network(0).requires_grad_(True)
-    run.keep("network", net)
-    images = Group(lr=config.lr_img, momentum=config.momentum)
+    run.register_state("network", net)
+    images = ParamGroup(lr=config.lr_img, momentum=config.momentum)
     for step in run.optimise(synthetic, config.steps, sharded=True, images=images):
         number, position = divmod(step.index, outer)
         if position == 0:
@@ -250,7 +250,7 @@ class DCC(DC):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, warm_networks=(0, math.inf), warm_steps=(0, math.inf))
+        require_range(self, warm_networks=(0, math.inf), warm_steps=(0, math.inf))
 
     def loops(self, ipc: int) -> tuple[int, int]:
         """As DC's, but 10 matching steps and 5 epochs at one image per class."""
@@ -272,10 +272,10 @@ def dcc(task: Task, config: DCC, run: Run) -> SyntheticSet:
     over ranks.
     """
     synthetic = SyntheticSet.create(task, run.ipc, config, seed=run.seed, device=run.device)
-    augmentation, (outer, inner) = augment.dsa(config.augment, mirror=task.mirror), config.loops(run.ipc)
+    augmentation, (outer, inner) = augment.make_augmentation(config.augment, mirror=task.mirror), config.loops(run.ipc)
     net = run.random_network(0).requires_grad_(True)
-    run.keep("network", net)
-    images = Group(lr=config.lr_img, momentum=config.momentum)
+    run.register_state("network", net)
+    images = ParamGroup(lr=config.lr_img, momentum=config.momentum)
     for step in run.optimise(synthetic, config.steps, sharded=False, images=images):
         number, position = divmod(step.index, outer)
         if position == 0:
@@ -283,16 +283,16 @@ def dcc(task: Task, config: DCC, run: Run) -> SyntheticSet:
         update_statistics(net, run.task, step)
         views = augmentation.draw(step.draws("augment"), task.num_classes, task.shape[1:])  # a row per class: siamese
         weights = matched_weights(net)
-        by_class = number < config.warm_networks and position < config.warm_steps
+        make_class_batches = number < config.warm_networks and position < config.warm_steps
         targets = []
         for c in range(task.num_classes):
             real, truth = run.task.per_class(config.batch_real, step.key("real"), [c])
             targets.append(real_gradients(net, augmentation.apply(real, views, truth), truth, weights, run))
-            if by_class:
+            if make_class_batches:
                 fake, labels = synthetic.decode([c])
                 gradients = synthetic_gradients(net, augmentation.apply(fake, views, labels), labels, weights)
                 step.accumulate(row_cosine(targets.pop(), gradients))
-        if not by_class:
+        if not make_class_batches:
             fake, labels = synthetic.decode()
             gradients = synthetic_gradients(net, augmentation.apply(fake, views, labels), labels, weights)
             mean = [torch.stack(class_gradients).mean(0) for class_gradients in zip(*targets)]
@@ -373,9 +373,9 @@ class IDC(SyntheticOptions, SnapshotOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of(self, metric=DISTANCES)
+        require_one_of(self, metric=DISTANCES)
         counts = dict.fromkeys(("steps", "batch_real", "batch_syn_max", "net_steps"), (1, math.inf))
-        require(self, **counts, lr_img=(0, sys.float_info.max), momentum=(0, 0.99), snapshots=(2, math.inf))
+        require_range(self, **counts, lr_img=(0, sys.float_info.max), momentum=(0, 0.99), snapshots=(2, math.inf))
         self.check_snapshot_options()
 
     def rate(self, ipc: int, shape: tuple[int, int, int]) -> float:
@@ -413,15 +413,20 @@ def idc(task: Task, config: IDC, run: Run) -> SyntheticSet:
     later. It clamps pixels every 100 steps, here after each.
     """
     synthetic = SyntheticSet.create(task, run.ipc, config, seed=run.seed, device=run.device, space="pixel")
-    distance, augmentation = DISTANCES[config.metric], augment.dsa(config.augment, variant="idc", mirror=task.mirror)
+    distance, augmentation = (
+        DISTANCES[config.metric],
+        augment.make_augmentation(config.augment, variant="idc", mirror=task.mirror),
+    )
     net = run.random_network(0).requires_grad_(True)
     weights = [parameter for parameter in net.parameters() if parameter.dim() == 4]
     if not weights:
-        raise CondenseError(f"--network {networks.name_of(run.network)}: idc matches convolutions, and it has none")
+        raise CondenseError(
+            f"--network {networks.network_name(run.network)}: idc matches convolutions, and it has none"
+        )
     snapshots = load_or_train_snapshots(
         run, config.recipe(task), count=config.networks, units=config.snapshots - 1, unit_steps=config.net_steps
     )
-    images = Group(lr=config.rate(run.ipc, task.shape) / (1 - config.momentum), clamp=(0.0, 1.0))
+    images = ParamGroup(lr=config.rate(run.ipc, task.shape) / (1 - config.momentum), clamp=(0.0, 1.0))
     for step in run.optimise(synthetic, config.steps, sharded=True, images=images):
         training, position = divmod(step.index, snapshots.snapshots)
         number = int(rng.Draws(run.seed, "training", training).integers(snapshots.networks, 1))
@@ -430,7 +435,7 @@ def idc(task: Task, config: IDC, run: Run) -> SyntheticSet:
         for c in run.classes:
             real, truth = run.task.per_class(config.batch_real, step.key("real"), [c])
             target = real_gradients(net, augmentation.apply(real, views, truth), truth, weights, run)
-            fake, labels = synthetic.decode_some([c], config.batch_syn_max, step.key("matched"))
+            fake, labels = synthetic.decode_sample([c], config.batch_syn_max, step.key("matched"))
             gradients = synthetic_gradients(net, augmentation.apply(fake, views, labels), labels, weights)
             step.accumulate(distance(target, gradients))
         step.update()

@@ -5,7 +5,7 @@ import struct
 import zlib
 from pathlib import Path
 
-from condense.judge import cross_architecture, scores, summary, time_to_accuracy
+from condense.judge import compute_scores, cross_architecture, summary, time_to_accuracy
 
 OWN = "convnet-d3-w128-in"
 
@@ -57,7 +57,7 @@ def record(
         "seed": 0,
         "results": results,
         "missing": [],
-        "scores": scores(results, label_kind),
+        "scores": compute_scores(results, label_kind),
         "cross_architecture": cross_architecture(results, own),
         "time": time_to_accuracy(results, cost),
         "cost": cost,

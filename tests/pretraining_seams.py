@@ -13,7 +13,7 @@ class StoppedRun(Run):
         self.condition = condition
 
     @property
-    def asked_to_stop(self):
+    def stop_requested(self):
         return bool(self.condition())
 
 
@@ -31,7 +31,7 @@ def train_in_groups(monkeypatch):
     """Networks are trained together, as on a GPU. Returns the list to which the size of each group is added."""
     sizes, train = [], loop.train
     for module in (loop, pipeline, store):
-        monkeypatch.setattr(module, "pick_together", lambda device: True)
+        monkeypatch.setattr(module, "prefers_stacked", lambda device: True)
     monkeypatch.setattr(
         pipeline, "train", lambda group, *arguments, **options: (
             sizes.append(len(group)), train(group, *arguments, **options)

@@ -66,7 +66,7 @@ def literal_loss(net, real, fake, labels_real, labels_fake, power, weight):
 
 def test_the_loss_equals_a_loop_and_its_slope_finite_differences():
     with rng.seeded("am", "net"):
-        net = networks.build("convnet-d3-w8-in", (1, 8, 8), 3).double()
+        net = networks.build_network("convnet-d3-w8-in", (1, 8, 8), 3).double()
     real, fake = normal(9, 1, 8, 8, key="real"), normal(4, 1, 8, 8, key="fake")
     labels_real, labels_fake = torch.tensor([0, 2, 2] * 3), torch.tensor([2, 0, 0, 2])
     target = [mean.detach() for mean in am.layer_means(net, real, labels_real, [0, 2], 4.0, chunk=2)]
@@ -97,7 +97,7 @@ def test_a_step_equals_its_formula(tiny, preset):
     run = Run(tiny, 2, NETWORK, quiet=True)
     net = run.random_network(0)
     start = am.SyntheticSet.create(tiny, 2, config, seed=0, device=torch.device("cpu"))
-    views = augment.dsa(config.augment, mirror=tiny.mirror)
+    views = augment.make_augmentation(config.augment, mirror=tiny.mirror)
     drawn = views.draw(rng.Draws(0, "augment", 0), 3, tiny.shape[1:])
     real, truth = tiny.per_class(6, (0, "real", 0))
     fake, labels = start.decode()
@@ -110,7 +110,7 @@ def test_a_step_equals_its_formula(tiny, preset):
 def test_it_does_not_depend_on_class_chunks(tiny, monkeypatch):
     settings = {"network": NETWORK, "steps": 3, "batch_real": 6, "precision": "fp32"}
     whole = condense.distill("datadam", tiny, 2, **settings)
-    monkeypatch.setattr("condense.engine.run.CHUNK_PIXELS", 64 * 6)  # one class at a time
+    monkeypatch.setattr("condense.engine.run.CLASS_CHUNK_PIXELS", 64 * 6)  # one class at a time
     made = condense.distill("datadam", tiny, 2, **settings)
     torch.testing.assert_close(made.stored, whole.stored, rtol=1e-4, atol=1e-4)
 
@@ -118,7 +118,7 @@ def test_it_does_not_depend_on_class_chunks(tiny, monkeypatch):
 def test_batch_norm_takes_all_classes_at_once(tiny, monkeypatch):
     settings = {"network": "convnet-d2-w8-bn", "steps": 2, "batch_real": 6, "preset": "code", "precision": "fp32"}
     whole = condense.distill("datadam", tiny, 2, **settings)
-    monkeypatch.setattr("condense.engine.run.CHUNK_PIXELS", 1)
+    monkeypatch.setattr("condense.engine.run.CLASS_CHUNK_PIXELS", 1)
     monkeypatch.setattr("condense.engine.run.FORWARD_PIXELS", 1)
     assert torch.equal(condense.distill("datadam", tiny, 2, **settings).stored, whole.stored)
 

@@ -14,7 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from condense import augment
-from condense.augment import OPERATIONS, Augmentation, CropViews, Parameters, ViewRule, dsa, siamese
+from condense.augment import (
+    OPERATIONS,
+    Augmentation,
+    AugmentationParameters,
+    CropViews,
+    ViewRule,
+    make_augmentation,
+    siamese,
+)
 from condense.augment import views as views_module
 from condense.data import ZCA, Standardise, transform_from_arrays
 from condense.errors import CondenseError
@@ -27,12 +35,12 @@ def noise(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(shape, generator=generator("test", *shape), dtype=torch.float64).to(dtype)
 
 
-def only(op: str, p: Parameters) -> Parameters:
+def only(op: str, p: AugmentationParameters) -> AugmentationParameters:
     """The same parameters with ``op`` as the drawn operation of every row."""
     return dataclasses.replace(p, operation=torch.full((len(p),), OPERATIONS.index(op)))
 
 
-def same(a: Parameters, b: Parameters) -> bool:
+def same(a: AugmentationParameters, b: AugmentationParameters) -> bool:
     return all(torch.equal(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(a)[1:])
 
 
@@ -134,7 +142,7 @@ def bilinear(image: Tensor, matrix: list[list[float]], align_corners: bool) -> T
     return out
 
 
-def literal(op: str, image: Tensor, p: Parameters, row: int, align_corners: bool = True) -> Tensor:
+def literal(op: str, image: Tensor, p: AugmentationParameters, row: int, align_corners: bool = True) -> Tensor:
     """The published table for one image (C,H,W)."""
     h, w = image.shape[1:]
     out = torch.zeros_like(image)
@@ -173,7 +181,7 @@ def literal(op: str, image: Tensor, p: Parameters, row: int, align_corners: bool
 def test_operation_is_the_published_one(op: str, size: tuple[int, int]) -> None:
     x = noise(5, 3, *size)
     for align_corners in (True, False) if op in ("scale", "rotate") else (True,):
-        augmentation = dsa(op, align_corners=align_corners)
+        augmentation = make_augmentation(op, align_corners=align_corners)
         p = augmentation.draw(Draws("table", op), 5, size)
         expected = torch.stack([literal(op, x[i], p, i, align_corners) for i in range(5)])
         torch.testing.assert_close(augmentation.apply(x, p), expected, atol=1e-12, rtol=0)
@@ -185,13 +193,13 @@ def test_operation_is_the_published_one(op: str, size: tuple[int, int]) -> None:
 
 def test_color_of_grey_images() -> None:
     x = noise(2, 1, 6, 6)
-    p = dsa("color").draw(Draws("grey"), 2, (6, 6))
+    p = make_augmentation("color").draw(Draws("grey"), 2, (6, 6))
     expected = torch.stack([literal("color", x[i], p, i) for i in range(2)])
-    torch.testing.assert_close(dsa("color").apply(x, p), expected)
+    torch.testing.assert_close(make_augmentation("color").apply(x, p), expected)
 
 
 def test_cutout_at_the_borders() -> None:
-    x, augmentation = torch.ones(3, 1, 8, 8), dsa("cutout")
+    x, augmentation = torch.ones(3, 1, 8, 8), make_augmentation("cutout")
     p = augmentation.draw(Draws("border"), 3, (8, 8))
     p = dataclasses.replace(p, centre=torch.tensor([[0, 0], [8, 8], [4, 4]]))
     assert (augmentation.apply(x, p) == 0).sum((1, 2, 3)).tolist() == [4, 4, 16]
@@ -200,8 +208,8 @@ def test_cutout_at_the_borders() -> None:
 def test_align_corners_matters_only_to_rotate_where_not_square() -> None:
     for op, size, equal in (("scale", (8, 16), True), ("rotate", (8, 8), True), ("rotate", (8, 16), False)):
         x = noise(2, 3, *size)
-        p = dsa(op).draw(Draws("corners"), 2, size)
-        one, other = (dsa(op, align_corners=choice).apply(x, p) for choice in (True, False))
+        p = make_augmentation(op).draw(Draws("corners"), 2, size)
+        one, other = (make_augmentation(op, align_corners=choice).apply(x, p) for choice in (True, False))
         assert torch.allclose(one, other, atol=1e-12) == equal
 
 
@@ -209,7 +217,7 @@ def test_align_corners_matters_only_to_rotate_where_not_square() -> None:
 
 
 def test_ranges() -> None:
-    p = dsa(ALL).draw(Draws("ranges"), 20_000, (32, 28))
+    p = make_augmentation(ALL).draw(Draws("ranges"), 20_000, (32, 28))
     for values, low, high in (
         (p.brightness, -0.5, 0.5),
         (p.saturation, 0, 2),
@@ -226,7 +234,7 @@ def test_ranges() -> None:
         assert p.centre[:, axis].unique().tolist() == list(range(size + 1))
     assert abs(p.mirrored.double().mean() - 0.5) < 0.02
     # 18 pixels: a square of odd side 9 has its centre on a pixel.
-    odd = dsa("cutout").draw(Draws("odd"), 2000, (18, 64))
+    odd = make_augmentation("cutout").draw(Draws("odd"), 2000, (18, 64))
     assert odd.centre[:, 0].unique().tolist() == list(range(18))
     assert odd.shift[:, 1].unique().tolist() == list(range(-8, 9))
     columns = torch.stack([p.brightness, p.saturation, p.contrast, *p.zoom.T, p.angle, *p.shift.T, *p.centre.T])
@@ -235,7 +243,7 @@ def test_ranges() -> None:
 
 @pytest.mark.parametrize("ops", [ALL, "crop_cutout_rotate"])
 def test_lottery_is_uniform(ops: str) -> None:
-    augmentation = dsa(ops)
+    augmentation = make_augmentation(ops)
     drawn = augmentation.draw(Draws("lottery"), 6000, (8, 8)).operation
     counts = [(drawn == OPERATIONS.index(op)).sum().item() for op in augmentation.ops]
     share = 1 / len(counts)
@@ -244,7 +252,7 @@ def test_lottery_is_uniform(ops: str) -> None:
 
 
 def test_draws_replay_and_do_not_depend_on_the_number_of_rows() -> None:
-    augmentation, before = dsa(ALL), torch.random.get_rng_state()
+    augmentation, before = make_augmentation(ALL), torch.random.get_rng_state()
     p = augmentation.draw(Draws(0, "augment", 7), 10, (32, 32))
     assert same(p, augmentation.draw(Draws(0, "augment", 7), 10, (32, 32)))
     assert same(p[:4], augmentation.draw(Draws(0, "augment", 7), 4, (32, 32)))
@@ -254,7 +262,7 @@ def test_draws_replay_and_do_not_depend_on_the_number_of_rows() -> None:
 
 def test_golden_draws() -> None:
     """Runs are only resumed to the bit while these stay."""
-    p = dsa(ALL).draw(Draws(0, "golden"), 3, (32, 32))
+    p = make_augmentation(ALL).draw(Draws(0, "golden"), 3, (32, 32))
     assert p.operation.tolist() == [4, 3, 4]
     assert p.shift.tolist() == [[4, -4], [-1, -4], [-4, 4]]
     assert p.centre.tolist() == [[25, 3], [31, 13], [30, 8]]
@@ -270,7 +278,7 @@ def test_golden_draws() -> None:
 
 
 def test_groups_share_the_operation_and_nothing_else() -> None:
-    augmentation = dsa(ALL)
+    augmentation = make_augmentation(ALL)
     one = augmentation.draw(Draws("groups"), 24, (8, 8), groups=1)
     assert len(one.operation.unique()) == 1 and len(one.angle.unique()) == 24
     blocks = augmentation.draw(Draws("groups"), 24, (8, 8), groups=6).operation.reshape(6, 4)
@@ -289,7 +297,7 @@ def test_groups_share_the_operation_and_nothing_else() -> None:
 
 @pytest.mark.parametrize("variant", ["dsa", "flip-always", "idc"])
 def test_siamese_branches_get_the_same(variant: str) -> None:
-    augmentation = dsa(ALL, variant)
+    augmentation = make_augmentation(ALL, variant)
     x = noise(12, 3, 8, 8)
     real_labels, labels = torch.arange(12) // 2, torch.tensor([5, 0, 3])
     p = augmentation.draw(Draws("siamese", variant), 6, (8, 8))
@@ -304,7 +312,7 @@ def test_siamese_branches_get_the_same(variant: str) -> None:
 
 @pytest.mark.parametrize("variant", ["dsa", "flip-always", "idc"])
 def test_chunks_and_order_do_not_matter(variant: str) -> None:
-    augmentation = dsa(ALL, variant)
+    augmentation = make_augmentation(ALL, variant)
     x = noise(40, 3, 8, 8, dtype=torch.float32)
     labels = Draws("labels").integers(10, 40)
     p = augmentation.draw(Draws("chunks"), 10, (8, 8))
@@ -319,7 +327,7 @@ def test_chunks_and_order_do_not_matter(variant: str) -> None:
 
 
 def test_mixed_batch_is_each_images_own_operation() -> None:
-    augmentation = dsa(ALL)
+    augmentation = make_augmentation(ALL)
     x = noise(24, 3, 8, 8)
     p = augmentation.draw(Draws("mixed"), 24, (8, 8))
     assert len(p.operation.unique()) == 6
@@ -328,41 +336,43 @@ def test_mixed_batch_is_each_images_own_operation() -> None:
 
 
 def test_flip_always_flips_first() -> None:
-    augmentation = dsa(ALL, "flip-always")
+    augmentation = make_augmentation(ALL, "flip-always")
     x = noise(64, 3, 8, 8)
     p = augmentation.draw(Draws("flip-always"), 64, (8, 8))
     assert set(p.operation.tolist()) == {0, 1, 2, 4, 5}
-    expected = dsa(ALL).apply(dsa("flip").apply(x, only("flip", p)), p)
+    expected = make_augmentation(ALL).apply(make_augmentation("flip").apply(x, only("flip", p)), p)
     torch.testing.assert_close(augmentation.apply(x, p), expected)
-    flips = dsa("flip", "flip-always")
+    flips = make_augmentation("flip", "flip-always")
     p = flips.draw(Draws("flip-always"), 64, (8, 8))
     assert torch.equal(flips.apply(x, p)[p.mirrored], x[p.mirrored].flip(3))
     assert torch.equal(flips.apply(x, p)[~p.mirrored], x[~p.mirrored])
 
 
 def test_idc_order() -> None:
-    augmentation = dsa(ALL, "idc")
+    augmentation = make_augmentation(ALL, "idc")
     x = noise(32, 3, 8, 8)
     p = augmentation.draw(Draws("idc"), 32, (8, 8))
     assert set(p.operation.tolist()) == {OPERATIONS.index(op) for op in ("crop", "scale", "rotate")}
-    expected = dsa("color").apply(dsa("flip").apply(x, only("flip", p)), only("color", p))
-    expected = dsa("cutout").apply(dsa(ALL).apply(expected, p), only("cutout", p))
+    expected = make_augmentation("color").apply(make_augmentation("flip").apply(x, only("flip", p)), only("color", p))
+    expected = make_augmentation("cutout").apply(make_augmentation(ALL).apply(expected, p), only("cutout", p))
     torch.testing.assert_close(augmentation.apply(x, p), expected)
 
-    matching = dsa("color_crop_cutout", "idc")  # IDC's own string
+    matching = make_augmentation("color_crop_cutout", "idc")  # IDC's own string
     p = matching.draw(Draws("idc"), 32, (8, 8))
-    expected = dsa("crop").apply(dsa("color").apply(x, only("color", p)), only("crop", p))
-    torch.testing.assert_close(matching.apply(x, p), dsa("cutout").apply(expected, only("cutout", p)))
+    expected = make_augmentation("crop").apply(make_augmentation("color").apply(x, only("color", p)), only("crop", p))
+    torch.testing.assert_close(matching.apply(x, p), make_augmentation("cutout").apply(expected, only("cutout", p)))
 
-    always = dsa("color_cutout", "idc")
+    always = make_augmentation("color_cutout", "idc")
     p = always.draw(Draws("idc"), 32, (8, 8))
-    expected = dsa("cutout").apply(dsa("color").apply(x, only("color", p)), only("cutout", p))
+    expected = make_augmentation("cutout").apply(
+        make_augmentation("color").apply(x, only("color", p)), only("cutout", p)
+    )
     assert torch.equal(always.apply(x, p), expected)
 
 
 @pytest.mark.parametrize("variant", ["dsa", "flip-always", "idc"])
 def test_mirror_false_never_flips(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    augmentation = dsa(ALL, variant, mirror=False)
+    augmentation = make_augmentation(ALL, variant, mirror=False)
     assert "flip" not in augmentation.ops
     p = augmentation.draw(Draws("mirror"), 500, (8, 8))
     assert OPERATIONS.index("flip") not in p.operation
@@ -372,24 +382,34 @@ def test_mirror_false_never_flips(variant: str, monkeypatch: pytest.MonkeyPatch)
 
 def test_no_augmentation_is_the_identity() -> None:
     x = noise(2, 3, 8, 8)
-    for augmentation in (dsa(""), dsa("none"), dsa("None", "idc"), dsa("flip", mirror=False)):
+    for augmentation in (
+        make_augmentation(""),
+        make_augmentation("none"),
+        make_augmentation("None", "idc"),
+        make_augmentation("flip", mirror=False),
+    ):
         assert augmentation.ops == ()
         assert augmentation.apply(x, augmentation.draw(Draws("identity"), 2, (8, 8))) is x
-    assert dsa(ALL).apply(x[:0], dsa(ALL).draw(Draws("empty"), 0, (8, 8))).shape == (0, 3, 8, 8)
+    assert make_augmentation(ALL).apply(x[:0], make_augmentation(ALL).draw(Draws("empty"), 0, (8, 8))).shape == (
+        0,
+        3,
+        8,
+        8,
+    )
 
 
 def test_mistakes_are_named() -> None:
     with pytest.raises(CondenseError, match=r"augment=.*: unknown 'colour'; did you mean 'color'"):
-        dsa("colour_crop")
+        make_augmentation("colour_crop")
     with pytest.raises(CondenseError, match="augment_variant=flip_always: unknown; did you mean 'flip-always'"):
-        dsa(ALL, "flip_always")
+        make_augmentation(ALL, "flip_always")
     with pytest.raises(CondenseError, match="'crop' is listed twice"):
         Augmentation(("crop", "crop"))
-    p = dsa(ALL).draw(Draws("mistakes"), 4, (8, 8))
+    p = make_augmentation(ALL).draw(Draws("mistakes"), 4, (8, 8))
     with pytest.raises(ValueError, match="5 images need as many rows, not 4"):
-        dsa(ALL).apply(noise(5, 3, 8, 8), p)
+        make_augmentation(ALL).apply(noise(5, 3, 8, 8), p)
     with pytest.raises(ValueError, match="parameters for images of"):
-        dsa(ALL).apply(noise(4, 3, 8, 9), p)
+        make_augmentation(ALL).apply(noise(4, 3, 8, 9), p)
 
 
 # Derivatives ----------------------------------------------------------------------------------------------------------
@@ -397,7 +417,7 @@ def test_mistakes_are_named() -> None:
 
 @pytest.mark.parametrize("ops", [*OPERATIONS, ALL])
 def test_gradient(ops: str) -> None:
-    augmentation = dsa(ops)
+    augmentation = make_augmentation(ops)
     p = augmentation.draw(Draws("gradient", 2), 2, (8, 8))
     x = noise(2, 3, 8, 8).requires_grad_()
     for rows in (None, torch.tensor([1, 1])):
@@ -406,7 +426,7 @@ def test_gradient(ops: str) -> None:
 
 @pytest.mark.parametrize("variant", ["flip-always", "idc"])
 def test_gradient_of_variants(variant: str) -> None:
-    augmentation = dsa(ALL, variant)
+    augmentation = make_augmentation(ALL, variant)
     p = augmentation.draw(Draws("gradient"), 6, (8, 8))
     x = noise(6, 3, 8, 8).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: augmentation.apply(x, p), (x,), fast_mode=True)
@@ -416,7 +436,7 @@ def test_gradient_of_variants(variant: str) -> None:
 @pytest.mark.parametrize("size", [(8, 8), (7, 12)])
 def test_gathered_adjoint_of_resampling(size: tuple[int, int], align_corners: bool) -> None:
     """What runs on a GPU, against torch's own derivative of grid_sample."""
-    p = dsa("scale_rotate").draw(Draws("adjoint"), 6, size)
+    p = make_augmentation("scale_rotate").draw(Draws("adjoint"), 6, size)
     theta = torch.deg2rad(p.angle.double())
     turn = torch.stack([theta.cos(), -theta.sin(), theta.sin(), theta.cos()], 1).reshape(6, 2, 2)
     for matrix in (turn, torch.diag_embed(p.zoom.double()), turn @ torch.diag_embed(p.zoom.double())):
@@ -429,7 +449,7 @@ def test_gathered_adjoint_of_resampling(size: tuple[int, int], align_corners: bo
 
 
 def test_gpu_route_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    augmentation = dsa("crop_scale_rotate")
+    augmentation = make_augmentation("crop_scale_rotate")
     p = augmentation.draw(Draws("route"), 8, (8, 8))
     x = noise(8, 3, 8, 8).requires_grad_()
     y = augmentation.apply(x, p)
@@ -443,7 +463,7 @@ def test_gpu_route_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_second_derivatives_where_torch_has_them() -> None:
-    augmentation = dsa("color_crop_cutout_flip")
+    augmentation = make_augmentation("color_crop_cutout_flip")
     p = augmentation.draw(Draws("second"), 8, (6, 6))
     x = noise(8, 3, 6, 6).requires_grad_()
     assert torch.autograd.gradgradcheck(lambda x: augmentation.apply(x, p) ** 2, (x,), fast_mode=True)
@@ -451,7 +471,7 @@ def test_second_derivatives_where_torch_has_them() -> None:
 
 @pytest.mark.skipif(torch.__version__.startswith("2.7."), reason="torch 2.7: torch.func fails inside such a Function")
 def test_functional_gradient_agrees() -> None:
-    augmentation = dsa(ALL)
+    augmentation = make_augmentation(ALL)
     p = augmentation.draw(Draws("functional"), 12, (8, 8))
     x = noise(12, 3, 8, 8)
 
@@ -463,7 +483,7 @@ def test_functional_gradient_agrees() -> None:
 
 
 def test_forward_and_backward_repeat_to_the_bit() -> None:
-    augmentation = dsa(ALL)
+    augmentation = make_augmentation(ALL)
     p = augmentation.draw(Draws("repeat"), 64, (16, 16))
     x = noise(64, 3, 16, 16, dtype=torch.float32).requires_grad_()
     g = noise(64, 3, 16, 16, dtype=torch.float32).flip(0)
@@ -478,7 +498,7 @@ def test_forward_and_backward_repeat_to_the_bit() -> None:
 def test_dtypes(dtype: torch.dtype, atol: float) -> None:
     x = noise(24, 3, 16, 16).to(dtype)
     for variant in ("dsa", "idc"):
-        augmentation = dsa(ALL, variant)
+        augmentation = make_augmentation(ALL, variant)
         p = augmentation.draw(Draws("dtype"), 24, (16, 16))
         y = augmentation.apply(x, p)
         assert y.dtype == dtype and y.shape == x.shape
@@ -487,7 +507,7 @@ def test_dtypes(dtype: torch.dtype, atol: float) -> None:
 
 @pytest.mark.gpu
 def test_gpu_agrees_and_repeats() -> None:
-    augmentation = dsa(ALL)
+    augmentation = make_augmentation(ALL)
     p = augmentation.draw(Draws("gpu"), 96, (32, 32))
     x = noise(96, 3, 32, 32, dtype=torch.float32)
     g = x.flip(0)
@@ -505,7 +525,7 @@ def test_gpu_agrees_and_repeats() -> None:
 # Views of stored labels -----------------------------------------------------------------------------------------------
 
 
-def drawn(rows: int, size: tuple[int, int], **settings: float) -> augment.Views:
+def drawn(rows: int, size: tuple[int, int], **settings: float) -> augment.ViewBoxes:
     return CropViews(**settings).draw(Draws(7, "view", 3), rows, size)
 
 
@@ -564,7 +584,7 @@ def test_views_are_torchvisions_resized_crops(size: tuple[int, int]) -> None:
 
 def test_a_view_of_the_whole_image_changes_no_bit() -> None:
     images = noise(2, 3, 9, 7, dtype=torch.float32)
-    whole = augment.Views((9, 7), torch.tensor([[0, 0, 9, 7]] * 2), torch.tensor([False, True]))
+    whole = augment.ViewBoxes((9, 7), torch.tensor([[0, 0, 9, 7]] * 2), torch.tensor([False, True]))
     shown = CropViews().apply(images, whole)
     assert torch.equal(shown[0], images[0]) and torch.equal(shown[1], images[1].flip(-1))
 
@@ -591,7 +611,7 @@ def test_golden_mixed_views() -> None:
     assert mixed.patch[:3].tolist() == [[16, 2, 32, 22], [8, 0, 32, 26], [12, 16, 32, 32]]
     assert mixed.share[:3].tolist() == [1 - 320 / 1024, 1 - 624 / 1024, 1 - 320 / 1024]
     soft = ViewRule(mix="mixup", alpha=0.8, pad=4).draw(7, 3, 3, (32, 32))
-    assert (soft.share.double() * augment.SHARES).tolist() == [39356, 1423, 16278]
+    assert (soft.share.double() * augment.SHARE_STEPS).tolist() == [39356, 1423, 16278]
     assert soft.views.box[:, :2].tolist() == [[3, 3], [0, 1], [3, 3]] and soft.patch is None
     assert soft.partner.tolist() == [0, 2, 0]
 

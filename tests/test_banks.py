@@ -10,12 +10,12 @@ import condense
 from condense import networks
 from condense.data import cache_dir
 from condense.engine import Run, checkpoint
-from condense.jobs import measure
+from condense.jobs import estimate_cost
 from condense.pretraining import PLAN_FILE, load_or_train_snapshots, make_student, pipeline, plan_training
-from condense.training import Recipe
+from condense.training import TrainConfig
 
 NETWORK = "convnet-d2-w8-in"
-RECIPE = Recipe(steps=0, batch=8, lr=0.05, momentum=0.9, weight_decay=0.0, drops=())
+RECIPE = TrainConfig(steps=0, batch=8, lr=0.05, momentum=0.9, weight_decay=0.0, lr_milestones=())
 
 
 def a_run(task, **options):
@@ -55,7 +55,7 @@ def test_the_networks_learn_the_real_data(tiny):
     images, labels = tiny.batch(torch.arange(36)), torch.as_tensor(tiny.train.labels)
     losses = []
     for t in (0, -1):
-        net = networks.build(NETWORK, tiny.shape, 3)
+        net = networks.build_network(NETWORK, tiny.shape, 3)
         bank.load(net, 0, t)
         losses.append(float(torch.nn.functional.cross_entropy(net(images), labels).detach()))
     assert losses[1] < losses[0] / 2
@@ -129,7 +129,7 @@ def test_a_resumed_run_keeps_its_plan(tiny, tmp_path, monkeypatch):
 
 def test_a_plan_counts_the_networks_without_training_them(tiny):
     few, many = (
-        measure("dance", tiny, 1, network=NETWORK, steps=3, batch_real=6, networks=count) for count in (1, 1000)
+        estimate_cost("dance", tiny, 1, network=NETWORK, steps=3, batch_real=6, networks=count) for count in (1, 1000)
     )
     assert many["preparation_seconds"] > 50 * few["preparation_seconds"] > 0
     assert many["seconds"] > many["preparation_seconds"]
@@ -137,7 +137,7 @@ def test_a_plan_counts_the_networks_without_training_them(tiny):
 
 
 def test_a_factory_is_not_kept(tiny):
-    run = Run(tiny, 1, lambda: networks.build(NETWORK, tiny.shape, 3), quiet=True, track="none")
+    run = Run(tiny, 1, lambda: networks.build_network(NETWORK, tiny.shape, 3), quiet=True, track="none")
     recorded(tiny, run)
     assert not (cache_dir() / "banks").exists()
 

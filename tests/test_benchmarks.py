@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from condense import networks, rng
-from condense.augment import OPERATIONS, dsa
+from condense.augment import OPERATIONS, make_augmentation
 from condense.engine import Run
 
 CPU = torch.device("cpu")
@@ -45,7 +45,7 @@ def npz(tiny_colour, tmp_path):
 def test_the_published_augmentation_equals_ours(operation):
     from condense.benchmarks.speed.published import same_view, siamese
 
-    augment = dsa(operation)
+    augment = make_augmentation(operation)
     images = torch.randn(4, 3, 32, 32, generator=rng.generator("images"))
     for i in range(8):
         views = augment.draw(rng.Draws("views", i), 2, (32, 32))
@@ -58,7 +58,7 @@ def test_the_published_augmentation_draws_from_the_range_of_ours(operation):
     """The smallest and largest numbers of 4,000 draws agree to a fiftieth of their spread; whole numbers exactly."""
     from condense.benchmarks.speed.published import random_view, same_view
 
-    random, views = np.random.default_rng(0), dsa(operation).draw(rng.Draws("range"), 4000, (9, 32))
+    random, views = np.random.default_rng(0), make_augmentation(operation).draw(rng.Draws("range"), 4000, (9, 32))
     theirs = np.array([random_view(random, (operation,), (9, 32))[1] for _ in range(4000)])
     ours = np.array([same_view(views, i)[1] for i in range(4000)], dtype=float)
     for a, b in ((theirs.min(0), ours.min(0)), (theirs.max(0), ours.max(0))):
@@ -70,7 +70,7 @@ def test_the_published_augmentation_draws_from_the_range_of_ours(operation):
 def test_the_published_augmentation_of_single_images_equals_ours(operation):
     from condense.benchmarks.speed.published import augmented, same_views
 
-    augment = dsa(operation)
+    augment = make_augmentation(operation)
     images = torch.randn(8, 3, 9, 32, generator=rng.generator("images"))
     for i in range(4):
         views = augment.draw(rng.Draws("views", i), 8, (9, 32), groups=1)
@@ -84,7 +84,7 @@ def test_the_published_augmentation_of_single_images_draws_from_the_range_of_our
 
     with rng.seeded("range"):
         theirs = random_views(np.random.default_rng(0), (operation,), 4000, (9, 32), CPU)[1].numpy()
-    ours = same_views(dsa(operation).draw(rng.Draws("range"), 4000, (9, 32)), CPU)[1].numpy()
+    ours = same_views(make_augmentation(operation).draw(rng.Draws("range"), 4000, (9, 32)), CPU)[1].numpy()
     for a, b in ((theirs.min(0), ours.min(0)), (theirs.max(0), ours.max(0))):
         slack = 0 if operation in ("crop", "cutout", "flip") else 0.02 * np.ptp(ours, 0)
         assert (np.abs(a - b) <= slack).all()
@@ -98,11 +98,11 @@ def test_the_published_network_is_ours(shape):
     with rng.seeded("net"):
         theirs = convnet(shape, 10, depth=3, width=16)
     with rng.seeded("net"):
-        ours = networks.build("convnet-d3-w16-in", shape, 10)
+        ours = networks.build_network("convnet-d3-w16-in", shape, 10)
     images = torch.randn(4, *shape, generator=rng.generator("images"))
     torch.testing.assert_close(theirs(images), ours(images), rtol=1e-5, atol=1e-5)
     with rng.seeded("another"):
-        other = networks.build("convnet-d3-w16-in", shape, 10)
+        other = networks.build_network("convnet-d3-w16-in", shape, 10)
     copy_weights(other, theirs)
     torch.testing.assert_close(theirs[:-1](images), other.embed(images), rtol=1e-5, atol=1e-5)
 
@@ -273,7 +273,7 @@ def saved(tmp_path):
 
 
 def test_gpu_check_goes_on_after_failures(tmp_path):
-    from condense.benchmarks.gpu_check.__main__ import Stage, run_stage
+    from condense.benchmarks.gpu_check.__main__ import CheckStage, run_stage
     from condense.benchmarks.gpu_check.check import table
 
     def fail():
@@ -284,9 +284,9 @@ def test_gpu_check_goes_on_after_failures(tmp_path):
         return "three parts", results
 
     check = check_on(tmp_path)
-    run_stage(check, Stage("whole", 1, lambda check: fail()))
+    run_stage(check, CheckStage("whole", 1, lambda check: fail()))
     assert saved(tmp_path)["stages"]["whole"]["status"] == "failed"
-    run_stage(check, Stage("parts", 1, parts))
+    run_stage(check, CheckStage("parts", 1, parts))
     record = saved(tmp_path)
     assert record["stages"]["parts"]["results"]["good"] == {"x": 1}
     assert [(fault["stage"], fault["part"]) for fault in record["failures"]] == [
@@ -301,30 +301,30 @@ def test_gpu_check_goes_on_after_failures(tmp_path):
 def test_gpu_check_stops_in_time_and_keeps_what_is_done(tmp_path):
     import time
 
-    from condense.benchmarks.gpu_check.__main__ import Stage, run_stage
+    from condense.benchmarks.gpu_check.__main__ import CheckStage, run_stage
 
     check = check_on(tmp_path, minutes=1.2 / 60)
 
     def slow(check):
         return "never", check.each({"done": lambda: {"x": 1}, "slow": lambda: time.sleep(60)})
 
-    run_stage(check, Stage("slow", 1, slow))
+    run_stage(check, CheckStage("slow", 1, slow))
     entry = saved(tmp_path)["stages"]["slow"]
     assert entry["status"] == "stopped" and entry["results"] == {"done": {"x": 1}} and entry["seconds"] < 30
     check.tiny = False
-    run_stage(check, Stage("late", 20, slow))
+    run_stage(check, CheckStage("late", 20, slow))
     assert saved(tmp_path)["stages"]["late"]["status"] == "skipped"
     assert "needs about 20 s and 0 s are left" in saved(tmp_path)["skipped"][-1]["why"]
 
 
 def test_gpu_check_records_the_running_stage_before_it_runs(tmp_path):
-    from condense.benchmarks.gpu_check.__main__ import Stage, run_stage
+    from condense.benchmarks.gpu_check.__main__ import CheckStage, run_stage
 
     def body(check):
         return saved(tmp_path)["stages"]["now"]["status"], None
 
     check = check_on(tmp_path)
-    run_stage(check, Stage("now", 1, body))
+    run_stage(check, CheckStage("now", 1, body))
     assert check.record["stages"]["now"]["summary"] == "running"
     assert not list(tmp_path.glob("*.tmp"))
 

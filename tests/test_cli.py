@@ -23,7 +23,7 @@ from PIL import Image
 import condense
 from condense import cli
 from condense.cli import EXIT_CODES
-from condense.engine import CHECKPOINT
+from condense.engine import CHECKPOINT_FILE
 from condense.registry import METHODS
 
 NETWORK = "convnet-d2-w8-in"
@@ -305,7 +305,7 @@ def test_a_full_disk_is_found_before_the_work(words, refused, monkeypatch):
 
 def test_a_refused_method_keeps_the_run_that_force_would_replace(refused, material):
     refused(f"{DM} init=rael --force --run-dir {{m}}/run", "init=rael")
-    assert (material / "run" / CHECKPOINT).exists()
+    assert (material / "run" / CHECKPOINT_FILE).exists()
 
 
 # -- faults and interruptions -----------------------------------------------------------------------------------------
@@ -455,7 +455,7 @@ def test_evaluate_on_data_of_another_size(done, material):
 
 
 def test_plan(done, monkeypatch):
-    monkeypatch.setattr("condense.jobs.plan._Trial.SECONDS", 0.2)
+    monkeypatch.setattr("condense.jobs.plan.DryRun.SECONDS", 0.2)
     text = done(f"plan{DM[7:]} steps=5000")
     assert "5000 steps of" in text and "B host at peak" in text and "2.6 kB set" in text
     needs = json.loads(done(f"plan{DM[7:]} steps=5000 --json"))
@@ -496,7 +496,7 @@ def test_plan_tells_the_time_of_the_run(monkeypatch, done):
 
     original = SyntheticOptimizer.step
     monkeypatch.setattr(SyntheticOptimizer, "step", lambda *a, **k: (time.sleep(0.01), original(*a, **k))[1])
-    monkeypatch.setattr("condense.jobs.plan._Trial.SECONDS", 0.3)
+    monkeypatch.setattr("condense.jobs.plan.DryRun.SECONDS", 0.3)
     needs = json.loads(done(f"plan{DM[7:]} steps=1000 --json"))
     assert needs["seconds_per_step"] > 0.01
     assert needs["seconds"] == pytest.approx(1000 * needs["seconds_per_step"], rel=0.3)

@@ -27,22 +27,22 @@ class Example:
 
 
 def test_strings_become_types():
-    built = config.build(Example, {"steps": "20", "lr_img": "1e-3", "fyi": "true", "init": "noise"}, "x")
+    built = config.build_config(Example, {"steps": "20", "lr_img": "1e-3", "fyi": "true", "init": "noise"}, "x")
     assert built == Example(20, 0.001, "noise", True)
 
 
 @pytest.mark.parametrize("text", ["2024_01_05", "010", "[old] photos", "a #b", "@x", "null"])
 def test_text_is_taken_as_typed(text):
-    assert config.build(Example, {"init": text}, "x").init == text
+    assert config.build_config(Example, {"init": text}, "x").init == text
 
 
 def test_defaults_stay():
-    assert config.build(Example, {}, "x") == Example()
+    assert config.build_config(Example, {}, "x") == Example()
 
 
 def test_all_faults_are_reported_at_once():
     with pytest.raises(CondenseError) as fault:
-        config.build(Example, {"step": "5", "lr_img": "fast", "fyi": "7.5"}, "the method 'x'")
+        config.build_config(Example, {"step": "5", "lr_img": "fast", "fyi": "7.5"}, "the method 'x'")
     text = str(fault.value)
     assert "step=5: no such setting of the method 'x'; did you mean 'steps'?" in text
     assert "lr_img=fast: must be a number" in text
@@ -52,7 +52,7 @@ def test_all_faults_are_reported_at_once():
 
 def test_a_word_without_equals():
     with pytest.raises(CondenseError, match="'steps' is not a setting"):
-        config.parse(["steps"])
+        config.parse_overrides(["steps"])
 
 
 def test_field_docs_come_from_the_source():
@@ -92,7 +92,7 @@ def test_a_field_inherits_the_docstring_of_the_nearest_base_class():
 
 @pytest.mark.parametrize("name", config.recipe_names())
 def test_every_recipe_parses(name):
-    recipe = config.recipe(name)
+    recipe = config.load_recipe(name)
     entry = METHODS.get(recipe["method"])
     from condense import networks
     from condense.data import DataOptions, datasets
@@ -100,29 +100,29 @@ def test_every_recipe_parses(name):
 
     settings = {key: value for key, value in recipe.items() if key not in config.RUN_KEYS}
     of_data = {field.name for field in dataclasses.fields(DataOptions)} & set(settings)
-    config.build(DataOptions, {key: settings.pop(key) for key in of_data}, name)
-    config.build(entry.config, settings, name)
+    config.build_config(DataOptions, {key: settings.pop(key) for key in of_data}, name)
+    config.build_config(entry.config, settings, name)
     assert recipe["data"] in datasets()
     assert recipe["ipc"] >= 1
-    networks.check(recipe.get("network", entry.network))
+    networks.check_network(recipe.get("network", entry.network))
     get_protocol(recipe.get("protocol", entry.protocol))
 
 
 def test_unknown_recipe():
     with pytest.raises(CondenseError, match="did you mean 'dm/cifar10-ipc10'"):
-        config.recipe("dm/cifar10-ip10")
+        config.load_recipe("dm/cifar10-ip10")
 
 
 def test_recipe_files(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("method: dm\ndata: digits\nipc: 2\nsteps: 5\n")
-    assert config.recipe(str(path))["steps"] == 5
+    assert config.load_recipe(str(path))["steps"] == 5
     path.write_text("method: dm\n")
     with pytest.raises(CondenseError, match="lacks data, ipc"):
-        config.recipe(str(path))
+        config.load_recipe(str(path))
     path.write_text("method: [dm\n")
     with pytest.raises(CondenseError, match="not valid YAML"):
-        config.recipe(str(path))
+        config.load_recipe(str(path))
 
 
 def test_every_setting_of_every_method_is_documented():

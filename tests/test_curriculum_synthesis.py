@@ -34,7 +34,7 @@ SMALL = {**TAUGHT, "steps": 3, "label_epochs": 2}
 def warm(name, shape=(3, 16, 16), classes=4, dtype=torch.float64):
     """A teacher in eval mode whose norms have statistics and affine weights worth testing."""
     with rng.seeded("warm"):
-        net = networks.build(name, shape, classes).to(dtype)
+        net = networks.build_network(name, shape, classes).to(dtype)
         for _ in range(3):
             net(torch.randn(16, *shape, dtype=dtype) * 2 + 0.3)
         for layer in net.modules():
@@ -137,8 +137,8 @@ def test_views_by_matrices_are_crops_mirrors_and_rolls():
     crops = CropViews(0.1, 1.0, flip=True)
     views = crops.draw(rng.Draws(0, "views"), 3, (9, 12))
     shift = torch.tensor([[0, 3], [2, 0], [-1, 4]])
-    rows, columns = views_module.resampling(views, shift)
-    got = views_module.seen(images, rows, columns)
+    rows, columns = views_module.resampling_matrices(views, shift)
+    got = views_module.apply_resampling(images, rows, columns)
     for g in range(3):
         one = crops.apply(images[g], views[torch.tensor([g, g])])
         torch.testing.assert_close(got[g], one.roll(tuple(shift[g].tolist()), (2, 3)), rtol=1e-5, atol=1e-5)
@@ -147,8 +147,8 @@ def test_views_by_matrices_are_crops_mirrors_and_rolls():
 def test_a_view_of_the_whole_image_changes_no_bit():
     images = torch.randn(1, 2, 3, 8, 8)
     whole = CropViews(1.0, 1.0, flip=False).draw(rng.Draws(0, "x"), 1, (8, 8))
-    rows, columns = views_module.resampling(whole, torch.zeros(1, 2, dtype=torch.int64))
-    assert torch.equal(views_module.seen(images, rows, columns), images)
+    rows, columns = views_module.resampling_matrices(whole, torch.zeros(1, 2, dtype=torch.int64))
+    assert torch.equal(views_module.apply_resampling(images, rows, columns), images)
 
 
 # -- recovery ---------------------------------------------------------------------------------------------------------
@@ -253,14 +253,14 @@ def test_calibrated_labels_leave_views_out(tiny):
 @pytest.mark.parametrize("name", ["sre2l", "cda", "dwa", "cvdd", "infer", "nrr", "rded"])
 def test_a_plan_states_what_is_made(tiny, name):
     """Bytes of images and labels are those of the set, whatever a rehearsal leaves out."""
-    from condense.jobs import measure
+    from condense.jobs import estimate_cost
 
     changes = {"num_teachers": 2} if name in ("cvdd", "infer") else {}
     changes |= {"pool": 6, "crops": 2} if name in ("nrr", "rded") else {}
     settings = {**SMALL, "label_epochs": 20, **changes}
     if name == "rded":
         del settings["steps"]
-    needs = measure(name, tiny, 4, **settings)
+    needs = estimate_cost(name, tiny, 4, **settings)
     one = condense.distill(name, tiny, 4, **settings)
     for part in ("images", "labels"):
         assert needs["set_bytes"][part] == one.nbytes()[part]
@@ -269,9 +269,9 @@ def test_a_plan_states_what_is_made(tiny, name):
 
 
 def test_a_plan_counts_images_that_move_in_turn(tiny):
-    from condense.jobs import measure
+    from condense.jobs import estimate_cost
 
-    once, in_turn = (measure("sre2l", tiny, 4, **{**SMALL, "at_once": count}) for count in (4, 1))
+    once, in_turn = (estimate_cost("sre2l", tiny, 4, **{**SMALL, "at_once": count}) for count in (4, 1))
     assert in_turn["steps"] == 4 * once["steps"] == 12
 
 
@@ -294,7 +294,7 @@ def test_labelling_that_was_killed_goes_on_in_the_middle(tmp_path, monkeypatch, 
             raise Killed
         return original(*arguments, **options)
 
-    monkeypatch.setattr("condense.labels.teacher_logits.answers", counted)
+    monkeypatch.setattr("condense.labels.teacher_logits.compute_logits", counted)
     with pytest.raises(Killed):
         made(task, labels=kind, label_epochs=6, run_dir=tmp_path / "run", out=tmp_path / "a.h5")
     assert condense.api.resume(tmp_path / "run").sha256() == whole.sha256()

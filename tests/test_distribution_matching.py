@@ -46,7 +46,7 @@ def test_class_cross_entropy_is_the_sum_of_class_means():
 def test_an_idm_step_equals_its_formula(tiny, monkeypatch, age):
     monkeypatch.setattr(rng.Draws, "integers", _fixed(rng.Draws.integers, age))
     pixels, bank, _, start = made_by("idm", tiny, steps=1, snapshots=2, net_steps=30, augment="none")
-    net = networks.build(NETWORK, tiny.shape, 3).eval()
+    net = networks.build_network(NETWORK, tiny.shape, 3).eval()
     bank.load(net, 0, age)
     ids = rng.Draws(0, "accuracy", 0).integers(36, dm.ACCURACY_IMAGES)
     truth = torch.as_tensor(tiny.train.labels)[ids]
@@ -82,12 +82,12 @@ def test_a_dance_step_equals_its_formula(tiny):
     pixels, experts, config, start = made_by("dance", tiny, steps=1, expert_epochs=3, lr_img=lr)
     draws = rng.Draws(0, "expert", 0)
     k, share = int(draws.integers(2, 1)), float(draws.uniform(1))
-    middle, expert = (networks.build(NETWORK, tiny.shape, 3) for _ in range(2))
+    middle, expert = (networks.build_network(NETWORK, tiny.shape, 3) for _ in range(2))
     before, after = experts.weights(k, 0), experts.weights(k, -1)
     assert not torch.equal(before["classify.weight"], after["classify.weight"])
     middle.load_state_dict({name: share * before[name] + (1 - share) * after[name] for name in after})
     expert.load_state_dict(after)
-    views = augment.dsa(config.augment, variant="idc", mirror=tiny.mirror)
+    views = augment.make_augmentation(config.augment, variant="idc", mirror=tiny.mirror)
 
     def stepped(purpose, loss):
         drawn = views.draw(rng.Draws(0, purpose, 0), 3, tiny.shape[1:])
@@ -113,20 +113,20 @@ def test_a_dance_step_equals_its_formula(tiny):
 def test_they_do_not_depend_on_class_chunks(name, tiny, monkeypatch):
     settings = {"steps": 2, **({"expert_epochs": 1} if name == "dance" else {"snapshots": 2, "net_steps": 2})}
     whole, *_ = made_by(name, tiny, **settings)
-    monkeypatch.setattr("condense.engine.run.CHUNK_PIXELS", 64 * 6)  # one class at a time
+    monkeypatch.setattr("condense.engine.run.CLASS_CHUNK_PIXELS", 64 * 6)  # one class at a time
     torch.testing.assert_close(made_by(name, tiny, **settings)[0], whole, rtol=1e-4, atol=1e-4)
 
 
 def test_a_large_set_is_matched_in_random_parts(tiny):
     synthetic = dm.SyntheticSet.create(tiny, 3, dm.DANCE(), seed=0, device=torch.device("cpu"), space="pixel")
     images, labels = synthetic.decode([0, 2])
-    some, theirs = synthetic.decode_some([0, 2], 5, (0, "matched", 0))
+    some, theirs = synthetic.decode_sample([0, 2], 5, (0, "matched", 0))
     assert theirs.tolist() == [0] * 5 + [2] * 5
     pool = {image.detach().numpy().tobytes() for image in images[labels == 2]}
     assert {image.detach().numpy().tobytes() for image in some[5:]} <= pool
-    other, _ = synthetic.decode_some([0, 2], 5, (0, "calibrated", 0))
+    other, _ = synthetic.decode_sample([0, 2], 5, (0, "calibrated", 0))
     assert not torch.equal(some, other)
-    assert torch.equal(synthetic.decode_some([0, 2], 12, (0, "matched", 0))[0], images)
+    assert torch.equal(synthetic.decode_sample([0, 2], 12, (0, "matched", 0))[0], images)
 
 
 @pytest.mark.parametrize("name", ["idm", "dance", "idc"])
@@ -135,7 +135,7 @@ def test_batch_norm_networks_see_a_class_whole(name, tiny, monkeypatch):
     own = {"dance": {"expert_epochs": 1}, "idm": {"snapshots": 2, "net_steps": 2}}
     settings = {"network": "convnet-d2-w8-bn", "steps": 2, "precision": "fp32", **OWN, **own.get(name, own["idm"])}
     whole = condense.distill(name, tiny, 1, **settings)
-    for limit in ("CHUNK_PIXELS", "FORWARD_PIXELS", "GRADIENT_PIXELS"):
+    for limit in ("CLASS_CHUNK_PIXELS", "FORWARD_PIXELS", "GRADIENT_PIXELS"):
         monkeypatch.setattr(f"condense.engine.run.{limit}", 2 * 64)
     torch.testing.assert_close(condense.distill(name, tiny, 1, **settings).stored, whole.stored, rtol=1e-4, atol=1e-4)
 

@@ -63,7 +63,7 @@ def test_the_record_has_the_contracts_fields(made, tiny):
     by_arm = {entry["arm"]: entry for entry in record["results"] if entry["network"] == NETWORK}
     assert by_arm["full-equal"]["steps"] == by_arm["distilled"]["steps"] == by_arm["random"]["steps"] == 20
     assert by_arm["full"]["steps"] == 20  # two passes over 36 images are 2 steps: fewer than the distilled arm's
-    assert "random" in records.table(record)
+    assert "random" in records.format_record(record)
     assert record["cross_architecture"]["others"] == ["mlp"]
     made_in = record["cost"]["seconds"]
     first = record["time"][0]
@@ -220,7 +220,7 @@ def test_with_their_teacher_random_images_get_the_same_kind_of_labels(made, tiny
     from condense.sets import relabel
 
     with rng.seeded("teacher"):
-        teacher = networks.build(NETWORK, tiny.shape, 3)
+        teacher = networks.build_network(NETWORK, tiny.shape, 3)
     taught = relabel(made, teacher, 3)
     if kind == "soft":
         images = made.training_images()[0]
@@ -232,15 +232,15 @@ def test_with_their_teacher_random_images_get_the_same_kind_of_labels(made, tiny
         ("distilled", "own"), ("random", "own"), ("noise", "own")
     ]  # fmt: skip
     assert not record["missing"] and set(record["scores"][NETWORK]) == {"IOR"}
-    labels = taught.labels.anew(tiny.per_class(2, (0, "random-arm", 0))[0], teacher, 0)
-    assert labels.kind == kind and labels.rule() == taught.labels.rule() and len(labels) == 6
+    labels = taught.labels.label_images(tiny.per_class(2, (0, "random-arm", 0))[0], teacher, 0)
+    assert labels.kind == kind and labels.cache_key() == taught.labels.cache_key() and len(labels) == 6
 
 
 def test_per_view_labels_have_no_arm_without_augmentation(made, tiny):
     from condense import networks
     from condense.sets import relabel
 
-    taught = relabel(made, networks.build(NETWORK, tiny.shape, 3), 2)
+    taught = relabel(made, networks.build_network(NETWORK, tiny.shape, 3), 2)
     record = condense.evaluate(taught, tiny, runs=1, controls=[], without_augmentation=True)
     assert len(record["results"]) == 1 and "augmented views" in record["missing"][0]["why"]
 
@@ -250,7 +250,7 @@ def test_without_augmentation(made, tiny):
     kinds = [(entry["arm"], entry["augment"]) for entry in record["results"]]
     assert kinds == [("distilled", True), ("random", True), ("full", True), ("distilled", False), ("random", False)]
     assert set(record["scores"][NETWORK]) == {"IOR", "HLR", "LRS", "ARS"}
-    assert "distilled (not augmented)" in records.table(record)
+    assert "distilled (not augmented)" in records.format_record(record)
 
 
 # -- killed and shared out --------------------------------------------------------------------------------------------

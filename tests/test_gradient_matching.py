@@ -22,7 +22,7 @@ def normal(*shape, key="x"):
 
 def net_and_weights(shape=(1, 8, 8), classes=3):
     with rng.seeded("gm", "net"):
-        net = networks.build(NETWORK, shape, classes).double()
+        net = networks.build_network(NETWORK, shape, classes).double()
     return net, gm.matched_weights(net)
 
 
@@ -67,7 +67,7 @@ def test_the_slope_in_the_pixels_equals_finite_differences(operation):
     images, labels = normal(2, 1, 8, 8, key="fake"), torch.tensor([1, 1])
     real = gm.synthetic_gradients(net, normal(4, 1, 8, 8, key="real"), torch.tensor([1] * 4), weights)
     real = [gradient.detach() for gradient in real]
-    views = augment.dsa(operation)
+    views = augment.make_augmentation(operation)
     drawn = views.draw(rng.Draws("gm"), 3, (8, 8))
 
     def loss(pixels):
@@ -99,7 +99,7 @@ def test_equal_images_have_equal_gradients_under_every_view():
     """Siamese: the same operation with the same parameters on both branches, or the distance would not vanish."""
     net, weights = net_and_weights()
     images, labels = normal(6, 1, 8, 8, key="both"), torch.tensor([0, 0, 1, 1, 2, 2])
-    views = augment.dsa("color_crop_cutout_flip_scale_rotate")
+    views = augment.make_augmentation("color_crop_cutout_flip_scale_rotate")
     for number in range(10):
         drawn = views.draw(rng.Draws("views", number), 3, (8, 8))
         a, b = (gm.synthetic_gradients(net, views.apply(images, drawn, labels), labels, weights) for _ in range(2))
@@ -200,7 +200,7 @@ def test_training_a_network_leaves_no_slope_on_the_pixels(tiny):
     synthetic = gm.SyntheticSet.create(tiny, 2, gm.DSA(), seed=0, device=torch.device("cpu"))
     net = run.random_network(0).requires_grad_(True)
     before = [parameter.clone() for parameter in net.parameters()]
-    for step in run.optimise(synthetic, 1, images=gm.Group(lr=0.1)):
+    for step in run.optimise(synthetic, 1, images=gm.ParamGroup(lr=0.1)):
         gm.train_on_synthetic(net, synthetic, gm.DSA(), 2, run, step)
         assert synthetic.images.grad is None
     assert not all(torch.equal(a, b) for a, b in zip(before, net.parameters()))

@@ -14,8 +14,8 @@ from condense import config
 from condense.errors import CondenseError
 from condense.judge import evaluation, label_source, protocol
 from condense.labels import (
-    MOST_KEPT,
-    MOST_RANK,
+    DEFAULT_MAX_K,
+    DEFAULT_MAX_RANK,
     CodedLabels,
     DistanceLabels,
     HardLabels,
@@ -27,10 +27,20 @@ from condense.labels import (
     StaticLabels,
     TeacherLabels,
     TopKLabels,
-    usual,
-    view_distances,
+    compute_view_nll,
+    default_size,
 )
-from condense.lighten import KINDS, Point, asked_kinds, compare, comparison, int8_bytes, label_bytes, lighten, table
+from condense.lighten import (
+    LIGHTEN_KINDS,
+    LabelComparison,
+    compare_label_kinds,
+    comparison,
+    format_comparison,
+    int8_bytes,
+    label_bytes,
+    lighten,
+    parse_kinds,
+)
 from condense.lighten import settings as settings_module
 
 NETWORK = "convnet-d2-w8-bn"
@@ -69,7 +79,7 @@ def refusal(call):
     return str(fault.value)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LIGHTEN_KINDS)
 def test_every_kind_of_either_set(kind, per_view, live, real, tmp_path):
     for made in (per_view, live):
         settings = {} if kind in STORED[-1:] or kind in ("soft", "static", "teacher") else {"label_epochs": 4}
@@ -92,14 +102,14 @@ def test_every_kind_of_either_set(kind, per_view, live, real, tmp_path):
         assert light.manifest["command"].startswith(f"{made.manifest['command']} && {' '.join(words)}")
         again = condense.load(light.save(tmp_path / f"{made.labels.kind}.h5"))
         assert again.manifest["lightened"] == json.loads(json.dumps(known))
-        assert again.labels.rule() == light.labels.rule()
+        assert again.labels.cache_key() == light.labels.cache_key()
         images, ids = again.training_images()
         if light.labels.per_view:
-            views, targets = again.labels.shown(images, ids, 5)
+            views, targets = again.labels.training_batch(images, ids, 5)
             assert bool(views.isfinite().all()) and bool(targets.isfinite().all())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LIGHTEN_KINDS)
 def test_stored_labels_need_no_teacher(kind, per_view):
     made = forgotten(per_view)
     if kind in STORED:
@@ -113,8 +123,8 @@ def test_codes_of_stored_labels_are_of_the_same_views(per_view):
     light = lighten(per_view, "lowrank", rank=3)
     images, ids = per_view.training_images()
     for epoch in (0, 5, 8):
-        views, targets = per_view.labels.shown(images, ids, epoch)
-        seen, asked = light.labels.shown(images, ids, epoch)
+        views, targets = per_view.labels.training_batch(images, ids, epoch)
+        seen, asked = light.labels.training_batch(images, ids, epoch)
         assert torch.equal(seen, views)
         torch.testing.assert_close(asked, targets, atol=0.01, rtol=0)
     assert light.manifest["label_source"] == per_view.manifest["label_source"]
@@ -128,17 +138,17 @@ def test_live_teachers_are_asked_about_their_own_views(live):
     assert isinstance(labels, TeacherLabels) and light.labels.views == labels.views
     images, ids = live.training_images()
     for epoch in range(3):
-        views, targets = labels.shown(images, ids, epoch)
-        seen, asked = light.labels.shown(images, ids, epoch)
+        views, targets = labels.training_batch(images, ids, epoch)
+        seen, asked = light.labels.training_batch(images, ids, epoch)
         assert torch.equal(seen, views)
         torch.testing.assert_close(asked, targets, atol=2e-3, rtol=0)
 
 
 def test_distances_from_stored_logits_are_the_teachers(per_view, real):
     light = lighten(per_view, "distances")
-    teacher, _ = label_source.recorded_teacher(per_view, None, torch.device("cpu"))
+    teacher, _ = label_source.find_label_teacher(per_view, None, torch.device("cpu"))
     terms, images = per_view.labels.terms(), per_view.training_images()[0]
-    asked = view_distances(
+    asked = compute_view_nll(
         teacher,
         images,
         per_view.hard_labels(),
@@ -179,7 +189,7 @@ def test_teachers_of_a_file(live, per_view, real, tmp_path):
 
 
 def test_a_teacher_that_is_handed_over(per_view):
-    net, _ = label_source.recorded_teacher(per_view, None, torch.device("cpu"))
+    net, _ = label_source.find_label_teacher(per_view, None, torch.device("cpu"))
     light = lighten(per_view, "lowrank", teacher=net.members[0], label_epochs=2, rank=2)
     assert light.manifest["teacher"]["sha256"] and "label_source" not in light.manifest
     line = refusal(lambda: lighten(per_view, "teacher", teacher=net.members[0]))
@@ -229,7 +239,7 @@ def test_other_data_and_sets_that_cannot(per_view, real):
 
 
 def test_every_setting_says_what_it_means():
-    for options, make in KINDS.values():
+    for options, make in LIGHTEN_KINDS.values():
         assert all(meaning for _, _, _, meaning in config.describe(options)) and make.__doc__
 
 
@@ -242,8 +252,8 @@ def test_the_bytes_of_a_plan_are_those_of_the_labels(classes, images, epochs):
     views = PerViewLabels(logits, 0)
     made = [
         views,
-        LowRankLabels.of(views, usual(classes, MOST_RANK)),
-        TopKLabels.of(views, usual(classes, MOST_KEPT)),
+        LowRankLabels.of(views, default_size(classes, DEFAULT_MAX_RANK)),
+        TopKLabels.of(views, default_size(classes, DEFAULT_MAX_K)),
         PoolLabels.pruned(views, settings_module.PoolOptions().count(epochs), hard=hard),
         DistanceLabels(logits[:, :, :2], hard, classes, 0),
         StaticLabels(logits[0].half(), 0),
@@ -254,7 +264,7 @@ def test_the_bytes_of_a_plan_are_those_of_the_labels(classes, images, epochs):
     assert {p.kind: (p.bytes, p.external, p.exactness) for p in points} == {
         one.kind: (one.nbytes(), one.external_nbytes(), one.exactness) for one in made
     }
-    assert asked_kinds(",".join(p.words for p in points))  # as `condense labels` understands them
+    assert parse_kinds(",".join(p.words for p in points))  # as `condense labels` understands them
     assert [p.bytes for p in points] == sorted((p.bytes for p in points), reverse=True)
 
 
@@ -263,7 +273,7 @@ def test_teachers_and_projectors_in_a_plan(live):
     assert weights == lighten(live, "teacher").labels.nbytes()
     points = {p.kind: p for p in label_bytes(3, 6, 4, teacher_bytes=weights, projector_bytes=(10, 2000))}
     assert points["teacher"].bytes == weights and points["teacher"].exactness == "lossy"
-    assert (points["projector"].bytes, points["projector"].external) == (10, 2000) and set(points) == set(KINDS)
+    assert (points["projector"].bytes, points["projector"].external) == (10, 2000) and set(points) == set(LIGHTEN_KINDS)
 
 
 def test_more_classes_than_topk_can_number():
@@ -277,7 +287,7 @@ def test_the_figures_of_the_field(ipc, told):
     """ImageNet-1K's labels of 300 epochs: 5.6 GB, 28 GB and 112 GB are binary units."""
     points = label_bytes(1000, 1000 * ipc, 300)
     assert points[0].bytes - 49 == 2 * 300 * 1000 * ipc * 1000  # 2 E N C
-    assert f"per-view         {told}  0 bytes" in table(points, "per-view")
+    assert f"per-view         {told}  0 bytes" in format_comparison(points, "per-view")
 
 
 # -- labelling that is cut short --------------------------------------------------------------------------------------
@@ -294,7 +304,7 @@ def asked(monkeypatch):
         seen.epochs += 1
         return original(*arguments, **options)
 
-    monkeypatch.setattr("condense.labels.teacher_logits.answers", counted)
+    monkeypatch.setattr("condense.labels.teacher_logits.compute_logits", counted)
 
     def during(call, stop=None):
         seen.epochs, seen.stop = 0, stop
@@ -358,18 +368,18 @@ def test_answers_of_others_are_not_taken(live, per_view, real, asked, tmp_path):
 
 
 def test_kinds_are_named_with_their_settings():
-    assert asked_kinds("own,lowrank:rank=2,topk,topk") == ["own", "lowrank:rank=2", "topk"] and asked_kinds("") == []
-    assert "--kinds tokp: unknown; did you mean 'topk'?" in refusal(lambda: asked_kinds("tokp"))
-    assert "rang=2: no such setting of labels=lowrank" in refusal(lambda: asked_kinds("lowrank:rang=2"))
+    assert parse_kinds("own,lowrank:rank=2,topk,topk") == ["own", "lowrank:rank=2", "topk"] and parse_kinds("") == []
+    assert "--kinds tokp: unknown; did you mean 'topk'?" in refusal(lambda: parse_kinds("tokp"))
+    assert "rang=2: no such setting of labels=lowrank" in refusal(lambda: parse_kinds("lowrank:rang=2"))
 
 
 def test_bytes_alone_and_what_is_missing(per_view):
-    points = compare(forgotten(per_view))
-    assert [point.words for point in points] == ["own", *(kind for kind in KINDS if kind != "per-view")]
+    points = compare_label_kinds(forgotten(per_view))
+    assert [point.words for point in points] == ["own", *(kind for kind in LIGHTEN_KINDS if kind != "per-view")]
     assert {point.words for point in points if point.missing} == {"teacher", "projector", "static", "soft"}
     assert isinstance(per_view.labels, PerViewLabels) and points[0].bytes == per_view.labels.nbytes()
     assert all(point.mean is None for point in points)
-    text = table(points)
+    text = format_comparison(points)
     assert "own (per-view)" in text and "static is missing: " in text and "accuracy" not in text
 
 
@@ -382,27 +392,29 @@ def quick(monkeypatch):
 
 def test_students_are_trained_on_each(per_view, real, monkeypatch):
     quick(monkeypatch)
-    points = compare(per_view, ["own", "pool:keep=0.5", "hard"], real, network=NETWORK, runs=2)
+    points = compare_label_kinds(per_view, ["own", "pool:keep=0.5", "hard"], real, network=NETWORK, runs=2)
     assert all(point.mean is not None and point.ci95 is not None for point in points)
-    assert points[1].bytes < points[0].bytes and "95 % interval" in table(points)
+    assert points[1].bytes < points[0].bytes and "95 % interval" in format_comparison(points)
 
 
 def test_the_protocol_must_hear_the_labels(per_view, real):
-    line = refusal(lambda: compare(per_view, ["own"], real, protocol="quick-v1"))
+    line = refusal(lambda: compare_label_kinds(per_view, ["own"], real, protocol="quick-v1"))
     assert line.startswith("--protocol quick-v1: judges classes alone")
 
 
 def test_the_picture(tmp_path):
     pytest.importorskip("matplotlib")
     points = [
-        Point("own", "per-view", 1000, 0, mean=0.5, ci95=(0.4, 0.6)),
-        Point("topk", "topk", 100, 50, mean=0.45),
-        Point("soft", missing="no teacher"),
+        LabelComparison("own", "per-view", 1000, 0, mean=0.5, ci95=(0.4, 0.6)),
+        LabelComparison("topk", "topk", 100, 50, mean=0.45),
+        LabelComparison("soft", missing="no teacher"),
     ]
     for name in ("a.png", "a.svg"):
-        assert comparison.chart(points, tmp_path / name, "set").stat().st_size > 1000
-    assert "there are none; give --data" in refusal(lambda: comparison.chart(points[2:], tmp_path / "b.png", "set"))
-    assert "must end in .png" in refusal(lambda: comparison.chart(points, tmp_path / "b.doc", "set"))
+        assert comparison.plot_comparison(points, tmp_path / name, "set").stat().st_size > 1000
+    assert "there are none; give --data" in refusal(
+        lambda: comparison.plot_comparison(points[2:], tmp_path / "b.png", "set")
+    )
+    assert "must end in .png" in refusal(lambda: comparison.plot_comparison(points, tmp_path / "b.doc", "set"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "a.svg"]
 
 

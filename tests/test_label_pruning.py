@@ -17,8 +17,16 @@ from condense import networks, rng
 from condense.augment import CropViews, ViewRule
 from condense.engine import Run
 from condense.errors import CondenseError
-from condense.jobs import measure
-from condense.labels import PerViewLabels, PoolLabels, TopK, codes, pool_answers, teacher_logits, view_answers
+from condense.jobs import estimate_cost
+from condense.labels import (
+    PerViewLabels,
+    PoolLabels,
+    TopKCode,
+    codes,
+    compute_pool_logits,
+    compute_view_logits,
+    teacher_logits,
+)
 from condense.lighten import lighten
 from condense.methods.curriculum_synthesis import bn_matching, recovery
 from condense.methods.label_lightening import lpld
@@ -37,7 +45,7 @@ def made(task, name="lpld", ipc=2, **changes):
 def warm(name, shape, classes=CLASSES, dtype=torch.float64):
     """A teacher in eval mode whose norms have statistics and affine weights worth testing."""
     with rng.seeded("warm", name):
-        net = networks.build(name, shape, classes).to(dtype)
+        net = networks.build_network(name, shape, classes).to(dtype)
         for _ in range(3):
             net(torch.randn(16, *shape, dtype=dtype) * 2 + 0.3)
         for layer in net.modules():
@@ -87,7 +95,7 @@ def double(run):
 @pytest.mark.parametrize("chunk", [5, 1000])
 @pytest.mark.parametrize("name", [NETWORK, "resnet18-bn"])
 def test_the_moments_of_classes_are_those_of_their_real_images(tiny_colour, name, chunk, monkeypatch):
-    monkeypatch.setattr(Run, "forward_chunk", lambda run, gradients=False: chunk)
+    monkeypatch.setattr(Run, "forward_chunk_size", lambda run, gradients=False: chunk)
     run, net = double(a_run(tiny_colour)), warm(name, (3, 8, 8))
     found, expected = lpld.class_moments(run, net), plain_moments(net, run.task)
     assert len(found) == len(expected) == sum(isinstance(layer, nn.BatchNorm2d) for layer in net.modules())
@@ -263,9 +271,9 @@ def test_kept_epochs_have_the_labels_of_all_epochs(statistics, views):
     """Teachers are asked about what is kept alone; with statistics of the batch about its micro-batches."""
     how = {"classes": CLASSES, "statistics": statistics, "micro": 3}
     net, images, of, count = Counted(warm(NETWORK, (1, 8, 8), dtype=torch.float32)), pictures(), 12, 2
-    whole = view_answers(net, images, of, views, 5, **how)
+    whole = compute_view_logits(net, images, of, views, 5, **how)
     everything, net.asked = net.asked, 0
-    found = pool_answers(net, images, HARD, of, views, 5, count, **how)
+    found = compute_pool_logits(net, images, HARD, of, views, 5, count, **how)
     pruned = PoolLabels.pruned(PerViewLabels(whole, 5, views, statistics=statistics, micro=3), count, hard=HARD)
     assert everything == of * len(images) and found.dtype == torch.float16
     if statistics == "batch":
@@ -279,14 +287,14 @@ def test_kept_epochs_have_the_labels_of_all_epochs(statistics, views):
 def test_a_pool_of_all_epochs_is_all_labels(statistics):
     how = {"classes": CLASSES, "statistics": statistics, "micro": 4}
     net, images = warm(NETWORK, (1, 8, 8), dtype=torch.float32), pictures()
-    found = pool_answers(net, images, HARD, 4, RULE, 5, 4, **how)
-    assert torch.equal(found, view_answers(net, images, 4, RULE, 5, **how))
+    found = compute_pool_logits(net, images, HARD, 4, RULE, 5, 4, **how)
+    assert torch.equal(found, compute_view_logits(net, images, 4, RULE, 5, **how))
 
 
 def test_labelling_goes_on_where_it_was(tmp_path):
     net, images, done = warm(NETWORK, (1, 8, 8), dtype=torch.float32), pictures(), []
     asked = (images, HARD, 8, RULE, 5, 2)
-    whole = pool_answers(net, *asked, classes=CLASSES)
+    whole = compute_pool_logits(net, *asked, classes=CLASSES)
     into = np.lib.format.open_memmap(tmp_path / "labels.npy", "w+", np.float16, whole.shape)
 
     class Stop(Exception):
@@ -298,9 +306,9 @@ def test_labelling_goes_on_where_it_was(tmp_path):
             raise Stop
 
     with pytest.raises(Stop):
-        pool_answers(net, *asked, classes=CLASSES, into=into, report=report)
+        compute_pool_logits(net, *asked, classes=CLASSES, into=into, report=report)
     counted = Counted(net)
-    assert torch.equal(pool_answers(counted, *asked, classes=CLASSES, into=into, start=done[-1]), whole)
+    assert torch.equal(compute_pool_logits(counted, *asked, classes=CLASSES, into=into, start=done[-1]), whole)
     assert 0 < counted.asked < whole.shape[0] * whole.shape[1]
 
 
@@ -335,15 +343,15 @@ def test_a_method_keeps_what_all_labels_pruned_would_be(tiny, name, monkeypatch)
     changes = {"keep": 0.2, "label_epochs": 15, **({"k": 2} if name == "lpqld" else {})}
     light, full = made(tiny, name, **changes), made(tiny, "lpld", labels="per-view", label_epochs=15)
     assert torch.equal(light.stored, full.stored) and light.labels.shape == (3, 6, CLASSES)
-    code = TopK.encode(full.labels.logits[:1], 2) if name == "lpqld" else None
+    code = TopKCode.encode(full.labels.logits[:1], 2) if name == "lpqld" else None
     pruned = PoolLabels.pruned(full.labels, 3, code, full.hard_labels(), light.labels.cooling)
     images, ids = light.training_images()
     for epoch in (0, 1, 64):
-        views, targets = light.labels.shown(images, ids, epoch)
-        seen, asked = pruned.shown(images, ids, epoch)
+        views, targets = light.labels.training_batch(images, ids, epoch)
+        seen, asked = pruned.training_batch(images, ids, epoch)
         assert torch.equal(views, seen)
         torch.testing.assert_close(targets, asked, rtol=1e-3, atol=1e-3)
-    assert light.labels.rule() == pruned.rule() and light.labels.nbytes() == pruned.nbytes()
+    assert light.labels.cache_key() == pruned.cache_key() and light.labels.nbytes() == pruned.nbytes()
 
 
 def test_labelling_that_was_killed_goes_on_in_the_middle(tmp_path, monkeypatch):
@@ -351,7 +359,7 @@ def test_labelling_that_was_killed_goes_on_in_the_middle(tmp_path, monkeypatch):
         """Stands for SIGKILL."""
 
     task, asked = condense.task(str(tiny_archive(tmp_path))), []
-    whole, original = made(task, keep=0.2), teacher_logits.answers
+    whole, original = made(task, keep=0.2), teacher_logits.compute_logits
 
     def counted(*arguments, **options):
         asked.append(1)
@@ -359,7 +367,7 @@ def test_labelling_that_was_killed_goes_on_in_the_middle(tmp_path, monkeypatch):
             raise Killed
         return original(*arguments, **options)
 
-    monkeypatch.setattr(teacher_logits, "answers", counted)
+    monkeypatch.setattr(teacher_logits, "compute_logits", counted)
     with pytest.raises(Killed):
         made(task, keep=0.2, run_dir=tmp_path / "run", out=tmp_path / "a.h5")
     assert condense.api.resume(tmp_path / "run").sha256() == whole.sha256()
@@ -370,8 +378,8 @@ def test_labelling_that_was_killed_goes_on_in_the_middle(tmp_path, monkeypatch):
 def test_others_get_a_pool_at_no_more_than_its_cost(tiny):
     labels = made(tiny, "lpqld", keep=0.2).labels
     net = Counted(warm(NETWORK, (1, 8, 8), dtype=torch.float32))
-    again = labels.anew(pictures(), net, 9, HARD)
-    assert net.asked == 4 * 9 and again.rule() == labels.rule() and again.cooling == labels.cooling
+    again = labels.label_images(pictures(), net, 9, HARD)
+    assert net.asked == 4 * 9 and again.cache_key() == labels.cache_key() and again.cooling == labels.cooling
 
 
 def test_lightening_asks_teachers_about_what_is_kept(tiny):
@@ -383,7 +391,7 @@ def test_lightening_asks_teachers_about_what_is_kept(tiny):
     whole = lighten(live, "per-view", teacher=net, label_epochs=20)
     pruned = lighten(whole, "pool", keep=0.1, values="topk", k=1, cooling=0.5)
     torch.testing.assert_close(light.labels.code.values, pruned.labels.code.values, rtol=2e-3, atol=2e-3)
-    assert light.labels.rule() == pruned.labels.rule()
+    assert light.labels.cache_key() == pruned.labels.cache_key()
 
 
 # -- a temperature that falls -----------------------------------------------------------------------------------------
@@ -407,8 +415,8 @@ def test_targets_and_loss_are_at_the_temperature_of_the_epoch(squared):
     cool, warm_one = a_pool(squared=squared), a_pool(None, squared=squared)
     images, ids, logits = pictures(), torch.tensor([4, 0, 8]), torch.randn(3, CLASSES)
     for epoch, t in ((0, 20.0), (35, 14.0), (400, 2.0)):
-        views, targets = cool.shown(images, ids, epoch)
-        seen, _ = warm_one.shown(images, ids, epoch)
+        views, targets = cool.training_batch(images, ids, epoch)
+        seen, _ = warm_one.training_batch(images, ids, epoch)
         slots = cool.slots(epoch)[HARD[ids]]
         expected = (cool.code.values[slots, ids].float() / t).softmax(-1)
         assert torch.equal(views, seen) and targets.shape == (3, CLASSES + 1)
@@ -420,7 +428,7 @@ def test_targets_and_loss_are_at_the_temperature_of_the_epoch(squared):
 def test_a_cooling_pool_survives_its_file(tiny, tmp_path):
     one = made(tiny, "lpqld", out=tmp_path / "a.h5")
     loaded = condense.load(tmp_path / "a.h5")
-    assert loaded.labels.cooling == (0.7, 30.0, 2.0) and loaded.labels.rule() == one.labels.rule()
+    assert loaded.labels.cooling == (0.7, 30.0, 2.0) and loaded.labels.cache_key() == one.labels.cache_key()
     for images, targets in loaded.batches(40, 4):
         assert images.shape[1:] == (1, 8, 8) and targets.shape[1] == CLASSES + 1
         assert bool(loaded.loss(torch.randn(len(images), CLASSES), targets).isfinite())
@@ -445,7 +453,7 @@ def test_such_sets_are_judged_beside_random_images_with_such_labels(tiny, name):
 @pytest.mark.parametrize("changes", [{}, {"values": "topk"}, {"values": "int8", "label_statistics": "batch"},
                                      {"labels": "per-view"}])  # fmt: skip
 def test_a_plan_states_what_is_made(tiny, changes):
-    needs, one = measure("lpld", tiny, 4, **SMALL, **changes), made(tiny, ipc=4, **changes)
+    needs, one = estimate_cost("lpld", tiny, 4, **SMALL, **changes), made(tiny, ipc=4, **changes)
     for part in ("images", "labels"):
         assert needs["set_bytes"][part] == one.nbytes()[part]
     assert needs["preparation_seconds"] > 0 and needs["labelling_seconds"] > 0
@@ -476,5 +484,5 @@ def test_what_cannot_be_is_found_before_the_work(tiny, name, words, line, monkey
 def test_a_pool_of_more_than_all_is_refused():
     net = warm(NETWORK, (1, 8, 8), dtype=torch.float32)
     with pytest.raises(CondenseError, match="a pool of 5 epochs: must be 1 to 4, those that are labelled"):
-        pool_answers(net, pictures(), HARD, 4, RULE, 5, 5, classes=CLASSES)
-    assert codes.usual(1000, 10) == 10 and codes.usual(2, 10) == 1
+        compute_pool_logits(net, pictures(), HARD, 4, RULE, 5, 5, classes=CLASSES)
+    assert codes.default_size(1000, 10) == 10 and codes.default_size(2, 10) == 1

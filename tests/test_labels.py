@@ -20,11 +20,11 @@ from condense.labels import (
     SoftLabels,
     StaticLabels,
     TeacherLabels,
-    view_answers,
-    view_distances,
+    compute_view_logits,
+    compute_view_nll,
 )
-from condense.sets import DistilledSet, relabel, relabelled
-from condense.training import FixedSource, Recipe, Student, TaskSource, accuracy, train
+from condense.sets import DistilledSet, relabel, replace_labels
+from condense.training import FixedSource, Student, TaskSource, TrainConfig, accuracy, train
 
 CPU = torch.device("cpu")
 NETWORK = "convnet-d2-w8-in"
@@ -39,12 +39,12 @@ def pictures(count=5, channels=1, size=8):
 
 
 def recipe(steps, batch=64, lr=0.05, augment=None):
-    return Recipe(steps=steps, batch=batch, lr=lr, momentum=0.9, weight_decay=5e-4, augment=augment)
+    return TrainConfig(steps=steps, batch=batch, lr=lr, momentum=0.9, weight_decay=5e-4, augment=augment)
 
 
 def fresh(task, seed):
     with rng.seeded("labels", seed):
-        return networks.build(NETWORK, task.shape, task.num_classes)
+        return networks.build_network(NETWORK, task.shape, task.num_classes)
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ NAMES = ("convnet-d2-w8-bn", "convnet-d1-w4-in")
 
 def networks_of(count):
     with rng.seeded("networks", count):
-        nets = [networks.build(name, (1, 8, 8), 3) for name in NAMES[:count]]
+        nets = [networks.build_network(name, (1, 8, 8), 3) for name in NAMES[:count]]
         for net in nets:
             for norm in net.modules():  # running statistics that matter
                 if isinstance(norm, torch.nn.BatchNorm2d):
@@ -117,17 +117,17 @@ def networks_of(count):
 @pytest.mark.parametrize("views", RULES)
 def test_a_view_depends_on_seed_epoch_and_image_alone(views):
     labels, images, ids = PerViewLabels(logits(), 11, views), pictures(), torch.arange(5)
-    whole, targets = labels.shown(images, ids, 1)
+    whole, targets = labels.training_batch(images, ids, 1)
     for order in (torch.tensor([3, 0, 4]), torch.tensor([2]), torch.tensor([1, 1, 3])):
-        shown, asked = labels.shown(images, order, 1)
+        shown, asked = labels.training_batch(images, order, 1)
         assert torch.equal(shown, whole[order]) and torch.equal(asked, targets[order])
-    assert not torch.equal(labels.shown(images, ids, 0)[0], whole)
-    assert not torch.equal(PerViewLabels(logits(), 12, views).shown(images, ids, 1)[0], whole)
+    assert not torch.equal(labels.training_batch(images, ids, 0)[0], whole)
+    assert not torch.equal(PerViewLabels(logits(), 12, views).training_batch(images, ids, 1)[0], whole)
 
 
 def test_plain_views_are_those_of_their_stream():
     drawn = CropViews().draw(rng.Draws(11, "view", 1), 5, (8, 8))
-    shown, _ = PerViewLabels(logits(), 11).shown(pictures(), torch.arange(5), 1)
+    shown, _ = PerViewLabels(logits(), 11).training_batch(pictures(), torch.arange(5), 1)
     assert torch.equal(CropViews().apply(pictures(), drawn), shown)
 
 
@@ -147,7 +147,7 @@ def test_a_view_that_is_replayed_is_the_one_that_was_labelled(tmp_path, views):
     images, order = loaded.training_images()[0], torch.tensor([5, 0, 2, 4, 1, 3])
     for epoch in (2, 0, 1, 5):
         for part in (*order[3:].split(2), order[:3]):
-            shown, targets = loaded.labels.shown(images, part, epoch)
+            shown, targets = loaded.labels.training_batch(images, part, epoch)
             for row, place in enumerate(part.tolist()):
                 assert torch.equal(shown[row], seen[epoch % 3 * 6 + place])
                 answer = seen[epoch % 3 * 6 + place].flatten()[:3].half().float()
@@ -173,15 +173,15 @@ def chosen_set():
 
 def test_epochs_repeat_after_the_last_stored_one():
     labels, images, ids = PerViewLabels(logits(epochs=2), 0), pictures(), torch.tensor([4, 1])
-    for a, b in zip(labels.shown(images, ids, 5), labels.shown(images, ids, 1)):
+    for a, b in zip(labels.training_batch(images, ids, 5), labels.training_batch(images, ids, 1)):
         assert torch.equal(a, b)
-    assert not torch.equal(labels.shown(images, ids, 0)[1], labels.shown(images, ids, 1)[1])
+    assert not torch.equal(labels.training_batch(images, ids, 0)[1], labels.training_batch(images, ids, 1)[1])
 
 
 @pytest.mark.parametrize("kind", ["teacher", "static"])
 def test_what_stores_no_epochs_never_repeats(kind):
     labels, images, ids = made_of(kind), pictures(), torch.arange(5)
-    views = [labels.shown(images, ids, epoch)[0] for epoch in range(4)]
+    views = [labels.training_batch(images, ids, epoch)[0] for epoch in range(4)]
     assert all(not torch.equal(a, b) for k, a in enumerate(views) for b in views[:k])
 
 
@@ -189,7 +189,7 @@ def test_targets_are_softened():
     stored = logits()
     labels = PerViewLabels(stored, 0, temperature=4.0)
     expected = (stored[1].half().float() / 4).softmax(1)
-    assert torch.equal(labels.shown(pictures(), torch.tensor([2, 0]), 1)[1], expected[[2, 0]])
+    assert torch.equal(labels.training_batch(pictures(), torch.tensor([2, 0]), 1)[1], expected[[2, 0]])
 
 
 @pytest.mark.parametrize("kind", ["per-view", "distances", "teacher"])
@@ -201,7 +201,7 @@ def test_labels_of_views_have_no_targets_of_images(kind):
 @pytest.mark.parametrize("kind", ["hard", "soft", "teacher", *KINDS])
 def test_other_images_than_those_of_the_set_are_refused(kind):
     with pytest.raises(CondenseError, match=r"4 images but 5 .* labels") as fault:
-        made_of(kind).shown(pictures(4), torch.tensor([0]), 0)
+        made_of(kind).training_batch(pictures(4), torch.tensor([0]), 0)
     assert "\n" not in str(fault.value)
 
 
@@ -211,7 +211,7 @@ def test_the_loss_is_kl_at_the_temperature():
     by_hand = (p * (p.log() - q.log())).sum() / 5
     for squared, factor in ((False, 1.0), (True, t * t)):
         labels = PerViewLabels(logits(), 0, temperature=t, squared=squared)
-        got = labels.loss(student.float(), labels.shown(pictures(), torch.arange(5), 0)[1])
+        got = labels.loss(student.float(), labels.training_batch(pictures(), torch.arange(5), 0)[1])
         assert float(got) == pytest.approx(float(by_hand) * factor, rel=1e-4)
 
 
@@ -220,7 +220,7 @@ def test_gradients_hardly_depend_on_a_high_temperature():
     for temperature in (20.0, 200.0):
         labels = PerViewLabels(logits(scale=1.0), 0, temperature=temperature)
         student = torch.zeros(5, 3, requires_grad=True)
-        labels.loss(student, labels.shown(pictures(), torch.arange(5), 0)[1]).backward()
+        labels.loss(student, labels.training_batch(pictures(), torch.arange(5), 0)[1]).backward()
         sizes.append(float(student.grad.norm()))
     assert sizes[0] == pytest.approx(sizes[1], rel=0.05)
 
@@ -228,7 +228,7 @@ def test_gradients_hardly_depend_on_a_high_temperature():
 def test_other_labels_leave_images_alone_and_need_nothing_else():
     images, ids = pictures(), torch.tensor([3, 1])
     for labels in (HardLabels(torch.zeros(5), 3), SoftLabels(logits()[0])):
-        shown, targets = labels.shown(images, ids, 3)
+        shown, targets = labels.training_batch(images, ids, 3)
         assert torch.equal(shown, images[ids]) and torch.equal(targets, labels.targets(ids))
         assert labels.external_nbytes() == 0
     assert PerViewLabels(logits(), 0).external_nbytes() == 0
@@ -257,7 +257,7 @@ def test_mean_squared_differences_of_logits(gamma):
     hard = HARD if gamma else None
     labels = PerViewLabels(logits(), 3, ViewRule(mix="mixup"), loss_kind="mse", gamma=gamma, hard=hard)
     student, ids = logits(epochs=1)[0], torch.tensor([4, 0, 3])
-    targets = labels.shown(pictures(), ids, 1)[1]
+    targets = labels.training_batch(pictures(), ids, 1)[1]
     assert len(targets) == 3
     partner, share = mixture(labels, 1)
     truth = share * F.one_hot(HARD, 3) + (1 - share) * F.one_hot(HARD[partner], 3)
@@ -272,7 +272,7 @@ def test_calibrated_labels(mix):
     sure = torch.tensor([0.39, 0.5, 0.7, 0.9, 0.97])
     stored = torch.stack([sure, (1 - sure) * 0.6, (1 - sure) * 0.4], 1).log()[None]
     labels = PerViewLabels(stored, 3, ViewRule(mix=mix), 2.0, calibrate=(0.4, 0.6, 0.95), hard=HARD)
-    targets = labels.shown(pictures(), torch.arange(5), 0)[1]
+    targets = labels.training_batch(pictures(), torch.arange(5), 0)[1]
     assert not targets[[0, 4]].any()
     torch.testing.assert_close(targets[2:4], (labels.logits[0, 2:4].float() / 2).softmax(1))
     truth = F.one_hot(HARD, 3).float()
@@ -290,7 +290,7 @@ def test_calibrated_labels(mix):
 @pytest.mark.parametrize("views", [ViewRule(mix="mixup", alpha=0.8, pad=2), ViewRule(mix="cutmix"), ViewRule()])
 def test_static_labels_mix_logits_before_softening(views):
     labels = StaticLabels(logits()[0], 3, views, 4.0)
-    shown, targets = labels.shown(pictures(), torch.tensor([2, 4]), 7)
+    shown, targets = labels.training_batch(pictures(), torch.tensor([2, 4]), 7)
     drawn = views.draw(3, 7, 5, (8, 8))
     z = labels.logits
     if views.mix != "none":
@@ -306,9 +306,9 @@ def test_static_labels_mix_logits_before_softening(views):
 
 def test_distances_by_hand():
     views = ViewRule(mix="cutmix")
-    stored = view_distances(networks_of(1)[0], pictures(), HARD, 2, views, 3, classes=3)
+    stored = compute_view_nll(networks_of(1)[0], pictures(), HARD, 2, views, 3, classes=3)
     labels = DistanceLabels(stored, HARD, 3, 3, views, weight=0.7)
-    shown, targets = labels.shown(pictures(), torch.arange(5), 1)
+    shown, targets = labels.training_batch(pictures(), torch.arange(5), 1)
     partner, share = mixture(labels, 1)
     with torch.no_grad():
         surprise = -networks_of(1)[0].eval()(shown).log_softmax(1)
@@ -329,7 +329,7 @@ def test_distances_by_hand():
 def test_teachers_are_asked_about_what_the_student_sees(count):
     nets, images = networks_of(count), pictures()
     labels = made_of("teacher", nets)
-    shown, targets = labels.shown(images, torch.tensor([3, 1, 2]), 4)
+    shown, targets = labels.training_batch(images, torch.tensor([3, 1, 2]), 4)
     with torch.no_grad():
         answers = [net.eval()(shown) for net in networks_of(count)]
     mean = answers[0] if count == 1 else 0.25 * answers[0] + 0.75 * answers[1]
@@ -356,7 +356,7 @@ def test_answers_by_the_statistics_of_the_batch():
     """Those of a train-mode forward of each micro-batch; running statistics stay, and nothing drops out."""
     images, views, teacher, plain = pictures(7), ViewRule(mix="cutmix"), Dropping(), networks_of(1)[0]
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
-    stored = view_answers(teacher, images, 2, views, 3, classes=3, statistics="batch", micro=3)
+    stored = compute_view_logits(teacher, images, 2, views, 3, classes=3, statistics="batch", micro=3)
     for epoch in range(2):
         order = rng.Draws(3, "label-batch", epoch).permutation(7)
         drawn = views.draw(3, epoch, 7, (8, 8))
@@ -367,9 +367,9 @@ def test_answers_by_the_statistics_of_the_batch():
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
     norms = [m for m in teacher.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     assert norms and all(m.track_running_stats and not m.training for m in norms)
-    assert not torch.equal(stored, view_answers(teacher, images, 2, views, 3, classes=3))
+    assert not torch.equal(stored, compute_view_logits(teacher, images, 2, views, 3, classes=3))
     labels = TeacherLabels(teacher, 7, 3, views, 1.0, statistics="batch", micro=2)
-    shown, targets = labels.shown(images, torch.tensor([5, 2, 0, 1]), 0)
+    shown, targets = labels.training_batch(images, torch.tensor([5, 2, 0, 1]), 0)
     with torch.no_grad():
         expected = torch.cat([plain(part) for part in shown.split(2)]).softmax(1)
     torch.testing.assert_close(targets, expected)
@@ -379,15 +379,15 @@ def test_answers_by_the_statistics_of_the_batch():
 def test_labelling_goes_on_where_it_stopped(tmp_path):
     teacher, images, views = networks_of(1)[0], pictures(), ViewRule(mix="mixup")
     for how in ({}, {"statistics": "batch", "micro": 2}):
-        whole = view_answers(teacher, images, 4, views, 3, classes=3, **how)
+        whole = compute_view_logits(teacher, images, 4, views, 3, classes=3, **how)
         mapped = np.lib.format.open_memmap(tmp_path / "a.npy", "w+", np.float16, (4, 5, 3))
-        view_answers(teacher, images, 4, views, 3, classes=3, into=mapped, **how)
+        compute_view_logits(teacher, images, 4, views, 3, classes=3, into=mapped, **how)
         mapped[2:] = 0
-        again = view_answers(teacher, images, 4, views, 3, classes=3, into=mapped, start=2, **how)
+        again = compute_view_logits(teacher, images, 4, views, 3, classes=3, into=mapped, start=2, **how)
         assert torch.equal(again, whole) and np.array_equal(np.load(tmp_path / "a.npy"), whole.numpy())
         with h5py.File(tmp_path / "a.h5", "w") as file:
             array = file.create_dataset("logits", (4, 5, 3), np.float16)
-            assert torch.equal(view_answers(teacher, images, 4, views, 3, classes=3, into=array, **how), whole)
+            assert torch.equal(compute_view_logits(teacher, images, 4, views, 3, classes=3, into=array, **how), whole)
     for into, start, words in (
         (np.zeros((4, 5, 2), np.float16), 0, r"into: must be float16 \(4, 5, 3\)"),
         (np.zeros((4, 5, 3), np.float32), 0, "not float32"),
@@ -395,7 +395,7 @@ def test_labelling_goes_on_where_it_stopped(tmp_path):
         (mapped, 5, "start=5"),
     ):
         with pytest.raises(CondenseError, match=words):
-            view_answers(teacher, images, 4, views, 3, classes=3, into=into, start=start)
+            compute_view_logits(teacher, images, 4, views, 3, classes=3, into=into, start=start)
 
 
 @pytest.mark.parametrize("kind", ["teacher", *KINDS])
@@ -463,7 +463,7 @@ def test_impossible_labels():
     with pytest.raises(CondenseError, match="2 teachers but 1 names"):
         TeacherLabels(networks_of(2), 5, 0, names=NAMES[:1], shape=(1, 8, 8))
     with pytest.raises(CondenseError, match=r"the teacher returns \(5, 3\)"):
-        view_answers(networks_of(1)[0], pictures(), 1, ViewRule(), 0, classes=2)
+        compute_view_logits(networks_of(1)[0], pictures(), 1, ViewRule(), 0, classes=2)
 
 
 # -- arrays -----------------------------------------------------------------------------------------------------------
@@ -480,7 +480,7 @@ def test_arrays_read_back_exactly(low, temperature):
         False,
     )
     images, ids = pictures(), torch.arange(5)
-    for a, b in zip(again.shown(images, ids, 1), labels.shown(images, ids, 1)):
+    for a, b in zip(again.training_batch(images, ids, 1), labels.training_batch(images, ids, 1)):
         assert torch.equal(a, b)
 
 
@@ -493,12 +493,14 @@ def test_every_kind_comes_back_from_a_file(tmp_path, kind):
     made = DistilledSet(images, labels, chosen_set().transform, manifest)
     path = made.save(tmp_path / "a.h5")
     loaded = condense.load(path)
-    assert type(loaded.labels) is type(labels) and loaded.labels.rule() == labels.rule()
+    assert type(loaded.labels) is type(labels) and loaded.labels.cache_key() == labels.cache_key()
     assert loaded.sha256() == made.sha256() and loaded.nbytes() == made.nbytes()
     assert loaded.manifest["bytes"]["labels"] == labels.nbytes() and len(loaded.labels) == 5
     for epoch in (1, 0, 5):
         for ids in (torch.tensor([4, 0, 2]), torch.tensor([1])):
-            for a, b in zip(loaded.labels.shown(images, ids, epoch), labels.shown(images, ids, epoch)):
+            for a, b in zip(
+                loaded.labels.training_batch(images, ids, epoch), labels.training_batch(images, ids, epoch)
+            ):
                 assert torch.equal(a, b)
         for (shown, targets), (others, expected) in zip(loaded.batches(epoch, 2), made.batches(epoch, 2)):
             assert torch.equal(shown, others) and torch.equal(targets, expected)
@@ -627,21 +629,21 @@ def test_relabelling_hands_its_options_on(chosen, teacher):
     assert made.labels.views == rule and made.labels.calibrate == (0.1, 0.5, 0.9) and made.labels.micro == 3
     assert torch.equal(made.labels.hard, chosen.hard_labels())
     images = chosen.training_images()[0]
-    assert torch.equal(made.labels.logits, view_answers(teacher, images, 2, rule, 4, classes=3, **how))
+    assert torch.equal(made.labels.logits, compute_view_logits(teacher, images, 2, rule, 4, classes=3, **how))
     packed = relabel(chosen, teacher, 2, seed=4, views=rule, loss_kind="mse", gamma=0.2)
     assert packed.labels.gamma == 0.2 and packed.labels.loss_kind == "mse"
-    assert "micro=0" in packed.labels.rule() and "micro=3" in made.labels.rule()
+    assert "micro=0" in packed.labels.cache_key() and "micro=3" in made.labels.cache_key()
     with pytest.raises(CondenseError, match="loss_kind=ms"):  # before the work
         relabel(chosen, teacher, 10**9, loss_kind="ms")
 
 
 def test_a_set_with_other_labels_claims_nothing_of_the_old_ones(chosen, teacher):
-    labels = StaticLabels(view_answers(teacher, chosen.training_images()[0], 1, ViewRule(), 0, classes=3)[0], 0)
-    made = relabelled(chosen, labels, teacher, description="some", seconds=3.0)
+    labels = StaticLabels(compute_view_logits(teacher, chosen.training_images()[0], 1, ViewRule(), 0, classes=3)[0], 0)
+    made = replace_labels(chosen, labels, teacher, description="some", seconds=3.0)
     assert made.labels is labels and made.manifest["label_kind"] == "static" and "protocol" not in made.manifest
     assert made.manifest["teacher"]["network"] == "some" and made.manifest["cost"]["preparation_seconds"] >= 3
     with pytest.raises(CondenseError, match="6 images but 5 static labels"):
-        relabelled(chosen, made_of("static"), teacher)
+        replace_labels(chosen, made_of("static"), teacher)
 
 
 def test_progress_is_shown_unless_quiet(chosen, teacher, capsys, monkeypatch):
@@ -700,21 +702,21 @@ def softened(teacher, images):
 @pytest.mark.parametrize("together", [False, True])
 def test_students_see_the_views_of_their_pass_and_no_other_augmentation(tiny, chosen, teacher, together):
     """Two passes of two batches, against the update written out."""
-    from condense.augment import dsa
+    from condense.augment import make_augmentation
     from condense.training import batch_ids
 
     made = relabel(chosen, teacher, 2)
     images, ids = made.training_images()
     source = FixedSource(images, made.labels, ids)
     students = [Student(fresh(tiny, k), source, k) for k in range(2)]
-    train(students, recipe(4, batch=4, augment=dsa("color_crop")), device=CPU, together=together)
+    train(students, recipe(4, batch=4, augment=make_augmentation("color_crop")), device=CPU, together=together)
     other = fresh(tiny, 1)
     optimizer = torch.optim.SGD(other.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
     for step in range(4):
         optimizer.param_groups[0]["lr"] = 0.05 if step < 2 else 0.005
         rows = batch_ids(1, 6, 4, step)
         epoch = step // 2
-        answer = other(made.labels.shown(images, rows, epoch)[0])
+        answer = other(made.labels.training_batch(images, rows, epoch)[0])
         optimizer.zero_grad()
         target = (made.labels.logits[epoch, rows].float() / 20).softmax(1)
         (F.kl_div((answer / 20).log_softmax(1), target, reduction="batchmean") * 400).backward()
@@ -733,7 +735,7 @@ def test_students_learn_from_every_kind(kind, together, tmp_path, monkeypatch):
 
     def fresh_ones():
         with rng.seeded("student"):
-            nets = [networks.build("convnet-d1-w4-in", (1, 8, 8), 3) for _ in range(2)]
+            nets = [networks.build_network("convnet-d1-w4-in", (1, 8, 8), 3) for _ in range(2)]
         return [Student(net, FixedSource(images, labels), k) for k, net in enumerate(nets)]
 
     def weights(students):
@@ -747,7 +749,7 @@ def test_students_learn_from_every_kind(kind, together, tmp_path, monkeypatch):
         optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
         for step in range(5):
             optimizer.param_groups[0]["lr"] = 0.05 if step < 2.5 else 0.005
-            views, targets = labels.shown(images, batch_ids(student.seed, 5, 3, step), step // 2)
+            views, targets = labels.training_batch(images, batch_ids(student.seed, 5, 3, step), step // 2)
             optimizer.zero_grad()
             labels.loss(net(views), targets).backward()
             optimizer.step()
@@ -779,7 +781,7 @@ def test_live_teachers_answer_in_the_precision_of_the_student():
     for precision in ("fp32", "bf16"):
         source = FixedSource(pictures(), TeacherLabels(Spy(), 5, 0))
         with rng.seeded("student"):
-            net = networks.build("convnet-d1-w4-in", (1, 8, 8), 3)
+            net = networks.build_network("convnet-d1-w4-in", (1, 8, 8), 3)
         train([Student(net, source, 0)], recipe(1), device=CPU, precision=precision)
     assert seen == [False, True]
 
@@ -790,8 +792,8 @@ def test_labels_on_a_gpu(kind):
     device = torch.device("cuda")
     labels, images = made_of(kind, views=None if kind in ("hard", "soft", "smoothed") else RULES[1]), pictures()
     moved, ids = labels.to(device), torch.tensor([4, 0, 2])
-    shown, targets = moved.shown(images.to(device), ids.to(device), 1)
-    expected, wanted = labels.shown(images, ids, 1)
+    shown, targets = moved.training_batch(images.to(device), ids.to(device), 1)
+    expected, wanted = labels.training_batch(images, ids, 1)
     torch.testing.assert_close(shown.cpu(), expected, atol=1e-6, rtol=0)
     near = {"atol": 5e-3, "rtol": 5e-3} if kind == "teacher" else {"atol": 1e-5, "rtol": 1e-5}  # TF32
     torch.testing.assert_close(targets.cpu(), wanted, **near)
@@ -819,21 +821,23 @@ def test_the_judge_has_every_arm_for_every_kind(tiny, chosen, monkeypatch, kind)
     from condense.judge import evaluation, protocol
 
     with rng.seeded("judged"):
-        net = networks.build(NAMES[0], (1, 8, 8), 3)
+        net = networks.build_network(NAMES[0], (1, 8, 8), 3)
     images, rule, hard = chosen.training_images()[0], ViewRule(mix="cutmix"), chosen.hard_labels()
 
     def asked(**how):
-        return view_answers(net, images, 2, rule, 0, classes=3, **how)
+        return compute_view_logits(net, images, 2, rule, 0, classes=3, **how)
 
     labels = {
         "static": lambda: StaticLabels(asked()[0], 0),
-        "distances": lambda: DistanceLabels(view_distances(net, images, hard, 2, rule, 0, classes=3), hard, 3, 0, rule),
+        "distances": lambda: DistanceLabels(
+            compute_view_nll(net, images, hard, 2, rule, 0, classes=3), hard, 3, 0, rule
+        ),
         "teacher": lambda: TeacherLabels(net, 6, 0, names=NAMES[:1], shape=(1, 8, 8)),
         "calibrated": lambda: PerViewLabels(asked(), 0, rule, calibrate=(0.3, 0.5, 0.9), hard=hard),
         "mse and classes": lambda: PerViewLabels(asked(), 0, rule, loss_kind="mse", gamma=0.1, hard=hard),
         "batch": lambda: PerViewLabels(asked(statistics="batch", micro=2), 0, rule, statistics="batch", micro=2),
     }[kind]()
-    made = relabelled(chosen, labels, net)
+    made = replace_labels(chosen, labels, net)
     quick = dataclasses.replace(protocol.get_protocol("quick-v1"), steps=3, labels="soft")
     monkeypatch.setattr(evaluation, "get_protocol", lambda name: quick)
     record = condense.evaluate(
@@ -853,11 +857,11 @@ def test_the_judge_has_every_arm_for_every_kind(tiny, chosen, monkeypatch, kind)
     assert [entry["arm"] for entry in record["missing"]] == ["distilled without augmentation"]
     assert record["set"]["bytes"]["labels"] == labels.nbytes()
     others = torch.randn(4, 1, 8, 8)
-    again = labels.anew(others, net, 9, torch.tensor([0, 1, 2, 0]))
-    assert again.rule() == labels.rule() and type(again) is type(labels) and len(again) == 4
+    again = labels.label_images(others, net, 9, torch.tensor([0, 1, 2, 0]))
+    assert again.cache_key() == labels.cache_key() and type(again) is type(labels) and len(again) == 4
     assert getattr(again, "hard", None) is None or again.hard.tolist() == [0, 1, 2, 0]
     if kind == "batch":
-        expected = view_answers(net, others, 2, rule, 9, classes=3, statistics="batch", micro=2)
+        expected = compute_view_logits(net, others, 2, rule, 9, classes=3, statistics="batch", micro=2)
         assert torch.equal(again.logits, expected)
 
 

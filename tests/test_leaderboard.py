@@ -14,7 +14,7 @@ from leaderboard_records import OWN, png, record, sample, write
 
 from condense.benchmarks import charts, leaderboard
 from condense.errors import CondenseError
-from condense.judge import scores, time_to_accuracy
+from condense.judge import compute_scores, time_to_accuracy
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def built(results, tmp_path):
     """``built()`` builds the page of ``results`` and gives what was built and its text."""
 
     def run(**options):
-        found = leaderboard.build(results, tmp_path / "site", **options)
+        found = leaderboard.build_page(results, tmp_path / "site", **options)
         return found, found.index.read_text()
 
     return run
@@ -254,7 +254,7 @@ def test_the_track_is_that_of_the_labels_learned_from(results, built):
     content = record("rded", label_kind="soft")
     for entry in content["results"]:
         entry["labels"] = "hard"
-    content["scores"] = scores(content["results"], "soft")
+    content["scores"] = compute_scores(content["results"], "soft")
     content["time"] = time_to_accuracy(content["results"], content["cost"])
     write(results, "hard", content)
     _, text = built()
@@ -269,7 +269,7 @@ def test_the_same_input_gives_the_same_bytes_and_every_link_leads_somewhere(resu
     shutil.copytree(results, moved)
     sites = [tmp_path / "one", tmp_path / "two"]
     for source, site in zip((results, moved), sites):
-        leaderboard.build(source, site)
+        leaderboard.build_page(source, site)
     one, two = (
         {str(p.relative_to(site)): p.read_bytes() for p in site.rglob("*") if p.is_file()} for site in sites
     )  # fmt: skip
@@ -318,9 +318,9 @@ def test_only_a_site_of_ours_is_replaced(results, built, tmp_path):
     with pytest.raises(CondenseError, match="not a leaderboard"):
         built()
     with pytest.raises(CondenseError, match="folder of its own"):
-        leaderboard.build(results, results, force=True)
+        leaderboard.build_page(results, results, force=True)
     with pytest.raises(CondenseError, match="is a file"):
-        leaderboard.build(results, results / "dm.json", force=True)
+        leaderboard.build_page(results, results / "dm.json", force=True)
 
 
 def test_an_interrupted_build_leaves_the_old_page(results, built, tmp_path, monkeypatch):
@@ -380,7 +380,7 @@ def site(tmp_path_factory):
     write(folder / "results", "bad", "{}")
     long = "convnet-" + "x" * 300
     write(folder / "results", "long", record("m" * 200, dataset="d" * 150, networks=(long,), own=long))
-    return leaderboard.build(folder / "results", folder / "site").index
+    return leaderboard.build_page(folder / "results", folder / "site").index
 
 
 @pytest.fixture
@@ -451,7 +451,7 @@ def test_filters_hide_rows_sections_and_marks(page):
     assert 0 < len(marks) < everything[1] and all(shown_ids & set(rows) for rows in marks)
     assert visible(browser, ".legend [data-method]", "e => e.dataset.method") == ["dm"]
     published = visible(browser, ".published tbody", "e => [e.dataset.dataset, e.dataset.ipc, e.dataset.method]")
-    quoted, _ = leaderboard.read_published(leaderboard.PUBLISHED)
+    quoted, _ = leaderboard.read_published(leaderboard.PUBLISHED_CSV)
     known = [row for row in quoted if (row.dataset, row.ipc, row.method) == ("cifar10", 10, "dm")]
     assert published == [["cifar10", "10", "dm"]] * len(known)
     assert browser.find_element("id", "count").text == f"2 of {everything[0]} rows"

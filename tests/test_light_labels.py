@@ -14,22 +14,22 @@ from condense.augment import ViewRule
 from condense.data import Standardise
 from condense.errors import CondenseError
 from condense.labels import (
-    PROVIDERS,
-    Bytes,
-    Half,
+    LABEL_KINDS,
+    HalfCode,
+    Int8Code,
     Int8TeacherLabels,
-    LowRank,
+    LowRankCode,
     LowRankLabels,
     PerViewLabels,
     PoolLabels,
     TeacherLabels,
-    TopK,
+    TopKCode,
     TopKLabels,
-    dequantised,
+    compute_view_logits,
+    dequantise,
     fidelity,
-    pooled_epochs,
-    quantised,
-    view_answers,
+    kept_pool_epochs,
+    quantise,
 )
 from condense.labels import codes as codes_module
 from condense.sets import DistilledSet
@@ -53,7 +53,7 @@ def stored(epochs=5, images=IMAGES, classes=CLASSES, views=RULE, **terms):
 
 def a_net(seed=0, name=NETWORK):
     with rng.seeded("net", seed):
-        net = networks.build(name, (1, 8, 8), CLASSES)
+        net = networks.build_network(name, (1, 8, 8), CLASSES)
         for norm in net.modules():
             if isinstance(norm, nn.BatchNorm2d):
                 norm.running_mean.normal_()
@@ -79,8 +79,8 @@ MADE = {
     "topk, mr": lambda: TopKLabels.of(stored(), 2, "mr"),
     "topk, calibrated": lambda: TopKLabels.of(stored(calibrate=(0.1, 0.5, 0.95), hard=HARD), 2),
     "pool": lambda: PoolLabels.pruned(stored(), 2, hard=HARD),
-    "pool, int8": lambda: PoolLabels.pruned(stored(), 2, Bytes.encode(stored().logits), HARD),
-    "pool, topk": lambda: PoolLabels.pruned(stored(), 3, TopK.encode(stored().logits, 1), HARD),
+    "pool, int8": lambda: PoolLabels.pruned(stored(), 2, Int8Code.encode(stored().logits), HARD),
+    "pool, topk": lambda: PoolLabels.pruned(stored(), 3, TopKCode.encode(stored().logits, 1), HARD),
     "pool, mse and classes": lambda: PoolLabels.pruned(stored(loss_kind="mse", gamma=0.5, hard=HARD), 2),
     "teacher-int8": lambda: Int8TeacherLabels(
         [a_net(), a_net(1)], IMAGES, 3, RULE, 4.0, weights=(1, 3), names=(NETWORK, NETWORK), shape=(1, 8, 8)
@@ -111,11 +111,11 @@ def saved(tmp_path, labels):
 def test_codes_decode_within_the_stated_error(classes):
     logits = drawn(3, 5, classes).half()
     for code in (
-        Half.encode(logits),
-        Bytes.encode(logits),
-        LowRank.encode(logits, 5),
-        LowRank.encode(logits, 5, True),
-        TopK.encode(logits, 4),
+        HalfCode.encode(logits),
+        Int8Code.encode(logits),
+        LowRankCode.encode(logits, 5),
+        LowRankCode.encode(logits, 5, True),
+        TopKCode.encode(logits, 4),
     ):
         error, true, read = fidelity(code, logits, 4.0), centred(logits.float()), centred(everything(code))
         assert float((true - read).abs().max()) <= error.largest
@@ -131,8 +131,8 @@ def test_low_rank_logits_come_back_almost_whole():
     """A linear layer of d features gives logits of rank d, whatever the number of classes."""
     logits = drawn(4, 30, 6) @ drawn(6, 40, scale=1.0)
     spread = float(centred(logits).square().mean().sqrt())
-    assert fidelity(LowRank.encode(logits, 6), logits, 1.0).largest < 0.05 * spread
-    errors = [fidelity(LowRank.encode(logits, rank), logits, 1.0).relative for rank in (1, 2, 4, 6)]
+    assert fidelity(LowRankCode.encode(logits, 6), logits, 1.0).largest < 0.05 * spread
+    errors = [fidelity(LowRankCode.encode(logits, rank), logits, 1.0).relative for rank in (1, 2, 4, 6)]
     assert errors == sorted(errors, reverse=True) and errors[-1] < 1e-4
     flat = centred(logits).flatten(0, 1)
     lost = torch.linalg.svdvals(flat - flat.mean(0))[2:].square().sum() / flat.square().sum()
@@ -148,7 +148,7 @@ def test_means_of_views_are_kept_for_the_squared_error_alone():
 
 
 def test_low_rank_codes_decode_alike_in_any_precision():
-    code = LowRank.encode(drawn(2, 5, 9), 3)
+    code = LowRankCode.encode(drawn(2, 5, 9), 3)
     with torch.autocast("cpu", torch.bfloat16):
         inside = everything(code)
     assert inside.dtype == torch.float32 and torch.equal(inside, everything(code))
@@ -160,8 +160,8 @@ def test_top_k_fills_with_the_minimum_or_leaves_out(classes):
     logits[0, :, -1] = 60.0  # of the highest number
     best = logits.half().topk(4).indices
     for fill in ("mrs", "mr"):
-        code = TopK.encode(logits, 4, fill)
-        read = everything(TopK.from_arrays(code.arrays(), classes))
+        code = TopKCode.encode(logits, 4, fill)
+        read = everything(TopKCode.from_arrays(code.arrays(), classes))
         assert torch.equal(read.gather(2, best), logits.half().float().gather(2, best))
         others = torch.ones_like(read, dtype=torch.bool).scatter(2, best, False)
         if fill == "mrs":
@@ -177,7 +177,7 @@ def test_top_k_fills_with_the_minimum_or_leaves_out(classes):
 
 def test_a_view_of_equal_logits_has_codes():
     logits = torch.full((1, 2, 4), 2.5)
-    for code in (Bytes.encode(logits), LowRank.encode(logits, 2, True), TopK.encode(logits, 1)):
+    for code in (Int8Code.encode(logits), LowRankCode.encode(logits, 2, True), TopKCode.encode(logits, 1)):
         torch.testing.assert_close(everything(code), logits)
         assert fidelity(code, logits, 1.0).largest < 1e-3
 
@@ -199,12 +199,12 @@ def test_bytes_are_those_of_the_arrays_and_of_the_file(name, tmp_path):
 def test_labels_are_the_same_in_any_batch_and_after_save_and_load(name, tmp_path):
     labels, images, ids = MADE[name](), pictures(), torch.arange(IMAGES)
     loaded = condense.load(saved(tmp_path, labels)[1]).labels
-    assert type(loaded) is type(labels) and loaded.rule() == labels.rule()
+    assert type(loaded) is type(labels) and loaded.cache_key() == labels.cache_key()
     assert loaded.nbytes() == labels.nbytes()
     for epoch in (7, 0, 6):  # also beyond the stored epochs, and back
-        views, targets = labels.shown(images, ids, epoch)
-        whole = [loaded.shown(images, ids, epoch)]
-        parts = [loaded.shown(images, part, epoch) for part in torch.tensor([[4, 0, 2], [5, 3, 1]])]
+        views, targets = labels.training_batch(images, ids, epoch)
+        whole = [loaded.training_batch(images, ids, epoch)]
+        parts = [loaded.training_batch(images, part, epoch) for part in torch.tensor([[4, 0, 2], [5, 3, 1]])]
         whole.append(tuple(torch.cat(both)[torch.tensor([1, 5, 2, 4, 0, 3])] for both in zip(*parts)))
         for seen, asked in whole:
             assert torch.equal(seen, views)
@@ -226,8 +226,8 @@ def test_targets_are_those_of_the_full_labels_within_the_error(kind):
     images, ids = pictures(), torch.arange(IMAGES)
     moved = []
     for epoch in range(5):
-        views, targets = full.shown(images, ids, epoch)
-        seen, asked = light.shown(images, ids, epoch)
+        views, targets = full.training_batch(images, ids, epoch)
+        seen, asked = light.training_batch(images, ids, epoch)
         assert torch.equal(seen, views)
         moved.append((targets - asked).abs().sum(1).mean() / 2)
     assert float(torch.stack(moved).mean()) == pytest.approx(light.error.moved, abs=1e-5)
@@ -236,10 +236,10 @@ def test_targets_are_those_of_the_full_labels_within_the_error(kind):
 @pytest.mark.parametrize("name", [name for name in MADE if name != "teacher-int8"])
 def test_other_images_get_such_labels(name):
     labels, net, others = MADE[name](), a_net(2), pictures(4)
-    again = labels.anew(others, net, 9, torch.tensor([0, 1, 2, 0]))
-    assert type(again) is type(labels) and again.rule() == labels.rule() and len(again) == 4
+    again = labels.label_images(others, net, 9, torch.tensor([0, 1, 2, 0]))
+    assert type(again) is type(labels) and again.cache_key() == labels.cache_key() and len(again) == 4
     assert again.hard is None or again.hard.tolist() == [0, 1, 2, 0]
-    asked = view_answers(net, others, 5, RULE, 9, classes=CLASSES)
+    asked = compute_view_logits(net, others, 5, RULE, 9, classes=CLASSES)
     if labels.kind != "pool":
         terms = {**labels.terms(), "seed": 9, "hard": again.hard}
         assert again_equal(again, labels.like(PerViewLabels(asked, **terms)))
@@ -258,8 +258,8 @@ def test_light_labels_on_a_gpu(name):
     device = torch.device("cuda")
     labels, images, ids = MADE[name](), pictures(), torch.tensor([4, 0, 2])
     moved = labels.to(device)
-    shown, targets = moved.shown(images.to(device), ids.to(device), 6)
-    expected, wanted = labels.shown(images, ids, 6)
+    shown, targets = moved.training_batch(images.to(device), ids.to(device), 6)
+    expected, wanted = labels.training_batch(images, ids, 6)
     torch.testing.assert_close(shown.cpu(), expected, atol=1e-6, rtol=0)
     near = {"atol": 5e-3, "rtol": 5e-3} if name == "teacher-int8" else {"atol": 1e-5, "rtol": 1e-5}  # TF32
     torch.testing.assert_close(targets.cpu(), wanted, **near)
@@ -276,12 +276,12 @@ def test_a_pool_shows_records_of_the_full_labels():
     full, light = stored(epochs=9), PoolLabels.pruned(stored(epochs=9), 3, hard=HARD)
     images, ids, seen = pictures(), torch.arange(IMAGES), set()
     for epoch in range(40):
-        views, targets = light.shown(images, ids, epoch)
+        views, targets = light.training_batch(images, ids, epoch)
         slots = light.slots(epoch)
         for image in range(IMAGES):
             source = int(light.kept[HARD[image], slots[HARD[image]]])
             seen.add((int(HARD[image]), source))
-            view, target = full.shown(images, ids[image : image + 1], source)
+            view, target = full.training_batch(images, ids[image : image + 1], source)
             assert torch.equal(views[image], view[0]) and torch.equal(targets[image], target[0])
     assert seen == {(c, e) for c in range(CLASSES) for e in light.kept[c].tolist()}
     assert light.exactness == "exact" and light.error.largest < 1e-4
@@ -291,14 +291,14 @@ def test_a_pool_shows_records_of_the_full_labels():
 def test_a_pool_without_cutmix(views):
     full, light = stored(views=views), PoolLabels.pruned(stored(views=views), 2, hard=HARD)
     source = light.kept.gather(1, light.slots(4)[:, None])[:, 0][HARD]
-    shown, _ = light.shown(pictures(), torch.arange(IMAGES), 4)
+    shown, _ = light.training_batch(pictures(), torch.arange(IMAGES), 4)
     for image, epoch in enumerate(source.tolist()):
-        assert torch.equal(shown[image], full.shown(pictures(), torch.tensor([image]), epoch)[0][0])
+        assert torch.equal(shown[image], full.training_batch(pictures(), torch.tensor([image]), epoch)[0][0])
 
 
 def test_what_a_pool_keeps_and_draws_follows_from_the_seed():
-    kept = pooled_epochs(5, 400, 20, 4)
-    assert torch.equal(kept, pooled_epochs(5, 400, 20, 4)) and not torch.equal(kept, pooled_epochs(6, 400, 20, 4))
+    kept = kept_pool_epochs(5, 400, 20, 4)
+    assert torch.equal(kept, kept_pool_epochs(5, 400, 20, 4)) and not torch.equal(kept, kept_pool_epochs(6, 400, 20, 4))
     assert (kept[:, 1:] > kept[:, :-1]).all() and int(kept.min()) >= 0 and int(kept.max()) < 20
     counts = torch.bincount(kept.flatten(), minlength=20)
     assert int(counts.min()) > 40 and int(counts.max()) < 130  # 80 of each are expected
@@ -322,11 +322,11 @@ def test_eight_bits_are_within_half_a_step_and_come_back_as_they_are():
     weight = drawn(5, 3, 3, 3)
     weight[1] *= 1e-9
     weight[2] = 0
-    codes, scale = quantised(weight)
-    back = dequantised(codes, scale)
+    codes, scale = quantise(weight)
+    back = dequantise(codes, scale)
     assert codes.dtype == torch.int8 and scale.shape == (5,)
     assert ((weight - back).abs().flatten(1).amax(1) <= 0.501 * scale).all()
-    for one, two in zip(quantised(back), (codes, scale)):
+    for one, two in zip(quantise(back), (codes, scale)):
         assert torch.equal(one, two)
 
 
@@ -341,8 +341,8 @@ def test_a_teacher_in_eight_bits_answers_nearly_as_before(tmp_path):
         assert torch.equal(read, loaded.teacher(pictures()))
     assert 0 < float((true - read).abs().max()) < 0.05 * float(true.abs().max())
     full = TeacherLabels(net, IMAGES, 3, RULE, 4.0, names=[NETWORK], shape=(1, 8, 8))
-    assert len(loaded) == IMAGES and loaded.rule() == full.rule()
-    assert isinstance(loaded.anew(pictures(4), net, 9), Int8TeacherLabels)
+    assert len(loaded) == IMAGES and loaded.cache_key() == full.cache_key()
+    assert isinstance(loaded.label_images(pictures(4), net, 9), Int8TeacherLabels)
     saved_bytes = full.nbytes() - labels.nbytes()
     weights = [m.weight for m in net.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     assert saved_bytes == sum(3 * weight.numel() - 4 * len(weight) for weight in weights)
@@ -363,8 +363,8 @@ def test_a_teacher_in_eight_bits_answers_nearly_as_before(tmp_path):
         (lambda: TopKLabels.of(stored(loss_kind="mse"), 2, "mr"), "fill=mr: loss_kind=mse needs the logits"),
         (lambda: PoolLabels.pruned(stored(), 6, hard=HARD), "a pool of 6 epochs: must be 1 to 5"),
         (lambda: PoolLabels.pruned(stored(), 2), "pool: needs the class of each image; give hard"),
-        (lambda: MADE["pool"]().shown(pictures(4), torch.arange(4), 0), "4 images but 6 pool labels"),
-        (lambda: MADE["lowrank"]().shown(pictures(4), torch.arange(4), 0), "4 images but 6 lowrank labels"),
+        (lambda: MADE["pool"]().training_batch(pictures(4), torch.arange(4), 0), "4 images but 6 pool labels"),
+        (lambda: MADE["lowrank"]().training_batch(pictures(4), torch.arange(4), 0), "4 images but 6 lowrank labels"),
         (lambda: MADE["topk"]().targets(torch.arange(2)), "topk labels belong to augmented views"),
     ],
 )
@@ -396,7 +396,7 @@ def test_refusals(make, line):
 def test_untrusted_arrays_are_checked(kind, name, value, line):
     arrays = {**MADE[kind]().arrays(), name: value}
     with pytest.raises(CondenseError) as fault:
-        PROVIDERS.get(kind).from_arrays(arrays, CLASSES)
+        LABEL_KINDS.get(kind).from_arrays(arrays, CLASSES)
     assert str(fault.value).startswith(line) and "\n" not in str(fault.value)
 
 
@@ -409,8 +409,8 @@ def test_a_strangers_teacher_without_scales():
 
 
 def test_every_kind_says_what_it_is():
-    for name in PROVIDERS.names():
-        provider = PROVIDERS.get(name)
+    for name in LABEL_KINDS.names():
+        provider = LABEL_KINDS.get(name)
         assert provider.kind == name and provider.per_view in (True, False)
     for name, make in MADE.items():
         labels = make()

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from condense import config
-from condense.benchmarks.method_cards import BEGIN, PARTS, card, cards, with_methods_table
+from condense.benchmarks.method_cards import BEGIN, PARTS, cards, method_card, with_methods_table
 from condense.registry import METHODS
 
 ROOT = Path(__file__).parents[1]
@@ -40,7 +40,7 @@ def test_the_cost_follows_the_order(name):
 
 @pytest.mark.parametrize("name", METHODS.names())
 def test_a_card_says_what_a_user_asks(name):
-    text = card(METHODS.get(name))
+    text = method_card(METHODS.get(name))
     for title in PARTS:
         assert f"**{title}.** " in text, title
     for heading in ("# " + name, "## Published", "## Measured here", f"condense show {name}"):

@@ -16,7 +16,8 @@ from condense.registry import METHODS
 
 METHOD_NAMES = METHODS.names()
 SETTINGS = {
-    name: {"network": config.recipe(f"{name}/tiny")["network"], **config.tiny_settings(name)} for name in METHOD_NAMES
+    name: {"network": config.load_recipe(f"{name}/tiny")["network"], **config.tiny_settings(name)}
+    for name in METHOD_NAMES
 }
 FROZEN = ("lr_lr", "lr_label")
 """Learning rates of what is learned besides the pixels."""
@@ -235,16 +236,16 @@ def test_dm_loss_is_the_squared_mean_distance_and_its_pixel_gradient_the_closed_
 def plain_dm(task, ipc, settings, seed):
     """The published loop written plainly: per class, one network pass for real and one for synthetic images."""
     from condense import networks, rng
-    from condense.augment import dsa
+    from condense.augment import make_augmentation
     from condense.sets import SyntheticOptions, SyntheticSet
 
     synthetic = SyntheticSet.create(task, ipc, SyntheticOptions(), seed=seed, device=torch.device("cpu"))
     pixels = synthetic.images.detach().clone().requires_grad_()
     optimizer = torch.optim.SGD([pixels], lr=settings["lr_img"], momentum=0.5)
-    augment = dsa("color_crop_cutout_flip_scale_rotate")
+    augment = make_augmentation("color_crop_cutout_flip_scale_rotate")
     for step in range(settings["steps"]):
         with rng.seeded(seed, "network", step):
-            net = networks.build(NETWORK, task.shape, task.num_classes)
+            net = networks.build_network(NETWORK, task.shape, task.num_classes)
         views = augment.draw(rng.Draws(seed, "augment", step), task.num_classes, task.shape[1:])
         loss = 0.0
         for c in range(task.num_classes):
@@ -266,7 +267,7 @@ def test_dm_equals_the_plain_published_loop(tiny):
 
 def test_dm_does_not_depend_on_class_chunks(tiny, monkeypatch):
     whole = run("dm", tiny, precision="fp32")
-    monkeypatch.setattr("condense.engine.run.CHUNK_PIXELS", 64 * 6)  # one class at a time
+    monkeypatch.setattr("condense.engine.run.CLASS_CHUNK_PIXELS", 64 * 6)  # one class at a time
     torch.testing.assert_close(run("dm", tiny, precision="fp32").stored, whole.stored, rtol=1e-4, atol=1e-4)
 
 
@@ -313,7 +314,7 @@ def test_fyi_is_refused_where_mirroring_changes_the_class():
 
 def two_loops(task, config, run):
     """Learns a first set, then a second one that starts from it: what squeeze-and-recover methods do."""
-    from condense.engine import Group
+    from condense.engine import ParamGroup
     from condense.sets import SyntheticOptions, SyntheticSet
 
     start = 0.0
@@ -321,7 +322,7 @@ def two_loops(task, config, run):
         made = SyntheticSet.create(task, run.ipc, SyntheticOptions(), seed=part, device=run.device)
         with torch.no_grad():
             made.images.add_(start)
-        for step in run.optimise(made, 3, images=Group(lr=0.1, momentum=0.5)):
+        for step in run.optimise(made, 3, images=ParamGroup(lr=0.1, momentum=0.5)):
             step.minimise((made.images * step.draws("weight").uniform(1)).square().sum())
         start = made.images.detach().clone()
     return made

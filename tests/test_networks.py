@@ -20,7 +20,7 @@ def build(name, shape=(3, 32, 32), classes=10, seed=0):
     if isinstance(name, str) and name.startswith("timm:"):
         pytest.importorskip("timm")
     with rng.seeded(seed, "network"):
-        return networks.build(name, shape, classes)
+        return networks.build_network(name, shape, classes)
 
 
 def images(shape, count=2) -> Tensor:
@@ -174,16 +174,18 @@ def test_norms_and_options():
 
 
 def test_batch_statistics():
-    found = {name for name in networks.names() if ":" not in name and networks.uses_batch_statistics(build(name))}
-    assert found == {name for name in networks.names() if "-bn" in name}
+    found = {
+        name for name in networks.network_names() if ":" not in name and networks.uses_batch_statistics(build(name))
+    }
+    assert found == {name for name in networks.network_names() if "-bn" in name}
 
 
 # -- every network at every size --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", networks.names())
+@pytest.mark.parametrize("name", networks.network_names())
 def test_every_network_at_every_size(name):
-    networks.check(name)
+    networks.check_network(name)
     for shape in SHAPES:
         net, x = build(name, shape, 7), images(shape, 3)
         assert net.training and isinstance(net, networks.Network)
@@ -254,14 +256,14 @@ def same(a: nn.Module, b: nn.Module) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
 
 
-@pytest.mark.parametrize("name", networks.names())
+@pytest.mark.parametrize("name", networks.network_names())
 def test_reset_equals_a_new_network(name):
     shape = (1, 8, 8)
     net, other = build(name, shape, seed=1), build(name, shape, seed=2)
     assert not same(net, other)
     net(images(shape)).sum().backward()  # moves running statistics, leaves gradients
     with rng.seeded(2, "network"):
-        networks.reset(net)
+        networks.reset_parameters(net)
     assert same(net, other)
     assert all(p.grad is None for p in net.parameters())
 
@@ -269,12 +271,12 @@ def test_reset_equals_a_new_network(name):
 def test_reset_draws_the_same_in_any_memory_format_and_dtype_and_keeps_the_mode():
     net = build("convnet-d3-w16-bn", seed=1).to(memory_format=torch.channels_last).eval()
     with rng.seeded(2, "network"):
-        networks.reset(net)
+        networks.reset_parameters(net)
     assert same(net, build("convnet-d3-w16-bn", seed=2)) and not net.training
     assert net.convs[1].weight.is_contiguous(memory_format=torch.channels_last)
     net = build("lenet", seed=1).bfloat16()
     with rng.seeded(2, "network"):
-        networks.reset(net)
+        networks.reset_parameters(net)
     assert same(net, build("lenet", seed=2).bfloat16())
 
 
@@ -282,7 +284,7 @@ def test_building_draws_weights_and_nothing_else():
     from torchvision.models import resnet18 as reference
 
     with rng.seeded(3):
-        wrapped = networks.build("torchvision:resnet18", (3, 32, 32), 10)
+        wrapped = networks.build_network("torchvision:resnet18", (3, 32, 32), 10)
         after = torch.get_rng_state()
     with rng.seeded(3):
         plain = reference(num_classes=10)
@@ -315,13 +317,13 @@ def test_factories_with_two_arguments_or_none():
         return Dropped(classes)
 
     for factory in (two, lambda: Dropped(10)):
-        networks.check(factory)
+        networks.check_network(factory)
         net, x = build(factory), images((3, 32, 32))
         assert isinstance(net, networks.Wrapped) and net(x).shape == (2, 10) and net.embed(x).shape == (2, 4)
         assert [tuple(m.shape) for m in net.features(x)] == [(2, 4, 30, 30)]
         assert net.model.body.training and not net.model.frozen.training
         with rng.seeded(5, "network"):
-            networks.reset(net)
+            networks.reset_parameters(net)
         assert same(net, build(factory, seed=5))
     assert seen[0] == ((3, 32, 32), 10)
     fresh = build(two)
@@ -335,7 +337,7 @@ def test_a_factory_may_give_a_network_of_ours():
     net = build(deep)
     assert isinstance(net, networks.ConvNet)
     with rng.seeded(1, "network"):
-        networks.reset(net)
+        networks.reset_parameters(net)
     assert same(net, build(deep, seed=1))
 
 
@@ -375,7 +377,7 @@ def test_library_models_that_do_not_fit_give_one_line():
 def test_missing_timm_names_the_line_that_installs_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(CondenseError, match=r"pip install 'condense-toolkit\[timm\]'"):
-        networks.build("timm:resnet18", (3, 32, 32), 10)
+        networks.build_network("timm:resnet18", (3, 32, 32), 10)
 
 
 # -- names and refusals -----------------------------------------------------------------------------------------------
@@ -402,16 +404,16 @@ def test_missing_timm_names_the_line_that_installs_it(monkeypatch):
     ],
 )
 def test_misspelt_names_say_what_was_meant(word, meant):
-    for refuse in (networks.check, build):
+    for refuse in (networks.check_network, build):
         with pytest.raises(CondenseError) as caught:
             refuse(word)
         assert f"'{word}'; did you mean '{meant}'?" in str(caught.value)
-    networks.check(meant)
+    networks.check_network(meant)
 
 
 def test_group_norm_needs_a_width_of_four_groups():
     with pytest.raises(CondenseError, match="multiple of 4"):
-        networks.check("convnet-d3-w30-gn")
+        networks.check_network("convnet-d3-w30-gn")
 
 
 @pytest.mark.parametrize(("shape", "fits"), [((1, 8, 8), 3), ((3, 8, 40), 3), ((3, 31, 31), 4), ((1, 28, 28), 5)])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from condense.engine import Group, SyntheticOptimizer
+from condense.engine import ParamGroup, SyntheticOptimizer
 
 CLASSES = torch.tensor([0, 0, 1, 1])
 
@@ -20,13 +20,13 @@ def targets():
 @pytest.mark.parametrize(
     "group, reference",
     [
-        (Group(lr=0.1), lambda p: torch.optim.SGD(p, lr=0.1)),
-        (Group(lr=0.1, momentum=0.5), lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.5)),
+        (ParamGroup(lr=0.1), lambda p: torch.optim.SGD(p, lr=0.1)),
+        (ParamGroup(lr=0.1, momentum=0.5), lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.5)),
         (
-            Group(lr=0.1, momentum=0.9, weight_decay=0.01),
+            ParamGroup(lr=0.1, momentum=0.9, weight_decay=0.01),
             lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.01),
         ),
-        (Group(lr=0.1, optimizer="adam"), lambda p: torch.optim.Adam(p, lr=0.1, betas=(0.5, 0.9))),
+        (ParamGroup(lr=0.1, optimizer="adam"), lambda p: torch.optim.Adam(p, lr=0.1, betas=(0.5, 0.9))),
     ],
 )
 def test_equals_torch(group, reference):
@@ -43,8 +43,8 @@ def test_equals_torch(group, reference):
 
 
 def test_chunks_add_up_to_one_loss():
-    whole, one = make(Group(lr=0.1, momentum=0.5))
-    parts, two = make(Group(lr=0.1, momentum=0.5))
+    whole, one = make(ParamGroup(lr=0.1, momentum=0.5))
+    parts, two = make(ParamGroup(lr=0.1, momentum=0.5))
     goal = targets()
     for _ in range(3):
         one.minimise((whole - goal).square().sum())
@@ -56,9 +56,11 @@ def test_chunks_add_up_to_one_loss():
 
 @pytest.mark.parametrize("kind", ["sgd", "adam"])
 def test_a_step_on_one_class_has_its_own_momentum(kind):
-    images, optimizer = make(Group(lr=0.1, momentum=0.9, optimizer=kind))
+    images, optimizer = make(ParamGroup(lr=0.1, momentum=0.9, optimizer=kind))
     alone = images.detach()[2:].clone().requires_grad_()
-    single = SyntheticOptimizer({"images": alone}, {"images": Group(lr=0.1, momentum=0.9, optimizer=kind)}, CLASSES[2:])
+    single = SyntheticOptimizer(
+        {"images": alone}, {"images": ParamGroup(lr=0.1, momentum=0.9, optimizer=kind)}, CLASSES[2:]
+    )
     start, goal = images.detach().clone(), targets()
     for c in (0, 1, 0, 1, 1):
         optimizer.minimise((images - goal).square().sum(), classes=[c])
@@ -70,7 +72,7 @@ def test_a_step_on_one_class_has_its_own_momentum(kind):
 
 
 def test_mask_gate_clamp_schedule_and_average():
-    images, optimizer = make(Group(lr=0.1))
+    images, optimizer = make(ParamGroup(lr=0.1))
     start = images.detach().clone()
     mask = torch.zeros_like(start)
     mask[0] = 1
@@ -80,11 +82,11 @@ def test_mask_gate_clamp_schedule_and_average():
     optimizer.minimise(images.sum(), gate=False)
     torch.testing.assert_close(images[0], start[0] - 0.1)
 
-    images, optimizer = make(Group(lr=100.0, clamp=(-0.5, 0.25)))
+    images, optimizer = make(ParamGroup(lr=100.0, clamp=(-0.5, 0.25)))
     optimizer.minimise(images.sum())
     assert images.min() >= -0.5 and images.max() <= 0.25
 
-    images, optimizer = make(Group(lr=1.0, schedule=lambda fraction: 1 - fraction, ema=0.75))
+    images, optimizer = make(ParamGroup(lr=1.0, schedule=lambda fraction: 1 - fraction, ema=0.75))
     start = images.detach().clone()
     optimizer.progress = 0.5
     optimizer.minimise(images.sum())
@@ -93,15 +95,15 @@ def test_mask_gate_clamp_schedule_and_average():
 
 
 def test_gradients_by_hand():
-    images, optimizer = make(Group(lr=0.5))
+    images, optimizer = make(ParamGroup(lr=0.5))
     start = images.detach().clone()
     optimizer.apply({"images": torch.ones_like(start)}, loss=torch.tensor(3.0))
     torch.testing.assert_close(images, start - 0.5)
-    assert float(optimizer.take_loss()) == 3.0
+    assert float(optimizer.pop_loss()) == 3.0
 
 
 def test_notices_what_is_not_finite():
-    images, optimizer = make(Group(lr=0.5))
+    images, optimizer = make(ParamGroup(lr=0.5))
     optimizer.minimise(images.sum())
     assert bool(optimizer.finite)
     optimizer.minimise(images.sum() * float("nan"))
@@ -109,7 +111,7 @@ def test_notices_what_is_not_finite():
 
 
 def test_state_goes_on_bit_for_bit():
-    group = Group(lr=0.1, optimizer="adam", ema=0.9)
+    group = ParamGroup(lr=0.1, optimizer="adam", ema=0.9)
     goal = targets()
     images, optimizer = make(group)
     for _ in range(2):
@@ -127,6 +129,6 @@ def test_state_goes_on_bit_for_bit():
 
 def test_a_positive_group_steps_up_freely_and_never_reaches_zero():
     rates = torch.tensor([1.0, 1.0, 1.0, 1e-3]).requires_grad_()
-    optimizer = SyntheticOptimizer({"rates": rates}, {"rates": Group(lr=1.0, positive=True)}, CLASSES)
+    optimizer = SyntheticOptimizer({"rates": rates}, {"rates": ParamGroup(lr=1.0, positive=True)}, CLASSES)
     optimizer.apply({"rates": torch.tensor([-2.0, 1e-3, 100.0, 5.0])})
     torch.testing.assert_close(rates.detach(), torch.tensor([3.0, 1 / 1.001, 1 / 101, 1e-6 / 5.001]))

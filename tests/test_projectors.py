@@ -23,10 +23,10 @@ from condense.data import Standardise
 from condense.engine import Run
 from condense.errors import CondenseError
 from condense.judge import evaluation, protocol
-from condense.labels import Merged, Projector, ProjectorLabels, TeacherLabels, adapters, answers
+from condense.labels import MergedProjector, Projector, ProjectorLabels, TeacherLabels, adapters, compute_logits
 from condense.lighten import kinds, lighten, projection
 from condense.methods.curriculum_synthesis import patches, relabelling
-from condense.networks import SHIPPED, Encoder, MeanLogits, pretrained
+from condense.networks import BUNDLED_BACKBONES, Encoder, MeanLogits, pretrained
 from condense.networks import saved as saved_module
 from condense.pretraining import load_expert_ensemble
 from condense.registry import METHODS
@@ -75,7 +75,7 @@ def middle(channels=3):
 
 def projector(found, head_rank=0, rank=2, seed=0, classes=3, channels=3, start=None):
     """A projector that is as its training begins, of a head of random columns."""
-    names = adapters.adapted(found.encoder, torch.rand(2, channels, 16, 16))
+    names = adapters.adapted_weight_names(found.encoder, torch.rand(2, channels, 16, 16))
     with torch.no_grad():
         width = found.encoder(torch.rand(1, channels, 16, 16)).shape[1]
     start = F.normalize(torch.randn(width, classes), dim=0) if start is None else start
@@ -174,9 +174,9 @@ def own(tmp_path, tiny):
 
 
 @pytest.mark.parametrize("head_rank", [0, 2])
-@pytest.mark.parametrize("word", [*SHIPPED, "own"])
+@pytest.mark.parametrize("word", [*BUNDLED_BACKBONES, "own"])
 def test_a_projector_starts_as_the_frozen_networks_cosines(word, head_rank, own):
-    found = pretrained.find(str(own) if word == "own" else word, (1, 16, 16), CPU)
+    found = pretrained.find_backbone(str(own) if word == "own" else word, (1, 16, 16), CPU)
     file = saved_module.read_teacher_file(own if word == "own" else pretrained._FOLDER / f"{word}.h5")
     with rng.seeded("start"):
         made = projector(found, head_rank, channels=1)
@@ -199,7 +199,7 @@ def test_a_head_of_text_starts_as_zero_shot_clip(name, clips):
     import open_clip
 
     model = clips[name].model
-    found = pretrained.find(clip_word(clips, name), (3, 32, 32), CPU)
+    found = pretrained.find_backbone(clip_word(clips, name), (3, 32, 32), CPU)
     classes, pixels = ["cat", "tabby_dog", "{ur}"], torch.rand(4, 3, 32, 32)
     made = projector(found, 2, start=found.text(classes, PROMPTS))
     mean, std = (torch.tensor(x)[:, None, None] for x in (model.visual.preprocess_cfg[key] for key in ("mean", "std")))
@@ -216,9 +216,9 @@ def test_a_head_of_text_starts_as_zero_shot_clip(name, clips):
 
 
 def test_means_are_centred_and_of_unit_length(own):
-    encoder = pretrained.find(str(own), (1, 8, 8), CPU).encoder
+    encoder = pretrained.find_backbone(str(own), (1, 8, 8), CPU).encoder
     batches = [torch.rand(5, 1, 8, 8) ** k for k in (1, 2, 3)]
-    found = projection.means(encoder, [lambda pixels=pixels: pixels for pixels in batches])
+    found = projection.compute_class_mean_features(encoder, [lambda pixels=pixels: pixels for pixels in batches])
     features = [encoder(pixels) for pixels in batches]
     rows = torch.stack([torch.stack([row / row.norm() for row in part]).mean(0) for part in features])
     rows = rows - rows.mean(0)
@@ -237,7 +237,7 @@ def close(made, images):
     """Changes in the weights, beside them, and as each output's own sum of products are one projector."""
     with torch.no_grad():
         given = made(images)
-        merged = Merged(made)
+        merged = MergedProjector(made)
         reach = float(given.abs().max())
         assert float((merged(images) - given).abs().max()) <= 1e-6 * reach
         plain = copy.deepcopy(made.encoder)
@@ -255,7 +255,7 @@ def close(made, images):
 
 @pytest.mark.parametrize("head_rank", [0, 2])
 def test_changes_in_the_weights_of_what_is_shipped(head_rank):
-    found = pretrained.find(SHIPPED[0], (3, 16, 16), CPU)
+    found = pretrained.find_backbone(BUNDLED_BACKBONES[0], (3, 16, 16), CPU)
     made = moved(projector(found, head_rank))
     assert made.names == [f"net.convs.{k}.weight" for k in range(3)]
     close(made, torch.randn(3, 3, 16, 16))
@@ -265,7 +265,7 @@ def test_changes_in_the_weights_of_what_is_shipped(head_rank):
 @pytest.mark.parametrize("name", ["resnet18", "shufflenet_v2_x0_5"])
 def test_changes_in_the_weights_of_a_library(name, small_torchvision, tmp_path):
     """With BatchNorm, and with convolutions of a channel each."""
-    found = pretrained.find(torchvision_word(name, tmp_path), (3, 16, 16), CPU)
+    found = pretrained.find_backbone(torchvision_word(name, tmp_path), (3, 16, 16), CPU)
     made = moved(projector(found), 0.03)
     layers = {path: layer for path, layer in found.encoder.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)}
     assert sum(isinstance(layer, nn.Linear) for layer in layers.values()) == 1
@@ -278,7 +278,7 @@ def test_timm_names_its_networks_too(tmp_path):
     timm = pytest.importorskip("timm")
     with rng.seeded("timm"):
         net = stirred(timm.create_model("test_vit"))
-    found = pretrained.find(f"timm:test_vit@{saved(net, tmp_path / 'vit.pt')}", (1, 8, 8), CPU)
+    found = pretrained.find_backbone(f"timm:test_vit@{saved(net, tmp_path / 'vit.pt')}", (1, 8, 8), CPU)
     made = moved(projector(found, channels=1), 0.03)
     assert "net.model.blocks.0.attn.qkv.weight" in made.names and "net.model.patch_embed.proj.weight" in made.names
     assert not any("head" in name for name in made.names)
@@ -297,7 +297,7 @@ def test_changes_in_the_weights_of_groups_and_attention(grouped):
 
 @pytest.mark.parametrize("name, layers", [("condense-rn", RN), ("condense-vit", ["conv1", *VIT])])
 def test_changes_in_the_weights_of_clip(name, layers, clips):
-    found = pretrained.find(clip_word(clips, name), (3, 16, 16), CPU)
+    found = pretrained.find_backbone(clip_word(clips, name), (3, 16, 16), CPU)
     made = moved(projector(found, 2), 0.03)
     wanted = {f"net.visual.{layer}.weight" for layer in layers}
     if name == "condense-vit":
@@ -324,7 +324,7 @@ def colour():
 @pytest.fixture
 def weak(colour):
     with rng.seeded("weak"):
-        return stirred(networks.build(NETWORK, colour.shape, 3))
+        return stirred(networks.build_network(NETWORK, colour.shape, 3))
 
 
 @pytest.fixture
@@ -356,7 +356,7 @@ def test_clip_from_end_to_end(name, head, clips, plain, colour, weak, tmp_path):
     for mine, others in zip((images, targets), first_batch(light)):
         assert torch.equal(mine, others)
     torch.testing.assert_close(targets.sum(1), torch.ones(3))
-    student = networks.build(NETWORK, colour.shape, 3)
+    student = networks.build_network(NETWORK, colour.shape, 3)
     loaded.loss(student(loaded.transform(images)), targets).backward()
     assert all(float(weight.grad.abs().sum()) > 0 for weight in (student.convs[1].weight, student.classify.weight))
 
@@ -364,10 +364,10 @@ def test_clip_from_end_to_end(name, head, clips, plain, colour, weak, tmp_path):
 def test_training_moves_clips_weights_and_starts_from_its_text(clips, colour, weak):
     """An unadapted text head would answer with the public network's own logits."""
     config = projection.Projection(backbone=clip_word(clips, "condense-vit"), head_rank=2, **QUICK)
-    made, known = projection.fitted(colour, weak, config, ViewRule(), 0, device=CPU)
+    made, known = projection.train_projector(colour, weak, config, ViewRule(), 0, device=CPU)
     assert known["head"] == "text" and known["classes"] == ["0", "1", "2"] and known["prompts"] == ["a photo of a {}."]
     assert all(bool(a.any()) for a in [*made.low, made.head_pair[0]])
-    found = pretrained.find(config.backbone, colour.shape, CPU)
+    found = pretrained.find_backbone(config.backbone, colour.shape, CPU)
     torch.testing.assert_close(made.start, found.text(["0", "1", "2"], [pretrained.PROMPT]))
 
 
@@ -386,7 +386,7 @@ def backbone(colour, tmp_path):
 def test_a_file_gives_the_same_targets_to_the_bit(settings, backbone, plain, colour, weak, tmp_path):
     light = small(plain, colour, weak, backbone=str(backbone), temperature=4.0, **settings)
     again = condense.load(light.save(tmp_path / "light.h5"))
-    assert again.labels.rule() == light.labels.rule() and again.labels.nbytes() == light.labels.nbytes()
+    assert again.labels.cache_key() == light.labels.cache_key() and again.labels.nbytes() == light.labels.nbytes()
     twice = condense.load(again.save(tmp_path / "again.h5"))  # without its labels having been asked for
     for epoch in (0, 7):
         three = [next(iter(made.batches(epoch, 3))) for made in (light, again, twice)]
@@ -397,7 +397,9 @@ def test_a_file_gives_the_same_targets_to_the_bit(settings, backbone, plain, col
 
 def test_what_ships_serves_without_a_path(plain, colour, weak, tmp_path):
     light = small(plain, colour, weak)
-    assert light.labels.known["backbone"]["name"] == SHIPPED[0] and "path" not in light.labels.known["backbone"]
+    assert (
+        light.labels.known["backbone"]["name"] == BUNDLED_BACKBONES[0] and "path" not in light.labels.known["backbone"]
+    )
     again = condense.load(light.save(tmp_path / "light.h5"))
     assert torch.equal(first_batch(again)[1], first_batch(light)[1])
 
@@ -627,7 +629,7 @@ def test_no_json_of_a_head_of_text_is_more_than_one_line(clips, plain, colour, w
     ],
 )
 def test_unknown_backbones(word, words):
-    line = refusal(lambda: pretrained.find(word, (3, 16, 16), CPU))
+    line = refusal(lambda: pretrained.find_backbone(word, (3, 16, 16), CPU))
     assert line.startswith(f"backbone={word}: ") and words in line
 
 
@@ -643,14 +645,14 @@ def test_unknown_backbones(word, words):
 )
 def test_unknown_models_of_libraries(word, words, clips):
     pytest.importorskip("timm")
-    line = refusal(lambda: pretrained.find(word, (3, 16, 16), CPU))
+    line = refusal(lambda: pretrained.find_backbone(word, (3, 16, 16), CPU))
     assert line.startswith(f"backbone={word}: ") and words in line
 
 
 @pytest.mark.parametrize("package, extra", [("open_clip", "clip"), ("timm", "timm")])
 def test_a_missing_package(package, extra, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
-    line = refusal(lambda: pretrained.find(f"{package}:RN50@openai", (3, 16, 16), CPU))
+    line = refusal(lambda: pretrained.find_backbone(f"{package}:RN50@openai", (3, 16, 16), CPU))
     assert f"backbone={package}:RN50@openai" in line and f"pip install 'condense-toolkit[{extra}]'" in line
 
 
@@ -662,14 +664,14 @@ class Unreachable:
 def test_weights_that_cannot_be_fetched(monkeypatch):
     open_clip = pytest.importorskip("open_clip")
     monkeypatch.setattr(open_clip, "create_model", Unreachable())
-    line = refusal(lambda: pretrained.find("open_clip:RN50@openai", (3, 16, 16), CPU))
+    line = refusal(lambda: pretrained.find_backbone("open_clip:RN50@openai", (3, 16, 16), CPU))
     for words in ("cannot be fetched (no route to host); get https://", "HF_HOME", "open_clip:RN50@FILE"):
         assert words in line
     known = pretrained.torchvision_weights("resnet18", "")
     for load, reason in ((Unreachable(), "no route to host"), (lambda: 1 / 0, "division by zero")):
         weights = dataclasses.replace(known, load=load)
         monkeypatch.setattr(pretrained, "torchvision_weights", lambda name, named, weights=weights: weights)
-        line = refusal(lambda: pretrained.find("torchvision:resnet18", (3, 16, 16), CPU))
+        line = refusal(lambda: pretrained.find_backbone("torchvision:resnet18", (3, 16, 16), CPU))
         assert f"({reason}); get https://download.pytorch.org/" in line
         assert f"put it at {known.place} or name the file: backbone=torchvision:resnet18@FILE" in line
 
@@ -677,12 +679,16 @@ def test_weights_that_cannot_be_fetched(monkeypatch):
 def test_files_that_are_no_such_weights(small_torchvision, clips, tmp_path):
     word = torchvision_word("shufflenet_v2_x0_5", tmp_path)
     file = word.partition("@")[2]
-    assert "the file does not fit: " in refusal(lambda: pretrained.find(word.replace("x0_5@", "x1_0@"), (3, 8, 8), CPU))
+    assert "the file does not fit: " in refusal(
+        lambda: pretrained.find_backbone(word.replace("x0_5@", "x1_0@"), (3, 8, 8), CPU)
+    )
     (tmp_path / "text.pt").write_text("no weights")
     for library in ("torchvision:resnet18", "open_clip:condense-rn"):
-        line = refusal(lambda library=library: pretrained.find(f"{library}@{tmp_path / 'text.pt'}", (3, 8, 8), CPU))
+        line = refusal(
+            lambda library=library: pretrained.find_backbone(f"{library}@{tmp_path / 'text.pt'}", (3, 8, 8), CPU)
+        )
         assert str(tmp_path / "text.pt") in line
-    assert file in refusal(lambda: pretrained.find(f"open_clip:condense-rn@{file}", (3, 8, 8), CPU))
+    assert file in refusal(lambda: pretrained.find_backbone(f"open_clip:condense-rn@{file}", (3, 8, 8), CPU))
 
 
 def test_whitened_images_and_grey_backbones(own, plain, colour, weak, tmp_path):
@@ -697,7 +703,7 @@ def test_whitened_images_and_grey_backbones(own, plain, colour, weak, tmp_path):
     assert line == f"backbone={own}: takes images of 1 channels, not 3"
     out = tmp_path / "white.h5"
     condense.api.teachers(white, networks=[NETWORK], epochs=1, teacher_batch=8, out=out)
-    line = refusal(lambda: pretrained.find(str(out), (3, 16, 16), CPU))
+    line = refusal(lambda: pretrained.find_backbone(str(out), (3, 16, 16), CPU))
     assert line == f"backbone={out}: {out}: does not state the normalisation of its images; make it again, without zca"
 
 
@@ -710,13 +716,13 @@ def test_a_backbone_file_of_a_stranger(normalised, backbone, monkeypatch):
     file.manifest["normalisation"] = normalised
     monkeypatch.setattr(saved_module, "read", lambda path: file)
     assert "does not state the normalisation of its images" in refusal(
-        lambda: pretrained.find(str(backbone), (3, 16, 16), CPU)
+        lambda: pretrained.find_backbone(str(backbone), (3, 16, 16), CPU)
     )
 
 
 def test_a_head_of_text_needs_a_text_tower(plain, colour, weak):
     line = refusal(lambda: small(plain, colour, weak, head="text"))
-    assert line == f"head=text: backbone={SHIPPED[0]} has no text tower; take head=mean"
+    assert line == f"head=text: backbone={BUNDLED_BACKBONES[0]} has no text tower; take head=mean"
 
 
 def test_the_real_data_are_needed(plain, weak):
@@ -761,7 +767,7 @@ def test_squares_and_classes_are_the_plain_formula(mix, backbone, colour, weak):
     plain = condense.distill("random", colour, 2, network=NETWORK)
     labels = small(plain, colour, weak, backbone=str(backbone), loss_kind="mse", gamma=0.3, mix=mix).labels
     images, ids = plain.training_images()
-    views, targets = labels.shown(images, ids[[4, 0, 3]], 5)
+    views, targets = labels.training_batch(images, ids[[4, 0, 3]], 5)
     drawn = labels.views.draw(labels.seed, 5, len(images), images.shape[2:])
     assert torch.equal(views, labels.views.apply(images, torch.tensor([4, 0, 3]), drawn))
     truth = torch.zeros(3, 3, dtype=torch.float64)
@@ -779,7 +785,7 @@ def test_squares_and_classes_are_the_plain_formula(mix, backbone, colour, weak):
     wanted = (rows - asked.double()).square().mean() - 0.3 * (truth * rows.log_softmax(1)).sum(1).mean()
     assert math.isclose(float(labels.loss(given, targets)), float(wanted), rel_tol=1e-5)
     bare = small(plain, colour, weak, backbone=str(backbone), loss_kind="mse", mix=mix).labels
-    _, alone = bare.shown(images, ids[[4, 0, 3]], 5)
+    _, alone = bare.training_batch(images, ids[[4, 0, 3]], 5)
     assert alone.shape == (3, 3) and bare.hard is None
     assert math.isclose(float(bare.loss(given, alone)), float((rows - alone.double()).square().mean()), rel_tol=1e-5)
 
@@ -791,7 +797,7 @@ def test_distributions_are_those_of_a_teacher(squared, backbone, plain, colour, 
     images, ids = plain.training_images()
     given = torch.randn(3, 3)
     for epoch in (0, 4):
-        mine, others = labels.shown(images, ids, epoch), live.shown(images, ids, epoch)
+        mine, others = labels.training_batch(images, ids, epoch), live.training_batch(images, ids, epoch)
         assert torch.equal(mine[0], others[0]) and torch.equal(mine[1], others[1])
         assert torch.equal(labels.loss(given, mine[1]), live.loss(given, others[1]))
 
@@ -803,11 +809,11 @@ RULE = ViewRule(mix="cutmix", min_scale=0.5)
 
 def trained(task, weak, backbone, steps, **options):
     config = projection.Projection(backbone=str(backbone), projector_steps=steps, projector_batch=9, projector_lr=0.02)
-    return projection.fitted(task, weak, config, RULE, 7, device=CPU, **options)[0]
+    return projection.train_projector(task, weak, config, RULE, 7, device=CPU, **options)[0]
 
 
 def test_training_lowers_the_loss_of_other_views(colour, weak, backbone, monkeypatch):
-    lessons = projection.Lessons(colour, weak, RULE, 99, 0.1)
+    lessons = projection.ProjectorSource(colour, weak, RULE, 99, 0.1)
     seen = [lessons.batch(torch.arange(36), epoch) for epoch in range(4)]
 
     def loss(made):
@@ -826,7 +832,7 @@ def test_training_lowers_the_loss_of_other_views(colour, weak, backbone, monkeyp
 
 def test_lessons_are_of_the_views_that_the_weak_teachers_saw(colour, weak):
     ids = torch.tensor([0, 30, 15])
-    views, targets = projection.Lessons(colour, weak, RULE, 0, 0.25).batch(ids, 3)
+    views, targets = projection.ProjectorSource(colour, weak, RULE, 0, 0.25).batch(ids, 3)
     drawn = RULE.draw(rng.key(0, "lesson", 3, 0), 0, 3, (16, 16))
     assert torch.equal(views, RULE.apply(colour.batch(ids), torch.arange(3), drawn))
     truth, own = torch.zeros(3, 3), [0, 2, 1]
@@ -836,8 +842,8 @@ def test_lessons_are_of_the_views_that_the_weak_teachers_saw(colour, weak):
     assert float(truth.max(1).values.min()) < 1
     torch.testing.assert_close(targets[:, 1], truth)
     torch.testing.assert_close(targets[:, 0], weak(views), rtol=1e-5, atol=1e-5)
-    assert not torch.equal(views, projection.Lessons(colour, weak, RULE, 0, 0.25).batch(ids, 4)[0])
-    whole = projection.Lessons(colour, weak, ViewRule(mix="none"), 0, 0.25)
+    assert not torch.equal(views, projection.ProjectorSource(colour, weak, RULE, 0, 0.25).batch(ids, 4)[0])
+    whole = projection.ProjectorSource(colour, weak, ViewRule(mix="none"), 0, 0.25)
     assert whole.batch(ids, 3)[1][:, 1].tolist() == torch.eye(3)[[0, 2, 1]].tolist()
     given = torch.randn(3, 3)
     rows = given.double()
@@ -871,7 +877,9 @@ def test_a_training_with_other_settings_begins_anew(colour, weak, backbone, tmp_
     def fit(report=None, **settings):
         words = {"projector_steps": 4, "projector_batch": 9, **settings}
         config = projection.Projection(backbone=str(backbone), **words)
-        return projection.fitted(colour, weak, config, RULE, 7, device=CPU, checkpoint=place, report=report)[0].arrays()
+        return projection.train_projector(colour, weak, config, RULE, 7, device=CPU, checkpoint=place, report=report)[
+            0
+        ].arrays()
 
     def stop(done):
         if done == 3:
@@ -886,9 +894,9 @@ def test_a_training_with_other_settings_begins_anew(colour, weak, backbone, tmp_
 
 
 def test_statistics_of_the_batch_are_those_of_lessons(colour, weak):
-    views, targets = projection.Lessons(colour, weak, RULE, 7, 0.1, "batch", 5).batch(torch.arange(10), 0)
-    assert torch.equal(targets[:, 0], answers(weak, views, statistics="batch", micro=5))
-    assert not torch.allclose(targets[:, 0], answers(weak, views), atol=1e-3)
+    views, targets = projection.ProjectorSource(colour, weak, RULE, 7, 0.1, "batch", 5).batch(torch.arange(10), 0)
+    assert torch.equal(targets[:, 0], compute_logits(weak, views, statistics="batch", micro=5))
+    assert not torch.allclose(targets[:, 0], compute_logits(weak, views), atol=1e-3)
 
 
 def test_loss_and_teachers_of_a_set_that_is_a_projectors(colour, backbone, plain, weak):
@@ -915,13 +923,13 @@ def test_experts_of_some_epochs_teach_together(plain, colour, backbone, tmp_path
     file = condense.api.experts(
         colour, network="convnet-d2-w8-in", count=2, epochs=3, out=tmp_path / "experts.h5"
     ).file.path
-    asked, fitted = [], projection.fitted
+    asked, fitted = [], projection.train_projector
 
     def watched(task, weak, *words, **options):
         asked.append(weak)
         return fitted(task, weak, *words, **options)
 
-    monkeypatch.setattr(kinds, "fitted", watched)
+    monkeypatch.setattr(kinds, "train_projector", watched)
     light = lighten(plain, "projector", colour, teachers=file, weak_epochs="1,3", backbone=str(backbone), **QUICK)
     assert light.manifest["label_source"]["weak_epochs"] == [1, 3]
     late = {"teachers": file, "weak_epochs": "1,99", "backbone": str(backbone)}
@@ -935,7 +943,7 @@ def test_experts_of_some_epochs_teach_together(plain, colour, backbone, tmp_path
 
 @pytest.mark.parametrize("name", [None, "condense-rn"])
 def test_the_bytes_that_a_plan_states(name, plain, colour, weak, request):
-    word = SHIPPED[0] if name is None else clip_word(request.getfixturevalue("clips"), name)
+    word = BUNDLED_BACKBONES[0] if name is None else clip_word(request.getfixturevalue("clips"), name)
     config = projection.Projection(backbone=word)
     planned, external = projection.projector_bytes(colour.shape, colour.classes, config)
     labels = lighten(plain, "projector", colour, teacher=weak, backbone=word, projector_steps=1).labels
@@ -966,7 +974,7 @@ def test_refined_patches_are_nearer_to_the_large_ones(colour):
         **{key: settings[key] for key in settings if key not in ("network", "precision")}
     )
     scorer = relabelling.get_teachers(config, run).members[0].network
-    encoder = pretrained.find(SHIPPED[0], colour.shape, CPU).encoder
+    encoder = pretrained.find_backbone(BUNDLED_BACKBONES[0], colour.shape, CPU).encoder
     large, tiles = [], []
     for c in range(3):
         crops, images, views = patches.most_confident_crops(run, scorer, c, config.pool, config.crops, config.factor)
@@ -998,7 +1006,7 @@ def test_with_labels_of_teachers_it_is_rded(factor, colour):
     hello = condense.distill("hello", colour, 2, factor=factor, labels="teacher", refine_steps=0, **PATCHES)
     assert torch.equal(hello.stored, rded.stored) and hello.labels.kind == "teacher"
     images, ids = rded.training_images()
-    for mine, others in zip(hello.labels.shown(images, ids, 1), rded.labels.shown(images, ids, 1)):
+    for mine, others in zip(hello.labels.training_batch(images, ids, 1), rded.labels.training_batch(images, ids, 1)):
         assert torch.equal(mine, others)
 
 
@@ -1010,7 +1018,7 @@ def test_hello_is_judged_beside_random_images_with_the_same_labels(colour, backb
     assert made.labels.kind == "projector" and made.manifest["label_source"]["teachers"]["networks"] == [NETWORK]
     quick = dataclasses.replace(protocol.get_protocol("quick-v1"), steps=3, labels="soft")
     monkeypatch.setattr(evaluation, "get_protocol", lambda name: quick)
-    asked, anew = [], ProjectorLabels.anew
+    asked, anew = [], ProjectorLabels.label_images
 
     def watched(self, images, teacher, seed, hard=None):
         labels = anew(self, images, teacher, seed, hard)
@@ -1022,8 +1030,8 @@ def test_hello_is_judged_beside_random_images_with_the_same_labels(colour, backb
     assert [(entry["arm"], entry["labels"]) for entry in record["results"]] == [("distilled", "own"), ("random", "own")]
     assert not record["missing"] and record["set"]["bytes"]["external"] == made.labels.external_nbytes()
     ((images, teacher, labels),) = asked
-    assert isinstance(teacher, Merged) and not torch.equal(images, made.training_images()[0])
-    views, targets = labels.shown(images, torch.arange(3), 0)
+    assert isinstance(teacher, MergedProjector) and not torch.equal(images, made.training_images()[0])
+    views, targets = labels.training_batch(images, torch.arange(3), 0)
     torch.testing.assert_close(targets, (made.labels.teacher(views) / labels.temperature).softmax(1))
     backbone.unlink()
     line = refusal(lambda: condense.evaluate(condense.load(file), colour, networks=NETWORK, runs=1, controls=[]))

@@ -16,8 +16,8 @@ def protocol(**changes):
 
 def test_budgets():
     assert [protocol().recipe(size, mirror=True).steps for size in (10, 256, 257, 500)] == [1000, 1000, 2000, 2000]
-    assert protocol().recipe(10, mirror=True).rate(499) == 0.01
-    assert protocol().recipe(10, mirror=True).rate(500) == pytest.approx(0.001)
+    assert protocol().recipe(10, mirror=True).lr_at(499) == 0.01
+    assert protocol().recipe(10, mirror=True).lr_at(500) == pytest.approx(0.001)
     assert protocol().recipe(10, mirror=True, lr=0.5, steps=7).lr == 0.5
 
 

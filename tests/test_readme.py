@@ -61,13 +61,13 @@ def test_the_walk_through_teaches_a_network(tmp_path, monkeypatch, short_protoco
     """Its Python as it stands, with the ready-made set (hard labels) and with one of per-view labels."""
     from condense import networks, rng
     from condense.sets import relabel
-    from condense.training import Recipe, Student, TaskSource, train
+    from condense.training import Student, TaskSource, TrainConfig, train
 
     monkeypatch.chdir(tmp_path)
     task = condense.task("digits")
     with rng.seeded("teacher"):
-        teacher = networks.build("convnet-d2-w16-in", task.shape, 10)
-    recipe = Recipe(steps=150, batch=64, lr=0.05, momentum=0.9, weight_decay=0.0)
+        teacher = networks.build_network("convnet-d2-w16-in", task.shape, 10)
+    recipe = TrainConfig(steps=150, batch=64, lr=0.05, momentum=0.9, weight_decay=0.0)
     train([Student(teacher, TaskSource(task, torch.device("cpu")), 0)], recipe, device=torch.device("cpu"))
     real = condense.distill("random", task, 10, network="convnet-d2-w16-in")
     relabel(real, teacher, epochs=20, temperature=4.0).save("someone.h5")

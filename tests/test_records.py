@@ -35,12 +35,12 @@ def test_scores_equal_worked_values():
         results = [
             entry("distilled", [0.5]), entry("random", [0.5 - ior]), entry("full", [0.5 + hlr], labels="hard"),
         ]  # fmt: skip
-        got = scoring.scores(results)["n"]
+        got = scoring.compute_scores(results)["n"]
         assert got["HLR"]["value"] == pytest.approx(hlr) and got["IOR"]["value"] == pytest.approx(ior)
         assert got["LRS"]["value"] == pytest.approx(lrs, abs=5e-5)
         assert got["LRS"]["ci95"] is None
-    assert scoring.normalised(-1) == 0 and scoring.normalised(1) == 1
-    assert scoring.normalised(0) == pytest.approx(0.2689, abs=5e-5)
+    assert scoring.normalise_score(-1) == 0 and scoring.normalise_score(1) == 1
+    assert scoring.normalise_score(0) == pytest.approx(0.2689, abs=5e-5)
 
 
 def test_ars_by_hand():
@@ -50,13 +50,13 @@ def test_ars_by_hand():
     ]  # fmt: skip
     beta = 0.5 * 0.2 + 0.5 * 0.04
     expected = (math.exp(beta) - math.exp(-1)) / (math.exp(1) - math.exp(-1))
-    assert scoring.scores(results)["n"]["ARS"]["value"] == pytest.approx(expected)
+    assert scoring.compute_scores(results)["n"]["ARS"]["value"] == pytest.approx(expected)
 
 
 def test_differences_are_paired_by_run():
     """Runs that move together leave a small interval, however far apart they are."""
     results = [entry("distilled", [0.5, 0.6, 0.7]), entry("random", [0.4, 0.5, 0.62])]
-    got = scoring.scores(results)["n"]["IOR"]
+    got = scoring.compute_scores(results)["n"]["IOR"]
     differences = [0.1, 0.1, 0.08]
     half = 4.302653 * statistics.stdev(differences) / math.sqrt(3)
     mean = statistics.fmean(differences)
@@ -66,18 +66,18 @@ def test_differences_are_paired_by_run():
 
 def test_resampling_is_the_exact_distribution_of_resampled_means():
     """With two runs a resample is (a,a), (a,b), (b,a) or (b,b), so the interval is that of the extremes."""
-    got = scoring.resampled(lambda x: x, [0.2, 0.6])
+    got = scoring.bootstrap_score(lambda x: x, [0.2, 0.6])
     assert got["value"] == pytest.approx(0.4)
     assert got["ci95"] == pytest.approx([0.2, 0.6])
-    assert scoring.resampled(lambda x, y: x - y, [0.2, 0.6], [0.1, 0.5])["ci95"] == pytest.approx([0.1, 0.1])
+    assert scoring.bootstrap_score(lambda x, y: x - y, [0.2, 0.6], [0.1, 0.5])["ci95"] == pytest.approx([0.1, 0.1])
 
 
 def test_the_hard_labels_of_a_soft_set_are_what_hlr_compares():
     results = [
         entry("distilled", [0.6]), entry("distilled", [0.4], labels="hard"), entry("full", [0.9], labels="hard"),
     ]  # fmt: skip
-    assert scoring.scores(results, "soft")["n"]["HLR"]["value"] == pytest.approx(0.5)
-    assert "HLR" not in scoring.scores([results[0], results[2]], "soft")["n"]
+    assert scoring.compute_scores(results, "soft")["n"]["HLR"]["value"] == pytest.approx(0.5)
+    assert "HLR" not in scoring.compute_scores([results[0], results[2]], "soft")["n"]
 
 
 def test_cross_architecture_drop_by_hand():
@@ -101,8 +101,8 @@ def test_time_to_accuracy_shares_out_what_was_made():
 
 
 def test_a_foreign_cost_is_reduced_to_what_is_known():
-    assert records.known_cost({"seconds": "x", "preparation_seconds": 2.0, "mood": 1}) == {"preparation_seconds": 2.0}
-    assert records.known_cost(None) == {} == records.known_cost({"seconds": float("-1")})
+    assert records.valid_cost({"seconds": "x", "preparation_seconds": 2.0, "mood": 1}) == {"preparation_seconds": 2.0}
+    assert records.valid_cost(None) == {} == records.valid_cost({"seconds": float("-1")})
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
@@ -112,7 +112,7 @@ def test_a_foreign_cost_is_reduced_to_what_is_known():
 def record():
     results = [entry("distilled", [0.5, 0.6]), entry("random", [0.4, 0.5])]
     return {
-        "schema": records.SCHEMA,
+        "schema": records.RECORD_SCHEMA,
         "set": {
             "name": "digits/dm-ipc1", "sha256": "0" * 64, "method": "dm", "dataset": "digits", "ipc": 1, "seed": 0,
             "label_kind": "hard", "network": "n", "command": None,
@@ -121,7 +121,7 @@ def record():
         },
         "data": {"name": "digits", "fingerprint": "f", "same": True},
         "protocol": {"name": "quick-v1", "version": 1, "labels": "hard"},
-        "runs": 2, "seed": 0, "results": results, "missing": [], "scores": scoring.scores(results),
+        "runs": 2, "seed": 0, "results": results, "missing": [], "scores": scoring.compute_scores(results),
         "cross_architecture": None, "time": scoring.time_to_accuracy(results, {}), "cost": {},
         "environment": {
             "condense": "0", "torch": "0", "python": "3", "platform": "x", "device": "y", "threads": 1,
@@ -181,10 +181,10 @@ def test_records_from_before_these_fields_are_good(record):
 
 
 def test_external_bytes_are_told_apart(record):
-    assert "external" not in records.table(record)
+    assert "external" not in records.format_record(record)
     record["set"]["bytes"].update(external=44_700_000, total=44_700_003)
     assert records.check_record(record) == []
-    assert "bytes: 3 bytes stored, 44.7 MB external, 44.7 MB together" in records.table(record).splitlines()
+    assert "bytes: 3 bytes stored, 44.7 MB external, 44.7 MB together" in records.format_record(record).splitlines()
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", "[" * 100_000, '{"schema": NaN}', "\udcff"])

@@ -22,7 +22,7 @@ from PIL import Image
 import condense
 from condense import tracking
 from condense.device import peak_memory
-from condense.engine import CHECKPOINT, PREVIOUS, Run, run
+from condense.engine import CHECKPOINT_FILE, PREVIOUS_CHECKPOINT_FILE, Run, run
 from condense.errors import CondenseError
 from condense.jobs import execute
 from condense.sets import checksums
@@ -96,9 +96,9 @@ def kill_and_resume(folder, steps, kills, seed):
     words = distill(steps)
     for number in range(kills):
         process = start(words, folder)
-        wait_for_change(folder / "run" / CHECKPOINT, process)
+        wait_for_change(folder / "run" / CHECKPOINT_FILE, process)
         if number % 2:
-            wait_for_change(folder / "run" / f"{CHECKPOINT}.tmp", process)
+            wait_for_change(folder / "run" / f"{CHECKPOINT_FILE}.tmp", process)
         else:
             time.sleep(random.uniform(0, 0.03))
         process.kill()
@@ -137,7 +137,7 @@ def test_killed_ten_times(tmp_path, uninterrupted, seed):
 
 def test_ctrl_c(tmp_path, uninterrupted):
     process = start(distill(60), tmp_path)
-    wait_for_change(tmp_path / "run" / CHECKPOINT, process)
+    wait_for_change(tmp_path / "run" / CHECKPOINT_FILE, process)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and out == ""
@@ -150,7 +150,7 @@ def test_ctrl_c(tmp_path, uninterrupted):
 
 
 def saved_step(folder):
-    return torch.load(folder / CHECKPOINT, weights_only=True)["step"]
+    return torch.load(folder / CHECKPOINT_FILE, weights_only=True)["step"]
 
 
 def test_two_ranks_make_the_set_of_one(tmp_path, uninterrupted):
@@ -219,7 +219,7 @@ class Killed(BaseException):
 
 def killed_run(data, folder, at, checkpoints, monkeypatch):
     """A run of 6 steps that dies after step ``at``, with checkpoints only after the steps ``checkpoints``."""
-    after_step, save = run._Keeper.after_step, Run.save_checkpoint
+    after_step, save = run._StepMonitor.after_step, Run.save_checkpoint
 
     def dying(keeper, step, stop):
         after_step(keeper, step, stop)
@@ -233,7 +233,7 @@ def killed_run(data, folder, at, checkpoints, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setenv("CONDENSE_CHECKPOINT_SECONDS", "0")
         patch.setattr(run, "LOG_SECONDS", 0.0)
-        patch.setattr(run._Keeper, "after_step", dying)
+        patch.setattr(run._StepMonitor, "after_step", dying)
         patch.setattr(Run, "save_checkpoint", saving)
         with pytest.raises(Killed):
             condense.distill("dm", str(data), 1, run_dir=folder, out=folder.with_suffix(".h5"), **SETTINGS)
@@ -249,9 +249,9 @@ def test_a_damaged_checkpoint_falls_back_to_the_previous_one(fault, data, tmp_pa
     folder = tmp_path / "run"
     killed_run(data, folder, at=4, checkpoints={2, 3, 4}, monkeypatch=monkeypatch)
     assert saved_step(folder) == 4
-    damage(folder / CHECKPOINT, fault)
+    damage(folder / CHECKPOINT_FILE, fault)
     assert checksums(execute.resume(folder).arrays()) == whole
-    assert (f"{folder / CHECKPOINT} is damaged" in caplog.text) == (fault != "missing")
+    assert (f"{folder / CHECKPOINT_FILE} is damaged" in caplog.text) == (fault != "missing")
 
 
 def damage(path, fault):
@@ -270,7 +270,7 @@ def damage(path, fault):
 def test_without_any_whole_checkpoint_the_run_starts_over(data, tmp_path, whole, monkeypatch):
     folder = tmp_path / "run"
     killed_run(data, folder, at=4, checkpoints={2, 3}, monkeypatch=monkeypatch)
-    for name in (CHECKPOINT, PREVIOUS):
+    for name in (CHECKPOINT_FILE, PREVIOUS_CHECKPOINT_FILE):
         damage(folder / name, "truncated")
     assert checksums(execute.resume(folder).arrays()) == whole
     killed_run(data, tmp_path / "early", at=2, checkpoints=(), monkeypatch=monkeypatch)
@@ -305,7 +305,7 @@ def test_tensorboard_has_each_step_once(data, tmp_path, monkeypatch):
 def test_no_tracker(data, call, tmp_path):
     assert call(f"{TINY} --track none").code == 0
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
-        CHECKPOINT, "config.json", "log.jsonl", "previews", "result.json",
+        CHECKPOINT_FILE, "config.json", "log.jsonl", "previews", "result.json",
     ]  # fmt: skip
 
 
@@ -372,7 +372,7 @@ def test_out_of_memory_names_the_knobs(fault, data, call, monkeypatch):
 
 
 def test_sigterm_saves_too(data, call, tmp_path, whole, monkeypatch):
-    after_step = run._Keeper.after_step
+    after_step = run._StepMonitor.after_step
 
     def terminated(keeper, step, stop):
         after_step(keeper, step, stop)
@@ -380,7 +380,7 @@ def test_sigterm_saves_too(data, call, tmp_path, whole, monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run._Keeper, "after_step", terminated)
+        patch.setattr(run._StepMonitor, "after_step", terminated)
         result = call(TINY)
     assert result.code == 130
     assert result.err == "condense: stopped at step 4 of 6; go on with: condense resume run\n"
@@ -392,7 +392,7 @@ def test_sigterm_saves_too(data, call, tmp_path, whole, monkeypatch):
 def test_a_second_ctrl_c_stops_one_process_at_once(world, tiny, tmp_path):
     """Torchrun sends every rank a second one anyway."""
     running = Run(tiny, 1, NETWORK, directory=tmp_path)
-    running.ranks.world = world
+    running.ranks.world_size = world
     with running.stop_on_signal():
         signal.raise_signal(signal.SIGINT)
         assert running._stop
@@ -415,10 +415,10 @@ def test_progress_without_a_terminal_is_plain_lines(data, call, monkeypatch):
 
 
 def test_a_network_given_in_python_is_not_mistaken_for_another(data, tmp_path):
-    from condense.networks import build
+    from condense.networks import build_network
 
     def mine(shape, classes):
-        return build("convnet-d1-w8-in", shape, classes)
+        return build_network("convnet-d1-w8-in", shape, classes)
 
     settings = {**SETTINGS, "network": mine}
     made = condense.distill("dm", str(data), 1, run_dir=tmp_path / "run", **settings)

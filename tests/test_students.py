@@ -8,9 +8,19 @@ import torch
 import torch.nn.functional as F
 
 from condense import networks, rng
-from condense.augment import dsa
+from condense.augment import make_augmentation
 from condense.labels import HardLabels, SoftLabels
-from condense.training import FixedSource, Recipe, Student, TaskSource, accuracy, batch_ids, checkpoint, config, train
+from condense.training import (
+    FixedSource,
+    Student,
+    TaskSource,
+    TrainConfig,
+    accuracy,
+    batch_ids,
+    checkpoint,
+    config,
+    train,
+)
 
 CPU = torch.device("cpu")
 NET = "convnet-d2-w8-in"
@@ -20,7 +30,7 @@ def students(network, count, shape=(1, 8, 8), size=10, labels=None):
     made = []
     for k in range(count):
         with rng.seeded("student", k):
-            net = networks.build(network, shape, 3)
+            net = networks.build_network(network, shape, 3)
         images = torch.randn(size, *shape, generator=rng.generator("images", k))
         source = FixedSource(images, labels or HardLabels(torch.arange(size) % 3, 3))
         made.append(Student(net, source, rng.key("seed", k)))
@@ -34,9 +44,9 @@ def recipe(**changes):
         "lr": 0.05,
         "momentum": 0.9,
         "weight_decay": 5e-4,
-        "augment": dsa("color_crop_cutout"),
+        "augment": make_augmentation("color_crop_cutout"),
     }
-    return Recipe(**{**base, **changes})
+    return TrainConfig(**{**base, **changes})
 
 
 @pytest.mark.parametrize("network", ["convnet-d2-w8-in", "convnet-d2-w8-bn", "mlp"])
@@ -99,7 +109,7 @@ def test_progress_counts_every_student():
 
 def test_learns_the_real_task(tiny):
     with rng.seeded("net"):
-        net = networks.build("convnet-d2-w8-in", tiny.shape, tiny.num_classes)
+        net = networks.build_network("convnet-d2-w8-in", tiny.shape, tiny.num_classes)
     student = Student(net, TaskSource(tiny, CPU), 0)
     train([student], recipe(steps=60, batch=12, augment=None), device=CPU)
     assert accuracy(net, tiny, device=CPU) > 0.9
@@ -214,7 +224,7 @@ def test_damaged_and_foreign_files_are_ignored(damage, tmp_path, always):
     elif damage == "text":
         file.write_text("hello")
     elif damage == "pickle":
-        torch.save(config.Recipe, file)
+        torch.save(config.TrainConfig, file)
     else:
         torch.save({"weights": torch.zeros(3)}, file)
     done, after = first_step(file)
@@ -264,7 +274,7 @@ def test_mixed_targets_are_weighed(together):
     from condense.augment import cutmix
 
     pupils = students(NET, 1 + together)
-    plan = Recipe(steps=1, batch=64, lr=0.1, momentum=0.0, weight_decay=0.0, drops=(), cutmix=1.0)
+    plan = TrainConfig(steps=1, batch=64, lr=0.1, momentum=0.0, weight_decay=0.0, lr_milestones=(), cutmix=1.0)
     expected = []
     for student in pupils:
         net, source = copy.deepcopy(student.network), student.source
@@ -285,7 +295,7 @@ def test_mixed_targets_are_weighed(together):
 
 @pytest.mark.parametrize("together", [False, True])
 def test_a_watcher_sees_the_weights_on_the_way(together):
-    plan = Recipe(steps=5, batch=8, lr=0.1, momentum=0.9, weight_decay=0.0, drops=())
+    plan = TrainConfig(steps=5, batch=8, lr=0.1, momentum=0.9, weight_decay=0.0, lr_milestones=())
     seen = {}
 
     def watch(k, step, state):

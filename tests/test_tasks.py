@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from condense.data import DataOptions, Split, Task, datasets, load
+from condense.data import DataOptions, Split, Task, datasets, load_task
 from condense.data import arrays as arrays_module
 from condense.data.decoding import decode_images
 from condense.data.task import Rows
@@ -73,7 +73,7 @@ def test_import_is_light_and_names_are_listed():
 
 
 def test_digits():
-    task = load("digits")
+    task = load_task("digits")
     assert (task.name, task.source, task.shape, task.num_classes) == ("digits", "digits", (1, 8, 8), 10)
     assert not task.mirror
     assert len(task.train) + len(task.test) == 1797
@@ -83,11 +83,11 @@ def test_digits():
     assert set(np.unique(task.train.images)) <= {round(v * 255 / 16) for v in range(17)}
     # the split and its order are part of every record: a change of either changes this
     assert task.fingerprint.startswith("40915144fe8b10f2")
-    assert load("digits").fingerprint == task.fingerprint
+    assert load_task("digits").fingerprint == task.fingerprint
 
 
 def test_folder_pixels_labels_names(tmp_path):
-    task = load(str(folder(tmp_path / "pets")))
+    task = load_task(str(folder(tmp_path / "pets")))
     assert (task.name, task.classes, task.shape) == ("pets", CLASSES, (3, 6, 5))
     assert task.source == str(tmp_path / "pets") and task.mirror
     assert np.array_equal(task.train.labels, np.repeat([0, 1, 2], 5)) and task.train.labels.dtype == np.int64
@@ -102,7 +102,7 @@ def test_folder_pixels_labels_names(tmp_path):
 
 def test_folder_is_decoded_once(tmp_path, monkeypatch):
     root = folder(tmp_path / "pets")
-    first = load(root)
+    first = load_task(root)
     assert isinstance(first.train.images, np.memmap) and not first.train.images.flags.writeable
 
     def fail(*_):
@@ -110,8 +110,8 @@ def test_folder_is_decoded_once(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(Image, "open", fail)
-        again = load(root)
-        moved = load(root.rename(tmp_path / "animals"))
+        again = load_task(root)
+        moved = load_task(root.rename(tmp_path / "animals"))
     for task in (again, moved):
         assert task.fingerprint == first.fingerprint
         assert np.array_equal(task.test.images, first.test.images)
@@ -122,29 +122,29 @@ def test_folder_is_decoded_once(tmp_path, monkeypatch):
 
 def test_cache_notices_changes(tmp_path):
     root = folder(tmp_path / "pets")
-    first = load(root)
+    first = load_task(root)
     # other names in the same order, other times: decoded again to the same content
     for file in sorted(root.rglob("*.png")):
         file.rename(file.with_name(f"x{file.name}"))
-    assert load(root).fingerprint == first.fingerprint
+    assert load_task(root).fingerprint == first.fingerprint
     Image.fromarray(picture("other")).save(root / "train" / "ant" / "x000.png")
-    changed = load(root)
+    changed = load_task(root)
     assert changed.fingerprint != first.fingerprint
     assert np.array_equal(changed.train.images[0], picture("other").transpose(2, 0, 1))
-    assert load(root, DataOptions(grey=True)).shape == (1, 6, 5)
-    assert load(root, DataOptions(resize=4)).shape == (3, 4, 4)
-    assert load(root).shape == (3, 6, 5)
+    assert load_task(root, DataOptions(grey=True)).shape == (1, 6, 5)
+    assert load_task(root, DataOptions(resize=4)).shape == (3, 4, 4)
+    assert load_task(root).shape == (3, 6, 5)
 
 
 def test_broken_cache_is_rebuilt_and_a_cut_off_one_leaves_nothing(tmp_path, monkeypatch):
     root = folder(tmp_path / "pets")
-    first = load(root)
+    first = load_task(root)
     (place,) = (tmp_path / "cache" / "images").iterdir()
     (place / "train.npy").write_bytes((place / "train.npy").read_bytes()[:-7])
-    rebuilt = load(root)
+    rebuilt = load_task(root)
     assert isinstance(rebuilt.train.images, np.memmap) and rebuilt.fingerprint == first.fingerprint
     (place / "meta.json").write_text("{")
-    assert load(root).fingerprint == first.fingerprint
+    assert load_task(root).fingerprint == first.fingerprint
 
     opened = Image.open
 
@@ -156,13 +156,13 @@ def test_broken_cache_is_rebuilt_and_a_cut_off_one_leaves_nothing(tmp_path, monk
     with monkeypatch.context() as patch:
         patch.setattr(Image, "open", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            load(root, DataOptions(grey=True))
+            load_task(root, DataOptions(grey=True))
     assert list(place.parent.iterdir()) == [place]
 
     killed = place.parent / ".tmp-of-a-killed-process"
     killed.mkdir()
     os.utime(killed, (time.time() - 2 * 86400,) * 2)
-    load(root, DataOptions(grey=True))
+    load_task(root, DataOptions(grey=True))
     assert not killed.exists()
 
 
@@ -173,11 +173,11 @@ def test_second_process_that_fills_the_same_cache(tmp_path, monkeypatch):
     def late(source, target):
         """The other process finishes just before our rename."""
         monkeypatch.setattr(os, "rename", rename)
-        load(root)
+        load_task(root)
         rename(source, target)
 
     monkeypatch.setattr(os, "rename", late)
-    task = load(root)
+    task = load_task(root)
     assert isinstance(task.train.images, np.memmap)
     assert len(list((tmp_path / "cache" / "images").iterdir())) == 1
 
@@ -185,7 +185,7 @@ def test_second_process_that_fills_the_same_cache(tmp_path, monkeypatch):
 @pytest.mark.parametrize("fault", ["unwritable", "full", "full while writing"])
 def test_without_a_cache_images_stay_in_memory(tmp_path, monkeypatch, caplog, fault):
     root = folder(tmp_path / "pets")
-    expected = load(root)
+    expected = load_task(root)
     monkeypatch.setenv("CONDENSE_CACHE", str(tmp_path / "other"))
     if fault == "unwritable":
         (tmp_path / "other").write_text("a file, where a folder should be")
@@ -197,7 +197,7 @@ def test_without_a_cache_images_stay_in_memory(tmp_path, monkeypatch, caplog, fa
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(os, "fsync", full)
-    task = load(root)
+    task = load_task(root)
     assert not isinstance(task.train.images, np.memmap)
     assert task.fingerprint == expected.fingerprint and np.array_equal(task.test.images, expected.test.images)
     (warning,) = caplog.messages
@@ -208,10 +208,10 @@ def test_without_a_cache_images_stay_in_memory(tmp_path, monkeypatch, caplog, fa
 @pytest.mark.parametrize("parts", [("train",), ("",)])
 def test_folder_without_test_part_is_split(tmp_path, parts):
     root = folder(tmp_path / "pets", per_class=7, parts=parts)
-    task = load(root)
+    task = load_task(root)
     assert task.classes == CLASSES and task.counts.tolist() == [6, 6, 6]
     assert np.bincount(task.test.labels).tolist() == [1, 1, 1]
-    assert task.fingerprint == load(root, name="same").fingerprint
+    assert task.fingerprint == load_task(root, name="same").fingerprint
     every = {picture(parts[0], name, index).tobytes() for name in CLASSES for index in range(7)}
     found = [image.transpose(1, 2, 0).tobytes() for split in (task.train, task.test) for image in split.images]
     assert set(found) == every and len(found) == len(every)
@@ -225,7 +225,7 @@ def test_folder_ignores_what_is_no_image_and_looks_into_subfolders(tmp_path):
     (root / "train" / "bee" / "more").mkdir()
     Image.fromarray(picture("more")).save(root / "train" / "bee" / "more" / "A.JPEG")
     (root / "test").rename(root / "val")
-    task = load(root)
+    task = load_task(root)
     assert task.counts.tolist() == [5, 6, 5] and len(task.test) == 15
 
 
@@ -240,7 +240,7 @@ def test_parallel_decoding_equals_serial(tmp_path, fork):
     parallel = list(decode_images(paths, (3, 6, 5), "RGB", None, workers=3, fork=fork))
     assert [len(chunk) for chunk in parallel] == [len(chunk) for chunk in serial] == [256, 256, 256, 132]
     assert np.array_equal(np.concatenate(serial), expected) and np.array_equal(np.concatenate(parallel), expected)
-    task = load(root)
+    task = load_task(root)
     stored = np.concatenate([task.train.images, task.test.images])
     assert sorted(image.tobytes() for image in stored) == sorted(image.tobytes() for image in expected)
     broken = sorted((root / "train" / "cat").iterdir())[250]
@@ -249,7 +249,7 @@ def test_parallel_decoding_equals_serial(tmp_path, fork):
     with pytest.raises(CondenseError, match=message):
         list(decode_images(paths, (3, 6, 5), "RGB", None, workers=3, fork=fork))
     with pytest.raises(CondenseError, match=message):
-        load(root)
+        load_task(root)
 
 
 def test_pixel_modes(tmp_path):
@@ -266,11 +266,11 @@ def test_pixel_modes(tmp_path):
         (tmp_path / "grey" / name).mkdir(parents=True)
         for file, (image, _) in files.items():
             image.save(tmp_path / "grey" / name / file)
-    task = load(tmp_path / "grey")
+    task = load_task(tmp_path / "grey")
     assert task.shape == (1, 6, 5)  # the majority is grey
     loaded = {image.tobytes() for split in (task.train, task.test) for image in split.images}
     assert loaded == {grey.tobytes()}
-    assert load(tmp_path / "grey", DataOptions(grey=False)).shape == (3, 6, 5)
+    assert load_task(tmp_path / "grey", DataOptions(grey=False)).shape == (3, 6, 5)
 
     root = folder(tmp_path / "rgb")
     rgba = np.concatenate([picture("rgba"), picture("alpha", size=(6, 5, 1))], axis=2)
@@ -283,7 +283,7 @@ def test_pixel_modes(tmp_path):
     exif[0x0112] = 6  # to be shown turned by a quarter
     turned.save(root / "train" / "ant" / "003.png", exif=exif)
     Image.fromarray(picture("cmyk")).convert("CMYK").save(root / "train" / "ant" / "004.tif")
-    images = load(root).train.images
+    images = load_task(root).train.images
     assert np.array_equal(images[0], rgba[:, :, :3].transpose(2, 0, 1))
     assert np.array_equal(images[1], np.stack([grey] * 3))
     assert np.array_equal(images[2], np.asarray(palette.convert("RGB")).transpose(2, 0, 1))
@@ -296,19 +296,19 @@ def test_resize_is_that_of_torchvision(tmp_path):
     root = folder(tmp_path / "pets")
     with pytest.raises(CondenseError) as error:
         Image.fromarray(picture("large", size=(17, 31, 3))).save(root / "train" / "ant" / "002.png")
-        load(root)
+        load_task(root)
     message = str(error.value)
     assert "5x6" in message and "31x17" in message and "ant/000.png" in message and "ant/002.png" in message
     assert "give resize=N" in message
     for side in (4, 9, 24):
-        task = load(root, DataOptions(resize=side))
+        task = load_task(root, DataOptions(resize=side))
         assert task.shape == (3, side, side)
         image = Image.open(root / "train" / "ant" / "002.png")
         expected = np.asarray(Compose([Resize(side), CenterCrop(side)])(image)).transpose(2, 0, 1)
         assert np.array_equal(task.train.images[2], expected)
     # arrays go through torch's antialiased bilinear kernel instead of PIL's: at most a rounding apart
     made = arrays(shape=(3, 17, 31))
-    resized = load(made, DataOptions(resize=8)).train.images.astype(int)
+    resized = load_task(made, DataOptions(resize=8)).train.images.astype(int)
     for image, result in zip(made["train_images"], resized):
         by_pil = np.asarray(Compose([Resize(8), CenterCrop(8)])(Image.fromarray(image.transpose(1, 2, 0))))
         assert np.abs(by_pil.transpose(2, 0, 1).astype(int) - result).max() <= 1
@@ -354,24 +354,24 @@ def test_folder_faults_are_one_line(tmp_path, fault):
     make, expected = FOLDER_FAULTS[fault]
     make(tmp_path / "set")
     with pytest.raises(CondenseError, match=expected) as error:
-        load(tmp_path / "set")
+        load_task(tmp_path / "set")
     assert "\n" not in str(error.value) and str(tmp_path / "set") in str(error.value)
     assert not list((tmp_path / "cache").rglob("*.npy"))
 
 
 def test_names_and_paths(tmp_path, monkeypatch):
     root = folder(tmp_path / "my pets")
-    assert load(root).name == "my-pets"
-    named = load(f"pets={root}")
+    assert load_task(root).name == "my-pets"
+    named = load_task(f"pets={root}")
     assert (named.name, named.source) == ("pets", f"pets={root}")
-    assert load(named.source).name == "pets"
-    assert load(root, name="other").name == "other"
-    assert load("mine=digits").source == "mine=digits" and load("mine=digits").name == "mine"
+    assert load_task(named.source).name == "pets"
+    assert load_task(root, name="other").name == "other"
+    assert load_task("mine=digits").source == "mine=digits" and load_task("mine=digits").name == "mine"
     monkeypatch.chdir(root)
-    assert load(".").source == str(root) and load("./train", name="x").classes == CLASSES
+    assert load_task(".").source == str(root) and load_task("./train", name="x").classes == CLASSES
     for name in ("a/b", "", ".x"):
         with pytest.raises(CondenseError, match="use letters"):
-            load(root, name=name)
+            load_task(root, name=name)
     for given, expected in {
         "cifar01": "did you mean 'cifar10'",
         "nothing/like/this": "no such file or folder$",
@@ -379,7 +379,7 @@ def test_names_and_paths(tmp_path, monkeypatch):
         str(root / "train" / "ant" / "000.png"): "give a folder of images",
     }.items():
         with pytest.raises(CondenseError, match=expected):
-            load(given)
+            load_task(given)
 
 
 # Arrays and datasets -------------------------------------------------------------------------------------------------
@@ -387,7 +387,7 @@ def test_names_and_paths(tmp_path, monkeypatch):
 
 def test_array_layouts_are_one_data_set():
     base = arrays(shape=(3, 4, 5))
-    expected = load(base)
+    expected = load_task(base)
     assert (expected.name, expected.source, expected.classes) == ("data", None, ("0", "1", "2"))
     assert np.array_equal(expected.train.images, base["train_images"])
     last = {key: value.transpose(0, 2, 3, 1) if "images" in key else value for key, value in base.items()}
@@ -397,20 +397,20 @@ def test_array_layouts_are_one_data_set():
         "y_train": base["train_labels"][:, None]
     }
     for same in (last, tensors, floats, keras):
-        task = load(same)
+        task = load_task(same)
         assert task.train.images.dtype == np.uint8 and task.train.images.flags.c_contiguous
         assert task.fingerprint == expected.fingerprint
     grey = arrays(shape=(4, 5))
-    assert load(grey).shape == (1, 4, 5)
-    assert load(arrays(shape=(3, 4, 3))).shape == (3, 4, 3)  # both axes could be channels: the second one is
-    assert load(grey, DataOptions(grey=False)).shape == (3, 4, 5)
-    assert load(base, DataOptions(grey=True)).shape == (1, 4, 5)
+    assert load_task(grey).shape == (1, 4, 5)
+    assert load_task(arrays(shape=(3, 4, 3))).shape == (3, 4, 3)  # both axes could be channels: the second one is
+    assert load_task(grey, DataOptions(grey=False)).shape == (3, 4, 5)
+    assert load_task(base, DataOptions(grey=True)).shape == (1, 4, 5)
 
 
 def test_float_pixels_are_kept():
     made = arrays()
     made["train_images"] = made["train_images"] / 300
-    task = load(made)
+    task = load_task(made)
     assert task.train.images.dtype == task.test.images.dtype == np.float32
     assert np.array_equal(task.pixels(torch.arange(12)).numpy(), made["train_images"].astype(np.float32))
     pixels = made["train_images"]
@@ -418,7 +418,7 @@ def test_float_pixels_are_kept():
     np.testing.assert_allclose(task.transform.arrays()["std"], pixels.std(axis=(0, 2, 3)), rtol=1e-5)
     constant = arrays()
     constant["train_images"][:, 1] = 7
-    assert load(constant).transform.arrays()["std"][1] == np.float32(1e-3)
+    assert load_task(constant).transform.arrays()["std"][1] == np.float32(1e-3)
 
 
 def _with(**changes):
@@ -457,31 +457,31 @@ ARRAY_FAULTS = {
 def test_array_faults_are_one_line(fault):
     change, expected = ARRAY_FAULTS[fault]
     with pytest.raises(CondenseError, match=expected) as error:
-        load(change(arrays()))
+        load_task(change(arrays()))
     assert "\n" not in str(error.value)
 
 
 def test_arrays_without_test_part_are_split():
     made = arrays(train=30)
-    task = load((made["train_images"], made["train_labels"]))
+    task = load_task((made["train_images"], made["train_labels"]))
     assert task.counts.tolist() == [8, 8, 8] and np.bincount(task.test.labels).tolist() == [2, 2, 2]
 
 
 def test_array_files(tmp_path):
     made = arrays()
-    expected = load(made | {"classes": CLASSES}).fingerprint
+    expected = load_task(made | {"classes": CLASSES}).fingerprint
     np.savez(tmp_path / "mine.npz", classes=np.array(CLASSES), **made)  # type: ignore[arg-type]
     with h5py.File(tmp_path / "mine.h5", "w") as file:
         for key, value in made.items():
             file[key] = value
         file["classes"] = list(CLASSES)
     for path in (tmp_path / "mine.npz", tmp_path / "mine.h5"):
-        task = load(path)
+        task = load_task(path)
         assert (task.name, task.classes, task.fingerprint) == ("mine", CLASSES, expected)
         assert task.source == str(path)
     keras = {other: made[key] for key, other in arrays_module.ALIASES.items()}
     np.savez(tmp_path / "keras.npz", **keras)  # type: ignore[arg-type]
-    assert load(tmp_path / "keras.npz").fingerprint == load(made).fingerprint
+    assert load_task(tmp_path / "keras.npz").fingerprint == load_task(made).fingerprint
 
     np.savez(tmp_path / "pickled.npz", train_images=np.array([{}]), train_labels=np.array([0]))
     (tmp_path / "broken.npz").write_bytes((tmp_path / "mine.npz").read_bytes()[:300])
@@ -497,7 +497,7 @@ def test_array_files(tmp_path):
         "empty.npz": "no train_images, train_labels",
     }.items():
         with pytest.raises(CondenseError, match=expected) as error:
-            load(tmp_path / name)
+            load_task(tmp_path / name)
         assert name in str(error.value) and "\n" not in str(error.value)
 
 
@@ -521,18 +521,18 @@ def test_torch_datasets():
     from torchvision.transforms import Compose, Normalize, ToTensor
 
     pair = (Pictures("train"), Pictures("test"))
-    task = load(pair, name="mine")
+    task = load_task(pair, name="mine")
     assert (task.name, task.classes, task.source) == ("mine", CLASSES, None)
     assert np.array_equal(task.train.images[4], picture("train", 4).transpose(2, 0, 1))
     as_tensors = (Pictures("train", transform=ToTensor()), Pictures("test", transform=ToTensor()))
-    assert load(as_tensors).fingerprint == task.fingerprint
-    assert load(pair, DataOptions(resize=4, grey=True)).shape == (1, 4, 4)
-    assert load(Pictures("train", count=15)).counts.tolist() == [4, 4, 4]
+    assert load_task(as_tensors).fingerprint == task.fingerprint
+    assert load_task(pair, DataOptions(resize=4, grey=True)).shape == (1, 4, 4)
+    assert load_task(Pictures("train", count=15)).counts.tolist() == [4, 4, 4]
     made = arrays()
     tensor_set = torch.utils.data.TensorDataset(
         torch.from_numpy(made["train_images"]), torch.from_numpy(made["train_labels"])
     )
-    assert np.array_equal(load((tensor_set, tensor_set)).train.images, made["train_images"])
+    assert np.array_equal(load_task((tensor_set, tensor_set)).train.images, made["train_images"])
 
     class Stream(torch.utils.data.IterableDataset):
         def __iter__(self):
@@ -548,7 +548,7 @@ def test_torch_datasets():
         (([(torch.zeros(1, 4, 4), "cat")],), "label 'cat'"),
     ):
         with pytest.raises(CondenseError, match=expected):
-            load(data)
+            load_task(data)
 
 
 # Registered sets -----------------------------------------------------------------------------------------------------
@@ -557,10 +557,10 @@ def test_torch_datasets():
 def test_absent_sets_say_where_and_how(tmp_path, monkeypatch):
     for name in ("mnist", "fashion-mnist", "svhn", "cifar10", "cifar100"):
         with pytest.raises(CondenseError, match=rf"'{name}' is not.*--download fetches it") as error:
-            load(name)
+            load_task(name)
         assert str(tmp_path / "data") in str(error.value)
     with pytest.raises(CondenseError, match=r"tiny-imagenet-200\.zip and unzip it into"):
-        load("tiny-imagenet", download=True)
+        load_task("tiny-imagenet", download=True)
 
     import torchvision.datasets
 
@@ -569,7 +569,7 @@ def test_absent_sets_say_where_and_how(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", offline)
     with pytest.raises(CondenseError, match=r"'cifar10' could not be downloaded to .*: no route to host$"):
-        load("cifar10", download=True)
+        load_task("cifar10", download=True)
 
 
 def test_mnist_from_its_own_files(tmp_path):
@@ -580,13 +580,13 @@ def test_mnist_from_its_own_files(tmp_path):
         header = np.array([0x803, 20, 28, 28], ">i4").tobytes()
         (raw / f"{part}-images-idx3-ubyte").write_bytes(header + images.tobytes())
         (raw / f"{part}-labels-idx1-ubyte").write_bytes(np.array([0x801, 20], ">i4").tobytes() + labels.tobytes())
-    task = load("mnist")
+    task = load_task("mnist")
     assert (task.name, task.shape, task.mirror, task.num_classes) == ("mnist", (1, 28, 28), False, 10)
     assert np.array_equal(task.train.images[:, 0], images)
     assert task.transform.arrays()["mean"] == np.float32(0.1307) and task.transform.arrays()["std"] == np.float32(
         0.3081
     )
-    assert load("mnist", DataOptions(grey=False)).transform.arrays()["mean"].shape == (3,)
+    assert load_task("mnist", DataOptions(grey=False)).transform.arrays()["mean"].shape == (3,)
 
 
 def test_colour_sets_through_torchvision(monkeypatch):
@@ -607,7 +607,7 @@ def test_colour_sets_through_torchvision(monkeypatch):
 
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", Cifar)
     monkeypatch.setattr(torchvision.datasets, "SVHN", Svhn)
-    cifar, svhn = load("cifar10"), load("svhn")
+    cifar, svhn = load_task("cifar10"), load_task("svhn")
     assert cifar.mirror and not svhn.mirror
     assert cifar.classes == tuple("abcdefghij") and svhn.classes == tuple("0123456789")
     for task, mean in ((cifar, 0.4914), (svhn, 0.4377)):
@@ -630,7 +630,7 @@ def test_tiny_imagenet_layout(tmp_path):
         image.save(root / "val" / "images" / f"val_{number}.JPEG", quality=100)
     (root / "val" / "val_annotations.txt").write_text("\n".join(lines) + "\n")
     (root / "wnids.txt").write_text("n02\nn01\nn03\n")
-    task = load("tiny-imagenet")
+    task = load_task("tiny-imagenet")
     assert (task.name, task.classes, task.shape) == ("tiny-imagenet", ("n01", "n02", "n03"), (3, 8, 8))
     assert task.test.labels.tolist() == [0, 1, 2] and task.counts.tolist() == [4, 4, 4]
     assert task.transform.arrays()["mean"].tolist() == np.array([0.485, 0.456, 0.406], np.float32).tolist()
@@ -639,27 +639,27 @@ def test_tiny_imagenet_layout(tmp_path):
         assert np.abs(task.test.images[label].astype(int) - expected).max() < 8  # JPEG
     (root / "wnids.txt").write_text("n02\nn01\n")
     with pytest.raises(CondenseError, match=r"not those of wnids\.txt"):
-        load("tiny-imagenet")
+        load_task("tiny-imagenet")
 
 
 # Options -------------------------------------------------------------------------------------------------------------
 
 
 def test_options():
-    assert load("digits", DataOptions(resize=16)).shape == (1, 16, 16)
-    assert load("digits", DataOptions(mirror=True)).mirror
-    task = load(arrays(), DataOptions(mirror=False))
+    assert load_task("digits", DataOptions(resize=16)).shape == (1, 16, 16)
+    assert load_task("digits", DataOptions(mirror=True)).mirror
+    task = load_task(arrays(), DataOptions(mirror=False))
     assert not task.mirror and task.options == DataOptions(mirror=False)
-    assert load(task) is task and load(task, task.options, name="data") is task
+    assert load_task(task) is task and load_task(task, task.options, name="data") is task
     for change in ({"options": DataOptions()}, {"name": "x"}):
         with pytest.raises(CondenseError, match="loaded already"):
-            load(task, **change)
+            load_task(task, **change)
     with pytest.raises(CondenseError, match="resize=0"):
         DataOptions(resize=0)
 
 
 def test_zca_whitens_the_train_images():
-    task = load("digits", DataOptions(zca=True))
+    task = load_task("digits", DataOptions(zca=True))
     assert task.transform.kind == "zca"
     ids = torch.arange(len(task.train))
     whitened = task.batch(ids)
@@ -675,7 +675,7 @@ def test_zca_whitens_the_train_images():
 
 def test_batches():
     made = arrays()
-    task = load(made)
+    task = load_task(made)
     ids = torch.tensor([7, 0, 7])
     assert torch.equal(task.raw(ids), torch.from_numpy(made["train_images"][[7, 0, 7]]))
     assert torch.equal(task.pixels(ids), torch.from_numpy(made["train_images"][[7, 0, 7]]).float() / 255)
@@ -694,7 +694,7 @@ def test_batches():
 
 def uneven() -> Task:
     labels = np.repeat([0, 1, 2, 3], [40, 2, 17, 300])[Draws("order").permutation(359).numpy()]
-    return load((picture("uneven", size=(359, 2, 2)), labels, picture("test", size=(4, 2, 2)), np.arange(4)))
+    return load_task((picture("uneven", size=(359, 2, 2)), labels, picture("test", size=(4, 2, 2)), np.arange(4)))
 
 
 def test_per_class_draws_without_replacement():
@@ -759,12 +759,12 @@ def test_a_gpu_serves_what_the_cpu_serves(monkeypatch):
 
 
 def test_to_shares_the_arrays():
-    task = load(arrays(), DataOptions(mirror=False), name="mine")
+    task = load_task(arrays(), DataOptions(mirror=False), name="mine")
     moved = task.to("cpu")
     assert moved is not task and moved.train is task.train and moved.options == task.options
     assert (moved.name, moved.mirror, moved.fingerprint) == ("mine", False, task.fingerprint)
     assert torch.equal(moved.batch(torch.arange(5)), task.batch(torch.arange(5)))
-    other = task.to("cpu", load("digits").transform)  # another training space
+    other = task.to("cpu", load_task("digits").transform)  # another training space
     assert torch.equal(other.batch(torch.arange(5)), other.transform(task.pixels(torch.arange(5))))
 
 

@@ -24,7 +24,7 @@ from torch import nn
 
 import condense
 from condense import hdf5, networks, registry, rng
-from condense.augment import dsa
+from condense.augment import make_augmentation
 from condense.data import cache_dir
 from condense.engine import Interrupted, Run
 from condense.errors import CondenseError
@@ -50,7 +50,7 @@ from condense.pretraining import (
     train_trajectory_file,
 )
 from condense.sets import DistilledSet
-from condense.training import FixedSource, Recipe, Student, batch_ids, loop, train
+from condense.training import FixedSource, Student, TrainConfig, batch_ids, loop, train
 from condense.training import config as config_module
 
 NETWORK, PLAIN = "convnet-d2-w8-bn", "convnet-d1-w8-in"
@@ -100,29 +100,29 @@ def trained(task, network=NETWORK, number=0, options=OPTIONS):
 
 def test_the_cosine_is_the_closed_form():
     for stretch in (1.0, 2.0):
-        recipe = Recipe(40, 8, 0.3, 0.9, 0.0, schedule="cosine", stretch=stretch)
+        recipe = TrainConfig(40, 8, 0.3, 0.9, 0.0, schedule="cosine", stretch=stretch)
         for step in range(40):
             expected = 0.3 * math.cos(math.pi * step / (80 * stretch)) ** 2  # half the angle, squared
-            assert recipe.rate(step) == pytest.approx(expected, rel=1e-12)
-    assert Recipe(40, 8, 0.3, 0.9, 0.0, schedule="cosine", stretch=2.0).rate(40) == pytest.approx(0.15)
+            assert recipe.lr_at(step) == pytest.approx(expected, rel=1e-12)
+    assert TrainConfig(40, 8, 0.3, 0.9, 0.0, schedule="cosine", stretch=2.0).lr_at(40) == pytest.approx(0.15)
 
 
 @pytest.mark.parametrize("schedule", ["drops", "cosine"])
 def test_the_warmup_grows_linearly_to_the_schedule(schedule):
-    plain, warm = (Recipe(40, 8, 0.3, 0.9, 0.0, schedule=schedule, warmup=share) for share in (0.0, 0.25))
+    plain, warm = (TrainConfig(40, 8, 0.3, 0.9, 0.0, schedule=schedule, warmup=share) for share in (0.0, 0.25))
     for step in range(10):
-        assert warm.rate(step) == pytest.approx(plain.rate(step) * (step + 1) / 10)
-    assert [warm.rate(step) for step in range(10, 40)] == [plain.rate(step) for step in range(10, 40)]
+        assert warm.lr_at(step) == pytest.approx(plain.lr_at(step) * (step + 1) / 10)
+    assert [warm.lr_at(step) for step in range(10, 40)] == [plain.lr_at(step) for step in range(10, 40)]
 
 
 def a_student(network, k=0, size=10):
     with rng.seeded("teacher test", k):
-        net = networks.build(network, (1, 8, 8), 3)
+        net = networks.build_network(network, (1, 8, 8), 3)
     images = torch.randn(size, 1, 8, 8, generator=rng.generator("images", k))
     return Student(net, FixedSource(images, HardLabels(torch.arange(size) % 3, 3)), rng.key("seed", k))
 
 
-ADAMW = Recipe(9, 4, 0.02, 0.9, 0.3, optimizer="adamw", schedule="cosine", warmup=0.3)
+ADAMW = TrainConfig(9, 4, 0.02, 0.9, 0.3, optimizer="adamw", schedule="cosine", warmup=0.3)
 
 
 def test_adamw_is_that_of_torch_and_decays_matrices_only():
@@ -198,17 +198,17 @@ def test_a_killed_training_by_adamw_goes_on_bit_for_bit(together, tmp_path, monk
 
 def test_recipes_of_before_are_known_as_before():
     """Files and scores are known by this text; a setting that came later shows where it acts."""
-    old = Recipe(5, 4, 0.1, 0.9, 5e-4, drops=(0.5,), augment=dsa("crop"))
-    assert str(old) == (
-        "Recipe(steps=5, batch=4, lr=0.1, momentum=0.9, weight_decay=0.0005, drops=(0.5,), drop_factor=0.1, "
-        f"augment={dsa('crop')!r}, cutmix=0.0)"
+    old = TrainConfig(5, 4, 0.1, 0.9, 5e-4, lr_milestones=(0.5,), augment=make_augmentation("crop"))
+    assert old.cache_key() == (
+        "Recipe(steps=5, batch=4, lr=0.1, momentum=0.9, weight_decay=0.0005, lr_milestones=(0.5,), lr_gamma=0.1, "
+        f"augment={make_augmentation('crop')!r}, cutmix=0.0)"
     )
-    assert list(old.known()) == [
+    assert list(old.cache_key_fields()) == [
         "steps", "batch", "lr", "momentum", "weight_decay", "drops", "drop_factor", "augment", "cutmix"
     ]  # fmt: skip
     for change in ({"optimizer": "adamw"}, {"schedule": "cosine"}, {"stretch": 2.0}, {"warmup": 0.1}):
         ((name, value),) = change.items()
-        assert f"{name}={value!r}" in str(dataclasses.replace(old, **change))
+        assert f"{name}={value!r}" in dataclasses.replace(old, **change).cache_key()
 
 
 def test_words_that_are_none_are_refused():
@@ -218,12 +218,12 @@ def test_words_that_are_none_are_refused():
         ({"schedule": "cosin"}, "schedule=cosin: unknown; did you mean 'cosine'?"),
         ({"stretch": 0.5}, "stretch=0.5: must be at least 1"),
     ):
-        assert refusal(lambda change=change: Recipe(5, 4, 0.1, 0.9, 0.0, **change)) == line
+        assert refusal(lambda change=change: TrainConfig(5, 4, 0.1, 0.9, 0.0, **change)) == line
         assert refusal(lambda change=change: dataclasses.replace(known, **change)) == f"dc-v1: {line}"
 
 
 def test_a_warmup_out_of_range_is_refused():
-    assert refusal(lambda: Recipe(5, 4, 0.1, 0.9, 0.0, warmup=-0.1)) == "warmup=-0.1: must be 0 to 1"
+    assert refusal(lambda: TrainConfig(5, 4, 0.1, 0.9, 0.0, warmup=-0.1)) == "warmup=-0.1: must be 0 to 1"
 
 
 def test_a_protocol_hands_its_rule_on():
@@ -425,7 +425,7 @@ def resign(file, fault, name):
         entry["sha256"] = "0" * 64
     else:
         entry["number"] = "one"
-    hdf5.sign(file, saved.FORMAT, manifest)
+    hdf5.write_manifest(file, saved.TEACHER_FORMAT, manifest)
 
 
 def test_claims_beyond_the_file_are_not_allocated(good, monkeypatch):
@@ -514,9 +514,9 @@ def test_a_last_batch_of_one_is_refused_where_it_has_no_variance(tiny, tmp_path,
 def test_the_committee_gives_the_weighted_mean_of_its_members(tiny, good):
     committee, images = provided(tiny, file=str(good), count=2), tiny.batch(torch.arange(5))
     logits = torch.stack([trained(tiny, number=k).eval()(images) for k in range(2)]).detach()
-    mean = committee.mean()
+    mean = committee.ensemble()
     torch.testing.assert_close(mean(images), logits.mean(0))
-    torch.testing.assert_close(committee.mean([3, 1])(images), 0.75 * logits[0] + 0.25 * logits[1])
+    torch.testing.assert_close(committee.ensemble([3, 1])(images), 0.75 * logits[0] + 0.25 * logits[1])
     assert not mean.training and mean(images).dtype == torch.float32
     assert not any(parameter.requires_grad for parameter in mean.parameters())
     state = mean.state_dict()
@@ -528,7 +528,7 @@ def test_the_committee_gives_the_weighted_mean_of_its_members(tiny, good):
     assert wanted.grad.abs().sum() > 0
     assert committee.nbytes() == 2 * sum(v.nbytes for v in trained(tiny).state_dict().values())
     for weights in ([1.0], [1.0, -1.0], [0.0, 0.0], [1.0, math.nan]):
-        assert "give one of at least 0 for each" in refusal(lambda weights=weights: committee.mean(weights))
+        assert "give one of at least 0 for each" in refusal(lambda weights=weights: committee.ensemble(weights))
 
 
 def test_what_is_described_is_found_and_served_again(tiny, good):
@@ -538,7 +538,7 @@ def test_what_is_described_is_found_and_served_again(tiny, good):
     assert told["accuracies"] == [pytest.approx(committee.members[0].accuracy)] and told["seconds"] > 0
     assert find_teachers(told) == good
     one, all_of_it = load_teacher_ensemble(good, CPU, tiny.shape, 3, described=told), load_teacher_ensemble(good, CPU)
-    torch.testing.assert_close(one(images), committee.mean()(images))
+    torch.testing.assert_close(one(images), committee.ensemble()(images))
     assert not torch.allclose(one(images), all_of_it(images)) and not one.training
     assert "another image size ([1, 8, 8], not [3, 8, 8])" in refusal(
         lambda: load_teacher_ensemble(good, CPU, (3, 8, 8), 3)
@@ -596,7 +596,7 @@ def test_a_damaged_file_of_the_cache_is_mended(tiny):
 
 def test_a_network_from_python_is_not_kept(tiny):
     def mine(shape, classes):
-        return networks.build(NETWORK, shape, classes)
+        return networks.build_network(NETWORK, shape, classes)
 
     committee = provided(tiny, a_run(tiny, mine), architectures=[mine], count=2)
     assert [member.number for member in committee.members] == [0, 1]
@@ -673,7 +673,7 @@ def test_a_checkpoint_is_a_teacher(form, tiny, tmp_path, caplog):
     run = a_run(tiny)
     committee = provided(tiny, run, file=save(tmp_path, state))
     images = tiny.batch(torch.arange(5))
-    assert torch.equal(committee.mean()(images), net.eval()(images))
+    assert torch.equal(committee.ensemble()(images), net.eval()(images))
     assert committee.members[0].accuracy == loop.accuracy(net, tiny, device=CPU)
     assert (
         "preparation" not in run.notes
@@ -692,11 +692,11 @@ def test_a_checkpoint_is_a_teacher(form, tiny, tmp_path, caplog):
 def test_a_checkpoint_in_the_names_of_its_library(tmp_path):
     task = condense.task(tiny_arrays(channels=3, size=32), name="tiny")
     with rng.seeded("library"):
-        net = networks.build("torchvision:shufflenet_v2_x0_5", task.shape, 3)
+        net = networks.build_network("torchvision:shufflenet_v2_x0_5", task.shape, 3)
     file = save(tmp_path, net.model.state_dict())
     committee = provided(task, file=file, architectures=["torchvision:shufflenet_v2_x0_5"])
     images = task.batch(torch.arange(2))
-    assert torch.equal(committee.mean()(images), net.eval()(images))
+    assert torch.equal(committee.ensemble()(images), net.eval()(images))
 
 
 class Trap:
@@ -710,7 +710,7 @@ def test_what_is_no_fitting_checkpoint_is_refused(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     net = trained(tiny)
     good = net.state_dict()
-    wider = networks.build(NETWORK, tiny.shape, 10).state_dict()
+    wider = networks.build_network(NETWORK, tiny.shape, 10).state_dict()
     lacking = {name: value for name, value in good.items() if name != "classify.bias"}
     for state, expected in (
         (wider, f"does not fit {NETWORK} for 1x8x8 images of 3 classes: 2 of another shape: classify.weight (10x"),
@@ -732,7 +732,7 @@ def test_what_is_no_fitting_checkpoint_is_refused(tiny, tmp_path, monkeypatch):
 
 
 def test_a_teacher_that_knows_nothing_is_told(tiny, tmp_path, caplog):
-    net = networks.build(NETWORK, tiny.shape, 3)
+    net = networks.build_network(NETWORK, tiny.shape, 3)
     with torch.no_grad():
         net.classify.weight.zero_()
         net.classify.bias.copy_(torch.tensor([1.0, 0.0, 0.0]))
@@ -757,24 +757,24 @@ def test_public_weights_take_images_of_the_training_space(zca, channels, tmp_pat
     task = condense.task(tiny_arrays(channels=channels), name="tiny", zca=zca)
     mean, std = [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]
     head = Head(3)
-    weights = pretrained_module.Weights(3, mean, std, (8, 8), lambda: copy.deepcopy(head), "place", "origin")
+    weights = pretrained_module.PublicWeights(3, mean, std, (8, 8), lambda: copy.deepcopy(head), "place", "origin")
     monkeypatch.setattr(pretrained_module, "torchvision_weights", lambda name, named: weights)
     run, ids = a_run(task), torch.arange(5)
     committee = provided(task, run, file="torchvision:head")
     require_batch_norm(committee)
     shape = (3, 1, 1)
     pixels = (task.pixels(ids).expand(-1, 3, -1, -1) - torch.tensor(mean).view(shape)) / torch.tensor(std).view(shape)
-    torch.testing.assert_close(committee.mean()(task.batch(ids)), head.eval()(pixels), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(committee.ensemble()(task.batch(ids)), head.eval()(pixels), rtol=1e-3, atol=1e-3)
     told = json.loads(json.dumps(run.notes["teachers"]))
     assert find_teachers(told) == Path("torchvision:head") and "preparation" not in run.notes
     again = load_teacher_ensemble(find_teachers(told), CPU, task.shape, 3, described=told, transform=task.transform)
-    torch.testing.assert_close(again(task.batch(ids)), committee.mean()(task.batch(ids)))
+    torch.testing.assert_close(again(task.batch(ids)), committee.ensemble()(task.batch(ids)))
 
 
 def test_several_public_weights_are_a_committee(tiny, monkeypatch):
     heads = {name: Head(3) for name in ("one", "two")}
     known = {
-        name: pretrained_module.Weights(
+        name: pretrained_module.PublicWeights(
             3, [0.5] * 3, [0.2] * 3, (8, 8), lambda head=head: copy.deepcopy(head), "place", "origin"
         )
         for name, head in heads.items()
@@ -785,7 +785,7 @@ def test_several_public_weights_are_a_committee(tiny, monkeypatch):
     assert [member.name for member in committee.members] == file.split(",")
     told, images = json.loads(json.dumps(run.notes["teachers"])), tiny.batch(torch.arange(5))
     again = load_teacher_ensemble(find_teachers(told), CPU, tiny.shape, 3, described=told, transform=tiny.transform)
-    torch.testing.assert_close(again(images), committee.mean()(images))
+    torch.testing.assert_close(again(images), committee.ensemble()(images))
     assert dataclasses.replace(OPTIONS, teachers=file).wanted("mlp") == 2
     assert dataclasses.replace(OPTIONS, num_teachers=3).wanted("mlp") == 3
 
@@ -859,13 +859,13 @@ def test_settings_are_checked_and_used(tiny):
     recipe = training.recipe
     assert (recipe.lr, recipe.weight_decay, recipe.batch, recipe.optimizer) == (0.3, 0.1, 9, "adamw")
     assert (recipe.schedule, recipe.momentum, recipe.cutmix, training.epochs) == ("cosine", 0.9, 0.4, 7)
-    assert recipe.augment == dsa("crop_flip", variant="flip-always", mirror=tiny.mirror)
+    assert recipe.augment == make_augmentation("crop_flip", variant="flip-always", mirror=tiny.mirror)
 
 
 def soft_set(task, committee, weights=None):
     """Real images with labels of a committee, as a method would store them."""
     images, _ = task.per_class(1, (0, "soft set"))
-    labels = SoftLabels(committee.mean(weights)(images))
+    labels = SoftLabels(committee.ensemble(weights)(images))
     source = {"teachers": committee.describe(), "weights": weights}
     manifest = {
         **condense.distill("random", task, 1, network=NETWORK).manifest, "space": "training", "label_source": source
@@ -876,36 +876,36 @@ def soft_set(task, committee, weights=None):
 def test_the_source_of_labels_is_found_or_named(tiny, good, tmp_path):
     committee, images = provided(tiny, count=2), tiny.batch(torch.arange(5))
     made_set = soft_set(tiny, committee, [3.0, 1.0])
-    found, why = label_source.recorded_teacher(made_set, None, CPU)
-    assert why == "" and torch.equal(found(images), committee.mean([3.0, 1.0])(images))
+    found, why = label_source.find_label_teacher(made_set, None, CPU)
+    assert why == "" and torch.equal(found(images), committee.ensemble([3.0, 1.0])(images))
     record = condense.evaluate(made_set, tiny, networks=[NETWORK], runs=1, protocol="quick-soft-v1", cache=False)
     assert ("random", "own") in {(entry["arm"], entry["labels"]) for entry in record["results"]}
     for path in (cache_dir() / "teachers").glob("*.h5"):
         path.rename(tmp_path / "moved.h5")
-    assert label_source.recorded_teacher(made_set, None, CPU) == (
+    assert label_source.find_label_teacher(made_set, None, CPU) == (
         None, "the teachers that its labels came from are not found; give --teachers FILE"
     )  # fmt: skip
-    found, _ = label_source.recorded_teacher(made_set, tmp_path / "moved.h5", CPU)
-    assert torch.equal(found(images), committee.mean([3.0, 1.0])(images))
+    found, _ = label_source.find_label_teacher(made_set, tmp_path / "moved.h5", CPU)
+    assert torch.equal(found(images), committee.ensemble([3.0, 1.0])(images))
     others = made(tiny, tmp_path / "others.h5", options=dataclasses.replace(OPTIONS, teacher_lr=0.1)).file.path
-    line = refusal(lambda: label_source.recorded_teacher(made_set, others, CPU))
+    line = refusal(lambda: label_source.find_label_teacher(made_set, others, CPU))
     assert line.startswith(f"--teachers {others}: holds other teachers")
 
 
 def test_either_kind_of_file_serves_where_the_manifest_names_none(tiny, good, tmp_path):
     made_set, images = soft_set(tiny, provided(tiny)), tiny.batch(torch.arange(5))
-    recipe = Recipe(steps=0, batch=8, lr=0.05, momentum=0.0, weight_decay=0.0, drops=())
+    recipe = TrainConfig(steps=0, batch=8, lr=0.05, momentum=0.0, weight_decay=0.0, lr_milestones=())
     run = Run(tiny, 1, PLAIN, quiet=True, track="none")
     experts = train_trajectory_file(run, ExpertTraining(recipe), tmp_path / "e.h5", count=1, epochs=1).file.path
     assert "another format (condense.trajectories)" in refusal(
-        lambda: label_source.recorded_teacher(made_set, experts, CPU)
+        lambda: label_source.find_label_teacher(made_set, experts, CPU)
     )
     del made_set.manifest["label_source"]
-    found, _ = label_source.recorded_teacher(made_set, experts, CPU)
+    found, _ = label_source.find_label_teacher(made_set, experts, CPU)
     assert torch.equal(found(images), load_expert_ensemble(experts, CPU)(images))
-    found, _ = label_source.recorded_teacher(made_set, good, CPU)
+    found, _ = label_source.find_label_teacher(made_set, good, CPU)
     assert torch.equal(found(images), load_teacher_ensemble(good, CPU)(images))
-    assert label_source.recorded_teacher(made_set, None, CPU) == (None, "")
+    assert label_source.find_label_teacher(made_set, None, CPU) == (None, "")
 
 
 TEACHERS = f"teachers --data tiny.npz --networks {NETWORK},{PLAIN} {SMALL} --precision fp32"
@@ -954,7 +954,7 @@ class Mine(TeacherOptions):
 
 def a_method(task, config, run):
     """Real images, labelled by teachers."""
-    from condense.engine import Group
+    from condense.engine import ParamGroup
     from condense.sets import SyntheticOptions, SyntheticSet
 
     committee = load_or_train_teachers(
@@ -966,8 +966,8 @@ def a_method(task, config, run):
         batch_norm=True,
     )
     synthetic = SyntheticSet.create(task, run.ipc, SyntheticOptions(), seed=run.seed, device=run.device)
-    for step in run.optimise(synthetic, config.steps, images=Group(0.1)):
-        step.minimise(F.cross_entropy(committee.mean()(synthetic.images), synthetic.classes))
+    for step in run.optimise(synthetic, config.steps, images=ParamGroup(0.1)):
+        step.minimise(F.cross_entropy(committee.ensemble()(synthetic.images), synthetic.classes))
     synthetic.label_source = {"teachers": committee.describe(), "weights": None}
     return synthetic
 

@@ -22,7 +22,7 @@ from pretraining_seams import StoppedRun, forbid_training, train_in_groups
 import condense
 from condense import api, networks, registry, rng
 from condense import device as device_module
-from condense.augment import dsa
+from condense.augment import make_augmentation
 from condense.data import cache_dir
 from condense.engine import Interrupted, Run
 from condense.errors import CondenseError
@@ -43,12 +43,18 @@ from condense.pretraining import (
     trajectories,
 )
 from condense.pretraining import experts as experts_module
-from condense.training import Recipe, loop
+from condense.training import TrainConfig, loop
 
 NETWORK = "convnet-d2-w8-in"
 CPU = torch.device("cpu")
-RECIPE = Recipe(
-    steps=0, batch=8, lr=0.05, momentum=0.0, weight_decay=0.0, drops=(), augment=dsa("color_crop_cutout_scale_rotate")
+RECIPE = TrainConfig(
+    steps=0,
+    batch=8,
+    lr=0.05,
+    momentum=0.0,
+    weight_decay=0.0,
+    lr_milestones=(),
+    augment=make_augmentation("color_crop_cutout_scale_rotate"),
 )
 TRAINING = ExpertTraining(RECIPE)
 MTT = "steps=2 syn_steps=2 max_start_epoch=2 expert_epochs=1 expert_batch=8"
@@ -89,7 +95,7 @@ def damage(path, k, t, name="parameters"):
 @pytest.mark.parametrize("network", [NETWORK, "mlp", "resnet18-bn"])
 def test_a_layout_is_the_parameters_in_module_order(network):
     with rng.seeded("layout test"):
-        net = networks.build(network, (3, 8, 8), 4)
+        net = networks.build_network(network, (3, 8, 8), 4)
     layout = Layout.of(net)
     flat = layout.flatten(net)
     assert flat.shape == (layout.size,) and layout.size == sum(p.numel() for p in net.parameters())
@@ -98,7 +104,7 @@ def test_a_layout_is_the_parameters_in_module_order(network):
     for name, value in layout.unflatten(flat).items():
         assert torch.equal(value, net.get_parameter(name))
     assert Layout.read(json.loads(json.dumps(layout.describe()))) == layout
-    assert layout != Layout.of(networks.build("lenet", (3, 8, 8), 4))
+    assert layout != Layout.of(networks.build_network("lenet", (3, 8, 8), 4))
 
 
 def test_flattening_copies_and_unflattening_does_not(tiny):
@@ -347,7 +353,7 @@ def test_damage_where_nothing_is_read_does_not_matter(tiny, good):
     assert provided(tiny, file=str(good), first=1, last=2).count == 2
     assert provided(tiny, file=str(good), count=1, first=0, last=2).count == 1
     with pytest.raises(CondenseError, match="expert 1 after epoch 0 is damaged"):
-        provided(tiny, file=str(good), first=1, last=2).at(1, 0)
+        provided(tiny, file=str(good), first=1, last=2).params_at(1, 0)
 
 
 def test_sound_experts_of_a_damaged_file_are_kept_where_it_is_replaced(tiny, good):
@@ -388,14 +394,14 @@ def test_experts_serve_new_float32_vectors(tiny, good):
     assert (experts.count, experts.epochs, experts.layout) == (2, 3, layout_of(NETWORK, tiny))
     for k in range(2):
         for t in range(4):
-            found = experts.at(k, t)
+            found = experts.params_at(k, t)
             assert found.dtype == torch.float32 and torch.equal(found, torch.tensor(file.values[k, t]).float())
-    experts.at(0, 0).zero_()
-    assert experts.at(0, 0).any()
-    assert torch.equal(experts.at(1, -1), experts.at(1, 3))
+    experts.params_at(0, 0).zero_()
+    assert experts.params_at(0, 0).any()
+    assert torch.equal(experts.params_at(1, -1), experts.params_at(1, 3))
     for k, t in ((2, 0), (0, 4), (0, -2), (-1, 0)):
         with pytest.raises(IndexError):
-            experts.at(k, t)
+            experts.params_at(k, t)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
@@ -408,15 +414,17 @@ def test_mapped_values_are_those_in_memory(dtype, tiny, tmp_path, monkeypatch):
     far.prefetch([(0, 1), (1, 2)])
     for k in range(2):
         for t in (0, 1, 2, -1):
-            assert torch.equal(near.at(k, t), far.at(k, t))
-    far.at(0, 1).zero_()
-    assert far.at(0, 1).any()
+            assert torch.equal(near.params_at(k, t), far.params_at(k, t))
+    far.params_at(0, 1).zero_()
+    assert far.params_at(0, 1).any()
 
 
 def test_only_the_epochs_that_are_needed_are_loaded(tiny, good):
     experts = provided(tiny, file=str(good), count=1, first=1, last=2)
     assert experts.values.shape == (1, 2, experts.layout.size)
-    assert torch.equal(experts.at(0, 0), provided(tiny, file=str(good)).at(0, 0))  # others are read when asked for
+    assert torch.equal(
+        experts.params_at(0, 0), provided(tiny, file=str(good)).params_at(0, 0)
+    )  # others are read when asked for
     assert provided(tiny, file=str(good), count=9).count == 2
 
 
@@ -438,7 +446,7 @@ def test_a_teacher_is_the_mean_of_the_experts(tiny, good):
     file, images = read_trajectory_file(good), tiny.batch(torch.arange(5))
     logits = []
     for k in range(2):
-        net = networks.build(NETWORK, tiny.shape, 3)
+        net = networks.build_network(NETWORK, tiny.shape, 3)
         net.load_state_dict(file.layout.unflatten(torch.tensor(file.values[k, 3]).float()))
         logits.append(net(images).detach())
     mean = load_expert_ensemble(good, CPU, (1, 8, 8), 3)
@@ -488,7 +496,7 @@ def test_experts_are_kept_and_shared(tiny, monkeypatch):
     again = provided(tiny, other, count=1)
     assert other.notes["preparation"]["from_cache"] == 1 and other.notes["preparation"]["seconds"] > 0
     assert other.elapsed >= other.notes["preparation"]["seconds"] - 0.01  # what the cache saved is still counted
-    assert torch.equal(again.at(0, 2), first.at(0, 2))
+    assert torch.equal(again.params_at(0, 2), first.params_at(0, 2))
 
 
 def test_longer_files_serve_shorter_needs(tiny, monkeypatch):
@@ -496,17 +504,17 @@ def test_longer_files_serve_shorter_needs(tiny, monkeypatch):
     with monkeypatch.context() as patch:
         forbid_training(patch)
         shorter = provided(tiny, epochs=2)
-    assert shorter.epochs == 2 and torch.equal(shorter.at(0, -1), longer.at(0, 2))
+    assert shorter.epochs == 2 and torch.equal(shorter.params_at(0, -1), longer.params_at(0, 2))
     assert shorter._file.path == longer._file.path
     assert shorter.seconds([0]) == pytest.approx(longer.seconds([0]) * 2 / 3)
     own = provided(tiny, epochs=2, count=3)  # two of three would be there: a file of its own
-    assert own._file.path.name.endswith("-e2.h5") and torch.equal(own.at(1, -1), shorter.at(1, -1))
+    assert own._file.path.name.endswith("-e2.h5") and torch.equal(own.params_at(1, -1), shorter.params_at(1, -1))
     told = shorter.describe()["content"]
     assert provided(tiny, epochs=2, count=2).describe()["content"] == told  # whichever file it came from
 
 
 def test_a_schedule_of_the_learning_rate_ties_experts_to_their_length(tiny):
-    dropping = ExpertTraining(dataclasses.replace(RECIPE, drops=(0.5,)))
+    dropping = ExpertTraining(dataclasses.replace(RECIPE, lr_milestones=(0.5,)))
     provided(tiny, training=dropping, epochs=3)
     run = a_run(tiny)
     provided(tiny, run, training=dropping, epochs=2)
@@ -559,8 +567,10 @@ def test_a_named_file_is_free(tiny, good):
 
 
 def test_a_network_from_python_is_not_kept(tiny):
-    experts = provided(tiny, a_run(tiny, lambda: networks.build(NETWORK, tiny.shape, 3)), count=2, epochs=2)
-    assert (experts.count, experts.epochs) == (2, 2) and not torch.equal(experts.at(0, 0), experts.at(0, -1))
+    experts = provided(tiny, a_run(tiny, lambda: networks.build_network(NETWORK, tiny.shape, 3)), count=2, epochs=2)
+    assert (experts.count, experts.epochs) == (2, 2) and not torch.equal(
+        experts.params_at(0, 0), experts.params_at(0, -1)
+    )
     assert not (cache_dir() / "trajectories").exists()
     assert experts.describe()["path"] is None and find_experts(experts.describe()) is None
 

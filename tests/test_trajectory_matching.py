@@ -15,7 +15,7 @@ from condense.judge import protocol
 from condense.methods.trajectory_matching import ast, datm, expert_updates, ftd, mtt
 from condense.networks import Layout
 from condense.sets import SyntheticSet
-from condense.training import Work
+from condense.training import TrainingStep
 
 NETWORK = "convnet-d2-w8-in"
 
@@ -34,7 +34,7 @@ class Quadratic:
             [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes] for _ in range(3)
         )
         self.weights = [weight.requires_grad_() for weight in self.weights]
-        self.work = Work(
+        self.work = TrainingStep(
             weights=self.weights, stacked=count is not None, step=0, epoch=0, clean=torch.zeros(1),
             loss=self.loss, forward=lambda images: images,
         )  # fmt: skip
@@ -90,7 +90,7 @@ def smooth_work(epoch, stacked=False):
     def loss():
         return forward(images).square().mean((-2, -1)).sum()
 
-    return Work([weight], stacked, 0, epoch, images, loss, forward), weight
+    return TrainingStep([weight], stacked, 0, epoch, images, loss, forward), weight
 
 
 @pytest.mark.parametrize("epoch, factor", [(0, 0.5), (3, 0.65), (10, 1.0), (40, 1.0)])
@@ -134,7 +134,7 @@ class Known:
 
 @pytest.fixture
 def known():
-    return Known(networks.build(NETWORK, (1, 8, 8), 3))
+    return Known(networks.build_network(NETWORK, (1, 8, 8), 3))
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_matches_on_the_way(known, kind, weights):
 
 
 def test_a_perturbed_start_changes_convolutions_alone_by_its_length(known):
-    start = known.at(1, 0) + 1
+    start = known.params_at(1, 0) + 1
     moved = ast.perturb_convolutions(start, known, 0.5, (0, "perturb", 1))
     assert torch.equal(moved, ast.perturb_convolutions(start, known, 0.5, (0, "perturb", 1)))
     assert torch.equal(ast.perturb_convolutions(start, known, 0.0, (0, "perturb", 1)), start)
@@ -367,7 +367,7 @@ def test_the_table_goes_from_experts_to_judged_sets(tiny, tmp_path, monkeypatch,
             cli.main(list(words))
         assert ended.value.code == 0, words
 
-    monkeypatch.setattr(equal_time, "condense", condense_here)
+    monkeypatch.setattr(equal_time, "run_condense", condense_here)
     # How many steps fit into the time is the machine's affair; at these rates none of them can diverge.
     short_runs = [*trajectories.SHORT, "lr_img=0.001", "lr_start=0.001"]
     monkeypatch.setattr(trajectories, "RATES", {10: ["lr_lr=1e-12"]})
@@ -433,9 +433,9 @@ def test_a_gate_that_stays_shut_is_told(tiny, caplog):
 @pytest.mark.parametrize("method", ["mtt", "tesla", "ftd", "ast", "datm"])
 def test_a_plan_does_not_stop_at_a_large_loss(tiny, method):
     """Rehearsed experts make a step an epoch, so that students miss them by far."""
-    from condense.jobs import measure
+    from condense.jobs import estimate_cost
 
-    needs = measure(method, tiny, 1, network=NETWORK, num_experts=2, lr_start=1.0)
+    needs = estimate_cost(method, tiny, 1, network=NETWORK, num_experts=2, lr_start=1.0)
     assert needs["seconds"] > 0 and needs["trajectories"]["experts"] == 2
 
 

@@ -23,7 +23,7 @@ def normal(*shape, key="x"):
 def problem(*, soft=False, dtype=torch.float64):
     """A ConvNet on a flat vector, nine images in batches of four, DSA drawn per step and the same in every replay."""
     with rng.seeded("unroll", "net"):
-        net = networks.build("convnet-d2-w4-in", (1, 8, 8), CLASSES).to(dtype)
+        net = networks.build_network("convnet-d2-w4-in", (1, 8, 8), CLASSES).to(dtype)
     shapes = {name: parameter.shape for name, parameter in net.named_parameters()}
     start = torch.cat([parameter.detach().reshape(-1) for parameter in net.parameters()])
     images = normal(ROWS, 1, 8, 8, key="images").to(dtype).requires_grad_()
@@ -31,7 +31,7 @@ def problem(*, soft=False, dtype=torch.float64):
     labels = torch.arange(ROWS) % CLASSES
     if soft:
         leaves["labels"] = normal(ROWS, CLASSES, key="labels").to(dtype).requires_grad_()
-    views = augment.dsa("color_crop_cutout_flip_scale_rotate")
+    views = augment.make_augmentation("color_crop_cutout_flip_scale_rotate")
 
     def step_loss(theta, i):
         ids = rng.Draws("unroll", "batch", i).sample(ROWS, 4)

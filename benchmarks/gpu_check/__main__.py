@@ -51,7 +51,7 @@ from condense.errors import CondenseError
 
 
 @dataclass(frozen=True)
-class Stage:
+class CheckStage:
     """A part of the script."""
 
     name: str
@@ -62,26 +62,26 @@ class Stage:
 
 
 STAGES = [
-    Stage("networks: device = CPU", 20, check_networks),
-    Stage("methods: device = CPU", 15, check_methods),
-    Stage("labels: device = CPU", 30, check_labels),
-    Stage("augmentation: device = CPU", 5, check_augmentation),
-    Stage("draws: device = CPU", 5, check_draws),
-    Stage("same seed, same bits", 15, check_determinism),
-    Stage("killed and resumed", 10, check_resume),
-    Stage("step at ipc 10", 30, functools.partial(time_benchmarks, ipc=10)),
-    Stage("step at ipc 1", 25, functools.partial(time_benchmarks, ipc=1)),
-    Stage("step at ipc 50", 40, functools.partial(time_benchmarks, ipc=50)),
-    Stage("students", 20, time_students),
-    Stage("experts", 60, time_experts),
-    Stage("variants: precision", 15, functools.partial(time_variants, variants=PRECISIONS)),
-    Stage("variants: CUDA graph", 15, functools.partial(time_variants, variants=GRAPH)),
-    Stage("variants: torch.compile", 60, functools.partial(time_variants, variants=COMPILE)),
-    Stage("data", 60, distil_data),
+    CheckStage("networks: device = CPU", 20, check_networks),
+    CheckStage("methods: device = CPU", 15, check_methods),
+    CheckStage("labels: device = CPU", 30, check_labels),
+    CheckStage("augmentation: device = CPU", 5, check_augmentation),
+    CheckStage("draws: device = CPU", 5, check_draws),
+    CheckStage("same seed, same bits", 15, check_determinism),
+    CheckStage("killed and resumed", 10, check_resume),
+    CheckStage("step at ipc 10", 30, functools.partial(time_benchmarks, ipc=10)),
+    CheckStage("step at ipc 1", 25, functools.partial(time_benchmarks, ipc=1)),
+    CheckStage("step at ipc 50", 40, functools.partial(time_benchmarks, ipc=50)),
+    CheckStage("students", 20, time_students),
+    CheckStage("experts", 60, time_experts),
+    CheckStage("variants: precision", 15, functools.partial(time_variants, variants=PRECISIONS)),
+    CheckStage("variants: CUDA graph", 15, functools.partial(time_variants, variants=GRAPH)),
+    CheckStage("variants: torch.compile", 60, functools.partial(time_variants, variants=COMPILE)),
+    CheckStage("data", 60, distil_data),
 ]
 
 
-def run_stage(check: Check, stage: Stage) -> None:
+def run_stage(check: Check, stage: CheckStage) -> None:
     """Runs one stage, or notes why not, and saves the record."""
     check.stage, check.parts = stage.name, {}
     entry: dict[str, Any] = {"status": "running", "seconds": 0.0, "summary": ""}

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import condense
 from condense import networks, rng
-from condense.augment import OPERATIONS, VARIANTS, dsa
+from condense.augment import OPERATIONS, VARIANTS, make_augmentation
 from condense.benchmarks.gpu_check.check import Check
 from condense.benchmarks.speed import sre2l, students
 from condense.benchmarks.speed.measure import distance, drive, random_images, tf32
@@ -25,7 +25,7 @@ from condense.config import tiny_settings
 from condense.device import deterministic_kernels, pick_precision
 from condense.engine import Run, checkpoint
 from condense.labels import Int8TeacherLabels
-from condense.lighten import KINDS, lighten
+from condense.lighten import LIGHTEN_KINDS, lighten
 from condense.registry import METHODS
 from condense.training import train
 
@@ -63,7 +63,7 @@ def check_networks(check: Check) -> tuple[str, Any]:
 
     def compare(name: str) -> dict[str, Any]:
         with rng.seeded("gpu-check", "network"):
-            net = networks.build(name, shape, classes)
+            net = networks.build_network(name, shape, classes)
         reference, found = outputs(copy.deepcopy(net), torch.device("cpu")), outputs(net, check.device)
         errors = [distance(b, a) for a, b in zip(reference, found)]
         limits = (FORWARD_TOLERANCE, FORWARD_TOLERANCE, GRADIENT_TOLERANCE)
@@ -71,7 +71,7 @@ def check_networks(check: Check) -> tuple[str, Any]:
         return {**dict(zip(("forward", "embed", "gradient"), errors)), "passed": passed}
 
     with tf32(False):
-        results = check.each({name: functools.partial(compare, name) for name in networks.names()})
+        results = check.each({name: functools.partial(compare, name) for name in networks.network_names()})
     worst = f"worst forward {_worst(results, 'forward')}, gradient {_worst(results, 'gradient')}"
     return f"{len(results)} networks; {worst}", results
 
@@ -155,14 +155,16 @@ def check_labels(check: Check) -> tuple[str, Any]:
         there = labels.to(device)
         if not labels.per_view:
             return images, there.targets(ids.to(device)).cpu()
-        views, targets = there.shown(images.to(device), ids, 3)
+        views, targets = there.training_batch(images.to(device), ids, 3)
         return views.cpu(), targets.cpu()
 
     def light(kind: str, device: str) -> Any:
         if kind == "teacher":  # whose architecture a set must name
             net = copy.deepcopy(teacher).to(device)
             return Int8TeacherLabels(net, len(images), 0, names=[case.network], shape=task.shape)
-        few: dict[str, Any] = {name: 2 for name in ("label_epochs", "projector_steps") if hasattr(KINDS[kind][0], name)}
+        few: dict[str, Any] = {
+            name: 2 for name in ("label_epochs", "projector_steps") if hasattr(LIGHTEN_KINDS[kind][0], name)
+        }
         return lighten(made, kind, task, teacher, device=device, **few).labels
 
     def compare(kind: str) -> dict[str, Any]:
@@ -176,7 +178,7 @@ def check_labels(check: Check) -> tuple[str, Any]:
         return {**errors, "passed": fits and errors["made there"] <= GRADIENT_TOLERANCE}
 
     with tf32(False):
-        results = check.each({kind: functools.partial(compare, kind) for kind in KINDS})
+        results = check.each({kind: functools.partial(compare, kind) for kind in LIGHTEN_KINDS})
     return f"{len(results)} kinds; worst targets {_worst(results, 'targets')}", results
 
 
@@ -187,7 +189,7 @@ def check_augmentation(check: Check) -> tuple[str, Any]:
     weights = random_images(32, shape, "gpu-check", "weights")
 
     def outputs(strategy: str, variant: str, device: torch.device) -> list[Tensor]:
-        augment = dsa(strategy, variant)
+        augment = make_augmentation(strategy, variant)
         views = augment.draw(rng.Draws("gpu-check", "views"), len(images), shape[1:])
         x = images.to(device, copy=True).requires_grad_()
         changed = augment.apply(x, views)
@@ -274,7 +276,7 @@ def check_resume(check: Check) -> tuple[str, Any]:
             again = functools.partial(distil_images, check, name, 4, check.device, precision, directory=Path(folder))
             with contextlib.suppress(Killed):
                 again(kill_at=2)
-            if not (Path(folder) / checkpoint.CHECKPOINT).exists():
+            if not (Path(folder) / checkpoint.CHECKPOINT_FILE).exists():
                 return {"passed": False, "why": "no checkpoint was written"}
             resumed, _ = again(resume=True)
         return {"passed": torch.equal(resumed, whole)}

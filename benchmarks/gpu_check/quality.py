@@ -31,7 +31,7 @@ def distil_data(check: Check) -> tuple[str, Any]:
     """
     if check.data is None:
         raise CondenseError("no --data given")
-    task = task_module.load(check.data)
+    task = task_module.load_task(check.data)
     budget = check.left() - (0 if check.tiny else 10)
     ipc, count = (2, 2) if check.tiny else (10, 5)
     depth = 2 if check.tiny else min(6, max(3, (min(task.shape[1:]) - 1).bit_length() - 2))
@@ -66,7 +66,7 @@ def distil_data(check: Check) -> tuple[str, Any]:
         pupils = []
         for k, (images, labels) in enumerate(arms[arm]):
             with rng.seeded("gpu-check", "student", k):
-                net = networks.build(network, task.shape, task.num_classes)
+                net = networks.build_network(network, task.shape, task.num_classes)
             source = FixedSource(images, HardLabels(labels, task.num_classes))
             pupils.append(Student(net, source, rng.key("gpu-check", "run", k)))
         train(pupils, students.recipe(steps, task.mirror), device=check.device, precision=precision)

@@ -51,7 +51,7 @@ from condense.judge import environment
 from condense.methods.trajectory_matching.expert_updates import GSAM
 from condense.pretraining import MAX_EXPERT_GROUP, ExpertTraining, make_student
 from condense.registry import METHODS
-from condense.training import steps_per_pass, train
+from condense.training import epoch_steps, train
 
 MANY, EPOCHS = 100, 50
 """Experts and their epochs, as published, for which the time is extrapolated."""
@@ -116,7 +116,7 @@ def compare(case: Case, method: str, count: int, steps: int, pairs: int) -> dict
     found = alternate(lambda: theirs.train(steps), lambda: ours.train(steps), pairs, case.device)
     share = others.share()
     per_step = Pairs([s / steps for s in found.a], [s / (steps * count) for s in found.b])
-    epoch = steps_per_pass(len(case.task.train), training.recipe.batch)
+    epoch = epoch_steps(len(case.task.train), training.recipe.batch)
     summary = per_step.summary(PUBLISHED, PRODUCT)
     epochs = {name: seconds * epoch for name, seconds in summary["median_seconds"].items()}
     return {
@@ -242,14 +242,14 @@ def _measure(words: Sequence[str]) -> int:
 def _case(options: argparse.Namespace, device: torch.device) -> Case:
     task: Task
     if options.data:
-        task = task_module.load(options.data)
+        task = task_module.load_task(options.data)
     else:
         task = random_task(*TINY_DATA) if options.tiny else random_task()
     settings = {"expert_batch": 16} if options.tiny else {}
     precision = pick_precision(options.precision, device)
     case = Case(task, 1, options.width, device, options.depth, settings, precision)
     with rng.seeded("check"):  # refuses a network that does not fit the images
-        networks.build(case.network, task.shape, task.num_classes)
+        networks.build_network(case.network, task.shape, task.num_classes)
     return case
 
 

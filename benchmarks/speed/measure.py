@@ -33,7 +33,7 @@ from condense import networks, rng
 from condense.data import Split, Standardise, Task
 from condense.data import task as task_module
 from condense.device import peak_memory, pick_device, pick_precision
-from condense.engine import Group, Run, Step
+from condense.engine import ParamGroup, Run, Step
 from condense.errors import CondenseError
 from condense.judge import environment
 from condense.networks import Network
@@ -78,7 +78,7 @@ class Case:
         return synthetic.images.detach()
 
 
-class Published(Interface):
+class PublishedLoop(Interface):
     """A published loop that makes one outer step at a time."""
 
     images: Tensor
@@ -92,7 +92,7 @@ class StepBenchmark:
 
     method: str
     """Name in the registry, and of the file in this folder."""
-    published: Callable[[Case, Any], Published]
+    published: Callable[[Case, Any], PublishedLoop]
     """The published loop on a case, for a configuration of the method."""
     draws: Callable[[Case, Any, Run, int], Any]
     """``draws(case, config, run, index)``: the draws of the run's step ``index``, for the published step to repeat."""
@@ -131,7 +131,7 @@ class WatchedRun(Run):
         self._changed: torch.nn.Module | None = None
 
     def optimise(
-        self, synthetic: SyntheticSet, steps: int, *, sharded: bool = False, **groups: Group
+        self, synthetic: SyntheticSet, steps: int, *, sharded: bool = False, **groups: ParamGroup
     ) -> Iterator[Step]:
         for step in super().optimise(synthetic, steps, sharded=sharded, **groups):
             self.between(self, step.index)
@@ -490,11 +490,11 @@ def _compare(benchmark: StepBenchmark, words: Sequence[str]) -> int:
 
 def _case(benchmark: StepBenchmark, options: argparse.Namespace, device: torch.device, precision: str) -> Case:
     small = benchmark.tiny and options.tiny
-    task = task_module.load(options.data) if options.data else random_task(*(TINY_DATA if small else ()))
+    task = task_module.load_task(options.data) if options.data else random_task(*(TINY_DATA if small else ()))
     settings = {"batch_real": options.batch_real} if benchmark.batch_real else {}
     case = Case(task, options.ipc, options.width, device, options.depth, settings, precision, norm=benchmark.norm)
     with rng.seeded("check"):  # refuses a network that does not fit the images
-        networks.build(case.network, task.shape, task.num_classes)
+        networks.build_network(case.network, task.shape, task.num_classes)
     return case
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from condense import device as device_module
 from condense import networks, rng
-from condense.augment import Parameters, dsa
+from condense.augment import AugmentationParameters, make_augmentation
 from condense.benchmarks.speed import published
 from condense.benchmarks.speed.measure import (
     PRODUCT,
@@ -47,7 +47,7 @@ from condense.engine import Run
 from condense.errors import CondenseError
 from condense.judge import environment
 from condense.pretraining import ExpertTraining, read_trajectory_file, train_trajectory_file
-from condense.training import Recipe
+from condense.training import TrainConfig
 
 METHOD = "mtt"
 EPOCHS = 10
@@ -63,7 +63,7 @@ def expert_file(case: Case) -> Path:
     """
     few = case.task.hold_out(1.0, ("speed", "expert"))
     run = Run(few, 1, case.network, seed=case.seed, device=case.device, quiet=True, track="none")
-    recipe = Recipe(0, batch=case.task.num_classes, lr=0.01, momentum=0.0, weight_decay=0.0, drops=())
+    recipe = TrainConfig(0, batch=case.task.num_classes, lr=0.01, momentum=0.0, weight_decay=0.0, lr_milestones=())
     path = scratch() / f"{case.network}-{case.device.type}.h5"
     train_trajectory_file(run, ExpertTraining(recipe), path, count=1, epochs=EPOCHS, dtype="float32", force=True)
     return path
@@ -82,7 +82,7 @@ class TrajectoryBenchmark(StepBenchmark):
 class Loop(published.MTT):
     """The published loop, which says so where its graph does not fit into the memory."""
 
-    def step(self, draws: Sequence[Parameters] | None = None) -> None:
+    def step(self, draws: Sequence[AugmentationParameters] | None = None) -> None:
         fault = CondenseError(
             f"the published graph of {self.syn_steps} steps on {len(self.images)} images does not fit in the memory"
         )
@@ -105,23 +105,32 @@ def published_loop(case: Case, config: Any) -> Loop:
         """Our parameters in the order of the published network's."""
         theta = torch.from_numpy(file.values[0, epoch].astype("float32"))
         with rng.seeded("speed", "layout"):
-            ours = networks.build(case.network, case.task.shape, case.task.num_classes)
+            ours = networks.build_network(case.network, case.task.shape, case.task.num_classes)
             theirs = published.convnet(case.task.shape, case.task.num_classes, depth=case.depth, width=case.width)
         ours.load_state_dict(file.layout.unflatten(theta))
         published.copy_weights(ours, theirs)
         return torch.nn.utils.parameters_to_vector(theirs.parameters()).detach()
 
     return Loop(
-        case.start(config), case.task.num_classes, (weights(0), weights(config.expert_epochs)), device=case.device,
-        lr_img=config.lr_img, lr_lr=config.lr_lr, lr_start=config.lr_start, momentum=config.momentum,
-        syn_steps=config.syn_steps, operations=dsa(config.augment, mirror=case.task.mirror).ops, depth=case.depth,
-        width=case.width, seed=case.seed,
-    )  # fmt: skip
+        case.start(config),
+        case.task.num_classes,
+        (weights(0), weights(config.expert_epochs)),
+        device=case.device,
+        lr_img=config.lr_img,
+        lr_lr=config.lr_lr,
+        lr_start=config.lr_start,
+        momentum=config.momentum,
+        syn_steps=config.syn_steps,
+        operations=make_augmentation(config.augment, mirror=case.task.mirror).ops,
+        depth=case.depth,
+        width=case.width,
+        seed=case.seed,
+    )
 
 
-def draws(case: Case, config: Any, run: Run, index: int) -> list[Parameters]:
+def draws(case: Case, config: Any, run: Run, index: int) -> list[AugmentationParameters]:
     """The draws of the product's step ``index``: the augmentation of each of the student's steps."""
-    augment, size = dsa(config.augment, mirror=case.task.mirror), case.ipc * case.task.num_classes
+    augment, size = make_augmentation(config.augment, mirror=case.task.mirror), case.ipc * case.task.num_classes
     return [
         augment.draw(rng.Draws(run.seed, "augment", index, i), size, case.task.shape[1:], groups=1)
         for i in range(config.syn_steps)
@@ -193,12 +202,12 @@ def _compare(words: Sequence[str]) -> int:
 
 def _case(options: argparse.Namespace, device: torch.device) -> Case:
     if options.data:
-        task = task_module.load(options.data)
+        task = task_module.load_task(options.data)
     else:
         task = random_task(*TINY_DATA) if options.tiny else random_task()
     case = Case(task, options.ipc, options.width, device, options.depth, {"syn_steps": options.syn_steps})
     with rng.seeded("check"):  # refuses a network that does not fit the images
-        networks.build(case.network, task.shape, task.num_classes)
+        networks.build_network(case.network, task.shape, task.num_classes)
     return case
 
 

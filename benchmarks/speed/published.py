@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from condense.augment import OPERATIONS, Parameters
+from condense.augment import OPERATIONS, AugmentationParameters
 from condense.data import Task
 
 View = tuple[str, tuple[float, ...]]
@@ -72,7 +72,7 @@ def random_view(random: np.random.Generator, operations: Sequence[str], size: tu
     return operation, (float(np.deg2rad(random.uniform(-15, 15))),)
 
 
-def same_view(views: Parameters, row: int) -> View:
+def same_view(views: AugmentationParameters, row: int) -> View:
     """The product's drawn operation of ``row`` (its ``dsa`` variant) as a :data:`View`."""
     operation = OPERATIONS[int(views.operation[row])]
     numbers = {
@@ -125,14 +125,14 @@ def siamese(images: Tensor, view: View) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Draws:
+class StepInputs:
     """The draws of one of the product's steps, for a published step to use in place of its own."""
 
     network: nn.Module
     """Holds the weights, in a network of the same layers; see :func:`copy_weights`."""
     ids: Sequence[np.ndarray]
     """Rows of the train split, for each class."""
-    views: Parameters
+    views: AugmentationParameters
     """One row for each class."""
 
 
@@ -175,14 +175,14 @@ class _Loop:
         self.loss = 0.0
         """Loss of the last step, a mean over classes."""
 
-    def network(self, draws: Draws | None) -> nn.Sequential:
+    def network(self, draws: StepInputs | None) -> nn.Sequential:
         """A new random network in train mode, with the weights of ``draws`` where given."""
         net = convnet(self.shape, self.classes, depth=self.depth, width=self.width).to(self.device)
         if draws is not None:
             copy_weights(draws.network, net)
         return net.train()
 
-    def batches(self, c: int, draws: Draws | None) -> tuple[Tensor, Tensor]:
+    def batches(self, c: int, draws: StepInputs | None) -> tuple[Tensor, Tensor]:
         """Real and synthetic images of class ``c`` under one view, drawn here unless ``draws`` are given."""
         if draws is None:
             ids = self.random.permutation(self.class_ids[c])[: self.batch_real]
@@ -205,10 +205,10 @@ class _Loop:
         self.loss = loss.item() / self.classes
 
 
-class DM(_Loop):
+class PublishedDM(_Loop):
     """The published loop of distribution matching (Zhao & Bilen, WACV 2023), one :meth:`step` at a time."""
 
-    def step(self, draws: Draws | None = None) -> None:
+    def step(self, draws: StepInputs | None = None) -> None:
         """One outer step, with random draws of its own unless ``draws`` are given."""
         net = self.network(draws)
         for parameter in net.parameters():
@@ -232,7 +232,7 @@ class DataDAM(_Loop):
     power = 4.0
     mmd_weight = 0.01
 
-    def step(self, draws: Draws | None = None) -> None:
+    def step(self, draws: StepInputs | None = None) -> None:
         """One outer step, with random draws of its own unless ``draws`` are given."""
         net = self.network(draws)
         for parameter in net.parameters():
@@ -280,7 +280,7 @@ class DC(_Loop):
         super().__init__(*arguments, **options)
         self.outer, self.inner, self.made = outer, inner, 0
 
-    def step(self, draws: Draws | None = None) -> None:
+    def step(self, draws: StepInputs | None = None) -> None:
         """One matching step and, between those of one network, its training; draws of its own unless given."""
         if self.made % self.outer == 0:
             self.net = self.network(draws)
@@ -344,13 +344,13 @@ class DCC(DC):
 # -- trajectory matching and its experts ------------------------------------------------------------------------------
 
 
-Views = tuple[str, Tensor]
+ViewTensors = tuple[str, Tensor]
 """One DSA operation and its numbers for each image, (N, k) on the device, as :data:`View` has them for all."""
 
 
 def random_views(
     random: np.random.Generator, operations: Sequence[str], count: int, size: tuple[int, int], device: torch.device
-) -> Views:
+) -> ViewTensors:
     """One of ``operations``, drawn uniformly, with numbers of their own for ``count`` images of ``size`` (H, W).
 
     The numbers are drawn on the device, by torch's global generator.
@@ -372,13 +372,13 @@ def random_views(
     return operation, torch.deg2rad(30 * unit[:1].T - 15)
 
 
-def same_views(views: Parameters, device: torch.device) -> Views:
+def same_views(views: AugmentationParameters, device: torch.device) -> ViewTensors:
     """The product's draw for a batch (one operation, a row for each image) as :data:`Views`."""
     numbers = [same_view(views, row)[1] for row in range(len(views))]
     return same_view(views, 0)[0], torch.tensor(numbers, dtype=torch.float32).to(device)
 
 
-def augmented(images: Tensor, views: Views) -> Tensor:
+def augmented(images: Tensor, views: ViewTensors) -> Tensor:
     """``images`` (N,C,H,W), all changed by the same operation but each with its own numbers; see :func:`siamese`."""
     operation, numbers = views
     count, _, height, width = images.shape
@@ -467,7 +467,7 @@ class MTT:
         self.random = np.random.default_rng(seed)
         self.loss = 0.0
 
-    def step(self, draws: Sequence[Parameters] | None = None) -> None:
+    def step(self, draws: Sequence[AugmentationParameters] | None = None) -> None:
         """One outer step, with random draws of its own unless those of each inner step are given."""
         net = convnet(self.shape, self.classes, depth=self.depth, width=self.width).to(self.device).train()
         named = {name: parameter.shape for name, parameter in net.named_parameters()}
@@ -643,7 +643,7 @@ class Expert:
                 self.step(images, labels)
                 left -= 1
 
-    def step(self, images: Tensor, labels: Tensor, views: Views | None = None) -> None:
+    def step(self, images: Tensor, labels: Tensor, views: ViewTensors | None = None) -> None:
         """One step on a batch from the CPU, with views of its own unless given."""
         images, labels = images.float().to(self.device), labels.long().to(self.device)
         if self.operations:

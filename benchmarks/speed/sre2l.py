@@ -28,7 +28,7 @@ WARM = 256
 def teacher(network: str, shape: tuple[int, int, int], classes: int) -> nn.Module:
     """A random teacher with running statistics of random images."""
     with rng.seeded("speed", "teacher"):
-        net = networks.build(network, shape, classes)
+        net = networks.build_network(network, shape, classes)
         with torch.no_grad():
             for part in torch.randn(WARM, *shape).split(64):
                 net(part)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from condense import networks, rng
-from condense.augment import OPERATIONS, dsa
+from condense.augment import OPERATIONS, make_augmentation
 from condense.benchmarks.speed.measure import (
     SCHEMA,
     Others,
@@ -28,7 +28,7 @@ from condense.benchmarks.speed.measure import (
 from condense.device import pick_device, pick_precision
 from condense.judge import environment
 from condense.labels import HardLabels
-from condense.training import FixedSource, Recipe, Student, pick_together, train
+from condense.training import FixedSource, Student, TrainConfig, prefers_stacked, train
 
 TOGETHER, APART = "together", "one by one"
 
@@ -42,14 +42,14 @@ def make(
     students = []
     for k in range(count):
         with rng.seeded("student", k):
-            students.append(Student(networks.build(network, shape, classes), source, rng.key("run", k)))
+            students.append(Student(networks.build_network(network, shape, classes), source, rng.key("run", k)))
     return students
 
 
-def recipe(steps: int, mirror: bool = True) -> Recipe:
+def recipe(steps: int, mirror: bool = True) -> TrainConfig:
     """The protocol dc-v1's recipe with another number of steps."""
-    augment = dsa("_".join(OPERATIONS), mirror=mirror)
-    return Recipe(steps, batch=256, lr=0.01, momentum=0.9, weight_decay=5e-4, augment=augment)
+    augment = make_augmentation("_".join(OPERATIONS), mirror=mirror)
+    return TrainConfig(steps, batch=256, lr=0.01, momentum=0.9, weight_decay=5e-4, augment=augment)
 
 
 def compare(
@@ -83,7 +83,7 @@ def compare(
     others = Others()
     timed = alternate(lambda: trained(APART, steps), lambda: trained(TOGETHER, steps), pairs, device)
     share = others.share()
-    chosen = TOGETHER if pick_together(device) else APART
+    chosen = TOGETHER if prefers_stacked(device) else APART
     facts = {"device_peak_memory": peaks, "steps": steps, "product_chooses": chosen, "others_share": share}
     return {**timed.summary(APART, TOGETHER), **facts}
 

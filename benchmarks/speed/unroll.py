@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from condense import networks, rng
-from condense.augment import OPERATIONS, dsa
+from condense.augment import OPERATIONS, make_augmentation
 from condense.benchmarks.speed.measure import (
     SCHEMA,
     Case,
@@ -44,7 +44,7 @@ from condense.device import pick_device
 from condense.engine import StepLoss, Target, unroll
 from condense.judge import environment
 from condense.networks import Network
-from condense.training import Recipe, Student, TaskSource, train
+from condense.training import Student, TaskSource, TrainConfig, train
 
 ADJOINT, GRAPH, TESLA = "adjoint", "graph", "tesla"
 EPOCHS_AHEAD = 2
@@ -86,7 +86,7 @@ def flat(weights: Mapping[str, Tensor], net: Network) -> Tensor:
 def step_losses(net: Network, images: Tensor, labels: Tensor, steps: int, mirror: bool = True) -> StepLoss:
     """The mean cross-entropy of all images, under DSA drawn once for each of ``steps`` steps."""
     names, shapes = zip(*((name, parameter.shape) for name, parameter in net.named_parameters()))
-    augmentation = dsa("_".join(OPERATIONS), mirror=mirror)
+    augmentation = make_augmentation("_".join(OPERATIONS), mirror=mirror)
     size = (images.shape[2], images.shape[3])
     drawn = [augmentation.draw(rng.Draws("unroll", "augment", i), len(images), size, groups=1) for i in range(steps)]
 
@@ -102,7 +102,7 @@ def step_losses(net: Network, images: Tensor, labels: Tensor, steps: int, mirror
 def fresh(case: Case) -> Network:
     """The case's network with random weights, on its device."""
     with rng.seeded("unroll", "network"):
-        return networks.build(case.network, case.task.shape, case.task.num_classes).to(case.device)
+        return networks.build_network(case.network, case.task.shape, case.task.num_classes).to(case.device)
 
 
 def targets_of(task: task_module.Task, ipc: int, device: torch.device) -> Tensor:
@@ -173,9 +173,9 @@ def used(found: Mapping[str, Any]) -> int:
 def snapshots(case: Case, batch: int) -> tuple[Network, Tensor, Tensor]:
     """The case's network, and its weights after one epoch of training on the task and after three, flat."""
     net, epoch = fresh(case), -(-len(case.task.train) // batch)
-    recipe = Recipe(
-        (1 + EPOCHS_AHEAD) * epoch, batch, lr=0.01, momentum=0.0, weight_decay=0.0, drops=(),
-        augment=dsa("_".join(OPERATIONS), mirror=case.task.mirror),
+    recipe = TrainConfig(
+        (1 + EPOCHS_AHEAD) * epoch, batch, lr=0.01, momentum=0.0, weight_decay=0.0, lr_milestones=(),
+        augment=make_augmentation("_".join(OPERATIONS), mirror=case.task.mirror),
     )  # fmt: skip
     kept: list[Tensor] = []
     train(
@@ -235,7 +235,11 @@ def _measure(words: Sequence[str]) -> int:
         case = _case(random_task(sizes.classes, 1, sizes.shape, 1), sizes, device)
         print(json.dumps(measure_alone(case, mode, int(steps), options.calls, options.rate)))
         return 0
-    task = task_module.load(options.data) if options.data else random_task(sizes.classes, sizes.per_class, sizes.shape)
+    task = (
+        task_module.load_task(options.data)
+        if options.data
+        else random_task(sizes.classes, sizes.per_class, sizes.shape)
+    )
     case = _case(task.to(device), sizes, device)
     fresh(case)  # refuses a network that does not fit the images, before anything is measured
     plan = {ADJOINT: sizes.adjoint, GRAPH: sizes.graph}

@@ -1,24 +1,41 @@
 """Augmentation: differentiable augmentation of a batch, CutMix, and the reproducible views that labels belong to."""
 
-from condense.augment.resample import send
-from condense.augment.siamese import OPERATIONS, VARIANTS, Augmentation, Parameters, cutmix, dsa
-from condense.augment.views import MIXES, SHARES, CropViews, MixedViews, ViewRule, Views, resampling, seen, single
+from condense.augment.resample import to_device
+from condense.augment.siamese import (
+    OPERATIONS,
+    VARIANTS,
+    Augmentation,
+    AugmentationParameters,
+    cutmix,
+    make_augmentation,
+)
+from condense.augment.views import (
+    MIXES,
+    SHARE_STEPS,
+    CropViews,
+    MixedViews,
+    ViewBoxes,
+    ViewRule,
+    apply_resampling,
+    float32_decimal,
+    resampling_matrices,
+)
 
 __all__ = [
     "MIXES",
     "OPERATIONS",
-    "SHARES",
+    "SHARE_STEPS",
     "VARIANTS",
     "Augmentation",
+    "AugmentationParameters",
     "CropViews",
     "MixedViews",
-    "Parameters",
+    "ViewBoxes",
     "ViewRule",
-    "Views",
+    "apply_resampling",
     "cutmix",
-    "dsa",
-    "resampling",
-    "seen",
-    "send",
-    "single",
+    "float32_decimal",
+    "make_augmentation",
+    "resampling_matrices",
+    "to_device",
 ]

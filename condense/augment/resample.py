@@ -8,14 +8,14 @@ from torch import Tensor
 from condense.data import working_dtype
 
 
-def send(x: Tensor, device: torch.device) -> Tensor:
+def to_device(x: Tensor, device: torch.device) -> Tensor:
     """Copies a CPU tensor to the device without waiting for it."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def send_like(x: Tensor, images: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Copies a CPU tensor to the device of ``images``, optionally as ``dtype``."""
-    return send(x if dtype is None else x.to(dtype), images.device)
+    return to_device(x if dtype is None else x.to(dtype), images.device)
 
 
 def shift_images(x: Tensor, shift: Tensor) -> Tensor:
@@ -29,7 +29,7 @@ def shift_images(x: Tensor, shift: Tensor) -> Tensor:
     return moved.masked_fill(~inside[:, None], 0)
 
 
-def neighbours(outputs: Tensor, size: int, length: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def bilinear_neighbours(outputs: Tensor, size: int, length: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the neighbouring input pixels of each output pixel when ``length`` pixels are resized to ``size``.
 
     Args:
@@ -51,7 +51,7 @@ def stretch_axis(x: Tensor, axis: int, outputs: Tensor, start: Tensor, length: T
     """Resizes the ``length`` (N, 1) pixels from ``start`` to the whole axis and returns the positions ``outputs``
     (N, size) of the result."""
     size = x.shape[axis]
-    below, above, part = neighbours(outputs, size, length)
+    below, above, part = bilinear_neighbours(outputs, size, length)
     share = part.to(working_dtype(x)) / (2 * size)
     shape = (len(x), 1, size, 1) if axis == 2 else (len(x), 1, 1, size)
     low, high = (x.gather(axis, (start + i).reshape(shape).expand_as(x)) for i in (below, above))

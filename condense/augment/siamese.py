@@ -38,7 +38,7 @@ def _share(size: int, ratio: float) -> int:
 
 
 @dataclass(frozen=True, eq=False)
-class Parameters:
+class AugmentationParameters:
     """R independent samples of every operation's parameters, one per row, on the CPU; ``parameters[rows]`` selects
     rows."""
 
@@ -66,9 +66,9 @@ class Parameters:
     def __len__(self) -> int:
         return len(self.operation)
 
-    def __getitem__(self, rows: Tensor | slice) -> Parameters:
+    def __getitem__(self, rows: Tensor | slice) -> AugmentationParameters:
         selected = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name != "image_size"}
-        return Parameters(self.image_size, **selected)
+        return AugmentationParameters(self.image_size, **selected)
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,9 @@ class Augmentation:
         sampled = tuple(op for op in self.ops if op not in first + last)
         return tuple(op for op in first if op in self.ops), sampled, tuple(op for op in last if op in self.ops)
 
-    def draw(self, draws: Draws, rows: int, image_size: tuple[int, int], groups: int | None = None) -> Parameters:
+    def draw(
+        self, draws: Draws, rows: int, image_size: tuple[int, int], groups: int | None = None
+    ) -> AugmentationParameters:
         """Samples parameters for ``rows`` images.
 
         With one call per new stream, row i depends only on the stream and i (with ``groups``, its operation depends on
@@ -151,7 +153,7 @@ class Augmentation:
         reach = (_share(h, CROP), _share(w, CROP))
         # The centre of an even square is between pixels, so it has one more position.
         positions = [size + 1 - _share(size, CUTOUT) % 2 for size in (h, w)]
-        return Parameters(
+        return AugmentationParameters(
             image_size=(h, w),
             operation=operation,
             brightness=(unit[:, 1] - 0.5) * BRIGHTNESS,
@@ -164,7 +166,7 @@ class Augmentation:
             angle=(unit[:, 11] - 0.5) * (2 * DEGREES),
         )
 
-    def apply(self, images: Tensor, parameters: Parameters, rows: Tensor | None = None) -> Tensor:
+    def apply(self, images: Tensor, parameters: AugmentationParameters, rows: Tensor | None = None) -> Tensor:
         """Augments each image with its row of the parameters; returns the same shape and dtype.
 
         The result of an image does not depend on the others in the batch. Forward and backward are deterministic on
@@ -196,7 +198,7 @@ class Augmentation:
             images = self._apply_one(op, images, selected)
         return images
 
-    def _apply_sampled(self, images: Tensor, p: Parameters) -> Tensor:
+    def _apply_sampled(self, images: Tensor, p: AugmentationParameters) -> Tensor:
         """Applies the sampled operation of each image: images are sorted by operation and each group is augmented at
         once."""
         numbers, counts = torch.unique(p.operation, return_counts=True)
@@ -211,7 +213,7 @@ class Augmentation:
         ]
         return _linear(torch.cat(pieces), lambda x: x[unsort], lambda g: g[sort])
 
-    def _apply_one(self, op: str, images: Tensor, p: Parameters) -> Tensor:
+    def _apply_one(self, op: str, images: Tensor, p: AugmentationParameters) -> Tensor:
         if op == "color":
             return _color(images, p)
         if op == "crop":
@@ -230,7 +232,9 @@ class Augmentation:
         return _affine(images, matrix.reshape(-1, 2, 2), self.align_corners)
 
 
-def dsa(strategy: str, variant: str = "dsa", mirror: bool = True, align_corners: bool = True) -> Augmentation:
+def make_augmentation(
+    strategy: str, variant: str = "dsa", mirror: bool = True, align_corners: bool = True
+) -> Augmentation:
     """Creates an augmentation.
 
     Args:
@@ -266,7 +270,7 @@ def _linear(x: Tensor, apply: _Map, adjoint: _Map) -> Tensor:
     return _Linear.apply(x, apply, adjoint)
 
 
-def _color(images: Tensor, p: Parameters) -> Tensor:
+def _color(images: Tensor, p: AugmentationParameters) -> Tensor:
     """Applies brightness, saturation and contrast in one expression.
 
     Saturation keeps the channel mean m of each pixel and so the mean M of the image; b, s and c in this order therefore
@@ -282,7 +286,7 @@ def _color(images: Tensor, p: Parameters) -> Tensor:
     return (images * on_image + rest).to(images.dtype)
 
 
-def _crop(images: Tensor, p: Parameters) -> Tensor:
+def _crop(images: Tensor, p: AugmentationParameters) -> Tensor:
     if bool((p.shift == p.shift[:1]).all()):
         dy, dx = p.shift[0].tolist()
         return F.pad(images, (-dx, dx, -dy, dy))
@@ -290,7 +294,7 @@ def _crop(images: Tensor, p: Parameters) -> Tensor:
     return _linear(images, lambda x: shift_images(x, shift), lambda g: shift_images(g, -shift))
 
 
-def _cutout(images: Tensor, p: Parameters) -> Tensor:
+def _cutout(images: Tensor, p: AugmentationParameters) -> Tensor:
     keep = []
     for axis, size in enumerate(p.image_size):
         side = _share(size, CUTOUT)
@@ -300,7 +304,7 @@ def _cutout(images: Tensor, p: Parameters) -> Tensor:
     return images * ~(rows[:, None, :, None] & columns[:, None, None, :])
 
 
-def _flip(images: Tensor, p: Parameters) -> Tensor:
+def _flip(images: Tensor, p: AugmentationParameters) -> Tensor:
     mirrored = int(p.mirrored.sum())
     if mirrored in (0, len(p)):
         return images.flip(3) if mirrored else images

@@ -9,18 +9,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from condense.augment.resample import neighbours, shift_images, stretch_axis
+from condense.augment.resample import bilinear_neighbours, shift_images, stretch_axis
 from condense.data import working_dtype
 from condense.errors import CondenseError, did_you_mean
 from condense.rng import Draws
 
 ASPECT = (3 / 4, 4 / 3)
 
-TRIES = 10
+MAX_TRIES = 10
 
 
 @dataclass(frozen=True, eq=False)
-class Views:
+class ViewBoxes:
     """R sampled views, one per row: a crop box and a flip. ``views[rows]`` selects rows."""
 
     image_size: tuple[int, int]
@@ -33,12 +33,12 @@ class Views:
     def __len__(self) -> int:
         return len(self.box)
 
-    def __getitem__(self, rows: Tensor | slice) -> Views:
-        return Views(self.image_size, self.box[rows], self.mirrored[rows])
+    def __getitem__(self, rows: Tensor | slice) -> ViewBoxes:
+        return ViewBoxes(self.image_size, self.box[rows], self.mirrored[rows])
 
-    def to(self, device: torch.device) -> Views:
+    def to(self, device: torch.device) -> ViewBoxes:
         """Returns the same views on ``device``."""
-        return Views(self.image_size, self.box.to(device), self.mirrored.to(device))
+        return ViewBoxes(self.image_size, self.box.to(device), self.mirrored.to(device))
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,11 @@ class CropViews:
 
     def __post_init__(self) -> None:
         for name in ("min_scale", "max_scale"):
-            object.__setattr__(self, name, single(getattr(self, name)))
+            object.__setattr__(self, name, float32_decimal(getattr(self, name)))
         if not 0 < self.min_scale <= self.max_scale <= 1:
             raise CondenseError(f"views of scale {self.min_scale} to {self.max_scale}: must be 0 < min <= max <= 1")
 
-    def draw(self, draws: Draws, rows: int, image_size: tuple[int, int]) -> Views:
+    def draw(self, draws: Draws, rows: int, image_size: tuple[int, int]) -> ViewBoxes:
         """Samples views for ``rows`` images of ``image_size`` (H, W), on the CPU; row i of a new stream depends only on
         i.
 
@@ -73,12 +73,12 @@ class CropViews:
         crop is the whole image, whatever its ratio.
         """
         h, w = image_size
-        integers = draws.integers(1 << 24, (rows, 2 * TRIES + 3)).cpu()
+        integers = draws.integers(1 << 24, (rows, 2 * MAX_TRIES + 3)).cpu()
         # float64, so that different last bits of exp do not change whole pixels.
-        unit = integers[:, : 2 * TRIES].double() * 2.0**-24
-        area = h * w * (self.min_scale + unit[:, :TRIES] * (self.max_scale - self.min_scale))
+        unit = integers[:, : 2 * MAX_TRIES].double() * 2.0**-24
+        area = h * w * (self.min_scale + unit[:, :MAX_TRIES] * (self.max_scale - self.min_scale))
         low, high = (math.log(ratio) for ratio in ASPECT)
-        ratio = (low + unit[:, TRIES:] * (high - low)).exp()
+        ratio = (low + unit[:, MAX_TRIES:] * (high - low)).exp()
         heights, widths = (area / ratio).sqrt().round().long(), (area * ratio).sqrt().round().long()
         inside = (heights > 0) & (heights <= h) & (widths > 0) & (widths <= w)
         first, has_fit = inside.byte().argmax(1, keepdim=True), inside.any(1)
@@ -94,9 +94,9 @@ class CropViews:
         box = torch.stack([offset(-3, h - height), offset(-2, w - width), height, width], 1)
         if self.min_scale == 1:
             box = torch.tensor([0, 0, h, w]).repeat(rows, 1)
-        return Views((h, w), box, (integers[:, -1] < 1 << 23) & self.flip)
+        return ViewBoxes((h, w), box, (integers[:, -1] < 1 << 23) & self.flip)
 
-    def apply(self, images: Tensor, views: Views) -> Tensor:
+    def apply(self, images: Tensor, views: ViewBoxes) -> Tensor:
         """Applies its row of ``views`` to each of ``images`` (N,C,H,W) on the same device; returns the same shape and
         dtype.
 
@@ -120,15 +120,15 @@ class CropViews:
 
 MIXES = ("none", "cutmix", "mixup")
 
-SHARES = 1 << 16
-"""Shares are rounded to multiples of 1 / SHARES, so that they do not depend on the machine."""
+SHARE_STEPS = 1 << 16
+"""Shares are rounded to multiples of 1 / SHARE_STEPS, so that they do not depend on the machine."""
 
 
 @dataclass(frozen=True, eq=False)
 class MixedViews:
     """Views of all R images of a set in one epoch. Without mixing ``partner``, ``share`` and ``patch`` are None."""
 
-    views: Views
+    views: ViewBoxes
     """Crop and flip of each image, also used when it is mixed into other images."""
     partner: Tensor | None = None
     """Image that is mixed in, (R,) int64; any image of the set, occasionally the image itself."""
@@ -136,7 +136,7 @@ class MixedViews:
     """Share of the image itself, (R,) float32 in [0, 1]; for CutMix the exact area."""
     patch: Tensor | None = None
     """Box of CutMix (top, left, bottom, right), clipped at the border, (R, 4) int64; None for MixUp."""
-    partner_views: Views | None = None
+    partner_views: ViewBoxes | None = None
     """Crop and flip of each image's partner, if they differ from those in ``views`` because rows belong to different
     epochs."""
 
@@ -177,7 +177,7 @@ class ViewRule:
         crop = CropViews(self.min_scale, self.max_scale, self.flip)
         object.__setattr__(self, "min_scale", crop.min_scale)
         object.__setattr__(self, "max_scale", crop.max_scale)
-        object.__setattr__(self, "alpha", single(self.alpha))
+        object.__setattr__(self, "alpha", float32_decimal(self.alpha))
         if not 0 <= self.pad <= 255:
             raise CondenseError(f"pad={self.pad}: must be 0 (crops) to 255 pixels")
         if self.mix not in MIXES:
@@ -198,7 +198,7 @@ class ViewRule:
         Crops and flips are those that :class:`CropViews` samples from ``Draws(seed, "view", epoch)``, whatever the mix.
         lambda is computed by Devroye's formula for symmetric beta variates, exact for every alpha ("Random variate
         generation in one line of code", 1996): 1/2 (1 + s / sqrt(1 + 1 / ((u^(-1/alpha) - 1) cos^2(2 pi v)))) with
-        uniform u and v and a random sign s, in float64, rounded to a multiple of 1 / SHARES. The box of CutMix has
+        uniform u and v and a random sign s, in float64, rounded to a multiple of 1 / SHARE_STEPS. The box of CutMix has
         floor(sqrt(1 - lambda) size) pixels per side, rounded down to an even number, and a uniform centre (Yun et al.,
         ICCV 2019).
         """
@@ -217,14 +217,14 @@ class ViewRule:
         area = 1 - (high - low).prod(1).double() / (image_size[0] * image_size[1])
         return MixedViews(views, partner, area.float(), torch.cat([low, high], 1))
 
-    def _draw_boxes(self, draws: Draws, rows: int, image_size: tuple[int, int]) -> Views:
+    def _draw_boxes(self, draws: Draws, rows: int, image_size: tuple[int, int]) -> ViewBoxes:
         """Samples crops or shifts, and flips."""
         if not self.pad:
             return CropViews(self.min_scale, self.max_scale, self.flip).draw(draws, rows, image_size)
         integers = draws.integers(1 << 24, (rows, 3)).cpu()
         shift = ((integers[:, :2] * (2 * self.pad + 1)) >> 24) - self.pad
         box = torch.cat([shift, torch.tensor(image_size).expand(rows, 2)], 1)
-        return Views(image_size, box, (integers[:, 2] < 1 << 23) & self.flip)
+        return ViewBoxes(image_size, box, (integers[:, 2] < 1 << 23) & self.flip)
 
     def apply(self, images: Tensor, ids: Tensor, drawn: MixedViews) -> Tensor:
         """Computes the views (B,C,H,W) of the images ``ids``, in their dtype.
@@ -257,7 +257,7 @@ class ViewRule:
         in_rows, in_columns = (rows >= top) & (rows < bottom), (columns >= left) & (columns < right)
         return torch.where(in_rows[:, None, :, None] & in_columns[:, None, None, :], partners, own)
 
-    def _unmixed(self, images: Tensor, views: Views) -> Tensor:
+    def _unmixed(self, images: Tensor, views: ViewBoxes) -> Tensor:
         """Applies crops or shifts and flips, without mixing."""
         if not self.pad:
             return CropViews(self.min_scale, self.max_scale, self.flip).apply(images, views)
@@ -266,19 +266,19 @@ class ViewRule:
 
 
 def _symmetric_beta(alpha: float, *bits: Tensor) -> Tensor:
-    """Computes Beta(alpha, alpha) from three tensors of 63 random bits, float64, in multiples of 1 / SHARES."""
+    """Computes Beta(alpha, alpha) from three tensors of 63 random bits, float64, in multiples of 1 / SHARE_STEPS."""
     u, v = (((x >> 10) + 1).double() * 2.0**-53 for x in bits[:2])
     sign = (bits[2] & 1) * 2 - 1
     odds = (u ** (-1 / alpha) - 1) * (2 * math.pi * v).cos() ** 2
-    return ((1 + sign / (1 + 1 / odds).sqrt()) / 2 * SHARES).round() / SHARES
+    return ((1 + sign / (1 + 1 / odds).sqrt()) / 2 * SHARE_STEPS).round() / SHARE_STEPS
 
 
-def single(x: float) -> float:
+def float32_decimal(x: float) -> float:
     """Returns the shortest decimal with the float32 value of ``x``, which a float32 array stores exactly."""
     return float(str(np.float32(x)))
 
 
-def resampling(views: Views, shift: Tensor, size: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
+def resampling_matrices(views: ViewBoxes, shift: Tensor, size: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
     """Returns matrices that crop, resize, flip and roll: a view of x (..., H, W) is ``rows @ x @ columns.mT``.
 
     Bilinear, like ``CropViews.apply``, then a cyclic roll. Products with small matrices have cheap, deterministic
@@ -303,14 +303,14 @@ def _stretching(size: int, out: int, start: Tensor, length: Tensor, mirrored: Te
     ``shift``."""
     positions = (torch.arange(out)[None] - shift[:, None]) % out
     positions = torch.where(mirrored[:, None], out - 1 - positions, positions)
-    below, above, part = neighbours(positions, out, length[:, None])
+    below, above, part = bilinear_neighbours(positions, out, length[:, None])
     share = part.float() / (2 * out)
     matrix = torch.zeros(len(start), out, size)
     matrix.scatter_add_(2, (start[:, None] + below)[..., None], (1 - share)[..., None])
     return matrix.scatter_add_(2, (start[:, None] + above)[..., None], share[..., None])
 
 
-def seen(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+def apply_resampling(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Computes views (G, B, C, H', W') of images (G, B, C, H, W) with matrices (G, H', H) and (G, W', W)."""
     groups, count, channels, height, width = images.shape
     resized = images.reshape(groups, count * channels * height, width) @ columns.mT

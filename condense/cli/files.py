@@ -94,12 +94,16 @@ def import_(
     from condense.files import check_writable
 
     check_writable(out, force=force)
-    names: dict[str, Any] = {"method": method, "network": network or exchange.NETWORK, "protocol": protocol}
+    names: dict[str, Any] = {
+        "method": method,
+        "network": network or exchange.DEFAULT_IMPORT_NETWORK,
+        "protocol": protocol,
+    }
     distilled = exchange.import_set(
         source,
         form,
         data,
-        options=config.build(DataOptions, config.parse(settings or []), "the data"),
+        options=config.build_config(DataOptions, config.parse_overrides(settings or []), "the data"),
         download=download,
         labels=labels,
         lr=lr,

@@ -10,7 +10,7 @@ import typer
 
 from condense.cli.parameters import Data, Device, Download, Force, Precision, Seed, SetFile, load_set, number_option
 from condense.errors import CondenseError
-from condense.tracking import leads
+from condense.tracking import is_main_process
 
 
 def evaluate(
@@ -60,7 +60,7 @@ def evaluate(
     distilled = load_set(file)
     if out is not None:
         check_writable(out, force=force)
-    options = evaluation.data_options(distilled) | config.parse(settings or [])
+    options = evaluation.data_options(distilled) | config.parse_overrides(settings or [])
     real = api.task(data, download=download, **options)
     record = evaluation.evaluate(
         distilled,
@@ -77,10 +77,10 @@ def evaluate(
         cache=not no_cache,
         quiet=False,
     )
-    if not leads():
+    if not is_main_process():
         return
     print(f"{distilled.name} on {real.name}, {record['protocol']['name']}, {record['environment']['device']}")
-    print(records.table(record))
+    print(records.format_record(record))
     if out is not None:
         records.write_record(record, out)
         print(f"record: {out}")
@@ -121,7 +121,7 @@ def suite(
         download=download,
         quiet=False,
     )
-    if not leads():
+    if not is_main_process():
         return
     print(f"{chosen.name}: {len(outcome.made)} records made, {len(outcome.kept)} were there")
     print(f"  records and pictures: {out / suite_module.RECORDS}\n  sets: {out / suite_module.SETS}")
@@ -142,7 +142,7 @@ def leaderboard(
     """Writes records as a static page that opens from disk. Invalid records are left out and reported."""
     from condense.benchmarks import leaderboard
 
-    built = leaderboard.build(results or leaderboard.RESULTS, out, force=force)
+    built = leaderboard.build_page(results or leaderboard.RESULTS, out, force=force)
     for fault in built.rejected:
         print(f"condense: left out {fault.file}: {fault.reason}", file=sys.stderr)
     counts = {

@@ -21,7 +21,7 @@ from condense.cli.parameters import (
 )
 from condense.errors import CondenseError
 from condense.formatting import size
-from condense.tracking import leads
+from condense.tracking import is_main_process
 
 if TYPE_CHECKING:
     from condense.sets import DistilledSet
@@ -62,14 +62,14 @@ def lighten(
     from condense.lighten import kinds, lightening
 
     check_writable(out, force=force)
-    keys: dict[str, Any] = config.parse(settings or [])
+    keys: dict[str, Any] = config.parse_overrides(settings or [])
     distilled = load_set(file)
     real = api.task(data, download=download, **evaluation.data_options(distilled)) if data is not None else None
     light = lightening.lighten(
         distilled, labels, real, teachers=teachers, device=device, quiet=False, beside=out, **keys
     )
     light.save(out, force=force)
-    for path in kinds.answer_files(out):
+    for path in kinds.partial_files(out):
         path.unlink(missing_ok=True)
     _report(distilled.name, light)
     shown_data = shlex.quote(data) if data is not None else "DATA"
@@ -130,9 +130,9 @@ def labels_(
             raise CondenseError(f"--plot {plot}: draws accuracies; give --data")
         comparison.check_plot(plot)
         check_writable(plot, force=force)
-    chosen, distilled = comparison.asked_kinds(kinds or ""), load_set(file)
+    chosen, distilled = comparison.parse_kinds(kinds or ""), load_set(file)
     real = api.task(data, download=download, **evaluation.data_options(distilled)) if data is not None else None
-    points = comparison.compare(
+    points = comparison.compare_label_kinds(
         distilled,
         chosen,
         real,
@@ -145,9 +145,9 @@ def labels_(
         precision=precision,
         quiet=False,
     )
-    if not leads():
+    if not is_main_process():
         return
     print(f"{distilled.name}: {len(distilled)} images, {size(distilled.nbytes()['images'])}")
-    print(comparison.table(points))
+    print(comparison.format_comparison(points))
     if plot is not None:
-        print(f"picture: {comparison.chart(points, plot, distilled.name)}")
+        print(f"picture: {comparison.plot_comparison(points, plot, distilled.name)}")

@@ -44,7 +44,7 @@ def _list(kind: str) -> list[dict[str, Any]]:
     from condense.benchmarks import suite
     from condense.data import datasets
     from condense.judge import protocols
-    from condense.networks import CONVNET_GRAMMAR, names
+    from condense.networks import CONVNET_GRAMMAR, network_names
     from condense.registry import METHODS
     from condense.sets import packaged_sets
 
@@ -62,7 +62,7 @@ def _list(kind: str) -> list[dict[str, Any]]:
     if kind == "datasets":
         return [{"name": name, "about": about} for name, about in datasets().items()]
     if kind == "networks":
-        return [{"name": CONVNET_GRAMMAR, "about": ""}, *({"name": name, "about": ""} for name in names())]
+        return [{"name": CONVNET_GRAMMAR, "about": ""}, *({"name": name, "about": ""} for name in network_names())]
     if kind == "protocols":
         return [
             {"name": entry.name, "about": entry.summary, "version": entry.version} for entry in protocols().values()
@@ -74,7 +74,7 @@ def _list(kind: str) -> list[dict[str, Any]]:
             {"name": name, "about": _format_claim(load_set(name)), "path": str(path)}
             for name, path in packaged_sets().items()
         ]
-    return [{"name": name, "about": _format_recipe(config.recipe(name))} for name in config.recipe_names()]
+    return [{"name": name, "about": _format_recipe(config.load_recipe(name))} for name in config.recipe_names()]
 
 
 def _format_claim(distilled: DistilledSet) -> str:
@@ -116,7 +116,7 @@ def _show_recipe(name: str, as_json: bool) -> None:
     from condense import config
     from condense.benchmarks import facts
 
-    recipe = config.recipe(name)
+    recipe = config.load_recipe(name)
     parse_request(None, None, None, None, None, name)  # reports the same mistakes as `distill`
     cell = recipe["method"], recipe["data"], int(recipe["ipc"])
     published, measured = facts.published(*cell), facts.measured(*cell)

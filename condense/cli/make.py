@@ -24,7 +24,7 @@ from condense.cli.parameters import (
 )
 from condense.cli.request import parse_request
 from condense.formatting import duration, size
-from condense.tracking import leads
+from condense.tracking import is_main_process
 
 if TYPE_CHECKING:
     from condense.sets import DistilledSet
@@ -93,7 +93,7 @@ def resume(
     """Resumes a killed or interrupted run. The result is the same as without the stop."""
     from condense import jobs
 
-    if minutes is None and jobs.is_finished(run_dir) and leads():
+    if minutes is None and jobs.is_finished(run_dir) and is_main_process():
         print(f"{run_dir} has ended; its set is:")
     distilled = jobs.resume(run_dir, minutes=minutes, quiet=False)
     job = jobs.read_job(run_dir)
@@ -102,7 +102,7 @@ def resume(
 
 def _report(distilled: DistilledSet, out: Path, run_dir: Path, data: str) -> None:
     """Prints the set, its cost, its files and the commands to run next."""
-    if not leads():
+    if not is_main_process():
         return
     manifest, bytes_, kind = distilled.manifest, distilled.nbytes(), distilled.labels.kind
     images = f"{len(distilled.stored)} images of {size(bytes_['images'])}"

@@ -24,7 +24,7 @@ from condense.errors import CondenseError
 from condense.formatting import by, duration, size
 
 if TYPE_CHECKING:
-    from condense.lighten import Point
+    from condense.lighten import LabelComparison
 
 IMAGE_SHAPE = (3, 224, 224)
 """Shape of the teacher's images if there are no data."""
@@ -62,12 +62,12 @@ def plan(
     If the set has labels of views, the bytes of every kind of labels too; with --classes only these.
     """
     from condense import api, jobs
-    from condense.lighten import EPOCHS
+    from condense.lighten import DEFAULT_LABEL_EPOCHS
 
     if classes is not None:
         if method or settings or data or recipe:
             raise CondenseError(f"--classes {classes}: plans labels without METHOD and --data; leave out it or these")
-        _plan_labels(classes, ipc, EPOCHS if label_epochs is None else label_epochs, network, as_json)
+        _plan_labels(classes, ipc, DEFAULT_LABEL_EPOCHS if label_epochs is None else label_epochs, network, as_json)
         return
     if label_epochs is not None:
         raise CondenseError(f"--label-epochs {label_epochs}: goes with --classes; write label_epochs={label_epochs}")
@@ -75,12 +75,12 @@ def plan(
         method, settings, data, ipc, network, recipe, device=device, precision=precision
     )
     real = api.task(request.data, download=download, **options)
-    estimate = jobs.measure(
+    estimate = jobs.estimate_cost(
         request.method, real, request.ipc, network=request.network, device=device, precision=precision, **values
     )
     views, kinds = estimate["views"], []
     if views:
-        views["epochs"] = views["epochs"] or EPOCHS
+        views["epochs"] = views["epochs"] or DEFAULT_LABEL_EPOCHS
         kinds = _label_kinds(real.num_classes, views["images"], views["epochs"], views["teachers"], real.shape)
     if as_json:
         print(json.dumps({**estimate, "labels": _rows(kinds)}, indent=1))
@@ -135,7 +135,7 @@ def _plan_labels(classes: int, ipc: int | None, epochs: int, network: str | None
 
 def _label_kinds(
     classes: int, images: int, epochs: int, teachers: list[str], shape: tuple[int, int, int]
-) -> list[Point]:
+) -> list[LabelComparison]:
     """Bytes of every kind of labels."""
     from condense.lighten import int8_bytes, label_bytes, projector_bytes
 
@@ -144,13 +144,13 @@ def _label_kinds(
     return label_bytes(classes, images, epochs, teacher_bytes=weights, projector_bytes=projector)
 
 
-def _rows(kinds: list[Point]) -> list[dict[str, Any]]:
+def _rows(kinds: list[LabelComparison]) -> list[dict[str, Any]]:
     keys = {"labels": "words", "kind": "kind", "bytes": "bytes", "external": "external", "exactness": "exactness"}
     return [{name: getattr(kind, key) for name, key in keys.items()} for kind in kinds]
 
 
-def _print_kinds(kinds: list[Point], images: int, epochs: int) -> None:
-    from condense.lighten import table
+def _print_kinds(kinds: list[LabelComparison], images: int, epochs: int) -> None:
+    from condense.lighten import format_comparison
 
     print(f"  labels of {images} images, {epochs} epochs of views, by kind:")
-    print(textwrap.indent(table(kinds, "per-view"), "    "))
+    print(textwrap.indent(format_comparison(kinds, "per-view"), "    "))

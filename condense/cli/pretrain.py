@@ -20,7 +20,7 @@ from condense.cli.parameters import (
     sort_settings,
 )
 from condense.formatting import duration, size
-from condense.tracking import leads
+from condense.tracking import is_main_process
 
 
 def experts(
@@ -52,14 +52,14 @@ def experts(
     from condense.data import DataOptions
     from condense.registry import METHODS
 
-    keys: dict[str, Any] = config.parse(settings or [])
+    keys: dict[str, Any] = config.parse_overrides(settings or [])
     options, values = sort_settings(keys, DataOptions, METHODS.get(method).config)
     training: dict[str, Any] = {"network": network, "count": count, "epochs": epochs, "dtype": dtype}
     training |= {"held_out": held_out, "device": device, "precision": precision}
     jobs.check_experts(method, values, options, **training)
     real = api.task(data, download=download, **options)
     result = api.experts(real, method=method, out=out, seed=seed, force=force, quiet=False, **training, **values)
-    if not leads():
+    if not is_main_process():
         return
     file, new = result.file, len(result.trained)
     entries = file.manifest["experts"]
@@ -111,14 +111,14 @@ def teachers(
     from condense.pretraining import TeacherOptions
     from condense.registry import METHODS
 
-    keys: dict[str, Any] = config.parse(settings or [])
+    keys: dict[str, Any] = config.parse_overrides(settings or [])
     options, values = sort_settings(keys, DataOptions, METHODS.get(method).config if method else TeacherOptions)
     training: dict[str, Any] = {"networks": networks, "count": count, "epochs": epochs}
     training |= {"held_out": held_out, "device": device, "precision": precision}
     jobs.check_teachers(method, values, options, **training)
     real = api.task(data, download=download, **options)
     result = api.teachers(real, method=method, out=out, seed=seed, force=force, quiet=False, **training, **values)
-    if not leads():
+    if not is_main_process():
         return
     file, new = result.file, len(result.trained)
     kind = f"teachers of {real.name}, {file.manifest['epochs']} epochs"

@@ -49,22 +49,22 @@ def parse_request(
     if method is not None and "=" in method:  # with --recipe, the first argument may already be a setting
         overrides.insert(0, method)
         method = None
-    keys = config.recipe(recipe) if recipe else {}
+    keys = config.load_recipe(recipe) if recipe else {}
     recipe_method = keys.get("method")
     if None not in (method, recipe_method) and method != recipe_method:
         raise CondenseError(
             f"--recipe {recipe} is for the method '{recipe_method}', not '{method}'; leave one of them out"
         )
     flags = {"method": method, "data": data, "ipc": ipc, "network": network}
-    keys |= {key: value for key, value in flags.items() if value is not None} | config.parse(overrides)
+    keys |= {key: value for key, value in flags.items() if value is not None} | config.parse_overrides(overrides)
     missing = [flag for key, flag in (("method", "METHOD"), ("data", "--data"), ("ipc", "--ipc")) if key not in keys]
     if missing:
         raise CondenseError(f"{', '.join(missing)} missing; give METHOD --data DATA --ipc N, or --recipe NAME")
     entry = METHODS.get(str(keys["method"]))
     run, options, values = sort_settings(keys, RunRequest, DataOptions, entry.config)
     names: dict[str, Any] = {"network": run.get("network"), "protocol": run.get("protocol")}
-    request, _ = jobs.all_at_once(
-        lambda: config.build(RunRequest, run, "the run"),
-        lambda: jobs.check(entry.name, values, options, **names, **run_options),
+    request, _ = jobs.run_checks(
+        lambda: config.build_config(RunRequest, run, "the run"),
+        lambda: jobs.check_request(entry.name, values, options, **names, **run_options),
     )
     return request, options, values

@@ -3,7 +3,7 @@
 from condense.data.folders import read_images
 from condense.data.loaded import DataOptions, Split, cache_dir, check_name
 from condense.data.registered import DATASETS, datasets
-from condense.data.task import Task, load, unit
+from condense.data.task import Task, load_task, to_unit_range
 from condense.data.transform import ZCA, Standardise, Transform, digests, transform_from_arrays, working_dtype
 
 __all__ = [
@@ -18,9 +18,9 @@ __all__ = [
     "check_name",
     "datasets",
     "digests",
-    "load",
+    "load_task",
     "read_images",
+    "to_unit_range",
     "transform_from_arrays",
-    "unit",
     "working_dtype",
 ]

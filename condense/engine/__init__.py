@@ -1,25 +1,32 @@
 """TODO-FACE condense/engine."""
 
-from condense.engine.checkpoint import CHECKPOINT, PREVIOUS, VIEW_LABELS, VIEW_LABELS_STATE, Diverged, Interrupted
-from condense.engine.optimizer import Group, SyntheticOptimizer
+from condense.engine.checkpoint import (
+    CHECKPOINT_FILE,
+    PREVIOUS_CHECKPOINT_FILE,
+    VIEW_LABELS_FILE,
+    VIEW_LABELS_STATE_FILE,
+    Diverged,
+    Interrupted,
+)
+from condense.engine.optimizer import ParamGroup, SyntheticOptimizer
 from condense.engine.run import Run, Step
-from condense.engine.unrolling import GRAD_MODES, Outcome, StepLoss, Target, check, unroll
+from condense.engine.unrolling import GRAD_MODES, StepLoss, Target, UnrollResult, check_unroll_options, unroll
 
 __all__ = [
-    "CHECKPOINT",
+    "CHECKPOINT_FILE",
     "GRAD_MODES",
-    "PREVIOUS",
-    "VIEW_LABELS",
-    "VIEW_LABELS_STATE",
+    "PREVIOUS_CHECKPOINT_FILE",
+    "VIEW_LABELS_FILE",
+    "VIEW_LABELS_STATE_FILE",
     "Diverged",
-    "Group",
     "Interrupted",
-    "Outcome",
+    "ParamGroup",
     "Run",
     "Step",
     "StepLoss",
     "SyntheticOptimizer",
     "Target",
-    "check",
+    "UnrollResult",
+    "check_unroll_options",
     "unroll",
 ]

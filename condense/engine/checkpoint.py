@@ -12,14 +12,14 @@ from condense.files import read_state
 
 _log = logging.getLogger(__name__)
 
-CHECKPOINT = "checkpoint.pt"
+CHECKPOINT_FILE = "checkpoint.pt"
 
-PREVIOUS = "checkpoint.previous.pt"
+PREVIOUS_CHECKPOINT_FILE = "checkpoint.previous.pt"
 
-VIEW_LABELS, VIEW_LABELS_STATE = "labels.npy", "labels.json"
+VIEW_LABELS_FILE, VIEW_LABELS_STATE_FILE = "labels.npy", "labels.json"
 """Labels of views in making, and how many epochs of them are done."""
 
-CHECKPOINT_SECONDS = 20.0
+RUN_CHECKPOINT_SECONDS = 20.0
 """Least time between two checkpoints, unless the environment sets ``CONDENSE_CHECKPOINT_SECONDS``."""
 
 
@@ -31,7 +31,7 @@ class Diverged(CondenseError):
     """The loss or the images stopped being finite; the set holds the last good state."""
 
 
-class Keepable(Protocol):
+class Stateful(Protocol):
     """State that joins the checkpoint: networks, optimisers, queues."""
 
     def state_dict(self) -> Mapping[str, Any]: ...
@@ -45,7 +45,7 @@ def load_checkpoint(directory: Path, config_key: str) -> dict[str, Any] | None:
     Raises:
         CondenseError: the checkpoint belongs to another configuration.
     """
-    for name in (CHECKPOINT, PREVIOUS):
+    for name in (CHECKPOINT_FILE, PREVIOUS_CHECKPOINT_FILE):
         path = directory / name
         if not path.exists():
             continue

@@ -19,7 +19,7 @@ Schedule = Callable[[float], float]
 
 
 @dataclass(frozen=True)
-class Group:
+class ParamGroup:
     """How one named tensor of the synthetic set (``images``, ``labels``, ``step_size``, ...) is optimised."""
 
     lr: float
@@ -62,7 +62,7 @@ class SyntheticOptimizer:
     def __init__(
         self,
         tensors: Mapping[str, Tensor],
-        groups: Mapping[str, Group],
+        groups: Mapping[str, ParamGroup],
         row_classes: Tensor,
         reduce: Callable[[Tensor], None] | None = None,
     ) -> None:
@@ -93,7 +93,7 @@ class SyntheticOptimizer:
     def accumulate(self, loss: Tensor) -> None:
         """Adds the gradients of ``loss`` to those of this step; the graph of ``loss`` is freed."""
         loss.backward()
-        self.note(loss)
+        self.record_loss(loss)
 
     def minimise(self, loss: Tensor, **options: Any) -> None:
         """``accumulate(loss)`` and ``step(**options)``."""
@@ -105,10 +105,10 @@ class SyntheticOptimizer:
         for name, gradient in gradients.items():
             self.tensors[name].grad = gradient.detach()
         if loss is not None:
-            self.note(loss)
+            self.record_loss(loss)
         self.step(**options)
 
-    def note(self, loss: Tensor) -> None:
+    def record_loss(self, loss: Tensor) -> None:
         """Adds ``loss`` to what is logged and checked."""
         self.loss = self.loss + loss.detach().to(self.loss)
         self.finite = self.finite & torch.isfinite(self.loss)
@@ -169,12 +169,12 @@ class SyntheticOptimizer:
             average.copy_(torch.where(gate, moved, average) if isinstance(gate, Tensor) else moved)
 
     @torch.no_grad()
-    def take_averages(self) -> None:
+    def load_averages(self) -> None:
         """Puts the average in the place of each tensor that has one."""
         for name, average in self.averages.items():
             self.tensors[name].copy_(average)
 
-    def take_loss(self) -> Tensor:
+    def pop_loss(self) -> Tensor:
         """The loss summed since the last call, on the device; clears it."""
         loss, self.loss = self.loss, torch.zeros_like(self.loss)
         return loss
@@ -200,7 +200,9 @@ class SyntheticOptimizer:
         self.loss.zero_()
 
 
-def _sgd(old: dict[str, Tensor], gradient: Tensor, group: Group, lr: float, mask: Tensor | None) -> dict[str, Tensor]:
+def _sgd(
+    old: dict[str, Tensor], gradient: Tensor, group: ParamGroup, lr: float, mask: Tensor | None
+) -> dict[str, Tensor]:
     """v <- m v + g;  x <- x - lr * mask * v, or bent where the group is positive."""
     if group.weight_decay:
         gradient = gradient + group.weight_decay * old["value"]
@@ -215,7 +217,9 @@ def _sgd(old: dict[str, Tensor], gradient: Tensor, group: Group, lr: float, mask
     return new
 
 
-def _adam(old: dict[str, Tensor], gradient: Tensor, group: Group, lr: float, mask: Tensor | None) -> dict[str, Tensor]:
+def _adam(
+    old: dict[str, Tensor], gradient: Tensor, group: ParamGroup, lr: float, mask: Tensor | None
+) -> dict[str, Tensor]:
     """Kingma & Ba's Adam; each row counts its own steps, so rows may be stepped at different times."""
     if group.weight_decay:
         gradient = gradient + group.weight_decay * old["value"]

@@ -17,17 +17,17 @@ from torch import Tensor, nn
 
 from condense import networks, rng
 from condense.data import Task
-from condense.device import fast
+from condense.device import autocast
 from condense.engine.checkpoint import (
-    CHECKPOINT,
-    CHECKPOINT_SECONDS,
-    PREVIOUS,
+    CHECKPOINT_FILE,
+    PREVIOUS_CHECKPOINT_FILE,
+    RUN_CHECKPOINT_SECONDS,
     Diverged,
     Interrupted,
-    Keepable,
+    Stateful,
     load_checkpoint,
 )
-from condense.engine.optimizer import Group, SyntheticOptimizer
+from condense.engine.optimizer import ParamGroup, SyntheticOptimizer
 from condense.files import checkpoint_interval
 from condense.ranks import Ranks
 from condense.sets import SyntheticSet
@@ -35,14 +35,14 @@ from condense.tracking import Log, Progress, open_tracker
 
 _log = logging.getLogger(__name__)
 
-KNOBS = {"images": "lr_img", "step_size": "lr_lr", "labels": "lr_label"}
+LR_SETTINGS = {"images": "lr_img", "step_size": "lr_lr", "labels": "lr_label"}
 """What methods call the learning rate of a tensor."""
 
 PREVIEW_SECONDS = 60.0
 
 LOG_SECONDS = 2.0
 
-CHUNK_PIXELS = 1024 * 1024
+CLASS_CHUNK_PIXELS = 1024 * 1024
 """Real pixels (height x width x images) that a class-separable method handles at once: 1,024 images of 32x32."""
 
 FORWARD_PIXELS = 32 * 1024
@@ -130,7 +130,7 @@ class Run:
         self.steps_done = 0
         self.stopped_early = False
         self.synthetic: SyntheticSet | None = None
-        self._kept: dict[str, Keepable] = {}
+        self._kept: dict[str, Stateful] = {}
         self._stop = False
         self._net: networks.Network | None = None
         self._device_net: networks.Network | None = None
@@ -141,7 +141,7 @@ class Run:
         self.estimates: dict[str, float] = {}
         self._partial: Callable[[], SyntheticSet] | None = None
         self._kept_before: dict[str, Any] = self._saved["kept"] if self._saved else {}
-        self.phase = 0
+        self.loop_index = 0
         self._finished: list[dict[str, Tensor]] = self._saved["finished"] if self._saved else []
         self._elapsed_before = float(self._saved["elapsed"]) if self._saved else 0.0
         self._began = time.monotonic()
@@ -153,7 +153,7 @@ class Run:
         """Seconds of work so far, over all resumptions."""
         return self._elapsed_before + time.monotonic() - self._began
 
-    def credit(self, seconds: float) -> None:
+    def add_elapsed(self, seconds: float) -> None:
         """Counts work that this run uses but another process did; once, as a checkpoint holds it."""
         if not self.resumed:
             self._elapsed_before += seconds
@@ -185,14 +185,14 @@ class Run:
         return self._partial() if self._partial is not None and self.synthetic is not None else self.synthetic
 
     @property
-    def asked_to_stop(self) -> bool:
+    def stop_requested(self) -> bool:
         """Whether a signal asked to save and stop."""
         return self._stop
 
     @property
     def classes(self) -> list[int]:
         """The classes that this rank works on."""
-        return list(range(self.task.num_classes))[self.ranks.rank :: self.ranks.world]
+        return list(range(self.task.num_classes))[self.ranks.rank :: self.ranks.world_size]
 
     def class_chunks(self, images_per_class: int) -> Iterator[list[int]]:
         """This rank's classes in groups of at most ``CHUNK_PIXELS`` real pixels, so that memory does not grow with
@@ -203,11 +203,11 @@ class Run:
         height, width = self.task.shape[1:]
         # The images of the set count five times: their maps are kept for the backward pass.
         images_per_class = max(images_per_class, 5 * self.ipc)
-        size = max(1, CHUNK_PIXELS // (images_per_class * height * width))
+        size = max(1, CLASS_CHUNK_PIXELS // (images_per_class * height * width))
         for start in range(0, len(self.classes), size):
             yield self.classes[start : start + size]
 
-    def forward_chunk(self, gradients: bool = False) -> int | None:
+    def forward_chunk_size(self, gradients: bool = False) -> int | None:
         """Images in one forward pass: few on a CPU, so that feature maps stay in its cache; else all.
 
         With ``gradients`` (of the weights, on real images) more, as the maps must be kept anyway: the bound is memory.
@@ -217,9 +217,9 @@ class Run:
         height, width = self.task.shape[1:]
         return max(1, (GRADIENT_PIXELS if gradients else FORWARD_PIXELS) // (height * width))
 
-    def fast(self) -> contextlib.AbstractContextManager[Any]:
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Autocast to the run's precision, for work that needs no second derivative."""
-        return fast(self.device, self.precision)
+        return autocast(self.device, self.precision)
 
     def seeded(self, purpose: str, step: int = 0) -> contextlib.AbstractContextManager[None]:
         """Forks and seeds the global generator, for constructors and dropout."""
@@ -229,28 +229,28 @@ class Run:
         """Random weights number ``index`` of the run's network, frozen; the same module object every time."""
         with self.seeded("network", index):
             if self._net is None:
-                self._net = networks.build(self.network, self.task.shape, self.task.num_classes)
+                self._net = networks.build_network(self.network, self.task.shape, self.task.num_classes)
                 self._net.requires_grad_(False)
             else:
-                networks.reset(self._net)
+                networks.reset_parameters(self._net)
         if self.device.type == "cpu":
             return self._net
         # Weights are drawn on the CPU, so that every device sees the same network.
         if self._device_net is None:
             with self.seeded("scratch"):
-                self._device_net = networks.build(self.network, self.task.shape, self.task.num_classes)
+                self._device_net = networks.build_network(self.network, self.task.shape, self.task.num_classes)
             self._device_net.to(self.device).requires_grad_(False)
         self._device_net.load_state_dict(self._net.state_dict())
         return self._device_net
 
-    def keep(self, name: str, state: Keepable) -> None:
+    def register_state(self, name: str, state: Stateful) -> None:
         """Adds ``state`` (a live network, a queue) to the checkpoint; a resumed run restores it here."""
         self._kept[name] = state
         if name in self._kept_before:
             state.load_state_dict(self._kept_before[name])
 
     def optimise(
-        self, synthetic: SyntheticSet, steps: int, *, sharded: bool = False, **groups: Group
+        self, synthetic: SyntheticSet, steps: int, *, sharded: bool = False, **groups: ParamGroup
     ) -> Iterator[Step]:
         """The outer loop: yields each step; between steps it logs, checkpoints, previews, and stops when time is up.
 
@@ -267,27 +267,27 @@ class Run:
             Diverged: a loss was NaN or infinite; ``synthetic`` is put back to the last good state.
             Interrupted: SIGINT or SIGTERM; the state is saved first.
         """
-        reduce = self.ranks.sum if sharded else None
+        reduce = self.ranks.all_reduce_sum if sharded else None
         optimizer = SyntheticOptimizer(synthetic.tensors, groups, synthetic.classes, reduce)
         self.synthetic = synthetic
-        if self.phase < len(self._finished):
+        if self.loop_index < len(self._finished):
             with torch.no_grad():
                 for name, tensor in optimizer.tensors.items():
-                    tensor.copy_(self._finished[self.phase][name])
-            self.phase += 1
+                    tensor.copy_(self._finished[self.loop_index][name])
+            self.loop_index += 1
             return
         start = 0
         if self._saved is not None:
             optimizer.load_state_dict(self._saved["optimizer"])
             start = int(self._saved["step"])
             self._saved = None
-        if self.ranks.leads:
+        if self.ranks.is_main_process:
             self.begin()
-        keeper = _Keeper(self, synthetic, optimizer, start, steps)
+        keeper = _StepMonitor(self, synthetic, optimizer, start, steps)
         self.steps_done = start
         try:
             for index in range(start, steps):
-                if self.ranks.agree(self._time_is_up()):
+                if self.ranks.broadcast(self._time_is_up()):
                     self.stopped_early = True
                     break
                 optimizer.progress = index / steps
@@ -295,9 +295,9 @@ class Run:
                 self.steps_done = index + 1
                 keeper.after_step(index + 1, stop=self._stop)
             keeper.finish()
-            optimizer.take_averages()
+            optimizer.load_averages()
             self._finished.append({name: tensor.detach().clone() for name, tensor in optimizer.tensors.items()})
-            self.phase += 1
+            self.loop_index += 1
         finally:
             keeper.close()
 
@@ -319,7 +319,7 @@ class Run:
         handled = []
 
         def ask(number: int, frame: Any) -> None:
-            if self._stop and self.ranks.world == 1:
+            if self._stop and self.ranks.world_size == 1:
                 raise KeyboardInterrupt
             self._stop = True
 
@@ -335,7 +335,7 @@ class Run:
 
     def save_checkpoint(self, step: int, optimizer: SyntheticOptimizer) -> None:
         """Writes the state after ``step`` steps; the previous checkpoint stays until the new one is whole."""
-        if self.directory is None or not self.ranks.leads:
+        if self.directory is None or not self.ranks.is_main_process:
             return
         state = {
             "config_key": self.config_key,
@@ -345,17 +345,17 @@ class Run:
             "finished": self._finished,
             "kept": {name: dict(kept.state_dict()) for name, kept in self._kept.items()},
         }
-        path, temporary = self.directory / CHECKPOINT, self.directory / (CHECKPOINT + ".tmp")
+        path, temporary = self.directory / CHECKPOINT_FILE, self.directory / (CHECKPOINT_FILE + ".tmp")
         with temporary.open("wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
         if path.exists():
-            os.replace(path, self.directory / PREVIOUS)
+            os.replace(path, self.directory / PREVIOUS_CHECKPOINT_FILE)
         os.replace(temporary, path)
 
 
-class _Keeper:
+class _StepMonitor:
     """What happens between steps: log lines, checkpoints, previews, the check for NaN, and stopping."""
 
     def __init__(
@@ -365,9 +365,9 @@ class _Keeper:
         self.good = (start, optimizer.state_dict())
         self.checked = self.step = start
         self.check_every = 1 if run.device.type == "cpu" else 20  # reading the flag waits for the GPU
-        leads = run.ranks.leads
+        leads = run.ranks.is_main_process
         self.progress = Progress(run.name, steps, start, run.quiet or not leads)
-        again = (run.phase, start) if run.resumed or run.phase else None  # the log goes on
+        again = (run.loop_index, start) if run.resumed or run.loop_index else None  # the log goes on
         self.log = Log(run.directory / "log.jsonl", again) if run.directory and leads else None
         self.tracker = open_tracker(run.track, run.directory if leads else None, start)
         self.logged = self.saved = self.previewed = time.monotonic()
@@ -380,14 +380,14 @@ class _Keeper:
         last = step == self.steps
         # Checkpoints that take more than a second to write take at most a twentieth of the time.
         slow = 20 * self.save_seconds if self.save_seconds > 1 else 0.0
-        saving = now - self.saved >= max(checkpoint_interval(CHECKPOINT_SECONDS), slow)
+        saving = now - self.saved >= max(checkpoint_interval(RUN_CHECKPOINT_SECONDS), slow)
         wish = now - self.logged >= LOG_SECONDS, saving, now - self.previewed >= PREVIEW_SECONDS, stop
-        agreed = self.run.ranks.agree(sum(bit << i for i, bit in enumerate(wish)))
+        agreed = self.run.ranks.broadcast(sum(bit << i for i, bit in enumerate(wish)))
         logging, saving, previewing, stop = (bool(agreed >> i & 1) for i in range(4))
         if step - self.checked >= self.check_every or logging or saving or last or stop:
             self.checked = step
             self._check(step)
-        loss = self.optimizer.take_loss()
+        loss = self.optimizer.pop_loss()
         if logging or last or step == 1:
             self.logged = now
             if self.optimizer.reduce is not None:
@@ -417,14 +417,14 @@ class _Keeper:
             self.tracker.close()
 
     def _check(self, step: int) -> None:
-        if self.run.dry_run or self.run.ranks.all(self.optimizer.finite):
+        if self.run.dry_run or self.run.ranks.all_true(self.optimizer.finite):
             return
         good, state = self.good
         self.optimizer.load_state_dict(state)
-        self.optimizer.take_averages()
+        self.optimizer.load_averages()
         self.run.steps_done = good
         rates = ", ".join(
-            f"{KNOBS.get(name, 'lr of ' + name)}={group.lr:g}" for name, group in self.optimizer.groups.items()
+            f"{LR_SETTINGS.get(name, 'lr of ' + name)}={group.lr:g}" for name, group in self.optimizer.groups.items()
         )
         raise Diverged(f"the loss is not finite at step {step} ({rates}): lower the learning rate; kept step {good}")
 
@@ -432,7 +432,7 @@ class _Keeper:
         self.text = f"loss {loss:.4g}"
         values = {"loss": loss}
         if self.log is not None:
-            self.log.write(loop=self.run.phase, step=step, seconds=round(self.run.elapsed, 2), **values)
+            self.log.write(loop=self.run.loop_index, step=step, seconds=round(self.run.elapsed, 2), **values)
         if self.tracker is not None:
             self.tracker.log(step, values)
 
@@ -447,7 +447,7 @@ class _Keeper:
         self.save_seconds = self.saved - began
 
     def _preview(self, step: int) -> None:
-        if self.run.directory is None or not self.run.ranks.leads:
+        if self.run.directory is None or not self.run.ranks.is_main_process:
             return
         from condense.sets import save_grid
 

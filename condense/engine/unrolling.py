@@ -39,7 +39,7 @@ class Target(NamedTuple):
     """Factor of this term in the loss."""
 
 
-class Outcome(NamedTuple):
+class UnrollResult(NamedTuple):
     """What :func:`unroll` gives; nothing in it has a graph."""
 
     loss: Tensor
@@ -65,7 +65,7 @@ def unroll(
     gate: float | None = None,
     optimizer: str = "sgd",
     optimizer_options: Mapping[str, Any] | None = None,
-) -> Outcome:
+) -> UnrollResult:
     """Trains ``start`` for ``steps`` steps and differentiates its distance from the targets.
 
     A step is b <- momentum * b + gradient of step_loss; theta <- theta - rate * b, beginning with b = 0.
@@ -91,7 +91,7 @@ def unroll(
         CondenseError: grad_mode, optimizer or its options are unknown or do not go together.
         ValueError: steps, targets or the leaves' names make no sense.
     """
-    kind = check(grad_mode, optimizer, momentum)
+    kind = check_unroll_options(grad_mode, optimizer, momentum)
     if steps < 1 or not targets or not all(1 <= target.step <= steps for target in targets):
         raise ValueError(f"targets after steps {[target.step for target in targets]} of {steps}: needs some in 1..N")
     if "step_size" in leaves:
@@ -149,7 +149,7 @@ def _by_recursion(
     exact: bool,
     factor: float,
     gate: float | None,
-) -> Outcome:
+) -> UnrollResult:
     """Forward without a graph, then lambda_i = dLoss / dtheta_i and nu_i = -dLoss / db_i / rate from the end.
 
     nu_i = lambda_{i+1} + momentum * nu_{i+1}; lambda_i = lambda_{i+1} - rate * (Hessian of step i) nu_i + the slope of
@@ -165,7 +165,7 @@ def _by_recursion(
     end = thetas[-1]
     loss = torch.stack([_miss(thetas[target.step], start, target) for target in targets]).sum()
     if _closed(loss, gate):
-        return Outcome(loss, None, end)
+        return UnrollResult(loss, None, end)
 
     sums = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}  # the only ones, however many steps
     rate_sum = torch.zeros_like(rate)
@@ -187,7 +187,7 @@ def _by_recursion(
     if factor != 1:
         for total in sums.values():
             total *= factor
-    return Outcome(loss, {**sums, "step_size": rate_sum}, end)
+    return UnrollResult(loss, {**sums, "step_size": rate_sum}, end)
 
 
 def _step_back(
@@ -215,7 +215,7 @@ def _by_graph(
     targets: Sequence[Target],
     advance: _Advance,
     gate: float | None,
-) -> Outcome:
+) -> UnrollResult:
     """All steps in one graph; ``start`` and ``rate`` require grad."""
     theta, fixed, misses = start, start.detach(), []
     for i in range(steps):
@@ -223,13 +223,13 @@ def _by_graph(
         misses += [_miss(theta, fixed, target) for target in targets if target.step == i + 1]
     loss = torch.stack(misses).sum()
     if _closed(loss.detach(), gate):
-        return Outcome(loss.detach(), None, theta.detach())
+        return UnrollResult(loss.detach(), None, theta.detach())
     wanted = {**leaves, "step_size": rate}
     slopes = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
     gradients = {
         name: torch.zeros_like(leaf) if slope is None else slope for (name, leaf), slope in zip(wanted.items(), slopes)
     }
-    return Outcome(loss.detach(), gradients, theta.detach())
+    return UnrollResult(loss.detach(), gradients, theta.detach())
 
 
 def _sgd(rate: Tensor, momentum: float) -> _Advance:
@@ -244,7 +244,9 @@ def _sgd(rate: Tensor, momentum: float) -> _Advance:
     return advance
 
 
-def check(grad_mode: str, optimizer: str = "sgd", momentum: float = 0.0) -> type[torch.optim.Optimizer] | None:
+def check_unroll_options(
+    grad_mode: str, optimizer: str = "sgd", momentum: float = 0.0
+) -> type[torch.optim.Optimizer] | None:
     """Refuses what :func:`unroll` cannot do.
 
     Returns:

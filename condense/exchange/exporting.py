@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from condense.data import unit
+from condense.data import to_unit_range
 from condense.errors import CondenseError, did_you_mean
 from condense.exchange.shared import folder_name, library
-from condense.files import check_writable, replacing, replacing_folder
+from condense.files import atomic_folder, atomic_write, check_writable
 from condense.formatting import by
 from condense.labels import HardLabels, SoftLabels
 from condense.sets import DistilledSet, decode
@@ -81,7 +81,7 @@ def export_set(distilled: DistilledSet, destination: str | Path, form: str, *, f
         safetensors = library("safetensors.torch", "--to safetensors") if form == "safetensors" else None
         tensors, classes = _tensors(distilled), list(distilled.classes)
         manifest = json.dumps(distilled.manifest, sort_keys=True)
-        with replacing(path) as temporary:
+        with atomic_write(path) as temporary:
             if safetensors is not None:
                 metadata = {"format": "pt", "classes": json.dumps(classes), "manifest": manifest}
                 temporary.write_bytes(safetensors.save(tensors, metadata))
@@ -144,7 +144,7 @@ def _pixels(distilled: DistilledSet) -> Tensor:
     """Decoded images (M,C,H,W) in pixel space, float32. Pixels stored there are not transformed, which is exact."""
     if distilled.manifest["space"] != "pixel":
         return distilled.transform.inverse(distilled.training_images()[0])
-    return decode(unit(distilled.stored), distilled.stages)[0]
+    return decode(to_unit_range(distilled.stored), distilled.stages)[0]
 
 
 def _write_folder(rounded: DistilledSet, folder: Path) -> None:
@@ -290,6 +290,6 @@ def _check_folder(folder: Path, *, force: bool, size: int) -> None:
 @contextlib.contextmanager
 def _exporting(folder: Path) -> Iterator[Path]:
     """Yields a temporary folder with our marker that replaces ``folder`` when the block succeeds."""
-    with replacing_folder(folder) as temporary:
+    with atomic_folder(folder) as temporary:
         (temporary / MARKER).touch()
         yield temporary

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from condense import networks, rng
-from condense.data import ZCA, DataOptions, Standardise, Task, check_name, load, transform_from_arrays
+from condense.data import ZCA, DataOptions, Standardise, Task, check_name, load_task, transform_from_arrays
 from condense.errors import CondenseError, did_you_mean
 from condense.exchange.reading import (
     ImportedFiles,
@@ -34,7 +34,7 @@ from condense.version import __version__
 FORMS = ("dc", "mtt", "tensors", "imagefolder")
 """Formats of ``condense import --from``."""
 
-NETWORK = "convnet-d3-w128-in"
+DEFAULT_IMPORT_NETWORK = "convnet-d3-w128-in"
 """Architecture of nearly all published sets of small images."""
 
 
@@ -51,7 +51,7 @@ def import_set(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     method: str | None = None,
-    network: str = NETWORK,
+    network: str = DEFAULT_IMPORT_NETWORK,
     protocol: str | None = None,
 ) -> DistilledSet:
     """Imports a third-party set as a :class:`DistilledSet` sorted by class.
@@ -83,7 +83,7 @@ def import_set(
         raise CondenseError(f"--from {form}: unknown{did_you_mean(form, FORMS)}")
     source, method = Path(source), check_name(method or form)
     options = data.options if isinstance(data, Task) else options or DataOptions()
-    networks.check(network)
+    networks.check_network(network)
     if protocol is not None:
         get_protocol(protocol)
     standardise = _standardise(mean, std, options)
@@ -99,9 +99,9 @@ def import_set(
         files = read_mtt(source, labels_file) if form == "mtt" else read_tensors(source, labels_file)
     if lr is not None:
         files.lr = read_step_size(lr, files.paths)
-    task = load(data, None if isinstance(data, Task) else options, download=download)
+    task = load_task(data, None if isinstance(data, Task) else options, download=download)
     with rng.seeded("check"):  # reports here, not in `evaluate`, that the network does not fit the images
-        networks.build(network, task.shape, task.num_classes)
+        networks.build_network(network, task.shape, task.num_classes)
     return _to_distilled(source, form, files, task, standardise, method=method, network=network, protocol=protocol)
 
 

@@ -6,7 +6,7 @@ import importlib
 import re
 from typing import Any
 
-from condense.errors import need
+from condense.errors import missing_package
 
 
 def folder_name(name: str) -> str:
@@ -23,4 +23,4 @@ def library(name: str, purpose: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as fault:
-        raise need(name.partition(".")[0], "hub", purpose) from fault
+        raise missing_package(name.partition(".")[0], "hub", purpose) from fault

@@ -1,25 +1,25 @@
 """Jobs: one run of a method, from its checked arguments to the distilled set in a file."""
 
-from condense.jobs.checks import all_at_once, check, check_experts, check_fit, check_outputs, check_teachers
+from condense.jobs.checks import check_experts, check_fit, check_outputs, check_request, check_teachers, run_checks
 from condense.jobs.execute import resume, run_job
 from condense.jobs.job import is_finished, is_resumable, read_job, resolve_job, resolve_settings
 from condense.jobs.manifest import distill_command
-from condense.jobs.plan import measure
+from condense.jobs.plan import estimate_cost
 
 __all__ = [
-    "all_at_once",
-    "check",
     "check_experts",
     "check_fit",
     "check_outputs",
+    "check_request",
     "check_teachers",
     "distill_command",
+    "estimate_cost",
     "is_finished",
     "is_resumable",
-    "measure",
     "read_job",
     "resolve_job",
     "resolve_settings",
     "resume",
+    "run_checks",
     "run_job",
 ]

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from condense import networks, rng
-from condense.config import build
+from condense.config import build_config
 from condense.data import DataOptions, Task
 from condense.device import pick_device, pick_precision
 from condense.errors import CondenseError, did_you_mean
@@ -22,7 +22,7 @@ from condense.registry import METHODS
 from condense.tracking import check_tracker
 
 
-def all_at_once(*checks: Callable[[], Any]) -> list[Any]:
+def run_checks(*checks: Callable[[], Any]) -> list[Any]:
     """Runs all checks and returns their results.
 
     Raises:
@@ -39,7 +39,7 @@ def all_at_once(*checks: Callable[[], Any]) -> list[Any]:
     return results
 
 
-def check(
+def check_request(
     method: str,
     settings: Mapping[str, Any],
     options: Mapping[str, Any] | None = None,
@@ -60,10 +60,10 @@ def check(
         CondenseError: all mistakes, in one line.
     """
     entry = METHODS.get(method)
-    all_at_once(
+    run_checks(
         lambda: resolve_settings(entry, settings),
-        lambda: build(DataOptions, options or {}, "the data"),
-        lambda: networks.check(network or entry.network),
+        lambda: build_config(DataOptions, options or {}, "the data"),
+        lambda: networks.check_network(network or entry.network),
         lambda: get_protocol(protocol or entry.protocol),
         lambda: pick_precision(precision, pick_device(device)),
         lambda: _check_minutes(minutes),
@@ -96,7 +96,7 @@ def check_experts(
     if dtype not in TRAJECTORY_DTYPES:
         faults.append(f"--dtype {dtype}: unknown{did_you_mean(dtype, TRAJECTORY_DTYPES)}")
     settings = {**settings, **_positive_settings(flags)}
-    all_at_once(functools.partial(_raise, faults), lambda: check(method, settings, options, **run_options))
+    run_checks(functools.partial(_raise, faults), lambda: check_request(method, settings, options, **run_options))
     return resolve_settings(METHODS.get(method), settings)
 
 
@@ -130,18 +130,18 @@ def check_teachers(
     if settings.get("teachers"):
         faults.append(f"teachers={settings['teachers']}: are there already; leave it out to train others")
 
-    def build_config() -> Any:
+    def resolve_options() -> Any:
         if method:
             return resolve_settings(METHODS.get(method), settings)
-        config = build(TeacherOptions, settings, "teachers")
+        config = build_config(TeacherOptions, settings, "teachers")
         config.check_teachers()
         return config
 
-    *_, config = all_at_once(
+    *_, config = run_checks(
         functools.partial(_raise, faults),
-        lambda: build(DataOptions, options or {}, "the data"),
+        lambda: build_config(DataOptions, options or {}, "the data"),
         lambda: pick_precision(precision, pick_device(device)),
-        build_config,
+        resolve_options,
     )
     return config
 
@@ -193,7 +193,7 @@ def check_fit(real: Task, ipc: int, network: str | Callable[..., nn.Module]) -> 
             f"give at most {real.counts[smallest]}"
         )
     with rng.seeded("check"):
-        networks.build(network, real.shape, real.num_classes)
+        networks.build_network(network, real.shape, real.num_classes)
 
 
 def check_outputs(real: Task, ipc: int, out: str | Path | None, run_dir: Path | None, *, force: bool) -> None:

@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 from condense import networks
-from condense.data import DataOptions, Task, load
+from condense.data import DataOptions, Task, load_task
 from condense.device import deterministic_kernels, pick_device
-from condense.engine import VIEW_LABELS, VIEW_LABELS_STATE, Diverged, Run
+from condense.engine import VIEW_LABELS_FILE, VIEW_LABELS_STATE_FILE, Diverged, Run
 from condense.errors import CondenseError
 from condense.files import write_json
-from condense.jobs.checks import check, check_fit
+from condense.jobs.checks import check_fit, check_request
 from condense.jobs.job import RESULT_FILE, Job, is_finished, prepare_run_dir, read_job, resolve_settings, write_job
 from condense.jobs.manifest import to_distilled
 from condense.registry import METHODS, Method
@@ -42,19 +42,19 @@ def resume(run_dir: str | Path, *, minutes: float | None = None, quiet: bool = T
     directory, job = Path(run_dir), read_job(run_dir)
     if minutes is None and job.out is not None and is_finished(directory):
         return DistilledSet.load(job.out)
-    if job.data["source"] is None or job.network.startswith(networks.FACTORY):
+    if job.data["source"] is None or job.network.startswith(networks.FACTORY_PREFIX):
         what = "data were" if job.data["source"] is None else "network was"
         raise CondenseError(f"{directory}: its {what} given in Python; such a run cannot be resumed from its folder")
     limit = job.minutes if minutes is None else minutes
     names = {"network": job.network, "protocol": job.protocol, "precision": job.precision, "track": job.track}
     try:
-        check(job.method, job.settings, job.data["options"], minutes=limit, **names)
+        check_request(job.method, job.settings, job.data["options"], minutes=limit, **names)
         pick_device(job.device)
     except CondenseError as fault:
         raise CondenseError(f"{directory}: {fault}") from fault
     entry = METHODS.get(job.method)
     config = resolve_settings(entry, job.settings)
-    real = load(job.data["source"], DataOptions(**job.data["options"]), name=job.data["name"])
+    real = load_task(job.data["source"], DataOptions(**job.data["options"]), name=job.data["name"])
     if real.fingerprint != job.fingerprint:
         raise CondenseError(
             f"{directory}: the data at {job.data['source']} changed since the run began; restore them or start over"
@@ -120,11 +120,11 @@ def run_job(
         with deterministic_kernels(job.deterministic), run.stop_on_signal():
             synthetic = entry.function(real, config, run)
         distilled = to_distilled(job, entry, real, run, synthetic)
-        if run.ranks.leads:
+        if run.ranks.is_main_process:
             begin()  # methods without steps have not called it
             _write_outputs(job, directory, run, distilled, resume)
     except Diverged as fault:
-        if run.synthetic is None or job.out is None or not run.ranks.leads:
+        if run.synthetic is None or job.out is None or not run.ranks.is_main_process:
             raise
         partial_set = run.partial_set
         assert partial_set is not None
@@ -141,7 +141,7 @@ def run_job(
         raise CondenseError(
             f"out of memory on {run.device}: lower --ipc or batch_real, or take a smaller --network"
         ) from fault
-    run.ranks.close()
+    run.ranks.barrier()
     return distilled
 
 
@@ -161,7 +161,7 @@ def _write_outputs(job: Job, directory: Path | None, run: Run, distilled: Distil
     }
     write_json(directory / RESULT_FILE, result)
     if job.out is not None:  # the file of the set holds the labels
-        for name in (VIEW_LABELS, VIEW_LABELS_STATE):
+        for name in (VIEW_LABELS_FILE, VIEW_LABELS_STATE_FILE):
             (directory / name).unlink(missing_ok=True)
 
 

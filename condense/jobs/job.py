@@ -13,10 +13,10 @@ from typing import Any
 from torch import nn
 
 from condense import networks
-from condense.config import build
+from condense.config import build_config
 from condense.data import Task
 from condense.device import pick_device, pick_precision
-from condense.engine import CHECKPOINT, PREVIOUS, VIEW_LABELS, VIEW_LABELS_STATE
+from condense.engine import CHECKPOINT_FILE, PREVIOUS_CHECKPOINT_FILE, VIEW_LABELS_FILE, VIEW_LABELS_STATE_FILE
 from condense.errors import CondenseError
 from condense.files import write_json
 from condense.networks import pretrained
@@ -65,7 +65,7 @@ def resolve_settings(entry: Method, settings: Mapping[str, Any]) -> Any:
     Raises:
         CondenseError: unknown settings or invalid values.
     """
-    config: Any = build(entry.config, settings, f"the method '{entry.name}'")
+    config: Any = build_config(entry.config, settings, f"the method '{entry.name}'")
     if getattr(config, "experts", ""):  # a run may be resumed from another folder
         config = dataclasses.replace(config, experts=str(Path(config.experts).resolve()))
     if getattr(config, "teachers", "") and not pretrained.is_public(config.teachers):
@@ -92,7 +92,7 @@ def resolve_job(
         data={"source": real.source, "name": real.name, "options": dataclasses.asdict(real.options)},
         fingerprint=real.fingerprint,
         ipc=ipc,
-        network=networks.name_of(network or entry.network),
+        network=networks.network_name(network or entry.network),
         seed=seed,
         device=str(pick_device(device)),
         precision=pick_precision(precision, pick_device(device)),
@@ -124,7 +124,15 @@ def prepare_run_dir(run_dir: Path, job: Job) -> None:
     """Creates the run directory, deletes the files of an earlier run, and writes ``config.json``."""
     run_dir.mkdir(parents=True, exist_ok=True)
     if (run_dir / CONFIG_FILE).exists():
-        for name in (RESULT_FILE, CHECKPOINT, PREVIOUS, PLAN_FILE, VIEW_LABELS, VIEW_LABELS_STATE, "log.jsonl"):
+        for name in (
+            RESULT_FILE,
+            CHECKPOINT_FILE,
+            PREVIOUS_CHECKPOINT_FILE,
+            PLAN_FILE,
+            VIEW_LABELS_FILE,
+            VIEW_LABELS_STATE_FILE,
+            "log.jsonl",
+        ):
             (run_dir / name).unlink(missing_ok=True)
         for name in ("previews", "tensorboard"):
             shutil.rmtree(run_dir / name, ignore_errors=True)

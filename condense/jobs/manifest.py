@@ -39,7 +39,7 @@ def distill_command(
 
 def _command(job: Job, entry: Method, real: Task) -> str:
     """The command line that makes this set. Defaults are omitted; paths of the user's files become PATH."""
-    words = ["condense", "distill", job.method, "--data", commands.data_word(real), "--ipc", str(job.ipc)]
+    words = ["condense", "distill", job.method, "--data", commands.data_argument(real), "--ipc", str(job.ipc)]
     words += ["--network", job.network] * (job.network != entry.network)
     words += ["--seed", str(job.seed)] * (job.seed != 0) + ["--precision", job.precision]
     words += ["--minutes", f"{job.minutes:g}"] if job.minutes is not None else []
@@ -50,7 +50,7 @@ def _command(job: Job, entry: Method, real: Task) -> str:
         if values.get("teachers") and not pretrained.is_public(values["teachers"]):
             values = {**values, "teachers": "PATH"}
         if values.get("backbone"):
-            values = {**values, "backbone": commands.shown(values["backbone"])}
+            values = {**values, "backbone": commands.redact_backbone(values["backbone"])}
         words += [f"{key}={commands.format_value(value)}" for key, value in values.items() if value != defaults[key]]
     words += ["deterministic=true"] * job.deterministic
     words += [f"protocol={job.protocol}"] * (job.protocol != entry.protocol)

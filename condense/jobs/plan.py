@@ -13,7 +13,7 @@ from torch import nn
 from condense.data import Task
 from condense.device import device_name, peak_memory, pick_device, pick_precision
 from condense.engine import Run, Step
-from condense.jobs.checks import check, check_fit
+from condense.jobs.checks import check_fit, check_request
 from condense.jobs.job import resolve_settings
 from condense.networks import flat
 from condense.pretraining import choose_placement, read_trajectory_file, trajectory_nbytes
@@ -21,7 +21,7 @@ from condense.registry import METHODS
 from condense.sets import DistilledSet, SyntheticSet
 
 
-class _Trial(Run):
+class DryRun(Run):
     """Makes the first steps of a run and notes when each ended; stops after ``SECONDS``, but not before the third."""
 
     SECONDS = 3.0
@@ -54,7 +54,7 @@ def _nbytes(state: Any) -> int:
     return sum(map(_nbytes, state.values())) if isinstance(state, dict) else 0
 
 
-def measure(
+def estimate_cost(
     method: str,
     real: Task,
     ipc: int,
@@ -65,14 +65,14 @@ def measure(
     **settings: Any,
 ) -> dict[str, Any]:
     """What a run would cost, from a few of its own steps: seconds a step, all steps, peak memory, bytes of the set."""
-    check(method, settings, network=network, device=device, precision=precision)
+    check_request(method, settings, network=network, device=device, precision=precision)
     entry = METHODS.get(method)
     config = resolve_settings(entry, settings)
     check_fit(real, ipc, network or entry.network)
     where = pick_device(device)
     began = time.monotonic()
     precision = pick_precision(precision, where)
-    trial = _Trial(real, ipc, network or entry.network, device=where, precision=precision, quiet=True)
+    trial = DryRun(real, ipc, network or entry.network, device=where, precision=precision, quiet=True)
     synthetic = entry.function(real, config, trial)
     seconds, per_step, steps = time.monotonic() - began, None, getattr(config, "steps", None)
     if steps is not None and trial.ends:

@@ -3,13 +3,21 @@
 from condense.judge.evaluation import evaluate, fit
 from condense.judge.protocol import OWN, Protocol, get_protocol, protocols
 from condense.judge.records import arm_name, environment, read_record
-from condense.judge.scoring import USES, cross_architecture, main_entries, scores, summary, time_to_accuracy
+from condense.judge.scoring import (
+    REUSE_COUNTS,
+    compute_scores,
+    cross_architecture,
+    main_entries,
+    summary,
+    time_to_accuracy,
+)
 
 __all__ = [
     "OWN",
-    "USES",
+    "REUSE_COUNTS",
     "Protocol",
     "arm_name",
+    "compute_scores",
     "cross_architecture",
     "environment",
     "evaluate",
@@ -18,7 +26,6 @@ __all__ = [
     "main_entries",
     "protocols",
     "read_record",
-    "scores",
     "summary",
     "time_to_accuracy",
 ]

@@ -14,7 +14,7 @@ from torch import nn
 from condense import rng
 from condense.data import Task
 from condense.errors import CondenseError, did_you_mean
-from condense.files import content
+from condense.files import tensors_sha256
 from condense.judge.protocol import Protocol
 from condense.labels import HardLabels
 from condense.sets import DistilledSet
@@ -154,8 +154,8 @@ def _soft_control(
         source = functools.partial(_soft_noise_source, seed, distilled)
         return Arm(control, "own", f"noise-for-{distilled.sha256()}", steps, rates, source)
     assert teacher is not None
-    ipc, kind, rule = int(distilled.manifest["ipc"]), distilled.labels.kind, distilled.labels.rule()
-    content_key = f"random-{ipc}-{kind}-{content(teacher.state_dict())}-{rule}"
+    ipc, kind, rule = int(distilled.manifest["ipc"]), distilled.labels.kind, distilled.labels.cache_key()
+    content_key = f"random-{ipc}-{kind}-{tensors_sha256(teacher.state_dict())}-{rule}"
     source = functools.partial(_teacher_labelled_source, seed, ipc, distilled, teacher)
     return Arm(control, "own", content_key, steps, rates, source)
 
@@ -224,7 +224,7 @@ def _teacher_labelled_source(
     """Random real images with labels of ``teacher``, of the kind and with the settings of the set."""
     images, classes = task.per_class(ipc, (seed, "random-arm", run))
     views = rng.key(seed, "views", run)
-    return FixedSource(images, distilled.labels.anew(images, teacher.to(images.device), views, classes))
+    return FixedSource(images, distilled.labels.label_images(images, teacher.to(images.device), views, classes))
 
 
 def _soft_noise_source(seed: int, distilled: DistilledSet, task: Task, run: int) -> FixedSource:

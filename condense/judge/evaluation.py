@@ -13,17 +13,17 @@ import torch
 from torch import nn
 
 from condense import networks, rng
-from condense.commands import data_word
-from condense.config import build
-from condense.data import DataOptions, Task, load
+from condense.commands import data_argument
+from condense.config import build_config
+from condense.data import DataOptions, Task, load_task
 from condense.device import pick_device, pick_precision
 from condense.errors import CondenseError
 from condense.formatting import by
 from condense.judge.arms import NetworkFactory, check_control, learned_lr, make_arms, own_source
-from condense.judge.label_source import recorded_teacher
+from condense.judge.label_source import find_label_teacher
 from condense.judge.protocol import OWN, Protocol, get_protocol
-from condense.judge.records import MAX_TEXT_LENGTH, SCHEMA, environment, known_cost
-from condense.judge.scoring import cross_architecture, scores, summary, time_to_accuracy
+from condense.judge.records import MAX_TEXT_LENGTH, RECORD_SCHEMA, environment, valid_cost
+from condense.judge.scoring import compute_scores, cross_architecture, summary, time_to_accuracy
 from condense.judge.students import Evaluator
 from condense.ranks import Ranks
 from condense.sets import DistilledSet
@@ -90,13 +90,13 @@ def evaluate(
     architectures = _architectures(networks, distilled, rules)
     runs = rules.runs if runs is None else runs
     if not isinstance(task, Task):
-        task = load(task, build(DataOptions, data_options(distilled), "the data"))
+        task = load_task(task, build_config(DataOptions, data_options(distilled), "the data"))
     _check(distilled, task, architectures, runs, controls)
     ranks = Ranks(torch_device)  # it selects this rank's GPU, so it comes before the first tensor on the device
     task = task.to(torch_device, transform=distilled.transform)
     reason = ""
     if teacher is None and (teachers is not None or ("random" in controls and rules.labels == "soft")):
-        teacher, reason = recorded_teacher(distilled, teachers, torch_device)
+        teacher, reason = find_label_teacher(distilled, teachers, torch_device)
     evaluator = Evaluator(task, rules, runs, seed, torch_device, precision, cache, quiet, ranks)
     arms, missing = make_arms(
         distilled,
@@ -113,8 +113,10 @@ def evaluate(
         results = evaluator.results([(arm, network) for network in architectures for arm in arms])
     except (torch.OutOfMemoryError, MemoryError) as fault:
         raise CondenseError(f"out of memory on {torch_device}: take smaller --networks, or another --device") from fault
-    ranks.close()
-    line = command(distilled, evaluator, architectures, list(controls), without_augmentation, teachers is not None)
+    ranks.barrier()
+    line = evaluate_command(
+        distilled, evaluator, architectures, list(controls), without_augmentation, teachers is not None
+    )
     return _record(distilled, evaluator, results, missing, line)
 
 
@@ -136,10 +138,10 @@ def _record(
 ) -> dict[str, Any]:
     """Creates the record. Unknown parts of the manifest, which is untrusted, are omitted."""
     manifest, kind, data, rules = distilled.manifest, distilled.labels.kind, evaluator.task, evaluator.protocol
-    cost, set_command, own = known_cost(manifest.get("cost")), manifest.get("command"), manifest["network"]
+    cost, set_command, own = valid_cost(manifest.get("cost")), manifest.get("command"), manifest["network"]
     set_seed, nbytes = manifest.get("seed"), distilled.nbytes()
     return {
-        "schema": SCHEMA,
+        "schema": RECORD_SCHEMA,
         "set": {
             "name": distilled.name,
             "sha256": distilled.sha256(),
@@ -163,7 +165,7 @@ def _record(
         "seed": evaluator.seed,
         "results": results,
         "missing": missing,
-        "scores": scores(results, kind),
+        "scores": compute_scores(results, kind),
         "cross_architecture": cross_architecture(results, own),
         "time": time_to_accuracy(results, cost),
         "cost": cost,
@@ -172,7 +174,7 @@ def _record(
     }
 
 
-def command(
+def evaluate_command(
     distilled: DistilledSet,
     evaluator: Evaluator,
     architectures: Sequence[str | NetworkFactory],
@@ -182,8 +184,8 @@ def command(
 ) -> str:
     """The ``condense evaluate`` command line of a record. PATH replaces paths of the user's files."""
     name = distilled.name if "claim" in distilled.manifest else distilled.file_name
-    words = ["condense", "evaluate", name, "--data", data_word(evaluator.task)]
-    words += ["--networks", ",".join(networks.name_of(network) for network in architectures)]
+    words = ["condense", "evaluate", name, "--data", data_argument(evaluator.task)]
+    words += ["--networks", ",".join(networks.network_name(network) for network in architectures)]
     words += ["--runs", str(evaluator.runs), "--protocol", evaluator.protocol.name]
     words += ["--controls", ",".join(controls) or "none"] + ["--without-augmentation"] * without_augmentation
     words += ["--teachers", "PATH"] * teachers
@@ -223,7 +225,7 @@ def fit(
     rules = get_protocol(protocol or _default_protocol(distilled))
     torch_device = pick_device(device)
     with rng.seeded(seed, "student", 0):
-        net = networks.build(network, distilled.shape, len(distilled.classes))
+        net = networks.build_network(network, distilled.shape, len(distilled.classes))
     source = own_source(distilled, torch_device)
     recipe = rules.recipe(source.size, mirror=distilled.manifest.get("mirror", True), lr=learned_lr(distilled))
     student = Student(net, source, rng.key(seed, "run", 0))
@@ -251,8 +253,8 @@ def _check(
     """Checks that data, networks and controls fit the set, before any student is trained."""
     if tuple(task.classes) != distilled.classes:
         raise CondenseError(
-            f"--data {task.name}: has the classes {_few(task.classes)}, the set was made for "
-            f"{_few(distilled.classes)}; give the data that it was made from"
+            f"--data {task.name}: has the classes {format_classes(task.classes)}, the set was made for "
+            f"{format_classes(distilled.classes)}; give the data that it was made from"
         )
     if task.shape != distilled.shape:
         raise CondenseError(
@@ -264,16 +266,16 @@ def _check(
     for control in controls:
         check_control(control)
     for network in architectures:
-        if isinstance(network, str) and network.startswith(networks.FACTORY):
+        if isinstance(network, str) and network.startswith(networks.FACTORY_PREFIX):
             raise CondenseError(
                 f"{distilled.name} was made with a network given in Python; name others with --networks"
             )
-        networks.check(network)
+        networks.check_network(network)
         with rng.seeded("check"):
-            networks.build(network, task.shape, task.num_classes)
+            networks.build_network(network, task.shape, task.num_classes)
 
 
-def _few(names: Sequence[str]) -> str:
+def format_classes(names: Sequence[str]) -> str:
     """The number of classes and the first three."""
     first = ", ".join(names[:3])
     return f"{len(names)} ({first}{', ...' if len(names) > 3 else ''})"

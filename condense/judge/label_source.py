@@ -21,7 +21,7 @@ from condense.pretraining import (
 from condense.sets import DistilledSet
 
 
-def recorded_teacher(
+def find_label_teacher(
     distilled: DistilledSet, teachers: str | Path | None, device: torch.device
 ) -> tuple[nn.Module | None, str]:
     """Finds the ensemble of experts or teachers that gave the soft labels of a set.
@@ -39,7 +39,7 @@ def recorded_teacher(
     """
     source = distilled.manifest.get("label_source", {})
     recorded = source.get("experts", {})
-    is_teacher_file = teachers is not None and hdf5.format_of(Path(teachers)) != TRAJECTORY_FORMAT.name
+    is_teacher_file = teachers is not None and hdf5.read_format(Path(teachers)) != TRAJECTORY_FORMAT.name
     if "teachers" in source or (is_teacher_file and not recorded):
         return _find_saved_teacher(distilled, source, teachers, device)
     members = {"count": recorded.get("count"), "epoch": source.get("epoch", -1)}
@@ -60,7 +60,7 @@ def recorded_teacher(
 def _find_saved_teacher(
     distilled: DistilledSet, source: dict[str, Any], teachers: str | Path | None, device: torch.device
 ) -> tuple[nn.Module | None, str]:
-    """Finds the weighted ensemble of saved teachers; see :func:`recorded_teacher`."""
+    """Finds the weighted ensemble of saved teachers; see :func:`find_label_teacher`."""
     recorded = source.get("teachers") or {}
     path = find_teachers(recorded) if teachers is None else Path(teachers)
     if path is None:

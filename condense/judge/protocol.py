@@ -11,10 +11,10 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from condense.augment import dsa
-from condense.config import build, packaged, read_yaml
+from condense.augment import make_augmentation
+from condense.config import build_config, packaged_yaml, read_yaml
 from condense.errors import CondenseError, did_you_mean
-from condense.training import Recipe, check_rule
+from condense.training import TrainConfig, check_optimizer
 
 OWN = "own"
 """Name in a protocol's networks for the network that the set was made with."""
@@ -70,23 +70,23 @@ class Protocol:
     """Length of the cosine as a multiple of the length of the training."""
 
     def __post_init__(self) -> None:
-        check_rule(self.optimizer, self.schedule, self.stretch, prefix=f"{self.name}: ")
+        check_optimizer(self.optimizer, self.schedule, self.stretch, prefix=f"{self.name}: ")
 
     def budget(self, size: int) -> int:
         """Number of optimizer steps for a set of ``size`` images."""
         return self.steps * math.ceil(size / self.per_images)
 
-    def recipe(self, size: int, *, mirror: bool, steps: int | None = None, lr: float | None = None) -> Recipe:
+    def recipe(self, size: int, *, mirror: bool, steps: int | None = None, lr: float | None = None) -> TrainConfig:
         """Training of students on a set of ``size`` images; ``steps`` and ``lr`` replace those of the protocol."""
-        return Recipe(
+        return TrainConfig(
             steps=steps or self.budget(size),
             batch=self.batch,
             lr=self.lr[0] if lr is None else lr,
             momentum=self.momentum,
             weight_decay=self.weight_decay,
-            drops=tuple(self.drops),
-            drop_factor=self.drop_factor,
-            augment=dsa(self.augment, variant=self.augment_variant, mirror=mirror),
+            lr_milestones=tuple(self.drops),
+            lr_gamma=self.drop_factor,
+            augment=make_augmentation(self.augment, variant=self.augment_variant, mirror=mirror),
             cutmix=self.cutmix,
             optimizer=self.optimizer,
             schedule=self.schedule,
@@ -105,8 +105,8 @@ def protocols() -> dict[str, Protocol]:
 
 @functools.cache
 def _read_protocols(folder: str) -> dict[str, Protocol]:
-    files = [*packaged("benchmarks/protocols"), *(sorted(Path(folder).glob("*.yaml")) if folder else [])]
-    read = [build(Protocol, read_yaml(file.read_text(), file.name), file.name) for file in files]
+    files = [*packaged_yaml("benchmarks/protocols"), *(sorted(Path(folder).glob("*.yaml")) if folder else [])]
+    read = [build_config(Protocol, read_yaml(file.read_text(), file.name), file.name) for file in files]
     return {protocol.name: protocol for protocol in read}
 
 

@@ -19,10 +19,17 @@ from condense.device import device_name, peak_memory
 from condense.errors import CondenseError
 from condense.files import write_json
 from condense.formatting import size
-from condense.judge.scoring import cross_architecture, is_augmented, main_entries, scores, summary, time_to_accuracy
+from condense.judge.scoring import (
+    compute_scores,
+    cross_architecture,
+    is_augmented,
+    main_entries,
+    summary,
+    time_to_accuracy,
+)
 from condense.version import __version__
 
-SCHEMA = "condense.record/1"
+RECORD_SCHEMA = "condense.record/1"
 
 MAX_RECORD_BYTES = 16 * 1024 * 1024
 """Maximum size of a record file."""
@@ -34,7 +41,7 @@ MAX_NUMBER = 1e18
 """Maximum absolute value of a number in a record."""
 
 
-def known_cost(cost: Any) -> dict[str, Any]:
+def valid_cost(cost: Any) -> dict[str, Any]:
     """The entries of a manifest's cost that the schema of records allows; the rest is untrusted and omitted."""
     allowed = schema()["properties"]["cost"]["properties"]
     entries = cost.items() if isinstance(cost, dict) else ()
@@ -58,7 +65,7 @@ def environment(device: torch.device, precision: str) -> dict[str, Any]:
     }
 
 
-def table(record: dict[str, Any]) -> str:
+def format_record(record: dict[str, Any]) -> str:
     """Formats the results of a record as lines for a terminal."""
     rows = [("network", "arm", "runs", "accuracy", "95 % interval", "steps", "lr", "seconds")]
     for entry in record["results"]:
@@ -140,8 +147,8 @@ def _reject_constant(constant: str) -> None:
 
 def check_record(record: Any) -> list[str]:
     """Returns the mistakes in a record as text; an empty list if it is valid."""
-    if isinstance(record, dict) and record.get("schema", SCHEMA) != SCHEMA:
-        return [f"'schema' is {record['schema']!r}; this version reads {SCHEMA}"]
+    if isinstance(record, dict) and record.get("schema", RECORD_SCHEMA) != RECORD_SCHEMA:
+        return [f"'schema' is {record['schema']!r}; this version reads {RECORD_SCHEMA}"]
     faults = [_format_fault(error) for error in Draft202012Validator(schema()).iter_errors(record)]
     faults = faults or list(_invalid_values(record, ""))[:5]
     if faults:
@@ -173,7 +180,7 @@ def _inconsistent(record: dict[str, Any]) -> Iterator[str]:
     elif set_facts["bytes"].get("stored") not in (None, set_facts["bytes"]["total"] - parts["external"]):
         yield "'set.bytes.stored' is not the total without external bytes"
     for name, expected in (
-        ("scores", scores(results, set_facts["label_kind"])),
+        ("scores", compute_scores(results, set_facts["label_kind"])),
         ("cross_architecture", cross_architecture(results, set_facts["network"])),
         ("time", time_to_accuracy(results, record["cost"])),
     ):

@@ -14,7 +14,7 @@ from condense import rng
 RESAMPLES = 10000
 """Bootstrap samples for the intervals of LRS and ARS."""
 
-USES = (1, 10, 100)
+REUSE_COUNTS = (1, 10, 100)
 """Numbers of networks trained on one set; the time to make the set is divided by these."""
 
 
@@ -36,12 +36,12 @@ def _interval(values: Sequence[float]) -> dict[str, Any]:
     return {"value": statistics_["mean"], "ci95": statistics_["ci95"]}
 
 
-def normalised(alpha: float) -> float:
+def normalise_score(alpha: float) -> float:
     """Maps a difference of accuracies in [-1,1] to [0,1] as DD-Ranking does: (e^a - e^-1) / (e - e^-1); 0.2689 at 0."""
     return (math.exp(alpha) - math.exp(-1)) / (math.e - math.exp(-1))
 
 
-def resampled(score: Callable[..., float], *arms: Sequence[float]) -> dict[str, Any]:
+def bootstrap_score(score: Callable[..., float], *arms: Sequence[float]) -> dict[str, Any]:
     """Computes ``score`` of the mean accuracies of arms, with a 95 % bootstrap interval.
 
     Runs are resampled, the same ones in every arm. With few runs the interval is too narrow: three runs have only ten
@@ -62,7 +62,7 @@ def _minus(a: Sequence[float], b: Sequence[float]) -> list[float]:
     return [x - y for x, y in zip(a, b)]
 
 
-def scores(results: Sequence[dict[str, Any]], label_kind: str = "hard") -> dict[str, Any]:
+def compute_scores(results: Sequence[dict[str, Any]], label_kind: str = "hard") -> dict[str, Any]:
     """Computes DD-Ranking's scores per network from accuracies in [0,1], as far as the arms allow.
 
     IOR = distilled - random, both with the labels of the track. HLR = full - distilled, both with hard labels.
@@ -93,9 +93,9 @@ def scores(results: Sequence[dict[str, Any]], label_kind: str = "hard") -> dict[
         if full and hard:
             values["HLR"] = _interval(_minus(full, hard))
         if distilled and control and full and hard:
-            values["LRS"] = resampled(_lrs, distilled, control, full, hard)
+            values["LRS"] = bootstrap_score(_lrs, distilled, control, full, hard)
         if distilled and control and plain[0] and plain[1]:
-            values["ARS"] = resampled(_ars, distilled, control, plain[0], plain[1])
+            values["ARS"] = bootstrap_score(_ars, distilled, control, plain[0], plain[1])
         by_network[network] = values
     return by_network
 
@@ -106,11 +106,11 @@ def is_augmented(results: Sequence[dict[str, Any]]) -> bool:
 
 
 def _lrs(distilled: float, control: float, full: float, hard: float) -> float:
-    return normalised(0.5 * (distilled - control) - 0.5 * (full - hard))
+    return normalise_score(0.5 * (distilled - control) - 0.5 * (full - hard))
 
 
 def _ars(distilled: float, control: float, plain_distilled: float, plain_control: float) -> float:
-    return normalised(0.5 * (distilled - control) + 0.5 * (plain_distilled - plain_control))
+    return normalise_score(0.5 * (distilled - control) + 0.5 * (plain_distilled - plain_control))
 
 
 def cross_architecture(results: Sequence[dict[str, Any]], own: str) -> dict[str, Any] | None:
@@ -164,7 +164,8 @@ def time_to_accuracy(results: Sequence[dict[str, Any]], cost: dict[str, Any]) ->
                 "train_seconds": round(train, 3),
                 "made_seconds": made_seconds,
                 "total_seconds": {
-                    str(uses): None if made_seconds is None else round(made_seconds / uses + train, 3) for uses in USES
+                    str(uses): None if made_seconds is None else round(made_seconds / uses + train, 3)
+                    for uses in REUSE_COUNTS
                 },
             }
         )

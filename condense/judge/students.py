@@ -23,7 +23,7 @@ from condense.judge.protocol import Protocol
 from condense.judge.scoring import summary
 from condense.ranks import Ranks
 from condense.tracking import Progress
-from condense.training import STUDENT_VERSION, Recipe, Student, accuracy, pick_together, train
+from condense.training import STUDENT_VERSION, Student, TrainConfig, accuracy, prefers_stacked, train
 
 SEARCH_RUN = -1
 """Replaces the number of the run in the keys of the student that tries a learning rate."""
@@ -78,7 +78,7 @@ class Evaluator:
                     "arm": arm.name,
                     "labels": arm.labels,
                     "augment": self.recipe(arm, rate).augment is not None,
-                    "network": networks.name_of(network),
+                    "network": networks.network_name(network),
                     "steps": arm.steps,
                     "lr": rate,
                     "lr_from": "held-out" if len(arm.rates) > 1 else "learned" if arm.uses_learned_lr else "protocol",
@@ -110,7 +110,7 @@ class Evaluator:
             chosen.append(arm.rates[accuracies.index(max(accuracies))])
         return chosen
 
-    def recipe(self, arm: Arm, rate: float) -> Recipe:
+    def recipe(self, arm: Arm, rate: float) -> TrainConfig:
         """Training of the students of an arm."""
         recipe = self.protocol.recipe(0, mirror=self.task.mirror, steps=arm.steps, lr=rate)
         return recipe if arm.augment else dataclasses.replace(recipe, augment=None)
@@ -118,7 +118,7 @@ class Evaluator:
     def scored(self, jobs: Sequence[StudentJob]) -> list[tuple[float, float]]:
         """Accuracy and training seconds of each job, from the cache or trained by one of the ranks."""
         cached = torch.zeros(len(jobs), 3, dtype=torch.float64)  # accuracy, seconds, 1 if the score exists
-        if self.ranks.leads:  # only one rank reads the cache, so that all ranks train the same jobs
+        if self.ranks.is_main_process:  # only one rank reads the cache, so that all ranks train the same jobs
             for row, job in zip(cached, jobs):
                 entry = _read_score(self._path(job)) if self._cached(job) else None
                 if entry is not None:
@@ -127,7 +127,7 @@ class Evaluator:
         trained = torch.zeros_like(cached)
         pending = [number for number in range(len(jobs)) if not cached[number, 2]]
         for index, batch in enumerate(self._batches(jobs, pending)):
-            if index % self.ranks.world != self.ranks.rank:
+            if index % self.ranks.world_size != self.ranks.rank:
                 continue
             for number, entry in zip(batch, self._train([jobs[number] for number in batch])):
                 trained[number] = torch.tensor([*entry, 1.0], dtype=torch.float64)
@@ -137,21 +137,23 @@ class Evaluator:
 
     def _all_ranks(self, table: torch.Tensor) -> torch.Tensor:
         """Sums the tables of all ranks."""
-        if self.ranks.world == 1:
+        if self.ranks.world_size == 1:
             return table
         table = table.to(self.device)
-        self.ranks.sum(table)
+        self.ranks.all_reduce_sum(table)
         return table.cpu()
 
     def _batches(self, jobs: Sequence[StudentJob], pending: Sequence[int]) -> list[list[int]]:
         """Groups jobs that are trained together: single jobs on a CPU, otherwise the runs of a cell, split by ranks."""
-        if not pick_together(self.device):
+        if not prefers_stacked(self.device):
             return [[number] for number in pending]
         cells: dict[Any, list[int]] = {}
         for number in pending:
             job = jobs[number]
             cells.setdefault((job.arm, job.network, job.rate, id(job.task)), []).append(number)
-        parts = [cell[rank :: self.ranks.world] for cell in cells.values() for rank in range(self.ranks.world)]
+        parts = [
+            cell[rank :: self.ranks.world_size] for cell in cells.values() for rank in range(self.ranks.world_size)
+        ]
         return [part for part in parts if part]
 
     def _train(self, jobs: Sequence[StudentJob]) -> list[tuple[float, float]]:
@@ -161,14 +163,14 @@ class Evaluator:
         students = []
         for job in jobs:
             with rng.seeded(self.seed, "student", job.run):
-                net = networks.build(job.network, self.task.shape, self.task.num_classes)
+                net = networks.build_network(job.network, self.task.shape, self.task.num_classes)
             students.append(Student(net, job.arm.source(job.task, job.run), rng.key(self.seed, "run", job.run)))
         title = f"run {first.run + 1} of {self.runs}" if len(jobs) == 1 else f"{len(jobs)} runs"
         title = f"trying lr {first.rate:g}" if first.run == SEARCH_RUN else title
         progress = Progress(
-            f"{first.arm.name} on {networks.name_of(first.network)}, {title}",
+            f"{first.arm.name} on {networks.network_name(first.network)}, {title}",
             len(students) * recipe.steps,
-            quiet=self.quiet or not self.ranks.leads,
+            quiet=self.quiet or not self.ranks.is_main_process,
         )
         checkpoint = self._path(first).with_suffix(".part") if self._cached(first) else None
         where: dict[str, Any] = {"device": self.device, "precision": self.precision}
@@ -185,8 +187,8 @@ class Evaluator:
         recipe = self.recipe(job.arm, job.rate)
         parts = [
             job.arm.content_key,
-            {**recipe.known(), "augment": str(recipe.augment)},
-            networks.name_of(job.network),
+            {**recipe.cache_key_fields(), "augment": str(recipe.augment)},
+            networks.network_name(job.network),
             networks.library_version(job.network),
             job.run,
             self.protocol.held_out if job.run == SEARCH_RUN else None,
@@ -196,7 +198,7 @@ class Evaluator:
             self.precision,
             device_name(self.device),
             torch.backends.cudnn.allow_tf32,
-            pick_together(self.device),
+            prefers_stacked(self.device),
             rng.HASH_VERSION,
             STUDENT_VERSION,
             torch.__version__,

@@ -1,58 +1,73 @@
 """Label providers: what a student of a distilled set trains on, and how it is stored.
 
 Each kind (``hard``, ``soft``, ``per-view`` ...) is a class with the interface :class:`Labels`, registered in
-:data:`PROVIDERS` under the name that manifests use.
+:data:`LABEL_KINDS` under the name that manifests use.
 """
 
-from condense.labels.adapters import Merged, Projector
-from condense.labels.base import PROVIDERS, Labels, check_image_count, check_loss, mixed
+from condense.labels.adapters import MergedProjector, Projector
+from condense.labels.base import LABEL_KINDS, Labels, check_image_count, check_loss, mix_rows
 from condense.labels.coded import CodedLabels, LowRankLabels, TopKLabels
-from condense.labels.codes import MOST_KEPT, MOST_RANK, Bytes, Half, LowRank, TopK, fidelity, usual
+from condense.labels.codes import (
+    DEFAULT_MAX_K,
+    DEFAULT_MAX_RANK,
+    HalfCode,
+    Int8Code,
+    LowRankCode,
+    TopKCode,
+    default_size,
+    fidelity,
+)
 from condense.labels.distances import DistanceLabels
 from condense.labels.per_image import HardLabels, SoftLabels
 from condense.labels.per_view import PerViewLabels
-from condense.labels.pool import PoolLabels, Pruning, pool_answers, pooled_epochs
+from condense.labels.pool import PoolLabels, PruningOptions, compute_pool_logits, kept_pool_epochs
 from condense.labels.projector import ProjectorLabels
 from condense.labels.static import StaticLabels
-from condense.labels.teacher import Int8TeacherLabels, TeacherLabels, dequantised, quantised
-from condense.labels.teacher_logits import STATISTICS, answers, stored_answers, view_answers, view_distances
+from condense.labels.teacher import Int8TeacherLabels, TeacherLabels, dequantise, quantise
+from condense.labels.teacher_logits import (
+    STATISTICS,
+    compute_logits,
+    compute_view_logits,
+    compute_view_nll,
+    resumable_logits,
+)
 
 __all__ = [
-    "MOST_KEPT",
-    "MOST_RANK",
-    "PROVIDERS",
+    "DEFAULT_MAX_K",
+    "DEFAULT_MAX_RANK",
+    "LABEL_KINDS",
     "STATISTICS",
-    "Bytes",
     "CodedLabels",
     "DistanceLabels",
-    "Half",
+    "HalfCode",
     "HardLabels",
+    "Int8Code",
     "Int8TeacherLabels",
     "Labels",
-    "LowRank",
+    "LowRankCode",
     "LowRankLabels",
-    "Merged",
+    "MergedProjector",
     "PerViewLabels",
     "PoolLabels",
     "Projector",
     "ProjectorLabels",
-    "Pruning",
+    "PruningOptions",
     "SoftLabels",
     "StaticLabels",
     "TeacherLabels",
-    "TopK",
+    "TopKCode",
     "TopKLabels",
-    "answers",
     "check_image_count",
     "check_loss",
-    "dequantised",
+    "compute_logits",
+    "compute_pool_logits",
+    "compute_view_logits",
+    "compute_view_nll",
+    "default_size",
+    "dequantise",
     "fidelity",
-    "mixed",
-    "pool_answers",
-    "pooled_epochs",
-    "quantised",
-    "stored_answers",
-    "usual",
-    "view_answers",
-    "view_distances",
+    "kept_pool_epochs",
+    "mix_rows",
+    "quantise",
+    "resumable_logits",
 ]

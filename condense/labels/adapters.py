@@ -8,7 +8,7 @@ so that a student's step costs one forward pass of the encoder.
 =========================== ==========================================================================================
 backbone                    weights
 =========================== ==========================================================================================
-NAME                        one of :data:`SHIPPED`, included in this package
+NAME                        one of :data:`BUNDLED_BACKBONES`, included in this package
 FILE.h5                     the first teacher of a file of ``condense teachers``
 torchvision:NAME            the default public weights
 timm:NAME                   the public weights
@@ -38,7 +38,7 @@ from condense.networks import Encoder
 HEADS = ("text", "mean")
 
 
-def adapted(encoder: Encoder, pixels: Tensor) -> list[str]:
+def adapted_weight_names(encoder: Encoder, pixels: Tensor) -> list[str]:
     """Returns the names of the weights of convolutions and linear layers, including attention, on which the encoder's
     features of ``pixels`` depend; weights of an unused classifier are omitted."""
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
@@ -134,7 +134,7 @@ class Projector(networks.Network):
 
     def classify(self, embedding: Tensor) -> Tensor:
         """Maps features to float32 logits (B, classes)."""
-        return cosines(embedding, self.columns(), self.log_scale.exp(), self.bias)
+        return cosine_logits(embedding, self.columns(), self.log_scale.exp(), self.bias)
 
     @torch.no_grad()
     def rounded(self) -> Projector:
@@ -177,7 +177,7 @@ class Projector(networks.Network):
         self.log_scale.fill_(math.log(checked_array(arrays, "scale", np.float32, (1,))[0]))
 
 
-class Merged(nn.Module):
+class MergedProjector(nn.Module):
     """A projector whose low-rank changes are added to its weights; see :class:`Projector`."""
 
     def __init__(self, projector: Projector) -> None:
@@ -199,16 +199,16 @@ class Merged(nn.Module):
         """Maps (B,C,H,W) in training space to float32 logits (B, classes)."""
         if self.transform.mean.device != images.device:
             self.transform = self.transform.to(images.device)
-        return cosines(self.encoder(self.transform.inverse(images)), self.columns, self.scale, self.bias)
+        return cosine_logits(self.encoder(self.transform.inverse(images)), self.columns, self.scale, self.bias)
 
 
-def cosines(features: Tensor, columns: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+def cosine_logits(features: Tensor, columns: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     """Returns ``scale * features / |features| @ columns + bias``, float32 (B, classes), for features (B, D)."""
     with torch.autocast(features.device.type, enabled=False):
         return scale * (F.normalize(features.float(), dim=1) @ columns) + bias
 
 
-def plain(transform: Transform, setting: str) -> Standardise:
+def require_standardise(transform: Transform, setting: str) -> Standardise:
     """Returns the transform after checking that its inverse maps each pixel separately.
 
     Raises:

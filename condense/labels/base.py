@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from condense.augment import MixedViews, single
+from condense.augment import MixedViews, float32_decimal
 from condense.errors import CondenseError, did_you_mean
 from condense.labels.teacher_logits import draw_epoch_views
 from condense.registry import Registry
@@ -42,7 +42,7 @@ class Labels(Protocol):
     """Interface of a label provider. Kinds derive from it and override the defaults that do not apply to them."""
 
     kind: str
-    """Name in :data:`PROVIDERS`, in manifests and on the command line."""
+    """Name in :data:`LABEL_KINDS`, in manifests and on the command line."""
     per_view: bool
     """Whether targets belong to augmented views that the provider draws, so that no other augmentation is applied."""
     is_hard: bool = False
@@ -77,7 +77,7 @@ class Labels(Protocol):
             "`for images, targets in set.batches(epoch, batch_size)` and use `set.loss(logits, targets)`"
         )
 
-    def shown(self, images: Tensor, ids: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+    def training_batch(self, images: Tensor, ids: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
         """Returns what a student trains on: views (B,C,H,W) of the images ``ids``, and targets whose first axis is B.
 
         Args:
@@ -105,7 +105,7 @@ class Labels(Protocol):
     def to(self, device: torch.device) -> Labels:
         """Returns the same labels on ``device``."""
 
-    def anew(self, images: Tensor, teacher: nn.Module, seed: int, hard: Tensor | None = None) -> Labels:
+    def label_images(self, images: Tensor, teacher: nn.Module, seed: int, hard: Tensor | None = None) -> Labels:
         """Labels other images with ``teacher``, using the same kind and settings.
 
         Args:
@@ -138,7 +138,7 @@ class Labels(Protocol):
         """Returns the settings of the loss that other kinds adopt, as keyword arguments of ``PerViewLabels``."""
         return {}
 
-    def rule(self) -> str:
+    def cache_key(self) -> str:
         """Returns the settings on which the labels depend, except the teacher. The text is part of cache keys."""
 
 
@@ -180,7 +180,7 @@ def logit_mse_loss(logits: Tensor, targets: Tensor, gamma: float) -> Tensor:
 
 def checked_temperature(value: float) -> float:
     """Rounds a temperature to float32 and checks that it is above 0 and finite."""
-    temperature = single(value)
+    temperature = float32_decimal(value)
     if not 0 < temperature < math.inf:
         raise CondenseError(f"temperature={value:g}: must be above 0 and finite")
     return temperature
@@ -208,7 +208,7 @@ def epoch_views(labels: Any, images: Tensor, ids: Tensor, epoch: int) -> tuple[T
     return labels.views.apply(images, ids, drawn), ids, drawn
 
 
-def mixed(values: Tensor, ids: Tensor, drawn: MixedViews) -> Tensor:
+def mix_rows(values: Tensor, ids: Tensor, drawn: MixedViews) -> Tensor:
     """Returns the rows ``ids`` of ``values`` (N, C), mixed with the rows of their partners like the views."""
     if drawn.partner is None or drawn.share is None:
         return values[ids]
@@ -240,4 +240,4 @@ def total_nbytes(arrays: Mapping[str, np.ndarray]) -> int:
     return sum(array.nbytes for array in arrays.values())
 
 
-PROVIDERS: Registry[Any] = Registry("label kind")
+LABEL_KINDS: Registry[Any] = Registry("label kind")

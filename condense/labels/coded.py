@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from condense.errors import CondenseError
 from condense.labels.arrays import checked_array, class_dtype, read_init_kwargs
-from condense.labels.base import PROVIDERS, Fidelity, copy_to, total_nbytes
-from condense.labels.codes import CODES, Code, LowRank, TopK, code_to, fidelity
+from condense.labels.base import LABEL_KINDS, Fidelity, copy_to, total_nbytes
+from condense.labels.codes import CODES, Code, LowRankCode, TopKCode, code_to, fidelity
 from condense.labels.per_view import PerViewLabels
-from condense.labels.teacher_logits import given_or_predicted_classes, view_answers
+from condense.labels.teacher_logits import compute_view_logits, given_or_predicted_classes
 
 
 class CodedLabels(PerViewLabels):
@@ -36,7 +36,7 @@ class CodedLabels(PerViewLabels):
         if not code.shape[0]:
             raise CondenseError(f"{self.kind} labels without epochs")
         self._settle(code.shape, **terms)
-        if self.loss_kind == "mse" and isinstance(code, TopK) and code.least is None:
+        if self.loss_kind == "mse" and isinstance(code, TopKCode) and code.least is None:
             raise CondenseError("fill=mr: loss_kind=mse needs the logits of all classes; set fill=mrs")
 
     @property
@@ -53,7 +53,7 @@ class CodedLabels(PerViewLabels):
 
     def arrays(self) -> dict[str, np.ndarray]:
         assert self.error is not None
-        arrays = {**self.code.arrays(), "error": self.error.array(), **self._settled()}
+        arrays = {**self.code.arrays(), "error": self.error.array(), **self._setting_arrays()}
         if self.hard is not None:
             arrays["hard"] = arrays["hard"].astype(class_dtype(self.shape[2]))
         return arrays
@@ -67,9 +67,9 @@ class CodedLabels(PerViewLabels):
         moved.code = code_to(self.code, device)
         return moved
 
-    def anew(self, images: Tensor, teacher: nn.Module, seed: int, hard: Tensor | None = None) -> PerViewLabels:
+    def label_images(self, images: Tensor, teacher: nn.Module, seed: int, hard: Tensor | None = None) -> PerViewLabels:
         """Labels all epochs with the teacher, then encodes the logits with the same settings."""
-        logits = view_answers(
+        logits = compute_view_logits(
             teacher,
             images,
             self.epochs,
@@ -87,8 +87,8 @@ class CodedLabels(PerViewLabels):
         """Encodes other per-view labels with the same settings."""
         return make_coded_labels(type(self), labels, self.code.like(labels.logits))
 
-    def rule(self) -> str:
-        return f"{super().rule()}, {self.code}"
+    def cache_key(self) -> str:
+        return f"{super().cache_key()}, {self.code}"
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray], classes: int) -> CodedLabels:
@@ -112,27 +112,27 @@ def read_coded_kwargs(arrays: Mapping[str, np.ndarray], classes: int) -> dict[st
 
 
 class LowRankLabels(CodedLabels):
-    """Per-view labels as coefficients on r axes that all views share; see :class:`LowRank`."""
+    """Per-view labels as coefficients on r axes that all views share; see :class:`LowRankCode`."""
 
     kind = "lowrank"
 
     @classmethod
     def of(cls, labels: PerViewLabels, rank: int = 64) -> LowRankLabels:
         """Projects ``labels`` on ``rank`` axes. Each view's mean logit is stored only for ``loss_kind=mse``."""
-        return make_coded_labels(cls, labels, LowRank.encode(labels.logits, rank, labels.loss_kind == "mse"))
+        return make_coded_labels(cls, labels, LowRankCode.encode(labels.logits, rank, labels.loss_kind == "mse"))
 
 
 class TopKLabels(CodedLabels):
-    """Per-view labels of the k largest logits; see :class:`TopK`."""
+    """Per-view labels of the k largest logits; see :class:`TopKCode`."""
 
     kind = "topk"
 
     @classmethod
     def of(cls, labels: PerViewLabels, k: int = 10, fill: str = "mrs") -> TopKLabels:
         """Keeps the ``k`` largest logits of each view; ``fill`` determines the other ones."""
-        return make_coded_labels(cls, labels, TopK.encode(labels.logits, k, fill))
+        return make_coded_labels(cls, labels, TopKCode.encode(labels.logits, k, fill))
 
 
-PROVIDERS.add("lowrank", LowRankLabels)
+LABEL_KINDS.add("lowrank", LowRankLabels)
 
-PROVIDERS.add("topk", TopKLabels)
+LABEL_KINDS.add("topk", TopKLabels)

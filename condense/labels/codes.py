@@ -8,8 +8,8 @@ code          bytes per view of C classes    decoded values
 ============= ============================== ===================================================================
 :class:`Half` 2 C                            float16 logits
 :class:`Bytes` C + 4                         256 steps between the smallest and the largest logit of the view
-:class:`LowRank` r (+ 2)                     a sum of r vectors that all views share, with 8-bit coefficients
-:class:`TopK` k (2 + 1 or 2) (+ 2)           the k largest logits; the others at their minimum, or omitted
+:class:`LowRankCode` r (+ 2)                     a sum of r vectors that all views share, with 8-bit coefficients
+:class:`TopKCode` k (2 + 1 or 2) (+ 2)           the k largest logits; the others at their minimum, or omitted
 ============= ============================== ===================================================================
 
 :class:`LowRankLabels` and :class:`TopKLabels` are :class:`condense.labels.PerViewLabels` that decode their logits;
@@ -34,7 +34,7 @@ from condense.labels.base import Fidelity
 
 FILLS = ("mrs", "mr")
 
-MOST_RANK, MOST_KEPT = 64, 10
+DEFAULT_MAX_RANK, DEFAULT_MAX_K = 64, 10
 
 
 class Code(Protocol):
@@ -66,7 +66,7 @@ def code_to(code: Any, device: torch.device) -> Any:
 
 
 @dataclass(frozen=True, eq=False)
-class Half:
+class HalfCode:
     """Logits as float16."""
 
     name: ClassVar[str] = "half"
@@ -77,7 +77,7 @@ class Half:
     """(E, N, C) float16."""
 
     @classmethod
-    def encode(cls, logits: Tensor) -> Half:
+    def encode(cls, logits: Tensor) -> HalfCode:
         return cls(logits.half())
 
     @property
@@ -88,14 +88,14 @@ class Half:
     def read(self, epochs: Tensor, ids: Tensor) -> Tensor:
         return self.values[epochs, ids].float()
 
-    def like(self, logits: Tensor) -> Half:
-        return Half.encode(logits)
+    def like(self, logits: Tensor) -> HalfCode:
+        return HalfCode.encode(logits)
 
     def arrays(self) -> dict[str, np.ndarray]:
         return {"values": to_numpy(self.values)}
 
     @classmethod
-    def from_arrays(cls, arrays: Mapping[str, np.ndarray], classes: int) -> Half:
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray], classes: int) -> HalfCode:
         return cls(read_finite(arrays, "values", np.float16, (None, None, classes)))
 
     def __str__(self) -> str:
@@ -103,7 +103,7 @@ class Half:
 
 
 @dataclass(frozen=True, eq=False)
-class Bytes:
+class Int8Code:
     """Logits in 8 bits: 256 equal steps from the smallest to the largest logit of each view."""
 
     name: ClassVar[str] = "int8"
@@ -118,7 +118,7 @@ class Bytes:
     """Step size of each view, (E, N) float16."""
 
     @classmethod
-    def encode(cls, logits: Tensor) -> Bytes:
+    def encode(cls, logits: Tensor) -> Int8Code:
         codes, least, step = [], [], []
         for epoch in logits.float():
             low = epoch.amin(-1).half()
@@ -139,14 +139,14 @@ class Bytes:
         least, step = (x[epochs, ids].float()[:, None] for x in (self.least, self.step))
         return least + step * self.codes[epochs, ids].float()
 
-    def like(self, logits: Tensor) -> Bytes:
-        return Bytes.encode(logits)
+    def like(self, logits: Tensor) -> Int8Code:
+        return Int8Code.encode(logits)
 
     def arrays(self) -> dict[str, np.ndarray]:
         return {"codes": to_numpy(self.codes), "least": to_numpy(self.least), "step": to_numpy(self.step)}
 
     @classmethod
-    def from_arrays(cls, arrays: Mapping[str, np.ndarray], classes: int) -> Bytes:
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray], classes: int) -> Int8Code:
         codes = checked_array(arrays, "codes", np.uint8, (None, None, classes))
         least, step = (read_finite(arrays, name, np.float16, codes.shape[:2]) for name in ("least", "step"))
         return cls(torch.from_numpy(codes), least, step)
@@ -156,7 +156,7 @@ class Bytes:
 
 
 @dataclass(frozen=True, eq=False)
-class LowRank:
+class LowRankCode:
     """Centred logits as their mean over views plus r 8-bit coefficients on the first r principal axes.
 
     The logits of a network that ends in a linear layer with d inputs have rank d + 1 at most. The mean logit of a view
@@ -179,7 +179,7 @@ class LowRank:
     """Mean logit of each view, (E, N) float16."""
 
     @classmethod
-    def encode(cls, logits: Tensor, rank: int, means: bool = False) -> LowRank:
+    def encode(cls, logits: Tensor, rank: int, means: bool = False) -> LowRankCode:
         """Projects ``logits`` (E, N, C) on ``rank`` axes; ``means`` also stores each view's mean logit.
 
         Raises:
@@ -216,15 +216,15 @@ class LowRank:
             logits = self.centre.float() + (self.codes[epochs, ids].float() * self.scale) @ self.basis.float()
         return logits if self.means is None else logits + self.means[epochs, ids].float()[:, None]
 
-    def like(self, logits: Tensor) -> LowRank:
-        return LowRank.encode(logits, len(self.basis), self.means is not None)
+    def like(self, logits: Tensor) -> LowRankCode:
+        return LowRankCode.encode(logits, len(self.basis), self.means is not None)
 
     def arrays(self) -> dict[str, np.ndarray]:
         names = ("codes", "scale", "basis", "centre", "means")
         return {name: to_numpy(getattr(self, name)) for name in names if getattr(self, name) is not None}
 
     @classmethod
-    def from_arrays(cls, arrays: Mapping[str, np.ndarray], classes: int) -> LowRank:
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray], classes: int) -> LowRankCode:
         basis = read_finite(arrays, "basis", np.float16, (None, classes))
         codes = checked_array(arrays, "codes", np.int8, (None, None, len(basis)))
         means = read_finite(arrays, "means", np.float16, codes.shape[:2]) if "means" in arrays else None
@@ -236,7 +236,7 @@ class LowRank:
 
 
 @dataclass(frozen=True, eq=False)
-class TopK:
+class TopKCode:
     """The k largest logits of each view. With ``fill="mrs"`` all other logits are decoded as the smallest one; with
     ``"mr"`` the other classes have no probability (the two forms of LPQLD that store logits)."""
 
@@ -254,7 +254,7 @@ class TopK:
     """Number of classes C."""
 
     @classmethod
-    def encode(cls, logits: Tensor, k: int, fill: str = "mrs") -> TopK:
+    def encode(cls, logits: Tensor, k: int, fill: str = "mrs") -> TopKCode:
         """Keeps the ``k`` largest of ``logits`` (E, N, C).
 
         Raises:
@@ -284,8 +284,8 @@ class TopK:
             logits = self.least[epochs, ids].float()[:, None].repeat(1, self.classes)
         return logits.scatter(1, self.numbers[epochs, ids].long() & 0xFFFF, values)
 
-    def like(self, logits: Tensor) -> TopK:
-        return TopK.encode(logits, self.values.shape[2], FILLS[self.least is None])
+    def like(self, logits: Tensor) -> TopKCode:
+        return TopKCode.encode(logits, self.values.shape[2], FILLS[self.least is None])
 
     def arrays(self) -> dict[str, np.ndarray]:
         numbers = to_numpy(self.numbers)
@@ -296,7 +296,7 @@ class TopK:
         return arrays if self.least is None else {**arrays, "least": to_numpy(self.least)}
 
     @classmethod
-    def from_arrays(cls, arrays: Mapping[str, np.ndarray], classes: int) -> TopK:
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray], classes: int) -> TopKCode:
         values = read_finite(arrays, "values", np.float16, (None, None, None))
         numbers = checked_array(arrays, "numbers", class_dtype(classes), tuple(values.shape))
         if numbers.size and int(numbers.max()) >= classes:
@@ -309,7 +309,7 @@ class TopK:
         return f"topk, k={self.values.shape[2]}, fill={FILLS[self.least is None]}"
 
 
-CODES: dict[str, Any] = {code.name: code for code in (Half, Bytes, LowRank, TopK)}
+CODES: dict[str, Any] = {code.name: code for code in (HalfCode, Int8Code, LowRankCode, TopKCode)}
 
 
 def check_code_size(setting: str, value: int, classes: int) -> None:
@@ -318,7 +318,7 @@ def check_code_size(setting: str, value: int, classes: int) -> None:
         raise CondenseError(f"{setting}={value}: must be 1 to {classes}, the number of classes")
 
 
-def usual(classes: int, most: int) -> int:
+def default_size(classes: int, most: int) -> int:
     """Returns the default number of axes or logits: a quarter of the classes, at most ``most``."""
     return min(most, max(1, classes // 4))
 

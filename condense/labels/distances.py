@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from condense.augment import ViewRule, single
+from condense.augment import ViewRule, float32_decimal
 from condense.errors import CondenseError
 from condense.labels.arrays import checked_array, read_hard_labels, read_views, view_arrays
 from condense.labels.base import (
-    PROVIDERS,
+    LABEL_KINDS,
     Labels,
     check_hard_labels,
     copy_to,
@@ -22,7 +22,7 @@ from condense.labels.base import (
     statistics_text,
     total_nbytes,
 )
-from condense.labels.teacher_logits import check_statistics, given_or_predicted_classes, view_distances
+from condense.labels.teacher_logits import check_statistics, compute_view_nll, given_or_predicted_classes
 
 
 class DistanceLabels(Labels):
@@ -36,13 +36,13 @@ class DistanceLabels(Labels):
     the weight are a reconstruction.
 
     Args:
-        distances: (E, N, 2) of any floating dtype, from :func:`view_distances`.
+        distances: (E, N, 2) of any floating dtype, from :func:`compute_view_nll`.
         hard: Class of each image, int64 (N,).
         classes: Number of classes C.
         seed: Seed of the views.
         views: Distribution of the views, with mixing. Default: crops with CutMix.
         weight: Weight of the distances in the loss.
-        statistics: BatchNorm statistics of the teacher, see :func:`view_answers`.
+        statistics: BatchNorm statistics of the teacher, see :func:`compute_view_logits`.
         micro: Views per micro-batch of the teacher.
 
     Raises:
@@ -67,7 +67,7 @@ class DistanceLabels(Labels):
         micro: int = 8,
     ) -> None:
         self.distances, self.hard, self.classes = distances.half(), hard.long(), classes
-        self.seed, self.weight, self.views = seed, single(weight), views or ViewRule(mix="cutmix")
+        self.seed, self.weight, self.views = seed, float32_decimal(weight), views or ViewRule(mix="cutmix")
         self.statistics, self.micro = check_statistics(statistics, micro)
         if distances.ndim != 3 or not len(distances) or distances.shape[2] != 2:
             raise CondenseError(f"distances must be (epochs, images, 2), not {tuple(distances.shape)}")
@@ -87,7 +87,7 @@ class DistanceLabels(Labels):
         """Number of stored epochs E, after which views and targets repeat."""
         return len(self.distances)
 
-    def shown(self, images: Tensor, ids: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+    def training_batch(self, images: Tensor, ids: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
         epoch %= self.epochs
         views, ids, drawn = epoch_views(self, images, ids, epoch)
         assert drawn.partner is not None and drawn.share is not None
@@ -117,9 +117,9 @@ class DistanceLabels(Labels):
     def to(self, device: torch.device) -> DistanceLabels:
         return copy_to(self, device, "distances", "hard")
 
-    def anew(self, images: Tensor, teacher: nn.Module, seed: int, hard: Tensor | None = None) -> DistanceLabels:
+    def label_images(self, images: Tensor, teacher: nn.Module, seed: int, hard: Tensor | None = None) -> DistanceLabels:
         hard = given_or_predicted_classes(images, teacher, hard)
-        distances = view_distances(
+        distances = compute_view_nll(
             teacher,
             images,
             hard,
@@ -141,7 +141,7 @@ class DistanceLabels(Labels):
             micro=self.micro,
         )
 
-    def rule(self) -> str:
+    def cache_key(self) -> str:
         return f"{self.epochs} epochs of {self.views}, {statistics_text(self)}, weight={self.weight}"
 
     @classmethod
@@ -161,4 +161,4 @@ class DistanceLabels(Labels):
         )
 
 
-PROVIDERS.add("distances", DistanceLabels)
+LABEL_KINDS.add("distances", DistanceLabels)

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from condense.augment import single
+from condense.augment import float32_decimal
 from condense.errors import CondenseError
 from condense.labels.arrays import checked_array, read_hard_labels
-from condense.labels.base import PROVIDERS, Labels, check_image_count
-from condense.labels.teacher_logits import answers
+from condense.labels.base import LABEL_KINDS, Labels, check_image_count
+from condense.labels.teacher_logits import compute_logits
 
 
 class HardLabels(Labels):
@@ -36,7 +36,7 @@ class HardLabels(Labels):
     step_cost = "none"
 
     def __init__(self, labels: Tensor, classes: int, smoothing: float = 0.0) -> None:
-        self.labels, self.classes, self.smoothing = labels.long(), classes, single(smoothing)
+        self.labels, self.classes, self.smoothing = labels.long(), classes, float32_decimal(smoothing)
         if not 0 <= self.smoothing < 1:
             raise CondenseError(f"smoothing={smoothing:g}: must be at least 0 and below 1")
 
@@ -46,7 +46,7 @@ class HardLabels(Labels):
     def targets(self, ids: Tensor) -> Tensor:
         return self.labels[ids]
 
-    def shown(self, images: Tensor, ids: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+    def training_batch(self, images: Tensor, ids: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
         check_image_count(images, self)
         return images[ids], self.targets(ids)
 
@@ -66,10 +66,10 @@ class HardLabels(Labels):
     def to(self, device: torch.device) -> HardLabels:
         return HardLabels(self.labels.to(device), self.classes, self.smoothing)
 
-    def anew(self, images: Tensor, teacher: nn.Module, seed: int, hard: Tensor | None = None) -> HardLabels:
-        return HardLabels(answers(teacher, images).argmax(1), self.classes, self.smoothing)
+    def label_images(self, images: Tensor, teacher: nn.Module, seed: int, hard: Tensor | None = None) -> HardLabels:
+        return HardLabels(compute_logits(teacher, images).argmax(1), self.classes, self.smoothing)
 
-    def rule(self) -> str:
+    def cache_key(self) -> str:
         return f"likeliest class, smoothing={self.smoothing}"
 
     @classmethod
@@ -99,7 +99,7 @@ class SoftLabels(Labels):
     def targets(self, ids: Tensor) -> Tensor:
         return self.logits[ids].softmax(-1)
 
-    def shown(self, images: Tensor, ids: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+    def training_batch(self, images: Tensor, ids: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
         check_image_count(images, self)
         return images[ids], self.targets(ids)
 
@@ -115,10 +115,10 @@ class SoftLabels(Labels):
     def to(self, device: torch.device) -> SoftLabels:
         return SoftLabels(self.logits.to(device))
 
-    def anew(self, images: Tensor, teacher: nn.Module, seed: int, hard: Tensor | None = None) -> SoftLabels:
-        return SoftLabels(answers(teacher, images))
+    def label_images(self, images: Tensor, teacher: nn.Module, seed: int, hard: Tensor | None = None) -> SoftLabels:
+        return SoftLabels(compute_logits(teacher, images))
 
-    def rule(self) -> str:
+    def cache_key(self) -> str:
         return "logits of the image"
 
     @classmethod
@@ -126,6 +126,6 @@ class SoftLabels(Labels):
         return cls(torch.from_numpy(checked_array(arrays, "logits", np.float32, (None, classes))))
 
 
-PROVIDERS.add("hard", HardLabels)
+LABEL_KINDS.add("hard", HardLabels)
 
-PROVIDERS.add("soft", SoftLabels)
+LABEL_KINDS.add("soft", SoftLabels)

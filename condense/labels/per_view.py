@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from condense.augment import CropViews, MixedViews, ViewRule, single
+from condense.augment import CropViews, MixedViews, ViewRule, float32_decimal
 from condense.errors import CondenseError
 from condense.labels.arrays import checked_array, read_init_kwargs, view_arrays
 from condense.labels.base import (
+    LABEL_KINDS,
     LOSSES,
-    PROVIDERS,
     Labels,
     check_hard_labels,
     check_loss,
@@ -24,11 +24,11 @@ from condense.labels.base import (
     epoch_views,
     kl_loss,
     logit_mse_loss,
-    mixed,
+    mix_rows,
     statistics_text,
     total_nbytes,
 )
-from condense.labels.teacher_logits import check_statistics, given_or_predicted_classes, view_answers
+from condense.labels.teacher_logits import check_statistics, compute_view_logits, given_or_predicted_classes
 
 SMOOTHING = 0.1
 """Label smoothing of the ground truth that replaces an uncertain label; see :class:`PerViewLabels`."""
@@ -59,7 +59,7 @@ class PerViewLabels(Labels):
         gamma: Weight of the cross-entropy in ``mse``.
         calibrate: None or three thresholds.
         hard: Class of each image, int64 (N,); needed by gamma and calibrate.
-        statistics: BatchNorm statistics of the teacher, see :func:`view_answers`.
+        statistics: BatchNorm statistics of the teacher, see :func:`compute_view_logits`.
         micro: Views per micro-batch of the teacher.
 
     Raises:
@@ -127,8 +127,8 @@ class PerViewLabels(Labels):
         """Sets everything except the logits, which a subclass stores as a code of (E, N, C) = ``shape``."""
         self.shape, self.seed, self.views = shape, seed, ViewRule.of(views)
         self.temperature, self.squared = checked_temperature(temperature), squared
-        self.loss_kind, self.gamma, self.hard = loss_kind, single(gamma), hard
-        self.calibrate = None if calibrate is None else tuple(single(x) for x in calibrate)
+        self.loss_kind, self.gamma, self.hard = loss_kind, float32_decimal(gamma), hard
+        self.calibrate = None if calibrate is None else tuple(float32_decimal(x) for x in calibrate)
         self.statistics, self.micro = check_statistics(statistics, micro)
         check_loss(loss_kind, self.gamma, hard)
         if self.calibrate is not None:
@@ -164,7 +164,7 @@ class PerViewLabels(Labels):
             "micro": self.micro or 8,
         }
 
-    def shown(self, images: Tensor, ids: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+    def training_batch(self, images: Tensor, ids: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
         views, ids, drawn, logits = self._views_and_logits(images, ids, epoch)
         if self.loss_kind == "mse":
             return views, torch.stack([logits, self._truth(ids, drawn)], 1) if self.gamma else logits
@@ -197,7 +197,7 @@ class PerViewLabels(Labels):
     def _truth(self, ids: Tensor, drawn: MixedViews) -> Tensor:
         """Returns the class probabilities of views, float32 (B, C): one class, or two with their shares."""
         assert self.hard is not None
-        return mixed(F.one_hot(self.hard.to(ids.device), self.shape[2]).float(), ids, drawn)
+        return mix_rows(F.one_hot(self.hard.to(ids.device), self.shape[2]).float(), ids, drawn)
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         if self.loss_kind == "kl":
@@ -205,9 +205,9 @@ class PerViewLabels(Labels):
         return logit_mse_loss(logits, targets, self.gamma)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        return {"logits": self.logits.detach().cpu().numpy(), **self._settled()}
+        return {"logits": self.logits.detach().cpu().numpy(), **self._setting_arrays()}
 
-    def _settled(self) -> dict[str, np.ndarray]:
+    def _setting_arrays(self) -> dict[str, np.ndarray]:
         """Returns the arrays of :meth:`terms`; :func:`read_init_kwargs` reads them."""
         arrays: dict[str, np.ndarray] = {
             "loss": np.array([self.temperature, self.gamma], np.float32),
@@ -227,8 +227,8 @@ class PerViewLabels(Labels):
     def to(self, device: torch.device) -> PerViewLabels:
         return copy_to(self, device, "logits", "hard")
 
-    def anew(self, images: Tensor, teacher: nn.Module, seed: int, hard: Tensor | None = None) -> PerViewLabels:
-        logits = view_answers(
+    def label_images(self, images: Tensor, teacher: nn.Module, seed: int, hard: Tensor | None = None) -> PerViewLabels:
+        logits = compute_view_logits(
             teacher,
             images,
             self.epochs,
@@ -244,7 +244,7 @@ class PerViewLabels(Labels):
     def loss_settings(self) -> dict[str, Any]:
         return {"calibrate": self.calibrate, "loss_kind": self.loss_kind, "gamma": self.gamma, "hard": self.hard}
 
-    def rule(self) -> str:
+    def cache_key(self) -> str:
         loss = f"{self.loss_kind}, T={self.temperature}, squared={self.squared}, gamma={self.gamma}"
         return f"{self.epochs} epochs of {self.views}, {statistics_text(self)}, {loss}, calibrate={self.calibrate}"
 
@@ -254,4 +254,4 @@ class PerViewLabels(Labels):
         return cls(logits, **read_init_kwargs(arrays, classes))
 
 
-PROVIDERS.add("per-view", PerViewLabels)
+LABEL_KINDS.add("per-view", PerViewLabels)

@@ -13,29 +13,29 @@ import torch
 from torch import Tensor, nn
 
 from condense import rng
-from condense.augment import MixedViews, ViewRule, Views, single
-from condense.config import one_of, require
+from condense.augment import MixedViews, ViewBoxes, ViewRule, float32_decimal
+from condense.config import require_one_of, require_range
 from condense.errors import CondenseError
 from condense.labels.arrays import checked_array
-from condense.labels.base import PROVIDERS, Fidelity, check_image_count, kl_loss
+from condense.labels.base import LABEL_KINDS, Fidelity, check_image_count, kl_loss
 from condense.labels.coded import CodedLabels, make_coded_labels, read_coded_kwargs
 from condense.labels.codes import (
     CODES,
+    DEFAULT_MAX_K,
+    DEFAULT_MAX_RANK,
     FILLS,
-    MOST_KEPT,
-    MOST_RANK,
     Code,
-    Half,
-    LowRank,
-    TopK,
+    HalfCode,
+    LowRankCode,
+    TopKCode,
     check_code_size,
-    usual,
+    default_size,
 )
 from condense.labels.per_view import PerViewLabels
-from condense.labels.teacher_logits import epoch_answers, given_or_predicted_classes
+from condense.labels.teacher_logits import given_or_predicted_classes, iter_epoch_logits
 from condense.tracking import Progress
 
-MOST_RECORDS = 1 << 27
+MAX_POOL_RECORDS = 1 << 27
 """Maximum of classes times labelled epochs of a pool."""
 
 
@@ -77,10 +77,10 @@ class PoolLabels(CodedLabels):
         if self.hard is None:
             raise CondenseError("pool: needs the class of each image; give hard")
         if (
-            not code.shape[0] <= of <= MOST_RECORDS // self.shape[2]
+            not code.shape[0] <= of <= MAX_POOL_RECORDS // self.shape[2]
         ):  # bounds the memory that an untrusted file can claim
             raise CondenseError(f"a pool of {code.shape[0]} epochs: out of range for {of} labelled epochs")
-        self.of, self.cooling = of, None if cooling is None else tuple(single(x) for x in cooling)
+        self.of, self.cooling = of, None if cooling is None else tuple(float32_decimal(x) for x in cooling)
         if self.cooling is not None:
             factor, every, least = self.cooling
             if not (0 < factor <= 1 and 1 <= every < math.inf and 0 < least < math.inf):
@@ -89,7 +89,7 @@ class PoolLabels(CodedLabels):
                 )
             if self.loss_kind != "kl":
                 raise CondenseError("cooling: changes the temperature of distributions; set loss_kind=kl")
-        self.kept = pooled_epochs(self.seed, self.shape[2], of, self.shape[0])
+        self.kept = kept_pool_epochs(self.seed, self.shape[2], of, self.shape[0])
         self._latest: tuple[Any, MixedViews, Tensor] | None = None
 
     @property
@@ -126,10 +126,10 @@ class PoolLabels(CodedLabels):
         _check_kept(count, labels.epochs)
         if hard is None:
             raise CondenseError("pool: needs the class of each image; give hard")
-        kept = pooled_epochs(labels.seed, labels.shape[2], labels.epochs, count)
+        kept = kept_pool_epochs(labels.seed, labels.shape[2], labels.epochs, count)
         epochs = kept[hard.cpu()].T.to(labels.logits.device)  # (K, N)
         records = labels.logits[epochs, torch.arange(len(hard), device=epochs.device)]
-        encode = Half.encode if code is None else code.like
+        encode = HalfCode.encode if code is None else code.like
         return cls.recorded(records, labels.epochs, encode, cooling, **{**labels.terms(), "hard": hard})
 
     @classmethod
@@ -141,8 +141,8 @@ class PoolLabels(CodedLabels):
         cooling: Sequence[float] | None = None,
         **terms: Any,
     ) -> PoolLabels:
-        """Makes labels from records (K, N, C) of ``of`` epochs, the result of :func:`pool_answers`; ``terms`` are the
-        other arguments of ``PerViewLabels``."""
+        """Makes labels from records (K, N, C) of ``of`` epochs, the result of :func:`compute_pool_logits`; ``terms``
+        are the other arguments of ``PerViewLabels``."""
         uncoded = PerViewLabels(records, **terms)
         labels: PoolLabels = make_coded_labels(cls, uncoded, encode(uncoded.logits), of=of, cooling=cooling)
         return labels
@@ -153,8 +153,8 @@ class PoolLabels(CodedLabels):
         factor, every, least = self.cooling
         return max(min(least, self.temperature), self.temperature * factor ** (epoch // every))
 
-    def shown(self, images: Tensor, ids: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
-        views, targets = super().shown(images, ids, epoch)
+    def training_batch(self, images: Tensor, ids: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+        views, targets = super().training_batch(images, ids, epoch)
         if self.cooling is None:
             return views, targets
         return views, torch.cat([targets, targets.new_full((len(targets), 1), self.temperature_at(epoch))], 1)
@@ -190,11 +190,11 @@ class PoolLabels(CodedLabels):
         cooling = {} if self.cooling is None else {"cooling": np.array(self.cooling, np.float32)}
         return {**super().arrays(), "of": np.array([self.of], np.int64), "code": name, **cooling}
 
-    def anew(self, images: Tensor, teacher: nn.Module, seed: int, hard: Tensor | None = None) -> PoolLabels:
+    def label_images(self, images: Tensor, teacher: nn.Module, seed: int, hard: Tensor | None = None) -> PoolLabels:
         """Labels only the records that the pool keeps."""
         hard = given_or_predicted_classes(images, teacher, hard)
         terms = {**self.terms(), "seed": seed, "hard": hard}
-        records = pool_answers(
+        records = compute_pool_logits(
             teacher,
             images,
             hard,
@@ -211,9 +211,9 @@ class PoolLabels(CodedLabels):
     def like(self, labels: PerViewLabels) -> CodedLabels:
         return PoolLabels.pruned(labels, self.shape[0], self.code, cooling=self.cooling)
 
-    def rule(self) -> str:
+    def cache_key(self) -> str:
         cooling = "" if self.cooling is None else f", cooling={self.cooling}"
-        return f"{super().rule()}, pool of {self.shape[0]}{cooling}"
+        return f"{super().cache_key()}, pool of {self.shape[0]}{cooling}"
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray], classes: int) -> PoolLabels:
@@ -227,14 +227,14 @@ class PoolLabels(CodedLabels):
         )
 
 
-def pooled_epochs(seed: int, classes: int, of: int, count: int) -> Tensor:
+def kept_pool_epochs(seed: int, classes: int, of: int, count: int) -> Tensor:
     """Returns the epochs, out of ``of``, that each class keeps: int64 (classes, count), sorted."""
     order = rng.Draws(seed, "pool-kept").bits((classes, of)).argsort(dim=1, stable=True)
     return order[:, :count].sort(1).values
 
 
 @torch.no_grad()
-def pool_answers(
+def compute_pool_logits(
     teacher: nn.Module,
     images: Tensor,
     hard: Tensor,
@@ -254,11 +254,11 @@ def pool_answers(
 ) -> Tensor:
     """Computes the records of a pool: the teacher's logits on the views of the epochs that each image's class keeps.
 
-    The teacher labels no other views, except those in the same micro-batch (see :func:`epoch_answers`).
+    The teacher labels no other views, except those in the same micro-batch (see :func:`iter_epoch_logits`).
 
     Args:
         teacher, images, views, seed, classes, statistics, micro, batch_size, report, quiet: See
-            :func:`condense.labels.view_answers`.
+            :func:`condense.labels.compute_view_logits`.
         hard: Classes of the images, int64 (N,).
         epochs: Number of epochs E, of which each class keeps ``count``.
         count: Number of records K per class.
@@ -272,7 +272,7 @@ def pool_answers(
         CondenseError: The count is not in 1..E, or the teacher's logits have another shape.
     """
     _check_kept(count, epochs)
-    kept = pooled_epochs(seed, classes, epochs, count)[hard.cpu()]  # (N, K)
+    kept = kept_pool_epochs(seed, classes, epochs, count)[hard.cpu()]  # (N, K)
     records = np.empty((count, len(images), classes), np.float16) if into is None else into
     batching: dict[str, Any] = {"statistics": statistics, "micro": micro, "batch_size": batch_size}
     progress = Progress("relabel", epochs, start, quiet)
@@ -280,7 +280,7 @@ def pool_answers(
         is_kept, slot = (kept == epoch).max(1)
         if not bool(is_kept.any()):
             continue
-        parts = epoch_answers(teacher, images, views, seed, epoch, classes=classes, wanted=is_kept, **batching)
+        parts = iter_epoch_logits(teacher, images, views, seed, epoch, classes=classes, wanted=is_kept, **batching)
         for part, logits, _ in parts:
             selected = is_kept[part]
             rows = part[selected]
@@ -304,16 +304,16 @@ def _check_kept(count: int, epochs: int) -> None:
 def _joined(rule: ViewRule, seed: int, source: Tensor, size: tuple[int, int]) -> MixedViews:
     """Combines views of several epochs, on the CPU: image i and its partner use their views of epoch ``source[i]``."""
     rows, count = torch.arange(len(source)), len(source)
-    parts: list[tuple[Tensor, MixedViews, Views | None]] = []
+    parts: list[tuple[Tensor, MixedViews, ViewBoxes | None]] = []
     for epoch in source.unique().tolist():
         images, drawn = rows[source == epoch], rule.draw(seed, epoch, count, size)
         partner_views = None if drawn.partner is None else drawn.views[drawn.partner[images]]
         parts.append((images, drawn, partner_views))
     order = torch.cat([images for images, _, _ in parts]).argsort()
 
-    def concatenated(views: Sequence[Views]) -> Views:
+    def concatenated(views: Sequence[ViewBoxes]) -> ViewBoxes:
         box, mirrored = (torch.cat([getattr(part, name) for part in views])[order] for name in ("box", "mirrored"))
-        return Views(size, box, mirrored)
+        return ViewBoxes(size, box, mirrored)
 
     def joined(name: str) -> Tensor | None:
         values = [getattr(drawn, name) for _, drawn, _ in parts]
@@ -332,7 +332,7 @@ def _joined(rule: ViewRule, seed: int, source: Tensor, size: tuple[int, int]) ->
 
 
 @dataclass(frozen=True)
-class Pruning:
+class PruningOptions:
     """Settings of pool labels; a mixin for the settings of everything that makes them."""
 
     keep: float = 0.1
@@ -355,8 +355,8 @@ class Pruning:
     def check_pruning(self) -> None:
         """Checks ranges and choices of the settings; called by ``__post_init__`` of a subclass."""
         largest = sys.float_info.max
-        one_of(self, values=CODES, fill=FILLS)
-        require(
+        require_one_of(self, values=CODES, fill=FILLS)
+        require_range(
             self,
             k=(1, math.inf),
             rank=(1, math.inf),
@@ -378,12 +378,12 @@ class Pruning:
         return max(1, round(self.keep * epochs))
 
     def encode(self, logits: Tensor, means: bool = False) -> Code:
-        """Encodes ``logits`` (E, N, C) as the settings say; for ``means`` see :class:`LowRank`."""
+        """Encodes ``logits`` (E, N, C) as the settings say; for ``means`` see :class:`LowRankCode`."""
         classes = logits.shape[2]
         if self.values == "lowrank":
-            return LowRank.encode(logits, self.rank or usual(classes, MOST_RANK), means)
+            return LowRankCode.encode(logits, self.rank or default_size(classes, DEFAULT_MAX_RANK), means)
         if self.values == "topk":
-            return TopK.encode(logits, self.k or usual(classes, MOST_KEPT), self.fill)
+            return TopKCode.encode(logits, self.k or default_size(classes, DEFAULT_MAX_K), self.fill)
         code: Code = CODES[self.values].encode(logits)
         return code
 
@@ -392,4 +392,4 @@ class Pruning:
         return None if self.cooling == 1 else (self.cooling, self.cool_epochs, self.cool_least)
 
 
-PROVIDERS.add("pool", PoolLabels)
+LABEL_KINDS.add("pool", PoolLabels)

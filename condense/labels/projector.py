@@ -12,25 +12,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from condense.augment import ViewRule, single
+from condense.augment import ViewRule, float32_decimal
 from condense.data import Standardise
 from condense.errors import CondenseError
-from condense.files import content
-from condense.labels.adapters import HEADS, Merged, Projector
+from condense.files import tensors_sha256
+from condense.labels.adapters import HEADS, MergedProjector, Projector
 from condense.labels.arrays import checked_array, read_hard_labels, read_image_count, read_views
 from condense.labels.base import (
+    LABEL_KINDS,
     LOSSES,
-    PROVIDERS,
     check_hard_labels,
     check_loss,
     epoch_views,
     logit_mse_loss,
-    mixed,
+    mix_rows,
     total_nbytes,
 )
 from condense.labels.teacher import TeacherLabels
-from condense.labels.teacher_logits import answers, given_or_predicted_classes
-from condense.networks import find
+from condense.labels.teacher_logits import compute_logits, given_or_predicted_classes
+from condense.networks import find_backbone
 from condense.networks.pretrained import is_normalisation
 
 _HEAD = ("head", "head_a", "head_b", "bias", "scale")
@@ -71,13 +71,13 @@ class ProjectorLabels(TeacherLabels):
         loss_kind: str = "kl",
         gamma: float = 0.0,
         hard: Tensor | None = None,
-        projector: Merged | None = None,
+        projector: MergedProjector | None = None,
     ) -> None:
         self.known, self.parts = dict(known), dict(parts)
         self.device, self._merged = torch.device("cpu"), projector
         self.names, self.shape = (), None  # the network is not built from the name of an architecture
         self._settle(images, seed, views, temperature, squared)
-        self.loss_kind, self.gamma, self.hard = loss_kind, single(gamma), hard
+        self.loss_kind, self.gamma, self.hard = loss_kind, float32_decimal(gamma), hard
         check_loss(loss_kind, self.gamma, hard)
         if hard is not None:
             check_hard_labels(hard, images, len(self.parts["bias"]))
@@ -86,28 +86,28 @@ class ProjectorLabels(TeacherLabels):
     def of(cls, projector: Projector, known: Mapping[str, Any], *terms: Any, **more: Any) -> ProjectorLabels:
         """Makes labels from a trained projector and its description ``known``; rounds the projector to float16."""
         arrays = projector.rounded().arrays()
-        return cls(known, arrays, *terms, **more, projector=Merged(projector).cpu())
+        return cls(known, arrays, *terms, **more, projector=MergedProjector(projector).cpu())
 
     @property
-    def teacher(self) -> Merged:  # type: ignore[override]
+    def teacher(self) -> MergedProjector:  # type: ignore[override]
         """The projector with merged weights; loads the public network on first use.
 
         Raises:
             CondenseError: The public network is missing or a different one, or the stored arrays do not fit it.
         """
         if self._merged is None:
-            self._merged = Merged(build(self.known, self.parts, self.device))
+            self._merged = MergedProjector(build_projector(self.known, self.parts, self.device))
         return self._merged
 
-    def shown(self, images: Tensor, ids: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+    def training_batch(self, images: Tensor, ids: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
         views, ids, drawn = epoch_views(self, images, ids, epoch)
-        logits = answers(self.teacher, views)
+        logits = compute_logits(self.teacher, views)
         if self.loss_kind == "kl":
             return views, (logits / self.temperature).softmax(-1)
         if self.hard is None or not self.gamma:
             return views, logits
         truth = F.one_hot(self.hard.to(ids.device), logits.shape[1]).float()
-        return views, torch.stack([logits, mixed(truth, ids, drawn)], 1)
+        return views, torch.stack([logits, mix_rows(truth, ids, drawn)], 1)
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         return super().loss(logits, targets) if self.loss_kind == "kl" else logit_mse_loss(logits, targets, self.gamma)
@@ -141,7 +141,9 @@ class ProjectorLabels(TeacherLabels):
         moved._merged = None if self._merged is None else copy.deepcopy(self._merged).to(device)
         return moved
 
-    def anew(self, images: Tensor, teacher: nn.Module, seed: int, hard: Tensor | None = None) -> ProjectorLabels:
+    def label_images(
+        self, images: Tensor, teacher: nn.Module, seed: int, hard: Tensor | None = None
+    ) -> ProjectorLabels:
         """Labels other images with the same projector; ``teacher`` is not used."""
         labels = copy.copy(self.to(images.device))
         labels.images, labels.seed = len(images), seed
@@ -158,13 +160,13 @@ class ProjectorLabels(TeacherLabels):
             return None
         net = self.to(device).teacher
         network = f"projector of {self.known['backbone']['name']}"
-        return net, {"network": network, "sha256": content(net.state_dict())}, ()
+        return net, {"network": network, "sha256": tensors_sha256(net.state_dict())}, ()
 
     def loss_settings(self) -> dict[str, Any]:
         return {"loss_kind": self.loss_kind, "gamma": self.gamma, "hard": self.hard}
 
-    def rule(self) -> str:
-        return f"{super().rule()}, {self.loss_kind}, gamma={self.gamma}"
+    def cache_key(self) -> str:
+        return f"{super().cache_key()}, {self.loss_kind}, gamma={self.gamma}"
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray], classes: int) -> ProjectorLabels:
@@ -232,7 +234,7 @@ def _parse_description(text: bytes, classes: int) -> dict[str, Any]:
         raise CondenseError("labels/projector is not a valid description; copy or make the set again") from fault
 
 
-def build(known: Mapping[str, Any], parts: Mapping[str, np.ndarray], device: torch.device) -> Projector:
+def build_projector(known: Mapping[str, Any], parts: Mapping[str, np.ndarray], device: torch.device) -> Projector:
     """Builds the projector that a file describes, from the public network that it names.
 
     Args:
@@ -247,7 +249,7 @@ def build(known: Mapping[str, Any], parts: Mapping[str, np.ndarray], device: tor
     backbone = None
     for name in dict.fromkeys([str(described["name"]), str(described.get("path", described["name"]))]):
         try:
-            backbone = find(name, tuple(known["shape"]), device, prefix)
+            backbone = find_backbone(name, tuple(known["shape"]), device, prefix)
             break
         except CondenseError as fault:
             missing = fault
@@ -282,4 +284,4 @@ def build(known: Mapping[str, Any], parts: Mapping[str, np.ndarray], device: tor
     return projector
 
 
-PROVIDERS.add("projector", ProjectorLabels)
+LABEL_KINDS.add("projector", ProjectorLabels)

@@ -12,16 +12,16 @@ from condense.augment import CropViews, ViewRule
 from condense.errors import CondenseError
 from condense.labels.arrays import checked_array, read_views, view_arrays
 from condense.labels.base import (
-    PROVIDERS,
+    LABEL_KINDS,
     Labels,
     checked_temperature,
     copy_to,
     epoch_views,
     kl_loss,
-    mixed,
+    mix_rows,
     total_nbytes,
 )
-from condense.labels.teacher_logits import answers
+from condense.labels.teacher_logits import compute_logits
 
 
 class StaticLabels(Labels):
@@ -71,9 +71,9 @@ class StaticLabels(Labels):
         """Returns the distributions at T of the unmixed images, float32 (..., C)."""
         return (self.logits[ids].float() / self.temperature).softmax(-1)
 
-    def shown(self, images: Tensor, ids: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+    def training_batch(self, images: Tensor, ids: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
         views, ids, drawn = epoch_views(self, images, ids, epoch)
-        logits = mixed(self.logits.to(images.device).float(), ids, drawn)
+        logits = mix_rows(self.logits.to(images.device).float(), ids, drawn)
         return views, (logits / self.temperature).softmax(-1)
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -94,11 +94,11 @@ class StaticLabels(Labels):
     def to(self, device: torch.device) -> StaticLabels:
         return copy_to(self, device, "logits")
 
-    def anew(self, images: Tensor, teacher: nn.Module, seed: int, hard: Tensor | None = None) -> StaticLabels:
-        logits = answers(teacher, images).to(self.logits.dtype)
+    def label_images(self, images: Tensor, teacher: nn.Module, seed: int, hard: Tensor | None = None) -> StaticLabels:
+        logits = compute_logits(teacher, images).to(self.logits.dtype)
         return StaticLabels(logits, seed, self.views, self.temperature, self.squared)
 
-    def rule(self) -> str:
+    def cache_key(self) -> str:
         return f"{self.logits.dtype} of the image, {self.views}, T={self.temperature}, squared={self.squared}"
 
     @classmethod
@@ -111,4 +111,4 @@ class StaticLabels(Labels):
         return cls(logits, seed, views, temperature, bool(squared))
 
 
-PROVIDERS.add("static", StaticLabels)
+LABEL_KINDS.add("static", StaticLabels)

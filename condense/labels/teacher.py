@@ -25,7 +25,7 @@ from condense.labels.arrays import (
     view_arrays,
 )
 from condense.labels.base import (
-    PROVIDERS,
+    LABEL_KINDS,
     Labels,
     checked_temperature,
     epoch_views,
@@ -33,7 +33,7 @@ from condense.labels.base import (
     statistics_text,
     total_nbytes,
 )
-from condense.labels.teacher_logits import answers, check_statistics
+from condense.labels.teacher_logits import check_statistics, compute_logits
 from condense.networks import MeanLogits
 
 
@@ -110,9 +110,9 @@ class TeacherLabels(Labels):
     def __len__(self) -> int:
         return self.images
 
-    def shown(self, images: Tensor, ids: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+    def training_batch(self, images: Tensor, ids: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
         views, _, _ = epoch_views(self, images, ids, epoch)
-        logits = answers(self.teacher, views, statistics=self.statistics, micro=self.micro)
+        logits = compute_logits(self.teacher, views, statistics=self.statistics, micro=self.micro)
         return views, (logits / self.temperature).softmax(-1)
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ class TeacherLabels(Labels):
         moved.teacher = copy.deepcopy(self.teacher).to(device)
         return moved
 
-    def anew(self, images: Tensor, teacher: nn.Module, seed: int, hard: Tensor | None = None) -> TeacherLabels:
+    def label_images(self, images: Tensor, teacher: nn.Module, seed: int, hard: Tensor | None = None) -> TeacherLabels:
         return type(self)(
             teacher,
             len(images),
@@ -173,7 +173,7 @@ class TeacherLabels(Labels):
     ) -> tuple[nn.Module, dict[str, Any] | None, tuple[str, ...]] | None:
         return (self.to(device).teacher, None, self.names) if self.names else None
 
-    def rule(self) -> str:
+    def cache_key(self) -> str:
         return f"{self.views}, {statistics_text(self)}, T={self.temperature}, squared={self.squared}"
 
     @classmethod
@@ -192,7 +192,7 @@ class TeacherLabels(Labels):
                 if key.startswith(prefix)
             }
             with rng.seeded("layout"):
-                network = networks.build(name, shape, classes)
+                network = networks.build_network(name, shape, classes)
             try:
                 network.load_state_dict(state)
             except RuntimeError as fault:
@@ -219,7 +219,7 @@ class TeacherLabels(Labels):
         return labels
 
 
-PROVIDERS.add("teacher", TeacherLabels)
+LABEL_KINDS.add("teacher", TeacherLabels)
 
 
 class Int8TeacherLabels(TeacherLabels):
@@ -244,7 +244,7 @@ class Int8TeacherLabels(TeacherLabels):
             layers = _layers(member)
             for name, value in member.state_dict().items():
                 if name in layers:
-                    codes, scale = quantised(value)
+                    codes, scale = quantise(value)
                     arrays |= {f"member{k}.{name}": to_numpy(codes), f"scale{k}.{name}": to_numpy(scale)}
                 else:
                     arrays[f"member{k}.{name}"] = to_numpy(value)
@@ -259,13 +259,13 @@ class Int8TeacherLabels(TeacherLabels):
                 if scale not in arrays or not codes.ndim:
                     raise CondenseError(f"labels/{name}: 8-bit weights without their scales; make the set again")
                 scales = read_finite(arrays, scale, np.float32, codes.shape[:1])
-                restored[name] = to_numpy(dequantised(torch.from_numpy(codes), scales))
+                restored[name] = to_numpy(dequantise(torch.from_numpy(codes), scales))
         labels = super().from_arrays(restored, classes)
         assert isinstance(labels, Int8TeacherLabels)
         return labels
 
 
-def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
+def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Returns int8 codes of a weight (out, ...) and the float32 scale (out,) of each output channel.
 
     Scales are rounded to 17 significant bits, so that 127 times a scale is exact in float32 and quantising the decoded
@@ -278,7 +278,7 @@ def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
     return steps.round().clamp(-127, 127).to(torch.int8).view(weight.shape), scale
 
 
-def dequantised(codes: Tensor, scale: Tensor) -> Tensor:
+def dequantise(codes: Tensor, scale: Tensor) -> Tensor:
     """Returns the float32 weights that :func:`quantised` encoded."""
     return codes.float() * scale.view(-1, *[1] * (codes.ndim - 1))
 
@@ -295,7 +295,7 @@ def _round_weights(net: nn.Module) -> None:
     layers = _layers(net)
     for name, value in net.state_dict().items():  # the tensors share memory with the network
         if name in layers:
-            value.copy_(dequantised(*quantised(value)))
+            value.copy_(dequantise(*quantise(value)))
 
 
-PROVIDERS.add("teacher-int8", Int8TeacherLabels)
+LABEL_KINDS.add("teacher-int8", Int8TeacherLabels)

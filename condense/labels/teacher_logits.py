@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from condense import rng
 from condense.augment import MixedViews, ViewRule
 from condense.errors import CondenseError, did_you_mean
-from condense.files import check_writable, replacing
+from condense.files import atomic_write, check_writable
 from condense.tracking import Progress
 
 STATISTICS = ("running", "batch")
@@ -44,11 +44,11 @@ def draw_epoch_views(
 
 def given_or_predicted_classes(images: Tensor, teacher: nn.Module, hard: Tensor | None) -> Tensor:
     """Returns ``hard`` on the images' device, or the classes that the teacher predicts if it is None."""
-    return answers(teacher, images).argmax(1) if hard is None else hard.to(images.device).long()
+    return compute_logits(teacher, images).argmax(1) if hard is None else hard.to(images.device).long()
 
 
 @contextlib.contextmanager
-def _answering(teacher: nn.Module, statistics: str) -> Iterator[None]:
+def _eval_with_statistics(teacher: nn.Module, statistics: str) -> Iterator[None]:
     """Puts the teacher into eval mode. With ``statistics="batch"`` BatchNorm uses the statistics of the batch; running
     statistics do not change."""
     teacher.eval()
@@ -73,7 +73,7 @@ def _parts(rows: Tensor, size: int) -> list[Tensor]:
 
 
 @torch.no_grad()
-def answers(
+def compute_logits(
     teacher: nn.Module, images: Tensor, *, statistics: str = "running", micro: int = 8, batch_size: int = 256
 ) -> Tensor:
     """Computes the teacher's logits, float32 (N, classes), on images without augmentation.
@@ -86,11 +86,11 @@ def answers(
         batch_size: Images per forward pass with running statistics.
     """
     batches = _parts(images, micro) if statistics == "batch" else images.split(batch_size)
-    with _answering(teacher, statistics):
+    with _eval_with_statistics(teacher, statistics):
         return torch.cat([teacher(batch).float() for batch in batches])
 
 
-def view_answers(
+def compute_view_logits(
     teacher: nn.Module,
     images: Tensor,
     epochs: int,
@@ -131,13 +131,13 @@ def view_answers(
         CondenseError: The teacher's logits have another shape or are not finite as float16, or ``into`` or ``start``
             does not fit.
     """
-    options = _Asking(statistics, micro, batch_size, start, into, report, quiet)
+    options = _LabellingOptions(statistics, micro, batch_size, start, into, report, quiet)
     return _each_view(
         teacher, images, epochs, views, seed, classes, options, classes, lambda logits, ids, drawn: logits
     )
 
 
-def view_distances(
+def compute_view_nll(
     teacher: nn.Module,
     images: Tensor,
     hard: Tensor,
@@ -151,9 +151,9 @@ def view_distances(
     """Computes the teacher's negative log-likelihood of the classes of the two mixed images in each view.
 
     Args:
-        teacher, images, epochs, views, seed, classes: See :func:`view_answers`; ``views`` must mix.
+        teacher, images, epochs, views, seed, classes: See :func:`compute_view_logits`; ``views`` must mix.
         hard: Classes of the images, int64 (N,).
-        options: See :func:`view_answers`; ``into`` is (epochs, N, 2).
+        options: See :func:`compute_view_logits`; ``into`` is (epochs, N, 2).
 
     Returns:
         float16 (epochs, N, 2) on the CPU, which :class:`DistanceLabels` store.
@@ -165,11 +165,11 @@ def view_distances(
         pairs = torch.stack([classes_of[ids], classes_of[drawn.partner[ids]]], 1)
         return -F.log_softmax(logits, -1).gather(1, pairs)
 
-    return _each_view(teacher, images, epochs, views, seed, classes, _Asking(**options), 2, pair_nll)
+    return _each_view(teacher, images, epochs, views, seed, classes, _LabellingOptions(**options), 2, pair_nll)
 
 
 @torch.no_grad()
-def epoch_answers(
+def iter_epoch_logits(
     teacher: nn.Module,
     images: Tensor,
     views: ViewRule,
@@ -185,7 +185,7 @@ def epoch_answers(
     """Yields the teacher's logits on the views of one epoch, batch by batch.
 
     Args:
-        teacher, images, views, seed, classes, statistics, micro, batch_size: See :func:`view_answers`.
+        teacher, images, views, seed, classes, statistics, micro, batch_size: See :func:`compute_view_logits`.
         epoch: Epoch of the views.
         wanted: Images to label, bool (N,); all by default. With batch statistics a micro-batch is labelled as a whole
             if it contains any of them, because its other views affect the result.
@@ -206,7 +206,7 @@ def epoch_answers(
         parts = list(rows.split(batch_size))
     for part in parts:
         ids = part.to(images.device)
-        logits = answers(
+        logits = compute_logits(
             teacher, views.apply(images, ids, drawn), statistics=statistics, micro=len(ids), batch_size=len(ids)
         )
         if logits.shape != (len(ids), classes):
@@ -215,8 +215,8 @@ def epoch_answers(
 
 
 @dataclass(frozen=True)
-class _Asking:
-    """Options of labelling all views; see :func:`view_answers`."""
+class _LabellingOptions:
+    """Options of labelling all views; see :func:`compute_view_logits`."""
 
     statistics: str = "running"
     micro: int = 8
@@ -235,7 +235,7 @@ def _each_view(
     views: ViewRule,
     seed: int,
     classes: int,
-    options: _Asking,
+    options: _LabellingOptions,
     width: int,
     keep: Callable[[Tensor, Tensor, MixedViews], Tensor],
 ) -> Tensor:
@@ -254,7 +254,7 @@ def _each_view(
     }
     for epoch in range(options.start, epochs):
         done = torch.empty(shape[1:], dtype=torch.float16)
-        for part, logits, drawn in epoch_answers(teacher, images, views, seed, epoch, classes=classes, **batching):
+        for part, logits, drawn in iter_epoch_logits(teacher, images, views, seed, epoch, classes=classes, **batching):
             done[part] = keep(logits, part.to(images.device), drawn).to("cpu", torch.float16)
         if not bool(done.isfinite().all()):
             raise CondenseError("the teacher's logits are not finite as float16; was it trained?")
@@ -269,7 +269,7 @@ def _each_view(
 
 
 @contextlib.contextmanager
-def stored_answers(
+def resumable_logits(
     path: Path, state: Path, key: Sequence[Any], shape: tuple[int, int, int], stop: Callable[[], None] | None = None
 ) -> Iterator[dict[str, Any]]:
     """Writes labels of views to a file during labelling, so that memory holds one epoch and a killed run resumes.
@@ -282,7 +282,7 @@ def stored_answers(
         stop: Called after each epoch, when it is on disk; may raise.
 
     Yields:
-        Keyword arguments of :func:`view_answers`.
+        Keyword arguments of :func:`compute_view_logits`.
 
     Raises:
         CondenseError: The files cannot be written, or the disk is full.
@@ -301,7 +301,7 @@ def stored_answers(
         into = np.lib.format.open_memmap(path, "w+", np.float16, shape)
 
     def report(done: int) -> None:
-        with replacing(state) as temporary:
+        with atomic_write(state) as temporary:
             temporary.write_text(json.dumps({"key": key, "epochs": done}))
         if stop is not None:
             stop()

@@ -1,25 +1,25 @@
 """TODO-FACE condense/lighten."""
 
-from condense.lighten.comparison import asked_kinds, chart, compare, table
-from condense.lighten.kinds import KINDS
+from condense.lighten.comparison import compare_label_kinds, format_comparison, parse_kinds, plot_comparison
+from condense.lighten.kinds import LIGHTEN_KINDS
 from condense.lighten.lightening import lighten
-from condense.lighten.projection import Projection, fitted, head_of, projector_bytes
-from condense.lighten.settings import EPOCHS
-from condense.lighten.sizes import Point, int8_bytes, label_bytes
+from condense.lighten.projection import Projection, head_kind, projector_bytes, train_projector
+from condense.lighten.settings import DEFAULT_LABEL_EPOCHS
+from condense.lighten.sizes import LabelComparison, int8_bytes, label_bytes
 
 __all__ = [
-    "EPOCHS",
-    "KINDS",
-    "Point",
+    "DEFAULT_LABEL_EPOCHS",
+    "LIGHTEN_KINDS",
+    "LabelComparison",
     "Projection",
-    "asked_kinds",
-    "chart",
-    "compare",
-    "fitted",
-    "head_of",
+    "compare_label_kinds",
+    "format_comparison",
+    "head_kind",
     "int8_bytes",
     "label_bytes",
     "lighten",
+    "parse_kinds",
+    "plot_comparison",
     "projector_bytes",
-    "table",
+    "train_projector",
 ]

@@ -9,15 +9,15 @@ from typing import Any
 
 from torch import nn
 
-from condense.config import build, parse
+from condense.config import build_config, parse_overrides
 from condense.data import Task
-from condense.errors import CondenseError, did_you_mean, need
-from condense.files import replacing
+from condense.errors import CondenseError, did_you_mean, missing_package
+from condense.files import atomic_write
 from condense.formatting import binary, size
 from condense.judge import evaluation, get_protocol
-from condense.lighten.kinds import KINDS
+from condense.lighten.kinds import LIGHTEN_KINDS
 from condense.lighten.lightening import check_same_data, lighten
-from condense.lighten.sizes import Point
+from condense.lighten.sizes import LabelComparison
 from condense.sets import DistilledSet
 
 PICTURES = (".png", ".pdf", ".svg")
@@ -25,7 +25,7 @@ PICTURES = (".png", ".pdf", ".svg")
 MARKERS = "osD^v<>"
 
 
-def asked_kinds(text: str) -> list[str]:
+def parse_kinds(text: str) -> list[str]:
     """``lowrank:rank=8,topk,pool:keep=0.1:values=int8`` as its words, checked.
 
     Raises:
@@ -40,14 +40,14 @@ def asked_kinds(text: str) -> list[str]:
 
 def _settings(word: str) -> tuple[str, dict[str, Any]]:
     kind, *rest = word.split(":")
-    if kind not in KINDS:
-        raise CondenseError(f"--kinds {kind}: unknown{did_you_mean(kind, [*KINDS, 'own'])}")
-    settings = parse(rest)
-    build(KINDS[kind][0], settings, f"labels={kind}")
+    if kind not in LIGHTEN_KINDS:
+        raise CondenseError(f"--kinds {kind}: unknown{did_you_mean(kind, [*LIGHTEN_KINDS, 'own'])}")
+    settings = parse_overrides(rest)
+    build_config(LIGHTEN_KINDS[kind][0], settings, f"labels={kind}")
     return kind, settings
 
 
-def compare(
+def compare_label_kinds(
     distilled: DistilledSet,
     kinds: Sequence[str] = (),
     task: Task | None = None,
@@ -61,12 +61,12 @@ def compare(
     device: str = "auto",
     precision: str = "auto",
     quiet: bool = True,
-) -> list[Point]:
+) -> list[LabelComparison]:
     """Bytes of the set's labels and of lighter ones and, where the real data are given, what students reach on them.
 
     Args:
         distilled: the set.
-        kinds: as in :func:`asked_kinds`; ``own`` and every kind, with its usual settings, when empty.
+        kinds: as in :func:`parse_kinds`; ``own`` and every kind, with its usual settings, when empty.
         task: the real data; None: bytes alone.
         protocol: that students are trained by, of the soft track; the set's own, else dc-soft-v1, when None.
         network: of the students; the protocol's first when None.
@@ -92,7 +92,7 @@ def compare(
         network = network or get_protocol(chosen).networks[0]
         check_same_data(distilled, task)
     points = []
-    for word in kinds or ["own", *(kind for kind in KINDS if kind != distilled.labels.kind)]:
+    for word in kinds or ["own", *(kind for kind in LIGHTEN_KINDS if kind != distilled.labels.kind)]:
         try:
             made = distilled
             if word != "own":
@@ -101,10 +101,12 @@ def compare(
                     distilled, kind, task, teacher, teachers=teachers, device=device, quiet=quiet, **settings
                 )
         except CondenseError as fault:
-            points.append(Point(word, missing=str(fault)))
+            points.append(LabelComparison(word, missing=str(fault)))
             continue
         labels = made.labels
-        point = Point(word, labels.kind, labels.nbytes(), labels.external_nbytes(), labels.exactness, labels.step_cost)
+        point = LabelComparison(
+            word, labels.kind, labels.nbytes(), labels.external_nbytes(), labels.exactness, labels.step_cost
+        )
         if task is not None:
             record = evaluation.evaluate(
                 made,
@@ -125,7 +127,7 @@ def compare(
     return points
 
 
-def table(points: Sequence[Point], whole: str = "own") -> str:
+def format_comparison(points: Sequence[LabelComparison], whole: str = "own") -> str:
     """The points as lines for a terminal, as shares of ``whole``; what could not be made is below."""
     made = [point for point in points if not point.missing]
     full = next((p.bytes + p.external for p in made if p.words == whole), None)
@@ -170,10 +172,10 @@ def check_plot(path: Path) -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise need("matplotlib", "plots", f"--plot {path}") from error
+        raise missing_package("matplotlib", "plots", f"--plot {path}") from error
 
 
-def chart(points: Sequence[Point], path: Path, title: str) -> Path:
+def plot_comparison(points: Sequence[LabelComparison], path: Path, title: str) -> Path:
     """A picture of accuracy (bars: 95 % intervals) against the bytes of labels, external ones included; a hollow mark
     shows them without. The legend's order is that of accuracy.
 
@@ -202,6 +204,6 @@ def chart(points: Sequence[Point], path: Path, title: str) -> Path:
     axes.set(xscale="log", xlabel="bytes of labels", ylabel="accuracy, %", title=title)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, format=path.suffix.lower()[1:], dpi=150)
     return path

@@ -18,13 +18,13 @@ from condense.augment import ViewRule
 from condense.data import Task
 from condense.engine import Interrupted
 from condense.errors import CondenseError
-from condense.files import content
+from condense.files import tensors_sha256
 from condense.judge import label_source
 from condense.labels import (
-    MOST_KEPT,
-    MOST_RANK,
+    DEFAULT_MAX_K,
+    DEFAULT_MAX_RANK,
     DistanceLabels,
-    Half,
+    HalfCode,
     HardLabels,
     Int8TeacherLabels,
     Labels,
@@ -36,27 +36,27 @@ from condense.labels import (
     StaticLabels,
     TeacherLabels,
     TopKLabels,
-    answers,
+    compute_logits,
+    compute_pool_logits,
+    compute_view_logits,
+    compute_view_nll,
+    default_size,
     fidelity,
-    pool_answers,
-    stored_answers,
-    usual,
-    view_answers,
-    view_distances,
+    resumable_logits,
 )
-from condense.lighten.projection import fitted
+from condense.lighten.projection import train_projector
 from condense.lighten.settings import (
-    EPOCHS,
-    Distances,
-    Hard,
+    DEFAULT_LABEL_EPOCHS,
+    DistanceOptions,
+    HardOptions,
     LowRankOptions,
-    PerView,
+    PerViewOptions,
     PoolOptions,
     ProjectorOptions,
-    Soft,
-    Static,
+    SoftOptions,
+    StaticOptions,
     TargetOptions,
-    Teacher,
+    TeacherLabelOptions,
     TopKOptions,
     ViewOptions,
 )
@@ -75,7 +75,7 @@ from condense.tracking import Progress
 
 
 @dataclass(frozen=True, eq=False)
-class Taught:
+class TeacherInfo:
     """Teachers of a set."""
 
     network: nn.Module
@@ -87,7 +87,7 @@ class Taught:
 
 
 @dataclass(eq=False)
-class Job:
+class LightenJob:
     """A set whose labels are to be made anew, and who may be asked."""
 
     distilled: DistilledSet
@@ -117,7 +117,7 @@ class Job:
         return labels if labels.stores_all_logits and not given else None  # type: ignore[return-value]
 
     @functools.cached_property
-    def taught(self) -> Taught:
+    def taught(self) -> TeacherInfo:
         """The teachers that are named, else those that the set's labels came from.
 
         Raises:
@@ -126,16 +126,16 @@ class Job:
         made, source = self.distilled, self.distilled.manifest.get("label_source", {})
         if self.teacher is not None:
             net = self.teacher.to(self.device).eval()
-            about = {"network": type(net).__name__, "sha256": content(net.state_dict())}
-            return Taught(net, {"teacher": about})
-        if self.teachers is not None and hdf5.format_of(Path(self.teachers)) == saved.FORMAT.name:
+            about = {"network": type(net).__name__, "sha256": tensors_sha256(net.state_dict())}
+            return TeacherInfo(net, {"teacher": about})
+        if self.teachers is not None and hdf5.read_format(Path(self.teachers)) == saved.TEACHER_FORMAT.name:
             return _of_file(Path(self.teachers), source, made, self.device)
         if self.teachers is None:
             own = made.labels.own_teacher(self.device, original=self.kind in ("teacher", "projector"))
             if own is not None:
                 net, description, names = own
-                return Taught(net, {"teacher": description} if description else teacher_facts(made), names)
-        found, why = label_source.recorded_teacher(made, self.teachers, self.device)
+                return TeacherInfo(net, {"teacher": description} if description else teacher_facts(made), names)
+        found, why = label_source.find_label_teacher(made, self.teachers, self.device)
         if found is None:
             raise CondenseError(
                 f"{made.name}: its {made.labels.kind} labels do not give these, and "
@@ -143,14 +143,14 @@ class Job:
             )
         known = source.get("teachers") or {}
         buildable = known and not pretrained.is_public(str(known.get("path")))
-        return Taught(found, teacher_facts(made), tuple(known.get("networks", ())) if buildable else ())
+        return TeacherInfo(found, teacher_facts(made), tuple(known.get("networks", ())) if buildable else ())
 
 
 def teacher_facts(distilled: DistilledSet) -> dict[str, Any]:
     return {key: distilled.manifest[key] for key in ("label_source", "teacher") if key in distilled.manifest}
 
 
-def _of_file(path: Path, source: dict[str, Any], distilled: DistilledSet, device: torch.device) -> Taught:
+def _of_file(path: Path, source: dict[str, Any], distilled: DistilledSet, device: torch.device) -> TeacherInfo:
     """The teachers of a file: those that the set's labels came from where it holds them, else all of them."""
     file = read_teacher_file(path)
     wanted = (source.get("teachers") or {}).get("sha256", [])
@@ -174,7 +174,7 @@ def _of_file(path: Path, source: dict[str, Any], distilled: DistilledSet, device
         )
     except CondenseError as fault:
         raise CondenseError(f"--teachers {fault}") from fault
-    return Taught(net, {"label_source": {"teachers": about, "weights": weights}}, tuple(about["networks"]))
+    return TeacherInfo(net, {"label_source": {"teachers": about, "weights": weights}}, tuple(about["networks"]))
 
 
 def _views(config: ViewOptions, start: ViewRule) -> ViewRule:
@@ -188,7 +188,7 @@ def _views(config: ViewOptions, start: ViewRule) -> ViewRule:
     return dataclasses.replace(start, **{key: value for key, value in given.items() if value is not None})
 
 
-def _rule(job: Job, config: ViewOptions) -> dict[str, Any]:
+def _rule(job: LightenJob, config: ViewOptions) -> dict[str, Any]:
     """Seed, views and statistics of labels that are asked for, as keywords of the providers."""
     own = job.distilled.labels if job.distilled.labels.per_view else None
     start = getattr(own, "views", None) or ViewRule(flip=job.distilled.manifest.get("mirror", True), mix="cutmix")
@@ -203,14 +203,14 @@ def _rule(job: Job, config: ViewOptions) -> dict[str, Any]:
     return {"seed": seed, "views": _views(config, start), "statistics": statistics, "micro": micro}
 
 
-def _targets(job: Job, config: TargetOptions) -> dict[str, Any]:
+def _targets(job: LightenJob, config: TargetOptions) -> dict[str, Any]:
     own = job.distilled.labels
     temperature = config.temperature or getattr(own, "temperature", None) or 20.0
     squared = getattr(own, "squared", True) if config.squared is None else config.squared
     return {"temperature": temperature, "squared": squared}
 
 
-def _check_as_stored(labels: PerViewLabels, config: PerView | Distances) -> None:
+def _check_as_stored(labels: PerViewLabels, config: PerViewOptions | DistanceOptions) -> None:
     """Stored labels are of their views and no others.
 
     Raises:
@@ -247,7 +247,7 @@ def _check_as_stored(labels: PerViewLabels, config: PerView | Distances) -> None
 # The kinds ------------------------------------------------------------------------------------------------------------
 
 
-def per_view(job: Job, config: PerView) -> PerViewLabels:
+def make_per_view_labels(job: LightenJob, config: PerViewOptions) -> PerViewLabels:
     """Logits of views: those that are stored, with the targets that the settings ask for, or the teachers'."""
     stored = job.stored
     if stored is not None:
@@ -260,20 +260,20 @@ def per_view(job: Job, config: PerView) -> PerViewLabels:
     return PerViewLabels(logits, **terms)
 
 
-def _terms(job: Job, config: TargetOptions) -> dict[str, Any]:
+def _terms(job: LightenJob, config: TargetOptions) -> dict[str, Any]:
     """All but the logits of labels that are asked for, as keywords of ``PerViewLabels``."""
     return {**_rule(job, config), **_targets(job, config), **job.distilled.labels.loss_settings()}
 
 
-def _epochs(job: Job, asked: int | None) -> int:
-    known: int = getattr(job.distilled.labels, "epochs", EPOCHS)
+def _epochs(job: LightenJob, asked: int | None) -> int:
+    known: int = getattr(job.distilled.labels, "epochs", DEFAULT_LABEL_EPOCHS)
     return asked or known
 
 
-def _ask(job: Job, epochs: int | None, rule: dict[str, Any]) -> Tensor:
+def _ask(job: LightenJob, epochs: int | None, rule: dict[str, Any]) -> Tensor:
     epochs, classes = _epochs(job, epochs), len(job.distilled.classes)
     with _in_making(job, rule, epochs, classes) as where:
-        return view_answers(
+        return compute_view_logits(
             job.taught.network,
             job.images,
             epochs,
@@ -288,45 +288,47 @@ def _ask(job: Job, epochs: int | None, rule: dict[str, Any]) -> Tensor:
 
 
 @contextlib.contextmanager
-def _in_making(job: Job, rule: dict[str, Any], records: int, width: int, **of: Tensor) -> Iterator[dict[str, Any]]:
-    """Where ``records`` labels of views of each image go while teachers are asked, as keywords of ``view_answers``:
-    into a file beside that of the set, if there will be one; see :func:`condense.labels.stored_answers`. ``of`` is what
-    they follow from besides images, teachers and ``rule``."""
+def _in_making(
+    job: LightenJob, rule: dict[str, Any], records: int, width: int, **of: Tensor
+) -> Iterator[dict[str, Any]]:
+    """Where ``records`` labels of views of each image go while teachers are asked, as keywords of
+    ``compute_view_logits``: into a file beside that of the set, if there will be one; see
+    :func:`condense.labels.resumable_logits`. ``of`` is what they follow from besides images, teachers and ``rule``."""
     if job.beside is None:
         yield {}
         return
-    asked = [content({"images": job.images, **of}), content(job.taught.network.state_dict())]
+    asked = [tensors_sha256({"images": job.images, **of}), tensors_sha256(job.taught.network.state_dict())]
     key = [*asked, rule["seed"], str(rule["views"]), rule["statistics"], rule["micro"]]
     try:
-        with stored_answers(*answer_files(job.beside)[:2], key, (records, len(job.images), width)) as where:
+        with resumable_logits(*partial_files(job.beside)[:2], key, (records, len(job.images), width)) as where:
             yield where
     except KeyboardInterrupt:
         raise Interrupted("stopped while labelling views; give the same command again to go on") from None
 
 
-def answer_files(file: Path) -> tuple[Path, Path, Path]:
+def partial_files(file: Path) -> tuple[Path, Path, Path]:
     """Where the teachers' answers are kept while a set for ``file`` is in making, how far they are, and the state of a
     projector in training."""
     views, done, projector = (file.with_name(f"{file.name}.{end}") for end in ("views.npy", "views.json", "projector"))
     return views, done, projector
 
 
-def lowrank(job: Job, config: LowRankOptions) -> LowRankLabels:
+def make_lowrank_labels(job: LightenJob, config: LowRankOptions) -> LowRankLabels:
     """Labels of views on few axes."""
-    rank = config.rank or usual(len(job.distilled.classes), MOST_RANK)
-    return LowRankLabels.of(per_view(job, config).to(job.device), rank)
+    rank = config.rank or default_size(len(job.distilled.classes), DEFAULT_MAX_RANK)
+    return LowRankLabels.of(make_per_view_labels(job, config).to(job.device), rank)
 
 
-def topk(job: Job, config: TopKOptions) -> TopKLabels:
+def make_topk_labels(job: LightenJob, config: TopKOptions) -> TopKLabels:
     """The largest logits of views."""
-    kept = config.k or usual(len(job.distilled.classes), MOST_KEPT)
-    return TopKLabels.of(per_view(job, config).to(job.device), kept, config.fill)
+    kept = config.k or default_size(len(job.distilled.classes), DEFAULT_MAX_K)
+    return TopKLabels.of(make_per_view_labels(job, config).to(job.device), kept, config.fill)
 
 
-def pool(job: Job, config: PoolOptions) -> PoolLabels:
+def make_pool_labels(job: LightenJob, config: PoolOptions) -> PoolLabels:
     """Few epochs of labels of views; teachers are asked about these alone."""
     if job.stored is not None:
-        labels = per_view(job, config)
+        labels = make_per_view_labels(job, config)
         code = config.encode(labels.logits[:1], labels.loss_kind == "mse")
         return PoolLabels.pruned(labels, config.count(labels.epochs), code, job.classes, config.cooled())
     terms, epochs = {**_terms(job, config), "hard": job.classes}, _epochs(job, config.label_epochs)
@@ -334,7 +336,7 @@ def pool(job: Job, config: PoolOptions) -> PoolLabels:
     config.check_classes(classes)
     count = config.count(epochs)
     with _in_making(job, terms, count, classes, classes=job.classes, epochs=torch.tensor(epochs)) as where:
-        records = pool_answers(
+        records = compute_pool_logits(
             job.taught.network,
             job.images,
             job.classes,
@@ -353,7 +355,7 @@ def pool(job: Job, config: PoolOptions) -> PoolLabels:
     return PoolLabels.recorded(records.to(job.device), epochs, encode, cooling, **terms)
 
 
-def teacher(job: Job, config: Teacher) -> TeacherLabels:
+def make_teacher_labels(job: LightenJob, config: TeacherLabelOptions) -> TeacherLabels:
     """The teachers themselves."""
     taught = job.taught
     if not taught.names:
@@ -373,12 +375,12 @@ def teacher(job: Job, config: Teacher) -> TeacherLabels:
         **_targets(job, config),
     )
     if config.weights == "int8":  # measured on the unaugmented images
-        true, decoded = (answers(net, job.images) for net in (taught.network, labels.teacher))
-        labels.error = fidelity(Half(decoded[None]), true[None], labels.temperature)
+        true, decoded = (compute_logits(net, job.images) for net in (taught.network, labels.teacher))
+        labels.error = fidelity(HalfCode(decoded[None]), true[None], labels.temperature)
     return labels
 
 
-def projector(job: Job, config: ProjectorOptions) -> ProjectorLabels:
+def make_projector_labels(job: LightenJob, config: ProjectorOptions) -> ProjectorLabels:
     """Changes of a public network that were learned from the real data."""
     if config.weak_epochs:
         job.taught = _weak(job, config.weak_epochs)
@@ -388,7 +390,7 @@ def projector(job: Job, config: ProjectorOptions) -> ProjectorLabels:
     rule, task = _rule(job, config), job.task.to(job.device, job.distilled.transform)
     progress = Progress("projector", config.projector_steps, 0, job.quiet)
     try:
-        made, known = fitted(
+        made, known = train_projector(
             task,
             weak,
             config,
@@ -398,7 +400,7 @@ def projector(job: Job, config: ProjectorOptions) -> ProjectorLabels:
             micro=rule["micro"],
             device=job.device,
             report=progress.update,
-            checkpoint=job.beside and answer_files(job.beside)[2],
+            checkpoint=job.beside and partial_files(job.beside)[2],
         )
     except KeyboardInterrupt:
         raise Interrupted("stopped while training a projector; give the same command again to go on") from None
@@ -420,10 +422,10 @@ def projector(job: Job, config: ProjectorOptions) -> ProjectorLabels:
     )
 
 
-def _weak(job: Job, epochs: str) -> Taught:
+def _weak(job: LightenJob, epochs: str) -> TeacherInfo:
     """The mean logits of some epochs of the experts that are named."""
     path = None if job.teachers is None else Path(job.teachers)
-    if path is None or hdf5.format_of(path) != TRAJECTORY_FORMAT.name:
+    if path is None or hdf5.read_format(path) != TRAJECTORY_FORMAT.name:
         raise CondenseError(f"weak_epochs={epochs}: are of experts; give --teachers FILE of `condense experts`")
     file, chosen = read_trajectory_file(path), [int(epoch) for epoch in epochs.split(",")]
     if max(chosen) > file.epochs:
@@ -436,10 +438,10 @@ def _weak(job: Job, epochs: str) -> Taught:
         "epochs": file.epochs,
         "content": file.content_key(file.count, file.epochs),
     }
-    return Taught(MeanLogits(members).eval(), {"label_source": {"experts": about, "weak_epochs": chosen}})
+    return TeacherInfo(MeanLogits(members).eval(), {"label_source": {"experts": about, "weak_epochs": chosen}})
 
 
-def static(job: Job, config: Static) -> StaticLabels:
+def make_static_labels(job: LightenJob, config: StaticOptions) -> StaticLabels:
     """One vector an image."""
     own = job.distilled.labels
     if isinstance(own, StaticLabels):
@@ -448,7 +450,7 @@ def static(job: Job, config: Static) -> StaticLabels:
         start = ViewRule(flip=job.distilled.manifest.get("mirror", True), pad=4, mix="mixup", alpha=0.8)
         temperature, squared = 30.0, True
     rule = _rule(job, config)
-    logits = answers(job.taught.network, job.images, statistics=rule["statistics"], micro=rule["micro"])
+    logits = compute_logits(job.taught.network, job.images, statistics=rule["statistics"], micro=rule["micro"])
     return StaticLabels(
         logits.half(),
         rule["seed"],
@@ -458,7 +460,7 @@ def static(job: Job, config: Static) -> StaticLabels:
     )
 
 
-def distances(job: Job, config: Distances) -> DistanceLabels:
+def make_distance_labels(job: LightenJob, config: DistanceOptions) -> DistanceLabels:
     """Two numbers a view, from stored logits where there are any."""
     stored, classes = job.stored, len(job.distilled.classes)
     if stored is not None:
@@ -473,7 +475,7 @@ def distances(job: Job, config: Distances) -> DistanceLabels:
     else:
         terms, epochs = _rule(job, config), _epochs(job, config.label_epochs)
         with _in_making(job, terms, epochs, 2, classes=job.classes) as where:
-            found = view_distances(
+            found = compute_view_nll(
                 job.taught.network,
                 job.images,
                 job.classes,
@@ -489,7 +491,7 @@ def distances(job: Job, config: Distances) -> DistanceLabels:
     return DistanceLabels(found.to(job.device), job.classes, classes, weight=config.weight, **terms)
 
 
-def _from_logits(labels: PerViewLabels, job: Job, epoch: int) -> Tensor:
+def _from_logits(labels: PerViewLabels, job: LightenJob, epoch: int) -> Tensor:
     """-log of the probabilities (N, 2) of the classes of both images in each view."""
     drawn = labels.views.draw(labels.seed, epoch, len(labels), job.distilled.shape[1:])
     assert drawn.partner is not None
@@ -498,26 +500,26 @@ def _from_logits(labels: PerViewLabels, job: Job, epoch: int) -> Tensor:
     return -labels.logits[epoch].float().cpu().log_softmax(-1).gather(1, two)
 
 
-def soft(job: Job, config: Soft) -> SoftLabels:
+def make_soft_labels(job: LightenJob, config: SoftOptions) -> SoftLabels:
     """One distribution an image."""
-    return SoftLabels(answers(job.taught.network, job.images))
+    return SoftLabels(compute_logits(job.taught.network, job.images))
 
 
-def hard(job: Job, config: Hard) -> HardLabels:
+def make_hard_labels(job: LightenJob, config: HardOptions) -> HardLabels:
     """One class an image."""
     return HardLabels(job.distilled.hard_labels(), len(job.distilled.classes), config.smoothing)
 
 
-KINDS: dict[str, tuple[Any, Callable[[Job, Any], Labels]]] = {
-    "lowrank": (LowRankOptions, lowrank),
-    "topk": (TopKOptions, topk),
-    "pool": (PoolOptions, pool),
-    "teacher": (Teacher, teacher),
-    "projector": (ProjectorOptions, projector),
-    "static": (Static, static),
-    "distances": (Distances, distances),
-    "soft": (Soft, soft),
-    "hard": (Hard, hard),
-    "per-view": (PerView, per_view),
+LIGHTEN_KINDS: dict[str, tuple[Any, Callable[[LightenJob, Any], Labels]]] = {
+    "lowrank": (LowRankOptions, make_lowrank_labels),
+    "topk": (TopKOptions, make_topk_labels),
+    "pool": (PoolOptions, make_pool_labels),
+    "teacher": (TeacherLabelOptions, make_teacher_labels),
+    "projector": (ProjectorOptions, make_projector_labels),
+    "static": (StaticOptions, make_static_labels),
+    "distances": (DistanceOptions, make_distance_labels),
+    "soft": (SoftOptions, make_soft_labels),
+    "hard": (HardOptions, make_hard_labels),
+    "per-view": (PerViewOptions, make_per_view_labels),
 }
 """The settings of each kind, and what makes it."""

@@ -32,13 +32,13 @@ import torch
 from torch import nn
 
 from condense import commands
-from condense.config import build
+from condense.config import build_config
 from condense.data import Task
 from condense.device import pick_device
 from condense.errors import CondenseError, did_you_mean
 from condense.formatting import by
-from condense.lighten.kinds import KINDS, Job, teacher_facts
-from condense.sets import DistilledSet, prepared, tagged
+from condense.lighten.kinds import LIGHTEN_KINDS, LightenJob, teacher_facts
+from condense.sets import DistilledSet, add_preparation_seconds, add_tag
 
 # Lightening -----------------------------------------------------------------------------------------------------------
 
@@ -70,17 +70,17 @@ def lighten(
         device: where they compute.
         quiet: show no progress.
         beside: file that the set will be written to. What teachers say of views is then kept beside it, in
-            :func:`answer_files`, so that memory holds one epoch while they are asked, and the same call after a kill
+            :func:`partial_files`, so that memory holds one epoch while they are asked, and the same call after a kill
             goes on in the middle. The caller removes these files when the set is written.
         settings: of the kind.
 
     Raises:
         CondenseError: an unknown kind or setting, a value that cannot be, other data, or nothing to make labels from.
     """
-    if kind not in KINDS:
-        raise CondenseError(f"--labels {kind}: unknown{did_you_mean(kind, KINDS)}")
-    options, make = KINDS[kind]
-    config = build(options, settings, f"labels={kind}")
+    if kind not in LIGHTEN_KINDS:
+        raise CondenseError(f"--labels {kind}: unknown{did_you_mean(kind, LIGHTEN_KINDS)}")
+    options, make = LIGHTEN_KINDS[kind]
+    config = build_config(options, settings, f"labels={kind}")
     if teacher is not None and teachers is not None:
         raise CondenseError(f"--teachers {teachers}: a teacher is given too; leave one of them out")
     if task is not None:
@@ -88,7 +88,7 @@ def lighten(
     if kind != "hard" and distilled.stages and not distilled.compensated:
         raise CondenseError(f"{distilled.name}: its stored images are decoded into more; only labels=hard fit these")
     began = time.monotonic()
-    job = Job(distilled, teacher, teachers, pick_device(device), quiet, task, beside, kind)
+    job = LightenJob(distilled, teacher, teachers, pick_device(device), quiet, task, beside, kind)
     labels = make(job, config).to(torch.device("cpu"))
     asked = "taught" in vars(job)
     source = {} if kind == "hard" else job.taught.known if asked else teacher_facts(distilled)
@@ -101,7 +101,7 @@ def lighten(
     manifest |= source
     seconds = time.monotonic() - began
     if "cost" in manifest:
-        manifest["cost"] = prepared(manifest["cost"], seconds)
+        manifest["cost"] = add_preparation_seconds(manifest["cost"], seconds)
     if isinstance(made_by := distilled.manifest.get("command"), str):
         manifest["command"] = f"{made_by} && {_command(distilled, kind, config, task, teachers)}"
     manifest["lightened"] = {
@@ -117,7 +117,7 @@ def lighten(
         },
         "seconds": round(seconds, 2),
     }
-    manifest["name"] = tagged(distilled.name, kind)
+    manifest["name"] = add_tag(distilled.name, kind)
     return DistilledSet(distilled.stored, labels, distilled.transform, manifest)
 
 
@@ -125,12 +125,12 @@ def _command(distilled: DistilledSet, kind: str, config: Any, task: Task | None,
     """The command line that gives the set these labels; what is as by default is left out, and where files of somebody
     lie there is a place to fill in."""
     words = ["condense", "lighten", distilled.file_name, "--labels", kind]
-    words += ["--data", commands.data_word(task)] if task is not None else []
+    words += ["--data", commands.data_argument(task)] if task is not None else []
     words += ["--teachers", "PATH"] * (teachers is not None)
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if value != field.default:
-            value = commands.shown(value) if field.name == "backbone" else value
+            value = commands.redact_backbone(value) if field.name == "backbone" else value
             words.append(f"{field.name}={json.dumps(value) if isinstance(value, bool) else value}")
     return shlex.join([*words, "--out", f"{distilled.file_name.removesuffix('.h5')}.{kind}.h5"])
 

@@ -16,16 +16,16 @@ from torch import Tensor, nn
 
 from condense import networks, rng
 from condense.augment import ViewRule
-from condense.config import one_of, require
+from condense.config import require_one_of, require_range
 from condense.data import Standardise, Task
 from condense.errors import CondenseError
-from condense.labels import Projector, ProjectorLabels, adapters, answers, mixed
+from condense.labels import Projector, ProjectorLabels, adapters, compute_logits, mix_rows
 from condense.networks import Backbone, Encoder, pretrained
-from condense.training import Recipe, Student, train
+from condense.training import Student, TrainConfig, train
 
 
 @torch.no_grad()
-def means(encoder: Encoder, batches: Sequence[Callable[[], Tensor]]) -> Tensor:
+def compute_class_mean_features(encoder: Encoder, batches: Sequence[Callable[[], Tensor]]) -> Tensor:
     """(D, classes): of each class the mean of its unit features, minus the mean over classes, at unit length.
 
     What all classes share moves all logits of an image alike, and no softmax.
@@ -34,11 +34,11 @@ def means(encoder: Encoder, batches: Sequence[Callable[[], Tensor]]) -> Tensor:
         encoder: of the features.
         batches: of each class, gives pixels (B,C,H,W).
     """
-    found = torch.stack([F.normalize(answers(encoder, pixels()), dim=1).mean(0) for pixels in batches], 1)
+    found = torch.stack([F.normalize(compute_logits(encoder, pixels()), dim=1).mean(0) for pixels in batches], 1)
     return F.normalize(found - found.mean(1, keepdim=True), dim=0)
 
 
-MEANS = 200
+HEAD_IMAGES_PER_CLASS = 200
 """Real images of each class whose mean features start a projector's head."""
 
 # Making a projector ---------------------------------------------------------------------------------------------------
@@ -48,7 +48,7 @@ MEANS = 200
 class Projection:
     """How a projector is made."""
 
-    backbone: str = pretrained.SHIPPED[0]
+    backbone: str = pretrained.BUNDLED_BACKBONES[0]
     """Public network: one that comes with the package, FILE.h5 of `condense teachers`, or torchvision:NAME, timm:NAME
     or open_clip:NAME@TAG, each also with @FILE of its weights. Published is a CLIP, open_clip:RN50@openai."""
     adapter_rank: int = 8
@@ -72,8 +72,8 @@ class Projection:
 
     def check_projection(self) -> None:
         """For ``__post_init__``: refuses settings out of range, and words that are none."""
-        one_of(self, head=("", *adapters.HEADS))
-        require(
+        require_one_of(self, head=("", *adapters.HEADS))
+        require_range(
             self,
             adapter_rank=(1, math.inf),
             head_rank=(1, math.inf),
@@ -86,7 +86,7 @@ class Projection:
             raise CondenseError(f"prompts={self.prompts}: each needs {{}} where the class stands")
 
 
-class Lessons:
+class ProjectorSource:
     """What a projector learns from: views of real images with the logits that weak teachers give them (row 0 of the
     targets) and their classes (row 1)."""
 
@@ -117,14 +117,14 @@ class Lessons:
         drawn = self.rule.draw(seed, 0, len(ids), self.task.shape[1:]).to(images.device)
         views = self.rule.apply(images, own, drawn)
         truth = F.one_hot(self.labels[ids.cpu()], self.task.num_classes).float().to(images.device)
-        return views, torch.stack([answers(self.weak, views, **self.asked), mixed(truth, own, drawn)], 1)
+        return views, torch.stack([compute_logits(self.weak, views, **self.asked), mix_rows(truth, own, drawn)], 1)
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """MSE(f(x), y') + lambda CE(f(x), y)."""
         return F.mse_loss(logits, targets[:, 0]) + self.hard_weight * F.cross_entropy(logits, targets[:, 1])
 
 
-def fitted(
+def train_projector(
     task: Task,
     weak: nn.Module,
     config: Projection,
@@ -153,31 +153,31 @@ def fitted(
     Raises:
         CondenseError: the backbone cannot be had or take such images, or its head cannot start as asked.
     """
-    transform = adapters.plain(task.transform, "labels=projector")
-    backbone = pretrained.find(config.backbone, task.shape, device)
-    if head_of(config, backbone) == "text":
+    transform = adapters.require_standardise(task.transform, "labels=projector")
+    backbone = pretrained.find_backbone(config.backbone, task.shape, device)
+    if head_kind(config, backbone) == "text":
         assert backbone.text is not None
         start = backbone.text([str(name) for name in task.classes], config.prompts.split("|"))
     else:
 
         def some(c: int) -> Tensor:
-            return transform.inverse(task.per_class(MEANS, (seed, "means"), [c])[0])
+            return transform.inverse(task.per_class(HEAD_IMAGES_PER_CLASS, (seed, "means"), [c])[0])
 
         each = [functools.partial(some, c) for c in range(task.num_classes)]
-        start = means(backbone.encoder, each)
+        start = compute_class_mean_features(backbone.encoder, each)
     pixels = transform.inverse(task.batch(torch.arange(2)))
-    made, known = untrained(backbone, config, task.classes, start.to(device), transform, pixels, seed)
-    recipe = Recipe(
+    made, known = new_projector(backbone, config, task.classes, start.to(device), transform, pixels, seed)
+    recipe = TrainConfig(
         steps=config.projector_steps,
         batch=config.projector_batch,
         lr=config.projector_lr,
         momentum=0.9,
         weight_decay=0.0,
-        drops=(),
+        lr_milestones=(),
         optimizer="adamw",
         schedule="cosine",
     )
-    lessons = Lessons(task, weak, rule, seed, config.hard_weight, statistics, micro, str(config))
+    lessons = ProjectorSource(task, weak, rule, seed, config.hard_weight, statistics, micro, str(config))
     train(
         [Student(made, lessons, rng.key(seed, "projector"))],
         recipe,
@@ -194,7 +194,7 @@ def fitted(
     return made, known
 
 
-def head_of(config: Projection, backbone: Backbone) -> str:
+def head_kind(config: Projection, backbone: Backbone) -> str:
     """How the head starts.
 
     Raises:
@@ -205,7 +205,7 @@ def head_of(config: Projection, backbone: Backbone) -> str:
     return config.head or ("text" if backbone.text is not None else "mean")
 
 
-def untrained(
+def new_projector(
     backbone: Backbone,
     config: Projection,
     classes: Sequence[Any],
@@ -225,7 +225,7 @@ def untrained(
         pixels: (B,C,H,W), some images.
         seed: of its random values.
     """
-    head, names = head_of(config, backbone), adapters.adapted(backbone.encoder, pixels)
+    head, names = head_kind(config, backbone), adapters.adapted_weight_names(backbone.encoder, pixels)
     rank = config.head_rank if head == "text" else 0
     made = Projector(backbone.encoder, names, config.adapter_rank, start, rank, backbone.scale, transform, seed)
     known = {
@@ -247,9 +247,9 @@ def projector_bytes(shape: networks.Shape, classes: Sequence[Any], config: Proje
     """Bytes of labels=projector for images (C,H,W), in the file and of the public network; settings are the usual ones
     when None."""
     config = config or Projection()
-    backbone = pretrained.find(config.backbone, shape, torch.device("cpu"))
+    backbone = pretrained.find_backbone(config.backbone, shape, torch.device("cpu"))
     pixels, middle = torch.rand(2, *shape, generator=rng.generator("layout")), torch.full((shape[0],), 0.5)
-    start = torch.zeros(answers(backbone.encoder, pixels).shape[1], len(classes))
-    made, known = untrained(backbone, config, classes, start, Standardise(middle, middle), pixels)
+    start = torch.zeros(compute_logits(backbone.encoder, pixels).shape[1], len(classes))
+    made, known = new_projector(backbone, config, classes, start, Standardise(middle, middle), pixels)
     labels = ProjectorLabels(known, made.arrays(), 0, 0)
     return labels.nbytes(), labels.external_nbytes()

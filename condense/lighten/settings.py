@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 import torch
 
-from condense.config import one_of, require
+from condense.config import require_one_of, require_range
 from condense.errors import CondenseError
-from condense.labels import Pruning, check_loss
+from condense.labels import PruningOptions, check_loss
 from condense.lighten.projection import Projection
 
-EPOCHS = 300
+DEFAULT_LABEL_EPOCHS = 300
 """Labelled epochs of views where neither the set nor the settings say how many."""
 
 # Settings -------------------------------------------------------------------------------------------------------------
@@ -50,11 +50,11 @@ class TargetOptions(ViewOptions):
     """Whether the loss is multiplied by the squared temperature; otherwise true."""
 
     def __post_init__(self) -> None:
-        require(self, temperature=(1e-6, sys.float_info.max))
+        require_range(self, temperature=(1e-6, sys.float_info.max))
 
 
 @dataclass(frozen=True)
-class PerView(TargetOptions):
+class PerViewOptions(TargetOptions):
     """Settings of labels of views."""
 
     label_epochs: int | None = None
@@ -62,11 +62,11 @@ class PerView(TargetOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, label_epochs=(1, math.inf))
+        require_range(self, label_epochs=(1, math.inf))
 
 
 @dataclass(frozen=True)
-class LowRankOptions(PerView):
+class LowRankOptions(PerViewOptions):
     """Settings of labels=lowrank."""
 
     rank: int | None = None
@@ -74,7 +74,7 @@ class LowRankOptions(PerView):
 
 
 @dataclass(frozen=True)
-class TopKOptions(PerView):
+class TopKOptions(PerViewOptions):
     """Settings of labels=topk."""
 
     k: int | None = None
@@ -84,7 +84,7 @@ class TopKOptions(PerView):
 
 
 @dataclass(frozen=True)
-class PoolOptions(Pruning, PerView):
+class PoolOptions(PruningOptions, PerViewOptions):
     """Settings of labels=pool."""
 
     def __post_init__(self) -> None:
@@ -93,7 +93,7 @@ class PoolOptions(Pruning, PerView):
 
 
 @dataclass(frozen=True)
-class Teacher(TargetOptions):
+class TeacherLabelOptions(TargetOptions):
     """Settings of labels=teacher."""
 
     weights: str = "int8"
@@ -101,7 +101,7 @@ class Teacher(TargetOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of(self, weights=("int8", "float32"))
+        require_one_of(self, weights=("int8", "float32"))
 
 
 @dataclass(frozen=True)
@@ -126,13 +126,13 @@ class ProjectorOptions(Projection, TargetOptions):
 
 
 @dataclass(frozen=True)
-class Static(TargetOptions):
+class StaticOptions(TargetOptions):
     """Settings of labels=static. What is left out is as in the set's static labels, otherwise as in sets that INFER
     makes: label_pad=4, mix=mixup, mix_alpha=0.8, temperature=30, squared=true."""
 
 
 @dataclass(frozen=True)
-class Distances(ViewOptions):
+class DistanceOptions(ViewOptions):
     """Settings of labels=distances."""
 
     label_epochs: int | None = None
@@ -141,16 +141,16 @@ class Distances(ViewOptions):
     """Of the distances in the loss."""
 
     def __post_init__(self) -> None:
-        require(self, label_epochs=(1, math.inf), weight=(0, sys.float_info.max))
+        require_range(self, label_epochs=(1, math.inf), weight=(0, sys.float_info.max))
 
 
 @dataclass(frozen=True)
-class Soft:
+class SoftOptions:
     """Soft labels have nothing to set."""
 
 
 @dataclass(frozen=True)
-class Hard:
+class HardOptions:
     """Settings of labels=hard."""
 
     smoothing: float = 0.0

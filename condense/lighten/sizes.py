@@ -9,19 +9,19 @@ from typing import Any
 
 from condense import networks, rng
 from condense.labels import (
-    MOST_KEPT,
-    MOST_RANK,
+    DEFAULT_MAX_K,
+    DEFAULT_MAX_RANK,
     DistanceLabels,
-    Half,
+    HalfCode,
     HardLabels,
     Int8TeacherLabels,
-    LowRank,
+    LowRankCode,
     PerViewLabels,
     ProjectorLabels,
     SoftLabels,
     StaticLabels,
-    TopK,
-    usual,
+    TopKCode,
+    default_size,
 )
 from condense.lighten.settings import PoolOptions
 
@@ -38,7 +38,7 @@ def label_bytes(
     *,
     teacher_bytes: int | None = None,
     projector_bytes: tuple[int, int] | None = None,
-) -> list[Point]:
+) -> list[LabelComparison]:
     """What labels of every kind would need at their usual settings, the heaviest first.
 
     Args:
@@ -51,31 +51,33 @@ def label_bytes(
     views, terms = epochs * images, _RULE + 2 * 4 + 2
     coded = terms + 3 * 4  # the stated error
     number = 1 if classes <= 1 << 8 else 2 if classes <= 1 << 16 else 8
-    rank, k, pruning = usual(classes, MOST_RANK), usual(classes, MOST_KEPT), PoolOptions()
-    pooled = 2 * pruning.count(epochs) * images * classes + number * images + 8 + len(Half.name) + coded
+    rank, k, pruning = default_size(classes, DEFAULT_MAX_RANK), default_size(classes, DEFAULT_MAX_K), PoolOptions()
+    pooled = 2 * pruning.count(epochs) * images * classes + number * images + 8 + len(HalfCode.name) + coded
     rows: list[tuple[str, int, int, Any]] = [
         ("per-view", 2 * views * classes + terms, 0, PerViewLabels),
-        (f"lowrank:rank={rank}", views * rank + rank * (4 + 2 * classes) + 2 * classes + coded, 0, LowRank),
-        (f"pool:keep={pruning.keep:g}", pooled, 0, Half),
+        (f"lowrank:rank={rank}", views * rank + rank * (4 + 2 * classes) + 2 * classes + coded, 0, LowRankCode),
+        (f"pool:keep={pruning.keep:g}", pooled, 0, HalfCode),
         ("distances", 4 * views + 8 * images + 4 + _RULE, 0, DistanceLabels),
         ("static", 2 * images * classes + 4 + 1 + _RULE, 0, StaticLabels),
         ("soft", 4 * images * classes, 0, SoftLabels),
         ("hard", math.ceil(images * math.ceil(math.log2(classes)) / 8), 0, HardLabels),
     ]
     if classes <= 1 << 16:
-        rows.append((f"topk:k={k}", views * (k * (2 + number) + 2) + coded, 0, TopK))
+        rows.append((f"topk:k={k}", views * (k * (2 + number) + 2) + coded, 0, TopKCode))
     if teacher_bytes is not None:
         rows.append(("teacher:weights=int8", teacher_bytes, 0, Int8TeacherLabels))
     if projector_bytes is not None:
         rows.append(("projector", *projector_bytes, ProjectorLabels))
-    points = [Point(words, words.partition(":")[0], own, out, made.exactness) for words, own, out, made in rows]
+    points = [
+        LabelComparison(words, words.partition(":")[0], own, out, made.exactness) for words, own, out, made in rows
+    ]
     return sorted(points, key=lambda point: -point.bytes - point.external)
 
 
 def int8_bytes(names: Sequence[str], shape: networks.Shape, classes: int) -> int:
     """Bytes of labels=teacher of networks of these architectures, which follow from no weight."""
     with rng.seeded("layout"):
-        members = [networks.build(name, shape, classes) for name in names]
+        members = [networks.build_network(name, shape, classes) for name in names]
     return Int8TeacherLabels(members, 0, 0, names=names, shape=shape).nbytes()
 
 
@@ -83,7 +85,7 @@ def int8_bytes(names: Sequence[str], shape: networks.Shape, classes: int) -> int
 
 
 @dataclass(frozen=True)
-class Point:
+class LabelComparison:
     """One kind of labels for a set: what it needs and, where students were trained, what they reach."""
 
     words: str

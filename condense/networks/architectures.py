@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from condense.errors import CondenseError, did_you_mean, need
+from condense.errors import CondenseError, did_you_mean, missing_package
 from condense.formatting import by
 
 Shape = tuple[int, int, int]
@@ -83,15 +83,15 @@ _POOLS: dict[str, Callable[[], nn.Module]] = {
     "none": nn.Identity,
 }
 
-FACTORY = "python:"
+FACTORY_PREFIX = "python:"
 """Prefix of the recorded name of a network that was given as a function and cannot be built from its name."""
 
 
-def name_of(network: str | Callable[..., nn.Module]) -> str:
+def network_name(network: str | Callable[..., nn.Module]) -> str:
     """Returns the name of an architecture in records: its name, or ``python:`` and the name of its factory."""
     if isinstance(network, str):
         return network
-    return f"{FACTORY}{getattr(network, '__qualname__', type(network).__name__)}"
+    return f"{FACTORY_PREFIX}{getattr(network, '__qualname__', type(network).__name__)}"
 
 
 def library_version(network: str | Callable[..., nn.Module]) -> str | None:
@@ -429,7 +429,7 @@ def _timm(name: str, classes: int) -> nn.Module:
     try:
         import timm
     except ImportError as error:
-        raise need("timm", "timm", f"network 'timm:{name}'") from error
+        raise missing_package("timm", "timm", f"network 'timm:{name}'") from error
     if not timm.is_model(name):
         hint = did_you_mean(f"timm:{name}", [f"timm:{other}" for other in timm.list_models()])
         raise CondenseError(f"unknown network 'timm:{name}'{hint}")
@@ -483,7 +483,7 @@ _NAMED: dict[str, Callable[[Shape, int], Network]] = {
 }
 
 
-def names() -> list[str]:
+def network_names() -> list[str]:
     """Returns example names, all for images from 8x8 up; other ConvNets follow ``CONVNET_GRAMMAR``."""
     convnets = [f"convnet-d3-w128-{norm}" for norm in ("in", "bn", "ln", "gn", "none")]
     convnets += ["convnet-d1-w128-in", "convnet-d2-w128-in"]
@@ -519,7 +519,7 @@ def _constructor(network: str) -> Callable[[Shape, int], Network]:
             f"unknown network '{network}'; did you mean '{suggestion}'? ConvNets are named {CONVNET_GRAMMAR}"
         )
     if match is None:
-        raise CondenseError(f"unknown network '{network}'{did_you_mean(network.lower(), names())}")
+        raise CondenseError(f"unknown network '{network}'{did_you_mean(network.lower(), network_names())}")
     depth, width, norm = int(match["depth"]), int(match["width"]), match["norm"]
     if norm == "gn" and width % 4:
         raise CondenseError(f"network '{network}' splits its channels into 4 groups; its width must be a multiple of 4")
@@ -527,7 +527,7 @@ def _constructor(network: str) -> Callable[[Shape, int], Network]:
     return functools.partial(ConvNet, depth=depth, width=width, norm=norm, activation=activation, pool=pool)
 
 
-def check(network: str | Callable[..., nn.Module]) -> None:
+def check_network(network: str | Callable[..., nn.Module]) -> None:
     """Checks the name of a network without building it or importing torchvision or timm.
 
     Names of torchvision and timm models are checked only by :func:`build`.
@@ -539,7 +539,7 @@ def check(network: str | Callable[..., nn.Module]) -> None:
         _constructor(network)
 
 
-def build(network: str | Callable[..., nn.Module], shape: Shape, classes: int) -> Network:
+def build_network(network: str | Callable[..., nn.Module], shape: Shape, classes: int) -> Network:
     """Builds a newly initialised network on the CPU, in train mode.
 
     Initial weights are PyTorch's defaults (for torchvision and timm those of the model), drawn from torch's global CPU
@@ -565,7 +565,7 @@ def build(network: str | Callable[..., nn.Module], shape: Shape, classes: int) -
 
 
 @torch.no_grad()
-def reset(net: nn.Module) -> None:
+def reset_parameters(net: nn.Module) -> None:
     """Initialises a network of :func:`build` again: bit for bit like a new one that is built with the same seed.
 
     Running statistics are reset and gradients removed; device, dtype, memory format and train mode stay. Only

@@ -64,4 +64,4 @@ class Layout:
 def layout_of(network: str | Callable[..., nn.Module], task: Task) -> Layout:
     """Returns the layout of a network for the images and classes of a task."""
     with rng.seeded("layout"):
-        return Layout.of(architectures.build(network, task.shape, task.num_classes))
+        return Layout.of(architectures.build_network(network, task.shape, task.num_classes))

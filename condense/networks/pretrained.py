@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from condense import rng
 from condense.data import Transform
-from condense.errors import CondenseError, did_you_mean, need
-from condense.files import content, is_existing_file
+from condense.errors import CondenseError, did_you_mean, missing_package
+from condense.files import is_existing_file, tensors_sha256
 from condense.formatting import by
 from condense.networks import architectures, saved
 from condense.networks.saved import State, apply_state
 
-SHIPPED = ("tiny20-convnet-d3-w64-bn",)
+BUNDLED_BACKBONES = ("tiny20-convnet-d3-w64-bn",)
 """Backbones that are included in the package: trained on images of 20 classes, resized from 64x64 to 32x32."""
 
 PROMPT = "a photo of a {}."
@@ -98,7 +98,7 @@ class _Clip(nn.Module):
         return embedding
 
 
-def find(name: str, shape: architectures.Shape, device: torch.device, prefix: str = "backbone=") -> Backbone:
+def find_backbone(name: str, shape: architectures.Shape, device: torch.device, prefix: str = "backbone=") -> Backbone:
     """Loads a public network.
 
     Args:
@@ -118,12 +118,12 @@ def find(name: str, shape: architectures.Shape, device: torch.device, prefix: st
         backbone = load(model, weights, named, about)
         if weights and is_existing_file(weights):
             backbone.known["path"] = f"{library}:{model}@{Path(weights).absolute()}"
-    elif name in SHIPPED:
+    elif name in BUNDLED_BACKBONES:
         backbone = _teacher(_FOLDER / f"{name}.h5", named, about)
     elif name.endswith(".h5"):
         backbone = _teacher(Path(name), named, {**about, "path": str(Path(name).absolute())})
     else:
-        hint = did_you_mean(name, SHIPPED)
+        hint = did_you_mean(name, BUNDLED_BACKBONES)
         raise CondenseError(
             f"{named}: unknown{hint}; or write FILE.h5 of `condense teachers`, or LIBRARY:NAME with "
             f"one of {', '.join(BACKBONE_LIBRARIES)}"
@@ -138,7 +138,7 @@ def _describe(net: nn.Module, about: Mapping[str, Any]) -> dict[str, Any]:
     """Adds digest and bytes of a network to its description."""
     state = net.state_dict()
     size = sum(value.numel() * value.element_size() for value in state.values())
-    return {**about, "sha256": content({name: state[name] for name in sorted(state)}), "bytes": size}
+    return {**about, "sha256": tensors_sha256({name: state[name] for name in sorted(state)}), "bytes": size}
 
 
 def is_normalisation(known: Any, channels: int) -> bool:
@@ -189,11 +189,13 @@ def _fetched(load: Callable[[], nn.Module], named: str, origin: str, place: str)
 def _with_weights(net: nn.Module, path: str, named: str) -> nn.Module:
     if not is_existing_file(path):
         raise CondenseError(f"{named}: no such file: {path}")
-    fill(net, Path(path), named)
+    load_weights_file(net, Path(path), named)
     return net
 
 
-def _library(weights: Weights, make: Callable[[], nn.Module], file: str, named: str, about: dict[str, Any]) -> Backbone:
+def _library(
+    weights: PublicWeights, make: Callable[[], nn.Module], file: str, named: str, about: dict[str, Any]
+) -> Backbone:
     if file:
         with rng.seeded("layout"):
             net = _with_weights(make(), file, named)
@@ -223,7 +225,7 @@ def _open_clip(name: str, tag: str, named: str, about: dict[str, Any]) -> Backbo
     try:
         import open_clip
     except ImportError as error:
-        raise need("open_clip_torch", "clip", named) from error
+        raise missing_package("open_clip_torch", "clip", named) from error
     models = open_clip.list_models()
     if name not in models:
         raise CondenseError(f"{named}: open_clip has no model {name}{did_you_mean(name, models)}")
@@ -266,14 +268,14 @@ def _open_clip(name: str, tag: str, named: str, about: dict[str, Any]) -> Backbo
 
 
 BACKBONE_LIBRARIES = ("open_clip", "timm", "torchvision")
-LIBRARIES = ("torchvision", "timm")
+TEACHER_LIBRARIES = ("torchvision", "timm")
 
-CHECKPOINTS = (".pt", ".pth")
+CHECKPOINT_SUFFIXES = (".pt", ".pth")
 
 
 def is_public(file: str) -> bool:
     """Returns whether ``file`` names public weights, ``torchvision:NAME`` or ``timm:NAME``, or several with commas."""
-    return all(name.partition(":")[0] in LIBRARIES and ":" in name for name in file.split(","))
+    return all(name.partition(":")[0] in TEACHER_LIBRARIES and ":" in name for name in file.split(","))
 
 
 def load_torch_checkpoint(
@@ -292,16 +294,16 @@ def load_torch_checkpoint(
     """
     state = _read_checkpoint(path)
     with rng.seeded("layout"):
-        net = architectures.build(network, shape, classes)
+        net = architectures.build_network(network, shape, classes)
     if isinstance(net, architectures.Wrapped) and not any(name.startswith("model.") for name in state):
         state = {f"model.{name}": value for name, value in state.items()}  # the file has the names of the library
     if misfit := apply_state(net, state):
-        expected = f"{architectures.name_of(network)} for {by(shape)} images of {classes} classes"
+        expected = f"{architectures.network_name(network)} for {by(shape)} images of {classes} classes"
         raise CondenseError(f"{path}: does not fit {expected}: {misfit}")
     return net
 
 
-def fill(net: nn.Module, path: Path, named: str) -> None:
+def load_weights_file(net: nn.Module, path: Path, named: str) -> None:
     """Loads the weights of a file written by ``torch.save`` into ``net``; messages begin with ``named``.
 
     Raises:
@@ -362,7 +364,7 @@ class _Public(architectures.Network):
 
 
 @dataclass(frozen=True)
-class Weights:
+class PublicWeights:
     """Public weights that are not loaded yet."""
 
     classes: int
@@ -378,7 +380,7 @@ class Weights:
     """Address of the download."""
 
 
-def torchvision_weights(name: str, named: str) -> Weights:
+def torchvision_weights(name: str, named: str) -> PublicWeights:
     """Returns the default weights of a torchvision model; messages begin with ``named``."""
     from torchvision import models
 
@@ -389,7 +391,7 @@ def torchvision_weights(name: str, named: str) -> Weights:
     weights: Any = models.get_model_weights(name).DEFAULT
     preset = weights.transforms()
     place = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rpartition("/")[2]
-    return Weights(
+    return PublicWeights(
         len(weights.meta["categories"]),
         preset.mean,
         preset.std,
@@ -400,12 +402,12 @@ def torchvision_weights(name: str, named: str) -> Weights:
     )
 
 
-def timm_weights(name: str, named: str) -> Weights:
+def timm_weights(name: str, named: str) -> PublicWeights:
     """Returns the default weights of a timm model; messages begin with ``named``."""
     try:
         import timm
     except ImportError as error:
-        raise need("timm", "timm", named) from error
+        raise missing_package("timm", "timm", named) from error
     if not timm.is_model(name):
         hint = did_you_mean(f"timm:{name}", [f"timm:{other}" for other in timm.list_models()])
         raise CondenseError(f"{named}: unknown{hint}")
@@ -416,7 +418,7 @@ def timm_weights(name: str, named: str) -> Weights:
     origin = f"https://huggingface.co/{repository}" if repository else str(config.url)
     cache = "the Hugging Face cache (HF_HOME), below hub/models--" + repository.replace("/", "--")
     place = cache if repository else str(Path(torch.hub.get_dir()) / "checkpoints" / origin.rpartition("/")[2])
-    return Weights(
+    return PublicWeights(
         config.num_classes,
         config.mean,
         config.std,

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from condense import hdf5, rng
 from condense.errors import CondenseError
-from condense.files import content, replacing
+from condense.files import atomic_write, tensors_sha256
 from condense.formatting import by
-from condense.hdf5 import AGAIN
+from condense.hdf5 import RESTORE_HINT
 from condense.networks import architectures
 
-FORMAT = hdf5.Format(
+TEACHER_FORMAT = hdf5.Format(
     "condense.teachers",
     1,
     maker="condense teachers",
@@ -37,7 +37,7 @@ FORMAT = hdf5.Format(
     },
 )
 
-DTYPES = (np.float16, np.float32, np.float64, np.int32, np.int64, np.uint8, np.bool_)
+TEACHER_DTYPES = (np.float16, np.float32, np.float64, np.int32, np.int64, np.uint8, np.bool_)
 """Data types that the arrays of a file may have."""
 
 State = dict[str, Tensor]
@@ -97,12 +97,12 @@ class TeacherFile:
         Raises:
             CondenseError: it is damaged.
         """
-        with hdf5.opened(self.path, FORMAT) as (file, _):
+        with hdf5.open_hdf5(self.path, TEACHER_FORMAT) as (file, _):
             group, names = file[f"members/{k}"], sorted(_arrays(self.path, file, k))
             found = {name: torch.from_numpy(np.asarray(group[name][()])) for name in names}
-        if content(found) != self.entries[k]["sha256"]:
+        if tensors_sha256(found) != self.entries[k]["sha256"]:
             raise CondenseError(
-                f"{self.path}: {member_title(self.entries[k])} is damaged (its checksum differs); {AGAIN}"
+                f"{self.path}: {member_title(self.entries[k])} is damaged (its checksum differs); {RESTORE_HINT}"
             )
         return found
 
@@ -122,7 +122,7 @@ class TeacherFile:
         channels, height, width = known["image_shape"]
         try:
             with rng.seeded("layout"):
-                net = architectures.build(entry["network"], (channels, height, width), len(known["classes"]))
+                net = architectures.build_network(entry["network"], (channels, height, width), len(known["classes"]))
         except CondenseError as fault:
             raise CondenseError(f"{self.path}: {fault}") from fault
         if misfit := apply_state(net, self.load_state(k)):
@@ -155,7 +155,7 @@ def read_teacher_file(path: Path) -> TeacherFile:
     Raises:
         CondenseError: one line: no such file, not our format, newer version, truncated or damaged.
     """
-    with hdf5.opened(path, FORMAT) as (file, manifest):
+    with hdf5.open_hdf5(path, TEACHER_FORMAT) as (file, manifest):
         fields = {"network": str, "number": int, "sha256": str, "accuracy": float, "seconds": float}
         sizes = manifest["image_shape"]
         if (
@@ -171,7 +171,7 @@ def read_teacher_file(path: Path) -> TeacherFile:
         for k in range(len(manifest["members"])):
             _arrays(path, file, k)
     if combined_sha256(entry["sha256"] for entry in manifest["members"]) != manifest["content"]:
-        raise CondenseError(f"{path}: the manifest is damaged (its members are not those of its key); {AGAIN}")
+        raise CondenseError(f"{path}: the manifest is damaged (its members are not those of its key); {RESTORE_HINT}")
     return TeacherFile(path, manifest)
 
 
@@ -182,17 +182,17 @@ def _arrays(path: Path, file: Any, k: int) -> list[str]:
     hdf5.check_link(path, file, f"members/{k}")
     group, total, size = file[f"members/{k}"], 0, path.stat().st_size
     if not isinstance(group, h5py.Group):
-        raise CondenseError(f"{path}: 'members/{k}' is not what the manifest says; {AGAIN}")
+        raise CondenseError(f"{path}: 'members/{k}' is not what the manifest says; {RESTORE_HINT}")
     for name in group:
         hdf5.check_link(path, file, f"members/{k}/{name}")
         array = group[name]
         if not isinstance(array, h5py.Dataset) or array.is_virtual or array.external or array.chunks is not None:
             raise CondenseError(f"{path}: 'members/{k}/{name}' is not an array stored in one piece in this file")
-        if array.shape is None or array.dtype.type not in DTYPES:
+        if array.shape is None or array.dtype.type not in TEACHER_DTYPES:
             raise CondenseError(f"{path}: 'members/{k}/{name}' has the type {array.dtype}, which no teacher uses")
         total += math.prod(array.shape) * array.dtype.itemsize
         if total > size:
-            raise CondenseError(f"{path}: teacher {k} claims {total} bytes, more than the file holds; {AGAIN}")
+            raise CondenseError(f"{path}: teacher {k} claims {total} bytes, more than the file holds; {RESTORE_HINT}")
     return list(group)
 
 
@@ -201,14 +201,14 @@ def write_teacher_file(
 ) -> None:
     """The file, atomically, from one member after the other: its entry of the manifest and its state."""
     entries = []
-    with replacing(path) as temporary, hdf5.create(temporary) as file:
+    with atomic_write(path) as temporary, hdf5.create_hdf5(temporary) as file:
         for k, (entry, state) in enumerate(members):
             group = file.create_group(f"members/{k}")
             for name, value in state.items():
                 group.create_dataset(name, data=value.numpy())
             entries.append(dict(entry))
         key = combined_sha256(entry["sha256"] for entry in entries)
-        hdf5.sign(file, FORMAT, {**about, "members": entries, "content": key})
+        hdf5.write_manifest(file, TEACHER_FORMAT, {**about, "members": entries, "content": key})
 
 
 def freeze(net: architectures.Network, device: torch.device) -> architectures.Network:

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from condense.engine import Run
-from condense.files import replacing
-from condense.training import Recipe, Student, Update, train
+from condense.files import atomic_write
+from condense.training import GradientRule, Student, TrainConfig, train
 
 PLAN_FILE = "bank.json"
 
@@ -64,20 +64,22 @@ def plan_training(
     plan = requested
     if run.minutes is not None:
         seconds = MAX_TIME_SHARE * 60 * run.minutes
-        affordable = int(seconds / (step_seconds() * requested.unit_steps) * run.ranks.world)  # units of all networks
+        affordable = int(
+            seconds / (step_seconds() * requested.unit_steps) * run.ranks.world_size
+        )  # units of all networks
         plan = dataclasses.replace(requested, units=min(requested.units, affordable // requested.networks))
         if plan.units < min_units:
             networks = min(requested.networks, max(1, affordable // min_units))
             plan = TrainingPlan(networks, min_units, requested.unit_steps)
-        plan = TrainingPlan(run.ranks.agree(plan.networks), run.ranks.agree(plan.units), plan.unit_steps)
-    if path is not None and run.ranks.leads:
-        with replacing(path) as temporary:
+        plan = TrainingPlan(run.ranks.broadcast(plan.networks), run.ranks.broadcast(plan.units), plan.unit_steps)
+    if path is not None and run.ranks.is_main_process:
+        with atomic_write(path) as temporary:
             temporary.write_text(json.dumps(dataclasses.asdict(plan)))
     return plan
 
 
 def measure_step_seconds(
-    run: Run, students: Sequence[Student], recipe: Recipe, precision: str, update: Update | None = None
+    run: Run, students: Sequence[Student], recipe: TrainConfig, precision: str, update: GradientRule | None = None
 ) -> float:
     """Trains ``students`` for a few steps and returns the median seconds of one step of one student."""
     ends: list[tuple[float, int]] = []

@@ -20,7 +20,7 @@ from condense.engine import Run
 from condense.errors import CondenseError
 from condense.formatting import by
 from condense.networks import (
-    CHECKPOINTS,
+    CHECKPOINT_SUFFIXES,
     MeanLogits,
     Member,
     MemberKey,
@@ -75,7 +75,7 @@ class Committee:
         """Bytes of all members' states."""
         return sum(state_nbytes(member.network) for member in self.members)
 
-    def mean(self, weights: Sequence[float] | None = None) -> nn.Module:
+    def ensemble(self, weights: Sequence[float] | None = None) -> nn.Module:
         """Returns a frozen network in eval mode that maps images (B,C,H,W) in training space to the members' mean
         logits, float32 (B,classes). It shares the members' networks, and its state holds all of theirs.
 
@@ -160,19 +160,19 @@ def load_or_train_teachers(
         committee = _load_named_teachers(run, file, architectures, count)
         if batch_norm:
             require_batch_norm(committee)
-        run.keep("teachers", ContentGuard(committee.content_key, file, "teachers"))
+        run.register_state("teachers", ContentGuard(committee.content_key, file, "teachers"))
         run.note("teachers", committee.describe())
         return committee
     source, steps_per_epoch = split_training_data(run, training.recipe.batch, training.held_out)
     for architecture in architectures:
-        net, name = build_untrained(architecture, source), networks.name_of(architecture)
+        net, name = build_untrained(architecture, source), networks.network_name(architecture)
         if batch_norm:
             _check_batch_norm(net, name)
         check_last_batch(net, name, len(source.train), training.recipe.batch)
 
     def open_cache(plan: TrainingPlan, keys: Sequence[NetworkKey]) -> TeacherStore:
         shorter = dataclasses.replace(training, epochs=plan.units)
-        members = [(networks.name_of(architecture), number) for architecture, number in keys]
+        members = [(networks.network_name(architecture), number) for architecture, number in keys]
         path = teacher_cache_file(run, shorter)
         return TeacherStore(run, shorter, path, members, source, steps_per_epoch, True)
 
@@ -204,7 +204,7 @@ def _committee_in_memory(
         members.append(Member(freeze(net, device), name, accuracy, seconds, number, entry["sha256"]))
     for architecture, number in store.untrained:  # so that a dry run has the memory of the whole committee
         net = freeze(build_untrained(architecture, source), device)
-        members.append(Member(net, networks.name_of(architecture), 0.0, number=number))
+        members.append(Member(net, networks.network_name(architecture), 0.0, number=number))
     return Committee(tuple(members), "", judged_on)
 
 
@@ -218,18 +218,18 @@ def _load_named_teachers(run: Run, file: str, architectures: Sequence[Architectu
         committees = [_with_accuracy(run, net, name, name) for name, net in nets.items()]
         return Committee(tuple(committee.members[0] for committee in committees), file, committees[0].judged_on)
     path = Path(file)
-    if path.suffix in CHECKPOINTS:
+    if path.suffix in CHECKPOINT_SUFFIXES:
         if len(architectures) > 1 or count > 1:
             raise CondenseError(
                 f"teachers={file}: a checkpoint is one network; leave out committee and num_teachers, or give a file "
                 "of `condense teachers`"
             )
         net = load_torch_checkpoint(path, architectures[0], task.shape, task.num_classes)
-        return _with_accuracy(run, net, networks.name_of(architectures[0]), str(path.absolute()))
+        return _with_accuracy(run, net, networks.network_name(architectures[0]), str(path.absolute()))
     named = read_teacher_file(path)
     _check_teacher_file(named, task)
     numbers = {name: sorted(k for other, k in named.keys if other == name) for name, _ in named.keys}
-    names = [networks.name_of(architecture) for architecture in architectures]
+    names = [networks.network_name(architecture) for architecture in architectures]
     for name in names:
         if name not in numbers:
             raise CondenseError(
@@ -303,7 +303,9 @@ def find_teachers(described: Mapping[str, Any]) -> Path | None:
     if combined_sha256(map(str, expected)) != described.get("content"):
         return None
     named, cache = described.get("path"), cache_dir() / "teachers"
-    if isinstance(named, str) and (is_public(named) or (Path(named).suffix in CHECKPOINTS and Path(named).is_file())):
+    if isinstance(named, str) and (
+        is_public(named) or (Path(named).suffix in CHECKPOINT_SUFFIXES and Path(named).is_file())
+    ):
         return Path(named)
     for path in (*([Path(named)] if isinstance(named, str) else []), *sorted(cache.glob("*.h5"))):
         with contextlib.suppress(CondenseError):
@@ -339,7 +341,7 @@ def load_teacher_ensemble(
     file = str(path)
     different_teachers_error = CondenseError(f"{file}: holds other teachers than those that are asked for")
     expected_digests = [str(digest) for digest in (described or {}).get("sha256", [])]
-    if not is_public(file) and path.suffix not in CHECKPOINTS:
+    if not is_public(file) and path.suffix not in CHECKPOINT_SUFFIXES:
         recorded = read_teacher_file(path)
         manifest = recorded.manifest
         for what, stored, expected in (
@@ -354,7 +356,7 @@ def load_teacher_ensemble(
         if not set(expected_digests) <= set(indices):
             raise different_teachers_error
         chosen = [indices[digest] for digest in expected_digests] or range(len(recorded.entries))
-        return Committee(tuple(recorded.load_member(k, device) for k in chosen)).mean(weights)
+        return Committee(tuple(recorded.load_member(k, device) for k in chosen)).ensemble(weights)
     names = [str(name) for name in (described or {}).get("networks", [])]
     if shape is None or classes is None or len(names) != len(file.split(",") if is_public(file) else [file]):
         raise CondenseError(
@@ -367,7 +369,7 @@ def load_teacher_ensemble(
             load_public_weights(name, shape, classes, transform) for name in file.split(",")
         ]
     else:
-        networks.check(names[0])
+        networks.check_network(names[0])
         nets = [load_torch_checkpoint(path, names[0], shape, classes)]
     net_digests = [state_sha256(net.state_dict()) for net in nets]
     if expected_digests != net_digests:
@@ -376,4 +378,4 @@ def load_teacher_ensemble(
         Member(freeze(net, device), name, math.nan, sha256=digest)
         for net, name, digest in zip(nets, names, net_digests)
     ]
-    return Committee(tuple(members)).mean(weights)
+    return Committee(tuple(members)).ensemble(weights)

@@ -6,10 +6,10 @@ import math
 import sys
 from dataclasses import dataclass
 
-from condense.augment import dsa
+from condense.augment import make_augmentation
 from condense.data import Task
 from condense.pretraining.trajectories import ExpertTraining
-from condense.training import Recipe
+from condense.training import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,13 @@ class ExpertOptions:
 
     def expert_training(self, task: Task) -> ExpertTraining:
         """The experts' training: SGD at a constant rate, by default plain, so that students without momentum follow."""
-        recipe = Recipe(
+        recipe = TrainConfig(
             steps=0,
             batch=self.expert_batch,
             lr=self.expert_lr,
             momentum=self.expert_momentum,
             weight_decay=self.expert_decay,
-            drops=(),
-            augment=dsa(self.augment, mirror=task.mirror),
+            lr_milestones=(),
+            augment=make_augmentation(self.augment, mirror=task.mirror),
         )
         return ExpertTraining(recipe)

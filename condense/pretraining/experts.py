@@ -83,7 +83,7 @@ class Experts:
         self._coming: dict[tuple[int, int], Tensor] = {}
         self._stream: Any = None
 
-    def at(self, k: int, t: int) -> Tensor:
+    def params_at(self, k: int, t: int) -> Tensor:
         """A new vector (P,), float32 on the device: expert ``k`` after ``t`` epochs; t = -1 is after the last one."""
         t = self.epochs if t == -1 else t
         if not (0 <= k < self.count and 0 <= t <= self.epochs):
@@ -104,7 +104,7 @@ class Experts:
         return _readonly_tensor(self._file.values[k, t])
 
     def prefetch(self, pairs: Iterable[tuple[int, int]]) -> None:
-        """Starts to copy the snapshots (k, t) to the GPU for :meth:`at`, where they are in pinned memory."""
+        """Starts to copy the snapshots (k, t) to the GPU for :meth:`params_at`, where they are in pinned memory."""
         if self.placement != "pinned":
             return
         self._stream = self._stream or torch.cuda.Stream(self.device)
@@ -199,7 +199,7 @@ def load_or_train_experts(
         named = read_trajectory_file(Path(file))
         check_expert_file(named, run, layout, last)
         count = min(count, named.count)
-        run.keep("experts", ContentGuard(named.content_key(count, named.epochs), named.path, "experts"))
+        run.register_state("experts", ContentGuard(named.content_key(count, named.epochs), named.path, "experts"))
         experts = load_experts(named, run.device, count=count, epochs=named.epochs, first=first, last=last)
         run.note("trajectories", experts.describe())
         return experts
@@ -284,7 +284,7 @@ def check_expert_file(file: TrajectoryFile, run: Run, layout: Layout, last: int)
         CondenseError: it is of another network, data or normalisation, or too short.
     """
     manifest, task = file.manifest, run.task
-    name = networks.name_of(run.network)
+    name = networks.network_name(run.network)
     for what, stored, expected, fix in (
         ("network", manifest["network"], name, f"; give --network {manifest['network']}"),
         ("image size", by(manifest["image_shape"]), by(task.shape), ""),
@@ -360,7 +360,7 @@ def load_expert_ensemble(
             raise CondenseError(f"{path}: its experts are of another {what} ({stored}, not {expected})")
     channels, height, width = manifest["image_shape"]
     with rng.seeded("layout"):
-        net = networks.build(manifest["network"], (channels, height, width), len(manifest["classes"]))
+        net = networks.build_network(manifest["network"], (channels, height, width), len(manifest["classes"]))
     if networks.uses_batch_statistics(net):
         raise CondenseError(
             f"{path}: experts of {manifest['network']} are no teachers: batch norm's statistics are not kept"

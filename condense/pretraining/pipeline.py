@@ -24,7 +24,7 @@ from condense.engine import Interrupted, Run
 from condense.errors import CondenseError
 from condense.pretraining.budget import TrainingPlan, measure_step_seconds, plan_training
 from condense.tracking import Progress
-from condense.training import Recipe, Student, TaskSource, Update, pick_together, steps_per_pass, train
+from condense.training import GradientRule, Student, TaskSource, TrainConfig, epoch_steps, prefers_stacked, train
 
 Architecture = str | Callable[..., nn.Module]
 
@@ -42,7 +42,7 @@ class RecordedTraining(Generic[S, R]):
 
     name: str
     """What messages call one network: network, expert or teacher."""
-    recipe: Recipe
+    recipe: TrainConfig
     """Its number of steps is replaced."""
     precision: str
     """fp32 or bf16."""
@@ -56,7 +56,7 @@ class RecordedTraining(Generic[S, R]):
     """Whether the weights of a snapshot are finite; None skips the check."""
     remedy: str = ""
     """End of the message about a network whose weights are not finite."""
-    update: Update | None = None
+    update: GradientRule | None = None
     """Gradients that SGD follows; None: those of the mean loss."""
     endpoints_only: bool = False
     """Takes snapshots only before and after the training."""
@@ -67,7 +67,7 @@ class RecordedTraining(Generic[S, R]):
 
     def title(self, architecture: Architecture, number: int) -> str:
         """``expert 3``, ``teacher 0 of convnet-d3-w128-bn``: for messages."""
-        return f"{self.name} {number}" + f" of {networks.name_of(architecture)}" * (self.name == "teacher")
+        return f"{self.name} {number}" + f" of {networks.network_name(architecture)}" * (self.name == "teacher")
 
 
 class Store(Protocol[R_contra]):
@@ -146,7 +146,7 @@ def load_or_train(
         Interrupted: SIGINT or SIGTERM; finished networks stay in the cache.
         CondenseError: a network diverged, or the cache cannot be written.
     """
-    if run.ranks.leads:
+    if run.ranks.is_main_process:
         run.begin()
     plan = plan_training(
         run,
@@ -165,7 +165,7 @@ def load_or_train(
     stop_message = f"stopped while training its {training.name}s; go on with: condense resume {run.directory}"
     found, trained = train_missing(run, training, store, plan, stop_message)
     cached_seconds = sum(found[key] for key in planned if key in found)
-    run.credit(cached_seconds)
+    run.add_elapsed(cached_seconds)
     epochs = {"epochs": plan.units, "epochs_wanted": units} if training.counts_epochs else {}
     facts = {
         "networks": plan.networks,
@@ -194,21 +194,21 @@ def train_missing(
     """
     ranks, found = run.ranks, store.find()
     missing = [key for key in store.keys if key not in found]
-    ranks.close()  # all ranks look before any of them writes
-    shares = 1 if isinstance(store, MemoryStore) else ranks.world  # a rank does not see the memory of another one
+    ranks.barrier()  # all ranks look before any of them writes
+    shares = 1 if isinstance(store, MemoryStore) else ranks.world_size  # a rank does not see the memory of another one
     own = [key for i, key in enumerate(store.keys) if key in missing and i % shares == ranks.rank % shares]
     for architecture in dict.fromkeys(architecture for architecture, _ in own):
         numbers = [number for other, number in own if other == architecture]
-        description = f"{len(numbers)} {training.name}s {networks.name_of(architecture)}"
+        description = f"{len(numbers)} {training.name}s {networks.network_name(architecture)}"
         groups = iter_training_groups(run, numbers, plan.steps, description, stop_message, training.max_group)
         for group, report in groups:
             checkpoint = store.checkpoint(architecture, group[0])
             for number, record in _train_group(run, training, architecture, group, plan, report, checkpoint):
                 store.write((architecture, number), record)
-    ranks.close()
-    if ranks.leads:
+    ranks.barrier()
+    if ranks.is_main_process:
         store.merge()
-    ranks.close()
+    ranks.barrier()
     return found, missing
 
 
@@ -230,12 +230,14 @@ def iter_training_groups(
         stop_message: message of :class:`Interrupted` when a signal stops the training.
         max_group: maximum number of networks in a group; None: no limit.
     """
-    size = (max_group or sys.maxsize) if pick_together(run.device) else 1
-    progress = Progress(f"{run.name}: {description}", len(numbers) * steps, 0, run.quiet or not run.ranks.leads)
+    size = (max_group or sys.maxsize) if prefers_stacked(run.device) else 1
+    progress = Progress(
+        f"{run.name}: {description}", len(numbers) * steps, 0, run.quiet or not run.ranks.is_main_process
+    )
 
     def report(before: int, done: int) -> None:
         progress.update(before + done)
-        if run.asked_to_stop and run.ranks.world == 1:
+        if run.stop_requested and run.ranks.world_size == 1:
             raise Interrupted(stop_message)
 
     for start in range(0, len(numbers), size):
@@ -297,7 +299,7 @@ def _divergence_error(
 
 def _mean_step_seconds(run: Run, training: RecordedTraining[Any, Any], keys: Sequence[NetworkKey]) -> float:
     """Measures the seconds of a training step of one network, as the mean over the architectures."""
-    size = training.max_group if training.max_group and pick_together(run.device) else 1
+    size = training.max_group if training.max_group and prefers_stacked(run.device) else 1
     seconds = []
     for architecture in dict.fromkeys(architecture for architecture, _ in keys):
         numbers = [number for other, number in keys if other == architecture][:size]
@@ -309,11 +311,11 @@ def _mean_step_seconds(run: Run, training: RecordedTraining[Any, Any], keys: Seq
 def make_student(run: Run, source: Task, architecture: Architecture, *purpose: str | int) -> Student:
     """Builds a student whose initial weights and batches follow from the run's seed and ``purpose``."""
     with rng.seeded(run.seed, *purpose):
-        net = networks.build(architecture, source.shape, source.num_classes)
+        net = networks.build_network(architecture, source.shape, source.num_classes)
     return Student(net, TaskSource(source, run.device), rng.key(run.seed, *purpose))
 
 
 def split_training_data(run: Run, batch: int, held_out: float) -> tuple[Task, int]:
     """Returns the real data without the share of each class that measures accuracy, and the steps of an epoch."""
     source = run.task.hold_out(held_out, (run.seed, "held-out")) if held_out else run.task
-    return source, steps_per_pass(len(source.train), batch)
+    return source, epoch_steps(len(source.train), batch)

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from condense import networks, rng
-from condense.augment import dsa
-from condense.config import require
+from condense.augment import make_augmentation
+from condense.config import require_range
 from condense.data import Task, cache_dir
 from condense.device import device_name
 from condense.engine import Run
 from condense.errors import CondenseError
-from condense.files import read_state, replacing
+from condense.files import atomic_write, read_state
 from condense.pretraining.budget import TrainingPlan
 from condense.pretraining.pipeline import (
     Architecture,
@@ -36,7 +36,7 @@ from condense.pretraining.pipeline import (
     make_student,
 )
 from condense.pretraining.store import transform_digests
-from condense.training import STUDENT_VERSION, Recipe, pick_together
+from condense.training import STUDENT_VERSION, TrainConfig, prefers_stacked
 
 
 class Snapshots:
@@ -78,25 +78,27 @@ class SnapshotOptions:
 
     def check_snapshot_options(self) -> None:
         """For ``__post_init__``: checks the ranges of the settings."""
-        require(self, networks=(1, math.inf), lr_net=(0, sys.float_info.max), batch_net=(1, math.inf), cutmix=(0, 1))
+        require_range(
+            self, networks=(1, math.inf), lr_net=(0, sys.float_info.max), batch_net=(1, math.inf), cutmix=(0, 1)
+        )
 
-    def recipe(self, task: Task, drops: tuple[float, ...] = ()) -> Recipe:
+    def recipe(self, task: Task, lr_milestones: tuple[float, ...] = ()) -> TrainConfig:
         """Returns their training: SGD with momentum 0.9 and weight decay 0.0005, augmentation and CutMix."""
-        return Recipe(
+        return TrainConfig(
             steps=0,
             batch=self.batch_net,
             lr=self.lr_net,
             momentum=0.9,
             weight_decay=5e-4,
-            drops=drops,
-            drop_factor=0.2,
-            augment=dsa(self.augment_net, variant="idc", mirror=task.mirror),
+            lr_milestones=lr_milestones,
+            lr_gamma=0.2,
+            augment=make_augmentation(self.augment_net, variant="idc", mirror=task.mirror),
             cutmix=self.cutmix,
         )
 
 
 def load_or_train_snapshots(
-    run: Run, recipe: Recipe, *, count: int, units: int, unit_steps: int, endpoints_only: bool = False
+    run: Run, recipe: TrainConfig, *, count: int, units: int, unit_steps: int, endpoints_only: bool = False
 ) -> Snapshots:
     """Returns snapshots of ``count`` networks of the run's architecture that are trained on its real data.
 
@@ -164,7 +166,7 @@ class SnapshotFolder:
     def write(self, key: NetworkKey, record: dict[str, Any]) -> None:
         self.records[key] = record
         self._path(key).parent.mkdir(parents=True, exist_ok=True)
-        with replacing(self._path(key)) as temporary, temporary.open("wb") as file:
+        with atomic_write(self._path(key)) as temporary, temporary.open("wb") as file:
             torch.save(record, file)
 
     def merge(self) -> None:
@@ -189,20 +191,20 @@ def _to_half(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _cache_folder(run: Run, recipe: Recipe, plan: TrainingPlan, endpoints_only: bool) -> Path:
+def _cache_folder(run: Run, recipe: TrainConfig, plan: TrainingPlan, endpoints_only: bool) -> Path:
     network = str(run.network)
     key = [
         run.task.fingerprint,
         transform_digests(run.task),
         network,
         networks.library_version(network),
-        str(dataclasses.replace(recipe, steps=plan.steps)),
+        dataclasses.replace(recipe, steps=plan.steps).cache_key(),
         plan.unit_steps,
         endpoints_only,
         run.seed,
         run.precision,
         device_name(run.device),
-        pick_together(run.device),
+        prefers_stacked(run.device),
         rng.HASH_VERSION,
         STUDENT_VERSION,
         torch.__version__,

@@ -16,7 +16,7 @@ from condense.data import Task, digests
 from condense.device import device_name
 from condense.engine import Run
 from condense.errors import CondenseError
-from condense.training import STUDENT_VERSION, Recipe, pick_together
+from condense.training import STUDENT_VERSION, TrainConfig, prefers_stacked
 from condense.version import __version__
 
 MANIFEST_KEY_NAMES = {
@@ -64,17 +64,17 @@ def transform_digests(task: Task) -> list[str]:
     return digests(task.transform)
 
 
-def training_key_fields(run: Run, recipe: Recipe, precision: str | None, held_out: float) -> dict[str, Any]:
+def training_key_fields(run: Run, recipe: TrainConfig, precision: str | None, held_out: float) -> dict[str, Any]:
     """Returns all that decides the weights of a network besides its architecture and number: part of cache keys."""
     return {
         "fingerprint": run.task.fingerprint,
         "transform": transform_digests(run.task),
-        "recipe": str(dataclasses.replace(recipe, steps=0)),
+        "recipe": dataclasses.replace(recipe, steps=0).cache_key(),
         "held_out": held_out,
         "seed": run.seed,
         "precision": precision or run.precision,
         "device": device_name(run.device),
-        "stacked": pick_together(run.device),
+        "stacked": prefers_stacked(run.device),
         "random_hash_version": rng.HASH_VERSION,
         "student_version": STUDENT_VERSION,
         "torch": torch.__version__,

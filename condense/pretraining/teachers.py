@@ -23,13 +23,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from condense import networks, rng
-from condense.augment import dsa
-from condense.config import require
+from condense.augment import make_augmentation
+from condense.config import require_range
 from condense.data import Task, cache_dir
 from condense.engine import Run
 from condense.errors import CondenseError
-from condense.files import check_writable, content
-from condense.hdf5 import AGAIN
+from condense.files import check_writable, tensors_sha256
+from condense.hdf5 import RESTORE_HINT
 from condense.networks import (
     MemberKey,
     State,
@@ -55,7 +55,7 @@ from condense.pretraining.store import (
     parts_folder,
     training_key_fields,
 )
-from condense.training import Recipe, accuracy, check_rule
+from condense.training import TrainConfig, accuracy, check_optimizer
 
 DEFAULT_TEACHER_NETWORK = "convnet-d3-w128-bn"
 """Architecture of teachers where neither a network nor a method is named."""
@@ -71,7 +71,7 @@ TeacherRecord = tuple[dict[str, Any], State]
 class TeacherTraining:
     """How a method trains its teachers."""
 
-    recipe: Recipe
+    recipe: TrainConfig
     """Its number of steps is replaced."""
     epochs: int
     """Passes over the training images."""
@@ -112,7 +112,7 @@ class TeacherOptions:
     def check_teachers(self) -> None:
         """For ``__post_init__``: checks ranges and choices of the settings."""
         largest = sys.float_info.max
-        require(
+        require_range(
             self,
             num_teachers=(1, math.inf),
             teacher_epochs=(1, math.inf),
@@ -121,19 +121,19 @@ class TeacherOptions:
             teacher_batch=(1, math.inf),
             teacher_cutmix=(0, 1),
         )
-        check_rule(self.teacher_optimizer, "cosine", prefix="teacher_")
+        check_optimizer(self.teacher_optimizer, "cosine", prefix="teacher_")
         try:
-            dsa(self.teacher_augment, variant="flip-always")
+            make_augmentation(self.teacher_augment, variant="flip-always")
         except CondenseError as fault:
             raise CondenseError(f"teacher_augment={self.teacher_augment}: {fault}") from fault
         for name in self._committee_names():
             try:
-                networks.check(name)
+                networks.check_network(name)
             except CondenseError as fault:
                 raise CondenseError(f"committee={self.committee}: {fault}") from fault
         if is_public(self.teachers):
             for name in self.teachers.split(","):
-                networks.check(name)
+                networks.check_network(name)
             if self.committee:
                 raise CondenseError(f"teachers={self.teachers}: says what the committee is; leave out committee")
 
@@ -142,14 +142,14 @@ class TeacherOptions:
 
     def teacher_training(self, task: Task) -> TeacherTraining:
         """Returns their training: SGD with momentum 0.9 or AdamW along a cosine, with augmentation and CutMix."""
-        recipe = Recipe(
+        recipe = TrainConfig(
             steps=0,
             batch=self.teacher_batch,
             lr=self.teacher_lr,
             momentum=0.9,
             weight_decay=self.teacher_decay,
-            drops=(),
-            augment=dsa(self.teacher_augment, variant="flip-always", mirror=task.mirror),
+            lr_milestones=(),
+            augment=make_augmentation(self.teacher_augment, variant="flip-always", mirror=task.mirror),
             cutmix=self.teacher_cutmix,
             optimizer=self.teacher_optimizer,
             schedule="cosine",
@@ -210,7 +210,7 @@ def train_teacher_file(
     """
     for architecture in architectures:
         if not isinstance(architecture, str):
-            name = networks.name_of(architecture)
+            name = networks.network_name(architecture)
             raise CondenseError(f"network {name}: teachers in files are of networks that have a name")
     began = time.monotonic()
     keys = [(str(name), number) for number in range(count) for name in dict.fromkeys(architectures)]
@@ -236,7 +236,7 @@ def recorded_teacher_training(
         measured = accuracy(net, source, device=run.device, precision=precision)
         state = {name: value.detach().to("cpu", copy=True) for name, value in net.state_dict().items()}
         entry = {
-            "network": networks.name_of(architecture),
+            "network": networks.network_name(architecture),
             "number": number,
             "accuracy": measured,
             "seconds": round(seconds, 3),
@@ -250,7 +250,7 @@ def recorded_teacher_training(
         training.recipe,
         precision,
         student=lambda architecture, number: make_student(
-            run, source, architecture, "teacher", networks.name_of(architecture), number
+            run, source, architecture, "teacher", networks.network_name(architecture), number
         ),
         snapshot=_is_finite,
         record=record,
@@ -287,7 +287,7 @@ class TeacherStore:
         }
 
     def find(self) -> dict[MemberKey, float]:
-        if self.run.ranks.leads:
+        if self.run.ranks.is_main_process:
             check_writable(self.path, force=True)
         members = self._open_members()
         missing = [key for key in self.keys if key not in members]
@@ -298,15 +298,15 @@ class TeacherStore:
             net = build_untrained(name, self.source)
             check_last_batch(net, name, len(self.source.train), self.batch)
             size += 2 * state_nbytes(net)
-        if missing and self.run.ranks.leads:
+        if missing and self.run.ranks.is_main_process:
             check_writable(self.path, force=True, size=size)
         return {key: float(file.entries[k]["seconds"]) for key, (file, k) in members.items()}
 
     def checkpoint(self, architecture: Architecture, number: int) -> Path | None:
-        return self._part(networks.name_of(architecture), number).with_suffix(".train")
+        return self._part(networks.network_name(architecture), number).with_suffix(".train")
 
     def write(self, key: tuple[Architecture, int], record: TeacherRecord) -> None:
-        write_teacher_file(self._part(networks.name_of(key[0]), key[1]), self.manifest, [record])
+        write_teacher_file(self._part(networks.network_name(key[0]), key[1]), self.manifest, [record])
 
     def merge(self) -> None:
         members = self._open_members()  # another process may have added to the file in the meantime
@@ -349,7 +349,7 @@ class TeacherStore:
         is_intact = file.is_intact(k)
         if not is_intact and not replace_damaged:
             raise CondenseError(
-                f"{file.path}: {member_title(entry)} is damaged (its checksum differs); {AGAIN} with --force"
+                f"{file.path}: {member_title(entry)} is damaged (its checksum differs); {RESTORE_HINT} with --force"
             )
         return is_intact and not is_stale
 
@@ -362,7 +362,7 @@ def accuracy_source(training: TeacherTraining) -> str:
 def build_untrained(architecture: Architecture, source: Task) -> networks.Network:
     """Builds a network for the data, for its layout and size."""
     with rng.seeded("layout"):
-        return networks.build(architecture, source.shape, source.num_classes)
+        return networks.build_network(architecture, source.shape, source.num_classes)
 
 
 def check_last_batch(net: nn.Module, name: str, size: int, batch: int) -> None:
@@ -377,7 +377,7 @@ def check_last_batch(net: nn.Module, name: str, size: int, batch: int) -> None:
 
 def state_sha256(state: Mapping[str, Tensor]) -> str:
     """SHA-256 of a state, whatever the order of its entries."""
-    return content({name: state[name] for name in sorted(state)})
+    return tensors_sha256({name: state[name] for name in sorted(state)})
 
 
 def _is_finite(state: Mapping[str, Tensor]) -> bool:

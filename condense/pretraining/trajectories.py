@@ -28,8 +28,8 @@ from condense import hdf5, networks
 from condense.data import Task, cache_dir
 from condense.engine import Run
 from condense.errors import CondenseError, did_you_mean
-from condense.files import check_writable, replacing
-from condense.hdf5 import AGAIN
+from condense.files import atomic_write, check_writable
+from condense.hdf5 import RESTORE_HINT
 from condense.networks import Layout, layout_of
 from condense.pretraining.budget import TrainingPlan
 from condense.pretraining.pipeline import (
@@ -47,7 +47,7 @@ from condense.pretraining.store import (
     parts_folder,
     training_key_fields,
 )
-from condense.training import Recipe, Update, accuracy
+from condense.training import GradientRule, TrainConfig, accuracy
 
 TRAJECTORY_DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
@@ -80,9 +80,9 @@ ExpertRecord = tuple[dict[str, Any], Tensor]
 class ExpertTraining:
     """How a method trains its experts."""
 
-    recipe: Recipe
+    recipe: TrainConfig
     """Training by SGD; its number of steps is replaced."""
-    update: Update | None = None
+    update: GradientRule | None = None
     """Gradients that SGD follows; see :func:`condense.training.train`."""
     precision: str | None = None
     """fp32 or bf16; None: the run's."""
@@ -141,7 +141,7 @@ class TrajectoryFile:
             for t in epochs:
                 if not self.is_intact(k, t):
                     raise CondenseError(
-                        f"{self.path}: expert {k} after epoch {t} is damaged (its checksum differs); {AGAIN}"
+                        f"{self.path}: expert {k} after epoch {t} is damaged (its checksum differs); {RESTORE_HINT}"
                     )
 
 
@@ -155,7 +155,7 @@ def read_trajectory_file(path: Path) -> TrajectoryFile:
     Raises:
         CondenseError: one line: no such file, not our format, newer version, truncated or damaged.
     """
-    with hdf5.opened(path, TRAJECTORY_FORMAT) as (file, manifest):
+    with hdf5.open_hdf5(path, TRAJECTORY_FORMAT) as (file, manifest):
         if manifest["dtype"] not in TRAJECTORY_DTYPES or manifest["epochs"] < 1 or not manifest["experts"]:
             raise CondenseError(f"{path}: the manifest is not one of trajectories; it was not written by this toolkit")
         shape = (len(manifest["experts"]), manifest["epochs"] + 1, Layout.read(manifest["layout"]).size)
@@ -164,7 +164,7 @@ def read_trajectory_file(path: Path) -> TrajectoryFile:
         _offset(path, file, "digests", (*shape[:2], 32), np.dtype(np.uint8))
         digests = file["digests"][()]
     if hashlib.sha256(digests.tobytes()).hexdigest() != manifest["content"]:
-        raise CondenseError(f"{path}: the array 'digests' is damaged (its checksum differs); {AGAIN}")
+        raise CondenseError(f"{path}: the array 'digests' is damaged (its checksum differs); {RESTORE_HINT}")
     return TrajectoryFile(path, manifest, np.memmap(path, dtype, "r", offset, shape), digests)
 
 
@@ -178,9 +178,9 @@ def _offset(path: Path, file: Any, name: str, shape: tuple[int, ...], dtype: np.
         raise CondenseError(f"{path}: '{name}' is not an array stored in one piece in this file")
     offset = array.id.get_offset()
     if array.shape != shape or array.dtype != dtype or offset is None or offset % dtype.itemsize:
-        raise CondenseError(f"{path}: the array '{name}' is not what the manifest says; {AGAIN}")
+        raise CondenseError(f"{path}: the array '{name}' is not what the manifest says; {RESTORE_HINT}")
     if offset + math.prod(shape) * dtype.itemsize > path.stat().st_size:
-        raise CondenseError(f"{path}: truncated or damaged; {AGAIN}")
+        raise CondenseError(f"{path}: truncated or damaged; {RESTORE_HINT}")
     return int(offset)
 
 
@@ -189,13 +189,15 @@ def write_trajectory_file(
 ) -> None:
     """Writes the file atomically from the snapshots (epochs + 1, P) of one expert after the other."""
     digests = np.empty((*shape[:2], 32), np.uint8)
-    with replacing(path) as temporary, hdf5.create(temporary) as file:
+    with atomic_write(path) as temporary, hdf5.create_hdf5(temporary) as file:
         parameters = file.create_dataset("parameters", shape, manifest["dtype"])
         for k, snapshots in enumerate(experts):
             parameters[k] = snapshots
             digests[k] = [np.frombuffer(_snapshot_digest(snapshot), np.uint8) for snapshot in snapshots]
         file.create_dataset("digests", data=digests)
-        hdf5.sign(file, TRAJECTORY_FORMAT, {**manifest, "content": hashlib.sha256(digests.tobytes()).hexdigest()})
+        hdf5.write_manifest(
+            file, TRAJECTORY_FORMAT, {**manifest, "content": hashlib.sha256(digests.tobytes()).hexdigest()}
+        )
 
 
 def trajectory_nbytes(count: int, epochs: int, layout: Layout, dtype: str = "float16") -> int:
@@ -210,13 +212,13 @@ def expert_cache_key_fields(run: Run, training: ExpertTraining, epochs: int, dty
     """Returns all that decides the weights of an expert besides its number, as entries of the manifest."""
     fields = {
         **training_key_fields(run, training.recipe, training.precision, training.held_out),
-        "network": networks.name_of(run.network),
+        "network": networks.network_name(run.network),
         "library_version": networks.library_version(run.network),
         "update": str(training.update),
         "dtype": dtype,
     }
     # Without drops of the learning rate a shorter training is the beginning of a longer one.
-    return {**fields, "schedule_epochs": epochs} if training.recipe.drops else fields
+    return {**fields, "schedule_epochs": epochs} if training.recipe.lr_milestones else fields
 
 
 def expert_cache_file(run: Run, training: ExpertTraining, epochs: int, dtype: str = "float16") -> Path:
@@ -310,7 +312,7 @@ class TrajectoryStore:
         self._places: dict[int, tuple[TrajectoryFile, int]] = {}  # number of an expert -> file and index in it
 
     def find(self) -> dict[NetworkKey, float]:
-        if self.run.ranks.leads:
+        if self.run.ranks.is_main_process:
             check_writable(self.path, force=True)
         file = self._open(self.path, self.force)
         if file is not None:
@@ -322,7 +324,7 @@ class TrajectoryStore:
             if part is not None and _check_expert(part, 0, True):
                 self._places.setdefault(int(part_path.stem), (part, 0))
         missing = sum(number not in self._places for _, number in self.keys)
-        if missing and self.run.ranks.leads:
+        if missing and self.run.ranks.is_main_process:
             itemsize = np.dtype(self.manifest["dtype"]).itemsize
             size = (len(self.keys) + missing) * math.prod(self.shape) * itemsize  # the parts, and the whole file
             check_writable(self.path, force=True, size=size)
@@ -364,5 +366,5 @@ def _check_expert(file: TrajectoryFile, k: int, replace_damaged: bool) -> bool:
     """
     is_intact = all(file.is_intact(k, t) for t in range(file.epochs + 1))
     if not is_intact and not replace_damaged:
-        raise CondenseError(f"{file.path}: expert {k} is damaged (its checksum differs); {AGAIN} with --force")
+        raise CondenseError(f"{file.path}: expert {k} is damaged (its checksum differs); {RESTORE_HINT} with --force")
     return is_intact

@@ -2,9 +2,9 @@
 for it, and pictures of it."""
 
 from condense.sets.distilled import DistilledSet, checksums, packaged_sets
-from condense.sets.initial import INITS, SyntheticOptions, central_rows
+from condense.sets.initial import INITS, SyntheticOptions, nearest_to_centroids
 from condense.sets.preview import save_grid
-from condense.sets.relabelling import prepared, relabel, relabelled, tagged
+from condense.sets.relabelling import add_preparation_seconds, add_tag, relabel, replace_labels
 from condense.sets.stages import Compensated, FlipUnion, decode
 from condense.sets.synthetic import SyntheticSet
 
@@ -15,13 +15,13 @@ __all__ = [
     "FlipUnion",
     "SyntheticOptions",
     "SyntheticSet",
-    "central_rows",
+    "add_preparation_seconds",
+    "add_tag",
     "checksums",
     "decode",
+    "nearest_to_centroids",
     "packaged_sets",
-    "prepared",
     "relabel",
-    "relabelled",
+    "replace_labels",
     "save_grid",
-    "tagged",
 ]

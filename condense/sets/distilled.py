@@ -16,18 +16,18 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from condense import hdf5, rng
-from condense.data import ZCA, Standardise, transform_from_arrays, unit
+from condense.data import ZCA, Standardise, to_unit_range, transform_from_arrays
 from condense.errors import CondenseError
-from condense.files import check_writable, replacing
-from condense.hdf5 import AGAIN
-from condense.labels import PROVIDERS, HardLabels, Labels
+from condense.files import atomic_write, check_writable
+from condense.hdf5 import RESTORE_HINT
+from condense.labels import LABEL_KINDS, HardLabels, Labels
 from condense.sets.stages import Compensated, Stage, decode, stages_from
 
 IMAGE_TYPES = (np.uint8, np.float16, np.float32)
 
 ARRAY_TYPES = (*IMAGE_TYPES, np.int8, np.uint16, np.int64)
 
-FORMAT = hdf5.Format(
+DISTILLED_FORMAT = hdf5.Format(
     "condense.distilled",
     1,
     maker="condense distill",
@@ -138,7 +138,7 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
         if decoded or self.compensated:
             order = torch.argsort(self.training_images()[1], stable=True)
             return self.images[order], len(order) // len(self.classes)
-        stored = unit(self.stored)
+        stored = to_unit_range(self.stored)
         pixels = stored if self.manifest["space"] == "pixel" else self.transform.inverse(stored)
         return pixels, self.manifest["ipc"]
 
@@ -148,7 +148,7 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
         """Returns what students train on: images (M,C,H,W), float32 in training space, and their stored indices
         (M,)."""
         if self._decoded is None:
-            images, ids = decode(unit(self.stored), self.stages)
+            images, ids = decode(to_unit_range(self.stored), self.stages)
             self._decoded = (self.transform(images) if self.manifest["space"] == "pixel" else images), ids
         return self._decoded
 
@@ -202,7 +202,7 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
         pixels, (images, ids) = self.images, self.training_images()
         for chunk in order.split(batch_size):
             if self.labels.per_view:
-                views, targets = self.labels.shown(images, chunk, epoch)
+                views, targets = self.labels.training_batch(images, chunk, epoch)
                 yield self.transform.inverse(views), targets
             else:
                 yield pixels[chunk], self.labels.targets(ids[chunk])
@@ -230,8 +230,8 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
         check_writable(path, force=force, size=self.nbytes()["total"])
         arrays = self.arrays()
         self.manifest |= {"bytes": self.nbytes(), "checksums": checksums(arrays)}
-        with replacing(path) as temporary, hdf5.create(temporary) as file:
-            hdf5.sign(file, FORMAT, self.manifest)
+        with atomic_write(path) as temporary, hdf5.create_hdf5(temporary) as file:
+            hdf5.write_manifest(file, DISTILLED_FORMAT, self.manifest)
             for name, array in arrays.items():
                 file.create_dataset(name, data=array)
         return path
@@ -248,7 +248,7 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
         labels = {name[7:]: array for name, array in arrays.items() if name.startswith("labels/")}
         transform = {name[10:]: array for name, array in arrays.items() if name.startswith("transform/")}
         try:
-            provider = PROVIDERS.get(manifest["label_kind"]).from_arrays(labels, len(manifest["classes"]))
+            provider = LABEL_KINDS.get(manifest["label_kind"]).from_arrays(labels, len(manifest["classes"]))
             shape = tuple(arrays["images"].shape[1:])
             restored = transform_from_arrays(manifest["transform"], transform, shape)
             loaded = cls(torch.from_numpy(arrays["images"]), provider, restored, manifest)
@@ -291,12 +291,12 @@ def _digest(array: np.ndarray) -> str:
 
 def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Reads all arrays and the manifest of an untrusted file; types, sizes and links are checked before reading."""
-    with hdf5.opened(path, FORMAT) as (file, manifest):
+    with hdf5.open_hdf5(path, DISTILLED_FORMAT) as (file, manifest):
         arrays = {}
         for name, expected in sorted(manifest["checksums"].items()):
             arrays[name] = _read_array(path, file, name, path.stat().st_size)
             if _digest(arrays[name]) != expected:
-                raise CondenseError(f"{path}: the array '{name}' is damaged (its checksum differs); {AGAIN}")
+                raise CondenseError(f"{path}: the array '{name}' is damaged (its checksum differs); {RESTORE_HINT}")
     if "images" not in arrays or arrays["images"].ndim != 4 or arrays["images"].dtype.type not in IMAGE_TYPES:
         raise CondenseError(f"{path}: no array 'images' of uint8, float16 or float32 with four dimensions")
     return arrays, manifest

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from condense import rng
-from condense.config import one_of, require
+from condense.config import require_one_of, require_range
 from condense.data import Task
 
 INITS: tuple[str, ...] = ("real", "noise", "kmeans", "collage")
@@ -34,8 +34,8 @@ class SyntheticOptions:
     """Values of ``init``; a method with its own initial images adds a value and makes the images itself."""
 
     def __post_init__(self) -> None:
-        one_of(self, init=self.inits)
-        require(self, factor=(1, math.inf))
+        require_one_of(self, init=self.inits)
+        require_range(self, factor=(1, math.inf))
 
 
 def initial_images(task: Task, ipc: int, options: SyntheticOptions, seed: int) -> tuple[Tensor, Tensor]:
@@ -76,10 +76,10 @@ def _collages(task: Task, ipc: int, factor: int, seed: int) -> Tensor:
 def _representatives(task: Task, c: int, ipc: int, seed: int) -> Tensor:
     """Returns the ids of the training images of class ``c`` nearest to its ``ipc`` k-means centroids in pixel space."""
     members = torch.from_numpy(task.class_ids(c))
-    return members[central_rows(task.pixels(members).flatten(1), ipc, rng.key(seed, "init", "kmeans", c))]
+    return members[nearest_to_centroids(task.pixels(members).flatten(1), ipc, rng.key(seed, "init", "kmeans", c))]
 
 
-def central_rows(points: Tensor, count: int, key: int) -> Tensor:
+def nearest_to_centroids(points: Tensor, count: int, key: int) -> Tensor:
     """Returns the rows of float32 ``points`` (N, D) nearest to ``count`` k-means centroids, int64 (count,),
     distinct."""
     from sklearn.cluster import KMeans

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from condense.files import replacing
+from condense.files import atomic_write
 
 
 def save_grid(images: Tensor, path: Path, columns: int, limit: int = 50) -> Path:
@@ -34,6 +34,6 @@ def save_grid(images: Tensor, path: Path, columns: int, limit: int = 50) -> Path
         for c in range(width_in_images):
             tile = values[r, c].expand(3, height, width) if channels == 1 else values[r, c, :3]
             canvas[2 + r * (height + 2) :, 2 + c * (width + 2) :][:height, :width] = tile.permute(1, 2, 0)
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         Image.fromarray(canvas.numpy()).save(temporary, format="PNG")
     return path

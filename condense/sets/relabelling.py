@@ -11,8 +11,8 @@ from torch import nn
 
 from condense.augment import CropViews, ViewRule
 from condense.errors import CondenseError
-from condense.files import content
-from condense.labels import Labels, PerViewLabels, check_image_count, view_answers
+from condense.files import tensors_sha256
+from condense.labels import Labels, PerViewLabels, check_image_count, compute_view_logits
 from condense.networks import device_of
 from condense.sets.distilled import DistilledSet
 
@@ -53,7 +53,7 @@ def relabel(
         views: Distribution of the views. Default: crops of 8 % to 100 %, flipped only if the set's classes allow it.
         temperature: T of targets and loss.
         squared, loss_kind, gamma, calibrate: See :class:`PerViewLabels`.
-        statistics, micro, batch_size, start, into, quiet: See :func:`view_answers`.
+        statistics, micro, batch_size, start, into, quiet: See :func:`compute_view_logits`.
         description: Name of the teacher in the manifest, which also gets a digest of its weights. Default: its class.
         teacher_seconds: Seconds that training the teacher took; added to the set's cost together with the seconds of
             labelling. None: the cost of the new set is unknown.
@@ -83,7 +83,7 @@ def relabel(
     }
     blank = torch.zeros(1, len(images), classes)
     PerViewLabels(blank, seed, rule, temperature, squared, **options)  # checks the arguments before labelling
-    logits = view_answers(
+    logits = compute_view_logits(
         teacher,
         images,
         epochs,
@@ -99,10 +99,10 @@ def relabel(
     )
     labels = PerViewLabels(logits, seed, rule, temperature, squared, **options)
     seconds = None if teacher_seconds is None else teacher_seconds + time.monotonic() - began
-    return relabelled(distilled, labels, teacher, description=description, seconds=seconds)
+    return replace_labels(distilled, labels, teacher, description=description, seconds=seconds)
 
 
-def relabelled(
+def replace_labels(
     distilled: DistilledSet,
     labels: Labels,
     teacher: nn.Module,
@@ -125,15 +125,15 @@ def relabelled(
     if labels.per_view:
         _check_stages(distilled)
     check_image_count(distilled.training_images()[0] if distilled.compensated else distilled.stored, labels)
-    teachers = {"network": description or type(teacher).__name__, "sha256": content(teacher.state_dict())}
+    teachers = {"network": description or type(teacher).__name__, "sha256": tensors_sha256(teacher.state_dict())}
     outdated = ("bytes", "checksums", "protocol", "learned_lr", "label_source", "claim", "command")
     manifest = {key: value for key, value in distilled.manifest.items() if key not in outdated}
-    cost = prepared(manifest.get("cost", {}), seconds)
-    manifest = {**manifest, "name": tagged(distilled.name, "relabelled"), "cost": cost, "teacher": teachers}
+    cost = add_preparation_seconds(manifest.get("cost", {}), seconds)
+    manifest = {**manifest, "name": add_tag(distilled.name, "relabelled"), "cost": cost, "teacher": teachers}
     return DistilledSet(distilled.stored, labels, distilled.transform, manifest)
 
 
-def prepared(cost: Mapping[str, Any], seconds: float | None) -> dict[str, Any]:
+def add_preparation_seconds(cost: Mapping[str, Any], seconds: float | None) -> dict[str, Any]:
     """Adds seconds of preparation to a set's cost. None, or an unknown cost, gives an unknown cost."""
     total = dict(cost)
     if seconds is None:
@@ -143,7 +143,7 @@ def prepared(cost: Mapping[str, Any], seconds: float | None) -> dict[str, Any]:
     return total
 
 
-def tagged(name: str, tag: str) -> str:
+def add_tag(name: str, tag: str) -> str:
     """Appends a tag to a set's name."""
     return name + ("-" if "." in name.rpartition("/")[2] else ".") + tag
 

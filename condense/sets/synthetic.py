@@ -144,7 +144,7 @@ class SyntheticSet:
             images = self.task.transform.to(images.device)(images)
         return images, (self.classes if rows is None else self.classes[rows])[ids]
 
-    def decode_some(self, classes: Sequence[int], most: int, parts: tuple[int | str, ...]) -> tuple[Tensor, Tensor]:
+    def decode_sample(self, classes: Sequence[int], most: int, parts: tuple[int | str, ...]) -> tuple[Tensor, Tensor]:
         """Decodes at most ``most`` images per class, sampled with the random key ``(*parts, class)``."""
         images, labels = self.decode(classes)
         if len(images) <= most * len(classes) and len({len(self._rows[c]) for c in classes}) == 1:

@@ -1,23 +1,23 @@
 """The training loop for students, experts and teachers: configuration, data sources, checkpoints and accuracy."""
 
-from condense.training.config import STUDENT_VERSION, Recipe, batch_ids, check_rule, steps_per_pass
-from condense.training.loop import TEST_CHUNK, accuracy, pick_together, train
-from condense.training.student import FixedSource, Source, Student, TaskSource, Update, Work
+from condense.training.config import STUDENT_VERSION, TrainConfig, batch_ids, check_optimizer, epoch_steps
+from condense.training.loop import TEST_CHUNK, accuracy, prefers_stacked, train
+from condense.training.student import FixedSource, GradientRule, Source, Student, TaskSource, TrainingStep
 
 __all__ = [
     "STUDENT_VERSION",
     "TEST_CHUNK",
     "FixedSource",
-    "Recipe",
+    "GradientRule",
     "Source",
     "Student",
     "TaskSource",
-    "Update",
-    "Work",
+    "TrainConfig",
+    "TrainingStep",
     "accuracy",
     "batch_ids",
-    "check_rule",
-    "pick_together",
-    "steps_per_pass",
+    "check_optimizer",
+    "epoch_steps",
+    "prefers_stacked",
     "train",
 ]

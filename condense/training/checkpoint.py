@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from condense.errors import CondenseError
-from condense.files import checkpoint_interval, content, read_state, replacing
-from condense.training.config import Recipe, batch_ids
-from condense.training.student import Student, Update
+from condense.files import atomic_write, checkpoint_interval, read_state, tensors_sha256
+from condense.training.config import TrainConfig, batch_ids
+from condense.training.student import GradientRule, Student
 
 _log = logging.getLogger(__name__)
 
-CHECKPOINT_SECONDS = 30.0
+TRAINING_CHECKPOINT_SECONDS = 30.0
 """Minimum seconds between two checkpoints of a training."""
 
 
@@ -43,22 +43,22 @@ class TrainingCheckpoint:
         self,
         path: Path | None,
         students: Sequence[Student],
-        recipe: Recipe,
+        recipe: TrainConfig,
         device: torch.device,
         precision: str,
-        update: Update | None = None,
+        update: GradientRule | None = None,
         keep_end: bool = False,
     ) -> None:
         self.path, self.steps, self.keep_end = path, recipe.steps, keep_end
         self.began = self.saved = time.monotonic()
         if path is None:
             return
-        parts = [str(recipe), str(update), str(device.type), precision, torch.__version__]
+        parts = [recipe.cache_key(), str(update), str(device.type), precision, torch.__version__]
         for student in students:
             first = batch_ids(student.seed, student.source.size, recipe.batch, 0)
             images, targets = student.source.batch(first, epoch=0)
             state = {**student.network.state_dict(), "first images": images, "first targets": targets}
-            parts += [str(student.seed), str(student.source.size), content(state)]
+            parts += [str(student.seed), str(student.source.size), tensors_sha256(state)]
             parts += [student.source.key] if hasattr(student.source, "key") else []  # settings that later targets need
         self.key = " ".join(parts)
 
@@ -80,10 +80,12 @@ class TrainingCheckpoint:
     def after(self, step: int, state: Callable[[], dict[str, Any]]) -> None:
         """Writes ``state()`` if enough time has passed; a failure is only logged, because the training can continue."""
         end = self.keep_end and step == self.steps
-        if self.path is None or (time.monotonic() - self.saved < checkpoint_interval(CHECKPOINT_SECONDS) and not end):
+        if self.path is None or (
+            time.monotonic() - self.saved < checkpoint_interval(TRAINING_CHECKPOINT_SECONDS) and not end
+        ):
             return
         try:
-            with replacing(self.path) as temporary, temporary.open("wb") as file:
+            with atomic_write(self.path) as temporary, temporary.open("wb") as file:
                 torch.save({"key": self.key, "step": step, "seconds": self.seconds, **state()}, file)
         except (CondenseError, OSError, RuntimeError) as fault:
             _log.warning("condense: the training continues without a checkpoint: %s", fault)

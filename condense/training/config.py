@@ -21,7 +21,7 @@ scores and networks."""
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TrainConfig:
     """Configuration of a training."""
 
     steps: int
@@ -34,11 +34,11 @@ class Recipe:
     """Momentum of SGD; AdamW always uses betas 0.9 and 0.999."""
     weight_decay: float
     """sgd: L2 penalty on all parameters. adamw: decoupled decay of weights with two or more axes."""
-    drops: tuple[float, ...] = (0.5,)
-    """Fractions of the steps after which the learning rate is multiplied by ``drop_factor``; the momentum buffer
+    lr_milestones: tuple[float, ...] = (0.5,)
+    """Fractions of the steps after which the learning rate is multiplied by ``lr_gamma``; the momentum buffer
     stays."""
-    drop_factor: float = 0.1
-    """Factor on the learning rate at each of ``drops``."""
+    lr_gamma: float = 0.1
+    """Factor on the learning rate at each of ``lr_milestones``."""
     augment: Augmentation | None = None
     """Drawn in each step: one operation for the batch, parameters for each image. Not applied to per-view labels."""
     cutmix: float = 0.0
@@ -46,64 +46,72 @@ class Recipe:
     optimizer: str = "sgd"
     """sgd or adamw."""
     schedule: str = "drops"
-    """drops (see ``drops``) or cosine: the learning rate follows half a cosine."""
+    """drops (see ``lr_milestones``) or cosine: the learning rate follows half a cosine."""
     stretch: float = 1.0
     """Length of the half cosine relative to the training; at 2 the learning rate ends at half its initial value."""
     warmup: float = 0.0
     """Fraction of the steps in which the learning rate is also multiplied by a linear warm-up factor."""
 
     def __post_init__(self) -> None:
-        check_rule(self.optimizer, self.schedule, self.stretch)
+        check_optimizer(self.optimizer, self.schedule, self.stretch)
         if not 0 <= self.warmup <= 1:
             raise CondenseError(f"warmup={self.warmup:g}: must be 0 to 1")
 
-    def __repr__(self) -> str:
-        # This text is part of cache keys: settings added later are omitted at their default, so that old caches stay
-        # valid.
-        return f"Recipe({', '.join(f'{name}={value!r}' for name, value in self.known().items())})"
+    def cache_key_fields(self) -> dict[str, Any]:
+        """Returns the settings that are part of cache keys, under the names that existing caches use.
 
-    def known(self) -> dict[str, Any]:
-        """Returns the settings that are part of cache keys: all, except those added later that have their default."""
-        settings = {field.name: (getattr(self, field.name), field.default) for field in fields(self)}
-        return {name: value for name, (value, default) in settings.items() if name not in LATER or value != default}
+        Settings that were added later are omitted at their default, so that old caches stay valid.
+        """
+        key_names = {"lr_milestones": "drops", "lr_gamma": "drop_factor"}
+        return {
+            key_names.get(field.name, field.name): getattr(self, field.name)
+            for field in fields(self)
+            if field.name not in OMITTED_AT_DEFAULT or getattr(self, field.name) != field.default
+        }
 
-    def rate(self, step: int) -> float:
+    def cache_key(self) -> str:
+        """Returns the text that identifies this training in cache keys and manifests."""
+        return f"Recipe({', '.join(f'{name}={value!r}' for name, value in self.cache_key_fields().items())})"
+
+    def lr_at(self, step: int) -> float:
         """Returns the learning rate at ``step``."""
         if self.schedule == "cosine":
             rate = self.lr / 2 * (1 + math.cos(math.pi * step / (self.steps * self.stretch)))
         else:  # rounding may put a fraction computed from whole epochs slightly above the step
-            rate = self.lr * self.drop_factor ** sum(step >= fraction * self.steps - 1e-6 for fraction in self.drops)
+            rate = self.lr * self.lr_gamma ** sum(
+                step >= fraction * self.steps - 1e-6 for fraction in self.lr_milestones
+            )
         factor = (step + 1) / (self.warmup * self.steps) if self.warmup else 1.0
         return rate * factor if factor < 1 else rate
 
 
-LATER = ("optimizer", "schedule", "stretch", "warmup")
-"""Settings added after caches had been written; see :meth:`Recipe.known`."""
+OMITTED_AT_DEFAULT = ("optimizer", "schedule", "stretch", "warmup")
+"""Settings added after caches had been written; see :meth:`TrainConfig.cache_key_fields`."""
 
-OPTIMIZERS, SCHEDULES = ("sgd", "adamw"), ("drops", "cosine")
+OPTIMIZERS, LR_SCHEDULES = ("sgd", "adamw"), ("drops", "cosine")
 
 
-def check_rule(optimizer: str, schedule: str, stretch: float = 1.0, prefix: str = "") -> None:
+def check_optimizer(optimizer: str, schedule: str, stretch: float = 1.0, prefix: str = "") -> None:
     """Checks the names of optimiser and schedule, and the stretch; ``prefix`` is put before the settings' names.
 
     Raises:
         CondenseError: One line that names the setting.
     """
-    for key, value, choices in (("optimizer", optimizer, OPTIMIZERS), ("schedule", schedule, SCHEDULES)):
+    for key, value, choices in (("optimizer", optimizer, OPTIMIZERS), ("schedule", schedule, LR_SCHEDULES)):
         if value not in choices:
             raise CondenseError(f"{prefix}{key}={value}: unknown{did_you_mean(value, choices)}")
     if not stretch >= 1:  # a shorter cosine would increase again before the end
         raise CondenseError(f"{prefix}stretch={stretch:g}: must be at least 1")
 
 
-def steps_per_pass(size: int, batch: int) -> int:
+def epoch_steps(size: int, batch: int) -> int:
     """Returns the number of steps of one epoch over ``size`` images."""
     return -(-size // batch)
 
 
 def batch_ids(seed: int, size: int, batch: int, step: int) -> Tensor:
     """Returns the positions of the images of ``step``: consecutive parts of a new permutation for each epoch."""
-    epoch, part = divmod(step, steps_per_pass(size, batch))
+    epoch, part = divmod(step, epoch_steps(size, batch))
     return _epoch_order(seed, size, epoch)[part * batch : (part + 1) * batch]
 
 
@@ -112,7 +120,7 @@ def _epoch_order(seed: int, size: int, epoch: int) -> Tensor:
     return rng.Draws(seed, "shuffle", epoch).permutation(size)
 
 
-def make_optimizer(parameters: Sequence[Tensor], recipe: Recipe, stacked: bool = False) -> torch.optim.Optimizer:
+def make_optimizer(parameters: Sequence[Tensor], recipe: TrainConfig, stacked: bool = False) -> torch.optim.Optimizer:
     """Creates the optimiser of a recipe. If ``stacked``, parameters have a leading axis of networks."""
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)

@@ -1,7 +1,7 @@
 """The loop that trains networks on a small or a large set: evaluated students, experts and teachers.
 
 Students of one architecture are trained either together as one stacked network (``torch.func``), which uses a GPU
-better, or one after the other. The result is the same up to rounding; ``pick_together`` returns the faster way for a
+better, or one after the other. The result is the same up to rounding; ``prefers_stacked`` returns the faster way for a
 device. All random numbers are keyed by the student's seed and the step, so they do not depend on the number of students
 or on stacking.
 """
@@ -21,11 +21,11 @@ from torch import Tensor
 from condense import rng
 from condense.augment import cutmix
 from condense.data import Task
-from condense.device import fast
+from condense.device import autocast
 from condense.networks import Network, uses_dropout
 from condense.training.checkpoint import TrainingCheckpoint, random_state, set_random_state
-from condense.training.config import Recipe, batch_ids, make_optimizer, steps_per_pass
-from condense.training.student import Source, Student, Targets, Update, Watch, Work
+from condense.training.config import TrainConfig, batch_ids, epoch_steps, make_optimizer
+from condense.training.student import GradientRule, Source, StepCallback, Student, TrainingStep, WeightedTargets
 
 _log = logging.getLogger(__name__)
 
@@ -34,16 +34,16 @@ TEST_CHUNK = 256
 
 def train(
     students: Sequence[Student],
-    recipe: Recipe,
+    recipe: TrainConfig,
     *,
     device: torch.device,
     precision: str = "fp32",
     together: bool | None = None,
     report: Callable[[int], None] | None = None,
     checkpoint: Path | None = None,
-    watch: Watch | None = None,
+    watch: StepCallback | None = None,
     watch_every: int = 1,
-    update: Update | None = None,
+    update: GradientRule | None = None,
 ) -> float:
     """Trains all students in place, on ``device``, and leaves them in train mode.
 
@@ -69,7 +69,7 @@ def train(
     for student in students:
         student.network.to(device).train()
     if together is None:
-        together = pick_together(device)
+        together = prefers_stacked(device)
     equal = len({student.source.size for student in students}) == 1
     has_dropout = uses_dropout(students[0].network)
     if together and equal and not has_dropout and len(students) > 1:  # dropout is keyed by student
@@ -96,7 +96,7 @@ def train(
     return seconds
 
 
-def pick_together(device: torch.device) -> bool:
+def prefers_stacked(device: torch.device) -> bool:
     """Returns whether stacking is faster: on a GPU, where kernel launches dominate; not on a CPU, where grouped
     convolutions are slower."""
     return device.type == "cuda"
@@ -107,14 +107,16 @@ def _shift(report: Callable[[int], None], offset: int, done: int) -> None:
 
 
 def _batch(
-    student: Student, recipe: Recipe, step: int, device: torch.device, precision: str
-) -> tuple[Tensor, Targets, Tensor]:
+    student: Student, recipe: TrainConfig, step: int, device: torch.device, precision: str
+) -> tuple[Tensor, WeightedTargets, Tensor]:
     """Returns images and targets of ``step``, augmented and mixed by the recipe or by the labels, and the unaugmented
     images."""
     source = student.source
     ids = batch_ids(student.seed, source.size, recipe.batch, step)
-    with fast(device, precision if source.per_view else "fp32"):  # the precision of teachers that label in each step
-        clean, targets = source.batch(ids, step // steps_per_pass(source.size, recipe.batch))
+    with autocast(
+        device, precision if source.per_view else "fp32"
+    ):  # the precision of teachers that label in each step
+        clean, targets = source.batch(ids, step // epoch_steps(source.size, recipe.batch))
     images = clean
     if source.per_view:
         return images, [(1.0, targets)], clean
@@ -130,7 +132,7 @@ def _batch(
     return images, [(1.0, targets)], clean
 
 
-def _loss(source: Source, logits: Tensor, targets: Targets) -> Tensor:
+def _loss(source: Source, logits: Tensor, targets: WeightedTargets) -> Tensor:
     """Returns the mean loss of a batch; mixed targets are weighted."""
     parts = [
         weight * source.loss(logits, target) if weight != 1 else source.loss(logits, target)
@@ -147,21 +149,21 @@ def _step(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 def _train_one(
     student: Student,
-    recipe: Recipe,
+    recipe: TrainConfig,
     device: torch.device,
     precision: str,
     report: Callable[[int], None] | None,
     keeper: TrainingCheckpoint,
     watch: Callable[[int, Mapping[str, Tensor]], None] | None,
     watch_every: int,
-    update: Update | None,
+    update: GradientRule | None,
 ) -> None:
     network, start = student.network, 0
     weights: list[Tensor] = [weight for weight in network.parameters() if weight.requires_grad]
     optimizer = make_optimizer(weights, recipe)
 
     def forward(images: Tensor) -> Tensor:
-        with fast(device, precision):
+        with autocast(device, precision):
             logits = network(images)
         return logits.float()
 
@@ -178,16 +180,16 @@ def _train_one(
         for step in range(start, recipe.steps):
             images, targets, clean = _batch(student, recipe, step, device, precision)
 
-            def loss(images: Tensor = images, targets: Targets = targets) -> Tensor:
+            def loss(images: Tensor = images, targets: WeightedTargets = targets) -> Tensor:
                 return _loss(student.source, forward(images), targets)
 
             if update is None:
                 optimizer.zero_grad()
                 loss().backward()
             else:
-                epoch = step // steps_per_pass(student.source.size, recipe.batch)
-                _set_gradients(weights, update(Work(weights, False, step, epoch, clean, loss, forward)))
-            _step(optimizer, recipe.rate(step))
+                epoch = step // epoch_steps(student.source.size, recipe.batch)
+                _set_gradients(weights, update(TrainingStep(weights, False, step, epoch, clean, loss, forward)))
+            _step(optimizer, recipe.lr_at(step))
             if watch is not None and (step + 1) % watch_every == 0:
                 watch(step + 1, network.state_dict())
             keeper.after(step + 1, state)
@@ -202,14 +204,14 @@ def _set_gradients(weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> No
 
 def _train_stacked(
     students: Sequence[Student],
-    recipe: Recipe,
+    recipe: TrainConfig,
     device: torch.device,
     precision: str,
     report: Callable[[int], None] | None,
     keeper: TrainingCheckpoint,
-    watch: Watch | None,
+    watch: StepCallback | None,
     watch_every: int,
-    update: Update | None,
+    update: GradientRule | None,
 ) -> None:
     """Trains K networks as one: parameters (K, ...), batches (K, B, ...); the sum of K losses has K separate
     gradients."""
@@ -229,7 +231,7 @@ def _train_stacked(
     stacked = torch.func.vmap(call)
 
     def forward(images: Tensor) -> Tensor:
-        with fast(device, precision):
+        with autocast(device, precision):
             logits = stacked(leaves, buffers, images)
         return logits.float()
 
@@ -244,7 +246,9 @@ def _train_stacked(
         batches = [_batch(student, recipe, step, device, precision) for student in students]
         images = torch.stack([batch[0] for batch in batches])
 
-        def loss(images: Tensor = images, targets: Sequence[Targets] = [batch[1] for batch in batches]) -> Tensor:
+        def loss(
+            images: Tensor = images, targets: Sequence[WeightedTargets] = [batch[1] for batch in batches]
+        ) -> Tensor:
             logits = forward(images)
             return torch.stack([_loss(s.source, logits[k], targets[k]) for k, s in enumerate(students)]).sum()
 
@@ -252,10 +256,10 @@ def _train_stacked(
             optimizer.zero_grad()
             loss().backward()
         else:
-            epoch = step // steps_per_pass(students[0].source.size, recipe.batch)
+            epoch = step // epoch_steps(students[0].source.size, recipe.batch)
             clean, weights = torch.stack([batch[2] for batch in batches]), list(leaves.values())
-            _set_gradients(weights, update(Work(weights, True, step, epoch, clean, loss, forward)))
-        _step(optimizer, recipe.rate(step))
+            _set_gradients(weights, update(TrainingStep(weights, True, step, epoch, clean, loss, forward)))
+        _step(optimizer, recipe.lr_at(step))
         if watch is not None and (step + 1) % watch_every == 0:
             for k in range(len(students)):
                 watch(k, step + 1, {name: value[k].detach() for name, value in (leaves | buffers).items()})
@@ -277,7 +281,7 @@ def accuracy(network: Network, task: Task, *, device: torch.device, precision: s
     labels = torch.as_tensor(task.test.labels).to(device)
     correct = torch.zeros((), dtype=torch.int64, device=device)
     for ids in torch.arange(len(labels)).split(TEST_CHUNK):
-        with fast(device, precision):
+        with autocast(device, precision):
             embedding = network.embed(task.test_batch(ids))
         predictions = network.classify(embedding.float()).argmax(
             1

@@ -46,7 +46,7 @@ class FixedSource:
     def batch(self, ids: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
         ids = ids.to(self.images.device)
         if self.per_view:  # each per-view label belongs to one image
-            return self.labels.shown(self.images, ids, epoch)
+            return self.labels.training_batch(self.images, ids, epoch)
         return self.images[ids], self.labels.targets(self.ids[ids])
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -79,12 +79,12 @@ class Student:
     seed: int
 
 
-Watch = Callable[[int, int, Mapping[str, Tensor]], None]
+StepCallback = Callable[[int, int, Mapping[str, Tensor]], None]
 """Callback of a training; see :func:`train`."""
 
 
 @dataclass
-class Work:
+class TrainingStep:
     """One training step of one network, or of K stacked ones: the argument of an :data:`Update`."""
 
     weights: list[Tensor]
@@ -105,9 +105,9 @@ class Work:
     """Maps images shaped like ``clean`` to float32 logits, (B,classes) or (K,B,classes), at the current weights."""
 
 
-Update = Callable[[Work], Sequence[Tensor]]
+GradientRule = Callable[[TrainingStep], Sequence[Tensor]]
 """Gradient rule: returns a gradient for each of ``work.weights``, which the optimiser uses. Its ``str`` must contain
 all its settings, because it is part of cache keys. Norms over weights must be computed for each network separately."""
 
-Targets = list[tuple[float, Tensor]]
+WeightedTargets = list[tuple[float, Tensor]]
 """Targets of a batch with their weights in its loss; several if images were mixed."""

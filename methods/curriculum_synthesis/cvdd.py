@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from condense import rng
-from condense.config import require
+from condense.config import require_range
 from condense.data import Task
 from condense.engine import Run
 from condense.errors import CondenseError
@@ -45,7 +45,7 @@ class CVDD(RecoveryOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, voters=(1, math.inf), vote_temperature=(1e-6, math.inf), label_temperature=(1e-6, math.inf))
+        require_range(self, voters=(1, math.inf), vote_temperature=(1e-6, math.inf), label_temperature=(1e-6, math.inf))
         self.prior_list()
 
     def prior_list(self) -> list[float]:

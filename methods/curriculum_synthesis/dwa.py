@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from condense.augment import seen
-from condense.config import require
+from condense.augment import apply_resampling
+from condense.config import require_range
 from condense.data import Task
 from condense.engine import Run
 from condense.methods.curriculum_synthesis.bn_matching import make_matcher
@@ -52,7 +52,7 @@ class DWA(RecoveryOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, ascent_steps=(1, math.inf), rho=(0, sys.float_info.max))
+        require_range(self, ascent_steps=(1, math.inf), rho=(0, sys.float_info.max))
 
 
 def ascend_weights(
@@ -113,7 +113,7 @@ def dwa(task: Task, config: DWA, run: Run) -> SyntheticSet:
         if not config.accumulate or (g and batches[g - 1].index != batch.index):
             weights = trained
         at = torch.tensor([g], device=run.device)
-        views = seen(start[batch.rows.to(run.device)][None], rows[at], columns[at])[0]
+        views = apply_resampling(start[batch.rows.to(run.device)][None], rows[at], columns[at])[0]
         classes = batch.classes.to(run.device)
         weights = ascend_weights(net, weights, views, classes, config.ascent_steps, config.rho)
         guides.append(Guide(matcher, {g: 1.0}, {f"net.{name}": value for name, value in weights.items()}))

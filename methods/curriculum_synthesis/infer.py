@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from condense.data import Task, unit
+from condense.data import Task, to_unit_range
 from condense.engine import Run
 from condense.errors import CondenseError
 from condense.methods.curriculum_synthesis.bn_matching import make_matcher
@@ -105,7 +105,7 @@ def infer(task: Task, config: INFER, run: Run) -> SyntheticSet:
         stage, inverse = Compensated(count, number, teachers), task.transform.inverse
         added = inverse(shared.images.detach()) - inverse(torch.zeros_like(shared.images))
         stored = to_storage(torch.cat([inverse(base).clamp(0, 1), stage.encode(added)]), config.store)
-        decoded, _ = stage(unit(stored), torch.arange(len(stored)))
+        decoded, _ = stage(to_unit_range(stored), torch.arange(len(stored)))
         classes = torch.arange(count, device=run.device).repeat_interleave(stage.decoded)
         labels = make_labels(config, run, decoded, classes, committee)
         rows = torch.cat([real.classes, shared.classes.to(run.device)])

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from condense import rng
-from condense.config import require
+from condense.config import require_range
 from condense.data import Task
 from condense.engine import Run
 from condense.errors import CondenseError
@@ -46,7 +46,7 @@ class NRR(RecoveryOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, threshold=(0, 1), pool=(1, math.inf), crops=(1, math.inf))
+        require_range(self, threshold=(0, 1), pool=(1, math.inf), crops=(1, math.inf))
 
 
 def compute_class_activation(net: Network, images: Tensor, classes: Tensor) -> Tensor:

@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from condense import rng
-from condense.augment import Views, resampling, seen
+from condense.augment import ViewBoxes, apply_resampling, resampling_matrices
 from condense.data import Task
 from condense.engine import Run
 from condense.errors import CondenseError
-from condense.labels import answers
+from condense.labels import compute_logits
 from condense.methods.curriculum_synthesis.settings import MIN_CROP_AREA
 from condense.networks import Network
 
@@ -19,7 +19,7 @@ POOL, CROPS = 300, 5
 """Real images of each class that crops are taken from, and crops of each, as published."""
 
 
-def square_crops(images: Tensor, draws: rng.Draws, crops: int, size: int) -> tuple[Tensor, Views]:
+def square_crops(images: Tensor, draws: rng.Draws, crops: int, size: int) -> tuple[Tensor, ViewBoxes]:
     """Random square crops (N * crops, C, size, size) of images (N, C, H, W), and their boxes; image by image.
 
     Areas are uniform in 8 to 100 % of the largest square, positions too.
@@ -30,14 +30,14 @@ def square_crops(images: Tensor, draws: rng.Draws, crops: int, size: int) -> tup
     position = draws.uniform((rows, 2)).double()
     top = (position[:, 0] * (height - edge + 1)).long()
     left = (position[:, 1] * (width - edge + 1)).long()
-    views = Views((height, width), torch.stack([top, left, edge, edge], 1), torch.zeros(rows, dtype=torch.bool))
+    views = ViewBoxes((height, width), torch.stack([top, left, edge, edge], 1), torch.zeros(rows, dtype=torch.bool))
     return crop_images(images.repeat_interleave(crops, 0), views, size), views
 
 
-def crop_images(images: Tensor, views: Views, size: int) -> Tensor:
+def crop_images(images: Tensor, views: ViewBoxes, size: int) -> Tensor:
     """The box of each image (N, C, H, W), resized to (N, C, size, size)."""
-    rows, columns = resampling(views, torch.zeros(len(views), 2, dtype=torch.int64), (size, size))
-    return seen(images[:, None], rows.to(images.device), columns.to(images.device))[:, 0]
+    rows, columns = resampling_matrices(views, torch.zeros(len(views), 2, dtype=torch.int64), (size, size))
+    return apply_resampling(images[:, None], rows.to(images.device), columns.to(images.device))[:, 0]
 
 
 def crop_losses(run: Run, net: Network, crops: Tensor, classes: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ def crop_losses(run: Run, net: Network, crops: Tensor, classes: Tensor) -> Tenso
     height, width = run.task.shape[1:]
     down, right = height - crops.shape[2], width - crops.shape[3]
     padded = F.pad(crops, (right // 2, right - right // 2, down // 2, down - down // 2))
-    return F.cross_entropy(answers(net, padded), classes, reduction="none")
+    return F.cross_entropy(compute_logits(net, padded), classes, reduction="none")
 
 
 def sample_pool(run: Run, c: int, pool: int) -> Tensor:
@@ -68,7 +68,7 @@ def get_crop_size(task: Task, factor: int, setting: str) -> int:
 
 def most_confident_crops(
     run: Run, net: Network, c: int, pool: int, crops: int, factor: int = 1
-) -> tuple[Tensor, Tensor, Views]:
+) -> tuple[Tensor, Tensor, ViewBoxes]:
     """The crops (M, C, s, s) of class ``c`` that a teacher is most confident of, M = ipc * factor^2, the whole real
     images (M, C, H, W) that they are of, and their boxes.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from condense.config import require
+from condense.config import require_range
 from condense.data import Task
 from condense.engine import Run
 from condense.methods.curriculum_synthesis.initial import set_from_pixels
@@ -32,7 +32,7 @@ class RDED(RelabelOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, pool=(1, math.inf), crops=(1, math.inf), factor=(1, math.inf))
+        require_range(self, pool=(1, math.inf), crops=(1, math.inf), factor=(1, math.inf))
 
 
 @method(

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from condense.augment import seen
-from condense.engine import Group, Run
+from condense.augment import apply_resampling
+from condense.engine import ParamGroup, Run
 from condense.methods.curriculum_synthesis.bn_matching import Matcher, Moments
 from condense.methods.curriculum_synthesis.crops import draw_crops
 from condense.methods.curriculum_synthesis.settings import RecoveryOptions
@@ -73,7 +73,7 @@ def class_loss(logits: Tensor, classes: Tensor, groups: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class TrainingPlan:
     """Batches that pass through a teacher at once: all that stays the same from step to step, on the device."""
 
     guide: Guide
@@ -103,7 +103,13 @@ class RecoveryPass:
     """
 
     def __init__(
-        self, plan: _Plan, images: Tensor, gradient: Tensor, matrices: tuple[Tensor, Tensor], per_image: bool, run: Run
+        self,
+        plan: TrainingPlan,
+        images: Tensor,
+        gradient: Tensor,
+        matrices: tuple[Tensor, Tensor],
+        per_image: bool,
+        run: Run,
     ) -> None:
         self.pixels = images.detach()[plan.rows].requires_grad_()
         self.classes, self.fixed_rows, self.targets = plan.classes, plan.fixed_rows, plan.targets
@@ -120,11 +126,11 @@ class RecoveryPass:
         """This step's crops, mirrors and rolls (G * B, C, H, W) of images (G, B, C, H, W)."""
         rows, columns = self._matrices
         images = images.flatten(0, 1)[:, None] if self._per_image else images
-        return seen(images, rows[self._plan.view_rows], columns[self._plan.view_rows]).flatten(0, 1)
+        return apply_resampling(images, rows[self._plan.view_rows], columns[self._plan.view_rows]).flatten(0, 1)
 
     def forward(self, views: Tensor) -> tuple[Tensor, Tensor]:
         """The teacher's logits (G * B, C), and the distances (G,) of its BatchNorm moments; see :class:`Matcher`."""
-        arguments, guide = (views, len(self.pixels), self._run.fast, self.targets), self._plan.guide
+        arguments, guide = (views, len(self.pixels), self._run.autocast, self.targets), self._plan.guide
         if guide.parameters is None:
             logits, distances = guide.matcher(*arguments)
         else:
@@ -163,7 +169,7 @@ def recovery_passes(
     """
     task, images = run.task, synthetic.images
     low, high = (task.transform(torch.full((task.shape[0], 1, 1), end, device=run.device)) for end in (0.0, 1.0))
-    group = Group(
+    group = ParamGroup(
         lr=config.lr_img,
         optimizer="adam",
         betas=(0.5, 0.9),
@@ -177,11 +183,11 @@ def recovery_passes(
         whole = len(rows) == len(images)
         chosen = rows.to(run.device)
         part = synthetic if whole else SyntheticSet(task, images.detach()[chosen], synthetic.classes[chosen])
-        own, part_mask = turn[run.ranks.rank :: run.ranks.world], None if mask is None else mask[chosen]
+        own, part_mask = turn[run.ranks.rank :: run.ranks.world_size], None if mask is None else mask[chosen]
         own_rows = torch.cat([view_rows[g] for g in own]) if own else view_rows[0][:0]
         plans = _plan_passes(guides, batches, own, rows, own_rows, view_rows, run)
         try:
-            for step in run.optimise(part, config.steps, sharded=run.ranks.world > 1, images=group):
+            for step in run.optimise(part, config.steps, sharded=run.ranks.world_size > 1, images=group):
                 matrices = draw_crops(config, run, step.index, sum(sizes), own_rows)
                 gradient, total = torch.zeros_like(part.images), torch.zeros((), device=run.device)
                 for plan in plans:
@@ -203,7 +209,7 @@ def _plan_passes(
     own_rows: Tensor,
     view_rows: Sequence[Tensor],
     run: Run,
-) -> list[_Plan]:
+) -> list[TrainingPlan]:
     """The passes of each step for the batches ``own``; ``rows`` (learned images) and ``own_rows`` (drawn views)
     ascend."""
     plans, mine = [], set(own)
@@ -219,7 +225,7 @@ def _plan_passes(
             if guide.targets is not None:
                 batch_class = classes.view(len(numbers), -1)[:, 0]
                 targets = [(mean[batch_class], variance[batch_class]) for mean, variance in guide.targets]
-            plans.append(_Plan(guide, learned, views, classes, weights, fixed_rows, targets))
+            plans.append(TrainingPlan(guide, learned, views, classes, weights, fixed_rows, targets))
     return plans
 
 
@@ -234,7 +240,7 @@ def _turns(batches: Sequence[Batch], at_once: int | None) -> list[list[int]]:
 def _chunks(numbers: Sequence[int], batches: Sequence[Batch], run: Run) -> Iterator[list[int]]:
     """Batches of equal size that pass through a teacher at once, bounded by their pixels; at least one each time."""
     height, width = run.task.shape[1:]
-    most = run.forward_chunk(gradients=True) or TEACHER_CHUNK_PIXELS // (height * width)
+    most = run.forward_chunk_size(gradients=True) or TEACHER_CHUNK_PIXELS // (height * width)
     for size, same in itertools.groupby(numbers, key=lambda g: len(batches[g].classes)):
         equal = list(same)
         span = max(1, most // size)

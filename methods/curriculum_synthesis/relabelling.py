@@ -10,25 +10,25 @@ import torch
 from torch import Tensor
 
 from condense import rng
-from condense.data import unit
-from condense.engine import VIEW_LABELS, VIEW_LABELS_STATE, Interrupted, Run
+from condense.data import to_unit_range
+from condense.engine import VIEW_LABELS_FILE, VIEW_LABELS_STATE_FILE, Interrupted, Run
 from condense.errors import CondenseError
-from condense.files import content
+from condense.files import tensors_sha256
 from condense.labels import (
     DistanceLabels,
     HardLabels,
     Labels,
     PerViewLabels,
     PoolLabels,
-    Pruning,
+    PruningOptions,
     SoftLabels,
     StaticLabels,
     TeacherLabels,
-    answers,
-    pool_answers,
-    stored_answers,
-    view_answers,
-    view_distances,
+    compute_logits,
+    compute_pool_logits,
+    compute_view_logits,
+    compute_view_nll,
+    resumable_logits,
 )
 from condense.methods.curriculum_synthesis.patches import get_crop_size
 from condense.methods.curriculum_synthesis.settings import STORAGE_DTYPES, RelabelOptions
@@ -100,16 +100,16 @@ def make_labels(
     weights: Sequence[float] | None = None,
 ) -> Labels:
     """The labels that teachers give stored images (N, C, H, W), of the kind that ``config`` names."""
-    task, images = run.task, run.task.transform(unit(stored))
-    rule, seed, teacher = config.view_rule(task.mirror), rng.key(run.seed, "labels"), committee.mean(weights)
+    task, images = run.task, run.task.transform(to_unit_range(stored))
+    rule, seed, teacher = config.view_rule(task.mirror), rng.key(run.seed, "labels"), committee.ensemble(weights)
     statistics: dict[str, Any] = {"statistics": config.label_statistics, "micro": config.label_micro}
     if config.labels == "hard":
         return HardLabels(classes, task.num_classes)
-    with run.fast():
+    with run.autocast():
         if config.labels == "soft":
-            return SoftLabels(answers(teacher, images, **statistics))
+            return SoftLabels(compute_logits(teacher, images, **statistics))
         if config.labels == "static":
-            logits = answers(teacher, images, **statistics).half()
+            logits = compute_logits(teacher, images, **statistics).half()
             return StaticLabels(logits, seed, rule, config.temperature, config.squared)
         if config.labels == "teacher":
             members, names = zip(*((member.network, member.name) for member in committee.members))
@@ -132,10 +132,10 @@ def _make_view_labels(
     config: RelabelOptions, run: Run, stored: Tensor, classes: Tensor, teacher: Any, statistics: dict[str, Any]
 ) -> Labels:
     """Labels of views: logits (per-view), few of them (pool), or two negative log-likelihoods each (distances)."""
-    images, count, epochs = run.task.transform(unit(stored)), run.task.num_classes, config.label_epochs
+    images, count, epochs = run.task.transform(to_unit_range(stored)), run.task.num_classes, config.label_epochs
     rule, seed = config.view_rule(run.task.mirror), rng.key(run.seed, "labels")
-    common = {**statistics, "classes": count, "quiet": run.quiet or not run.ranks.leads}
-    pruning = config if config.labels == "pool" and isinstance(config, Pruning) else None
+    common = {**statistics, "classes": count, "quiet": run.quiet or not run.ranks.is_main_process}
+    pruning = config if config.labels == "pool" and isinstance(config, PruningOptions) else None
     records = epochs if pruning is None else pruning.count(epochs)
     computed = records
     if pruning is not None and config.label_statistics == "batch":  # also views next to those that are kept
@@ -144,11 +144,11 @@ def _make_view_labels(
     with run.stage("labelling", computed) as done, storing as where:
         some = min(done, epochs)
         if config.labels == "distances":
-            values = view_distances(teacher, images, classes, some, rule, seed, **common, **where)
+            values = compute_view_nll(teacher, images, classes, some, rule, seed, **common, **where)
         elif pruning is not None and done == computed:
-            values = pool_answers(teacher, images, classes, epochs, rule, seed, records, **common, **where)
+            values = compute_pool_logits(teacher, images, classes, epochs, rule, seed, records, **common, **where)
         else:
-            values = view_answers(teacher, images, some, rule, seed, **common, **where)
+            values = compute_view_logits(teacher, images, some, rule, seed, **common, **where)
     values = values.expand(records, -1, -1)  # a dry run has labelled one epoch
     if config.labels == "distances":
         return DistanceLabels(values, classes, count, seed, rule, **statistics)
@@ -181,17 +181,18 @@ def _make_view_labels(
 def resumable_labels(
     config: RelabelOptions, run: Run, stored: Tensor, seed: int, records: int, width: int
 ) -> Iterator[dict[str, Any]]:
-    """Where ``records`` labels of views per image are collected, as keywords of ``view_answers``: in a file of the run
-    directory, so that memory holds one epoch and a killed run continues there; in memory for a run without one."""
-    if run.directory is None or not run.ranks.leads:
+    """Where ``records`` labels of views per image are collected, as keywords of ``compute_view_logits``: in a file of
+    the run directory, so that memory holds one epoch and a killed run continues there; in memory for a run without
+    one."""
+    if run.directory is None or not run.ranks.is_main_process:
         yield {}
         return
 
     def stop() -> None:
-        if run.asked_to_stop and run.ranks.world == 1:
+        if run.stop_requested and run.ranks.world_size == 1:
             raise Interrupted(f"stopped while labelling views; continue with: condense resume {run.directory}")
 
-    path, state = run.directory / VIEW_LABELS, run.directory / VIEW_LABELS_STATE
-    key = [content({"images": stored}), seed, str(config)]
-    with stored_answers(path, state, key, (records, len(stored), width), stop) as where:
+    path, state = run.directory / VIEW_LABELS_FILE, run.directory / VIEW_LABELS_STATE_FILE
+    key = [tensors_sha256({"images": stored}), seed, str(config)]
+    with resumable_logits(path, state, key, (records, len(stored), width), stop) as where:
         yield where

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 
 from condense.augment import ViewRule
-from condense.config import one_of, require
+from condense.config import require_one_of, require_range
 from condense.errors import CondenseError
 from condense.labels import STATISTICS
 from condense.pretraining import TeacherOptions
@@ -64,8 +64,10 @@ class RelabelOptions(TeacherOptions):
 
     def __post_init__(self) -> None:
         self.check_teachers()
-        one_of(self, labels=self.label_kinds, store=STORAGE_DTYPES, label_statistics=STATISTICS)
-        require(self, label_epochs=(1, math.inf), label_micro=(2, math.inf), temperature=(1e-6, sys.float_info.max))
+        require_one_of(self, labels=self.label_kinds, store=STORAGE_DTYPES, label_statistics=STATISTICS)
+        require_range(
+            self, label_epochs=(1, math.inf), label_micro=(2, math.inf), temperature=(1e-6, sys.float_info.max)
+        )
         self.view_rule(mirror=True)
         self.thresholds()
         if self.labels == "distances" and self.mix == "none":
@@ -134,7 +136,7 @@ class RecoveryOptions(RelabelOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         largest = sys.float_info.max
-        one_of(self, init=self.inits, schedule=CROP_SCHEDULES)
+        require_one_of(self, init=self.inits, schedule=CROP_SCHEDULES)
         counts = dict.fromkeys(("steps", "batch_classes", "at_once"), (1, math.inf))
         factors = dict.fromkeys(("lr_img", "bn_weight", "bn_first", "bn_variance"), (0, largest))
-        require(self, **counts, **factors, min_scale=(1e-4, 1), milestone=(0, 1), jitter=(0, math.inf))
+        require_range(self, **counts, **factors, min_scale=(1e-4, 1), milestone=(0, 1), jitter=(0, math.inf))

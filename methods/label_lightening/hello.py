@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from condense import rng
-from condense.config import require
+from condense.config import require_range
 from condense.data import Task
-from condense.engine import Group, Run
+from condense.engine import ParamGroup, Run
 from condense.labels import Labels, ProjectorLabels, check_loss
-from condense.lighten import Projection, fitted, head_of
+from condense.lighten import Projection, head_kind, train_projector
 from condense.methods.curriculum_synthesis.initial import set_from_pixels
 from condense.methods.curriculum_synthesis.patches import (
     confident_patches,
@@ -68,12 +68,12 @@ class HeLlO(Projection, RDED):
         super().__post_init__()
         self.check_projection()
         check_loss(self.loss_kind, self.gamma, torch.zeros(0))
-        require(self, refine_steps=(0, math.inf), refine_lr=(0, sys.float_info.max))
+        require_range(self, refine_steps=(0, math.inf), refine_lr=(0, sys.float_info.max))
 
 
 def features(encoder: Encoder, run: Run, images: Tensor) -> Tensor:
     """Features (N, D) of the public network for images (N, C, H, W) in training space."""
-    with run.fast():
+    with run.autocast():
         parts = [encoder(run.task.transform.inverse(part)).float() for part in images.split(TILE_CHUNK)]
     return torch.cat(parts)
 
@@ -96,7 +96,7 @@ def train_projector_labels(
     steps = min(DRY_RUN_STEPS, config.projector_steps) if run.dry_run else config.projector_steps
     again = f"stopped while training its projector; continue with: condense resume {run.directory}"
     rule, seed, began = config.view_rule(run.task.mirror), rng.key(run.seed, "labels"), time.monotonic()
-    place = run.directory if run.ranks.leads else None
+    place = run.directory if run.ranks.is_main_process else None
     ends: list[float] = []
 
     def note(report: Callable[[int], None], done: int) -> None:
@@ -104,9 +104,9 @@ def train_projector_labels(
         report(done)
 
     for _, report in iter_training_groups(run, [0], steps, "a projector", again):
-        made, known = fitted(
+        made, known = train_projector(
             run.task,
-            committee.mean(weights),
+            committee.ensemble(weights),
             dataclasses.replace(config, projector_steps=steps),
             rule,
             seed,
@@ -158,19 +158,19 @@ def hello(task: Task, config: HeLlO, run: Run) -> SyntheticSet:
     """
     get_crop_size(task, config.factor, f"factor={config.factor}")
     if config.labels == "projector":  # a missing backbone is reported before any training
-        head_of(config, pretrained.find(config.backbone, task.shape, torch.device("cpu")))
+        head_kind(config, pretrained.find_backbone(config.backbone, task.shape, torch.device("cpu")))
     committee = get_teachers(config, run)
     scorer = committee.members[0].network
     synthetic = set_from_pixels(run, confident_patches(run, scorer, config.pool, config.crops, config.factor))
     if config.factor > 1 and config.refine_steps:
-        encoder = pretrained.find(config.backbone, task.shape, run.device).encoder
+        encoder = pretrained.find_backbone(config.backbone, task.shape, run.device).encoder
         targets = []
         for c in range(task.num_classes):
             _, images, boxes = most_confident_crops(run, scorer, c, config.pool, config.crops, config.factor)
             targets.append(features(encoder, run, crop_images(images, boxes, task.shape[1])))
         target = torch.cat(targets)
         low, high = (task.transform(torch.full((task.shape[0], 1, 1), end, device=run.device)) for end in (0.0, 1.0))
-        group = Group(lr=config.refine_lr, optimizer="adam", clamp=(low, high))
+        group = ParamGroup(lr=config.refine_lr, optimizer="adam", clamp=(low, high))
         for step in run.optimise(synthetic, config.refine_steps, images=group):
             for rows in torch.arange(len(target), device=run.device).split(TILE_CHUNK):
                 tiles = split_collages(synthetic.images, config.factor)[rows]

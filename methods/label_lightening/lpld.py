@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from condense.data import Task
 from condense.engine import Run
 from condense.errors import CondenseError
-from condense.labels import Pruning, answers
+from condense.labels import PruningOptions, compute_logits
 from condense.methods.curriculum_synthesis.bn_matching import Moments, make_matcher
 from condense.methods.curriculum_synthesis.initial import create_initial_set
 from condense.methods.curriculum_synthesis.recovery import (
@@ -39,7 +39,7 @@ from condense.tracking import Progress
 
 
 @dataclass(frozen=True)
-class LPLD(Pruning, RecoveryOptions):
+class LPLD(PruningOptions, RecoveryOptions):
     """Hyper-parameters of LPLD; the defaults are those of Tiny-ImageNet."""
 
     steps: int = 4000
@@ -76,21 +76,21 @@ def class_moments(run: Run, net: Network) -> list[Moments]:
     the classes.
     """
     task, norms = run.task, [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    size = run.forward_chunk() or max(1, TEACHER_CHUNK_PIXELS // math.prod(task.shape[1:]))
+    size = run.forward_chunk_size() or max(1, TEACHER_CHUNK_PIXELS // math.prod(task.shape[1:]))
     parts = [(c, ids) for c in run.classes for ids in torch.from_numpy(task.class_ids(c)).split(size)]
     sums = [
         torch.zeros(task.num_classes, 3, norm.num_features, dtype=torch.float64, device=run.device) for norm in norms
     ]
-    progress = Progress("class moments", len(parts), 0, run.quiet or not run.ranks.leads)
+    progress = Progress("class moments", len(parts), 0, run.quiet or not run.ranks.is_main_process)
     with run.stage("preparation", len(parts)) as count:
         for number, (c, ids) in enumerate(parts[:count]):
             with _accumulated_sums(norms, [class_sums[c] for class_sums in sums]):
-                answers(net, task.batch(ids), batch_size=len(ids))
+                compute_logits(net, task.batch(ids), batch_size=len(ids))
             progress.update(number + 1)
     progress.close()
     moments = []
     for norm, class_sums in zip(norms, sums):
-        run.ranks.sum(class_sums)
+        run.ranks.all_reduce_sum(class_sums)
         assert norm.running_mean is not None
         gap, square = (class_sums[:, 1:] / class_sums[:, :1].clamp(min=1)).unbind(1)
         mean, variance = norm.running_mean + gap, square - gap.square()
@@ -151,7 +151,7 @@ def lpld(task: Task, config: LPLD, run: Run) -> SyntheticSet:
     committee = get_teachers(config, run)
     net = committee.members[0].network
     synthetic, batches = create_initial_set(config, run, net), make_single_class_batches(run)
-    with run.fast():
+    with run.autocast():
         targets = class_moments(run, net)
     guides = [guide_all(make_matcher(config, net), batches, targets)]
     finish = functools.partial(finish_set, config, run, synthetic.images, synthetic.classes, committee)

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from condense import rng
-from condense.config import one_of, require
+from condense.config import require_one_of, require_range
 from condense.data import Task
-from condense.engine import Group, Run, Target
+from condense.engine import ParamGroup, Run, Target
 from condense.methods.trajectory_matching.expert_updates import Smooth
 from condense.methods.trajectory_matching.matching import (
     LOGIT_CHUNK,
@@ -30,7 +30,7 @@ from condense.methods.trajectory_matching.matching import (
 from condense.methods.trajectory_matching.mtt import MTT
 from condense.pretraining import Experts, ExpertTraining
 from condense.registry import method
-from condense.sets import INITS, SyntheticSet, central_rows
+from condense.sets import INITS, SyntheticSet, nearest_to_centroids
 
 INTERMEDIATE_WEIGHTS: dict[str, Callable[[int, int], float]] = {
     "none": lambda k, count: 0.0,
@@ -70,13 +70,13 @@ class AST(MTT):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, perturb=(0, sys.float_info.max), penalty=(0, sys.float_info.max))
-        one_of(self, intermediate=INTERMEDIATE_WEIGHTS)
+        require_range(self, perturb=(0, sys.float_info.max), penalty=(0, sys.float_info.max))
+        require_one_of(self, intermediate=INTERMEDIATE_WEIGHTS)
 
     def expert_training(self, task: Task) -> ExpertTraining:
         """SGD with momentum and one milestone, on a smooth loss; in float32 because of its second derivative."""
         recipe, epochs = super().expert_training(task).recipe, self.epochs_needed()
-        recipe = dataclasses.replace(recipe, drops=((epochs // 2 + 1) / epochs,), drop_factor=0.6)
+        recipe = dataclasses.replace(recipe, lr_milestones=((epochs // 2 + 1) / epochs,), lr_gamma=0.6)
         return ExpertTraining(recipe, Smooth(self.penalty, self.warm_loss), "fp32")
 
 
@@ -91,11 +91,11 @@ def make_targets(config: AST, experts: Experts, expert: int, epoch: int) -> list
     """Weights that the student is matched with: those of the segment's last epoch and of the epochs before it."""
     last, between = config.expert_epochs, config.expert_epochs - 1
     stride = config.syn_steps // last
-    targets = [Target(config.syn_steps, experts.at(expert, epoch + last))]
+    targets = [Target(config.syn_steps, experts.params_at(expert, epoch + last))]
     for k in range(1, last):
         weight = INTERMEDIATE_WEIGHTS[config.intermediate](k, between)
         if weight and stride:
-            targets.append(Target(k * stride, experts.at(expert, epoch + k), weight))
+            targets.append(Target(k * stride, experts.params_at(expert, epoch + k), weight))
     return targets
 
 
@@ -118,8 +118,10 @@ def select_representatives(task: Task, run: Run, experts: Experts) -> Tensor:
     for c in range(task.num_classes):
         members = torch.from_numpy(task.class_ids(c))
         chunks = [run.task.batch(ids) for ids in members.split(LOGIT_CHUNK)]
-        logits = torch.cat([compute_expert_logits(run, experts, experts.at(expert, -1), images) for images in chunks])
-        chosen.append(members[central_rows(logits, run.ipc, rng.key(run.seed, "init", "representative", c))])
+        logits = torch.cat(
+            [compute_expert_logits(run, experts, experts.params_at(expert, -1), images) for images in chunks]
+        )
+        chosen.append(members[nearest_to_centroids(logits, run.ipc, rng.key(run.seed, "init", "representative", c))])
     return torch.cat(chosen)
 
 
@@ -149,10 +151,10 @@ def ast(task: Task, config: AST, run: Run) -> SyntheticSet:
     synthetic.learn_step_size(config.lr_start)
     student = UnrolledStudent(config, run, synthetic, experts)
     between = () if config.intermediate == "none" else range(1, config.expert_epochs)
-    images = Group(lr=config.lr_img, momentum=config.momentum)
+    images = ParamGroup(lr=config.lr_img, momentum=config.momentum)
     for step in run.optimise(synthetic, config.steps, images=images, step_size=step_size_group(config)):
         expert, epoch = draw_segment(config, run, experts, step.index, between=between)
-        start = perturb_convolutions(experts.at(expert, epoch), experts, config.perturb, step.key("perturb"))
+        start = perturb_convolutions(experts.params_at(expert, epoch), experts, config.perturb, step.key("perturb"))
         weight = start_weight(epoch, config.max_start_epoch) if config.balance else 1.0
         targets = make_targets(config, experts, expert, epoch)
         outcome = student.unroll(student.loss(step, weight=weight), start, targets)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from condense import rng
-from condense.config import require
+from condense.config import require_range
 from condense.data import Task
-from condense.engine import Group, Run, Target
+from condense.engine import ParamGroup, Run, Target
 from condense.methods.trajectory_matching.ftd import FTD
 from condense.methods.trajectory_matching.matching import (
     LOGIT_CHUNK,
@@ -69,7 +69,7 @@ class DATM(FTD):
             "expand_steps": (0, math.inf),
         }
         factors = dict.fromkeys(("lr_label", "gate"), (0, sys.float_info.max))
-        require(self, **factors, label_momentum=(0, 1), **starts)
+        require_range(self, **factors, label_momentum=(0, 1), **starts)
 
     def end_of_starts(self, index: int) -> int:
         """One more than the latest epoch at which the student of outer step ``index`` may start."""
@@ -93,7 +93,7 @@ def select_correct_images(task: Task, run: Run, experts: Experts) -> Tensor:
                 missing = run.ipc - sum(map(len, selected))
                 if not missing:
                     break
-                logits = compute_expert_logits(run, experts, experts.at(k, -1), run.task.batch(ids))
+                logits = compute_expert_logits(run, experts, experts.params_at(k, -1), run.task.batch(ids))
                 correct = (logits.argmax(1) == c).cpu()
                 selected.append(ids[correct][:missing])
                 wrong.append(ids[~correct])
@@ -108,7 +108,7 @@ def average_correct_logits(run: Run, experts: Experts, synthetic: SyntheticSet) 
     total = torch.zeros(len(classes), run.task.num_classes, device=classes.device)
     total_of_all, votes = torch.zeros_like(total), torch.zeros(len(classes), 1, device=classes.device)
     for k in range(experts.count):
-        logits = compute_set_logits(run, experts, experts.at(k, -1), synthetic)
+        logits = compute_set_logits(run, experts, experts.params_at(k, -1), synthetic)
         correct = (logits.argmax(1) == classes).float()[:, None]
         total, total_of_all, votes = total + correct * logits, total_of_all + logits, votes + correct
     return torch.where(votes > 0, total / votes.clamp(min=1), total_of_all / experts.count)
@@ -147,11 +147,11 @@ def datm(task: Task, config: DATM, run: Run) -> SyntheticSet:
     student = UnrolledStudent(config, run, synthetic, experts)
     gate = None if run.dry_run else config.gate  # a skipped step has another cost than the others
     groups: dict[str, Any] = {"images": config.pixel_group(), "step_size": step_size_group(config)}
-    groups["labels"] = Group(lr=config.lr_label, momentum=config.label_momentum)
+    groups["labels"] = ParamGroup(lr=config.lr_label, momentum=config.label_momentum)
     skipped = 0
     for step in run.optimise(synthetic, config.steps, **groups):
         expert, epoch = draw_segment(config, run, experts, step.index, config.end_of_starts)
-        start, goal = experts.at(expert, epoch), experts.at(expert, epoch + config.expert_epochs)
+        start, goal = experts.params_at(expert, epoch), experts.params_at(expert, epoch + config.expert_epochs)
         outcome = student.unroll(student.loss(step), start, [Target(config.syn_steps, goal)], gate)
         apply_update(step, outcome)
         skipped += outcome.gradients is None

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from condense.training import Work
+from condense.training import TrainingStep
 
 NORM_EPS = 1e-12
 """Added to norms in a denominator."""
@@ -42,7 +42,7 @@ class GSAM:
     coefficient: float
     adaptive: bool = True
 
-    def __call__(self, work: Work) -> list[Tensor]:
+    def __call__(self, work: TrainingStep) -> list[Tensor]:
         plain = torch.autograd.grad(work.loss(), work.weights)
         before = [weight.detach().clone() for weight in work.weights]
         scales = [weight.abs() if self.adaptive else torch.ones_like(weight) for weight in before]
@@ -73,7 +73,7 @@ class Smooth:
     penalty: float
     warm: bool
 
-    def __call__(self, work: Work) -> Sequence[Tensor]:
+    def __call__(self, work: TrainingStep) -> Sequence[Tensor]:
         factor = min(1.0, 0.5 + 0.05 * work.epoch) if self.warm else 1.0
         loss = factor * work.loss()
         if self.penalty:

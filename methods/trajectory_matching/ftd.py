@@ -6,9 +6,9 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from condense.config import require
+from condense.config import require_range
 from condense.data import Task
-from condense.engine import Group, Run, Target
+from condense.engine import ParamGroup, Run, Target
 from condense.methods.trajectory_matching.expert_updates import GSAM
 from condense.methods.trajectory_matching.matching import (
     UnrolledStudent,
@@ -38,16 +38,16 @@ class FTD(MTT):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, rho=(0, sys.float_info.max), gsam=(0, sys.float_info.max), ema=(0, 1))
+        require_range(self, rho=(0, sys.float_info.max), gsam=(0, sys.float_info.max), ema=(0, 1))
 
     def expert_training(self, task: Task) -> ExpertTraining:
         """MTT's training with GSAM, which finds flat regions; in float32."""
         return ExpertTraining(super().expert_training(task).recipe, GSAM(self.rho, self.gsam), "fp32")
 
-    def pixel_group(self) -> Group:
+    def pixel_group(self) -> ParamGroup:
         """Optimiser settings of the pixels, with their moving average."""
         decay = 0.9995 ** (5000 / self.steps) if self.ema is None else self.ema
-        return Group(lr=self.lr_img, momentum=self.momentum, ema=decay or None)
+        return ParamGroup(lr=self.lr_img, momentum=self.momentum, ema=decay or None)
 
 
 @method(
@@ -77,7 +77,7 @@ def ftd(task: Task, config: FTD, run: Run) -> SyntheticSet:
     groups: dict[str, Any] = {"images": config.pixel_group(), "step_size": step_size_group(config)}
     for step in run.optimise(synthetic, config.steps, **groups):
         expert, epoch = draw_segment(config, run, experts, step.index)
-        start, goal = experts.at(expert, epoch), experts.at(expert, epoch + config.expert_epochs)
+        start, goal = experts.params_at(expert, epoch), experts.params_at(expert, epoch + config.expert_epochs)
         outcome = student.unroll(student.loss(step), start, [Target(config.syn_steps, goal)])
         apply_update(step, outcome)
     check_step_size(config, run, synthetic)

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from condense import networks, rng
-from condense.augment import Parameters, dsa
-from condense.engine import Diverged, Group, Outcome, Run, Step, StepLoss, Target, unroll
+from condense.augment import AugmentationParameters, make_augmentation
+from condense.engine import Diverged, ParamGroup, Run, Step, StepLoss, Target, UnrollResult, unroll
 from condense.errors import CondenseError
 from condense.pretraining import Experts, load_or_train_experts
 from condense.sets import SyntheticSet, decode
@@ -46,8 +46,8 @@ def get_experts(config: MTT, run: Run, required_by: str = "") -> Experts:
     """
     if required_by and networks.uses_batch_statistics(run.random_network(0)):
         raise CondenseError(
-            f"{required_by}: experts of {networks.name_of(run.network)} cannot be asked about images, as batch norm's "
-            "statistics are not kept; take a network with instance norm"
+            f"{required_by}: experts of {networks.network_name(run.network)} cannot be asked about images, as "
+            "batch norm's statistics are not kept; take a network with instance norm"
         )
     epochs, (first, last) = config.epochs_needed(), config.epochs_read()
     return load_or_train_experts(
@@ -96,9 +96,9 @@ def draw_segment(
     return draw(index)
 
 
-def step_size_group(config: MTT) -> Group:
+def step_size_group(config: MTT) -> ParamGroup:
     """Optimiser settings of the student's step size."""
-    return Group(lr=config.lr_lr, momentum=config.momentum, positive=config.step_size == "positive")
+    return ParamGroup(lr=config.lr_lr, momentum=config.momentum, positive=config.step_size == "positive")
 
 
 class UnrolledStudent:
@@ -109,7 +109,7 @@ class UnrolledStudent:
         self.net = run.random_network(0)
         self.has_dropout = networks.uses_dropout(self.net)
         self.size = len(decode(synthetic.images.detach(), synthetic.stages)[1])
-        self.augmentation = dsa(config.augment, mirror=run.task.mirror)
+        self.augmentation = make_augmentation(config.augment, mirror=run.task.mirror)
 
     def loss(self, step: Step, *, weight: float = 1.0, targets: Tensor | None = None) -> StepLoss:
         """Returns the training loss of an outer step: the cross-entropy of augmented batches of the set.
@@ -123,9 +123,9 @@ class UnrolledStudent:
         """
         size, key = self.size, rng.key(*step.key("inner"))
         batch = min(self.config.batch_syn or size, size)
-        drawn: dict[int, tuple[Tensor | None, Parameters]] = {}
+        drawn: dict[int, tuple[Tensor | None, AugmentationParameters]] = {}
 
-        def draw(i: int) -> tuple[Tensor | None, Parameters]:
+        def draw(i: int) -> tuple[Tensor | None, AugmentationParameters]:
             if i not in drawn:
                 # The whole set needs no gathering, whose second derivative would scatter.
                 rows = None if batch == size else batch_ids(key, size, batch, i).to(self.run.device)
@@ -151,7 +151,9 @@ class UnrolledStudent:
 
         return loss
 
-    def unroll(self, loss: StepLoss, start: Tensor, targets: Sequence[Target], gate: float | None = None) -> Outcome:
+    def unroll(
+        self, loss: StepLoss, start: Tensor, targets: Sequence[Target], gate: float | None = None
+    ) -> UnrollResult:
         """Trains ``syn_steps`` steps from ``start``; returns the distance to ``targets`` and its gradients."""
         leaves = {name: leaf for name, leaf in self.synthetic.tensors.items() if name != "step_size"}
         rate = self.synthetic.step_size
@@ -160,12 +162,12 @@ class UnrolledStudent:
         return unroll(loss, start, leaves, rate, self.config.syn_steps, targets, gate=gate, **options)
 
 
-def apply_update(step: Step, outcome: Outcome) -> None:
+def apply_update(step: Step, outcome: UnrollResult) -> None:
     """Updates the set along the gradients, and records the loss; a step that the gate rejected changes nothing."""
     loss = torch.where(outcome.loss < MAX_MATCHING_LOSS, outcome.loss, torch.inf)
     if outcome.gradients is None:
         step.update(gate=False)
-        step.optimizer.note(loss)
+        step.optimizer.record_loss(loss)
     else:
         step.apply(outcome.gradients, loss)
 
@@ -196,7 +198,7 @@ def compute_expert_logits(run: Run, experts: Experts, theta: Tensor, images: Ten
     """Logits float32 (N, classes) of an expert with weights (P,) for images (N,C,H,W) in training space."""
     net: networks.Network = copy.deepcopy(run.random_network(0))
     net.load_state_dict({**net.state_dict(), **experts.layout.unflatten(theta)})
-    with torch.no_grad(), run.fast():
+    with torch.no_grad(), run.autocast():
         features = torch.cat([net.embed(part).float() for part in images.split(LOGIT_CHUNK)])
     with torch.no_grad():
         return net.classify(features)

@@ -7,9 +7,9 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from condense.config import one_of, require
+from condense.config import require_one_of, require_range
 from condense.data import Task
-from condense.engine import Group, Run, Target, check
+from condense.engine import ParamGroup, Run, Target, check_unroll_options
 from condense.methods.trajectory_matching.matching import (
     UnrolledStudent,
     apply_update,
@@ -58,9 +58,9 @@ class MTT(SyntheticOptions, ExpertOptions):
         counts = dict.fromkeys(("steps", "syn_steps", "batch_syn"), (1, math.inf))
         factors = dict.fromkeys(("lr_img", "lr_lr", "tesla_factor"), (0, sys.float_info.max))
         shares = dict.fromkeys(("momentum", "inner_momentum"), (0, 1))
-        require(self, **counts, **factors, **shares, lr_start=(1e-12, sys.float_info.max), **self.expert_ranges())
-        one_of(self, step_size=("positive", "raw"))
-        check(self.grad_mode, self.inner_optimizer, self.inner_momentum)
+        require_range(self, **counts, **factors, **shares, lr_start=(1e-12, sys.float_info.max), **self.expert_ranges())
+        require_one_of(self, step_size=("positive", "raw"))
+        check_unroll_options(self.grad_mode, self.inner_optimizer, self.inner_momentum)
 
     def unroll_options(self) -> dict[str, Any]:
         """Keyword arguments of ``unroll``."""
@@ -99,10 +99,10 @@ def mtt(task: Task, config: MTT, run: Run) -> SyntheticSet:
     synthetic = SyntheticSet.create(task, run.ipc, config, seed=run.seed, device=run.device)
     synthetic.learn_step_size(config.lr_start)
     student = UnrolledStudent(config, run, synthetic, experts)
-    images = Group(lr=config.lr_img, momentum=config.momentum)
+    images = ParamGroup(lr=config.lr_img, momentum=config.momentum)
     for step in run.optimise(synthetic, config.steps, images=images, step_size=step_size_group(config)):
         expert, epoch = draw_segment(config, run, experts, step.index)
-        start, goal = experts.at(expert, epoch), experts.at(expert, epoch + config.expert_epochs)
+        start, goal = experts.params_at(expert, epoch), experts.params_at(expert, epoch + config.expert_epochs)
         outcome = student.unroll(student.loss(step), start, [Target(config.syn_steps, goal)])
         apply_update(step, outcome)
     check_step_size(config, run, synthetic)

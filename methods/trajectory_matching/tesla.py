@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from condense.data import Task
-from condense.engine import Group, Run, Target
+from condense.engine import ParamGroup, Run, Target
 from condense.labels import SoftLabels
 from condense.methods.trajectory_matching.matching import (
     UnrolledStudent,
@@ -65,17 +65,17 @@ def tesla(task: Task, config: TESLA, run: Run) -> SyntheticSet:
     synthetic = SyntheticSet.create(task, run.ipc, config, seed=run.seed, device=run.device)
     synthetic.learn_step_size(config.lr_start)
     student = UnrolledStudent(config, run, synthetic, experts)
-    images = Group(lr=config.lr_img, momentum=config.momentum)
+    images = ParamGroup(lr=config.lr_img, momentum=config.momentum)
     for step in run.optimise(synthetic, config.steps, images=images, step_size=step_size_group(config)):
         expert, epoch = draw_segment(config, run, experts, step.index)
-        start, goal = experts.at(expert, epoch), experts.at(expert, epoch + config.expert_epochs)
+        start, goal = experts.params_at(expert, epoch), experts.params_at(expert, epoch + config.expert_epochs)
         labels = compute_set_logits(run, experts, goal, synthetic).softmax(1) if config.assign_labels else None
         outcome = student.unroll(student.loss(step, targets=labels), start, [Target(config.syn_steps, goal)])
         apply_update(step, outcome)
     check_step_size(config, run, synthetic)
     if config.assign_labels:
         epoch = min(config.max_start_epoch - 1 + config.expert_epochs, experts.epochs)
-        weights = (experts.at(k, epoch) for k in range(experts.count))
+        weights = (experts.params_at(k, epoch) for k in range(experts.count))
         probabilities = [compute_set_logits(run, experts, theta, synthetic).softmax(1) for theta in weights]
         synthetic.labels = SoftLabels(torch.stack(probabilities).mean(0).log())
         synthetic.label_source = {"experts": experts.describe(), "epoch": epoch, "rule": "mean softmax"}
