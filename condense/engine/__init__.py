@@ -1,4 +1,4 @@
-"""TODO-FACE condense/engine."""
+"""What a method runs on: Run and Step, the optimizer of synthetic sets, checkpoints, gradients of unrolled training."""
 
 from condense.engine.checkpoint import (
     CHECKPOINT_FILE,

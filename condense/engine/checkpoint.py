@@ -1,4 +1,4 @@
-"""TODO-DOC."""
+"""Checkpoints of a run, and the exceptions that end one."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def load_checkpoint(directory: Path, config_key: str) -> dict[str, Any] | None:
             continue
         if state["config_key"] != config_key:
             raise CondenseError(
-                f"{directory}: config.json was changed after the checkpoint; undo that, or start anew with --force"
+                f"{directory}: config.json was changed after the checkpoint; undo that, or start again with --force"
             )
         return state
     return None

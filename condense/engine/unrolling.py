@@ -2,7 +2,7 @@
 
 One loss, the distance of those weights from given ones, and three ways to its gradient:
 
-* ``adjoint``: exact, by a recursion that goes back from the last step and makes each step anew. Peak memory is that of
+* ``adjoint``: exact, by a recursion that goes back from the last step and recomputes each step. Peak memory is that of
   one inner step with its double backward, and N * P floats for the weights on the way.
 * ``graph``: exact, by autograd through all steps, which are all held in memory. The only way through optimisers other
   than SGD, where ``higher`` makes the steps; this is the one room that touches it.

@@ -116,7 +116,7 @@ class Labels(Protocol):
         """
 
     def relabelling_teacher(self, teacher: nn.Module | None) -> nn.Module | None:
-        """Returns the network that :meth:`anew` needs: ``teacher``, or the labels' own network."""
+        """Returns the network that :meth:`label_images` needs: ``teacher``, or the labels' own network."""
         return teacher
 
     def own_teacher(

@@ -1,4 +1,4 @@
-"""TODO-FACE condense/lighten."""
+"""Labels in fewer bytes for an existing set, and the comparison of accuracy against label bytes."""
 
 from condense.lighten.comparison import compare_label_kinds, format_comparison, parse_kinds, plot_comparison
 from condense.lighten.kinds import LIGHTEN_KINDS

@@ -1,4 +1,4 @@
-"""TODO-DOC."""
+"""Compares kinds of labels for one set: bytes, accuracy, a table and a chart."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MARKERS = "osD^v<>"
 
 
 def parse_kinds(text: str) -> list[str]:
-    """``lowrank:rank=8,topk,pool:keep=0.1:values=int8`` as its words, checked.
+    """``lowrank:rank=8,topk,pool:keep=0.1:values=int8`` as a list of checked specifications.
 
     Raises:
         CondenseError: an unknown kind or setting.
@@ -62,12 +62,12 @@ def compare_label_kinds(
     precision: str = "auto",
     quiet: bool = True,
 ) -> list[LabelComparison]:
-    """Bytes of the set's labels and of lighter ones and, where the real data are given, what students reach on them.
+    """Compares bytes of the set's labels and of lighter ones and, if the real data are given, the accuracy of students.
 
     Args:
         distilled: the set.
-        kinds: as in :func:`parse_kinds`; ``own`` and every kind, with its usual settings, when empty.
-        task: the real data; None: bytes alone.
+        kinds: as in :func:`parse_kinds`; if empty, ``own`` and every kind with its default settings.
+        task: the real data; None compares bytes only.
         protocol: that students are trained by, of the soft track; the set's own, else dc-soft-v1, when None.
         network: of the students; the protocol's first when None.
         runs: students of each kind; the protocol's number when None.

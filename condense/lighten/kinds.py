@@ -1,4 +1,4 @@
-"""TODO-DOC."""
+"""Makes the labels of each kind from stored labels, teachers or the real data."""
 
 from __future__ import annotations
 
@@ -71,8 +71,6 @@ from condense.pretraining import (
 from condense.sets import DistilledSet
 from condense.tracking import Progress
 
-# What labels are made from --------------------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True, eq=False)
 class TeacherInfo:
@@ -80,15 +78,15 @@ class TeacherInfo:
 
     network: nn.Module
     """Images in training space to logits; in eval mode."""
-    known: dict[str, Any]
-    """What the manifest says of them."""
+    description: dict[str, Any]
+    """Their entries in the manifest."""
     names: tuple[str, ...] = ()
     """Of the members' architectures, where they can be built from these."""
 
 
 @dataclass(eq=False)
 class LightenJob:
-    """A set whose labels are to be made anew, and who may be asked."""
+    """A set that gets new labels, and the teachers that may label it."""
 
     distilled: DistilledSet
     teacher: nn.Module | None
@@ -111,53 +109,55 @@ class LightenJob:
 
     @property
     def stored(self) -> PerViewLabels | None:
-        """The set's own logits of views, where it has them and no other teachers are named."""
+        """The set's own logits of views, if it has them and no other teachers are given."""
         labels = self.distilled.labels
         given = self.teacher is not None or self.teachers is not None
         return labels if labels.stores_all_logits and not given else None  # type: ignore[return-value]
 
     @functools.cached_property
-    def taught(self) -> TeacherInfo:
-        """The teachers that are named, else those that the set's labels came from.
+    def teacher_info(self) -> TeacherInfo:
+        """The given teachers, else those that made the set's labels.
 
         Raises:
             CondenseError: there are none.
         """
-        made, source = self.distilled, self.distilled.manifest.get("label_source", {})
+        distilled, source = self.distilled, self.distilled.manifest.get("label_source", {})
         if self.teacher is not None:
             net = self.teacher.to(self.device).eval()
             about = {"network": type(net).__name__, "sha256": tensors_sha256(net.state_dict())}
             return TeacherInfo(net, {"teacher": about})
         if self.teachers is not None and hdf5.read_format(Path(self.teachers)) == saved.TEACHER_FORMAT.name:
-            return _of_file(Path(self.teachers), source, made, self.device)
+            return _read_teachers(Path(self.teachers), source, distilled, self.device)
         if self.teachers is None:
-            own = made.labels.own_teacher(self.device, original=self.kind in ("teacher", "projector"))
+            own = distilled.labels.own_teacher(self.device, original=self.kind in ("teacher", "projector"))
             if own is not None:
                 net, description, names = own
-                return TeacherInfo(net, {"teacher": description} if description else teacher_facts(made), names)
-        found, why = label_source.find_label_teacher(made, self.teachers, self.device)
-        if found is None:
+                return TeacherInfo(net, {"teacher": description} if description else teacher_facts(distilled), names)
+        net, reason = label_source.find_label_teacher(distilled, self.teachers, self.device)
+        if net is None:
             raise CondenseError(
-                f"{made.name}: its {made.labels.kind} labels do not give these, and "
-                + (why if why else "it does not say which teachers could; give --teachers FILE")
+                f"{distilled.name}: its {distilled.labels.kind} labels do not give these, and "
+                + (reason if reason else "it does not say which teachers could; give --teachers FILE")
             )
-        known = source.get("teachers") or {}
-        buildable = known and not pretrained.is_public(str(known.get("path")))
-        return TeacherInfo(found, teacher_facts(made), tuple(known.get("networks", ())) if buildable else ())
+        recorded = source.get("teachers") or {}
+        can_be_built = recorded and not pretrained.is_public(str(recorded.get("path")))
+        names = tuple(recorded.get("networks", ())) if can_be_built else ()
+        return TeacherInfo(net, teacher_facts(distilled), names)
 
 
 def teacher_facts(distilled: DistilledSet) -> dict[str, Any]:
+    """Returns what the manifest of a set records of the teachers of its labels."""
     return {key: distilled.manifest[key] for key in ("label_source", "teacher") if key in distilled.manifest}
 
 
-def _of_file(path: Path, source: dict[str, Any], distilled: DistilledSet, device: torch.device) -> TeacherInfo:
-    """The teachers of a file: those that the set's labels came from where it holds them, else all of them."""
+def _read_teachers(path: Path, source: dict[str, Any], distilled: DistilledSet, device: torch.device) -> TeacherInfo:
+    """Reads the teachers of a file: those that made the set's labels if the file has them, else all."""
     file = read_teacher_file(path)
-    wanted = (source.get("teachers") or {}).get("sha256", [])
-    same = bool(wanted) and set(wanted) <= {entry["sha256"] for entry in file.entries}
+    recorded = (source.get("teachers") or {}).get("sha256", [])
+    same = bool(recorded) and set(recorded) <= {entry["sha256"] for entry in file.entries}
     if same:
         places = {entry["sha256"]: key for entry, key in zip(file.entries, file.keys)}
-        keys = [places[digest] for digest in wanted]
+        keys = [places[digest] for digest in recorded]
     else:
         keys = file.keys
     about = committee_of(file, keys, device).describe()
@@ -178,7 +178,7 @@ def _of_file(path: Path, source: dict[str, Any], distilled: DistilledSet, device
 
 
 def _views(config: ViewOptions, start: ViewRule) -> ViewRule:
-    """``start`` with what the settings say."""
+    """Returns ``start`` with the values that the settings give."""
     given: dict[str, Any] = {
         "min_scale": config.label_scale,
         "pad": config.label_pad,
@@ -189,15 +189,15 @@ def _views(config: ViewOptions, start: ViewRule) -> ViewRule:
 
 
 def _rule(job: LightenJob, config: ViewOptions) -> dict[str, Any]:
-    """Seed, views and statistics of labels that are asked for, as keywords of the providers."""
+    """Returns seed, views and statistics of the new labels, as keywords of the label kinds."""
     own = job.distilled.labels if job.distilled.labels.per_view else None
     start = getattr(own, "views", None) or ViewRule(flip=job.distilled.manifest.get("mirror", True), mix="cutmix")
     seed = getattr(own, "seed", None)
     if config.label_seed is not None:
         seed = rng.key(config.label_seed, "labels")
     elif seed is None:
-        known = job.distilled.manifest.get("seed")
-        seed = rng.key(known if isinstance(known, int) else 0, "labels")
+        recorded = job.distilled.manifest.get("seed")
+        seed = rng.key(recorded if isinstance(recorded, int) else 0, "labels")
     statistics = config.label_statistics or getattr(own, "statistics", "running")
     micro = config.label_micro or getattr(own, "micro", 0) or 8
     return {"seed": seed, "views": _views(config, start), "statistics": statistics, "micro": micro}
@@ -211,10 +211,10 @@ def _targets(job: LightenJob, config: TargetOptions) -> dict[str, Any]:
 
 
 def _check_as_stored(labels: PerViewLabels, config: PerViewOptions | DistanceOptions) -> None:
-    """Stored labels are of their views and no others.
+    """Checks that no setting asks for other views than those of the stored labels.
 
     Raises:
-        CondenseError: every setting that says otherwise.
+        CondenseError: names every such setting.
     """
     views = labels.views
     has = {
@@ -235,20 +235,17 @@ def _check_as_stored(labels: PerViewLabels, config: PerViewOptions | DistanceOpt
     if faults:
         raise CondenseError(
             f"{', '.join(faults)}: the stored labels are of other views; leave it out, or give "
-            "--teachers FILE to have views labelled anew"
+            "--teachers FILE to label other views"
         )
     if (config.label_epochs or 0) > labels.epochs:
         raise CondenseError(
             f"label_epochs={config.label_epochs}: {labels.epochs} are stored; leave it out, or give "
-            "--teachers FILE to have views labelled anew"
+            "--teachers FILE to label other views"
         )
 
 
-# The kinds ------------------------------------------------------------------------------------------------------------
-
-
 def make_per_view_labels(job: LightenJob, config: PerViewOptions) -> PerViewLabels:
-    """Logits of views: those that are stored, with the targets that the settings ask for, or the teachers'."""
+    """Makes logits of views: the stored ones with the targets of the settings, or those of the teachers."""
     stored = job.stored
     if stored is not None:
         _check_as_stored(stored, config)
@@ -256,25 +253,25 @@ def make_per_view_labels(job: LightenJob, config: PerViewOptions) -> PerViewLabe
         terms = {**stored.terms(), **_targets(job, config)}
     else:
         terms = _terms(job, config)
-        logits = _ask(job, config.label_epochs, terms)
+        logits = _compute_logits(job, config.label_epochs, terms)
     return PerViewLabels(logits, **terms)
 
 
 def _terms(job: LightenJob, config: TargetOptions) -> dict[str, Any]:
-    """All but the logits of labels that are asked for, as keywords of ``PerViewLabels``."""
+    """Returns all arguments of ``PerViewLabels`` except the logits."""
     return {**_rule(job, config), **_targets(job, config), **job.distilled.labels.loss_settings()}
 
 
-def _epochs(job: LightenJob, asked: int | None) -> int:
-    known: int = getattr(job.distilled.labels, "epochs", DEFAULT_LABEL_EPOCHS)
-    return asked or known
+def _label_epochs(job: LightenJob, given: int | None) -> int:
+    own: int = getattr(job.distilled.labels, "epochs", DEFAULT_LABEL_EPOCHS)
+    return given or own
 
 
-def _ask(job: LightenJob, epochs: int | None, rule: dict[str, Any]) -> Tensor:
-    epochs, classes = _epochs(job, epochs), len(job.distilled.classes)
-    with _in_making(job, rule, epochs, classes) as where:
+def _compute_logits(job: LightenJob, epochs: int | None, rule: dict[str, Any]) -> Tensor:
+    epochs, classes = _label_epochs(job, epochs), len(job.distilled.classes)
+    with _resumable(job, rule, epochs, classes) as where:
         return compute_view_logits(
-            job.taught.network,
+            job.teacher_info.network,
             job.images,
             epochs,
             rule["views"],
@@ -288,56 +285,56 @@ def _ask(job: LightenJob, epochs: int | None, rule: dict[str, Any]) -> Tensor:
 
 
 @contextlib.contextmanager
-def _in_making(
-    job: LightenJob, rule: dict[str, Any], records: int, width: int, **of: Tensor
+def _resumable(
+    job: LightenJob, rule: dict[str, Any], records: int, width: int, **inputs: Tensor
 ) -> Iterator[dict[str, Any]]:
-    """Where ``records`` labels of views of each image go while teachers are asked, as keywords of
-    ``compute_view_logits``: into a file beside that of the set, if there will be one; see
-    :func:`condense.labels.resumable_logits`. ``of`` is what they follow from besides images, teachers and ``rule``."""
+    """Where ``records`` labels of views of each image are collected, as keywords of ``compute_view_logits``: in a file
+    next to that of the set, if one will be written; see :func:`condense.labels.resumable_logits`. ``inputs`` are
+    tensors that the labels depend on besides images, teachers and ``rule``."""
     if job.beside is None:
         yield {}
         return
-    asked = [tensors_sha256({"images": job.images, **of}), tensors_sha256(job.taught.network.state_dict())]
-    key = [*asked, rule["seed"], str(rule["views"]), rule["statistics"], rule["micro"]]
+    digests = [tensors_sha256({"images": job.images, **inputs}), tensors_sha256(job.teacher_info.network.state_dict())]
+    key = [*digests, rule["seed"], str(rule["views"]), rule["statistics"], rule["micro"]]
     try:
         with resumable_logits(*partial_files(job.beside)[:2], key, (records, len(job.images), width)) as where:
             yield where
     except KeyboardInterrupt:
-        raise Interrupted("stopped while labelling views; give the same command again to go on") from None
+        raise Interrupted("stopped while labelling views; give the same command again to continue") from None
 
 
 def partial_files(file: Path) -> tuple[Path, Path, Path]:
-    """Where the teachers' answers are kept while a set for ``file`` is in making, how far they are, and the state of a
-    projector in training."""
+    """Paths of unfinished work for the set ``file``: the logits of views, their progress, and the state of a projector
+    in training."""
     views, done, projector = (file.with_name(f"{file.name}.{end}") for end in ("views.npy", "views.json", "projector"))
     return views, done, projector
 
 
 def make_lowrank_labels(job: LightenJob, config: LowRankOptions) -> LowRankLabels:
-    """Labels of views on few axes."""
+    """Makes logits of views as coefficients on a few shared axes."""
     rank = config.rank or default_size(len(job.distilled.classes), DEFAULT_MAX_RANK)
     return LowRankLabels.of(make_per_view_labels(job, config).to(job.device), rank)
 
 
 def make_topk_labels(job: LightenJob, config: TopKOptions) -> TopKLabels:
-    """The largest logits of views."""
+    """Makes labels of the largest logits of each view."""
     kept = config.k or default_size(len(job.distilled.classes), DEFAULT_MAX_K)
     return TopKLabels.of(make_per_view_labels(job, config).to(job.device), kept, config.fill)
 
 
 def make_pool_labels(job: LightenJob, config: PoolOptions) -> PoolLabels:
-    """Few epochs of labels of views; teachers are asked about these alone."""
+    """Makes labels of a few epochs of views; teachers label only these."""
     if job.stored is not None:
         labels = make_per_view_labels(job, config)
         code = config.encode(labels.logits[:1], labels.loss_kind == "mse")
         return PoolLabels.pruned(labels, config.count(labels.epochs), code, job.classes, config.cooled())
-    terms, epochs = {**_terms(job, config), "hard": job.classes}, _epochs(job, config.label_epochs)
+    terms, epochs = {**_terms(job, config), "hard": job.classes}, _label_epochs(job, config.label_epochs)
     classes = len(job.distilled.classes)
     config.check_classes(classes)
     count = config.count(epochs)
-    with _in_making(job, terms, count, classes, classes=job.classes, epochs=torch.tensor(epochs)) as where:
+    with _resumable(job, terms, count, classes, classes=job.classes, epochs=torch.tensor(epochs)) as where:
         records = compute_pool_logits(
-            job.taught.network,
+            job.teacher_info.network,
             job.images,
             job.classes,
             epochs,
@@ -356,35 +353,35 @@ def make_pool_labels(job: LightenJob, config: PoolOptions) -> PoolLabels:
 
 
 def make_teacher_labels(job: LightenJob, config: TeacherLabelOptions) -> TeacherLabels:
-    """The teachers themselves."""
-    taught = job.taught
-    if not taught.names:
+    """Stores the teachers themselves, with 8-bit weights."""
+    teachers = job.teacher_info
+    if not teachers.names:
         raise CondenseError(
             "labels=teacher: the architectures of these teachers have no names that a file could keep; "
             "give --teachers FILE of `condense teachers`"
         )
-    assert isinstance(taught.network, MeanLogits)
+    assert isinstance(teachers.network, MeanLogits)
     kind = Int8TeacherLabels if config.weights == "int8" else TeacherLabels
     labels = kind(
-        list(taught.network.members),
+        list(teachers.network.members),
         images=len(job.images),
-        weights=taught.network.weights.tolist(),
-        names=taught.names,
+        weights=teachers.network.weights.tolist(),
+        names=teachers.names,
         shape=job.distilled.shape,
         **_rule(job, config),
         **_targets(job, config),
     )
     if config.weights == "int8":  # measured on the unaugmented images
-        true, decoded = (compute_logits(net, job.images) for net in (taught.network, labels.teacher))
+        true, decoded = (compute_logits(net, job.images) for net in (teachers.network, labels.teacher))
         labels.error = fidelity(HalfCode(decoded[None]), true[None], labels.temperature)
     return labels
 
 
 def make_projector_labels(job: LightenJob, config: ProjectorOptions) -> ProjectorLabels:
-    """Changes of a public network that were learned from the real data."""
+    """Makes low-rank changes of a public network, trained on the real data."""
     if config.weak_epochs:
-        job.taught = _weak(job, config.weak_epochs)
-    weak = job.taught.network
+        job.teacher_info = _weak(job, config.weak_epochs)
+    weak = job.teacher_info.network
     if job.task is None:
         raise CondenseError("labels=projector: is trained on the real data; give --data")
     rule, task = _rule(job, config), job.task.to(job.device, job.distilled.transform)
@@ -403,7 +400,7 @@ def make_projector_labels(job: LightenJob, config: ProjectorOptions) -> Projecto
             checkpoint=job.beside and partial_files(job.beside)[2],
         )
     except KeyboardInterrupt:
-        raise Interrupted("stopped while training a projector; give the same command again to go on") from None
+        raise Interrupted("stopped while training a projector; give the same command again to continue") from None
     progress.close()
     own = _terms(job, config)
     loss_kind = config.loss_kind or own.get("loss_kind", "kl")
@@ -423,7 +420,7 @@ def make_projector_labels(job: LightenJob, config: ProjectorOptions) -> Projecto
 
 
 def _weak(job: LightenJob, epochs: str) -> TeacherInfo:
-    """The mean logits of some epochs of the experts that are named."""
+    """Loads the mean logits of some epochs of the given experts."""
     path = None if job.teachers is None else Path(job.teachers)
     if path is None or hdf5.read_format(path) != TRAJECTORY_FORMAT.name:
         raise CondenseError(f"weak_epochs={epochs}: are of experts; give --teachers FILE of `condense experts`")
@@ -442,7 +439,7 @@ def _weak(job: LightenJob, epochs: str) -> TeacherInfo:
 
 
 def make_static_labels(job: LightenJob, config: StaticOptions) -> StaticLabels:
-    """One vector an image."""
+    """Makes one vector of logits per image, mixed as images are."""
     own = job.distilled.labels
     if isinstance(own, StaticLabels):
         start, temperature, squared = own.views, own.temperature, own.squared
@@ -450,7 +447,7 @@ def make_static_labels(job: LightenJob, config: StaticOptions) -> StaticLabels:
         start = ViewRule(flip=job.distilled.manifest.get("mirror", True), pad=4, mix="mixup", alpha=0.8)
         temperature, squared = 30.0, True
     rule = _rule(job, config)
-    logits = compute_logits(job.taught.network, job.images, statistics=rule["statistics"], micro=rule["micro"])
+    logits = compute_logits(job.teacher_info.network, job.images, statistics=rule["statistics"], micro=rule["micro"])
     return StaticLabels(
         logits.half(),
         rule["seed"],
@@ -461,7 +458,7 @@ def make_static_labels(job: LightenJob, config: StaticOptions) -> StaticLabels:
 
 
 def make_distance_labels(job: LightenJob, config: DistanceOptions) -> DistanceLabels:
-    """Two numbers a view, from stored logits where there are any."""
+    """Makes two negative log-likelihoods per view, from stored logits if there are any."""
     stored, classes = job.stored, len(job.distilled.classes)
     if stored is not None:
         _check_as_stored(stored, config)
@@ -471,12 +468,12 @@ def make_distance_labels(job: LightenJob, config: DistanceOptions) -> DistanceLa
                 "labels=distances: needs the classes of two images, and the stored labels are of views "
                 "with mix=none; give --teachers FILE and mix=cutmix"
             )
-        found = torch.stack([_from_logits(stored, job, e) for e in range(_epochs(job, config.label_epochs))])
+        found = torch.stack([_from_logits(stored, job, e) for e in range(_label_epochs(job, config.label_epochs))])
     else:
-        terms, epochs = _rule(job, config), _epochs(job, config.label_epochs)
-        with _in_making(job, terms, epochs, 2, classes=job.classes) as where:
+        terms, epochs = _rule(job, config), _label_epochs(job, config.label_epochs)
+        with _resumable(job, terms, epochs, 2, classes=job.classes) as where:
             found = compute_view_nll(
-                job.taught.network,
+                job.teacher_info.network,
                 job.images,
                 job.classes,
                 epochs,
@@ -492,7 +489,7 @@ def make_distance_labels(job: LightenJob, config: DistanceOptions) -> DistanceLa
 
 
 def _from_logits(labels: PerViewLabels, job: LightenJob, epoch: int) -> Tensor:
-    """-log of the probabilities (N, 2) of the classes of both images in each view."""
+    """Returns the negative log-likelihoods (N, 2) of the classes of both images in each view."""
     drawn = labels.views.draw(labels.seed, epoch, len(labels), job.distilled.shape[1:])
     assert drawn.partner is not None
     hard = job.classes.cpu()
@@ -501,12 +498,12 @@ def _from_logits(labels: PerViewLabels, job: LightenJob, epoch: int) -> Tensor:
 
 
 def make_soft_labels(job: LightenJob, config: SoftOptions) -> SoftLabels:
-    """One distribution an image."""
-    return SoftLabels(compute_logits(job.taught.network, job.images))
+    """Makes one distribution per image."""
+    return SoftLabels(compute_logits(job.teacher_info.network, job.images))
 
 
 def make_hard_labels(job: LightenJob, config: HardOptions) -> HardLabels:
-    """One class an image."""
+    """Makes one class per image."""
     return HardLabels(job.distilled.hard_labels(), len(job.distilled.classes), config.smoothing)
 
 
@@ -522,4 +519,4 @@ LIGHTEN_KINDS: dict[str, tuple[Any, Callable[[LightenJob, Any], Labels]]] = {
     "hard": (HardOptions, make_hard_labels),
     "per-view": (PerViewOptions, make_per_view_labels),
 }
-"""The settings of each kind, and what makes it."""
+"""Settings and function of each kind."""

@@ -1,21 +1,21 @@
-"""Label lightening: the same images with labels that need fewer bytes, and how accuracy and bytes go together.
+"""``lighten``: replaces the labels of a set by labels of another kind.
 
-``lighten`` gives a set labels of another kind. Kinds that code or prune labels of views start from those that are
-stored; where there are none, or teachers are named, teachers are asked anew:
+Kinds that encode or prune labels of views start from the stored ones. Without stored labels, or if teachers are given,
+the teachers compute new ones:
 
 ========= ========================================================= =======================================
-kind      what is kept                                              needs
+kind      stored                                                    needs
 ========= ========================================================= =======================================
-lowrank   coefficients in 8 bits on r axes that all views share     stored labels of views, or teachers
+lowrank   8-bit coefficients on r axes shared by all views            stored labels of views, or teachers
 topk      the k largest logits of each view (LPQLD)                 stored labels of views, or teachers
-pool      few of the labelled epochs, drawn from (LPLD, LPQLD)      stored labels of views, or teachers
-distances two numbers a view (NRR-DD)                               stored labels of mixed views, or teachers
+pool      a few labelled epochs to draw from (LPLD, LPQLD)            stored labels of views, or teachers
+distances two numbers per view (NRR-DD)                             stored labels of mixed views, or teachers
 per-view  all logits of some epochs                                 stored labels of views, or teachers
-teacher   the teachers, 8 bits a weight                             teachers
+teacher   the teachers, 8 bits per weight                           teachers
 projector low-rank changes of a public network (HeLlO)              teachers, real data, the network
-static    one vector an image, mixed as images are (INFER)          teachers
-soft      one distribution an image                                 teachers
-hard      one class an image                                        nothing
+static    one vector per image, mixed as images are (INFER)         teachers
+soft      one distribution per image                                teachers
+hard      one class per image                                       nothing
 ========= ========================================================= =======================================
 """
 
@@ -40,8 +40,6 @@ from condense.formatting import by
 from condense.lighten.kinds import LIGHTEN_KINDS, LightenJob, teacher_facts
 from condense.sets import DistilledSet, add_preparation_seconds, add_tag
 
-# Lightening -----------------------------------------------------------------------------------------------------------
-
 
 def lighten(
     distilled: DistilledSet,
@@ -55,27 +53,27 @@ def lighten(
     beside: Path | None = None,
     **settings: Any,
 ) -> DistilledSet:
-    """The same images with labels of another kind.
+    """Returns the same images with labels of another kind.
 
-    The manifest's ``lightened`` says what was done: kind, settings, exactness, cost of a step, error and bytes. It
-    keeps what it says of the teachers, and its command goes on with this one; seconds count as preparation. It loses
-    the old set's claim, and its protocol where one of both has hard labels.
+    The entry ``lightened`` of the manifest records kind, settings, exactness, cost of a step, error and bytes. The
+    manifest keeps the description of the teachers; this command is appended to its command, and the seconds count as
+    preparation. It loses the claim of the old set, and its protocol if either set has hard labels.
 
     Args:
-        distilled: any set, for labels of views without decode stages that cut stored images up.
+        distilled: any set; for labels of views, one without decode stages that divide stored images.
         kind: a name of :data:`KINDS`.
-        task: the real data, compared with the set's; ``projector`` learns from them.
-        teacher: a network in the set's training space that is asked, in place of the set's own teachers.
-        teachers: file of teachers (or experts) that are asked.
-        device: where they compute.
+        task: the real data, compared with those of the set; ``projector`` is trained on them.
+        teacher: a network in the training space of the set, used in place of the set's own teachers.
+        teachers: file of teachers (or experts) to use.
+        device: their device.
         quiet: show no progress.
-        beside: file that the set will be written to. What teachers say of views is then kept beside it, in
-            :func:`partial_files`, so that memory holds one epoch while they are asked, and the same call after a kill
-            goes on in the middle. The caller removes these files when the set is written.
+        beside: file that the set will be written to. Logits of views are then collected next to it, in
+            :func:`partial_files`, so that memory holds one epoch, and the same call continues there after a kill. The
+            caller removes these files once the set is written.
         settings: of the kind.
 
     Raises:
-        CondenseError: an unknown kind or setting, a value that cannot be, other data, or nothing to make labels from.
+        CondenseError: an unknown kind or setting, an invalid value, other data, or nothing to make labels from.
     """
     if kind not in LIGHTEN_KINDS:
         raise CondenseError(f"--labels {kind}: unknown{did_you_mean(kind, LIGHTEN_KINDS)}")
@@ -90,14 +88,14 @@ def lighten(
     began = time.monotonic()
     job = LightenJob(distilled, teacher, teachers, pick_device(device), quiet, task, beside, kind)
     labels = make(job, config).to(torch.device("cpu"))
-    asked = "taught" in vars(job)
-    source = {} if kind == "hard" else job.taught.known if asked else teacher_facts(distilled)
+    used_teachers = "teacher_info" in vars(job)
+    source = {} if kind == "hard" else job.teacher_info.description if used_teachers else teacher_facts(distilled)
     outdated = {"bytes", "checksums", "claim", "command", "label_source", "teacher", "lightened"}
     if labels.is_hard or distilled.labels.is_hard:
         outdated |= {"protocol", "learned_lr"}
     before, old = distilled.manifest.get("lightened", {}).get("bytes", {}), distilled.labels
     manifest = {key: value for key, value in distilled.manifest.items() if key not in outdated}
-    known = {key: value for key, value in dataclasses.asdict(config).items() if value is not None}
+    given = {key: value for key, value in dataclasses.asdict(config).items() if value is not None}
     manifest |= source
     seconds = time.monotonic() - began
     if "cost" in manifest:
@@ -106,7 +104,7 @@ def lighten(
         manifest["command"] = f"{made_by} && {_command(distilled, kind, config, task, teachers)}"
     manifest["lightened"] = {
         "kind": kind,
-        "settings": known,
+        "settings": given,
         "exactness": labels.exactness,
         "step_cost": labels.step_cost,
         "error": labels.error and dataclasses.asdict(labels.error),
@@ -122,8 +120,7 @@ def lighten(
 
 
 def _command(distilled: DistilledSet, kind: str, config: Any, task: Task | None, teachers: str | Path | None) -> str:
-    """The command line that gives the set these labels; what is as by default is left out, and where files of somebody
-    lie there is a place to fill in."""
+    """Returns the command line that makes these labels, without settings at their default; paths are placeholders."""
     words = ["condense", "lighten", distilled.file_name, "--labels", kind]
     words += ["--data", commands.data_argument(task)] if task is not None else []
     words += ["--teachers", "PATH"] * (teachers is not None)
@@ -136,13 +133,14 @@ def _command(distilled: DistilledSet, kind: str, config: Any, task: Task | None,
 
 
 def check_same_data(distilled: DistilledSet, task: Task) -> None:
+    """Raises a CondenseError if the real data have other classes or another image shape than the set."""
     if tuple(task.classes) != distilled.classes:
         raise CondenseError(
             f"--data {task.name}: has other classes ({len(task.classes)}) than the set "
-            f"({len(distilled.classes)}); give the data that it was made from"
+            f"({len(distilled.classes)}); give the data from which it was made"
         )
     if task.shape != distilled.shape:
         raise CondenseError(
             f"--data {task.name}: images are {by(task.shape)}, those of the set "
-            f"{by(distilled.shape)}; give the data that it was made from, or resize="
+            f"{by(distilled.shape)}; give the data from which it was made, or resize="
         )

@@ -1,4 +1,4 @@
-"""TODO-DOC."""
+"""Training of projectors: low-rank changes of a public network's weights, learned from teachers on the real data."""
 
 from __future__ import annotations
 
@@ -26,52 +26,50 @@ from condense.training import Student, TrainConfig, train
 
 @torch.no_grad()
 def compute_class_mean_features(encoder: Encoder, batches: Sequence[Callable[[], Tensor]]) -> Tensor:
-    """(D, classes): of each class the mean of its unit features, minus the mean over classes, at unit length.
+    """Returns (D, classes): for each class the mean of its unit features, minus the mean over classes, at unit length.
 
-    What all classes share moves all logits of an image alike, and no softmax.
+    The part that all classes share shifts all logits of an image equally, which does not change the softmax.
 
     Args:
         encoder: of the features.
-        batches: of each class, gives pixels (B,C,H,W).
+        batches: one function for each class that returns pixels (B,C,H,W).
     """
-    found = torch.stack([F.normalize(compute_logits(encoder, pixels()), dim=1).mean(0) for pixels in batches], 1)
-    return F.normalize(found - found.mean(1, keepdim=True), dim=0)
+    means = torch.stack([F.normalize(compute_logits(encoder, pixels()), dim=1).mean(0) for pixels in batches], 1)
+    return F.normalize(means - means.mean(1, keepdim=True), dim=0)
 
 
 HEAD_IMAGES_PER_CLASS = 200
-"""Real images of each class whose mean features start a projector's head."""
-
-# Making a projector ---------------------------------------------------------------------------------------------------
+"""Real images of each class whose mean features initialise a projector's head."""
 
 
 @dataclass(frozen=True)
 class Projection:
-    """How a projector is made."""
+    """Settings of a projector and its training."""
 
     backbone: str = pretrained.BUNDLED_BACKBONES[0]
-    """Public network: one that comes with the package, FILE.h5 of `condense teachers`, or torchvision:NAME, timm:NAME
-    or open_clip:NAME@TAG, each also with @FILE of its weights. Published is a CLIP, open_clip:RN50@openai."""
+    """Public network: one that is included in the package, FILE.h5 of `condense teachers`, or torchvision:NAME,
+    timm:NAME or open_clip:NAME@TAG, each also with @FILE of its weights. Published is a CLIP, open_clip:RN50@openai."""
     adapter_rank: int = 8
     """Rank of the changes of its weights."""
     head: str = ""
-    """How the head starts: text (names of classes in the backbone's text tower) or mean (the classes' mean features);
-    text where there is such a tower."""
+    """Initial head: text (class names through the backbone's text tower) or mean (the classes' mean features); by
+    default text if there is such a tower."""
     head_rank: int = 64
-    """Rank of the change of a head of text; a head of means is stored whole."""
+    """Rank of the change of a text head; a mean head is stored whole."""
     prompts: str = pretrained.PROMPT
-    """What names of classes are put into, several joined by |."""
+    """Templates for class names, joined by |."""
     projector_steps: int = 1000
     """Steps of its training on the real data."""
     projector_lr: float = 2e-3
-    """Learning rate of AdamW in it; it falls to 0 along a cosine."""
+    """Learning rate of AdamW, annealed to 0 along a cosine."""
     projector_batch: int = 128
-    """Real images of a step."""
+    """Real images per training step."""
     hard_weight: float = 0.1
-    """Weight of the cross-entropy with the real classes (lambda) beside the squared difference to the teachers'
+    """Weight of the cross-entropy with the real classes (lambda), relative to the squared difference to the teachers'
     logits. Not published."""
 
     def check_projection(self) -> None:
-        """For ``__post_init__``: refuses settings out of range, and words that are none."""
+        """Checks the settings, for ``__post_init__``."""
         require_one_of(self, head=("", *adapters.HEADS))
         require_range(
             self,
@@ -83,19 +81,19 @@ class Projection:
             hard_weight=(0, sys.float_info.max),
         )
         if not all("{}" in prompt for prompt in self.prompts.split("|")):
-            raise CondenseError(f"prompts={self.prompts}: each needs {{}} where the class stands")
+            raise CondenseError(f"prompts={self.prompts}: each needs {{}} in place of the class")
 
 
 class ProjectorSource:
-    """What a projector learns from: views of real images with the logits that weak teachers give them (row 0 of the
-    targets) and their classes (row 1)."""
+    """Training data of a projector: views of real images, with the teachers' logits (row 0 of the targets) and their
+    classes (row 1)."""
 
     per_view = True
 
     def __init__(
         self,
         task: Task,
-        weak: nn.Module,
+        teacher: nn.Module,
         rule: ViewRule,
         seed: int,
         hard_weight: float,
@@ -103,9 +101,9 @@ class ProjectorSource:
         micro: int = 8,
         key: str = "",
     ) -> None:
-        self.task, self.weak, self.rule, self.seed, self.hard_weight = task, weak, rule, seed, hard_weight
-        self.asked: dict[str, Any] = {"statistics": statistics, "micro": micro}
-        self.key = f"{rule} {seed} {hard_weight} {self.asked} {key}"
+        self.task, self.teacher, self.rule, self.seed, self.hard_weight = task, teacher, rule, seed, hard_weight
+        self.statistics: dict[str, Any] = {"statistics": statistics, "micro": micro}
+        self.key = f"{rule} {seed} {hard_weight} {self.statistics} {key}"
         self.size = len(task.train)
         self.labels = torch.as_tensor(task.train.labels)
 
@@ -113,11 +111,13 @@ class ProjectorSource:
         """Views (B,C,H,W) of the images ``ids``, mixed among themselves, and targets (B, 2, classes)."""
         images = self.task.batch(ids)
         own = torch.arange(len(ids), device=images.device)
-        seed = rng.key(self.seed, "lesson", epoch, int(ids[0]))  # an image comes once an epoch
+        seed = rng.key(self.seed, "lesson", epoch, int(ids[0]))  # an image occurs once per epoch
         drawn = self.rule.draw(seed, 0, len(ids), self.task.shape[1:]).to(images.device)
         views = self.rule.apply(images, own, drawn)
         truth = F.one_hot(self.labels[ids.cpu()], self.task.num_classes).float().to(images.device)
-        return views, torch.stack([compute_logits(self.weak, views, **self.asked), mix_rows(truth, own, drawn)], 1)
+        return views, torch.stack(
+            [compute_logits(self.teacher, views, **self.statistics), mix_rows(truth, own, drawn)], 1
+        )
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """MSE(f(x), y') + lambda CE(f(x), y)."""
@@ -126,7 +126,7 @@ class ProjectorSource:
 
 def train_projector(
     task: Task,
-    weak: nn.Module,
+    teacher: nn.Module,
     config: Projection,
     rule: ViewRule,
     seed: int,
@@ -138,20 +138,20 @@ def train_projector(
     checkpoint: Path | None = None,
     report: Callable[[int], None] | None = None,
 ) -> tuple[Projector, dict[str, Any]]:
-    """A projector trained on the real data, and what a file states of it.
+    """Trains a projector on the real data; returns it with its description for the file.
 
     Args:
-        task: the real data; gives classes and training space.
-        weak: teachers, from training space to logits.
+        task: the real data, with classes and training space.
+        teacher: maps images in training space to logits.
         config: what is adapted and how it is trained.
-        rule: of the views that it learns from, which should be those of its use.
-        seed: of everything that is drawn.
-        statistics, micro: of the teachers' BatchNorm, see :func:`condense.labels.answers`.
+        rule: of the training views; use the rule of the labels.
+        seed: of all random draws.
+        statistics, micro: of the teachers' BatchNorm, see :func:`condense.labels.compute_logits`.
         device, precision: of the training.
-        checkpoint, report: see :func:`condense.students.train`.
+        checkpoint, report: see :func:`condense.training.train`.
 
     Raises:
-        CondenseError: the backbone cannot be had or take such images, or its head cannot start as asked.
+        CondenseError: the backbone is unavailable or does not accept such images, or has no such head.
     """
     transform = adapters.require_standardise(task.transform, "labels=projector")
     backbone = pretrained.find_backbone(config.backbone, task.shape, device)
@@ -160,13 +160,13 @@ def train_projector(
         start = backbone.text([str(name) for name in task.classes], config.prompts.split("|"))
     else:
 
-        def some(c: int) -> Tensor:
+        def sample_pixels(c: int) -> Tensor:
             return transform.inverse(task.per_class(HEAD_IMAGES_PER_CLASS, (seed, "means"), [c])[0])
 
-        each = [functools.partial(some, c) for c in range(task.num_classes)]
-        start = compute_class_mean_features(backbone.encoder, each)
+        batches = [functools.partial(sample_pixels, c) for c in range(task.num_classes)]
+        start = compute_class_mean_features(backbone.encoder, batches)
     pixels = transform.inverse(task.batch(torch.arange(2)))
-    made, known = new_projector(backbone, config, task.classes, start.to(device), transform, pixels, seed)
+    projector, description = new_projector(backbone, config, task.classes, start.to(device), transform, pixels, seed)
     recipe = TrainConfig(
         steps=config.projector_steps,
         batch=config.projector_batch,
@@ -177,9 +177,9 @@ def train_projector(
         optimizer="adamw",
         schedule="cosine",
     )
-    lessons = ProjectorSource(task, weak, rule, seed, config.hard_weight, statistics, micro, str(config))
+    source = ProjectorSource(task, teacher, rule, seed, config.hard_weight, statistics, micro, str(config))
     train(
-        [Student(made, lessons, rng.key(seed, "projector"))],
+        [Student(projector, source, rng.key(seed, "projector"))],
         recipe,
         device=device,
         precision=precision,
@@ -187,18 +187,18 @@ def train_projector(
         checkpoint=checkpoint,
         together=False,
     )
-    if not all(bool(weight.half().isfinite().all()) for weight in made.parameters()):  # as they will be kept
+    if not all(bool(weight.half().isfinite().all()) for weight in projector.parameters()):  # stored as float16
         raise CondenseError(
             f"diverged: the projector's weights are not finite; lower projector_lr, now {config.projector_lr:g}"
         )
-    return made, known
+    return projector, description
 
 
 def head_kind(config: Projection, backbone: Backbone) -> str:
-    """How the head starts.
+    """Returns the kind of the initial head, text or mean.
 
     Raises:
-        CondenseError: of text, which the backbone does not have.
+        CondenseError: a text head for a backbone without a text tower.
     """
     if config.head == "text" and backbone.text is None:
         raise CondenseError(f"head=text: backbone={config.backbone} has no text tower; take head=mean")
@@ -214,7 +214,7 @@ def new_projector(
     pixels: Tensor,
     seed: int = 0,
 ) -> tuple[Projector, dict[str, Any]]:
-    """A projector as its training begins, and what a file states of it.
+    """Returns an untrained projector and its description for the file.
 
     Args:
         backbone: the public network.
@@ -227,8 +227,8 @@ def new_projector(
     """
     head, names = head_kind(config, backbone), adapters.adapted_weight_names(backbone.encoder, pixels)
     rank = config.head_rank if head == "text" else 0
-    made = Projector(backbone.encoder, names, config.adapter_rank, start, rank, backbone.scale, transform, seed)
-    known = {
+    projector = Projector(backbone.encoder, names, config.adapter_rank, start, rank, backbone.scale, transform, seed)
+    description = {
         "backbone": {**backbone.known, "bytes": backbone.external(head)},
         "names": names,
         "rank": config.adapter_rank,
@@ -239,17 +239,17 @@ def new_projector(
         "std": transform.std.tolist(),
     }
     if head == "text":
-        known |= {"classes": [str(name) for name in classes], "prompts": config.prompts.split("|")}
-    return made, known
+        description |= {"classes": [str(name) for name in classes], "prompts": config.prompts.split("|")}
+    return projector, description
 
 
 def projector_bytes(shape: networks.Shape, classes: Sequence[Any], config: Projection | None = None) -> tuple[int, int]:
-    """Bytes of labels=projector for images (C,H,W), in the file and of the public network; settings are the usual ones
-    when None."""
+    """Returns the bytes of labels=projector for images (C,H,W): in the file, and of the public network. ``config`` None
+    means the default settings."""
     config = config or Projection()
     backbone = pretrained.find_backbone(config.backbone, shape, torch.device("cpu"))
     pixels, middle = torch.rand(2, *shape, generator=rng.generator("layout")), torch.full((shape[0],), 0.5)
     start = torch.zeros(compute_logits(backbone.encoder, pixels).shape[1], len(classes))
-    made, known = new_projector(backbone, config, classes, start, Standardise(middle, middle), pixels)
-    labels = ProjectorLabels(known, made.arrays(), 0, 0)
+    projector, description = new_projector(backbone, config, classes, start, Standardise(middle, middle), pixels)
+    labels = ProjectorLabels(description, projector.arrays(), 0, 0)
     return labels.nbytes(), labels.external_nbytes()

@@ -1,4 +1,4 @@
-"""TODO-DOC."""
+"""Settings of each kind of labels."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ from condense.labels import PruningOptions, check_loss
 from condense.lighten.projection import Projection
 
 DEFAULT_LABEL_EPOCHS = 300
-"""Labelled epochs of views where neither the set nor the settings say how many."""
+"""Labelled epochs of views, unless the set or the settings give a number."""
 
 # Settings -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class ViewOptions:
-    """How views are drawn and teachers asked. What is left out is as in the set's labels of views."""
+    """How views are drawn and labelled. Settings that are left out are those of the set's labels of views."""
 
     label_scale: float | None = None
-    """Least share of the image in a view; otherwise 0.08."""
+    """Least share of the image area in a view; otherwise 0.08."""
     label_pad: int | None = None
-    """Views are shifted by up to so many pixels instead of being cropped; 0: cropped."""
+    """Views are shifted by up to this many pixels instead of being cropped; 0: cropped."""
     mix: str | None = None
     """How views are mixed with those of other images: none, cutmix or mixup; otherwise cutmix."""
     mix_alpha: float | None = None
-    """Shares of the mixture are drawn from Beta(mix_alpha, mix_alpha)."""
+    """Mixing ratios are drawn from Beta(mix_alpha, mix_alpha)."""
     label_statistics: str | None = None
-    """BatchNorm of the teachers: running, or batch (that of the labelled views themselves)."""
+    """BatchNorm statistics of the teachers: running, or batch (those of the labelled views themselves)."""
     label_micro: int | None = None
-    """Views that share statistics where label_statistics=batch."""
+    """Views that share batch statistics, for label_statistics=batch."""
     label_seed: int | None = None
-    """Of the views; otherwise from the set's."""
+    """Seed of the views; otherwise derived from that of the set."""
 
 
 @dataclass(frozen=True)
 class TargetOptions(ViewOptions):
-    """Views, and what is asked of students."""
+    """Views, and the targets of students."""
 
     temperature: float | None = None
     """Temperature of targets and loss; otherwise 20."""
@@ -70,7 +70,7 @@ class LowRankOptions(PerViewOptions):
     """Settings of labels=lowrank."""
 
     rank: int | None = None
-    """Axes (r), and bytes a view; otherwise a quarter of the classes, at most 64."""
+    """Axes (r), and bytes per view; otherwise a quarter of the classes, at most 64."""
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,9 @@ class TopKOptions(PerViewOptions):
     """Settings of labels=topk."""
 
     k: int | None = None
-    """Logits that are kept; otherwise a quarter of the classes, at most 10."""
+    """Logits stored per view; otherwise a quarter of the classes, at most 10."""
     fill: str = "mrs"
-    """What stands for the others: mrs (the view's smallest logit) or mr (nothing; the k share all probability)."""
+    """Value of the other logits: mrs (the view's smallest logit) or mr (nothing; the k share all probability)."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class TeacherLabelOptions(TargetOptions):
     """Settings of labels=teacher."""
 
     weights: str = "int8"
-    """How the teachers' weights are kept: int8 (of convolutions and linear layers) or float32."""
+    """Data type of the stored weights: int8 (of convolutions and linear layers) or float32."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -109,13 +109,14 @@ class ProjectorOptions(Projection, TargetOptions):
     """Settings of labels=projector."""
 
     loss_kind: str = ""
-    """Of students: kl (at the temperature) or mse (of logits, as published); otherwise as in the set's labels, or
+    """Loss of students: kl (at the temperature) or mse (of logits, as published); otherwise as in the set's labels, or
     kl."""
     gamma: float | None = None
-    """loss_kind=mse: weight of the cross-entropy with the images' classes (beta); otherwise as in the set's labels, or
-    0."""
+    """Weight of the cross-entropy with the images' classes, for loss_kind=mse (beta); otherwise as in the set's labels,
+    or 0."""
     weak_epochs: str = ""
-    """Where --teachers are experts: their epochs whose mean logits teach, e.g. 2,4,6; the labels' epoch by default."""
+    """If --teachers is a file of experts: the epochs whose mean logits are used, e.g. 2,4,6; the labels' epoch by
+    default."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,4 +1,4 @@
-"""TODO-DOC."""
+"""Bytes of every kind of labels, predicted from the sizes of a set."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class LabelComparison:
     """One kind of labels for a set: what it needs and, where students were trained, what they reach."""
 
     words: str
-    """The kind with its settings, as asked for; ``own`` is what the set brings."""
+    """The kind with its settings; ``own`` is the set's own labels."""
     kind: str = ""
     bytes: int = 0
     external: int = 0

@@ -153,6 +153,6 @@ class ContentGuard:
     def load_state_dict(self, state: Mapping[str, str]) -> None:
         if state["content"] != self.content:
             raise CondenseError(
-                f"{self.file}: holds other {self.what} than when the run began; restore them, or start anew with "
+                f"{self.file}: holds other {self.what} than when the run began; restore them, or start again with "
                 "--force"
             )
