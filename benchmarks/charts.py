@@ -191,9 +191,13 @@ def byte_ticks(low: float, high: float) -> list[tuple[float, str]]:
 
 def second_ticks(low: float, high: float) -> list[tuple[float, str]]:
     """Round durations between two bounds."""
-    units = (("ms", 0.001, (1, 10, 100), (2, 5, 20, 50, 200, 500)), ("s", 1, (1, 10), (2, 5, 20, 30)),
-             ("min", 60, (1, 10), (2, 5, 20, 30)), ("h", 3600, (1, 10), (2, 5)),
-             ("d", 86400, (1, 10, 100, 1000), (2, 5, 20, 50, 200, 500)))  # fmt: skip
+    units = (
+        ("ms", 0.001, (1, 10, 100), (2, 5, 20, 50, 200, 500)),
+        ("s", 1, (1, 10), (2, 5, 20, 30)),
+        ("min", 60, (1, 10), (2, 5, 20, 30)),
+        ("h", 3600, (1, 10), (2, 5)),
+        ("d", 86400, (1, 10, 100, 1000), (2, 5, 20, 50, 200, 500)),
+    )
     main = {(count * size, f"{count} {unit}") for unit, size, counts, _ in units for count in counts}
     every = main | {(count * size, f"{count} {unit}") for unit, size, _, counts in units for count in counts}
     return _chosen([tick for tick in sorted(every) if low <= tick[0] <= high], lambda tick: tick in main)

@@ -67,15 +67,40 @@ def fill(
     if not made.exists():
         made.parent.mkdir(parents=True, exist_ok=True)
         run_condense(
-            "distill", method, "--data", data, "--ipc", str(ipc), "--network", network, *limit, "--out", str(made),
-            "--run-dir", str(out / "runs" / stem), "--force", "--track", "none", *given, *settings,
-        )  # fmt: skip
+            "distill",
+            method,
+            "--data",
+            data,
+            "--ipc",
+            str(ipc),
+            "--network",
+            network,
+            *limit,
+            "--out",
+            str(made),
+            "--run-dir",
+            str(out / "runs" / stem),
+            "--force",
+            "--track",
+            "none",
+            *given,
+            *settings,
+        )
     if not record.exists():
         record.parent.mkdir(parents=True, exist_ok=True)
         run_condense(
-            "evaluate", str(made), "--data", data, "--protocol", protocol, "--controls", controls, "--json",
-            str(record), *(("--teachers", str(teachers)) if teachers else ()),
-        )  # fmt: skip
+            "evaluate",
+            str(made),
+            "--data",
+            data,
+            "--protocol",
+            protocol,
+            "--controls",
+            controls,
+            "--json",
+            str(record),
+            *(("--teachers", str(teachers)) if teachers else ()),
+        )
         run_condense("preview", str(made), "--out", str(record.with_suffix(".png")), "--force")
     return made, record
 
@@ -94,9 +119,15 @@ def table(names: Sequence[str], records: Sequence[dict[str, Any]], steps: Sequen
         cells = [arms.get(arm, "-") for arm in ("distilled", "random", "noise")]
         prepared = duration(cost["preparation_seconds"]) if cost.get("preparation_seconds") else "-"
         rows.append(
-            [name, str(made), duration(cost["seconds"] + cost.get("preparation_seconds", 0)), prepared,
-             size(cost["peak_memory"]["host"]), *cells]
-        )  # fmt: skip
+            [
+                name,
+                str(made),
+                duration(cost["seconds"] + cost.get("preparation_seconds", 0)),
+                prepared,
+                size(cost["peak_memory"]["host"]),
+                *cells,
+            ]
+        )
     return aligned(rows)
 
 
@@ -122,9 +153,15 @@ def _main(words: Sequence[str]) -> int:
         bare = method.partition(":")[0]
         METHODS.get(bare)
         made, record = fill(
-            method, options.data, options.out, ipc=options.ipc, network=options.network, minutes=options.minutes,
-            protocol=options.protocol, given=SETTINGS.get(bare, ()),
-        )  # fmt: skip
+            method,
+            options.data,
+            options.out,
+            ipc=options.ipc,
+            network=options.network,
+            minutes=options.minutes,
+            protocol=options.protocol,
+            given=SETTINGS.get(bare, ()),
+        )
         records.append(json.loads(record.read_text()))
         steps.append(int(DistilledSet.load(made).manifest["steps_done"]))
         shown = table(names[: len(records)], records, steps)

@@ -48,13 +48,18 @@ def measured(
             random = [e for e in record["results"] if e["arm"] == "random" and e["network"] == main["network"]]
             found.append(
                 {
-                    "dataset": made["dataset"], "ipc": made["ipc"], "network": main["network"],
-                    "protocol": record["protocol"]["name"], "mean": 100 * main["mean"],
-                    "ci95": main["ci95"] and [100 * bound for bound in main["ci95"]], "runs": record["runs"],
-                    "random": 100 * random[0]["mean"] if random else None, "cost": record["cost"],
+                    "dataset": made["dataset"],
+                    "ipc": made["ipc"],
+                    "network": main["network"],
+                    "protocol": record["protocol"]["name"],
+                    "mean": 100 * main["mean"],
+                    "ci95": main["ci95"] and [100 * bound for bound in main["ci95"]],
+                    "runs": record["runs"],
+                    "random": 100 * random[0]["mean"] if random else None,
+                    "cost": record["cost"],
                     "command": made["command"],
                 }
-            )  # fmt: skip
+            )
     return sorted(found, key=lambda entry: (entry["dataset"], entry["ipc"], -entry["mean"]))
 
 

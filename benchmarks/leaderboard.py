@@ -504,14 +504,20 @@ def _full_lines(rows: list[Row]) -> list[Line]:
 
 def _page(sections: list[Section], published: list[PublishedResult], rejected: list[Rejected], records: int) -> str:
     page = Environment(
-        loader=FileSystemLoader(HERE / "page"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        loader=FileSystemLoader(HERE / "page"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
         lstrip_blocks=True,
-    )  # fmt: skip
+    )
     page.filters |= {"size": size, "duration": duration, "percent": percent, "points": points, "signed": signed}
     page.globals |= {
-        "width": charts.WIDTH, "height": charts.HEIGHT, "left": charts.LEFT, "right": charts.RIGHT,
+        "width": charts.WIDTH,
+        "height": charts.HEIGHT,
+        "left": charts.LEFT,
+        "right": charts.RIGHT,
         "bottom": charts.BOTTOM,
-    }  # fmt: skip
+    }
     rows = [row for section in sections for row in section.rows]
     looks = {m: charts.look(i) for i, m in enumerate(sorted({row.set["method"] for row in rows}))}
     choices = {
@@ -524,11 +530,21 @@ def _page(sections: list[Section], published: list[PublishedResult], rejected: l
     }
     style, script = ((HERE / "page" / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     return page.get_template("index.html").render(
-        marker=Markup(MARKER), version=__version__, style=Markup(style), script=Markup(script),
-        style_hash=_csp_hash(style), script_hash=_csp_hash(script), sections=sections, published=published,
-        rejected=rejected, records=records, choices=choices, looks=looks, uses=[str(uses) for uses in REUSE_COUNTS],
+        marker=Markup(MARKER),
+        version=__version__,
+        style=Markup(style),
+        script=Markup(script),
+        style_hash=_csp_hash(style),
+        script_hash=_csp_hash(script),
+        sections=sections,
+        published=published,
+        rejected=rejected,
+        records=records,
+        choices=choices,
+        looks=looks,
+        uses=[str(uses) for uses in REUSE_COUNTS],
         rows=len(rows),
-    )  # fmt: skip
+    )
 
 
 def _csp_hash(text: str) -> str:

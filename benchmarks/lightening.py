@@ -21,11 +21,28 @@ from condense.training import epoch_steps
 
 OWN = "own"
 KINDS = (
-    OWN, "lowrank:rank=4", "lowrank:rank=2", "lowrank:rank=1", "topk:k=2", "topk:k=1", "pool:keep=0.1",
-    "pool:keep=0.045", "pool:keep=0.08:values=lowrank:rank=6", "pool:keep=0.05:values=lowrank:rank=3",
-    "pool:keep=0.02:values=lowrank:rank=9", "pool:keep=0.007", "distances", "static", "soft", "hard",
-    "teacher:weights=float32", "teacher", "projector", "projector:adapter_rank=2", "projector:loss_kind=mse:gamma=0.1",
-)  # fmt: skip
+    OWN,
+    "lowrank:rank=4",
+    "lowrank:rank=2",
+    "lowrank:rank=1",
+    "topk:k=2",
+    "topk:k=1",
+    "pool:keep=0.1",
+    "pool:keep=0.045",
+    "pool:keep=0.08:values=lowrank:rank=6",
+    "pool:keep=0.05:values=lowrank:rank=3",
+    "pool:keep=0.02:values=lowrank:rank=9",
+    "pool:keep=0.007",
+    "distances",
+    "static",
+    "soft",
+    "hard",
+    "teacher:weights=float32",
+    "teacher",
+    "projector",
+    "projector:adapter_rank=2",
+    "projector:loss_kind=mse:gamma=0.1",
+)
 """What is compared; ``own`` is the stored labels."""
 
 
@@ -35,10 +52,26 @@ def full(data: str, out: Path, committee: Path, *, ipc: int, network: str, epoch
     if not made.exists():
         made.parent.mkdir(parents=True, exist_ok=True)
         equal_time.run_condense(
-            "distill", "rded", "--data", data, "--ipc", str(ipc), "--network", network, "--out", str(made), "--run-dir",
-            str(out / "runs" / made.stem), "--force", "--track", "none", f"teachers={committee}", "labels=per-view",
-            f"label_epochs={epochs}", *curriculum.SMALL,
-        )  # fmt: skip
+            "distill",
+            "rded",
+            "--data",
+            data,
+            "--ipc",
+            str(ipc),
+            "--network",
+            network,
+            "--out",
+            str(made),
+            "--run-dir",
+            str(out / "runs" / made.stem),
+            "--force",
+            "--track",
+            "none",
+            f"teachers={committee}",
+            "labels=per-view",
+            f"label_epochs={epochs}",
+            *curriculum.SMALL,
+        )
     return made
 
 
@@ -70,11 +103,16 @@ def row(word: str, stored: int, made: Path, record: dict[str, Any]) -> list[str]
     batch = get_protocol(record["protocol"]["name"]).batch
     passes = entry["steps"] / epoch_steps(len(distilled), batch)
     return [
-        word, known["labelling"]["exactness"], size(inside), size(outside) if outside else "-",
-        f"{100 * inside / stored:.3g} %", f"{100 * (inside + outside) / stored:.3g} %",
+        word,
+        known["labelling"]["exactness"],
+        size(inside),
+        size(outside) if outside else "-",
+        f"{100 * inside / stored:.3g} %",
+        f"{100 * (inside + outside) / stored:.3g} %",
         duration(lightened["seconds"]) if lightened else "-",
-        duration(entry["seconds"] / len(entry["accuracies"]) / passes), equal_time.format_accuracy(entry),
-    ]  # fmt: skip
+        duration(entry["seconds"] / len(entry["accuracies"]) / passes),
+        equal_time.format_accuracy(entry),
+    ]
 
 
 HEADINGS = ["labels", "exactness", "bytes", "external", "of own", "with external", "made in", "epoch", "accuracy"]
@@ -84,9 +122,13 @@ def point(word: str, record: dict[str, Any]) -> LabelComparison:
     """What the chart draws."""
     entry, known = record["results"][0], record["set"]
     return LabelComparison(
-        word, known["label_kind"], known["bytes"]["labels"], known["bytes"]["external"], mean=entry["mean"],
+        word,
+        known["label_kind"],
+        known["bytes"]["labels"],
+        known["bytes"]["external"],
+        mean=entry["mean"],
         ci95=tuple(entry["ci95"]),
-    )  # fmt: skip
+    )
 
 
 def _main(words: Sequence[str]) -> int:

@@ -43,9 +43,20 @@ def experts(kind: str, data: str, out: Path, *, network: str, count: int, epochs
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         equal_time.run_condense(
-            "experts", "--data", data, "--network", network, "--for", kind, "--count", str(count), "--epochs",
-            str(epochs), "--out", str(path),
-        )  # fmt: skip
+            "experts",
+            "--data",
+            data,
+            "--network",
+            network,
+            "--for",
+            kind,
+            "--count",
+            str(count),
+            "--epochs",
+            str(epochs),
+            "--out",
+            str(path),
+        )
     return path
 
 
@@ -57,10 +68,18 @@ def table(rows: Sequence[tuple[dict[str, Any], DistilledSet, Path]]) -> str:
         main = [entry for entry in record["results"] if entry["labels"] == record["results"][0]["labels"]]
         arms = {entry["arm"]: equal_time.format_accuracy(entry) for entry in main}
         shown.append(
-            [record["set"]["method"], str(record["set"]["ipc"]), duration(file.seconds(range(file.count), file.epochs)),
-             size(path.stat().st_size), str(made.manifest["steps_done"]), duration(cost["seconds"]),
-             size(cost["peak_memory"]["host"]), arms["distilled"], arms.get("random", "-")]
-        )  # fmt: skip
+            [
+                record["set"]["method"],
+                str(record["set"]["ipc"]),
+                duration(file.seconds(range(file.count), file.epochs)),
+                size(path.stat().st_size),
+                str(made.manifest["steps_done"]),
+                duration(cost["seconds"]),
+                size(cost["peak_memory"]["host"]),
+                arms["distilled"],
+                arms.get("random", "-"),
+            ]
+        )
     return aligned(shown)
 
 
@@ -83,16 +102,27 @@ def _main(words: Sequence[str]) -> int:
     for ipc in options.ipc:
         for method in methods:
             path = experts(
-                KINDS[method], options.data, options.out, network=options.network, count=options.count,
+                KINDS[method],
+                options.data,
+                options.out,
+                network=options.network,
+                count=options.count,
                 epochs=options.epochs,
-            )  # fmt: skip
+            )
             soft = METHODS.get(method).labels == "soft"
             given = [f"experts={path}", *SETTINGS[method], *RATES.get(ipc, RATES[10])]
             made, record = equal_time.fill(
-                method, options.data, options.out, ipc=ipc, network=options.network, minutes=options.minutes,
-                protocol="quick-soft-v1" if soft else "quick-v1", given=given, controls="random",
+                method,
+                options.data,
+                options.out,
+                ipc=ipc,
+                network=options.network,
+                minutes=options.minutes,
+                protocol="quick-soft-v1" if soft else "quick-v1",
+                given=given,
+                controls="random",
                 teachers=path if soft else None,
-            )  # fmt: skip
+            )
             rows.append((json.loads(record.read_text()), DistilledSet.load(made), path))
             (options.out / "table.txt").write_text(table(rows) + "\n")
     print(table(rows))

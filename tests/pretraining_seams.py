@@ -33,8 +33,8 @@ def train_in_groups(monkeypatch):
     for module in (loop, pipeline, store):
         monkeypatch.setattr(module, "prefers_stacked", lambda device: True)
     monkeypatch.setattr(
-        pipeline, "train", lambda group, *arguments, **options: (
-            sizes.append(len(group)), train(group, *arguments, **options)
-        )[1],
-    )  # fmt: skip
+        pipeline,
+        "train",
+        lambda group, *arguments, **options: (sizes.append(len(group)), train(group, *arguments, **options))[1],
+    )
     return sizes

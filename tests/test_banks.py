@@ -33,8 +33,11 @@ def cached_files():
 
 
 def same(a, b):
-    return all(torch.equal(x, y) for one, other in zip(a.states, b.states, strict=True)
-               for x, y in zip(one.values(), other.values(), strict=True))  # fmt: skip
+    return all(
+        torch.equal(x, y)
+        for one, other in zip(a.states, b.states, strict=True)
+        for x, y in zip(one.values(), other.values(), strict=True)
+    )
 
 
 def test_snapshots_are_the_start_and_each_unit(tiny):

@@ -31,9 +31,23 @@ EXPERTS = f"experts --data digits --network {NETWORK} --count 1 --epochs 2 exper
 MTT = f"distill mtt --data digits --ipc 1 --network {NETWORK} steps=2"
 DM = f"distill dm --data digits --ipc 1 --network {NETWORK} steps=2 batch_real=8"
 VERBS = (
-    "ls", "show", "distill", "resume", "evaluate", "suite", "verify", "preview", "leaderboard", "import", "export",
-    "plan", "experts", "teachers", "lighten", "labels",
-)  # fmt: skip
+    "ls",
+    "show",
+    "distill",
+    "resume",
+    "evaluate",
+    "suite",
+    "verify",
+    "preview",
+    "leaderboard",
+    "import",
+    "export",
+    "plan",
+    "experts",
+    "teachers",
+    "lighten",
+    "labels",
+)
 
 
 @pytest.fixture
@@ -119,8 +133,13 @@ def material(tmp_path_factory):
     (m / "corrupt" / "train" / "dog" / "2.png").write_bytes(b"no image")
     write_images(m / "mixed" / "train", {"cat": [8, 9, 8, 9], "dog": [8, 8, 8, 8]})
     write_arrays(m / "three.npz", tiny_arrays(classes=3))
-    write_arrays(m / "large.npz", [np.kron(part, np.ones((2, 2), np.uint8)) if part.ndim == 4 else part
-                                   for part in tiny_arrays(classes=2, size=8)])  # fmt: skip
+    write_arrays(
+        m / "large.npz",
+        [
+            np.kron(part, np.ones((2, 2), np.uint8)) if part.ndim == 4 else part
+            for part in tiny_arrays(classes=2, size=8)
+        ],
+    )
     images, labels = np.zeros((20, 1, 16, 16), np.uint8), np.arange(20) % 10
     write_arrays(m / "sixteen.npz", (images, labels, images, labels))
 
@@ -181,7 +200,11 @@ MISTAKES = {
     "unknown option before the verb": ("--nope ls", "--nope", "condense --help"),
     "several faults": (
         "distill dm --data digits ipc=ten stepz=1 lr_img=fast reszie=8 --network lenat",
-        "ipc=ten", "stepz=1", "lr_img=fast", "reszie=8", "'lenat'",
+        "ipc=ten",
+        "stepz=1",
+        "lr_img=fast",
+        "reszie=8",
+        "'lenat'",
     ),
     "several faulty options": (f"{DM} fyi=maybe --device warp --minutes -1 --track x", "fyi=maybe", "warp", "-1", "x"),
     "mirror images that are other classes": (f"{DM} fyi=true", "fyi=true", "digits", "leave fyi off"),
@@ -250,7 +273,13 @@ MISTAKES = {
     "experts without data": ("experts --count 1", "--data", "condense experts --help"),
     "several faults of experts": (
         f"{EXPERTS} --epochs -1 --dtype half --held-out 1 stepz=4 reszie=8 --device warp",
-        "--epochs -1", "--dtype half", "--held-out 1", "stepz=4", "did you mean 'steps'", "reszie=8", "warp",
+        "--epochs -1",
+        "--dtype half",
+        "--held-out 1",
+        "stepz=4",
+        "did you mean 'steps'",
+        "reszie=8",
+        "warp",
     ),
     "experts over a set": (f"{EXPERTS} --out {{m}}/set.h5", "{m}/set.h5", "another format", "--force"),
     "experts in a folder": (f"{EXPERTS} --out {{m}}/folder.h5", "{m}/folder.h5 is a folder", "name a file"),
@@ -265,7 +294,7 @@ MISTAKES = {
     "a run whose data changed": ("resume {m}/changed", "{m}/changed", "{m}/data.npz changed", "start over"),
     "a run on data from Python": ("resume {m}/python", "{m}/python", "data were given in Python"),
     "a run resumed for no time": ("resume {m}/run --minutes 0", "{m}/run: --minutes 0", "more than 0"),
-}  # fmt: skip
+}
 READERS = ("verify {set}", "evaluate {set} --data digits", "preview {set} --out a.png", "show {set}")
 SETS = {
     "truncated": ("{m}/truncated.h5: truncated or damaged", "make it again"),

@@ -78,8 +78,10 @@ def test_fused_moments_equal_hooks(name, shares):
     classes = torch.tensor([0, 1, 2, 0, 3, 1])
     weight = torch.tensor([0.3, 0.7], dtype=torch.float64)
     found = []
-    for asked in (lambda: bn_matching.Matcher(net, 10.0, shares)(views, 2, contextlib.nullcontext),
-                  lambda: hooked(net, views, 2, 10.0, shares)):  # fmt: skip
+    for asked in (
+        lambda: bn_matching.Matcher(net, 10.0, shares)(views, 2, contextlib.nullcontext),
+        lambda: hooked(net, views, 2, 10.0, shares),
+    ):
         logits, distances = asked()
         loss = F.cross_entropy(logits, classes) + (weight * distances).sum()
         found.append((loss, torch.autograd.grad(loss, views)[0]))
@@ -168,9 +170,16 @@ def published_images(task, ipc, steps, config):
     start = SyntheticSet.create(task, ipc, SyntheticOptions(init="noise"), seed=0, device=run.device).images.detach()
     ends = tuple(task.transform(torch.full((task.shape[0], 1, 1), end)).flatten() for end in (0.0, 1.0))
     loop = published.SRe2L(
-        start, task.num_classes, committee.members[0].network, ends, device=run.device, lr_img=config.lr_img,
-        bn_weight=config.bn_weight, jitter=config.jitter, steps=steps,
-    )  # fmt: skip
+        start,
+        task.num_classes,
+        committee.members[0].network,
+        ends,
+        device=run.device,
+        lr_img=config.lr_img,
+        bn_weight=config.bn_weight,
+        jitter=config.jitter,
+        steps=steps,
+    )
     crops = CropViews(config.min_scale, 1.0, config.flip)
     for step in range(steps):
         views = crops.draw(rng.Draws(0, "crop", step), ipc, task.shape[1:])
@@ -210,9 +219,15 @@ def test_classes_in_several_batches_have_moments_of_their_own(tiny):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"per_image": True}, {"two_sided": True}, {"schedule": "step"}, {"init": "patches"}, {"bn_weight": 0.0},
-     {"flip": False, "min_scale": 1.0}],
-)  # fmt: skip
+    [
+        {"per_image": True},
+        {"two_sided": True},
+        {"schedule": "step"},
+        {"init": "patches"},
+        {"bn_weight": 0.0},
+        {"flip": False, "min_scale": 1.0},
+    ],
+)
 def test_every_choice_of_views_and_starts_matters(tiny, changes):
     assert not torch.equal(made(tiny, labels="hard").stored, made(tiny, labels="hard", **changes).stored)
 
@@ -521,9 +536,21 @@ def test_whitened_data_are_refused(untaught):
 
 
 @pytest.mark.parametrize(
-    "words", ["labels=softer", "init=reals", "schedule=cosin", "store=jpeg", "label_micro=1", "mix=cutmixx",
-              "milestone=2", "min_scale=0", "label_statistics=mean", "temperature=0", "at_once=0"],
-)  # fmt: skip
+    "words",
+    [
+        "labels=softer",
+        "init=reals",
+        "schedule=cosin",
+        "store=jpeg",
+        "label_micro=1",
+        "mix=cutmixx",
+        "milestone=2",
+        "min_scale=0",
+        "label_statistics=mean",
+        "temperature=0",
+        "at_once=0",
+    ],
+)
 def test_a_setting_that_cannot_be_is_named(tiny, words):
     key, _, value = words.partition("=")
     with pytest.raises(CondenseError, match=f"{key}={value}"):
@@ -563,9 +590,29 @@ def test_two_ranks_make_the_set_of_one(tiny, tmp_path):
     sets = []
     for ranks, launcher in ((1, ()), (2, ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"))):
         out = tmp_path / f"{ranks}.h5"
-        words = ["-m", "condense", "distill", "sre2l", "--data", str(tmp_path / "tiny.npz"), "--ipc", "2", "--network",
-                 NETWORK, "--out", str(out), "--run-dir", str(tmp_path / f"run{ranks}"), "--precision", "fp32",
-                 "steps=3", "label_epochs=2", "teacher_epochs=2", "teacher_batch=8", "store=float32"]  # fmt: skip
+        words = [
+            "-m",
+            "condense",
+            "distill",
+            "sre2l",
+            "--data",
+            str(tmp_path / "tiny.npz"),
+            "--ipc",
+            "2",
+            "--network",
+            NETWORK,
+            "--out",
+            str(out),
+            "--run-dir",
+            str(tmp_path / f"run{ranks}"),
+            "--precision",
+            "fp32",
+            "steps=3",
+            "label_epochs=2",
+            "teacher_epochs=2",
+            "teacher_batch=8",
+            "store=float32",
+        ]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         subprocess.run([sys.executable, *launcher, *words], check=True, env=environment, capture_output=True)
         sets.append(condense.load(out))

@@ -208,8 +208,12 @@ def test_the_soft_track_judges_own_labels_and_never_replaces_them(soft, tiny):
     assert record["protocol"]["name"] == "dc-soft-v1"
     arms = [(entry["arm"], entry["labels"]) for entry in record["results"]]
     assert arms == [
-        ("distilled", "own"), ("distilled", "hard"), ("noise", "own"), ("full", "hard"), ("random-bytes", "hard")
-    ]  # fmt: skip
+        ("distilled", "own"),
+        ("distilled", "hard"),
+        ("noise", "own"),
+        ("full", "hard"),
+        ("random-bytes", "hard"),
+    ]
     assert [entry["arm"] for entry in record["missing"]] == ["random"]
     assert set(record["scores"][NETWORK]) == {"HLR"}
 
@@ -229,8 +233,10 @@ def test_with_their_teacher_random_images_get_the_same_kind_of_labels(made, tiny
         )
     record = condense.evaluate(taught, tiny, runs=2, controls=["random", "noise"], teacher=teacher)
     assert [(e["arm"], e["labels"]) for e in record["results"]] == [
-        ("distilled", "own"), ("random", "own"), ("noise", "own")
-    ]  # fmt: skip
+        ("distilled", "own"),
+        ("random", "own"),
+        ("noise", "own"),
+    ]
     assert not record["missing"] and set(record["scores"][NETWORK]) == {"IOR"}
     labels = taught.labels.label_images(tiny.per_class(2, (0, "random-arm", 0))[0], teacher, 0)
     assert labels.kind == kind and labels.cache_key() == taught.labels.cache_key() and len(labels) == 6

@@ -107,8 +107,10 @@ def test_an_imported_set_can_be_judged(task, tmp_path):
 def test_an_image_folder_of_8_bit_images_loses_nothing(channels, tmp_path):
     images = tiny_arrays(channels=channels)[0][[0, 1, 12, 13, 24, 25]]
     names = ["train", "this/that: 50 %", ".hidden"]
-    task = condense.task({"train_images": tiny_arrays(channels=channels)[0],
-                          "train_labels": tiny_arrays()[1], "classes": names}, name="tiny")  # fmt: skip
+    task = condense.task(
+        {"train_images": tiny_arrays(channels=channels)[0], "train_labels": tiny_arrays()[1], "classes": names},
+        name="tiny",
+    )
     original = make(torch.from_numpy(images), transform=task.transform, space="pixel", classes=names)
     rounding = export_set(original, tmp_path / "pictures", "imagefolder")
     assert (rounding.clipped, rounding.largest) == (0.0, pytest.approx(0, abs=1e-4))
@@ -431,7 +433,7 @@ MISTAKES = {
     "two channels": ("export two.h5 new --to imagefolder", "1 or 3 channels, not 2"),
     "data where nothing is rounded": ("export set.h5 a.pt2 --to pt --data digits", "--data digits", "imagefolder"),
     "no set": ("export none.h5 a.pt2 --to pt", "none.h5: no such file"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", MISTAKES)

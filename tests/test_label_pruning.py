@@ -450,8 +450,9 @@ def test_such_sets_are_judged_beside_random_images_with_such_labels(tiny, name):
 # -- plans, and what is refused ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [{}, {"values": "topk"}, {"values": "int8", "label_statistics": "batch"},
-                                     {"labels": "per-view"}])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes", [{}, {"values": "topk"}, {"values": "int8", "label_statistics": "batch"}, {"labels": "per-view"}]
+)
 def test_a_plan_states_what_is_made(tiny, changes):
     needs, one = estimate_cost("lpld", tiny, 4, **SMALL, **changes), made(tiny, ipc=4, **changes)
     for part in ("images", "labels"):

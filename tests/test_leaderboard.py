@@ -121,8 +121,9 @@ def test_a_huge_file_and_a_folder_are_left_out_by_name(results, built):
     (results / "folder.json").mkdir()
     found, _ = built()
     assert {entry.file: entry.reason.split(" ")[0] for entry in found.rejected} == {
-        "folder.json": "not", "huge.json": "larger"
-    }  # fmt: skip
+        "folder.json": "not",
+        "huge.json": "larger",
+    }
 
 
 def test_a_page_of_bad_records_alone_is_still_built(results, built):
@@ -270,9 +271,7 @@ def test_the_same_input_gives_the_same_bytes_and_every_link_leads_somewhere(resu
     sites = [tmp_path / "one", tmp_path / "two"]
     for source, site in zip((results, moved), sites):
         leaderboard.build_page(source, site)
-    one, two = (
-        {str(p.relative_to(site)): p.read_bytes() for p in site.rglob("*") if p.is_file()} for site in sites
-    )  # fmt: skip
+    one, two = ({str(p.relative_to(site)): p.read_bytes() for p in site.rglob("*") if p.is_file()} for site in sites)
     assert one == two and len(one) > 20
     page = Parsed(one["index.html"].decode())
     assert len(page.ids) == len(set(page.ids))
@@ -290,9 +289,12 @@ def test_unlike_methods_look_unlike():
 
 def test_ticks_are_few_round_and_inside():
     for ticks, low, high in (
-        (charts.byte_ticks, 1e3, 9e3), (charts.byte_ticks, 20, 3e12), (charts.second_ticks, 0.02, 0.4),
-        (charts.second_ticks, 50, 500), (charts.second_ticks, 1, 3e7),
-    ):  # fmt: skip
+        (charts.byte_ticks, 1e3, 9e3),
+        (charts.byte_ticks, 20, 3e12),
+        (charts.second_ticks, 0.02, 0.4),
+        (charts.second_ticks, 50, 500),
+        (charts.second_ticks, 1, 3e7),
+    ):
         found = ticks(low, high)
         assert 2 <= len(found) <= 7 and all(low <= value <= high for value, _ in found)
         assert [value for value, _ in found] == sorted(value for value, _ in found)

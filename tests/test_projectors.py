@@ -227,9 +227,13 @@ def test_means_are_centred_and_of_unit_length(own):
 
 # -- what is adapted --------------------------------------------------------------------------------------------------
 
-RN = ["conv1", "conv2", "conv3",
-      *(f"layer{k}.0.{name}" for k in (1, 2, 3, 4) for name in ("conv1", "conv2", "conv3", "downsample.0")),
-      *(f"attnpool.{x}_proj" for x in "kqvc")]  # fmt: skip
+RN = [
+    "conv1",
+    "conv2",
+    "conv3",
+    *(f"layer{k}.0.{name}" for k in (1, 2, 3, 4) for name in ("conv1", "conv2", "conv3", "downsample.0")),
+    *(f"attnpool.{x}_proj" for x in "kqvc"),
+]
 VIT = [f"transformer.resblocks.0.{name}" for name in ("attn.out_proj", "mlp.c_fc", "mlp.c_proj")]
 
 
@@ -435,8 +439,10 @@ def test_another_backbone_in_its_place_is_refused(backbone, plain, colour, weak,
     backbone.unlink()
     condense.api.teachers(colour, networks=[NETWORK], epochs=1, teacher_batch=8, seed=1, out=backbone)
     line = refusal(lambda: first_batch(condense.load(file)))
-    assert line == (f"projector labels: backbone {backbone}: is another network than that of these labels (its "
-                    "checksum or size differs); restore it")  # fmt: skip
+    assert line == (
+        f"projector labels: backbone {backbone}: is another network than that of these labels (its "
+        "checksum or size differs); restore it"
+    )
 
 
 @pytest.mark.parametrize("tower", ["visual.conv1.weight", "token_embedding.weight"])
@@ -556,7 +562,7 @@ def test_damaged_arrays_are_refused(tampered, little_memory):
         "size differs": lambda arrays, known: known["backbone"].update(bytes=known["backbone"]["bytes"] - 1),
         "3 images but 4 labels": without_classes(4),
         "labels/images must be at least 0, not -3": without_classes(-3),
-    }  # fmt: skip
+    }
     for words, change in cases.items():
         line = refusal(lambda change=change: tampered(change))
         assert words in line, (words, line)
@@ -588,18 +594,53 @@ def strange(read, paths):
 
 
 WRONG = [
-    None, True, -1, 0, 0.5, math.nan, math.inf, 10**400, 2**40, "", "x", "\0", "a\nb", "\ud800", [], [0], {}, {"a": 1},
-    [[1]], [None] * 3, ["x"] * 3, [2**40] * 3, [10**400] * 3, [-1] * 3, [0] * 3, [math.nan] * 3, [1e300] * 3,
-    [3, 2**20, 2**20], ["{:>9999999999}"], ["{} {x} {"],
-]  # fmt: skip
+    None,
+    True,
+    -1,
+    0,
+    0.5,
+    math.nan,
+    math.inf,
+    10**400,
+    2**40,
+    "",
+    "x",
+    "\0",
+    "a\nb",
+    "\ud800",
+    [],
+    [0],
+    {},
+    {"a": 1},
+    [[1]],
+    [None] * 3,
+    ["x"] * 3,
+    [2**40] * 3,
+    [10**400] * 3,
+    [-1] * 3,
+    [0] * 3,
+    [math.nan] * 3,
+    [1e300] * 3,
+    [3, 2**20, 2**20],
+    ["{:>9999999999}"],
+    ["{} {x} {"],
+]
 
 
 def test_no_json_is_more_than_one_line(tampered, little_memory):
     paths = [(key,) for key in ("backbone", "names", "rank", "head_rank", "head", "shape", "mean", "std")]
-    taken = strange(tampered, [*paths, *(("backbone", key) for key in ("name", "sha256", "bytes", "path")),
-                               ("names", 0)])  # fmt: skip
-    assert {path[:-1] for path in taken} <= {("backbone", "name"), ("backbone", "path"), ("head_rank",), ("mean",),
-                                             ("names",), ("shape",), ("std",)}  # fmt: skip
+    taken = strange(
+        tampered, [*paths, *(("backbone", key) for key in ("name", "sha256", "bytes", "path")), ("names", 0)]
+    )
+    assert {path[:-1] for path in taken} <= {
+        ("backbone", "name"),
+        ("backbone", "path"),
+        ("head_rank",),
+        ("mean",),
+        ("names",),
+        ("shape",),
+        ("std",),
+    }
     assert {value for *path, value in taken if path == ["names"]} <= {"[]"}
     assert ("backbone", "name", "x") in taken  # its path says where it is
 
@@ -707,10 +748,19 @@ def test_whitened_images_and_grey_backbones(own, plain, colour, weak, tmp_path):
     assert line == f"backbone={out}: {out}: does not state the normalisation of its images; make it again, without zca"
 
 
-@pytest.mark.parametrize("normalised", [
-    None, [], {}, {"mean": [0.5] * 3}, {"mean": [0.5] * 2, "std": [0.5] * 2}, {"mean": "abc", "std": "abc"},
-    {"mean": [0.5] * 3, "std": [0.5, 0.5, 0.0]}, {"mean": [math.nan] * 3, "std": [0.5] * 3},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "normalised",
+    [
+        None,
+        [],
+        {},
+        {"mean": [0.5] * 3},
+        {"mean": [0.5] * 2, "std": [0.5] * 2},
+        {"mean": "abc", "std": "abc"},
+        {"mean": [0.5] * 3, "std": [0.5, 0.5, 0.0]},
+        {"mean": [math.nan] * 3, "std": [0.5] * 3},
+    ],
+)
 def test_a_backbone_file_of_a_stranger(normalised, backbone, monkeypatch):
     file = saved_module.read_teacher_file(backbone)
     file.manifest["normalisation"] = normalised

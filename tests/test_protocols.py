@@ -7,10 +7,24 @@ from condense.judge import Protocol, get_protocol, protocols
 
 def protocol(**changes):
     values = {
-        "name": "x", "version": 1, "summary": "", "labels": "hard", "networks": ["own"], "steps": 1000,
-        "per_images": 256, "batch": 256, "lr": [0.01], "held_out": 0.1, "momentum": 0.9, "weight_decay": 5e-4,
-        "drops": [0.5], "drop_factor": 0.1, "augment": "none", "full_epochs": 60, "runs": 5,
-    }  # fmt: skip
+        "name": "x",
+        "version": 1,
+        "summary": "",
+        "labels": "hard",
+        "networks": ["own"],
+        "steps": 1000,
+        "per_images": 256,
+        "batch": 256,
+        "lr": [0.01],
+        "held_out": 0.1,
+        "momentum": 0.9,
+        "weight_decay": 5e-4,
+        "drops": [0.5],
+        "drop_factor": 0.1,
+        "augment": "none",
+        "full_epochs": 60,
+        "runs": 5,
+    }
     return Protocol(**{**values, **changes})
 
 

@@ -14,9 +14,17 @@ from condense.judge import records, scoring
 
 def entry(arm, accuracies, network="n", labels="own", augment=True, **more):
     found = {
-        "arm": arm, "labels": labels, "augment": augment, "network": network, "steps": 300, "lr": 0.01,
-        "lr_from": "protocol", "accuracies": accuracies, **scoring.summary(accuracies), "seconds": 1.5,
-    }  # fmt: skip
+        "arm": arm,
+        "labels": labels,
+        "augment": augment,
+        "network": network,
+        "steps": 300,
+        "lr": 0.01,
+        "lr_from": "protocol",
+        "accuracies": accuracies,
+        **scoring.summary(accuracies),
+        "seconds": 1.5,
+    }
     return {**found, **more}
 
 
@@ -33,8 +41,10 @@ def test_scores_equal_worked_values():
     """The card's own examples."""
     for hlr, ior, lrs in ((0.40, 0.10, 0.2097), (0.20, 0.05, 0.2382), (0.30, -0.05, 0.2006)):
         results = [
-            entry("distilled", [0.5]), entry("random", [0.5 - ior]), entry("full", [0.5 + hlr], labels="hard"),
-        ]  # fmt: skip
+            entry("distilled", [0.5]),
+            entry("random", [0.5 - ior]),
+            entry("full", [0.5 + hlr], labels="hard"),
+        ]
         got = scoring.compute_scores(results)["n"]
         assert got["HLR"]["value"] == pytest.approx(hlr) and got["IOR"]["value"] == pytest.approx(ior)
         assert got["LRS"]["value"] == pytest.approx(lrs, abs=5e-5)
@@ -45,9 +55,11 @@ def test_scores_equal_worked_values():
 
 def test_ars_by_hand():
     results = [
-        entry("distilled", [0.5]), entry("random", [0.3]),
-        entry("distilled", [0.4], augment=False), entry("random", [0.36], augment=False),
-    ]  # fmt: skip
+        entry("distilled", [0.5]),
+        entry("random", [0.3]),
+        entry("distilled", [0.4], augment=False),
+        entry("random", [0.36], augment=False),
+    ]
     beta = 0.5 * 0.2 + 0.5 * 0.04
     expected = (math.exp(beta) - math.exp(-1)) / (math.exp(1) - math.exp(-1))
     assert scoring.compute_scores(results)["n"]["ARS"]["value"] == pytest.approx(expected)
@@ -74,17 +86,21 @@ def test_resampling_is_the_exact_distribution_of_resampled_means():
 
 def test_the_hard_labels_of_a_soft_set_are_what_hlr_compares():
     results = [
-        entry("distilled", [0.6]), entry("distilled", [0.4], labels="hard"), entry("full", [0.9], labels="hard"),
-    ]  # fmt: skip
+        entry("distilled", [0.6]),
+        entry("distilled", [0.4], labels="hard"),
+        entry("full", [0.9], labels="hard"),
+    ]
     assert scoring.compute_scores(results, "soft")["n"]["HLR"]["value"] == pytest.approx(0.5)
     assert "HLR" not in scoring.compute_scores([results[0], results[2]], "soft")["n"]
 
 
 def test_cross_architecture_drop_by_hand():
     results = [
-        entry("distilled", [0.5, 0.6], "own"), entry("random", [0.1, 0.1], "own"),
-        entry("distilled", [0.4, 0.3], "a"), entry("distilled", [0.2, 0.3], "b"),
-    ]  # fmt: skip
+        entry("distilled", [0.5, 0.6], "own"),
+        entry("random", [0.1, 0.1], "own"),
+        entry("distilled", [0.4, 0.3], "a"),
+        entry("distilled", [0.2, 0.3], "b"),
+    ]
     got = scoring.cross_architecture(results, "own")
     assert got["others"] == ["a", "b"] and got["drop"]["value"] == pytest.approx((0.2 + 0.3) / 2)
     assert scoring.cross_architecture(results[:2], "own") is None
@@ -114,21 +130,41 @@ def record():
     return {
         "schema": records.RECORD_SCHEMA,
         "set": {
-            "name": "digits/dm-ipc1", "sha256": "0" * 64, "method": "dm", "dataset": "digits", "ipc": 1, "seed": 0,
-            "label_kind": "hard", "network": "n", "command": None,
+            "name": "digits/dm-ipc1",
+            "sha256": "0" * 64,
+            "method": "dm",
+            "dataset": "digits",
+            "ipc": 1,
+            "seed": 0,
+            "label_kind": "hard",
+            "network": "n",
+            "command": None,
             "bytes": {"images": 1, "labels": 1, "auxiliary": 1, "external": 0, "total": 3, "stored": 3},
             "labelling": {"exactness": "approximate", "step_cost": "none"},
         },
         "data": {"name": "digits", "fingerprint": "f", "same": True},
         "protocol": {"name": "quick-v1", "version": 1, "labels": "hard"},
-        "runs": 2, "seed": 0, "results": results, "missing": [], "scores": scoring.compute_scores(results),
-        "cross_architecture": None, "time": scoring.time_to_accuracy(results, {}), "cost": {},
+        "runs": 2,
+        "seed": 0,
+        "results": results,
+        "missing": [],
+        "scores": scoring.compute_scores(results),
+        "cross_architecture": None,
+        "time": scoring.time_to_accuracy(results, {}),
+        "cost": {},
         "environment": {
-            "condense": "0", "torch": "0", "python": "3", "platform": "x", "device": "y", "threads": 1,
-            "precision": "fp32", "tf32": False, "peak_memory": {"host": 1},
+            "condense": "0",
+            "torch": "0",
+            "python": "3",
+            "platform": "x",
+            "device": "y",
+            "threads": 1,
+            "precision": "fp32",
+            "tf32": False,
+            "peak_memory": {"host": 1},
         },
         "command": "condense evaluate",
-    }  # fmt: skip
+    }
 
 
 def test_a_written_record_is_read_back(record, tmp_path):

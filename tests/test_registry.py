@@ -94,12 +94,15 @@ for words in sys.argv[1:]:
         assert not end.code, words
 """
     shown = python(
-        "-c", code,
-        "ls methods", "ls recipes", "show pixel-means",
+        "-c",
+        code,
+        "ls methods",
+        "ls recipes",
+        "show pixel-means",
         "distill --recipe pixel-means/tiny --out toy.h5 --device cpu",
         "evaluate toy.h5 --data digits --runs 1 --controls random --device cpu --json record.json",
         cwd=tmp_path,
-    )  # fmt: skip
+    )
     assert "pixel-means  Matches the mean pixels of each class. (2024)" in shown
     assert "pixel-means/tiny" in shown and "lr_img=1.0\n      Learning rate of the pixels." in shown
     assert json.loads((tmp_path / "record.json").read_text())["set"]["method"] == "pixel-means"

@@ -38,12 +38,19 @@ SETTINGS = {"network": NETWORK, "steps": 6, "batch_real": 4, "precision": "fp32"
 def start(words, folder, launcher=()):
     """``condense`` with ``words`` as a process in ``folder``, which checkpoints after every step."""
     environment = {
-        **os.environ, "CONDENSE_CHECKPOINT_SECONDS": "0", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
-    }  # fmt: skip
+        **os.environ,
+        "CONDENSE_CHECKPOINT_SECONDS": "0",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
     return subprocess.Popen(
         [sys.executable, *launcher, "-m", "condense", *shlex.split(words)],
-        cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def distill(steps):
@@ -305,8 +312,12 @@ def test_tensorboard_has_each_step_once(data, tmp_path, monkeypatch):
 def test_no_tracker(data, call, tmp_path):
     assert call(f"{TINY} --track none").code == 0
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
-        CHECKPOINT_FILE, "config.json", "log.jsonl", "previews", "result.json",
-    ]  # fmt: skip
+        CHECKPOINT_FILE,
+        "config.json",
+        "log.jsonl",
+        "previews",
+        "result.json",
+    ]
 
 
 def test_previews_show_the_set(data, call, tmp_path, monkeypatch):

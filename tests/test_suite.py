@@ -57,8 +57,9 @@ def test_a_table_is_made_once(place, monkeypatch):
     for path in outcome.made:
         record = records.read_record(path)
         assert path.with_suffix(".png").is_file() and {e["network"] for e in record["results"]} == {
-            "convnet-d2-w8-in", "mlp"
-        }  # fmt: skip
+            "convnet-d2-w8-in",
+            "mlp",
+        }
     dm = records.read_record(place / "out/records/mini-tiny-dm-ipc2-seed0.json")
     precision = dm["environment"]["precision"]
     assert dm["set"]["command"] == (
@@ -112,8 +113,9 @@ def test_a_cell_that_fails_does_not_take_the_others_with_it(place):
 
 def test_only_some_cells(place):
     assert [path.stem for path in run(place, methods=["random"]).made] == [
-        "mini-tiny-random-ipc1-seed0", "mini-tiny-random-ipc2-seed0"
-    ]  # fmt: skip
+        "mini-tiny-random-ipc1-seed0",
+        "mini-tiny-random-ipc2-seed0",
+    ]
     with pytest.raises(CondenseError, match="--methods randm: not in the suite 'mini'; did you mean 'random'"):
         run(place, methods=["randm"])
 

@@ -131,8 +131,9 @@ def test_adamw_is_that_of_torch_and_decays_matrices_only():
     matrices = [p for p in net.parameters() if p.ndim >= 2]
     vectors = [p for p in net.parameters() if p.ndim < 2]
     assert len(matrices) == 3 and len(vectors) == 7  # two convolutions and the classifier; biases and norms
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.3}, {"params": vectors, "weight_decay": 0.0}],
-                                  betas=(0.9, 0.999))  # fmt: skip
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.3}, {"params": vectors, "weight_decay": 0.0}], betas=(0.9, 0.999)
+    )
     for step in range(9):
         ids = batch_ids(student.seed, 10, 4, step)
         optimizer.zero_grad()
@@ -204,8 +205,16 @@ def test_recipes_of_before_are_known_as_before():
         f"augment={make_augmentation('crop')!r}, cutmix=0.0)"
     )
     assert list(old.cache_key_fields()) == [
-        "steps", "batch", "lr", "momentum", "weight_decay", "drops", "drop_factor", "augment", "cutmix"
-    ]  # fmt: skip
+        "steps",
+        "batch",
+        "lr",
+        "momentum",
+        "weight_decay",
+        "drops",
+        "drop_factor",
+        "augment",
+        "cutmix",
+    ]
     for change in ({"optimizer": "adamw"}, {"schedule": "cosine"}, {"stretch": 2.0}, {"warmup": 0.1}):
         ((name, value),) = change.items()
         assert f"{name}={value!r}" in dataclasses.replace(old, **change).cache_key()
@@ -351,15 +360,23 @@ def good(tiny, tmp_path):
 
 
 FAULTS = {
-    "cut": "truncated or damaged; copy or make it again", "bit": f"teacher 1 of {NETWORK} is damaged",
-    "manifest": "the manifest is damaged", "text": "not an HDF5 file", "missing": "no such file; did you mean 'b.h5'",
-    "foreign": "an HDF5 file of another format", "newer": "written by a newer version",
-    "chunked": "not an array stored in one piece", "link": "is missing or links to another file",
-    "member": "the array 'members/1' is missing", "type": "has the type |S5, which no teacher uses",
-    "shape": "1 of another shape: classify.bias (4, not 3)", "name": "1 missing: classify.bias, 1 unknown: extra",
-    "network": "unknown network 'convnet-d9-w8-bn'", "entry": "the manifest does not describe teachers",
+    "cut": "truncated or damaged; copy or make it again",
+    "bit": f"teacher 1 of {NETWORK} is damaged",
+    "manifest": "the manifest is damaged",
+    "text": "not an HDF5 file",
+    "missing": "no such file; did you mean 'b.h5'",
+    "foreign": "an HDF5 file of another format",
+    "newer": "written by a newer version",
+    "chunked": "not an array stored in one piece",
+    "link": "is missing or links to another file",
+    "member": "the array 'members/1' is missing",
+    "type": "has the type |S5, which no teacher uses",
+    "shape": "1 of another shape: classify.bias (4, not 3)",
+    "name": "1 missing: classify.bias, 1 unknown: extra",
+    "network": "unknown network 'convnet-d9-w8-bn'",
+    "entry": "the manifest does not describe teachers",
     "key": "its members do not match its digest",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -488,8 +505,10 @@ def test_a_file_that_does_not_suit_a_run_is_refused_before_any_work(tiny, tiny_c
 def test_teachers_without_batch_norm_are_refused_before_any_is_trained(tiny, good, monkeypatch):
     require_batch_norm(provided(tiny, file=str(good), batch_norm=True))
     plain = provided(tiny, architectures=[PLAIN])
-    expected = (f"teacher {PLAIN} has no BatchNorm, whose statistics this method matches; take a network such as "
-                "convnet-d3-w128-bn")  # fmt: skip
+    expected = (
+        f"teacher {PLAIN} has no BatchNorm, whose statistics this method matches; take a network such as "
+        "convnet-d3-w128-bn"
+    )
     assert refusal(lambda: require_batch_norm(plain)) == expected
     forbid_training(monkeypatch)
     begun = []
@@ -576,8 +595,16 @@ def test_teachers_are_kept_and_shared(tiny, monkeypatch):
     assert len(read_teacher_file(path).entries) == 3  # the one of the other architecture stayed
 
 
-@pytest.mark.parametrize("change", [{"teacher_lr": 0.1}, {"teacher_epochs": 1}, {"teacher_augment": "none"},
-                                    {"teacher_optimizer": "adamw"}, {"teacher_cutmix": 1.0}])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"teacher_lr": 0.1},
+        {"teacher_epochs": 1},
+        {"teacher_augment": "none"},
+        {"teacher_optimizer": "adamw"},
+        {"teacher_cutmix": 1.0},
+    ],
+)
 def test_other_trainings_have_other_files_and_weights(change, tiny):
     first = provided(tiny)
     run = a_run(tiny)
@@ -665,11 +692,12 @@ def test_a_checkpoint_is_a_teacher(form, tiny, tmp_path, caplog):
     net = trained(tiny)
     state = net.state_dict()
     state = {
-        "plain": state, "nested": {"epoch": 3, "state_dict": state},
+        "plain": state,
+        "nested": {"epoch": 3, "state_dict": state},
         "parallel": {"model": {f"module.{name}": value for name, value in state.items()}},
         "compiled": {f"_orig_mod.{name}": value for name, value in state.items()},
         "old": {name: value for name, value in state.items() if "tracked" not in name},
-    }[form]  # fmt: skip
+    }[form]
     run = a_run(tiny)
     committee = provided(tiny, run, file=save(tmp_path, state))
     images = tiny.batch(torch.arange(5))
@@ -842,19 +870,27 @@ def test_a_resumption_with_other_teachers_is_refused(tiny, good, tmp_path):
 def test_settings_are_checked_and_used(tiny):
     for change, expected in (
         ({"num_teachers": 0, "teacher_lr": -1.0}, "num_teachers=0: must be at least 1; teacher_lr=-1.0: must be 0 to"),
-        ({"teacher_epochs": 0}, "teacher_epochs=0"), ({"teacher_batch": 0}, "teacher_batch=0"),
-        ({"teacher_decay": -1.0}, "teacher_decay=-1.0"), ({"teacher_cutmix": 1.5}, "teacher_cutmix=1.5"),
+        ({"teacher_epochs": 0}, "teacher_epochs=0"),
+        ({"teacher_batch": 0}, "teacher_batch=0"),
+        ({"teacher_decay": -1.0}, "teacher_decay=-1.0"),
+        ({"teacher_cutmix": 1.5}, "teacher_cutmix=1.5"),
         ({"teacher_optimizer": "adam"}, "teacher_optimizer=adam: unknown; did you mean 'adamw'?"),
         ({"teacher_augment": "crop_flop"}, "teacher_augment=crop_flop: "),
         ({"committee": "mlp,resnet19-bn"}, "committee=mlp,resnet19-bn: unknown network 'resnet19-bn'"),
         ({"teachers": "torchvision:resnet18", "committee": "mlp"}, "says what the committee is; leave out committee"),
-    ):  # fmt: skip
+    ):
         assert expected in refusal(lambda change=change: TeacherOptions(**change).check_teachers()), expected
     TeacherOptions(committee="mlp, resnet18-bn", teachers="x.h5").check_teachers()
     assert TeacherOptions(committee="mlp, resnet18-bn").architectures("lenet") == ["mlp", "resnet18-bn"]
     assert TeacherOptions().architectures("lenet") == ["lenet"]
-    options = TeacherOptions(teacher_lr=0.3, teacher_decay=0.1, teacher_batch=9, teacher_optimizer="adamw",
-                             teacher_cutmix=0.4, teacher_epochs=7)  # fmt: skip
+    options = TeacherOptions(
+        teacher_lr=0.3,
+        teacher_decay=0.1,
+        teacher_batch=9,
+        teacher_optimizer="adamw",
+        teacher_cutmix=0.4,
+        teacher_epochs=7,
+    )
     training = options.teacher_training(tiny)
     recipe = training.recipe
     assert (recipe.lr, recipe.weight_decay, recipe.batch, recipe.optimizer) == (0.3, 0.1, 9, "adamw")
@@ -868,8 +904,10 @@ def soft_set(task, committee, weights=None):
     labels = SoftLabels(committee.ensemble(weights)(images))
     source = {"teachers": committee.describe(), "weights": weights}
     manifest = {
-        **condense.distill("random", task, 1, network=NETWORK).manifest, "space": "training", "label_source": source
-    }  # fmt: skip
+        **condense.distill("random", task, 1, network=NETWORK).manifest,
+        "space": "training",
+        "label_source": source,
+    }
     return DistilledSet(images, labels, task.transform, json.loads(json.dumps(manifest)))
 
 
@@ -883,8 +921,9 @@ def test_the_source_of_labels_is_found_or_named(tiny, good, tmp_path):
     for path in (cache_dir() / "teachers").glob("*.h5"):
         path.rename(tmp_path / "moved.h5")
     assert label_source.find_label_teacher(made_set, None, CPU) == (
-        None, "the teachers that its labels came from are not found; give --teachers FILE"
-    )  # fmt: skip
+        None,
+        "the teachers that its labels came from are not found; give --teachers FILE",
+    )
     found, _ = label_source.find_label_teacher(made_set, tmp_path / "moved.h5", CPU)
     assert torch.equal(found(images), committee.ensemble([3.0, 1.0])(images))
     others = made(tiny, tmp_path / "others.h5", options=dataclasses.replace(OPTIONS, teacher_lr=0.1)).file.path
@@ -1026,10 +1065,13 @@ def test_two_ranks_make_the_teachers_of_one(call, tmp_path):
     assert call(f"{TEACHERS} --out one.h5").code == 0
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "condense")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launcher, *f"{TEACHERS} --out two.h5".split()], capture_output=True, text=True,
-                          env=environment, timeout=300)  # fmt: skip
+    done = subprocess.run(
+        [*launcher, *f"{TEACHERS} --out two.h5".split()], capture_output=True, text=True, env=environment, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("2 trained now") == 1
-    one, two = ({key: entry["sha256"] for key, entry in zip(file.keys, file.entries)}
-                for file in (read_teacher_file(tmp_path / name) for name in ("one.h5", "two.h5")))  # fmt: skip
+    one, two = (
+        {key: entry["sha256"] for key, entry in zip(file.keys, file.entries)}
+        for file in (read_teacher_file(tmp_path / name) for name in ("one.h5", "two.h5"))
+    )
     assert one == two and not (tmp_path / "two.h5.parts").exists()

@@ -313,11 +313,16 @@ def test_what_a_killed_training_of_others_left_is_refused_too(tiny, tmp_path):
 )
 def test_a_damaged_or_foreign_file_is_refused_in_one_line(fault, tiny, good, monkeypatch):
     words = {
-        "cut": "truncated or damaged; copy or make it again", "bit": "expert 1 after epoch 2 is damaged",
-        "digest": "the array 'digests' is damaged", "manifest": "the manifest is damaged", "text": "not an HDF5 file",
-        "missing": "no such file; did you mean 'b.h5'", "foreign": "an HDF5 file of another format",
-        "newer": "written by a newer version", "chunked": "not an array stored in one piece",
-    }  # fmt: skip
+        "cut": "truncated or damaged; copy or make it again",
+        "bit": "expert 1 after epoch 2 is damaged",
+        "digest": "the array 'digests' is damaged",
+        "manifest": "the manifest is damaged",
+        "text": "not an HDF5 file",
+        "missing": "no such file; did you mean 'b.h5'",
+        "foreign": "an HDF5 file of another format",
+        "newer": "written by a newer version",
+        "chunked": "not an array stored in one piece",
+    }
     if fault == "cut":
         cut(good)
     elif fault == "bit":

@@ -35,9 +35,14 @@ class Quadratic:
         )
         self.weights = [weight.requires_grad_() for weight in self.weights]
         self.work = TrainingStep(
-            weights=self.weights, stacked=count is not None, step=0, epoch=0, clean=torch.zeros(1),
-            loss=self.loss, forward=lambda images: images,
-        )  # fmt: skip
+            weights=self.weights,
+            stacked=count is not None,
+            step=0,
+            epoch=0,
+            clean=torch.zeros(1),
+            loss=self.loss,
+            forward=lambda images: images,
+        )
 
     def loss(self):
         return sum((a * w**4 / 4 + b * w).sum() for a, b, w in zip(self.a, self.b, self.weights))
@@ -137,9 +142,7 @@ def known():
     return Known(networks.build_network(NETWORK, (1, 8, 8), 3))
 
 
-@pytest.mark.parametrize(
-    "kind, weights", [("none", []), ("agg", [1.0, 1.0]), ("adaptive", [1 / 3, 2 / 3])]
-)  # fmt: skip
+@pytest.mark.parametrize("kind, weights", [("none", []), ("agg", [1.0, 1.0]), ("adaptive", [1 / 3, 2 / 3])])
 def test_matches_on_the_way(known, kind, weights):
     config = ast.AST(intermediate=kind, expert_epochs=3, syn_steps=20)
     targets = ast.make_targets(config, known, expert=1, epoch=4)
@@ -206,11 +209,13 @@ class OracleRun(Run):
 
 def test_labels_average_the_experts_that_are_right(tiny):
     classes = torch.tensor([0, 1, 2])
-    logits = torch.tensor([
-        [[3.0, 1, 0], [0, 2, 1], [5, 1, 0]],
-        [[1.0, 2, 0], [0, 4, 0], [0, 3, 1]],
-        [[5.0, 0, 1], [9, 0, 0], [4, 0, 2]],
-    ])  # fmt: skip
+    logits = torch.tensor(
+        [
+            [[3.0, 1, 0], [0, 2, 1], [5, 1, 0]],
+            [[1.0, 2, 0], [0, 4, 0], [0, 3, 1]],
+            [[5.0, 0, 1], [9, 0, 0], [4, 0, 2]],
+        ]
+    )
     run = OracleRun(tiny, 1, lambda number, images: logits[number][images[:, 0].long()])
     images = torch.arange(3.0).view(3, 1, 1, 1).expand(3, 1, 8, 8).clone()  # each holds its number
     experts = Known(run.oracle)
@@ -240,9 +245,15 @@ def test_starting_images_are_classified_correctly(tiny):
 # -- whole runs -------------------------------------------------------------------------------------------------------
 
 SMALL = {
-    "network": NETWORK, "steps": 3, "syn_steps": 3, "expert_epochs": 1, "max_start_epoch": 2, "num_experts": 2,
-    "expert_batch": 8, "lr_start": 0.02,
-}  # fmt: skip
+    "network": NETWORK,
+    "steps": 3,
+    "syn_steps": 3,
+    "expert_epochs": 1,
+    "max_start_epoch": 2,
+    "num_experts": 2,
+    "expert_batch": 8,
+    "lr_start": 0.02,
+}
 
 
 def test_the_step_size_travels_and_is_learned(tiny, tmp_path):
@@ -457,8 +468,13 @@ def test_named_experts_are_in_the_manifest_and_must_stay_the_same(tiny, tmp_path
     known = made.manifest["trajectories"]
     assert known["count"] == 2 and known["epochs"] == 2 and made.manifest["cost"]["preparation_seconds"] > 0
     monkeypatch.setenv("CONDENSE_CHECKPOINT_SECONDS", "0")
-    np.savez(tmp_path / "tiny.npz", train_images=tiny.train.images, train_labels=tiny.train.labels,
-             test_images=tiny.test.images, test_labels=tiny.test.labels)  # fmt: skip
+    np.savez(
+        tmp_path / "tiny.npz",
+        train_images=tiny.train.images,
+        train_labels=tiny.train.labels,
+        test_images=tiny.test.images,
+        test_labels=tiny.test.labels,
+    )
     task = condense.task(str(tmp_path / "tiny.npz"))
     api.experts(task, network=NETWORK, out=file, expert_batch=8, force=True, **numbers)
     original = run.Run.save_checkpoint

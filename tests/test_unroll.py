@@ -180,8 +180,10 @@ def test_single_precision(mode):
     found, wanted = (solve(g, targets=t, rate=rate, grad_mode=mode) for g, t in ((single, targets), (double, same)))
     assert found.loss.dtype == found.end.dtype == torch.float32
     assert {name: slope.dtype for name, slope in found.gradients.items()} == {
-        "images": torch.float32, "labels": torch.float32, "step_size": torch.float64,
-    }  # fmt: skip
+        "images": torch.float32,
+        "labels": torch.float32,
+        "step_size": torch.float64,
+    }
     agree({name: slope.double() for name, slope in found.gradients.items()}, wanted.gradients, 1e-3)
 
 

@@ -100,9 +100,16 @@ def published_loop(case: Case, training: ExpertTraining) -> published.Expert:
     assert update is None or isinstance(update, GSAM)
     gsam = None if update is None else (update.rho, update.coefficient)
     return published.Expert(
-        case.task, device=case.device, batch=recipe.batch, lr=recipe.lr, gsam=gsam, depth=case.depth, width=case.width,
-        operations=recipe.augment.ops if recipe.augment else (), seed=case.seed,
-    )  # fmt: skip
+        case.task,
+        device=case.device,
+        batch=recipe.batch,
+        lr=recipe.lr,
+        gsam=gsam,
+        depth=case.depth,
+        width=case.width,
+        operations=recipe.augment.ops if recipe.augment else (),
+        seed=case.seed,
+    )
 
 
 def compare(case: Case, method: str, count: int, steps: int, pairs: int) -> dict[str, Any]:
@@ -255,18 +262,30 @@ def _case(options: argparse.Namespace, device: torch.device) -> Case:
 
 def _report(record: Mapping[str, Any]) -> str:
     rows = [
-        ["experts", "ms a step of one", "experts x epochs a minute", f"{MANY} of {EPOCHS} epochs", "peak memory",
-         "before", "on the device"]
-    ]  # fmt: skip
+        [
+            "experts",
+            "ms a step of one",
+            "experts x epochs a minute",
+            f"{MANY} of {EPOCHS} epochs",
+            "peak memory",
+            "before",
+            "on the device",
+        ]
+    ]
     ratios, shares = [], []
     for method, found in record["methods"].items():
         for side, peak in found["peak_memory"].items():
             rows.append(
-                [f"{method}, {side} ({found['precision'][side]})", f"{1e3 * found['median_seconds'][side]:.2f}",
-                 f"{found['experts_epochs_per_minute'][side]:.3g}",
-                 duration(found[WHOLE][side]), gibibytes(peak["host"]),
-                 gibibytes(peak["baseline"]), gibibytes(peak.get("device"))]
-            )  # fmt: skip
+                [
+                    f"{method}, {side} ({found['precision'][side]})",
+                    f"{1e3 * found['median_seconds'][side]:.2f}",
+                    f"{found['experts_epochs_per_minute'][side]:.3g}",
+                    duration(found[WHOLE][side]),
+                    gibibytes(peak["host"]),
+                    gibibytes(peak["baseline"]),
+                    gibibytes(peak.get("device")),
+                ]
+            )
         low, high = min(found["ratios"]), max(found["ratios"])
         ratios.append(f"{method} {found['ratio']:.2f} ({low:.2f} to {high:.2f})")
         shares += [found["others_share"]] if found["others_share"] is not None else []

@@ -68,10 +68,20 @@ def published_loop(case: Case, config: Any) -> published.SRe2L:
             new.load_state_dict(old.state_dict())
     ends = [case.task.transform(torch.full((shape[0], 1, 1), end)).flatten() for end in (0.0, 1.0)]
     return published.SRe2L(
-        case.start(SyntheticOptions(init=config.init)), classes, theirs, (ends[0], ends[1]), device=case.device,
-        lr_img=config.lr_img, bn_weight=config.bn_weight, first=config.bn_first, least=config.min_scale,
-        jitter=config.jitter, steps=config.steps, flip=config.flip and case.task.mirror, seed=case.seed,
-    )  # fmt: skip
+        case.start(SyntheticOptions(init=config.init)),
+        classes,
+        theirs,
+        (ends[0], ends[1]),
+        device=case.device,
+        lr_img=config.lr_img,
+        bn_weight=config.bn_weight,
+        first=config.bn_first,
+        least=config.min_scale,
+        jitter=config.jitter,
+        steps=config.steps,
+        flip=config.flip and case.task.mirror,
+        seed=case.seed,
+    )
 
 
 def draws(case: Case, config: Any, run: Run, index: int) -> list[tuple[list[int], bool, list[int]]]:

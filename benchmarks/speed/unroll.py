@@ -129,9 +129,14 @@ class Calls:
         synchronise(self.case.device)
         began = time.perf_counter()
         unroll(
-            self.loss, self.start, {"images": self.images}, self.rate, self.steps, [Target(self.steps, self.goal)],
+            self.loss,
+            self.start,
+            {"images": self.images},
+            self.rate,
+            self.steps,
+            [Target(self.steps, self.goal)],
             grad_mode=self.mode,
-        )  # fmt: skip
+        )
         synchronise(self.case.device)
         self.seconds.append(time.perf_counter() - began)
 
@@ -174,14 +179,22 @@ def snapshots(case: Case, batch: int) -> tuple[Network, Tensor, Tensor]:
     """The case's network, and its weights after one epoch of training on the task and after three, flat."""
     net, epoch = fresh(case), -(-len(case.task.train) // batch)
     recipe = TrainConfig(
-        (1 + EPOCHS_AHEAD) * epoch, batch, lr=0.01, momentum=0.0, weight_decay=0.0, lr_milestones=(),
+        (1 + EPOCHS_AHEAD) * epoch,
+        batch,
+        lr=0.01,
+        momentum=0.0,
+        weight_decay=0.0,
+        lr_milestones=(),
         augment=make_augmentation("_".join(OPERATIONS), mirror=case.task.mirror),
-    )  # fmt: skip
+    )
     kept: list[Tensor] = []
     train(
-        [Student(net, TaskSource(case.task, case.device), rng.key("unroll", "expert"))], recipe, device=case.device,
-        watch=lambda k, step, state: kept.append(flat(state, net)), watch_every=epoch,
-    )  # fmt: skip
+        [Student(net, TaskSource(case.task, case.device), rng.key("unroll", "expert"))],
+        recipe,
+        device=case.device,
+        watch=lambda k, step, state: kept.append(flat(state, net)),
+        watch_every=epoch,
+    )
     return net, kept[0], kept[-1]
 
 
@@ -268,9 +281,21 @@ def _report(record: Mapping[str, Any]) -> str:
     memory, tesla = record["memory"], record["tesla"]
     adjoint, graph, compared = memory[ADJOINT], memory[GRAPH], tesla["steps"]
     rows = [
-        ["steps", "adjoint MiB", "of it weights", "graph MiB", "adjoint/graph", "adjoint s", "graph s", "time ratio",
-         "cosine", "length ratio", "rate exact", "rate TESLA"]
-    ]  # fmt: skip
+        [
+            "steps",
+            "adjoint MiB",
+            "of it weights",
+            "graph MiB",
+            "adjoint/graph",
+            "adjoint s",
+            "graph s",
+            "time ratio",
+            "cosine",
+            "length ratio",
+            "rate exact",
+            "rate TESLA",
+        ]
+    ]
     for n in sorted({*adjoint, *graph, *compared}):
         sides = [found.get(n) for found in (adjoint, graph)]
         mebibytes = [used(side) / 2**20 if side else None for side in sides]
