@@ -267,7 +267,7 @@ def test_calibrated_labels_leave_views_out(tiny):
 
 @pytest.mark.parametrize("name", ["sre2l", "cda", "dwa", "cvdd", "infer", "nrr", "rded"])
 def test_a_plan_states_what_is_made(tiny, name):
-    """Bytes of images and labels are those of the set, whatever a rehearsal leaves out."""
+    """Bytes of images and labels are those of the set, whatever a dry run leaves out."""
     from condense.jobs import estimate_cost
 
     changes = {"num_teachers": 2} if name in ("cvdd", "infer") else {}

@@ -196,7 +196,7 @@ def test_a_newer_version(file):
 
 
 def hostile(file, change):
-    """A file whose checksums are right but whose arrays were changed by a stranger."""
+    """A file whose checksums are right but whose arrays were changed by a third party."""
     import hashlib
     import json
 

@@ -343,7 +343,8 @@ def test_a_damaged_state_of_labelling_begins_anew(state, live, call, asked, tmp_
 
 
 def test_answers_of_others_are_not_taken(live, per_view, real, asked, tmp_path):
-    """What another set, teacher or rule left is begun anew; another code of the same answers goes on."""
+    """Partial results of another set, teacher or rule are discarded; those of another code of the same logits are
+    used."""
     out = tmp_path / "light.h5"
     other = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))
     another = condense.distill("random", real, 2, network=NETWORK)

@@ -457,11 +457,11 @@ def test_another_tower_is_refused(tower, clips, plain, colour, weak, tmp_path):
     assert "its checksum or size differs" in refusal(lambda: first_batch(condense.load(light)))
 
 
-# -- files of strangers -----------------------------------------------------------------------------------------------
+# -- untrusted files --------------------------------------------------------------------------------------------------
 
 
 class Written(ProjectorLabels):
-    """Labels that write what a stranger would."""
+    """Labels that write what an untrusted file could contain."""
 
     def arrays(self):
         return self.hostile
@@ -863,12 +863,12 @@ def trained(task, weak, backbone, steps, **options):
 
 
 def test_training_lowers_the_loss_of_other_views(colour, weak, backbone, monkeypatch):
-    lessons = projection.ProjectorSource(colour, weak, RULE, 99, 0.1)
-    seen = [lessons.batch(torch.arange(36), epoch) for epoch in range(4)]
+    source = projection.ProjectorSource(colour, weak, RULE, 99, 0.1)
+    seen = [source.batch(torch.arange(36), epoch) for epoch in range(4)]
 
     def loss(made):
         with torch.no_grad():
-            return sum(float(lessons.loss(made(views), targets)) for views, targets in seen)
+            return sum(float(source.loss(made(views), targets)) for views, targets in seen)
 
     made = trained(colour, weak, backbone, 60)
     with monkeypatch.context() as patch:
@@ -1068,14 +1068,14 @@ def test_hello_is_judged_beside_random_images_with_the_same_labels(colour, backb
     assert made.labels.kind == "projector" and made.manifest["label_source"]["teachers"]["networks"] == [NETWORK]
     quick = dataclasses.replace(protocol.get_protocol("quick-v1"), steps=3, labels="soft")
     monkeypatch.setattr(evaluation, "get_protocol", lambda name: quick)
-    asked, anew = [], ProjectorLabels.label_images
+    asked, original = [], ProjectorLabels.label_images
 
     def watched(self, images, teacher, seed, hard=None):
-        labels = anew(self, images, teacher, seed, hard)
+        labels = original(self, images, teacher, seed, hard)
         asked.append((images, teacher, labels))
         return labels
 
-    monkeypatch.setattr(ProjectorLabels, "anew", watched)
+    monkeypatch.setattr(ProjectorLabels, "label_images", watched)
     record = condense.evaluate(made, colour, networks=NETWORK, runs=1, controls=["random"])
     assert [(entry["arm"], entry["labels"]) for entry in record["results"]] == [("distilled", "own"), ("random", "own")]
     assert not record["missing"] and record["set"]["bytes"]["external"] == made.labels.external_nbytes()

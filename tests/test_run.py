@@ -89,7 +89,7 @@ def written(path):
 
 
 def wait_for_change(path, process):
-    """Waits until ``path`` is written anew."""
+    """Waits until ``path`` is written again."""
     before, limit = written(path), time.monotonic() + 120
     while written(path) in (None, before):
         assert process.poll() is None, process.communicate()
@@ -148,7 +148,7 @@ def test_ctrl_c(tmp_path, uninterrupted):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and out == ""
-    found = re.fullmatch(r"condense: stopped at step (\d+) of 60; go on with: condense resume run\n", err)
+    found = re.fullmatch(r"condense: stopped at step (\d+) of 60; continue with: condense resume run\n", err)
     assert found, err
     assert saved_step(tmp_path / "run") == int(found[1])
     assert not (tmp_path / "a.h5").exists()
@@ -394,7 +394,7 @@ def test_sigterm_saves_too(data, call, tmp_path, whole, monkeypatch):
         patch.setattr(run._StepMonitor, "after_step", terminated)
         result = call(TINY)
     assert result.code == 130
-    assert result.err == "condense: stopped at step 4 of 6; go on with: condense resume run\n"
+    assert result.err == "condense: stopped at step 4 of 6; continue with: condense resume run\n"
     assert call("resume run").code == 0
     assert arrays_of(tmp_path / "a.h5") == whole
 

@@ -198,7 +198,7 @@ def test_a_killed_training_by_adamw_goes_on_bit_for_bit(together, tmp_path, monk
 
 
 def test_recipes_of_before_are_known_as_before():
-    """Files and scores are known by this text; a setting that came later shows where it acts."""
+    """Cache keys of files and scores contain this text; a setting that was added later appears only if it differs."""
     old = TrainConfig(5, 4, 0.1, 0.9, 5e-4, lr_milestones=(0.5,), augment=make_augmentation("crop"))
     assert old.cache_key() == (
         "Recipe(steps=5, batch=4, lr=0.1, momentum=0.9, weight_decay=0.0005, lr_milestones=(0.5,), lr_gamma=0.1, "
@@ -671,7 +671,7 @@ def test_a_stop_says_how_to_go_on_and_keeps_finished_teachers(tiny, tmp_path):
         return list((cache_dir() / "teachers").glob("*.parts/*-0000.h5"))
 
     run = StoppedRun(tiny, 1, NETWORK, quiet=True, track="none", directory=tmp_path, condition=finished_parts)
-    with pytest.raises(Interrupted, match=f"go on with: condense resume {tmp_path}"):
+    with pytest.raises(Interrupted, match=f"continue with: condense resume {tmp_path}"):
         provided(tiny, run, count=2)
     assert len(finished_parts()) == 1
     fresh = a_run(tiny)

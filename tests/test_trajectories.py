@@ -615,7 +615,7 @@ def test_a_stop_says_how_to_go_on_and_keeps_finished_experts(tiny, tmp_path):
     run = stopped_run(
         tiny, directory=tmp_path, condition=lambda: list((cache_dir() / "trajectories").glob("*.parts/0000.h5"))
     )
-    with pytest.raises(Interrupted, match=f"go on with: condense resume {tmp_path}"):
+    with pytest.raises(Interrupted, match=f"continue with: condense resume {tmp_path}"):
         provided(tiny, run)
     fresh = a_run(tiny)
     provided(tiny, fresh)

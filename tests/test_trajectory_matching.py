@@ -443,7 +443,7 @@ def test_a_gate_that_stays_shut_is_told(tiny, caplog):
 
 @pytest.mark.parametrize("method", ["mtt", "tesla", "ftd", "ast", "datm"])
 def test_a_plan_does_not_stop_at_a_large_loss(tiny, method):
-    """Rehearsed experts make a step an epoch, so that students miss them by far."""
+    """Experts of a dry run make one step per epoch, so that students miss them by far."""
     from condense.jobs import estimate_cost
 
     needs = estimate_cost(method, tiny, 1, network=NETWORK, num_experts=2, lr_start=1.0)

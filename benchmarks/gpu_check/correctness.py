@@ -173,8 +173,8 @@ def check_labels(check: Check) -> tuple[str, Any]:
         errors = {"views": distance(there, views), "targets": distance(found.float(), targets.float())}
         fits = max(errors.values()) <= FORWARD_TOLERANCE
         # Codes of logits that differ by a rounding differ by a step, trained projectors by what training makes of one.
-        anew = shown(light(kind, str(check.device)), cpu)[1]
-        errors["made there"] = distance(anew.float(), targets.float())
+        made_there = shown(light(kind, str(check.device)), cpu)[1]
+        errors["made there"] = distance(made_there.float(), targets.float())
         return {**errors, "passed": fits and errors["made there"] <= GRADIENT_TOLERANCE}
 
     with tf32(False):

@@ -1,7 +1,7 @@
 """Plain transcriptions of published distillation steps, for timing ours against them in the same run.
 
 Written by us from descriptions of the procedures (papers and released settings); no released code is copied. What makes
-the published steps what they are is kept: fp32, one class after the other, a network built anew for each step, a
+the published steps what they are is kept: fp32, one class after the other, a network built for each step, a
 normalised float training set in memory, a permutation of the whole class for each batch, one read of the loss a step.
 Where the releases are needlessly slow in a way that has nothing to do with the procedure (a Python loop that builds
 affine matrices, random parameters drawn twice, crops gathered pixel by pixel where one shift serves all images), the

@@ -86,8 +86,8 @@ class Run:
         device: where to compute.
         precision: ``fp32`` or ``bf16``, for matrix work without second derivatives.
         directory: where checkpoints, log and previews go; None keeps nothing on disk.
-        minutes: stop cleanly after so many minutes, counted from here and over resumptions.
-        resume: go on from the directory's checkpoint, where it has one.
+        minutes: time limit; the run stops cleanly. The time of resumed runs adds up.
+        resume: continue from the checkpoint of the directory, if there is one.
         config_key: digest of the resolved configuration; a checkpoint of another one is refused.
         name: what progress lines call the run.
         quiet: no progress.
@@ -95,7 +95,7 @@ class Run:
         begin: called before the first step, when the method has accepted its settings; makes the directory.
 
     Attributes:
-        resumes: whether it was asked to continue from what the directory holds.
+        resumes: whether it continues an earlier run.
         notes: what :meth:`note` recorded for the manifest, by name.
         estimates: seconds that :meth:`estimate` predicted, by stage; only a dry run fills it.
     """
@@ -146,15 +146,13 @@ class Run:
         self._elapsed_before = float(self._saved["elapsed"]) if self._saved else 0.0
         self._began = time.monotonic()
 
-    # -- what methods use -------------------------------------------------------------------------------------------
-
-    @property
+        @property
     def elapsed(self) -> float:
-        """Seconds of work so far, over all resumptions."""
+        """Seconds of work so far, including the runs that this one resumes."""
         return self._elapsed_before + time.monotonic() - self._began
 
     def add_elapsed(self, seconds: float) -> None:
-        """Counts work that this run uses but another process did; once, as a checkpoint holds it."""
+        """Adds the time of work that this run uses but another process did. A resumed run has added it before."""
         if not self.resumed:
             self._elapsed_before += seconds
 
@@ -191,7 +189,7 @@ class Run:
 
     @property
     def classes(self) -> list[int]:
-        """The classes that this rank works on."""
+        """The classes of this rank."""
         return list(range(self.task.num_classes))[self.ranks.rank :: self.ranks.world_size]
 
     def class_chunks(self, images_per_class: int) -> Iterator[list[int]]:
@@ -254,8 +252,8 @@ class Run:
     ) -> Iterator[Step]:
         """The outer loop: yields each step; between steps it logs, checkpoints, previews, and stops when time is up.
 
-        A method may loop several times, one set after the other: a resumed run passes over the loops that were done.
-        At the end of the loop a tensor whose group has an ``ema`` becomes its average.
+        A method may have several loops; a resumed run skips those that are finished. At the end of a loop a tensor
+        whose group has an ``ema`` is replaced by its average.
 
         Args:
             synthetic: the set whose ``tensors`` named by ``groups`` are learned.
@@ -301,8 +299,6 @@ class Run:
         finally:
             keeper.close()
 
-    # -- what surrounds them ----------------------------------------------------------------------------------------
-
     def _time_is_up(self) -> bool:
         return self.minutes is not None and self.elapsed >= self.minutes * 60
 
@@ -324,7 +320,7 @@ class Run:
             self._stop = True
 
         if self.directory is not None if is_resumable is None else is_resumable:
-            with contextlib.suppress(ValueError):  # not in the main thread: signals are the caller's business
+            with contextlib.suppress(ValueError):  # not in the main thread: signals are handled by the caller
                 for number in (signal.SIGINT, signal.SIGTERM):
                     handled.append((number, signal.signal(number, ask)))
         try:
@@ -356,7 +352,7 @@ class Run:
 
 
 class _StepMonitor:
-    """What happens between steps: log lines, checkpoints, previews, the check for NaN, and stopping."""
+    """Work between steps: log lines, checkpoints, previews, the check for NaN, and stopping."""
 
     def __init__(
         self, run: Run, synthetic: SyntheticSet, optimizer: SyntheticOptimizer, start: int, steps: int
@@ -367,7 +363,7 @@ class _StepMonitor:
         self.check_every = 1 if run.device.type == "cpu" else 20  # reading the flag waits for the GPU
         leads = run.ranks.is_main_process
         self.progress = Progress(run.name, steps, start, run.quiet or not leads)
-        again = (run.loop_index, start) if run.resumed or run.loop_index else None  # the log goes on
+        again = (run.loop_index, start) if run.resumed or run.loop_index else None  # the log continues
         self.log = Log(run.directory / "log.jsonl", again) if run.directory and leads else None
         self.tracker = open_tracker(run.track, run.directory if leads else None, start)
         self.logged = self.saved = self.previewed = time.monotonic()
@@ -401,10 +397,10 @@ class _StepMonitor:
         self.progress.update(step, self.text)
         if stop:
             where = self.run.directory
-            raise Interrupted(f"stopped at step {step} of {self.steps}; go on with: condense resume {where}")
+            raise Interrupted(f"stopped at step {step} of {self.steps}; continue with: condense resume {where}")
 
     def finish(self) -> None:
-        """The last checkpoint and preview, so that a kill while the set is written loses nothing."""
+        """Writes the last checkpoint and preview, so that a kill while the set is written loses nothing."""
         self._check(self.step)
         self._save(self.step)
         self._preview(self.step)

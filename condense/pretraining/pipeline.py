@@ -162,7 +162,7 @@ def load_or_train(
         store = MemoryStore(planned, keys[plan.networks :] if run.dry_run else ())
     else:
         store = open_cache(plan, planned)
-    stop_message = f"stopped while training its {training.name}s; go on with: condense resume {run.directory}"
+    stop_message = f"stopped while training its {training.name}s; continue with: condense resume {run.directory}"
     found, trained = train_missing(run, training, store, plan, stop_message)
     cached_seconds = sum(found[key] for key in planned if key in found)
     run.add_elapsed(cached_seconds)

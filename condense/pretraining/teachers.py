@@ -217,7 +217,7 @@ def train_teacher_file(
     source, steps_per_epoch = split_training_data(run, training.recipe.batch, training.held_out)
     store = TeacherStore(run, training, path, keys, source, steps_per_epoch, force)
     plan = TrainingPlan(len(keys), training.epochs, steps_per_epoch)
-    message = "stopped while training teachers; what is done is kept: the same command goes on with the rest"
+    message = "stopped while training teachers; what is done is kept: the same command continues with the rest"
     _, trained = train_missing(run, recorded_teacher_training(run, training, source), store, plan, message)
     return TrainedFile(
         read_teacher_file(path), [(str(name), number) for name, number in trained], time.monotonic() - began

@@ -261,7 +261,7 @@ def train_trajectory_file(
     source, steps_per_epoch = split_training_data(run, training.recipe.batch, training.held_out)
     plan = TrainingPlan(count, epochs, steps_per_epoch)
     store = TrajectoryStore(run, training, path, plan, dtype, force)
-    message = "stopped while training experts; those that are done are kept: the same command goes on with the rest"
+    message = "stopped while training experts; those that are done are kept: the same command continues with the rest"
     _, trained = train_missing(run, recorded_expert_training(run, training, source, dtype), store, plan, message)
     return TrainedFile(read_trajectory_file(path), [number for _, number in trained], time.monotonic() - began)
 
