@@ -85,7 +85,7 @@ def method_card(entry: Method) -> str:
     parts = [f"# {entry.name}", " ".join(summary.split())]
     parts.append(
         f"*{entry.paper}* ({entry.year}). Labels: {entry.labels}. Default network: `{entry.network}`. "
-        f"Judged here by `{entry.protocol}` unless another protocol is named."
+        f"Evaluated here under `{entry.protocol}` unless another protocol is named."
     )
     parts += [f"**{title}.** {text}" for title, text in _usage(usage)]
     parts += [" ".join(paragraph.split()) for paragraph in notes.split("\n\n") if paragraph]

@@ -146,7 +146,7 @@ class Run:
         self._elapsed_before = float(self._saved["elapsed"]) if self._saved else 0.0
         self._began = time.monotonic()
 
-        @property
+    @property
     def elapsed(self) -> float:
         """Seconds of work so far, including the runs that this one resumes."""
         return self._elapsed_before + time.monotonic() - self._began
