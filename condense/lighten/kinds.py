@@ -133,8 +133,8 @@ class LightenJob:
             if own is not None:
                 net, description, names = own
                 return TeacherInfo(net, {"teacher": description} if description else teacher_facts(distilled), names)
-        net, reason = label_source.find_label_teacher(distilled, self.teachers, self.device)
-        if net is None:
+        found, reason = label_source.find_label_teacher(distilled, self.teachers, self.device)
+        if found is None:
             raise CondenseError(
                 f"{distilled.name}: its {distilled.labels.kind} labels do not give these, and "
                 + (reason if reason else "it does not say which teachers could; give --teachers FILE")
@@ -142,7 +142,7 @@ class LightenJob:
         recorded = source.get("teachers") or {}
         can_be_built = recorded and not pretrained.is_public(str(recorded.get("path")))
         names = tuple(recorded.get("networks", ())) if can_be_built else ()
-        return TeacherInfo(net, teacher_facts(distilled), names)
+        return TeacherInfo(found, teacher_facts(distilled), names)
 
 
 def teacher_facts(distilled: DistilledSet) -> dict[str, Any]:
