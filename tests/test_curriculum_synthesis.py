@@ -241,7 +241,7 @@ def test_pixels_are_kept_as_asked_and_labels_are_theirs(tiny, tmp_path, store):
     assert float(one.stored.min()) >= 0 and float(one.stored.max()) <= (255 if store == "uint8" else 1)
     run = Run(tiny, 2, NETWORK, quiet=True, track="none")
     config = METHODS.get("sre2l").config(**{key: SMALL[key] for key in ("teacher_epochs", "teacher_batch")})
-    teacher = load_or_train_teachers(run, config.teacher_training(tiny), architectures=[NETWORK], count=1).mean()
+    teacher = load_or_train_teachers(run, config.teacher_training(tiny), architectures=[NETWORK], count=1).ensemble()
     torch.testing.assert_close(one.labels.logits, teacher(one.training_images()[0]), rtol=1e-4, atol=1e-4)
 
 
@@ -301,7 +301,7 @@ class Killed(BaseException):
 def test_labelling_that_was_killed_goes_on_in_the_middle(tmp_path, monkeypatch, kind):
     task, asked = condense.task(str(tiny_archive(tmp_path))), []
     whole = made(task, labels=kind, label_epochs=6)
-    original = condense.labels.answers
+    original = condense.labels.compute_logits
 
     def counted(*arguments, **options):
         asked.append(1)
@@ -437,7 +437,7 @@ def test_infer_keeps_no_more_than_its_images_and_comes_back_whole(tiny, tmp_path
     # Labels are the teachers' mean logits of the images as they are used.
     run = Run(tiny, 4, NETWORK, quiet=True, track="none")
     config = METHODS.get("infer").config(**{key: SMALL[key] for key in ("teacher_epochs", "teacher_batch")})
-    teacher = load_or_train_teachers(run, config.teacher_training(tiny), architectures=[NETWORK], count=1).mean()
+    teacher = load_or_train_teachers(run, config.teacher_training(tiny), architectures=[NETWORK], count=1).ensemble()
     torch.testing.assert_close(one.labels.logits.float(), teacher(one.training_images()[0]), rtol=2e-3, atol=2e-3)
 
 

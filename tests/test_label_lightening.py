@@ -296,7 +296,7 @@ def test_the_figures_of_the_field(ipc, told):
 @pytest.fixture
 def asked(monkeypatch):
     """What was asked of teachers, an epoch a time; the epoch ``stop`` is not answered."""
-    seen, original = SimpleNamespace(epochs=0, stop=None), condense.labels.answers
+    seen, original = SimpleNamespace(epochs=0, stop=None), condense.labels.compute_logits
 
     def counted(*arguments, **options):
         if seen.epochs == seen.stop:

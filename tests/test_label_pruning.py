@@ -120,7 +120,7 @@ def test_ranks_share_the_classes_out(tiny):
     whole = lpld.class_moments(double(a_run(tiny)), net)
     for rank, add in ((1, lambda one: given.append(one.clone())), (0, lambda one: one.add_(given.pop(0)))):
         run = double(a_run(tiny))
-        run.ranks = types.SimpleNamespace(rank=rank, world=2, leads=rank == 0, sum=add)
+        run.ranks = types.SimpleNamespace(rank=rank, world_size=2, is_main_process=rank == 0, all_reduce_sum=add)
         found = lpld.class_moments(run, net)
     assert not given
     for one, other in zip(found, whole):
@@ -436,7 +436,7 @@ def test_a_cooling_pool_survives_its_file(tiny, tmp_path):
     arrays = {**one.labels.arrays(), "cooling": np.array([2, 30, 2], np.float32)}
     with pytest.raises(CondenseError, match=r"cooling=\(2\.0, 30\.0, 2\.0\): must be a factor up to 1"):
         PoolLabels.from_arrays(arrays, CLASSES)
-    with pytest.raises(CondenseError, match="cooling: needs distributions at a temperature; take loss_kind=kl"):
+    with pytest.raises(CondenseError, match="cooling: changes the temperature of distributions; set loss_kind=kl"):
         a_pool(loss_kind="mse")
 
 
@@ -463,7 +463,11 @@ def test_a_plan_states_what_is_made(tiny, changes):
 @pytest.mark.parametrize(
     "name, words, line",
     [
-        ("lpld", "batch_classes=2", "batch_classes=2: batches have the images of one class; leave it at 1, or take"),
+        (
+            "lpld",
+            "batch_classes=2",
+            "batch_classes=2: batches have the images of one class; leave it at 1, or use sre2l",
+        ),
         ("lpld", "keep=0", "keep=0: must be above 0 and at most 1"),
         ("lpld", "values=zip", "values=zip: unknown"),
         ("lpld", "fill=mss", "fill=mss: unknown; did you mean 'mrs'?"),
@@ -484,6 +488,6 @@ def test_what_cannot_be_is_found_before_the_work(tiny, name, words, line, monkey
 
 def test_a_pool_of_more_than_all_is_refused():
     net = warm(NETWORK, (1, 8, 8), dtype=torch.float32)
-    with pytest.raises(CondenseError, match="a pool of 5 epochs: must be 1 to 4, those that are labelled"):
+    with pytest.raises(CondenseError, match="a pool of 5 epochs: must be 1 to 4, the number of labelled epochs"):
         compute_pool_logits(net, pictures(), HARD, 4, RULE, 5, 5, classes=CLASSES)
     assert codes.default_size(1000, 10) == 10 and codes.default_size(2, 10) == 1
