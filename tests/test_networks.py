@@ -433,7 +433,7 @@ def test_images_below_eight_pixels_are_refused():
 def test_import_and_check_load_neither_torchvision_nor_timm():
     code = (
         "import sys; from condense import networks\n"
-        "[networks.check(name) for name in networks.names()]\n"
+        "[networks.check_network(name) for name in networks.network_names()]\n"
         "assert not {'torchvision', 'timm'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

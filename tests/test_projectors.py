@@ -525,7 +525,7 @@ def test_damaged_arrays_are_refused(tampered, little_memory):
 
         return change
 
-    head = "labels/projector does not describe one"
+    head = "labels/projector is not a valid description"
     cases = {
         "labels/a0: does not fit the backbone (float32": changed("a0", lambda a: a.astype(np.float32)),
         "labels/a1: does not fit the backbone (float16 (": changed("a1", lambda a: a[:-1]),
@@ -764,7 +764,7 @@ def test_whitened_images_and_grey_backbones(own, plain, colour, weak, tmp_path):
 def test_a_backbone_file_of_a_stranger(normalised, backbone, monkeypatch):
     file = saved_module.read_teacher_file(backbone)
     file.manifest["normalisation"] = normalised
-    monkeypatch.setattr(saved_module, "read", lambda path: file)
+    monkeypatch.setattr(saved_module, "read_teacher_file", lambda path: file)
     assert "does not state the normalisation of its images" in refusal(
         lambda: pretrained.find_backbone(str(backbone), (3, 16, 16), CPU)
     )

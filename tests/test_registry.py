@@ -18,8 +18,8 @@ MODULE = '''
 import math
 from dataclasses import dataclass
 
-from condense.config import require
-from condense.engine import Group
+from condense.config import require_range
+from condense.engine import ParamGroup
 from condense.registry import method
 from condense.sets import SyntheticOptions, SyntheticSet
 
@@ -45,7 +45,7 @@ def pixel_means(task, config, run):
     A toy.
     """
     synthetic = SyntheticSet.create(task, run.ipc, config, seed=run.seed, device=run.device)
-    for step in run.optimise(synthetic, config.steps, images=Group(lr=config.lr_img)):
+    for step in run.optimise(synthetic, config.steps, images=ParamGroup(lr=config.lr_img)):
         for c in range(task.num_classes):
             real, _ = run.task.per_class(6, step.key("real"), [c])
             fake, _ = synthetic.decode([c])

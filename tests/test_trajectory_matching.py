@@ -133,7 +133,7 @@ class Known:
     def __init__(self, net, count=3, epochs=9):
         self.layout, self.count, self.epochs = Layout.of(net), count, epochs
 
-    def at(self, k, t):
+    def params_at(self, k, t):
         return torch.full((self.layout.size,), 10.0 * k + (t if t >= 0 else self.epochs))
 
 

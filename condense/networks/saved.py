@@ -167,11 +167,11 @@ def read_teacher_file(path: Path) -> TeacherFile:
             or len(sizes) != 3
             or not all(isinstance(size, int) and size > 0 for size in sizes)
         ):
-            raise CondenseError(f"{path}: the manifest is not one of teachers; it was not written by this toolkit")
+            raise CondenseError(f"{path}: the manifest does not describe teachers; it was not written by this toolkit")
         for k in range(len(manifest["members"])):
             _arrays(path, file, k)
     if combined_sha256(entry["sha256"] for entry in manifest["members"]) != manifest["content"]:
-        raise CondenseError(f"{path}: the manifest is damaged (its members are not those of its key); {RESTORE_HINT}")
+        raise CondenseError(f"{path}: the manifest is damaged (its members do not match its digest); {RESTORE_HINT}")
     return TeacherFile(path, manifest)
 
 
