@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -248,9 +249,10 @@ def _is_current(path: Path, suite: Suite, cell: Cell, real: Task, device: str, p
     judged = {entry["network"] for entry in record["results"]}
     asked = {cell.network if name == OWN else name for name in suite.networks}
     arms = {entry["arm"] for entry in [*record["results"], *record["missing"]]}
+    command = distill_command(**_cell_arguments(suite, cell, real), device=device, precision=precision)
     return (
-        record["set"]["command"]
-        == distill_command(**_cell_arguments(suite, cell, real), device=device, precision=precision)
+        # The order of key=value settings in a command follows the fields of the config, which may be reordered.
+        sorted(shlex.split(str(record["set"]["command"]))) == sorted(shlex.split(command))
         and record["data"]["fingerprint"] == real.fingerprint
         and (record["protocol"]["name"], record["protocol"]["version"]) == (protocol.name, protocol.version)
         and record["runs"] == suite.runs

@@ -320,7 +320,9 @@ def test_labelling_that_was_killed_goes_on_in_the_middle(kind, live, call, asked
     assert call(f"{words} whole.h5").code == 0
     result, epochs = asked(lambda: call(f"{words} new/light.h5"), stop=4)
     assert result.code == 130 and epochs == 4
-    assert result.err.splitlines()[-1].endswith("stopped while labelling views; give the same command again to continue")
+    assert result.err.splitlines()[-1].endswith(
+        "stopped while labelling views; give the same command again to continue"
+    )
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["light.h5.views.json", "light.h5.views.npy"]
     result, epochs = asked(lambda: call(f"{words} new/light.h5"))
     assert result.code == 0 and epochs == 2
