@@ -791,3 +791,20 @@ def test_second_start_on_60000_files_is_quick(tmp_path):
         results.append(json.loads(done.stdout))
     assert results[0][1] == results[1][1]
     assert results[1][0] < 2.0, f"the second start took {results[1][0]:.2f} s (the first: {results[0][0]:.1f} s)"
+
+
+def test_data_with_a_registered_name_take_its_normalisation(tmp_path):
+    path = tmp_path / "some.npz"
+    np.savez(path, **arrays(20, 10, classes=10, shape=(1, 28, 28)))
+    own, registered = load_task(str(path)), load_task(f"mnist={path}")
+    assert registered.fingerprint == own.fingerprint and registered.name == "mnist"
+    assert registered.transform.mean.tolist() == pytest.approx([0.1307]) and not registered.mirror
+    assert registered.transform.std.tolist() == pytest.approx([0.3081]) and own.mirror
+    shutil.copy(path, tmp_path / "mnist.npz")
+    assert torch.equal(load_task(tmp_path / "mnist.npz").transform.std, registered.transform.std)
+    resized = load_task(f"mnist={path}", DataOptions(resize=14))
+    assert torch.equal(resized.transform.std, registered.transform.std)
+    for other in (f"cifar10={path}", f"digits={path}"):  # another shape
+        assert torch.equal(load_task(other).transform.std, own.transform.std) and load_task(other).mirror
+    np.savez(path, **arrays(20, 10, classes=5, shape=(1, 28, 28)))
+    assert load_task(f"mnist={path}").mirror  # another number of classes

@@ -17,7 +17,7 @@ from condense.data.arrays import read_array_file, read_mapping, read_torch_datas
 from condense.data.folders import list_folder
 from condense.data.image_cache import read_folder
 from condense.data.loaded import DataOptions, LoadedData, check_name
-from condense.data.registered import DATASETS, datasets, read_registered
+from condense.data.registered import DATASETS, apply_registered, datasets, read_registered
 from condense.errors import CondenseError, did_you_mean
 
 
@@ -25,7 +25,8 @@ def read_data(data: str, options: DataOptions, *, download: bool = False) -> Loa
     """Reads DATA of the command line: a registered name, a folder, or an ``.npz`` or ``.h5`` file.
 
     Each may be preceded by ``NAME=``, which names the data in records. A registered name takes precedence over a folder
-    with that name; ``./cifar10`` means the folder.
+    with that name; ``./cifar10`` means the folder. A folder or file with the name of a registered data set, the same
+    number of classes and the same image shape takes its mean, std and mirror setting (:func:`apply_registered`).
 
     Raises:
         CondenseError: the data do not exist or are invalid.
@@ -33,7 +34,7 @@ def read_data(data: str, options: DataOptions, *, download: bool = False) -> Loa
     name, equals, rest = data.partition("=")
     if equals and not os.path.exists(data):
         loaded = read_data(rest, options, download=download)
-        return replace(loaded, name=check_name(name), source=f"{name}={loaded.source}")
+        return apply_registered(replace(loaded, name=check_name(name), source=f"{name}={loaded.source}"), options)
     if data in DATASETS:
         return read_registered(DATASETS.get(data), options, download)
     path = Path(data).expanduser().absolute()
@@ -52,7 +53,8 @@ def read_data(data: str, options: DataOptions, *, download: bool = False) -> Loa
             raise CondenseError(f"data '{data}': no such file or folder{hint}")
     except OSError as error:
         raise CondenseError(f"data '{data}': {error.strerror or error}: {error.filename or path}") from error
-    return replace(loaded, name=re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._") or "data", source=str(path))
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._") or "data"
+    return apply_registered(replace(loaded, name=name, source=str(path)), options)
 
 
 def read_objects(data: Any, options: DataOptions) -> LoadedData:
