@@ -559,7 +559,7 @@ def test_what_is_described_is_found_and_served_again(tiny, good):
     one, all_of_it = load_teacher_ensemble(good, CPU, tiny.shape, 3, described=told), load_teacher_ensemble(good, CPU)
     torch.testing.assert_close(one(images), committee.ensemble()(images))
     assert not torch.allclose(one(images), all_of_it(images)) and not one.training
-    assert "another image size ([1, 8, 8], not [3, 8, 8])" in refusal(
+    assert "another image size (1x8x8, not 3x8x8)" in refusal(
         lambda: load_teacher_ensemble(good, CPU, (3, 8, 8), 3)
     )
     assert "another number of classes (3, not 10)" in refusal(lambda: load_teacher_ensemble(good, CPU, (1, 8, 8), 10))
@@ -1045,14 +1045,14 @@ def test_teachers_of_the_cache_serve_the_method(mine, call):
 
 def test_a_signal_stops_and_the_same_command_goes_on(call, tmp_path, monkeypatch):
     assert call(f"{TEACHERS} --out whole.h5").code == 0
-    write = teachers.TeacherStore.write
+    write = store.FileStore.write
 
     def write_and_terminate(store, key, record):
         write(store, key, record)
         os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(teachers.TeacherStore, "write", write_and_terminate)
+        patch.setattr(store.FileStore, "write", write_and_terminate)
         result = call(f"{TEACHERS} --out a.h5")
     assert result.code == 130 and result.out == "" and result.err.count("\n") == 1
     assert result.err.startswith("condense: stopped while training teachers") and "the same command" in result.err

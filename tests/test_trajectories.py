@@ -364,7 +364,7 @@ def test_damage_where_nothing_is_read_does_not_matter(tiny, good):
 def test_sound_experts_of_a_damaged_file_are_kept_where_it_is_replaced(tiny, good):
     whole = read_trajectory_file(good).values.copy()
     damage(good, 1, 2)
-    assert "expert 1 is damaged" in refusal(lambda: made(tiny, good, count=2))
+    assert "expert 1 of convnet-d2-w8-in is damaged" in refusal(lambda: made(tiny, good, count=2))
     again = made(tiny, good, count=2, force=True)
     assert again.trained == [1] and np.array_equal(again.file.values, whole)
 
@@ -630,14 +630,14 @@ EXPERTS = f"experts --data tiny.npz --network {NETWORK} {MTT} --precision fp32"
 
 def test_a_signal_stops_and_the_same_command_goes_on(call, tmp_path, monkeypatch):
     assert call(f"{EXPERTS} --count 3 --out whole.h5").code == 0
-    write = trajectories.TrajectoryStore.write
+    write = store.FileStore.write
 
     def write_and_terminate(store, key, record):
         write(store, key, record)
         os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trajectories.TrajectoryStore, "write", write_and_terminate)
+        patch.setattr(store.FileStore, "write", write_and_terminate)
         result = call(f"{EXPERTS} --count 3 --out a.h5")
     assert result.code == 130 and result.out == "" and result.err.count("\n") == 1
     assert result.err.startswith("condense: stopped while training experts") and "the same command" in result.err

@@ -18,12 +18,12 @@ from condense import networks, rng
 from condense.data import Task, Transform, cache_dir, digests
 from condense.engine import Run
 from condense.errors import CondenseError
-from condense.formatting import by
 from condense.networks import (
     CHECKPOINT_SUFFIXES,
     MeanLogits,
     Member,
     MemberKey,
+    State,
     TeacherFile,
     combined_sha256,
     freeze,
@@ -35,11 +35,10 @@ from condense.networks import (
 )
 from condense.pretraining.budget import TrainingPlan
 from condense.pretraining.pipeline import Architecture, MemoryStore, NetworkKey, load_or_train, split_training_data
-from condense.pretraining.store import ContentGuard, transform_digests
+from condense.pretraining.store import ContentGuard, FileStore, check_same, transform_digests
 from condense.pretraining.teachers import (
     DEFAULT_TEACHER_NETWORK,
     TeacherRecord,
-    TeacherStore,
     TeacherTraining,
     accuracy_source,
     build_untrained,
@@ -47,6 +46,7 @@ from condense.pretraining.teachers import (
     recorded_teacher_training,
     state_sha256,
     teacher_cache_file,
+    teacher_store,
 )
 from condense.training import TEST_CHUNK
 
@@ -170,13 +170,11 @@ def load_or_train_teachers(
             _check_batch_norm(net, name)
         check_last_batch(net, name, len(source.train), training.recipe.batch)
 
-    def open_cache(plan: TrainingPlan, keys: Sequence[NetworkKey]) -> TeacherStore:
+    def open_cache(plan: TrainingPlan, keys: Sequence[NetworkKey]) -> FileStore[TeacherFile, State]:
         shorter = dataclasses.replace(training, epochs=plan.units)
-        members = [(networks.network_name(architecture), number) for architecture, number in keys]
-        path = teacher_cache_file(run, shorter)
-        return TeacherStore(run, shorter, path, members, source, steps_per_epoch, True)
+        return teacher_store(run, shorter, teacher_cache_file(run, shorter), keys, steps_per_epoch, True)
 
-    store = load_or_train(
+    store, _ = load_or_train(
         run,
         recorded_teacher_training(run, training, source),
         [(architecture, number) for number in range(count) for architecture in architectures],
@@ -187,7 +185,7 @@ def load_or_train_teachers(
     if isinstance(store, MemoryStore):
         committee = _committee_in_memory(store, source, run.device, accuracy_source(training))
     else:
-        committee = committee_of(read_teacher_file(store.path), store.keys, run.device, "")
+        committee = committee_of(read_teacher_file(store.path), store.members, run.device, "")
     run.note("teachers", committee.describe())
     return committee
 
@@ -250,20 +248,13 @@ def _check_teacher_file(file: TeacherFile, task: Task) -> None:
         CondenseError: they have other classes, image size or normalisation.
     """
     manifest = file.manifest
-    for what, stored, expected in (
-        ("image size", by(manifest["image_shape"]), by(task.shape)),
-        ("classes", _format_classes(manifest["classes"]), _format_classes(task.classes)),
-    ):
-        if stored != expected:
-            raise CondenseError(f"{file.path}: its teachers are of another {what} ({stored}, not {expected})")
-    if manifest["classes"] != list(task.classes):
-        raise CondenseError(f"{file.path}: its teachers are of other classes, or of these in another order")
+    properties = {
+        "image size": (manifest["image_shape"], list(task.shape)),
+        "classes": (manifest["classes"], list(task.classes)),
+    }
+    check_same(file.path, "teachers", properties)
     if manifest["transform"] != transform_digests(task):
         raise CondenseError(f"{file.path}: its teachers saw the data under another normalisation (zca=true or not?)")
-
-
-def _format_classes(classes: Sequence[Any]) -> str:
-    return f"{len(classes)} of {', '.join(map(str, classes[:3]))}" + ", ..." * (len(classes) > 3)
 
 
 def _with_accuracy(run: Run, net: networks.Network, name: str, source: str) -> Committee:
@@ -344,14 +335,13 @@ def load_teacher_ensemble(
     if not is_public(file) and path.suffix not in CHECKPOINT_SUFFIXES:
         recorded = read_teacher_file(path)
         manifest = recorded.manifest
-        for what, stored, expected in (
-            ("image size", manifest["image_shape"], list(shape) if shape else None),
-            ("number of classes", len(manifest["classes"]), classes),
-            ("normalisation", manifest["transform"], digests(transform) if transform is not None else None),
-        ):
-            if expected is not None and stored != expected:
-                values = f" ({stored}, not {expected})" if what != "normalisation" else ""
-                raise CondenseError(f"{file}: its teachers are of another {what}{values}")
+        properties = {
+            "image size": (manifest["image_shape"], list(shape) if shape else None),
+            "number of classes": (len(manifest["classes"]), classes),
+        }
+        check_same(path, "teachers", properties)
+        if transform is not None and manifest["transform"] != digests(transform):
+            raise CondenseError(f"{file}: its teachers are of another normalisation")
         indices = {entry["sha256"]: k for k, entry in enumerate(recorded.entries)}
         if not set(expected_digests) <= set(indices):
             raise different_teachers_error

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +19,18 @@ from condense.data import cache_dir
 from condense.device import free_host_memory
 from condense.engine import Run
 from condense.errors import CondenseError
-from condense.formatting import by
 from condense.networks import Layout, layout_of, mean_of_flat_networks
 from condense.pretraining.budget import TrainingPlan
-from condense.pretraining.pipeline import Architecture, MemoryStore, NetworkKey, load_or_train, split_training_data
-from condense.pretraining.store import ContentGuard, transform_digests
+from condense.pretraining.pipeline import MemoryStore, NetworkKey, load_or_train, split_training_data
+from condense.pretraining.store import ContentGuard, FileStore, check_same, transform_digests
 from condense.pretraining.trajectories import (
     ExpertRecord,
     ExpertTraining,
     TrajectoryFile,
-    TrajectoryStore,
     expert_cache_file,
     read_trajectory_file,
     recorded_expert_training,
+    trajectory_store,
 )
 
 _log = logging.getLogger(__name__)
@@ -205,11 +204,15 @@ def load_or_train_experts(
         return experts
     source, steps_per_epoch = split_training_data(run, training.recipe.batch, training.held_out)
 
-    def open_cache(plan: TrainingPlan, keys: Sequence[NetworkKey]) -> _ExpertCache:
-        path = expert_cache_file(run, training, plan.units, dtype)
-        return _ExpertCache(TrajectoryStore(run, training, path, plan, dtype, True), first, last)
+    def load(file: TrajectoryFile, plan: TrainingPlan) -> Experts:
+        return load_experts(file, run.device, count=plan.networks, epochs=plan.units, first=first, last=last)
 
-    store = load_or_train(
+    def open_cache(plan: TrainingPlan, keys: Sequence[NetworkKey]) -> FoundExperts | FileStore[TrajectoryFile, Any]:
+        path = expert_cache_file(run, training, plan.units, dtype)
+        found = _find_cached(path, plan, lambda file: load(file, plan))
+        return FoundExperts(keys, found) if found else trajectory_store(run, training, path, plan, dtype, True)
+
+    store, plan = load_or_train(
         run,
         recorded_expert_training(run, training, source, dtype),
         [(run.network, number) for number in range(count)],
@@ -218,63 +221,41 @@ def load_or_train_experts(
         unit_steps=steps_per_epoch,
         min_units=min_epochs,
     )
-    if isinstance(store, MemoryStore):
+    if isinstance(store, FoundExperts):
+        experts = store.experts
+    elif isinstance(store, MemoryStore):
         values = torch.stack([snapshots for _, snapshots in store.records.values()])
         experts = Experts(layout, values, run.device, epochs=values.shape[1] - 1)
     else:
-        experts = store.load()
+        experts = load(read_trajectory_file(store.path), plan)
     run.note("trajectories", experts.describe())
     return experts
 
 
-class _ExpertCache:
-    """The file of some experts in the cache, or a longer file of the same cache key."""
+class FoundExperts(MemoryStore[ExpertRecord]):
+    """Experts of a file in the cache whose training was at least as long."""
 
-    def __init__(self, store: TrajectoryStore, first: int, last: int) -> None:
-        self.store, self.keys = store, store.keys
-        self.count, self.epochs = len(store.keys), store.shape[0] - 1
-        self.first, self.last = first, last
-        self._experts: Experts | None = None
+    def __init__(self, keys: Sequence[NetworkKey], experts: Experts) -> None:
+        super().__init__(keys)
+        self.experts = experts
 
     def find(self) -> dict[NetworkKey, float]:
-        stem = self.store.path.stem.rpartition("-e")[0]
-        folder = self.store.path.parent
-        lengths = sorted(int(path.stem.rpartition("-e")[2]) for path in folder.glob(f"{stem}-e*.h5"))
-        for length in lengths:
-            if length >= self.epochs:
-                self._experts = self._load_file(folder / f"{stem}-e{length}.h5")
-            if self._experts is not None:
-                return {key: self._experts.seconds([key[1]]) for key in self.keys}
-        found = self.store.find()
-        self.keys = self.store.keys
-        return found
+        return {key: self.experts.seconds([key[1]]) for key in self.keys}
 
-    def checkpoint(self, architecture: Architecture, number: int) -> Path | None:
-        return self.store.checkpoint(architecture, number)
 
-    def write(self, key: NetworkKey, record: ExpertRecord) -> None:
-        self.store.write(key, record)
-
-    def merge(self) -> None:
-        if self._experts is None:
-            self.store.merge()
-
-    def load(self) -> Experts:
-        """Returns the experts that were found or trained."""
-        return self._experts or self._load(read_trajectory_file(self.store.path))
-
-    def _load_file(self, path: Path) -> Experts | None:
-        """Returns the experts of a file; None if it has too few or they are damaged."""
-        try:
-            file = read_trajectory_file(path)
-            return self._load(file) if file.count >= self.count else None
-        except CondenseError as fault:
-            _log.warning("condense: %s", fault)
-            return None
-
-    def _load(self, file: TrajectoryFile) -> Experts:
-        device, count = self.store.run.device, self.count
-        return load_experts(file, device, count=count, epochs=self.epochs, first=self.first, last=self.last)
+def _find_cached(path: Path, plan: TrainingPlan, load: Callable[[TrajectoryFile], Experts]) -> Experts | None:
+    """Loads experts of ``path`` or of a longer file of the same cache key; None if all have too few or damaged ones."""
+    stem = path.stem.rpartition("-e")[0]
+    lengths = sorted(int(other.stem.rpartition("-e")[2]) for other in path.parent.glob(f"{stem}-e*.h5"))
+    for length in lengths:
+        if length >= plan.units:
+            try:
+                file = read_trajectory_file(path.with_name(f"{stem}-e{length}.h5"))
+                if file.count >= plan.networks:
+                    return load(file)
+            except CondenseError as fault:
+                _log.warning("condense: %s", fault)
+    return None
 
 
 def check_expert_file(file: TrajectoryFile, run: Run, layout: Layout, last: int) -> None:
@@ -285,13 +266,12 @@ def check_expert_file(file: TrajectoryFile, run: Run, layout: Layout, last: int)
     """
     manifest, task = file.manifest, run.task
     name = networks.network_name(run.network)
-    for what, stored, expected, fix in (
-        ("network", manifest["network"], name, f"; give --network {manifest['network']}"),
-        ("image size", by(manifest["image_shape"]), by(task.shape), ""),
-        ("classes", _format_classes(manifest["classes"]), _format_classes(list(task.classes)), ""),
-    ):
-        if stored != expected:
-            raise CondenseError(f"{file.path}: its experts are of another {what} ({stored}, not {expected}){fix}")
+    properties = {
+        "network": (manifest["network"], name),
+        "image size": (manifest["image_shape"], list(task.shape)),
+        "classes": (manifest["classes"], list(task.classes)),
+    }
+    check_same(file.path, "experts", properties, {"network": f"; give --network {manifest['network']}"})
     if file.layout != layout:
         raise CondenseError(f"{file.path}: its experts are of another version of {name}; make them again")
     if manifest["fingerprint"] != task.fingerprint:
@@ -306,10 +286,6 @@ def check_expert_file(file: TrajectoryFile, run: Run, layout: Layout, last: int)
             f"--epochs {last}, take what is there with buffer_epochs={file.epochs}, or lower max_start_epoch or "
             "expert_epochs"
         )
-
-
-def _format_classes(classes: Sequence[str]) -> str:
-    return f"{len(classes)} of {', '.join(classes[:3])}" + ", ..." * (len(classes) > 3)
 
 
 # -- experts as teachers ----------------------------------------------------------------------------------------------
@@ -352,12 +328,11 @@ def load_expert_ensemble(
     """
     file = read_trajectory_file(path)
     manifest = file.manifest
-    for what, stored, expected in (
-        ("image size", manifest["image_shape"], list(shape) if shape else None),
-        ("number of classes", len(manifest["classes"]), classes),
-    ):
-        if expected is not None and stored != expected:
-            raise CondenseError(f"{path}: its experts are of another {what} ({stored}, not {expected})")
+    properties = {
+        "image size": (manifest["image_shape"], list(shape) if shape else None),
+        "number of classes": (len(manifest["classes"]), classes),
+    }
+    check_same(path, "experts", properties)
     channels, height, width = manifest["image_shape"]
     with rng.seeded("layout"):
         net = networks.build_network(manifest["network"], (channels, height, width), len(manifest["classes"]))

@@ -127,8 +127,8 @@ def load_or_train(
     units: int,
     unit_steps: int,
     min_units: int = 1,
-) -> C | MemoryStore[R]:
-    """Returns a store that holds the networks of a method's run; missing ones are trained.
+) -> tuple[C | MemoryStore[R], TrainingPlan]:
+    """Returns a store that holds the networks of a method's run, and their plan; missing ones are trained.
 
     The training seconds count as the run's own, also those of networks found in the cache; the note ``preparation``
     in the manifest states them.
@@ -177,7 +177,7 @@ def load_or_train(
         "seconds": round(cached_seconds + (time.monotonic() - began if trained else 0.0), 2),
     }
     run.note("preparation", facts)
-    return store
+    return store, plan
 
 
 def train_missing(

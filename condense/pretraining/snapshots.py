@@ -138,7 +138,7 @@ def load_or_train_snapshots(
         return SnapshotFolder(_cache_folder(run, recipe, plan, endpoints_only), keys)
 
     keys: list[NetworkKey] = [(run.network, k) for k in range(count)]
-    store = load_or_train(run, training, keys, open_cache, units=units, unit_steps=unit_steps)
+    store, _ = load_or_train(run, training, keys, open_cache, units=units, unit_steps=unit_steps)
     records = store.records if isinstance(store, MemoryStore) else store.load()
     return Snapshots(
         [{name: value.to(run.device) for name, value in records[key]["state"].items()} for key in store.keys]

@@ -12,10 +12,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,14 +27,12 @@ from condense.config import require_range
 from condense.data import Task, cache_dir
 from condense.engine import Run
 from condense.errors import CondenseError
-from condense.files import check_writable, tensors_sha256
-from condense.hdf5 import RESTORE_HINT
+from condense.files import tensors_sha256
 from condense.networks import (
     MemberKey,
     State,
     TeacherFile,
     is_public,
-    member_title,
     read_teacher_file,
     state_nbytes,
     write_teacher_file,
@@ -48,13 +45,7 @@ from condense.pretraining.pipeline import (
     split_training_data,
     train_missing,
 )
-from condense.pretraining.store import (
-    TrainedFile,
-    data_fields,
-    open_matching_file,
-    parts_folder,
-    training_key_fields,
-)
+from condense.pretraining.store import FileKind, FileStore, TrainedFile, data_fields, training_key_fields
 from condense.training import TrainConfig, accuracy, check_optimizer
 
 DEFAULT_TEACHER_NETWORK = "convnet-d3-w128-bn"
@@ -215,7 +206,10 @@ def train_teacher_file(
     began = time.monotonic()
     keys = [(str(name), number) for number in range(count) for name in dict.fromkeys(architectures)]
     source, steps_per_epoch = split_training_data(run, training.recipe.batch, training.held_out)
-    store = TeacherStore(run, training, path, keys, source, steps_per_epoch, force)
+    for name in architectures:
+        net = build_untrained(name, source)
+        check_last_batch(net, str(name), len(source.train), training.recipe.batch)
+    store = teacher_store(run, training, path, keys, steps_per_epoch, force)
     plan = TrainingPlan(len(keys), training.epochs, steps_per_epoch)
     message = "stopped while training teachers; what is done is kept: the same command continues with the rest"
     _, trained = train_missing(run, recorded_teacher_training(run, training, source), store, plan, message)
@@ -260,98 +254,50 @@ def recorded_teacher_training(
     )
 
 
-class TeacherStore:
-    """A file of teachers and, while it is not complete, the folder of its finished members."""
+def _write_teachers(
+    path: Path, manifest: dict[str, Any], teachers: Sequence[tuple[dict[str, Any], Callable[[], State]]]
+) -> None:
+    write_teacher_file(path, manifest, ((entry, load()) for entry, load in teachers))
 
-    def __init__(
-        self,
-        run: Run,
-        training: TeacherTraining,
-        path: Path,
-        keys: Sequence[MemberKey],
-        source: Task,
-        steps_per_epoch: int,
-        force: bool,
-    ) -> None:
-        self.run, self.path, self.keys, self.force = run, path, keys, force
-        self.source, self.batch = source, training.recipe.batch
-        transform = run.task.transform
-        is_standardised = transform.kind == "standardise"
-        self.manifest = {
-            **teacher_cache_key_fields(run, training),
-            **data_fields(run.task, steps_per_epoch),
-            "judged_on": accuracy_source(training),
-            "normalisation": {name: array.tolist() for name, array in transform.arrays().items()}
-            if is_standardised
-            else None,
-        }
 
-    def find(self) -> dict[MemberKey, float]:
-        if self.run.ranks.is_main_process:
-            check_writable(self.path, force=True)
-        members = self._open_members()
-        missing = [key for key in self.keys if key not in members]
-        size = (
-            self.path.stat().st_size if self.path.exists() else 0
-        )  # a whole new file beside the old one and the parts
-        for name, _ in missing:
-            net = build_untrained(name, self.source)
-            check_last_batch(net, name, len(self.source.train), self.batch)
-            size += 2 * state_nbytes(net)
-        if missing and self.run.ranks.is_main_process:
-            check_writable(self.path, force=True, size=size)
-        return {key: float(file.entries[k]["seconds"]) for key, (file, k) in members.items()}
+def _part_name(member: MemberKey) -> str:
+    """Names of networks may have characters that names of files may not have."""
+    return f"{hashlib.sha256(member[0].encode()).hexdigest()[:16]}-{member[1]:04d}.h5"
 
-    def checkpoint(self, architecture: Architecture, number: int) -> Path | None:
-        return self._part(networks.network_name(architecture), number).with_suffix(".train")
 
-    def write(self, key: tuple[Architecture, int], record: TeacherRecord) -> None:
-        write_teacher_file(self._part(networks.network_name(key[0]), key[1]), self.manifest, [record])
+TEACHER_KIND = FileKind(
+    "teacher",
+    read_teacher_file,
+    load=TeacherFile.load_state,
+    is_intact=TeacherFile.is_intact,
+    write=_write_teachers,
+    part_name=_part_name,
+    is_resumable=True,
+    is_numbered=False,
+)
 
-    def merge(self) -> None:
-        members = self._open_members()  # another process may have added to the file in the meantime
-        lost = [key for key in self.keys if key not in members]
-        if lost:
-            name, number = lost[0]
-            raise CondenseError(f"{self.path}: teacher {number} of {name} is not found there; ranks need one disk")
-        kept = [key for key, (file, _) in members.items() if file.path == self.path]
-        if len(kept) < len(members):
-            places = [members[key] for key in dict.fromkeys([*kept, *self.keys, *members])]
-            write_teacher_file(self.path, self.manifest, ((file.entries[k], file.load_state(k)) for file, k in places))
-        shutil.rmtree(parts_folder(self.path), ignore_errors=True)
 
-    def _part(self, name: str, number: int) -> Path:
-        """The file of one finished member. Names of networks may have characters that names of files may not have."""
-        return parts_folder(self.path) / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}-{number:04d}.h5"
-
-    def _open_members(self) -> dict[MemberKey, tuple[TeacherFile, int]]:
-        """Returns the intact members of the file and of its parts by key: a file and the index in it."""
-        members: dict[MemberKey, tuple[TeacherFile, int]] = {}
-        for path in (self.path, *sorted(parts_folder(self.path).glob("*.h5"))):
-            replace_damaged = self.force or path != self.path
-            file = open_matching_file(path, read_teacher_file, self.manifest, "teachers", self.force, replace_damaged)
-            if file is None:
-                continue
-            for k, key in enumerate(file.keys):
-                if key not in members and self._is_usable(file, k, replace_damaged):
-                    members[key] = file, k
-        return members
-
-    def _is_usable(self, file: TeacherFile, k: int, replace_damaged: bool) -> bool:
-        """Whether a member is intact and of this version of its library; if it is not to be replaced, it must be."""
-        entry = file.entries[k]
-        is_stale = entry.get("library_version") != networks.library_version(entry["network"])
-        if is_stale and not self.force:
-            raise CondenseError(
-                f"{file.path}: {member_title(entry)} is of another version of its library; take another --out, or "
-                "replace it with --force"
-            )
-        is_intact = file.is_intact(k)
-        if not is_intact and not replace_damaged:
-            raise CondenseError(
-                f"{file.path}: {member_title(entry)} is damaged (its checksum differs); {RESTORE_HINT} with --force"
-            )
-        return is_intact and not is_stale
+def teacher_store(
+    run: Run,
+    training: TeacherTraining,
+    path: Path,
+    keys: Sequence[tuple[Architecture, int]],
+    steps_per_epoch: int,
+    force: bool,
+) -> FileStore[TeacherFile, State]:
+    """Returns the store of a file of teachers."""
+    transform = run.task.transform
+    is_standardised = transform.kind == "standardise"
+    manifest = {
+        **teacher_cache_key_fields(run, training),
+        **data_fields(run.task, steps_per_epoch),
+        "judged_on": accuracy_source(training),
+        "normalisation": {name: array.tolist() for name, array in transform.arrays().items()}
+        if is_standardised
+        else None,
+    }
+    nbytes = lambda architecture: state_nbytes(build_untrained(architecture, run.task))  # noqa: E731
+    return FileStore(run, TEACHER_KIND, path, manifest, keys, nbytes, force)
 
 
 def accuracy_source(training: TeacherTraining) -> str:

@@ -13,9 +13,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,25 +27,18 @@ from condense import hdf5, networks
 from condense.data import Task, cache_dir
 from condense.engine import Run
 from condense.errors import CondenseError, did_you_mean
-from condense.files import atomic_write, check_writable
+from condense.files import atomic_write
 from condense.hdf5 import RESTORE_HINT
-from condense.networks import Layout, layout_of
+from condense.networks import Layout, MemberKey, layout_of
 from condense.pretraining.budget import TrainingPlan
 from condense.pretraining.pipeline import (
     Architecture,
-    NetworkKey,
     RecordedTraining,
     make_student,
     split_training_data,
     train_missing,
 )
-from condense.pretraining.store import (
-    TrainedFile,
-    data_fields,
-    open_matching_file,
-    parts_folder,
-    training_key_fields,
-)
+from condense.pretraining.store import FileKind, FileStore, TrainedFile, data_fields, training_key_fields
 from condense.training import GradientRule, TrainConfig, accuracy
 
 TRAJECTORY_DTYPES = {"float16": torch.float16, "float32": torch.float32}
@@ -119,13 +111,23 @@ class TrajectoryFile:
         """Layout of the P numbers of a snapshot."""
         return Layout.read(self.manifest["layout"])
 
+    @property
+    def entries(self) -> list[dict[str, Any]]:
+        """What the manifest says of each expert."""
+        return self.manifest["experts"]
+
+    @property
+    def keys(self) -> list[MemberKey]:
+        """Network and number of each expert."""
+        return [(self.manifest["network"], entry.get("number", k)) for k, entry in enumerate(self.entries)]
+
     def content_key(self, count: int, epochs: int) -> str:
         """SHA-256 of the snapshots of the first experts up to an epoch; further ones in the file do not matter."""
         return hashlib.sha256(np.ascontiguousarray(self.digests[:count, : epochs + 1]).tobytes()).hexdigest()
 
     def seconds(self, numbers: Iterable[int], epochs: int) -> float:
         """Training seconds of these experts up to an epoch."""
-        return sum(self.manifest["experts"][k]["seconds"] for k in numbers) * epochs / self.epochs
+        return sum(self.entries[k]["seconds"] for k in numbers) * epochs / self.epochs
 
     def is_intact(self, k: int, t: int) -> bool:
         """Whether the checksum of a snapshot is right."""
@@ -260,7 +262,7 @@ def train_trajectory_file(
     began = time.monotonic()
     source, steps_per_epoch = split_training_data(run, training.recipe.batch, training.held_out)
     plan = TrainingPlan(count, epochs, steps_per_epoch)
-    store = TrajectoryStore(run, training, path, plan, dtype, force)
+    store = trajectory_store(run, training, path, plan, dtype, force)
     message = "stopped while training experts; those that are done are kept: the same command continues with the rest"
     _, trained = train_missing(run, recorded_expert_training(run, training, source, dtype), store, plan, message)
     return TrainedFile(read_trajectory_file(path), [number for _, number in trained], time.monotonic() - began)
@@ -294,77 +296,37 @@ def recorded_expert_training(
     )
 
 
-class TrajectoryStore:
-    """A file of trajectories and, while it is not complete, the folder of its finished experts."""
-
-    def __init__(
-        self, run: Run, training: ExpertTraining, path: Path, plan: TrainingPlan, dtype: str, force: bool
-    ) -> None:
-        self.run, self.path, self.force = run, path, force
-        self.shape = (plan.units + 1, layout_of(run.network, run.task).size)
-        self.manifest = {
-            **expert_cache_key_fields(run, training, plan.units, dtype),
-            **data_fields(run.task, plan.unit_steps),
-            "layout": layout_of(run.network, run.task).describe(),
-            "epochs": plan.units,
-        }
-        self.keys: Sequence[NetworkKey] = [(run.network, number) for number in range(plan.networks)]
-        self._places: dict[int, tuple[TrajectoryFile, int]] = {}  # number of an expert -> file and index in it
-
-    def find(self) -> dict[NetworkKey, float]:
-        if self.run.ranks.is_main_process:
-            check_writable(self.path, force=True)
-        file = self._open(self.path, self.force)
-        if file is not None:
-            # An expert has its number by its place, so that all up to the last one must be there.
-            self.keys = [(self.run.network, number) for number in range(max(len(self.keys), file.count))]
-            self._places = {k: (file, k) for k in range(file.count) if _check_expert(file, k, self.force)}
-        for part_path in parts_folder(self.path).glob("[0-9]*.h5"):
-            part = self._open(part_path, True)
-            if part is not None and _check_expert(part, 0, True):
-                self._places.setdefault(int(part_path.stem), (part, 0))
-        missing = sum(number not in self._places for _, number in self.keys)
-        if missing and self.run.ranks.is_main_process:
-            itemsize = np.dtype(self.manifest["dtype"]).itemsize
-            size = (len(self.keys) + missing) * math.prod(self.shape) * itemsize  # the parts, and the whole file
-            check_writable(self.path, force=True, size=size)
-        seconds = {number: file.manifest["experts"][k]["seconds"] for number, (file, k) in self._places.items()}
-        return {(self.run.network, number): seconds[number] for number in seconds}
-
-    def checkpoint(self, architecture: Architecture, number: int) -> Path | None:
-        return None
-
-    def write(self, key: NetworkKey, record: ExpertRecord) -> None:
-        entry, snapshots = record
-        manifest = {**self.manifest, "experts": [entry]}
-        write_trajectory_file(self._part(key[1]), manifest, (1, *self.shape), [snapshots.numpy()])
-
-    def merge(self) -> None:
-        for _, number in self.keys:
-            if number not in self._places:
-                self._places[number] = read_trajectory_file(self._part(number)), 0
-        places = [self._places[number] for _, number in self.keys]
-        if all(file.path == self.path for file, _ in places):
-            return
-        manifest = {**self.manifest, "experts": [file.manifest["experts"][k] for file, k in places]}
-        shape = (len(places), *self.shape)
-        write_trajectory_file(self.path, manifest, shape, (file.values[k] for file, k in places))
-        shutil.rmtree(parts_folder(self.path), ignore_errors=True)
-
-    def _open(self, path: Path, replace_damaged: bool) -> TrajectoryFile | None:
-        return open_matching_file(path, read_trajectory_file, self.manifest, "experts", self.force, replace_damaged)
-
-    def _part(self, number: int) -> Path:
-        return parts_folder(self.path) / f"{number:04d}.h5"
+def _write_experts(
+    path: Path, manifest: dict[str, Any], experts: Sequence[tuple[dict[str, Any], Callable[[], Any]]]
+) -> None:
+    shape = (len(experts), manifest["epochs"] + 1, Layout.read(manifest["layout"]).size)
+    manifest = {**manifest, "experts": [entry for entry, _ in experts]}
+    write_trajectory_file(path, manifest, shape, (np.asarray(load()) for _, load in experts))
 
 
-def _check_expert(file: TrajectoryFile, k: int, replace_damaged: bool) -> bool:
-    """Whether all snapshots of an expert are intact.
+TRAJECTORY_KIND: FileKind[TrajectoryFile, Any] = FileKind(
+    "expert",
+    read_trajectory_file,
+    load=lambda file, k: file.values[k],
+    is_intact=lambda file, k: all(file.is_intact(k, t) for t in range(file.epochs + 1)),
+    write=_write_experts,
+    part_name=lambda member: f"{member[1]:04d}.h5",
+    is_resumable=False,
+    is_numbered=True,
+)
 
-    Raises:
-        CondenseError: they are not, and are not to be replaced.
-    """
-    is_intact = all(file.is_intact(k, t) for t in range(file.epochs + 1))
-    if not is_intact and not replace_damaged:
-        raise CondenseError(f"{file.path}: expert {k} is damaged (its checksum differs); {RESTORE_HINT} with --force")
-    return is_intact
+
+def trajectory_store(
+    run: Run, training: ExpertTraining, path: Path, plan: TrainingPlan, dtype: str, force: bool
+) -> FileStore[TrajectoryFile, Any]:
+    """Returns the store of a file of trajectories."""
+    layout = layout_of(run.network, run.task)
+    manifest = {
+        **expert_cache_key_fields(run, training, plan.units, dtype),
+        **data_fields(run.task, plan.unit_steps),
+        "layout": layout.describe(),
+        "epochs": plan.units,
+    }
+    keys = [(run.network, number) for number in range(plan.networks)]
+    nbytes = trajectory_nbytes(1, plan.units, layout, dtype)
+    return FileStore(run, TRAJECTORY_KIND, path, manifest, keys, lambda architecture: nbytes, force)
