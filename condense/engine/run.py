@@ -52,6 +52,30 @@ GRADIENT_PIXELS = 128 * 1024
 """The same with gradients of the weights: 128 images of 32x32."""
 
 
+class Stage:
+    """Work of a method outside its outer loop, in equal parts.
+
+    Attributes:
+        units: number of parts to do.
+    """
+
+    def __init__(self, units: int) -> None:
+        self.units = units
+        self._began = time.monotonic()
+        self._ends: list[float] = []
+
+    def report(self, done: int) -> None:
+        """Notes that ``done`` parts are finished. Without reports, the time before the first part counts as its own."""
+        self._ends.append(time.monotonic())
+
+    def predict_seconds(self, units: int) -> float:
+        """Seconds of the whole stage with ``units`` parts."""
+        if len(self._ends) < 2:
+            return (time.monotonic() - self._began) * units / max(1, self.units)
+        each = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
+        return self._ends[0] - self._began + each * (units - 1)
+
+
 class Step:
     """One outer step: its index, its keyed draws, its network, and the update of the synthetic set."""
 
@@ -165,13 +189,27 @@ class Run:
         self.estimates[stage] = self.estimates.get(stage, 0.0) + seconds
 
     @contextlib.contextmanager
-    def stage(self, name: str, units: int) -> Iterator[int]:
-        """Work in ``units`` equal parts: yields how many to do. That is all of them, or, in a dry run, one, whose time
-        predicts the rest."""
-        began = time.monotonic()
-        yield 1 if self.dry_run else units
+    def stage(self, name: str, units: int, trial: int = 1) -> Iterator[Stage]:
+        """Work in equal parts, of which a dry run does only the first ones and predicts the time of all.
+
+        Args:
+            name: ``preparation`` or ``labelling``.
+            units: number of parts.
+            trial: number of parts in a dry run.
+        """
+        stage = Stage(min(trial, units) if self.dry_run else units)
+        yield stage
         if self.dry_run:
-            self.estimate(name, (time.monotonic() - began) * units)
+            self.estimate(name, stage.predict_seconds(units))
+
+    def require_converged(self, condition: bool, message: str) -> None:
+        """Checks what a method has learned. A dry run, whose few steps only measure time, checks nothing.
+
+        Raises:
+            Diverged: the condition does not hold.
+        """
+        if not condition and not self.dry_run:
+            raise Diverged(message)
 
     def partial_result(self, make: Callable[[], SyntheticSet]) -> None:
         """Registers how the learned tensors become a set, for a run that diverges; else ``synthetic`` is that set."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -68,6 +69,7 @@ def estimate_cost(
     check_request(method, settings, network=network, device=device, precision=precision)
     entry = METHODS.get(method)
     config = resolve_settings(entry, settings)
+    config = dataclasses.replace(config, **getattr(config, "dry_run_settings", {}))
     check_fit(real, ipc, network or entry.network)
     where = pick_device(device)
     began = time.monotonic()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,8 @@ class SyntheticOptions:
 
     inits: ClassVar[tuple[str, ...]] = INITS
     """Values of ``init``; a method with its own initial images adds a value and makes the images itself."""
+    dry_run_settings: ClassVar[Mapping[str, Any]] = {}
+    """Settings that ``condense plan`` replaces, so that its few steps cost as much as those of a whole run."""
 
     def __post_init__(self) -> None:
         require_one_of(self, init=self.inits)

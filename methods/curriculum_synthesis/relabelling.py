@@ -141,11 +141,11 @@ def _make_view_labels(
     if pruning is not None and config.label_statistics == "batch":  # also views next to those that are kept
         computed = min(epochs, records * count)
     storing = resumable_labels(config, run, stored, seed, records, 2 if config.labels == "distances" else count)
-    with run.stage("labelling", computed) as done, storing as where:
-        some = min(done, epochs)
+    with run.stage("labelling", computed) as stage, storing as where:
+        some = min(stage.units, epochs)
         if config.labels == "distances":
             values = compute_view_nll(teacher, images, classes, some, rule, seed, **common, **where)
-        elif pruning is not None and done == computed:
+        elif pruning is not None and stage.units == computed:
             values = compute_pool_logits(teacher, images, classes, epochs, rule, seed, records, **common, **where)
         else:
             values = compute_view_logits(teacher, images, some, rule, seed, **common, **where)

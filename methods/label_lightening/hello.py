@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -38,7 +36,7 @@ from condense.registry import method
 from condense.sets import SyntheticSet
 
 DRY_RUN_STEPS = 4
-"""Training steps of a projector in a dry run; the first one is not counted."""
+"""Training steps of a projector in a dry run."""
 
 TILE_CHUNK = 256
 """Tiles per forward pass of the public network during refinement."""
@@ -93,36 +91,32 @@ def train_projector_labels(
 ) -> Labels:
     """Labels of a projector that is trained on the real data; in place of ``make_labels``."""
     assert isinstance(config, HeLlO)
-    steps = min(DRY_RUN_STEPS, config.projector_steps) if run.dry_run else config.projector_steps
     again = f"stopped while training its projector; continue with: condense resume {run.directory}"
-    rule, seed, began = config.view_rule(run.task.mirror), rng.key(run.seed, "labels"), time.monotonic()
+    rule, seed = config.view_rule(run.task.mirror), rng.key(run.seed, "labels")
     place = run.directory if run.ranks.is_main_process else None
-    ends: list[float] = []
+    with run.stage("labelling", config.projector_steps, trial=DRY_RUN_STEPS) as stage:
+        for _, report in iter_training_groups(run, [0], stage.units, "a projector", again):
 
-    def note(report: Callable[[int], None], done: int) -> None:
-        ends.append(time.monotonic())
-        report(done)
+            def note(done: int, report: Callable[[int], None] = report) -> None:
+                stage.report(done)
+                report(done)
 
-    for _, report in iter_training_groups(run, [0], steps, "a projector", again):
-        made, known = train_projector(
-            run.task,
-            committee.ensemble(weights),
-            dataclasses.replace(config, projector_steps=steps),
-            rule,
-            seed,
-            statistics=config.label_statistics,
-            micro=config.label_micro,
-            device=run.device,
-            precision=run.precision,
-            report=functools.partial(note, report),
-            checkpoint=None if place is None else place / "projector.train",
-        )
-    if run.dry_run:
-        each = (ends[-1] - ends[0]) / max(1, steps - 1)
-        run.estimate("labelling", ends[0] - began + each * (config.projector_steps - 1))
+            projector, description = train_projector(
+                run.task,
+                committee.ensemble(weights),
+                dataclasses.replace(config, projector_steps=stage.units),
+                rule,
+                seed,
+                statistics=config.label_statistics,
+                micro=config.label_micro,
+                device=run.device,
+                precision=run.precision,
+                report=note,
+                checkpoint=None if place is None else place / "projector.train",
+            )
     return ProjectorLabels.of(
-        made,
-        known,
+        projector,
+        description,
         len(stored),
         seed,
         rule,

@@ -82,8 +82,8 @@ def class_moments(run: Run, net: Network) -> list[Moments]:
         torch.zeros(task.num_classes, 3, norm.num_features, dtype=torch.float64, device=run.device) for norm in norms
     ]
     progress = Progress("class moments", len(parts), 0, run.quiet or not run.ranks.is_main_process)
-    with run.stage("preparation", len(parts)) as count:
-        for number, (c, ids) in enumerate(parts[:count]):
+    with run.stage("preparation", len(parts)) as stage:
+        for number, (c, ids) in enumerate(parts[: stage.units]):
             with _accumulated_sums(norms, [class_sums[c] for class_sums in sums]):
                 compute_logits(net, task.batch(ids), batch_size=len(ids))
             progress.update(number + 1)

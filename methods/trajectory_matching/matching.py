@@ -13,7 +13,7 @@ from torch import Tensor
 
 from condense import networks, rng
 from condense.augment import AugmentationParameters, make_augmentation
-from condense.engine import Diverged, ParamGroup, Run, Step, StepLoss, Target, UnrollResult, unroll
+from condense.engine import ParamGroup, Run, Step, StepLoss, Target, UnrollResult, unroll
 from condense.errors import CondenseError
 from condense.pretraining import Experts, load_or_train_experts
 from condense.sets import SyntheticSet, decode
@@ -179,11 +179,11 @@ def check_step_size(config: MTT, run: Run, synthetic: SyntheticSet) -> None:
         Diverged: it cannot be a learning rate.
     """
     rate = float(synthetic.tensors["step_size"].detach())
-    if not 0 < rate < math.inf and not run.dry_run:
-        raise Diverged(
-            f"the learned step size is {rate:g} (lr_lr={config.lr_lr:g}, "
-            f"step_size={config.step_size}): lower lr_lr" + ", or take step_size=positive" * (config.step_size == "raw")
-        )
+    hint = ", or take step_size=positive" * (config.step_size == "raw")
+    run.require_converged(
+        0 < rate < math.inf,
+        f"the learned step size is {rate:g} (lr_lr={config.lr_lr:g}, step_size={config.step_size}): lower lr_lr{hint}",
+    )
 
 
 def compute_set_logits(run: Run, experts: Experts, theta: Tensor, synthetic: SyntheticSet) -> Tensor:
