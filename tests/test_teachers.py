@@ -816,8 +816,8 @@ def test_several_public_weights_are_a_committee(tiny, monkeypatch):
     told, images = json.loads(json.dumps(run.notes["teachers"])), tiny.batch(torch.arange(5))
     again = load_teacher_ensemble(find_teachers(told), CPU, tiny.shape, 3, described=told, transform=tiny.transform)
     torch.testing.assert_close(again(images), committee.ensemble()(images))
-    assert dataclasses.replace(OPTIONS, teachers=file).wanted("mlp") == 2
-    assert dataclasses.replace(OPTIONS, num_teachers=3).wanted("mlp") == 3
+    assert dataclasses.replace(OPTIONS, teachers=file).count_teachers("mlp") == 2
+    assert dataclasses.replace(OPTIONS, num_teachers=3).count_teachers("mlp") == 3
 
 
 def test_public_weights_that_cannot_be_had_are_told_in_one_line(tiny, tmp_path, monkeypatch):

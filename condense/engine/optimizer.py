@@ -126,8 +126,8 @@ class SyntheticOptimizer:
         """
         rows = None
         if classes is not None:
-            wanted = torch.as_tensor(classes, device=self.row_classes.device)
-            rows = torch.isin(self.row_classes, wanted).nonzero().squeeze(1)
+            chosen = torch.as_tensor(classes, device=self.row_classes.device)
+            rows = torch.isin(self.row_classes, chosen).nonzero().squeeze(1)
         if gate is False:
             gate = torch.zeros((), dtype=torch.bool, device=self.row_classes.device)
         for name, tensor in self.tensors.items():

@@ -319,7 +319,7 @@ class Run:
             self._saved = None
         if self.ranks.is_main_process:
             self.begin()
-        keeper = _StepMonitor(self, synthetic, optimizer, start, steps)
+        monitor = _StepMonitor(self, synthetic, optimizer, start, steps)
         self.steps_done = start
         try:
             for index in range(start, steps):
@@ -329,13 +329,13 @@ class Run:
                 optimizer.progress = index / steps
                 yield Step(self, index, optimizer)
                 self.steps_done = index + 1
-                keeper.after_step(index + 1, stop=self._stop)
-            keeper.finish()
+                monitor.after_step(index + 1, stop=self._stop)
+            monitor.finish()
             optimizer.load_averages()
             self._finished.append({name: tensor.detach().clone() for name, tensor in optimizer.tensors.items()})
             self.loop_index += 1
         finally:
-            keeper.close()
+            monitor.close()
 
     def _time_is_up(self) -> bool:
         return self.minutes is not None and self.elapsed >= self.minutes * 60
@@ -396,14 +396,14 @@ class _StepMonitor:
         self, run: Run, synthetic: SyntheticSet, optimizer: SyntheticOptimizer, start: int, steps: int
     ) -> None:
         self.run, self.synthetic, self.optimizer, self.steps = run, synthetic, optimizer, steps
-        self.good = (start, optimizer.state_dict())
+        self.last_finite = (start, optimizer.state_dict())
         self.checked = self.step = start
         self.check_every = 1 if run.device.type == "cpu" else 20  # reading the flag waits for the GPU
-        leads = run.ranks.is_main_process
-        self.progress = Progress(run.name, steps, start, run.quiet or not leads)
-        again = (run.loop_index, start) if run.resumed or run.loop_index else None  # the log continues
-        self.log = Log(run.directory / "log.jsonl", again) if run.directory and leads else None
-        self.tracker = open_tracker(run.track, run.directory if leads else None, start)
+        is_main = run.ranks.is_main_process
+        self.progress = Progress(run.name, steps, start, run.quiet or not is_main)
+        continued = (run.loop_index, start) if run.resumed or run.loop_index else None  # the log continues
+        self.log = Log(run.directory / "log.jsonl", continued) if run.directory and is_main else None
+        self.tracker = open_tracker(run.track, run.directory if is_main else None, start)
         self.logged = self.saved = self.previewed = time.monotonic()
         self.save_seconds = 0.0
         self.text = ""
@@ -413,11 +413,11 @@ class _StepMonitor:
         now = time.monotonic()
         last = step == self.steps
         # Checkpoints that take more than a second to write take at most a twentieth of the time.
-        slow = 20 * self.save_seconds if self.save_seconds > 1 else 0.0
-        saving = now - self.saved >= max(checkpoint_interval(RUN_CHECKPOINT_SECONDS), slow)
-        wish = now - self.logged >= LOG_SECONDS, saving, now - self.previewed >= PREVIEW_SECONDS, stop
-        agreed = self.run.ranks.broadcast(sum(bit << i for i, bit in enumerate(wish)))
-        logging, saving, previewing, stop = (bool(agreed >> i & 1) for i in range(4))
+        min_interval = 20 * self.save_seconds if self.save_seconds > 1 else 0.0
+        saving = now - self.saved >= max(checkpoint_interval(RUN_CHECKPOINT_SECONDS), min_interval)
+        due = now - self.logged >= LOG_SECONDS, saving, now - self.previewed >= PREVIEW_SECONDS, stop
+        bits = self.run.ranks.broadcast(sum(bit << i for i, bit in enumerate(due)))
+        logging, saving, previewing, stop = (bool(bits >> i & 1) for i in range(4))
         if step - self.checked >= self.check_every or logging or saving or last or stop:
             self.checked = step
             self._check(step)
@@ -453,14 +453,16 @@ class _StepMonitor:
     def _check(self, step: int) -> None:
         if self.run.dry_run or self.run.ranks.all_true(self.optimizer.finite):
             return
-        good, state = self.good
+        finite_step, state = self.last_finite
         self.optimizer.load_state_dict(state)
         self.optimizer.load_averages()
-        self.run.steps_done = good
+        self.run.steps_done = finite_step
         rates = ", ".join(
             f"{LR_SETTINGS.get(name, 'lr of ' + name)}={group.lr:g}" for name, group in self.optimizer.groups.items()
         )
-        raise Diverged(f"the loss is not finite at step {step} ({rates}): lower the learning rate; kept step {good}")
+        raise Diverged(
+            f"the loss is not finite at step {step} ({rates}): lower the learning rate; kept step {finite_step}"
+        )
 
     def _write(self, step: int, loss: float) -> None:
         self.text = f"loss {loss:.4g}"
@@ -475,7 +477,7 @@ class _StepMonitor:
             self.optimizer.finite.fill_(False)
             self._check(step)
         began = time.monotonic()
-        self.good = (step, self.optimizer.state_dict())
+        self.last_finite = (step, self.optimizer.state_dict())
         self.run.save_checkpoint(step, self.optimizer)
         self.saved = time.monotonic()
         self.save_seconds = self.saved - began

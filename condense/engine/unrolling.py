@@ -199,8 +199,8 @@ def _step_back(
     """
     theta = theta.detach().requires_grad_()
     (gradient,) = torch.autograd.grad(step_loss(theta, i), theta, create_graph=True)
-    wanted = [*leaves.values(), theta] if hessian else list(leaves.values())
-    return gradient.detach(), list(torch.autograd.grad(gradient, wanted, kappa, allow_unused=True))
+    inputs = [*leaves.values(), theta] if hessian else list(leaves.values())
+    return gradient.detach(), list(torch.autograd.grad(gradient, inputs, kappa, allow_unused=True))
 
 
 # -- through one graph ------------------------------------------------------------------------------------------------
@@ -224,10 +224,10 @@ def _by_graph(
     loss = torch.stack(misses).sum()
     if _closed(loss.detach(), gate):
         return UnrollResult(loss.detach(), None, theta.detach())
-    wanted = {**leaves, "step_size": rate}
-    slopes = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
+    inputs = {**leaves, "step_size": rate}
+    slopes = torch.autograd.grad(loss, list(inputs.values()), allow_unused=True)
     gradients = {
-        name: torch.zeros_like(leaf) if slope is None else slope for (name, leaf), slope in zip(wanted.items(), slopes)
+        name: torch.zeros_like(leaf) if slope is None else slope for (name, leaf), slope in zip(inputs.items(), slopes)
     }
     return UnrollResult(loss.detach(), gradients, theta.detach())
 
@@ -265,9 +265,9 @@ def check_unroll_options(
 
     name = optimizer
 
-    known = {kind.__name__.lower(): kind for kind in higher.optim._opt_mapping}
-    if name not in known:
-        raise CondenseError(f"inner_optimizer={name}: unknown{did_you_mean(name, known)}")
+    supported = {kind.__name__.lower(): kind for kind in higher.optim._opt_mapping}
+    if name not in supported:
+        raise CondenseError(f"inner_optimizer={name}: unknown{did_you_mean(name, supported)}")
     if grad_mode != "graph":
         raise CondenseError(
             f"inner_optimizer={name}: only grad_mode=graph goes through it, not grad_mode={grad_mode}; "
@@ -275,7 +275,7 @@ def check_unroll_options(
         )
     if momentum:
         raise CondenseError(f"inner_optimizer={name}: inner_momentum={momentum:g} is of sgd only; set it to 0")
-    return known[name]
+    return supported[name]
 
 
 def _by_higher(kind: type[torch.optim.Optimizer], options: Mapping[str, Any], theta: Tensor, rate: Tensor) -> _Advance:

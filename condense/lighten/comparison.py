@@ -31,15 +31,15 @@ def parse_kinds(text: str) -> list[str]:
     Raises:
         CondenseError: an unknown kind or setting.
     """
-    words = [word for word in text.split(",") if word]
-    for word in words:
-        if word != "own":
-            _settings(word)
-    return list(dict.fromkeys(words))
+    specifications = [specification for specification in text.split(",") if specification]
+    for specification in specifications:
+        if specification != "own":
+            _settings(specification)
+    return list(dict.fromkeys(specifications))
 
 
-def _settings(word: str) -> tuple[str, dict[str, Any]]:
-    kind, *rest = word.split(":")
+def _settings(specification: str) -> tuple[str, dict[str, Any]]:
+    kind, *rest = specification.split(":")
     if kind not in LIGHTEN_KINDS:
         raise CondenseError(f"--kinds {kind}: unknown{did_you_mean(kind, [*LIGHTEN_KINDS, 'own'])}")
     settings = parse_overrides(rest)
@@ -92,24 +92,24 @@ def compare_label_kinds(
         network = network or get_protocol(chosen).networks[0]
         check_same_data(distilled, task)
     points = []
-    for word in kinds or ["own", *(kind for kind in LIGHTEN_KINDS if kind != distilled.labels.kind)]:
+    for specification in kinds or ["own", *(kind for kind in LIGHTEN_KINDS if kind != distilled.labels.kind)]:
         try:
-            made = distilled
-            if word != "own":
-                kind, settings = _settings(word)
-                made = lighten(
+            compared = distilled
+            if specification != "own":
+                kind, settings = _settings(specification)
+                compared = lighten(
                     distilled, kind, task, teacher, teachers=teachers, device=device, quiet=quiet, **settings
                 )
         except CondenseError as fault:
-            points.append(LabelComparison(word, missing=str(fault)))
+            points.append(LabelComparison(specification, missing=str(fault)))
             continue
-        labels = made.labels
+        labels = compared.labels
         point = LabelComparison(
-            word, labels.kind, labels.nbytes(), labels.external_nbytes(), labels.exactness, labels.step_cost
+            specification, labels.kind, labels.nbytes(), labels.external_nbytes(), labels.exactness, labels.step_cost
         )
         if task is not None:
             record = evaluation.evaluate(
-                made,
+                compared,
                 task,
                 networks=network,
                 runs=runs,
@@ -129,9 +129,9 @@ def compare_label_kinds(
 
 def format_comparison(points: Sequence[LabelComparison], whole: str = "own") -> str:
     """The points as lines for a terminal, as shares of ``whole``; what could not be made is below."""
-    made = [point for point in points if not point.missing]
-    full = next((p.bytes + p.external for p in made if p.words == whole), None)
-    judged, costs = any(point.mean is not None for point in made), any(point.step_cost for point in made)
+    complete = [point for point in points if not point.missing]
+    full = next((p.bytes + p.external for p in complete if p.words == whole), None)
+    judged, costs = any(point.mean is not None for point in complete), any(point.step_cost for point in complete)
     rows = [
         (
             "labels",
@@ -143,7 +143,7 @@ def format_comparison(points: Sequence[LabelComparison], whole: str = "own") -> 
             *(("a step costs",) if costs else ()),
         )
     ]
-    for p in made:
+    for p in complete:
         share = f"{100 * (p.bytes + p.external) / full:.3g} %" if full else ""
         bounds = "" if p.ci95 is None else "{:.1f} to {:.1f}".format(*(100 * bound for bound in p.ci95))
         reached = ("" if p.mean is None else f"{100 * p.mean:.1f} %", bounds) if judged else ()

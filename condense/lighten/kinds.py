@@ -133,8 +133,8 @@ class LightenJob:
             if own is not None:
                 net, description, names = own
                 return TeacherInfo(net, {"teacher": description} if description else teacher_facts(distilled), names)
-        found, reason = label_source.find_label_teacher(distilled, self.teachers, self.device)
-        if found is None:
+        ensemble, reason = label_source.find_label_teacher(distilled, self.teachers, self.device)
+        if ensemble is None:
             raise CondenseError(
                 f"{distilled.name}: its {distilled.labels.kind} labels do not give these, and "
                 + (reason if reason else "it does not say which teachers could; give --teachers FILE")
@@ -142,7 +142,7 @@ class LightenJob:
         recorded = source.get("teachers") or {}
         can_be_built = recorded and not pretrained.is_public(str(recorded.get("path")))
         names = tuple(recorded.get("networks", ())) if can_be_built else ()
-        return TeacherInfo(found, teacher_facts(distilled), names)
+        return TeacherInfo(ensemble, teacher_facts(distilled), names)
 
 
 def teacher_facts(distilled: DistilledSet) -> dict[str, Any]:
@@ -387,7 +387,7 @@ def make_projector_labels(job: LightenJob, config: ProjectorOptions) -> Projecto
     rule, task = _rule(job, config), job.task.to(job.device, job.distilled.transform)
     progress = Progress("projector", config.projector_steps, 0, job.quiet)
     try:
-        made, known = train_projector(
+        projector, description = train_projector(
             task,
             weak,
             config,
@@ -407,8 +407,8 @@ def make_projector_labels(job: LightenJob, config: ProjectorOptions) -> Projecto
     gamma = (own.get("gamma", 0.0) if loss_kind == "mse" else 0.0) if config.gamma is None else config.gamma
     hard = job.distilled.hard_labels() if gamma else None
     return ProjectorLabels.of(
-        made,
-        known,
+        projector,
+        description,
         len(job.images),
         rule["seed"],
         rule["views"],
@@ -468,11 +468,11 @@ def make_distance_labels(job: LightenJob, config: DistanceOptions) -> DistanceLa
                 "labels=distances: needs the classes of two images, and the stored labels are of views "
                 "with mix=none; give --teachers FILE and mix=cutmix"
             )
-        found = torch.stack([_from_logits(stored, job, e) for e in range(_label_epochs(job, config.label_epochs))])
+        values = torch.stack([_from_logits(stored, job, e) for e in range(_label_epochs(job, config.label_epochs))])
     else:
         terms, epochs = _rule(job, config), _label_epochs(job, config.label_epochs)
         with _resumable(job, terms, epochs, 2, classes=job.classes) as where:
-            found = compute_view_nll(
+            values = compute_view_nll(
                 job.teacher_info.network,
                 job.images,
                 job.classes,
@@ -485,7 +485,7 @@ def make_distance_labels(job: LightenJob, config: DistanceOptions) -> DistanceLa
                 quiet=job.quiet,
                 **where,
             )
-    return DistanceLabels(found.to(job.device), job.classes, classes, weight=config.weight, **terms)
+    return DistanceLabels(values.to(job.device), job.classes, classes, weight=config.weight, **terms)
 
 
 def _from_logits(labels: PerViewLabels, job: LightenJob, epoch: int) -> Tensor:

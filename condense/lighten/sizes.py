@@ -69,7 +69,8 @@ def label_bytes(
     if projector_bytes is not None:
         rows.append(("projector", *projector_bytes, ProjectorLabels))
     points = [
-        LabelComparison(words, words.partition(":")[0], own, out, made.exactness) for words, own, out, made in rows
+        LabelComparison(specification, specification.partition(":")[0], stored, external, labels.exactness)
+        for specification, stored, external, labels in rows
     ]
     return sorted(points, key=lambda point: -point.bytes - point.external)
 

@@ -209,8 +209,8 @@ def load_or_train_experts(
 
     def open_cache(plan: TrainingPlan, keys: Sequence[NetworkKey]) -> FoundExperts | FileStore[TrajectoryFile, Any]:
         path = expert_cache_file(run, training, plan.units, dtype)
-        found = _find_cached(path, plan, lambda file: load(file, plan))
-        return FoundExperts(keys, found) if found else trajectory_store(run, training, path, plan, dtype, True)
+        longer = _find_cached(path, plan, lambda file: load(file, plan))
+        return FoundExperts(keys, longer) if longer else trajectory_store(run, training, path, plan, dtype, True)
 
     store, plan = load_or_train(
         run,

@@ -163,8 +163,8 @@ def load_or_train(
     else:
         store = open_cache(plan, planned)
     stop_message = f"stopped while training its {training.name}s; continue with: condense resume {run.directory}"
-    found, trained = train_missing(run, training, store, plan, stop_message)
-    cached_seconds = sum(found[key] for key in planned if key in found)
+    stored, trained = train_missing(run, training, store, plan, stop_message)
+    cached_seconds = sum(stored[key] for key in planned if key in stored)
     run.add_elapsed(cached_seconds)
     epochs = {"epochs": plan.units, "epochs_wanted": units} if training.counts_epochs else {}
     facts = {
@@ -192,8 +192,8 @@ def train_missing(
         Interrupted: SIGINT or SIGTERM.
         CondenseError: a network diverged, or the store holds something else or cannot be written.
     """
-    ranks, found = run.ranks, store.find()
-    missing = [key for key in store.keys if key not in found]
+    ranks, stored = run.ranks, store.find()
+    missing = [key for key in store.keys if key not in stored]
     ranks.barrier()  # all ranks look before any of them writes
     shares = 1 if isinstance(store, MemoryStore) else ranks.world_size  # a rank does not see the memory of another one
     own = [key for i, key in enumerate(store.keys) if key in missing and i % shares == ranks.rank % shares]
@@ -209,7 +209,7 @@ def train_missing(
     if ranks.is_main_process:
         store.merge()
     ranks.barrier()
-    return found, missing
+    return stored, missing
 
 
 def iter_training_groups(

@@ -147,7 +147,7 @@ class TeacherOptions:
         )
         return TeacherTraining(recipe, self.teacher_epochs)
 
-    def wanted(self, own: Architecture) -> int:
+    def count_teachers(self, own: Architecture) -> int:
         """Requested number of teachers."""
         public = is_public(self.teachers)
         return len(self.teachers.split(",")) if public else len(self.architectures(own)) * self.num_teachers

@@ -99,7 +99,7 @@ def cvdd(task: Task, config: CVDD, run: Run) -> SyntheticSet:
     A prior is the accuracy of students on a set from one teacher alone, so each costs a distillation; by default all
     votes are equal. The released labels keep dropout on; here it is off.
     """
-    num_teachers, given = config.wanted(run.network), config.prior_list()
+    num_teachers, given = config.count_teachers(run.network), config.prior_list()
     if len(given) not in (0, num_teachers) or config.voters > num_teachers:
         raise CondenseError(
             f"priors={config.priors or 'none'}, voters={config.voters}: there are {num_teachers} teachers; give a "

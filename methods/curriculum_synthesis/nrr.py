@@ -63,14 +63,14 @@ def compute_class_activation(net: Network, images: Tensor, classes: Tensor) -> T
     maps: list[Tensor] = []
     with torch.enable_grad():
         logits = net.classify(net.embed(images.detach().requires_grad_(), maps))
-        wide = [one for one in maps if one.shape[2] * one.shape[3] > 1]
+        wide = [map_ for map_ in maps if map_.shape[2] * map_.shape[3] > 1]
         if not wide:
             raise CondenseError("the teacher has no maps that show where it looks; take a network of convolutions")
         last = wide[-1]
         (slope,) = torch.autograd.grad(logits.gather(1, classes[:, None]).sum(), last)
-    found = (slope * last.detach()).sum(1, keepdim=True).relu()
-    found = F.interpolate(found, size=images.shape[2:], mode="bilinear", align_corners=False)[:, 0]
-    return found / found.flatten(1).amax(1).clamp(min=torch.finfo(found.dtype).tiny)[:, None, None]
+    activation = (slope * last.detach()).sum(1, keepdim=True).relu()
+    activation = F.interpolate(activation, size=images.shape[2:], mode="bilinear", align_corners=False)[:, 0]
+    return activation / activation.flatten(1).amax(1).clamp(min=torch.finfo(activation.dtype).tiny)[:, None, None]
 
 
 @method(
@@ -116,7 +116,7 @@ def nrr(task: Task, config: NRR, run: Run) -> SyntheticSet:
 def critical_patches(run: Run, net: Network, config: NRR) -> Tensor:
     """NRR-DD's first images (classes * ipc, C,H,W) in pixel space: of each real image the crop with the highest mean
     activation, of these the ``ipc`` with the lowest confidence."""
-    size, made = run.task.shape[1], []
+    size, patches = run.task.shape[1], []
     for c in range(run.task.num_classes):
         images = sample_pool(run, c, config.pool)
         crops, views = square_crops(images, rng.Draws(run.seed, "patches", c), config.crops, size)
@@ -129,5 +129,5 @@ def critical_patches(run: Run, net: Network, config: NRR) -> Tensor:
             torch.arange(len(images), device=crops.device), which
         ]
         order = crop_losses(run, net, best, torch.full((len(best),), c, device=best.device)).argsort(descending=True)
-        made.append(best[order[torch.arange(run.ipc, device=order.device) % len(order)]])
-    return run.task.transform.inverse(torch.cat(made)).clamp(0, 1)
+        patches.append(best[order[torch.arange(run.ipc, device=order.device) % len(order)]])
+    return run.task.transform.inverse(torch.cat(patches)).clamp(0, 1)
