@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from condense.environment import limit_host_memory
 from condense.errors import CondenseError
 
 
@@ -128,7 +129,11 @@ def free_memory(device: torch.device) -> int:
 
 
 def free_host_memory() -> int:
-    """Bytes available without swapping, within the limit of a container; 0 if unknown."""
+    """Bytes available without swapping, within the limits of a container and ``CONDENSE_HOST_MEMORY``; 0 if unknown."""
+    return limit_host_memory(_available_memory())
+
+
+def _available_memory() -> int:
     try:
         (line,) = (line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable:"))
         free = int(line.split()[1]) * 1024

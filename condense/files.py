@@ -122,11 +122,6 @@ def read_state(path: Path) -> dict[str, Any] | None:
     return state if isinstance(state, dict) else None
 
 
-def checkpoint_interval(default: float) -> float:
-    """Least seconds between two checkpoints: ``CONDENSE_CHECKPOINT_SECONDS`` of the environment, else ``default``."""
-    return float(os.environ.get("CONDENSE_CHECKPOINT_SECONDS", default))
-
-
 def is_existing_file(path: str) -> bool:
     """Returns whether ``path`` is a file; False also for text that is no valid path."""
     try:

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any, Protocol
 
+from condense.environment import read_seconds
 from condense.errors import CondenseError, did_you_mean, missing_package
 
 TRACKERS = ("auto", "tensorboard", "trackio", "none")
@@ -160,7 +161,7 @@ class Progress:
             self.bar.update(done - self.bar.n)
             return
         now = time.monotonic()
-        if self.quiet or now - self.last < LINE_SECONDS or done <= self.start:
+        if self.quiet or now - self.last < read_seconds("PROGRESS", LINE_SECONDS) or done <= self.start:
             return
         self.last = now
         left = datetime.timedelta(seconds=round((now - self.began) / (done - self.start) * (self.total - done)))

@@ -559,9 +559,7 @@ def test_what_is_described_is_found_and_served_again(tiny, good):
     one, all_of_it = load_teacher_ensemble(good, CPU, tiny.shape, 3, described=told), load_teacher_ensemble(good, CPU)
     torch.testing.assert_close(one(images), committee.ensemble()(images))
     assert not torch.allclose(one(images), all_of_it(images)) and not one.training
-    assert "another image size (1x8x8, not 3x8x8)" in refusal(
-        lambda: load_teacher_ensemble(good, CPU, (3, 8, 8), 3)
-    )
+    assert "another image size (1x8x8, not 3x8x8)" in refusal(lambda: load_teacher_ensemble(good, CPU, (3, 8, 8), 3))
     assert "another number of classes (3, not 10)" in refusal(lambda: load_teacher_ensemble(good, CPU, (1, 8, 8), 10))
     zca = condense.task(tiny_arrays(), zca=True)
     assert "another normalisation" in refusal(lambda: load_teacher_ensemble(good, CPU, transform=zca.transform))

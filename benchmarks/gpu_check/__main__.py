@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from condense.benchmarks.gpu_check.check import Check, TimeUp, _message, table
+from condense.benchmarks.gpu_check.check import Check, TimeUp, error_summary, table
 from condense.benchmarks.gpu_check.correctness import (
     check_augmentation,
     check_determinism,
@@ -101,8 +101,8 @@ def run_stage(check: Check, stage: CheckStage) -> None:
         check.skip("", "stopped: the time is up")
         entry |= {"status": "stopped", "summary": "the time was up", "results": check.parts}
     except Exception as fault:
-        check.fail("", _message(fault), traceback.format_exc(limit=-6))
-        entry |= {"status": "failed", "summary": _message(fault), "results": check.parts}
+        check.fail("", error_summary(fault), traceback.format_exc(limit=-6))
+        entry |= {"status": "failed", "summary": error_summary(fault), "results": check.parts}
     entry["seconds"] = round(time.monotonic() - began, 2)
     check.save()
     print(f"{entry['status']:<8} {entry['seconds']:7.1f} s  {stage.name}: {entry['summary']}", flush=True)

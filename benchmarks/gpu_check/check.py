@@ -102,7 +102,7 @@ class Check:
                 self.skip(name, str(fault))
                 continue
             except Exception as fault:
-                self.fail(name, _message(fault), traceback.format_exc(limit=-6))
+                self.fail(name, error_summary(fault), traceback.format_exc(limit=-6))
                 if self.cuda:
                     torch.cuda.empty_cache()
                 continue
@@ -116,7 +116,7 @@ class Check:
         write(self.out / "gpu_check.txt", table(self.record) + "\n")
 
 
-def _message(fault: BaseException) -> str:
+def error_summary(fault: BaseException) -> str:
     lines = str(fault).strip().splitlines()
     return f"{type(fault).__name__}: {lines[0] if lines else 'no message'}"
 

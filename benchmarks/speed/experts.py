@@ -29,16 +29,16 @@ from condense.benchmarks.speed.measure import (
     Others,
     Pairs,
     Parser,
-    _data,
-    _in_child,
     aligned,
     alternate,
+    describe_data,
     disturbance,
     gibibytes,
     guarded,
     positive,
     random_task,
     run_alone,
+    run_in_child,
     write,
 )
 from condense.benchmarks.speed.unroll import Alone
@@ -224,7 +224,7 @@ def _measure(words: Sequence[str]) -> int:
         return 0
     alone = Alone("experts", lambda case, config: NotImplemented, lambda *_: None)
     peaks = {
-        method: {side: _in_child(alone, words, f"{side} {method}") for side in (PUBLISHED, PRODUCT)}
+        method: {side: run_in_child(alone, words, f"{side} {method}") for side in (PUBLISHED, PRODUCT)}
         for method in methods
     }
     found = {
@@ -234,7 +234,7 @@ def _measure(words: Sequence[str]) -> int:
     record = {
         "schema": SCHEMA,
         "benchmark": "experts",
-        "data": _data(case.task),
+        "data": describe_data(case.task),
         "network": case.network,
         "count": count,
         "steps": steps,
@@ -242,7 +242,7 @@ def _measure(words: Sequence[str]) -> int:
         "environment": environment(device, case.precision),
     }
     write(options.out, json.dumps(record, indent=1) + "\n")
-    print(_report(record))
+    print(format_report(record))
     return 0
 
 
@@ -260,7 +260,7 @@ def _case(options: argparse.Namespace, device: torch.device) -> Case:
     return case
 
 
-def _report(record: Mapping[str, Any]) -> str:
+def format_report(record: Mapping[str, Any]) -> str:
     rows = [
         [
             "experts",

@@ -462,7 +462,7 @@ def _compare(benchmark: StepBenchmark, words: Sequence[str]) -> int:
         print(json.dumps(run_alone(benchmark, case, options.alone, options.steps)))
         return 0
     # The children first: later this process would hold memory that they do not need.
-    peaks = {variant: _in_child(benchmark, words, variant) for variant in (PUBLISHED, PRODUCT)}
+    peaks = {variant: run_in_child(benchmark, words, variant) for variant in (PUBLISHED, PRODUCT)}
     case = _case(benchmark, options, device, precision)
     others = Others()
     pairs = time_steps(benchmark, case, options.steps)
@@ -472,7 +472,7 @@ def _compare(benchmark: StepBenchmark, words: Sequence[str]) -> int:
     record = {
         "schema": SCHEMA,
         "method": benchmark.method,
-        "data": _data(case.task),
+        "data": describe_data(case.task),
         "ipc": case.ipc,
         "network": case.network,
         **({"batch_real": options.batch_real} if benchmark.batch_real else {}),
@@ -482,7 +482,7 @@ def _compare(benchmark: StepBenchmark, words: Sequence[str]) -> int:
         "others_share": share,
         "environment": environment(device, precision),
     }
-    print(_report(record))
+    print(format_report(record))
     if options.json:
         write(options.json, json.dumps(record, indent=1) + "\n")
     return 0
@@ -498,13 +498,13 @@ def _case(benchmark: StepBenchmark, options: argparse.Namespace, device: torch.d
     return case
 
 
-def _data(task: Task) -> str:
+def describe_data(task: Task) -> str:
     shape = "x".join(map(str, task.shape))
     what = "random uint8 images" if task.fingerprint == "random" else task.name
     return f"{what}, {len(task.train):,} of {shape} in {task.num_classes} classes"
 
 
-def _in_child(benchmark: StepBenchmark, words: Sequence[str], variant: str) -> dict[str, int]:
+def run_in_child(benchmark: StepBenchmark, words: Sequence[str], variant: str) -> dict[str, int]:
     """:func:`run_alone` in a process of its own."""
     command = [sys.executable, "-m", f"condense.benchmarks.speed.{benchmark.method}", *words, "--alone", variant]
     paths = [str(Path(condense.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
@@ -518,7 +518,7 @@ def _in_child(benchmark: StepBenchmark, words: Sequence[str], variant: str) -> d
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _report(record: dict[str, Any]) -> str:
+def format_report(record: dict[str, Any]) -> str:
     device = record["environment"]["device"]
     precision = {PUBLISHED: "fp32", PRODUCT: record["environment"]["precision"]}
     cuda = "device" in record["peak_memory"][PRODUCT]

@@ -29,14 +29,14 @@ from condense.benchmarks.speed.measure import (
     Others,
     Parser,
     StepBenchmark,
-    _data,
-    _in_child,
-    _report,
+    describe_data,
     difference,
+    format_report,
     guarded,
     positive,
     random_task,
     run_alone,
+    run_in_child,
     scratch,
     time_steps,
     write,
@@ -176,7 +176,7 @@ def _compare(words: Sequence[str]) -> int:
         print(json.dumps(run_alone(BENCHMARK, _case(options, device), options.alone, options.steps)))
         return 0
     # The children first: later this process would hold memory that they do not need.
-    peaks = {variant: _in_child(BENCHMARK, words, variant) for variant in (PUBLISHED, PRODUCT)}
+    peaks = {variant: run_in_child(BENCHMARK, words, variant) for variant in (PUBLISHED, PRODUCT)}
     case = _case(options, device)
     others = Others()
     pairs = time_steps(BENCHMARK, case, options.steps)
@@ -184,7 +184,7 @@ def _compare(words: Sequence[str]) -> int:
     record = {
         "schema": SCHEMA,
         "method": METHOD,
-        "data": _data(case.task),
+        "data": describe_data(case.task),
         "ipc": case.ipc,
         "network": case.network,
         "syn_steps": case.settings["syn_steps"],
@@ -217,7 +217,7 @@ def _table(record: dict[str, Any]) -> str:
         f"{METHOD}: {record['data']}; ipc {record['ipc']}, {record['network']}, {record['syn_steps']} steps of the "
         f"student; {record['environment']['device']}"
     )
-    lines = _report(record).splitlines()[1:]
+    lines = format_report(record).splitlines()[1:]
     used = {name: peak.get("device", peak["host"] - peak["baseline"]) for name, peak in record["peak_memory"].items()}
     share = f"memory of the steps, condense / published: {used[PRODUCT] / max(used[PUBLISHED], 1):.2f}"
     return "\n".join([head, *lines, share])

@@ -132,13 +132,13 @@ def _compare(words: Sequence[str]) -> int:
         **found,
         "environment": environment(device, precision),
     }
-    print(_report(record))
+    print(format_report(record))
     if options.json:
         write(options.json, json.dumps(record, indent=1) + "\n")
     return 0
 
 
-def _report(record: dict[str, Any]) -> str:
+def format_report(record: dict[str, Any]) -> str:
     environment, size = record["environment"], "x".join(map(str, record["shape"]))
     rows = [["students", "median seconds", "peak on the device"]]
     for name, seconds in record["median_seconds"].items():

@@ -27,15 +27,15 @@ from condense.benchmarks.speed.measure import (
     Others,
     Parser,
     StepBenchmark,
-    _data,
-    _in_child,
     aligned,
+    describe_data,
     disturbance,
     guarded,
     positive,
     random_images,
     random_task,
     run_alone,
+    run_in_child,
     synchronise,
     write,
 )
@@ -257,7 +257,7 @@ def _measure(words: Sequence[str]) -> int:
     fresh(case)  # refuses a network that does not fit the images, before anything is measured
     plan = {ADJOINT: sizes.adjoint, GRAPH: sizes.graph}
     alone = Alone("unroll", lambda case, config: NotImplemented, lambda *_: None)
-    memory = {mode: {n: _in_child(alone, words, f"{mode} {n}") for n in numbers} for mode, numbers in plan.items()}
+    memory = {mode: {n: run_in_child(alone, words, f"{mode} {n}") for n in numbers} for mode, numbers in plan.items()}
     record = {
         "schema": SCHEMA,
         "benchmark": "unroll",
@@ -265,11 +265,11 @@ def _measure(words: Sequence[str]) -> int:
         "ipc": case.ipc,
         "rate": options.rate,
         "memory": {"data": f"random images {'x'.join(map(str, sizes.shape))} in {sizes.classes} classes", **memory},
-        "tesla": {"data": _data(task), "steps": compare(case, sizes.gradients, sizes.batch, options.rate)},
+        "tesla": {"data": describe_data(task), "steps": compare(case, sizes.gradients, sizes.batch, options.rate)},
         "environment": environment(device, "fp32"),
     }
     write(options.out, json.dumps(record, indent=1) + "\n")
-    print(_report(record))
+    print(format_report(record))
     return 0
 
 
@@ -277,7 +277,7 @@ def _case(task: task_module.Task, sizes: Sizes, device: torch.device) -> Case:
     return Case(task, sizes.ipc, sizes.width, device, sizes.depth)
 
 
-def _report(record: Mapping[str, Any]) -> str:
+def format_report(record: Mapping[str, Any]) -> str:
     memory, tesla = record["memory"], record["tesla"]
     adjoint, graph, compared = memory[ADJOINT], memory[GRAPH], tesla["steps"]
     rows = [

@@ -28,9 +28,9 @@ from condense.engine.checkpoint import (
     load_checkpoint,
 )
 from condense.engine.optimizer import ParamGroup, SyntheticOptimizer
-from condense.files import checkpoint_interval
+from condense.environment import read_seconds, scale_chunk
 from condense.ranks import Ranks
-from condense.sets import SyntheticSet
+from condense.sets import SyntheticSet, save_grid
 from condense.tracking import Log, Progress, open_tracker
 
 _log = logging.getLogger(__name__)
@@ -231,15 +231,15 @@ class Run:
         return list(range(self.task.num_classes))[self.ranks.rank :: self.ranks.world_size]
 
     def class_chunks(self, images_per_class: int) -> Iterator[list[int]]:
-        """This rank's classes in groups of at most ``CHUNK_PIXELS`` real pixels, so that memory does not grow with
-        classes.
+        """This rank's classes in groups of at most ``CLASS_CHUNK_PIXELS`` real pixels, so that memory does not grow
+        with their number.
 
         Only for methods whose classes do not couple; the sum over chunks equals one pass to rounding.
         """
         height, width = self.task.shape[1:]
         # The images of the set count five times: their maps are kept for the backward pass.
         images_per_class = max(images_per_class, 5 * self.ipc)
-        size = max(1, CLASS_CHUNK_PIXELS // (images_per_class * height * width))
+        size = max(1, scale_chunk(CLASS_CHUNK_PIXELS) // (images_per_class * height * width))
         for start in range(0, len(self.classes), size):
             yield self.classes[start : start + size]
 
@@ -251,7 +251,7 @@ class Run:
         if self.device.type != "cpu":
             return None
         height, width = self.task.shape[1:]
-        return max(1, (GRADIENT_PIXELS if gradients else FORWARD_PIXELS) // (height * width))
+        return max(1, scale_chunk(GRADIENT_PIXELS if gradients else FORWARD_PIXELS) // (height * width))
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Autocast to the run's precision, for work that needs no second derivative."""
@@ -414,8 +414,13 @@ class _StepMonitor:
         last = step == self.steps
         # Checkpoints that take more than a second to write take at most a twentieth of the time.
         min_interval = 20 * self.save_seconds if self.save_seconds > 1 else 0.0
-        saving = now - self.saved >= max(checkpoint_interval(RUN_CHECKPOINT_SECONDS), min_interval)
-        due = now - self.logged >= LOG_SECONDS, saving, now - self.previewed >= PREVIEW_SECONDS, stop
+        saving = now - self.saved >= max(read_seconds("CHECKPOINT", RUN_CHECKPOINT_SECONDS), min_interval)
+        due = (
+            now - self.logged >= read_seconds("LOG", LOG_SECONDS),
+            saving,
+            now - self.previewed >= read_seconds("PREVIEW", PREVIEW_SECONDS),
+            stop,
+        )
         bits = self.run.ranks.broadcast(sum(bit << i for i, bit in enumerate(due)))
         logging, saving, previewing, stop = (bool(bits >> i & 1) for i in range(4))
         if step - self.checked >= self.check_every or logging or saving or last or stop:
@@ -485,8 +490,6 @@ class _StepMonitor:
     def _preview(self, step: int) -> None:
         if self.run.directory is None or not self.run.ranks.is_main_process:
             return
-        from condense.sets import save_grid
-
         folder = self.run.directory / "previews"
         folder.mkdir(exist_ok=True)
         path = folder / f"step-{step:06d}.png"

@@ -14,6 +14,7 @@ from torch import nn
 from condense.data import Task
 from condense.device import device_name, peak_memory, pick_device, pick_precision
 from condense.engine import Run, Step
+from condense.environment import read_seconds
 from condense.jobs.checks import check_fit, check_request
 from condense.jobs.job import resolve_settings
 from condense.networks import flat
@@ -21,11 +22,13 @@ from condense.pretraining import choose_placement, read_trajectory_file, traject
 from condense.registry import METHODS
 from condense.sets import DistilledSet, SyntheticSet
 
+PLAN_SECONDS = 3.0
+"""Seconds of the steps whose pace predicts the rest, unless ``CONDENSE_PLAN_SECONDS`` is set."""
+
 
 class DryRun(Run):
-    """Makes the first steps of a run and notes when each ended; stops after ``SECONDS``, but not before the third."""
+    """Makes at least three steps of a run, for about ``PLAN_SECONDS``, and notes when each ended."""
 
-    SECONDS = 3.0
     dry_run = True
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -44,7 +47,7 @@ class DryRun(Run):
             if self.loops > 1:
                 return
             self.ends.append(time.monotonic())
-            if len(self.ends) > 2 and self.ends[-1] - self.ends[0] > self.SECONDS:
+            if len(self.ends) > 2 and self.ends[-1] - self.ends[0] > read_seconds("PLAN", PLAN_SECONDS):
                 return
 
 

@@ -30,8 +30,7 @@ from condense.labels.base import (
 )
 from condense.labels.teacher import TeacherLabels
 from condense.labels.teacher_logits import compute_logits, given_or_predicted_classes
-from condense.networks import find_backbone
-from condense.networks.pretrained import is_normalisation
+from condense.networks import find_backbone, is_normalisation
 
 _HEAD = ("head", "head_a", "head_b", "bias", "scale")
 

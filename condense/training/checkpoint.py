@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from condense.environment import read_seconds
 from condense.errors import CondenseError
-from condense.files import atomic_write, checkpoint_interval, read_state, tensors_sha256
+from condense.files import atomic_write, read_state, tensors_sha256
 from condense.training.config import TrainConfig, batch_ids
 from condense.training.student import GradientRule, Student
 
@@ -81,7 +82,7 @@ class TrainingCheckpoint:
         """Writes ``state()`` if enough time has passed; a failure is only logged, because the training can continue."""
         end = self.keep_end and step == self.steps
         if self.path is None or (
-            time.monotonic() - self.saved < checkpoint_interval(TRAINING_CHECKPOINT_SECONDS) and not end
+            time.monotonic() - self.saved < read_seconds("CHECKPOINT", TRAINING_CHECKPOINT_SECONDS) and not end
         ):
             return
         try:

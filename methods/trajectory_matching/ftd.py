@@ -18,7 +18,7 @@ from condense.methods.trajectory_matching.matching import (
     get_experts,
     step_size_group,
 )
-from condense.methods.trajectory_matching.mtt import MTT
+from condense.methods.trajectory_matching.settings import MTT
 from condense.pretraining import ExpertTraining
 from condense.registry import method
 from condense.sets import SyntheticSet

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +14,10 @@ from condense import networks, rng
 from condense.augment import AugmentationParameters, make_augmentation
 from condense.engine import ParamGroup, Run, Step, StepLoss, Target, UnrollResult, unroll
 from condense.errors import CondenseError
+from condense.methods.trajectory_matching.settings import MTT
 from condense.pretraining import Experts, load_or_train_experts
 from condense.sets import SyntheticSet, decode
 from condense.training import batch_ids
-
-if TYPE_CHECKING:
-    from condense.methods.trajectory_matching.mtt import MTT
 
 LOGIT_CHUNK = 256
 """Number of images in one forward pass of an expert."""

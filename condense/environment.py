@@ -1,0 +1,49 @@
+"""Environment variables: what suits a machine or a user, and changes no result beyond rounding.
+
+Variables that name folders are read where the folders are used: ``CONDENSE_CACHE``, ``CONDENSE_DATA``,
+``CONDENSE_METHODS`` and ``CONDENSE_PROTOCOLS``.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+
+from condense.errors import CondenseError
+
+
+def read_number(name: str, default: float, *, minimum: float = 0.0) -> float:
+    """Returns the number in an environment variable, or ``default`` if it is not set.
+
+    Raises:
+        CondenseError: it is not a number of at least ``minimum``.
+    """
+    text = os.environ.get(name)
+    if not text:
+        return default
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not value >= minimum:
+        raise CondenseError(f"{name}={text}: must be a number of at least {minimum:g}")
+    return value
+
+
+def read_seconds(event: str, default: float) -> float:
+    """Minimum seconds between two events: ``CONDENSE_CHECKPOINT_SECONDS``, ``CONDENSE_LOG_SECONDS``,
+    ``CONDENSE_PREVIEW_SECONDS`` or ``CONDENSE_PROGRESS_SECONDS``; for ``plan``, the seconds that it measures steps."""
+    return read_number(f"CONDENSE_{event}_SECONDS", default)
+
+
+def scale_chunk(size: int) -> int:
+    """Number of images or pixels that are processed at once: ``size`` times ``CONDENSE_CHUNK_SCALE``, at least 1.
+
+    A scale below 1 needs less memory. It changes the rounding of sums, so a run is resumed with the same scale.
+    """
+    return max(1, int(size * min(read_number("CONDENSE_CHUNK_SCALE", 1.0), 1e6)))
+
+
+def limit_host_memory(size: int) -> int:
+    """``size`` bytes, or ``CONDENSE_HOST_MEMORY`` bytes if these are fewer: the share of a machine to plan with."""
+    return int(min(size, read_number("CONDENSE_HOST_MEMORY", math.inf)))
