@@ -1,5 +1,6 @@
 """A tiny task and an isolated cache, so that default tests are offline, small and leave nothing behind."""
 
+import contextlib
 import os
 import shlex
 from types import SimpleNamespace
@@ -15,6 +16,27 @@ for _name in ("WORLD_SIZE", "RANK"):
 @pytest.fixture(autouse=True)
 def isolated_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("CONDENSE_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing in the product catches it."""
+
+
+@contextlib.contextmanager
+def killed_after(stop, fault=Killed):
+    """Raises ``fault`` right after the checkpoint of step ``stop`` is on disk."""
+    from condense.engine import Run
+
+    save = Run.save_checkpoint
+
+    def save_and_die(run, step, optimizer):
+        save(run, step, optimizer)
+        if step == stop:
+            raise fault
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "save_checkpoint", save_and_die)
+        yield
 
 
 def command_line(words, capsys):
@@ -63,6 +85,23 @@ def change_protocols(monkeypatch, folder, names=None, **changes):
             content = {**dataclasses.asdict(protocol), **changes}
             (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
     monkeypatch.setenv("CONDENSE_PROTOCOLS", str(folder))
+
+
+@pytest.fixture
+def untaught():
+    """Checks at the end that no teacher was trained: what is wrong must be found before."""
+    from condense.data import cache_dir
+
+    yield
+    assert not list(cache_dir().glob("teachers/*"))
+
+
+@pytest.fixture
+def three_steps(tmp_path_factory, monkeypatch):
+    """Every protocol trains students for three steps of SGD on the labels of the set."""
+    folder = tmp_path_factory.mktemp("protocols") / "three-steps"
+    changes = {"steps": 3, "labels": "soft", "batch": 256, "lr": [0.01], "optimizer": "sgd", "schedule": "drops"}
+    change_protocols(monkeypatch, folder, **changes)
 
 
 @pytest.fixture

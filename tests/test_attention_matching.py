@@ -6,6 +6,7 @@ import torch
 import condense
 from condense import augment, networks, rng
 from condense.engine import Run
+from condense.engine.run import CLASS_CHUNK_PIXELS
 from condense.methods import attention_matching as am
 from condense.registry import METHODS
 
@@ -110,7 +111,7 @@ def test_a_step_equals_its_formula(tiny, preset):
 def test_it_does_not_depend_on_class_chunks(tiny, monkeypatch):
     settings = {"network": NETWORK, "steps": 3, "batch_real": 6, "precision": "fp32"}
     whole = condense.distill("datadam", tiny, 2, **settings)
-    monkeypatch.setattr("condense.engine.run.CLASS_CHUNK_PIXELS", 64 * 6)  # one class at a time
+    monkeypatch.setenv("CONDENSE_CHUNK_SCALE", str(64 * 6 / CLASS_CHUNK_PIXELS))  # one class at a time
     made = condense.distill("datadam", tiny, 2, **settings)
     torch.testing.assert_close(made.stored, whole.stored, rtol=1e-4, atol=1e-4)
 
@@ -118,8 +119,7 @@ def test_it_does_not_depend_on_class_chunks(tiny, monkeypatch):
 def test_batch_norm_takes_all_classes_at_once(tiny, monkeypatch):
     settings = {"network": "convnet-d2-w8-bn", "steps": 2, "batch_real": 6, "preset": "code", "precision": "fp32"}
     whole = condense.distill("datadam", tiny, 2, **settings)
-    monkeypatch.setattr("condense.engine.run.CLASS_CHUNK_PIXELS", 1)
-    monkeypatch.setattr("condense.engine.run.FORWARD_PIXELS", 1)
+    monkeypatch.setenv("CONDENSE_CHUNK_SCALE", "1e-9")
     assert torch.equal(condense.distill("datadam", tiny, 2, **settings).stored, whole.stored)
 
 

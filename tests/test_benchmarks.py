@@ -434,7 +434,7 @@ def test_a_published_graph_that_does_not_fit_is_refused(tiny_colour, monkeypatch
     from condense.errors import CondenseError
 
     case = trajectory_case(tiny_colour)
-    monkeypatch.setattr("condense.device.free_host_memory", lambda: 10_000)
+    monkeypatch.setenv("CONDENSE_HOST_MEMORY", "10000")
     with pytest.raises(CondenseError, match="published graph of 4 steps on 6 images does not fit"):
         time_steps(BENCHMARK, case, 1)
 

@@ -24,7 +24,6 @@ import condense
 from condense import cli
 from condense.cli import EXIT_CODES
 from condense.engine import CHECKPOINT_FILE
-from condense.registry import METHODS
 
 NETWORK = "convnet-d2-w8-in"
 EXPERTS = f"experts --data digits --network {NETWORK} --count 1 --epochs 2 expert_batch=256"
@@ -48,6 +47,8 @@ VERBS = (
     "lighten",
     "labels",
 )
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -347,24 +348,34 @@ def test_debug_shows_the_traceback(call):
     assert call("show dmm --debug").err.startswith("Traceback")
 
 
-def test_an_internal_error_is_one_line_too(call, monkeypatch):
-    def broken():
-        raise RuntimeError("two\nlines")
+def run_broken_method(folder, statement, *options):
+    """Distils, in a process of its own, with a method outside the package that only executes ``statement``."""
+    (folder / "broken.py").write_text(
+        "from condense.registry import method\n"
+        "from condense.sets import SyntheticOptions\n\n\n"
+        "@method('broken', config=SyntheticOptions, paper='A paper', year=2026)\n"
+        "def broken(task, config, run):\n"
+        f'    """Breaks."""\n    {statement}\n'
+    )
+    (folder / "broken.yaml").write_text("module: broken\n")
+    line = ["distill", "broken", "--data", "digits", "--ipc", "1", "--network", "mlp", *options]
+    environment = {**os.environ, "CONDENSE_METHODS": str(folder), "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, "-m", "condense", *line], cwd=folder, capture_output=True, text=True, env=environment
+    )
 
-    monkeypatch.setattr(METHODS, "names", broken)
-    result = call("ls methods")
-    assert result.code == 1
-    assert result.err == "condense: internal error: RuntimeError: two lines; --debug shows where\n"
-    assert "in broken" in call("ls methods --debug").err
+
+def test_an_internal_error_is_one_line_too(tmp_path):
+    statement = "raise RuntimeError('two\\nlines')"
+    result = run_broken_method(tmp_path, statement)
+    assert result.returncode == 1
+    assert result.stderr == "condense: internal error: RuntimeError: two lines; --debug shows where\n"
+    assert "in broken" in run_broken_method(tmp_path, statement, "--debug").stderr
 
 
-def test_ctrl_c_outside_a_run(call, monkeypatch):
-    def interrupted():
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(METHODS, "names", interrupted)
-    result = call("ls")
-    assert (result.code, result.err) == (130, "condense: interrupted\n")
+def test_ctrl_c_outside_a_loop(tmp_path):
+    result = run_broken_method(tmp_path, "raise KeyboardInterrupt")
+    assert (result.returncode, result.stderr) == (130, "condense: interrupted\n")
 
 
 def test_a_reader_that_has_seen_enough_is_no_fault():
@@ -430,11 +441,9 @@ def test_preview(done, material):
     done(f"preview {material}/set.h5 --out new/a.png --force")
 
 
-def test_a_ready_made_set_goes_by_its_name(done, material, monkeypatch):
-    monkeypatch.setattr("condense.api.packaged_sets", lambda: {"digits/ready": material / "set.h5"})
-    monkeypatch.setattr("condense.sets.packaged_sets", lambda: {"digits/ready": material / "set.h5"})
-    assert "good" in done("verify digits/ready")
-    assert "digits/random-ipc2" in done("show digits/ready")
+def test_a_ready_made_set_goes_by_its_name(done):
+    assert "good" in done("verify digits/dm-ipc10")
+    assert "digits/dm-ipc10" in done("show digits/dm-ipc10")
 
 
 def test_distill_says_what_it_made_and_what_to_do_next(done):
@@ -484,7 +493,7 @@ def test_evaluate_on_data_of_another_size(done, material):
 
 
 def test_plan(done, monkeypatch):
-    monkeypatch.setattr("condense.jobs.plan.DryRun.SECONDS", 0.2)
+    monkeypatch.setenv("CONDENSE_PLAN_SECONDS", "0.2")
     text = done(f"plan{DM[7:]} steps=5000")
     assert "5000 steps of" in text and "B host at peak" in text and "2.6 kB set" in text
     needs = json.loads(done(f"plan{DM[7:]} steps=5000 --json"))
@@ -525,7 +534,7 @@ def test_plan_tells_the_time_of_the_run(monkeypatch, done):
 
     original = SyntheticOptimizer.step
     monkeypatch.setattr(SyntheticOptimizer, "step", lambda *a, **k: (time.sleep(0.01), original(*a, **k))[1])
-    monkeypatch.setattr("condense.jobs.plan.DryRun.SECONDS", 0.3)
+    monkeypatch.setenv("CONDENSE_PLAN_SECONDS", "0.3")
     needs = json.loads(done(f"plan{DM[7:]} steps=1000 --json"))
     assert needs["seconds_per_step"] > 0.01
     assert needs["seconds"] == pytest.approx(1000 * needs["seconds_per_step"], rel=0.3)

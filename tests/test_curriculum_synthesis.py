@@ -200,7 +200,7 @@ def test_how_many_batches_pass_at_once_changes_nothing_but_rounding(tiny, monkey
     changes = {"num_teachers": 2} if name in ("cvdd", "infer") else {}
     changes |= {"labels": "hard", "store": "float32"}
     whole = made(tiny, name, 3, **changes)
-    monkeypatch.setattr("condense.engine.run.GRADIENT_PIXELS", 1)
+    monkeypatch.setenv("CONDENSE_CHUNK_SCALE", "1e-9")  # one image at once
     torch.testing.assert_close(made(tiny, name, 3, **changes).stored, whole.stored, rtol=1e-3, atol=1e-3)
 
 
@@ -506,12 +506,6 @@ def test_collages_hold_shrunken_crops(tiny):
 def test_a_teacher_without_batch_norm_is_refused_before_any_is_trained(tiny, untaught):
     with pytest.raises(CondenseError, match="teacher convnet-d2-w8-in has no BatchNorm"):
         made(tiny, network="convnet-d2-w8-in")
-
-
-@pytest.fixture
-def untaught(monkeypatch):
-    """No teacher can be trained: what is wrong must be found before."""
-    monkeypatch.setattr("condense.pretraining.pipeline.train", None)
 
 
 def test_images_that_hold_no_squares_are_refused(untaught):

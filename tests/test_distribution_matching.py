@@ -7,6 +7,7 @@ import torch.nn.functional as F
 import condense
 from condense import augment, networks, rng
 from condense.engine import Run
+from condense.engine.run import CLASS_CHUNK_PIXELS
 from condense.methods import distribution_matching as dm
 from condense.registry import METHODS
 
@@ -113,7 +114,7 @@ def test_a_dance_step_equals_its_formula(tiny):
 def test_they_do_not_depend_on_class_chunks(name, tiny, monkeypatch):
     settings = {"steps": 2, **({"expert_epochs": 1} if name == "dance" else {"snapshots": 2, "net_steps": 2})}
     whole, *_ = made_by(name, tiny, **settings)
-    monkeypatch.setattr("condense.engine.run.CLASS_CHUNK_PIXELS", 64 * 6)  # one class at a time
+    monkeypatch.setenv("CONDENSE_CHUNK_SCALE", str(64 * 6 / CLASS_CHUNK_PIXELS))  # one class at a time
     torch.testing.assert_close(made_by(name, tiny, **settings)[0], whole, rtol=1e-4, atol=1e-4)
 
 
@@ -135,8 +136,7 @@ def test_batch_norm_networks_see_a_class_whole(name, tiny, monkeypatch):
     own = {"dance": {"expert_epochs": 1}, "idm": {"snapshots": 2, "net_steps": 2}}
     settings = {"network": "convnet-d2-w8-bn", "steps": 2, "precision": "fp32", **OWN, **own.get(name, own["idm"])}
     whole = condense.distill(name, tiny, 1, **settings)
-    for limit in ("CLASS_CHUNK_PIXELS", "FORWARD_PIXELS", "GRADIENT_PIXELS"):
-        monkeypatch.setattr(f"condense.engine.run.{limit}", 2 * 64)
+    monkeypatch.setenv("CONDENSE_CHUNK_SCALE", str(2 * 64 / CLASS_CHUNK_PIXELS))
     torch.testing.assert_close(condense.distill(name, tiny, 1, **settings).stored, whole.stored, rtol=1e-4, atol=1e-4)
 
 

@@ -10,6 +10,7 @@ import condense
 from condense import augment, networks, rng
 from condense.data import cache_dir
 from condense.engine import Run
+from condense.engine.run import GRADIENT_PIXELS
 from condense.methods import gradient_matching as gm
 from condense.pretraining import load_or_train_snapshots
 
@@ -89,7 +90,7 @@ def test_real_gradients_in_chunks_equal_one_pass(tiny, monkeypatch):
     weights = gm.matched_weights(net)
     images, labels = tiny.per_class(12, (0, "real"))
     whole = torch.autograd.grad(F.cross_entropy(net(images), labels), weights)
-    monkeypatch.setattr("condense.engine.run.GRADIENT_PIXELS", 5 * 64)
+    monkeypatch.setenv("CONDENSE_CHUNK_SCALE", str(5 * 64 / GRADIENT_PIXELS))
     parts = gm.real_gradients(net, images, labels, weights, run)
     for a, b in zip(whole, parts):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)

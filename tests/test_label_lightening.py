@@ -1,7 +1,6 @@
 """Lightening: every kind from every set that can give it, what the file says of it, and both verbs."""
 
 import contextlib
-import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -12,7 +11,7 @@ from conftest import command_line, tiny_arrays
 import condense
 from condense import config
 from condense.errors import CondenseError
-from condense.judge import evaluation, label_source, protocol
+from condense.judge import label_source
 from condense.labels import (
     DEFAULT_MAX_K,
     DEFAULT_MAX_RANK,
@@ -196,9 +195,7 @@ def test_a_teacher_that_is_handed_over(per_view):
     assert "have no names that a file could keep" in line
 
 
-def test_random_images_get_such_labels_when_judged(per_view, real, monkeypatch):
-    quick = dataclasses.replace(protocol.get_protocol("quick-v1"), steps=3, labels="soft")
-    monkeypatch.setattr(evaluation, "get_protocol", lambda name: quick)
+def test_random_images_get_such_labels_when_judged(per_view, real, three_steps):
     for kind, settings in (("pool", {"keep": 0.5, "values": "topk"}), ("teacher", {})):
         light = lighten(per_view, kind, **settings)
         record = condense.evaluate(light, real, networks=NETWORK, runs=1, controls=["random"])
@@ -386,15 +383,7 @@ def test_bytes_alone_and_what_is_missing(per_view):
     assert "own (per-view)" in text and "static is missing: " in text and "accuracy" not in text
 
 
-def quick(monkeypatch):
-    """Three steps in place of a protocol's."""
-    known = dataclasses.replace(protocol.get_protocol("quick-v1"), steps=3, labels="soft")
-    for module in (evaluation, comparison):
-        monkeypatch.setattr(module, "get_protocol", lambda name: known)
-
-
-def test_students_are_trained_on_each(per_view, real, monkeypatch):
-    quick(monkeypatch)
+def test_students_are_trained_on_each(per_view, real, three_steps):
     points = compare_label_kinds(per_view, ["own", "pool:keep=0.5", "hard"], real, network=NETWORK, runs=2)
     assert all(point.mean is not None and point.ci95 is not None for point in points)
     assert points[1].bytes < points[0].bytes and "95 % interval" in format_comparison(points)
@@ -430,10 +419,9 @@ def call(tmp_path, monkeypatch, capsys):
     return lambda words: command_line(words, capsys)
 
 
-def test_the_verbs(per_view, call, tmp_path, monkeypatch):
+def test_the_verbs(per_view, call, tmp_path, three_steps):
     import numpy as np
 
-    quick(monkeypatch)
     per_view.save("set.h5")
     np.savez("tiny.npz", **dict(zip(("x_train", "y_train", "x_test", "y_test"), tiny_arrays())))
     result = call("lighten set.h5 --labels lowrank rank=2 --out light.h5")
@@ -453,9 +441,8 @@ def test_the_verbs(per_view, call, tmp_path, monkeypatch):
     assert not (tmp_path / "other.h5").exists() and not (tmp_path / "a.png").exists()
 
 
-def test_the_verb_labels_trains_and_draws(per_view, call, real, tmp_path, monkeypatch):
+def test_the_verb_labels_trains_and_draws(per_view, call, real, tmp_path, monkeypatch, three_steps):
     pytest.importorskip("matplotlib")
-    quick(monkeypatch)
     monkeypatch.setattr(condense.api, "task", lambda *words, **options: real)
     per_view.save("set.h5")
     result = call(f"labels set.h5 --data tiny --kinds own,topk:k=1 --network {NETWORK} --runs 2 --plot a.png")

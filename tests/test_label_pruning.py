@@ -16,6 +16,7 @@ import condense
 from condense import networks, rng
 from condense.augment import CropViews, ViewRule
 from condense.engine import Run
+from condense.engine.run import FORWARD_PIXELS, GRADIENT_PIXELS
 from condense.errors import CondenseError
 from condense.jobs import estimate_cost
 from condense.labels import (
@@ -95,7 +96,7 @@ def double(run):
 @pytest.mark.parametrize("chunk", [5, 1000])
 @pytest.mark.parametrize("name", [NETWORK, "resnet18-bn"])
 def test_the_moments_of_classes_are_those_of_their_real_images(tiny_colour, name, chunk, monkeypatch):
-    monkeypatch.setattr(Run, "forward_chunk_size", lambda run, gradients=False: chunk)
+    monkeypatch.setenv("CONDENSE_CHUNK_SCALE", str(chunk * 64 / FORWARD_PIXELS))
     run, net = double(a_run(tiny_colour)), warm(name, (3, 8, 8))
     found, expected = lpld.class_moments(run, net), plain_moments(net, run.task)
     assert len(found) == len(expected) == sum(isinstance(layer, nn.BatchNorm2d) for layer in net.modules())
@@ -171,7 +172,7 @@ def test_a_batch_has_all_images_of_one_class(tiny):
 @pytest.mark.parametrize("pixels", [1, 3 * 64 * 2, 1 << 20])
 @pytest.mark.parametrize("at_once", [None, 2])
 def test_targets_follow_the_batches_that_pass(tiny, monkeypatch, pixels, at_once):
-    monkeypatch.setattr("condense.engine.run.GRADIENT_PIXELS", pixels)
+    monkeypatch.setenv("CONDENSE_CHUNK_SCALE", str(pixels / GRADIENT_PIXELS))
     run = a_run(tiny, 2)
     config = lpld.LPLD(teacher_epochs=1, teacher_batch=8, steps=3, at_once=at_once)
     committee = load_or_train_teachers(run, config.teacher_training(tiny), architectures=[NETWORK], count=1)
@@ -478,8 +479,7 @@ def test_a_plan_states_what_is_made(tiny, changes):
         ("lpld", "calibrate=0.1,0.2,0.9", "calibrate=0.1,0.2,0.9: serves labels=per-view, not labels=pool"),
     ],
 )
-def test_what_cannot_be_is_found_before_the_work(tiny, name, words, line, monkeypatch):
-    monkeypatch.setattr("condense.pretraining.pipeline.train", None)
+def test_what_cannot_be_is_found_before_the_work(tiny, name, words, line, untaught):
     key, _, value = words.partition("=")
     with pytest.raises(CondenseError) as fault:
         made(tiny, name, **{key: value})

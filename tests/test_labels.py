@@ -647,9 +647,7 @@ def test_a_set_with_other_labels_claims_nothing_of_the_old_ones(chosen, teacher)
 
 
 def test_progress_is_shown_unless_quiet(chosen, teacher, capsys, monkeypatch):
-    from condense import tracking
-
-    monkeypatch.setattr(tracking, "LINE_SECONDS", 0.0)
+    monkeypatch.setenv("CONDENSE_PROGRESS_SECONDS", "0")
     relabel(chosen, teacher, 2)
     assert not capsys.readouterr().err
     relabel(chosen, teacher, 2, quiet=False)
@@ -815,10 +813,7 @@ def test_a_relabelled_set_teaches(tiny, chosen, teacher):
 
 
 @pytest.mark.parametrize("kind", ["static", "distances", "teacher", "calibrated", "mse and classes", "batch"])
-def test_the_judge_has_every_arm_for_every_kind(tiny, chosen, monkeypatch, kind):
-    import dataclasses
-
-    from condense.judge import evaluation, protocol
+def test_the_judge_has_every_arm_for_every_kind(tiny, chosen, three_steps, kind):
 
     with rng.seeded("judged"):
         net = networks.build_network(NAMES[0], (1, 8, 8), 3)
@@ -838,8 +833,6 @@ def test_the_judge_has_every_arm_for_every_kind(tiny, chosen, monkeypatch, kind)
         "batch": lambda: PerViewLabels(asked(statistics="batch", micro=2), 0, rule, statistics="batch", micro=2),
     }[kind]()
     made = replace_labels(chosen, labels, net)
-    quick = dataclasses.replace(protocol.get_protocol("quick-v1"), steps=3, labels="soft")
-    monkeypatch.setattr(evaluation, "get_protocol", lambda name: quick)
     record = condense.evaluate(
         made,
         tiny,
@@ -874,14 +867,9 @@ def test_random_images_are_smoothed_as_those_of_the_set(chosen, tiny):
     assert made.sha256() != chosen.sha256()
 
 
-def test_the_judge_and_fit_take_such_sets(tiny, chosen, teacher, monkeypatch):
-    import dataclasses
-
-    from condense.judge import evaluation, protocol
+def test_the_judge_and_fit_take_such_sets(tiny, chosen, teacher, three_steps):
 
     made = relabel(chosen, teacher, 2)
-    quick = dataclasses.replace(protocol.get_protocol("quick-v1"), steps=3, labels="soft")
-    monkeypatch.setattr(evaluation, "get_protocol", lambda name: quick)
     record = condense.evaluate(made, tiny, networks=NETWORK, runs=1, controls=["random"])
     assert record["set"]["label_kind"] == "per-view"
     assert [entry["arm"] for entry in record["missing"]] == ["random"]

@@ -5,11 +5,12 @@ import json
 
 import pytest
 import torch
-from conftest import tiny_arrays
+from conftest import Killed, killed_after, tiny_arrays
 
 import condense
 from condense import config
 from condense.engine import Run
+from condense.engine.run import CLASS_CHUNK_PIXELS
 from condense.errors import CondenseError
 from condense.jobs import resume
 from condense.registry import METHODS
@@ -82,7 +83,7 @@ def test_resumed_equals_uninterrupted(name, tiny, tmp_path, monkeypatch):
     whole = run(name, task)
     for stop in range(1, steps):
         directory = tmp_path / f"run{stop}"
-        with pytest.raises(Killed), killed_after(stop, monkeypatch):
+        with pytest.raises(Killed), killed_after(stop):
             run(name, task, run_dir=directory, out=tmp_path / f"{stop}.h5")
         assert not (tmp_path / f"{stop}.h5").exists()
         assert resume(directory).sha256() == whole.sha256()
@@ -150,31 +151,6 @@ class _Frozen(Run):
             step.index = 0
             yield step
             self.losses.append(float(step.optimizer.loss))
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing in the product catches it."""
-
-
-class killed_after:
-    """Raises :class:`Killed` right after the checkpoint of step ``stop`` is on disk."""
-
-    def __init__(self, stop, monkeypatch):
-        self.stop, self.monkeypatch = stop, monkeypatch
-
-    def __enter__(self):
-        original = self.original = Run.save_checkpoint
-        stop = self.stop
-
-        def save(run, step, optimizer):
-            original(run, step, optimizer)
-            if step == stop:
-                raise Killed
-
-        self.monkeypatch.setattr(Run, "save_checkpoint", save)
-
-    def __exit__(self, *exception):
-        self.monkeypatch.setattr(Run, "save_checkpoint", self.original)
 
 
 def save_npz(task, path):
@@ -267,7 +243,7 @@ def test_dm_equals_the_plain_published_loop(tiny):
 
 def test_dm_does_not_depend_on_class_chunks(tiny, monkeypatch):
     whole = run("dm", tiny, precision="fp32")
-    monkeypatch.setattr("condense.engine.run.CLASS_CHUNK_PIXELS", 64 * 6)  # one class at a time
+    monkeypatch.setenv("CONDENSE_CHUNK_SCALE", str(64 * 6 / CLASS_CHUNK_PIXELS))  # one class at a time
     torch.testing.assert_close(run("dm", tiny, precision="fp32").stored, whole.stored, rtol=1e-4, atol=1e-4)
 
 
@@ -333,18 +309,16 @@ def test_a_method_with_two_loops_resumes(tiny, tmp_path, monkeypatch, stop):
     monkeypatch.setenv("CONDENSE_CHECKPOINT_SECONDS", "0")
     whole = two_loops(tiny, None, Run(tiny, 2, NETWORK, quiet=True))
     saves = []
-    original = Run.save_checkpoint
 
-    def save(run, step, optimizer):
-        original(run, step, optimizer)
-        saves.append(step)
-        if len(saves) == stop:
-            raise Killed
+    class DyingRun(Run):
+        def save_checkpoint(self, step, optimizer):
+            super().save_checkpoint(step, optimizer)
+            saves.append(step)
+            if len(saves) == stop:
+                raise Killed
 
-    monkeypatch.setattr(Run, "save_checkpoint", save)
     with pytest.raises(Killed):
-        two_loops(tiny, None, Run(tiny, 2, NETWORK, quiet=True, directory=tmp_path, track="none"))
-    monkeypatch.setattr(Run, "save_checkpoint", original)
+        two_loops(tiny, None, DyingRun(tiny, 2, NETWORK, quiet=True, directory=tmp_path, track="none"))
     resumed = Run(tiny, 2, NETWORK, quiet=True, directory=tmp_path, track="none", resume=True)
     assert torch.equal(two_loops(tiny, None, resumed).images, whole.images)
     logged = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]

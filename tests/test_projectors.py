@@ -22,7 +22,6 @@ from condense.augment import ViewRule
 from condense.data import Standardise
 from condense.engine import Run
 from condense.errors import CondenseError
-from condense.judge import evaluation, protocol
 from condense.labels import MergedProjector, Projector, ProjectorLabels, TeacherLabels, adapters, compute_logits
 from condense.lighten import kinds, lighten, projection
 from condense.methods.curriculum_synthesis import patches, relabelling
@@ -961,10 +960,7 @@ def test_loss_and_teachers_of_a_set_that_is_a_projectors(colour, backbone, plain
     assert again.manifest["label_source"] == made.manifest["label_source"]
 
 
-def test_hello_finds_what_cannot_be_had_before_it_trains(colour, monkeypatch):
-    from condense.methods.label_lightening import hello as hello_module
-
-    monkeypatch.setattr(hello_module, "get_teachers", lambda *_: pytest.fail("teachers were trained"))
+def test_hello_finds_what_cannot_be_had_before_it_trains(colour, untaught):
     for settings in ({"backbone": "nonsense"}, {"head": "text"}):
         refusal(lambda settings=settings: condense.distill("hello", colour, 1, **TAUGHT, **settings))
 
@@ -1060,14 +1056,12 @@ def test_with_labels_of_teachers_it_is_rded(factor, colour):
         assert torch.equal(mine, others)
 
 
-def test_hello_is_judged_beside_random_images_with_the_same_labels(colour, backbone, tmp_path, monkeypatch):
+def test_hello_is_judged_beside_random_images_with_equal_labels(colour, backbone, tmp_path, monkeypatch, three_steps):
     file = tmp_path / "hello.h5"
     settings = {**PATCHES, **QUICK, "backbone": str(backbone), "factor": 2, "refine_steps": 2}
     condense.distill("hello", colour, 1, out=file, **settings)
     made = condense.load(file)
     assert made.labels.kind == "projector" and made.manifest["label_source"]["teachers"]["networks"] == [NETWORK]
-    quick = dataclasses.replace(protocol.get_protocol("quick-v1"), steps=3, labels="soft")
-    monkeypatch.setattr(evaluation, "get_protocol", lambda name: quick)
     asked, original = [], ProjectorLabels.label_images
 
     def watched(self, images, teacher, seed, hard=None):

@@ -20,7 +20,6 @@ from conftest import command_line, tiny_arrays
 from PIL import Image
 
 import condense
-from condense import tracking
 from condense.device import peak_memory
 from condense.engine import CHECKPOINT_FILE, PREVIOUS_CHECKPOINT_FILE, Run, run
 from condense.errors import CondenseError
@@ -290,7 +289,7 @@ def test_the_log_has_each_step_once(data, tmp_path, monkeypatch):
     assert steps_logged(folder) == [1, 2, 3, 4, 5]
     with (folder / "log.jsonl").open("a") as log:
         log.write('{"step": 6, "se')  # cut short by the kill
-    monkeypatch.setattr(run, "LOG_SECONDS", 0.0)
+    monkeypatch.setenv("CONDENSE_LOG_SECONDS", "0")
     execute.resume(folder)
     assert steps_logged(folder) == [1, 2, 3, 4, 5, 6]
     assert sorted(path.name for path in folder.glob("*log*")) == ["log.jsonl"]
@@ -302,7 +301,7 @@ def test_tensorboard_has_each_step_once(data, tmp_path, monkeypatch):
 
     folder = tmp_path / "run"
     killed_run(data, folder, at=5, checkpoints={3}, monkeypatch=monkeypatch)
-    monkeypatch.setattr(run, "LOG_SECONDS", 0.0)
+    monkeypatch.setenv("CONDENSE_LOG_SECONDS", "0")
     execute.resume(folder)
     events = EventAccumulator(str(folder / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
@@ -321,7 +320,7 @@ def test_no_tracker(data, call, tmp_path):
 
 
 def test_previews_show_the_set(data, call, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "PREVIEW_SECONDS", 0.0)
+    monkeypatch.setenv("CONDENSE_PREVIEW_SECONDS", "0")
     assert call(TINY).code == 0
     names = sorted(path.name for path in (tmp_path / "run" / "previews").iterdir())
     assert names == [f"step-{step:06d}.png" for step in range(1, 7)]
@@ -415,7 +414,7 @@ def test_a_second_ctrl_c_stops_one_process_at_once(world, tiny, tmp_path):
 
 
 def test_progress_without_a_terminal_is_plain_lines(data, call, monkeypatch):
-    monkeypatch.setattr(tracking, "LINE_SECONDS", 0.0)
+    monkeypatch.setenv("CONDENSE_PROGRESS_SECONDS", "0")
     lines = call(TINY).err.splitlines()
     assert len(lines) == 6
     assert re.fullmatch(r"dm: step 3 of 6, loss \S+, about \d:\d\d:\d\d left", lines[2]), lines[2]

@@ -42,7 +42,6 @@ from condense.pretraining import (
     train_trajectory_file,
     trajectories,
 )
-from condense.pretraining import experts as experts_module
 from condense.training import TrainConfig, loop
 
 NETWORK = "convnet-d2-w8-in"
@@ -413,7 +412,7 @@ def test_experts_serve_new_float32_vectors(tiny, good):
 def test_mapped_values_are_those_in_memory(dtype, tiny, tmp_path, monkeypatch):
     path = str(made(tiny, tmp_path / "a.h5", dtype=dtype).file.path)
     near = provided(tiny, file=path, first=1, last=2)
-    monkeypatch.setattr(experts_module, "free_host_memory", lambda: 10)
+    monkeypatch.setenv("CONDENSE_HOST_MEMORY", "10")
     far = provided(tiny, file=path, first=1, last=2)
     assert (near.placement, far.placement) == ("memory", "mapped")
     far.prefetch([(0, 1), (1, 2)])
@@ -434,7 +433,7 @@ def test_only_the_epochs_that_are_needed_are_loaded(tiny, good):
 
 
 def test_where_snapshots_lie(monkeypatch):
-    monkeypatch.setattr(experts_module, "free_host_memory", lambda: 1000)
+    monkeypatch.setenv("CONDENSE_HOST_MEMORY", "1000")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (200, 400))
     cuda = torch.device("cuda")
     assert [choose_placement(size, cuda) for size in (100, 101, 500, 501)] == ["device", "pinned", "pinned", "mapped"]
@@ -671,7 +670,7 @@ def test_plan_says_where_experts_will_lie(call, monkeypatch):
     size = 50 * 3 * layout_of(NETWORK, condense.task("tiny.npz")).size * 2
     assert needs == {"experts": 50, "epochs": 2, "bytes": size, "resident_bytes": size, "place": "memory"}
     assert not (cache_dir() / "trajectories").exists()
-    monkeypatch.setattr(experts_module, "free_host_memory", lambda: 0)
+    monkeypatch.setenv("CONDENSE_HOST_MEMORY", "0")
     assert "of 2 epochs" in call(f"plan {words}").out and "mapped from disk" in call(f"plan {words}").out
     assert "trajectories" not in call("plan random --data tiny.npz --ipc 1").out
 

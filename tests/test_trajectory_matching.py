@@ -1,17 +1,16 @@
 """The maths of trajectory matching beyond the unrolled training itself: experts' updates, windows, labels, starts."""
 
-import dataclasses
 import math
 
 import numpy as np
 import pytest
 import torch
+from conftest import change_protocols, killed_after, tiny_archive
 
 import condense
 from condense import networks
 from condense.engine import Run
 from condense.errors import CondenseError
-from condense.judge import protocol
 from condense.methods.trajectory_matching import ast, datm, expert_updates, ftd, mtt
 from condense.networks import Layout
 from condense.sets import SyntheticSet
@@ -368,8 +367,6 @@ def test_settings_out_of_range_are_all_named():
 
 
 def test_the_table_goes_from_experts_to_judged_sets(tiny, tmp_path, monkeypatch, capsys):
-    from conftest import tiny_archive
-
     from condense import cli
     from condense.benchmarks import equal_time, trajectories
 
@@ -383,8 +380,7 @@ def test_the_table_goes_from_experts_to_judged_sets(tiny, tmp_path, monkeypatch,
     short_runs = [*trajectories.SHORT, "lr_img=0.001", "lr_start=0.001"]
     monkeypatch.setattr(trajectories, "RATES", {10: ["lr_lr=1e-12"]})
     monkeypatch.setattr(trajectories, "SETTINGS", {"mtt": short_runs, "datm": short_runs})
-    short = {name: dataclasses.replace(found, steps=10) for name, found in protocol.protocols().items()}
-    monkeypatch.setattr(protocol, "protocols", lambda: short)
+    change_protocols(monkeypatch, tmp_path / "protocols", steps=10)
     tiny_archive(tmp_path)
     words = [
         "--data",
@@ -457,7 +453,6 @@ def test_a_loss_beyond_bounds_ends_the_run(tiny):
 
 def test_named_experts_are_in_the_manifest_and_must_stay_the_same(tiny, tmp_path, monkeypatch):
     from condense import api
-    from condense.engine import run
     from condense.jobs import execute
 
     file = tmp_path / "e.h5"
@@ -477,16 +472,8 @@ def test_named_experts_are_in_the_manifest_and_must_stay_the_same(tiny, tmp_path
     )
     task = condense.task(str(tmp_path / "tiny.npz"))
     api.experts(task, network=NETWORK, out=file, expert_batch=8, force=True, **numbers)
-    original = run.Run.save_checkpoint
-
-    def save(self, step, optimizer):
-        original(self, step, optimizer)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(run.Run, "save_checkpoint", save)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt), killed_after(1, KeyboardInterrupt):
         condense.distill("mtt", task, 1, **settings, run_dir=tmp_path / "run", out=tmp_path / "a.h5")
-    monkeypatch.setattr(run.Run, "save_checkpoint", original)
     api.experts(task, network=NETWORK, out=file, expert_batch=8, **{**numbers, "count": 3})
     with pytest.raises(CondenseError, match="holds other experts than when the run began"):
         execute.resume(tmp_path / "run")
