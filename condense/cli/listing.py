@@ -40,15 +40,10 @@ def ls(
 
 
 def _list(kind: str) -> list[dict[str, Any]]:
-    from condense import config
-    from condense.benchmarks import suite
-    from condense.data import datasets
-    from condense.judge import protocols
-    from condense.networks import CONVNET_GRAMMAR, network_names
-    from condense.registry import METHODS
-    from condense.sets import packaged_sets
-
+    """Rows of a listing. Each kind imports only what it needs: recipes need no torch."""
     if kind == "methods":
+        from condense.registry import METHODS
+
         return [
             {
                 "name": entry.name,
@@ -60,20 +55,30 @@ def _list(kind: str) -> list[dict[str, Any]]:
             for entry in map(METHODS.get, METHODS.names())
         ]
     if kind == "datasets":
+        from condense.data import datasets
+
         return [{"name": name, "about": about} for name, about in datasets().items()]
     if kind == "networks":
-        return [{"name": CONVNET_GRAMMAR, "about": ""}, *({"name": name, "about": ""} for name in network_names())]
+        from condense.networks import CONVNET_GRAMMAR, network_names
+
+        return [{"name": name, "about": ""} for name in (CONVNET_GRAMMAR, *network_names())]
     if kind == "protocols":
-        return [
-            {"name": entry.name, "about": entry.summary, "version": entry.version} for entry in protocols().values()
-        ]
+        from condense.judge import protocols
+
+        return [{"name": name, "about": rules.summary, "version": rules.version} for name, rules in protocols().items()]
     if kind == "suites":
+        from condense.benchmarks import suite
+
         return [{"name": entry.name, "about": entry.summary} for entry in suite.suites().values()]
     if kind == "sets":
+        from condense.sets import packaged_sets
+
         return [
             {"name": name, "about": _format_claim(load_set(name)), "path": str(path)}
             for name, path in packaged_sets().items()
         ]
+    from condense import config
+
     return [{"name": name, "about": _format_recipe(config.load_recipe(name))} for name in config.recipe_names()]
 
 
