@@ -134,8 +134,8 @@ def _merged(marks: list[Mark]) -> list[Mark]:
     for mark in marks:
         if mark.point.colour == "control":
             places = tuple(round(x / ALIKE) for x in mark.x.values())
-            known = controls.setdefault((mark.point.shape, mark.point.tip, places, round(mark.y / ALIKE)), mark)
-            known.point.rows = list(dict.fromkeys([*known.point.rows, *mark.point.rows]))
+            merged = controls.setdefault((mark.point.shape, mark.point.tip, places, round(mark.y / ALIKE)), mark)
+            merged.point.rows = list(dict.fromkeys([*merged.point.rows, *mark.point.rows]))
     return [*controls.values(), *(mark for mark in marks if mark.point.colour != "control")]
 
 
@@ -151,14 +151,14 @@ def _placed(lines: list[tuple[float, Line]]) -> list[tuple[float, float, Line]]:
 
 def _thin(marks: list[Mark]) -> list[Mark]:
     """The marks, without the label of one that lies beside another with the same label."""
-    shown: list[Mark] = []
+    labelled: list[Mark] = []
     for mark in sorted(marks, key=lambda mark: mark.y):
         x = next(iter(mark.x.values()))
-        beside = [m for m in shown if m.point.label == mark.point.label and abs(m.y - mark.y) < LABEL[1]]
+        beside = [m for m in labelled if m.point.label == mark.point.label and abs(m.y - mark.y) < LABEL[1]]
         if any(abs(next(iter(m.x.values())) - x) < LABEL[0] for m in beside):
             mark.point.label = ""
         elif mark.point.label:
-            shown.append(mark)
+            labelled.append(mark)
     return marks
 
 
@@ -206,5 +206,5 @@ def second_ticks(low: float, high: float) -> list[tuple[float, str]]:
 def _chosen(ticks: list[tuple[float, str]], main: Callable[[tuple[float, str]], bool]) -> list[tuple[float, str]]:
     """The main ticks, every tick where there are fewer than three of them, and never more than seven."""
     few = [tick for tick in ticks if main(tick)]
-    wanted = few if len(few) > 2 else ticks
-    return wanted[:: math.ceil(len(wanted) / 7)] if wanted else []
+    chosen = few if len(few) > 2 else ticks
+    return chosen[:: math.ceil(len(chosen) / 7)] if chosen else []

@@ -2,7 +2,7 @@
 
 Trains a committee once, then makes and judges a set by every method of the family beside three controls: random images
 with the same labels, random images with their classes, and noise with the same labels. All by the command line in
-processes of their own. What is there is kept: the same command goes on where it was stopped.
+processes of their own. Existing files are kept: the same command continues a stopped one.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ SHARED = {"cvdd", "infer"}
 CONTROL_FLAGS = "random,random-hard,noise"
 
 
-def squeeze(data: str, out: Path, *, network: str, count: int, epochs: int) -> Path:
-    """The file of a committee, trained where it is not there yet."""
+def train_teachers(data: str, out: Path, *, network: str, count: int, epochs: int) -> Path:
+    """Returns the path of a file of teachers; trains them if it is missing."""
     path = out / f"teachers-{equal_time.data_name(data)}-{network}-{count}x{epochs}.h5"
     if not path.exists():
         equal_time.run_condense(
@@ -61,11 +61,11 @@ def squeeze(data: str, out: Path, *, network: str, count: int, epochs: int) -> P
 def run_cell(
     method: str, data: str, out: Path, committee: Path, *, ipc: int, network: str, steps: int, count: int, protocol: str
 ) -> dict[str, Any]:
-    """The record of a method (settings after colons), made and judged where it is not there yet."""
+    """Returns the record of a method (settings after colons); the set and the record are made if they are missing."""
     bare = method.partition(":")[0]
-    given = [f"teachers={committee}", *SMALL, *SETTINGS[bare], *([] if bare == "rded" else [f"steps={steps}"])]
-    given += [f"num_teachers={count}"] * (bare in SHARED)
-    _, record = equal_time.fill(
+    settings = [f"teachers={committee}", *SMALL, *SETTINGS[bare], *([] if bare == "rded" else [f"steps={steps}"])]
+    settings += [f"num_teachers={count}"] * (bare in SHARED)
+    _, record = equal_time.make_cell(
         method,
         data,
         out,
@@ -73,7 +73,7 @@ def run_cell(
         network=network,
         minutes=None,
         protocol=protocol,
-        given=given,
+        settings_first=settings,
         controls=CONTROL_FLAGS,
         teachers=committee,
         budget=f"{steps}steps-of-{committee.stem}",
@@ -86,23 +86,23 @@ def table(methods: Sequence[str], records: Sequence[dict[str, Any]]) -> str:
     arms = ("distilled", "random", "random-hard", "noise")
     rows = [["method", "labels", "label bytes", "image bytes", "seconds", "peak memory", *arms]]
     for method, record in zip(methods, records):
-        found = {entry["arm"]: equal_time.format_accuracy(entry) for entry in record["results"]}
-        made, cost = record["set"], record["cost"]
+        accuracies = {entry["arm"]: equal_time.format_accuracy(entry) for entry in record["results"]}
+        distilled, cost = record["set"], record["cost"]
         rows.append(
             [
                 method,
-                made["label_kind"],
-                size(made["bytes"]["labels"]),
-                size(made["bytes"]["images"]),
+                distilled["label_kind"],
+                size(distilled["bytes"]["labels"]),
+                size(distilled["bytes"]["images"]),
                 duration(cost["seconds"]),
                 size(cost["peak_memory"]["host"]),
-                *(found.get(arm, "-") for arm in arms),
+                *(accuracies.get(arm, "-") for arm in arms),
             ]
         )
     return aligned(rows)
 
 
-def _main(words: Sequence[str]) -> int:
+def _main(arguments: Sequence[str]) -> int:
     parser = Parser(prog="python -m condense.benchmarks.curriculum", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--data", required=True, help="real images, as for `condense distill`")
     parser.add_argument("--out", type=Path, required=True, help="folder for teachers, sets, records and the table")
@@ -115,13 +115,15 @@ def _main(words: Sequence[str]) -> int:
     parser.add_argument("--epochs", type=positive, default=12, help="of a teacher's training")
     parser.add_argument("--steps", type=positive, default=1000, help="iterations of each image")
     parser.add_argument("--protocol", default="quick-soft-v1")
-    options = parser.parse_args(words)
+    options = parser.parse_args(arguments)
     methods = options.methods.split(",")
     for method in methods:
         if method.partition(":")[0] not in COMPARED_METHODS:
             raise CondenseError(f"--methods {method}: must be of {', '.join(COMPARED_METHODS)}")
     options.out.mkdir(parents=True, exist_ok=True)
-    committee = squeeze(options.data, options.out, network=options.network, count=options.count, epochs=options.epochs)
+    committee = train_teachers(
+        options.data, options.out, network=options.network, count=options.count, epochs=options.epochs
+    )
     records: list[dict[str, Any]] = []
     for method in methods:
         record = run_cell(

@@ -1,7 +1,7 @@
 """Every method for the same minutes on the same images: ``python -m condense.benchmarks.equal_time --data NAME=PATH``.
 
 Each set is made and judged by the command line in processes of their own, so seconds and peak memory are those that a
-user would see. A set or record that is there is kept: the same command goes on where it was stopped.
+user would see. Existing sets and records are kept: the same command continues a stopped one.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ SETTINGS: dict[str, list[str]] = {
 """What differs from a method's defaults."""
 
 
-def run_condense(*words: str) -> None:
+def run_condense(*arguments: str) -> None:
     """One command of the command line, its progress on this terminal."""
-    code = subprocess.run([sys.executable, "-m", "condense", *words]).returncode
+    code = subprocess.run([sys.executable, "-m", "condense", *arguments]).returncode
     if code:
-        raise CondenseError(f"`condense {' '.join(words)}` ended with code {code}")
+        raise CondenseError(f"`condense {' '.join(arguments)}` ended with code {code}")
 
 
 def data_name(data: str) -> str:
@@ -39,7 +39,30 @@ def data_name(data: str) -> str:
     return data.partition("=")[0].split("/")[-1]
 
 
-def fill(
+def distill_if_missing(
+    path: Path, method: str, data: str, ipc: int, network: str, run_directory: Path, *options: str
+) -> None:
+    """Distils a set to ``path`` unless the file exists; ``options`` are flags and settings of the command."""
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = ["distill", method, "--data", data, "--ipc", str(ipc), "--network", network, "--out", str(path)]
+    run_condense(*line, "--run-dir", str(run_directory), "--force", "--track", "none", *options)
+
+
+def evaluate_if_missing(
+    record: Path, path: Path, data: str, protocol: str, controls: str, teachers: Path | None = None
+) -> None:
+    """Evaluates the set at ``path`` and draws its images, unless the record exists."""
+    if record.exists():
+        return
+    record.parent.mkdir(parents=True, exist_ok=True)
+    line = ["evaluate", str(path), "--data", data, "--protocol", protocol, "--controls", controls]
+    run_condense(*line, "--json", str(record), *(("--teachers", str(teachers)) if teachers else ()))
+    run_condense("preview", str(path), "--out", str(record.with_suffix(".png")), "--force")
+
+
+def make_cell(
     method: str,
     data: str,
     out: Path,
@@ -48,61 +71,24 @@ def fill(
     network: str,
     minutes: float | None,
     protocol: str,
-    given: Sequence[str] = (),
+    settings_first: Sequence[str] = (),
     controls: str = "random,noise",
     teachers: Path | None = None,
     budget: str = "",
 ) -> tuple[Path, Path]:
-    """Set and record of ``method`` (settings after colons) on this budget, made and judged where they are not there
-    yet.
+    """Returns the paths of the set and the record of ``method`` (settings after colons); missing ones are made.
 
     Args:
-        given: settings that its name does not show; those of the name come after them, and count.
-        budget: what files call it where it is no number of minutes.
+        settings_first: settings that are not part of the name; those of the name override them.
+        budget: part of the file names, in place of the minutes.
     """
     method, *settings = method.split(":")
     limit = [] if minutes is None else ["--minutes", f"{minutes:g}"]
     stem = "-".join([data_name(data), method, f"ipc{ipc}", network, budget or f"{minutes:g}min", protocol, *settings])
-    made, record = out / "sets" / f"{stem}.h5", out / "records" / f"{stem}.json"
-    if not made.exists():
-        made.parent.mkdir(parents=True, exist_ok=True)
-        run_condense(
-            "distill",
-            method,
-            "--data",
-            data,
-            "--ipc",
-            str(ipc),
-            "--network",
-            network,
-            *limit,
-            "--out",
-            str(made),
-            "--run-dir",
-            str(out / "runs" / stem),
-            "--force",
-            "--track",
-            "none",
-            *given,
-            *settings,
-        )
-    if not record.exists():
-        record.parent.mkdir(parents=True, exist_ok=True)
-        run_condense(
-            "evaluate",
-            str(made),
-            "--data",
-            data,
-            "--protocol",
-            protocol,
-            "--controls",
-            controls,
-            "--json",
-            str(record),
-            *(("--teachers", str(teachers)) if teachers else ()),
-        )
-        run_condense("preview", str(made), "--out", str(record.with_suffix(".png")), "--force")
-    return made, record
+    path, record = out / "sets" / f"{stem}.h5", out / "records" / f"{stem}.json"
+    distill_if_missing(path, method, data, ipc, network, out / "runs" / stem, *limit, *settings_first, *settings)
+    evaluate_if_missing(record, path, data, protocol, controls, teachers)
+    return path, record
 
 
 def format_accuracy(entry: dict[str, Any]) -> str:
@@ -113,7 +99,7 @@ def format_accuracy(entry: dict[str, Any]) -> str:
 def table(names: Sequence[str], records: Sequence[dict[str, Any]], steps: Sequence[int]) -> str:
     """One row for each record: accuracies ± half the 95 % interval, seconds, peak memory."""
     rows = [["method", "steps", "seconds", "of it preparing", "peak memory", "distilled", "random", "noise"]]
-    for name, record, made in zip(names, records, steps):
+    for name, record, steps_done in zip(names, records, steps):
         cost = record["cost"]
         arms = {entry["arm"]: format_accuracy(entry) for entry in record["results"]}
         cells = [arms.get(arm, "-") for arm in ("distilled", "random", "noise")]
@@ -121,7 +107,7 @@ def table(names: Sequence[str], records: Sequence[dict[str, Any]], steps: Sequen
         rows.append(
             [
                 name,
-                str(made),
+                str(steps_done),
                 duration(cost["seconds"] + cost.get("preparation_seconds", 0)),
                 prepared,
                 size(cost["peak_memory"]["host"]),
@@ -138,7 +124,7 @@ def methods() -> list[str]:
     return [e.name for e in entries if e.order and e.pretrains not in ("experts", "teachers")]
 
 
-def _main(words: Sequence[str]) -> int:
+def _main(arguments: Sequence[str]) -> int:
     parser = Parser(prog="python -m condense.benchmarks.equal_time", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--data", required=True, help="real images, as for `condense distill`")
     parser.add_argument("--out", type=Path, required=True, help="folder for sets, records and the table")
@@ -147,12 +133,12 @@ def _main(words: Sequence[str]) -> int:
     parser.add_argument("--network", default="convnet-d3-w32-in")
     parser.add_argument("--minutes", type=float, default=10.0, help="of distilling, for each method")
     parser.add_argument("--protocol", default="quick-v1")
-    options = parser.parse_args(words)
+    options = parser.parse_args(arguments)
     names, records, steps = options.methods.split(","), [], []
     for method in names:
         bare = method.partition(":")[0]
         METHODS.get(bare)
-        made, record = fill(
+        path, record = make_cell(
             method,
             options.data,
             options.out,
@@ -160,13 +146,13 @@ def _main(words: Sequence[str]) -> int:
             network=options.network,
             minutes=options.minutes,
             protocol=options.protocol,
-            given=SETTINGS.get(bare, ()),
+            settings_first=SETTINGS.get(bare, ()),
         )
         records.append(json.loads(record.read_text()))
-        steps.append(int(DistilledSet.load(made).manifest["steps_done"]))
-        shown = table(names[: len(records)], records, steps)
-        (options.out / "table.txt").write_text(shown + "\n")
-    print(shown)
+        steps.append(int(DistilledSet.load(path).manifest["steps_done"]))
+        text = table(names[: len(records)], records, steps)
+        (options.out / "table.txt").write_text(text + "\n")
+    print(text)
     return 0
 
 

@@ -38,18 +38,18 @@ def measured(
 
     A record is of ``dataset`` where its data are called so, or so with an ending after a hyphen (``cifar10-jpeg``).
     """
-    found = []
+    entries = []
     for record in _records(folder):
-        made = record["set"]
-        same = dataset is None or made["dataset"] == dataset or made["dataset"].startswith(f"{dataset}-")
-        if made["method"] != method or not same or ipc not in (None, made["ipc"]):
+        described = record["set"]
+        same = dataset is None or described["dataset"] == dataset or described["dataset"].startswith(f"{dataset}-")
+        if described["method"] != method or not same or ipc not in (None, described["ipc"]):
             continue
         for main in main_entries(record):
             random = [e for e in record["results"] if e["arm"] == "random" and e["network"] == main["network"]]
-            found.append(
+            entries.append(
                 {
-                    "dataset": made["dataset"],
-                    "ipc": made["ipc"],
+                    "dataset": described["dataset"],
+                    "ipc": described["ipc"],
                     "network": main["network"],
                     "protocol": record["protocol"]["name"],
                     "mean": 100 * main["mean"],
@@ -57,10 +57,10 @@ def measured(
                     "runs": record["runs"],
                     "random": 100 * random[0]["mean"] if random else None,
                     "cost": record["cost"],
-                    "command": made["command"],
+                    "command": described["command"],
                 }
             )
-    return sorted(found, key=lambda entry: (entry["dataset"], entry["ipc"], -entry["mean"]))
+    return sorted(entries, key=lambda entry: (entry["dataset"], entry["ipc"], -entry["mean"]))
 
 
 def accuracy(mean: float, std: float | None) -> str:

@@ -161,9 +161,9 @@ class Row:
 
     def control(self, arm: str) -> dict[str, Any] | None:
         """The control's entry that is fair to compare with: same network and augmentation; random with same labels."""
-        found = [e for _, e in self.arms if e["arm"] == arm and e["augment"] == self.main["augment"]]
-        same = [e for e in found if e["labels"] == self.main["labels"]]
-        return next(iter(same or ([] if arm == "random" else found)), None)
+        entries = [e for _, e in self.arms if e["arm"] == arm and e["augment"] == self.main["augment"]]
+        same = [e for e in entries if e["labels"] == self.main["labels"]]
+        return next(iter(same or ([] if arm == "random" else entries)), None)
 
     @property
     def paper(self) -> tuple[str, int] | None:
@@ -391,7 +391,7 @@ def _sections(entries: list[Entry]) -> list[Section]:
     sections = []
     for (dataset, name, version, fingerprint), rows in sorted(groups.items()):
         rows.sort(key=lambda row: (row.set["ipc"], -row.main["mean"], row.id))
-        known = protocols().get(name)
+        protocol = protocols().get(name)
         id = _slug(f"on {dataset} {name} {version}", ids)
         drawn = [drawing for drawing in (_bytes_chart(id, rows, looks), _time_chart(id, rows, looks)) if drawing]
         sections.append(
@@ -401,7 +401,7 @@ def _sections(entries: list[Entry]) -> list[Section]:
                 fingerprint=fingerprint if len(fingerprints[dataset]) > 1 else None,
                 protocol=name,
                 version=version,
-                about=known.summary if known and known.version == version else "",
+                about=protocol.summary if protocol and protocol.version == version else "",
                 rows=rows,
                 charts=drawn,
                 shapes=set().union(*(drawing.shapes for drawing in drawn)),
@@ -413,11 +413,11 @@ def _sections(entries: list[Entry]) -> list[Section]:
 def _time(record: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
     """Seconds to train once, to make the set, and of both by number of uses; None where unknown."""
     keys = ("arm", "labels", "augment", "network")
-    found = next((t for t in record["time"] if all(t[key] == entry[key] for key in keys)), None)
-    totals = found["total_seconds"] if found else {}
+    entry_time = next((t for t in record["time"] if all(t[key] == entry[key] for key in keys)), None)
+    totals = entry_time["total_seconds"] if entry_time else {}
     return {
-        "train": found["train_seconds"] if found else entry["seconds"] / len(entry["accuracies"]),
-        "made": found["made_seconds"] if found else None,
+        "train": entry_time["train_seconds"] if entry_time else entry["seconds"] / len(entry["accuracies"]),
+        "made": entry_time["made_seconds"] if entry_time else None,
         "total": {str(uses): totals.get(str(uses)) for uses in REUSE_COUNTS},
     }
 
@@ -441,8 +441,8 @@ def _bytes_chart(id: str, rows: list[Row], looks: Looks) -> Chart | None:
 
 def _time_chart(id: str, rows: list[Row], looks: Looks) -> Chart | None:
     points, lines = [], _full_lines(rows)
-    shown = [row for row in rows if all(row.time["total"].values())]
-    for row in shown:
+    timed = [row for row in rows if all(row.time["total"].values())]
+    for row in timed:
         points.append(_point(row, row.time["total"], looks, f"{duration(row.time['total']['1'])} for one network"))
     for row in rows:
         for arm in ("random", "random-bytes", "full", "full-equal"):
@@ -450,8 +450,8 @@ def _time_chart(id: str, rows: list[Row], looks: Looks) -> Chart | None:
             times = _time(row.record, control) if control else {}
             if control and all(times["total"].values()):
                 points.append(_control_point(row, control, times["total"], f"trained in {duration(times['train'])}"))
-    unknown = len(rows) - len(shown)
-    about = f"{len(shown)} rows of the table below; each mark is a row, its bar the 95 % interval." + (
+    unknown = len(rows) - len(timed)
+    about = f"{len(timed)} rows of the table below; each mark is a row, its bar the 95 % interval." + (
         f" {unknown} not drawn: what the set cost to make is unknown." if unknown else ""
     )
     title = "Accuracy against time to reach it"
@@ -482,16 +482,16 @@ def _control_point(row: Row, control: dict[str, Any], at: dict[str, float], wher
 
 def _full_lines(rows: list[Row]) -> list[Line]:
     """Full data as one line per network and budget: the mean of what the records say."""
-    found: dict[tuple[str, int], tuple[list[float], list[str]]] = {}
+    groups: dict[tuple[str, int], tuple[list[float], list[str]]] = {}
     for row in rows:
         control = row.control("full")
         if control:
-            means, ids = found.setdefault((row.network, control["steps"]), ([], []))
+            means, ids = groups.setdefault((row.network, control["steps"]), ([], []))
             ids.append(row.id)
             if control["mean"] not in means:
                 means.append(control["mean"])
     lines = []
-    for (network, steps), (means, ids) in sorted(found.items()):
+    for (network, steps), (means, ids) in sorted(groups.items()):
         mean = sum(means) / len(means)
         name = network if len(network) <= 28 else network[:27] + "…"
         tip = f"full data, {network}, {steps} steps: {100 * mean:.1f} %"

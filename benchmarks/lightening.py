@@ -1,7 +1,7 @@
 """Kinds of labels for one set, from bytes to accuracy: ``python -m condense.benchmarks.lightening --data NAME=PATH``.
 
 Makes RDED's images with stored labels of views, gives them every other kind, and trains students on each, all by the
-command line in processes of their own. What is there is kept: the same command goes on where it was stopped.
+command line in processes of their own. Existing files are kept: the same command continues a stopped one.
 """
 
 from __future__ import annotations
@@ -46,65 +46,39 @@ KINDS = (
 """What is compared; ``own`` is the stored labels."""
 
 
-def full(data: str, out: Path, committee: Path, *, ipc: int, network: str, epochs: int) -> Path:
-    """RDED's set with stored labels of ``epochs`` epochs of views, made where it is not there yet."""
-    made = out / "sets" / f"{equal_time.data_name(data)}-rded-ipc{ipc}-{epochs}epochs-of-{committee.stem}.h5"
-    if not made.exists():
-        made.parent.mkdir(parents=True, exist_ok=True)
-        equal_time.run_condense(
-            "distill",
-            "rded",
-            "--data",
-            data,
-            "--ipc",
-            str(ipc),
-            "--network",
-            network,
-            "--out",
-            str(made),
-            "--run-dir",
-            str(out / "runs" / made.stem),
-            "--force",
-            "--track",
-            "none",
-            f"teachers={committee}",
-            "labels=per-view",
-            f"label_epochs={epochs}",
-            *curriculum.SMALL,
-        )
-    return made
+def distil_with_view_labels(data: str, out: Path, committee: Path, *, ipc: int, network: str, epochs: int) -> Path:
+    """Returns the path of RDED's set with stored labels of ``epochs`` epochs of views; distils it if it is missing."""
+    path = out / "sets" / f"{equal_time.data_name(data)}-rded-ipc{ipc}-{epochs}epochs-of-{committee.stem}.h5"
+    settings = [f"teachers={committee}", "labels=per-view", f"label_epochs={epochs}", *curriculum.SMALL]
+    equal_time.distill_if_missing(path, "rded", data, ipc, network, out / "runs" / path.stem, *settings)
+    return path
 
 
-def fill(word: str, stored: Path, data: str, out: Path, protocol: str) -> tuple[Path, dict[str, Any]]:
-    """Set and record of a kind (settings after colons), made and judged where they are not there yet."""
-    kind, *settings = word.split(":")
+def make_kind(specification: str, stored: Path, data: str, out: Path, protocol: str) -> tuple[Path, dict[str, Any]]:
+    """Returns the set with labels of a kind (settings after colons) and its record; missing ones are made."""
+    kind, *settings = specification.split(":")
     stem = "-".join([stored.stem, kind, *settings])
-    made, record = stored.with_name(f"{stem}.h5"), out / "records" / f"{stem}-{protocol}.json"
-    if word == OWN:
-        made = stored
-    elif not made.exists():
-        equal_time.run_condense("lighten", str(stored), "--labels", kind, "--data", data, "--out", str(made), *settings)
-    if not record.exists():
-        record.parent.mkdir(parents=True, exist_ok=True)
-        controls = "random,random-hard" if word == OWN else "none"
-        equal_time.run_condense(
-            "evaluate", str(made), "--data", data, "--protocol", protocol, "--controls", controls, "--json", str(record)
-        )
-        equal_time.run_condense("preview", str(made), "--out", str(record.with_suffix(".png")), "--force")
-    return made, dict(json.loads(record.read_text()))
+    path, record = stored.with_name(f"{stem}.h5"), out / "records" / f"{stem}-{protocol}.json"
+    if specification == OWN:
+        path = stored
+    elif not path.exists():
+        equal_time.run_condense("lighten", str(stored), "--labels", kind, "--data", data, "--out", str(path), *settings)
+    controls = "random,random-hard" if specification == OWN else "none"
+    equal_time.evaluate_if_missing(record, path, data, protocol, controls)
+    return path, dict(json.loads(record.read_text()))
 
 
-def row(word: str, stored: int, made: Path, record: dict[str, Any]) -> list[str]:
+def row(specification: str, stored: int, path: Path, record: dict[str, Any]) -> list[str]:
     """Labels, their bytes with what lies outside, their share of ``stored`` bytes, and what students need and reach."""
-    entry, known = record["results"][0], record["set"]
-    distilled = DistilledSet.load(made)
+    entry, described = record["results"][0], record["set"]
+    distilled = DistilledSet.load(path)
     lightened = distilled.manifest.get("lightened", {})
-    inside, outside = known["bytes"]["labels"], known["bytes"]["external"]
+    inside, outside = described["bytes"]["labels"], described["bytes"]["external"]
     batch = get_protocol(record["protocol"]["name"]).batch
     passes = entry["steps"] / epoch_steps(len(distilled), batch)
     return [
-        word,
-        known["labelling"]["exactness"],
+        specification,
+        described["labelling"]["exactness"],
         size(inside),
         size(outside) if outside else "-",
         f"{100 * inside / stored:.3g} %",
@@ -118,20 +92,20 @@ def row(word: str, stored: int, made: Path, record: dict[str, Any]) -> list[str]
 HEADINGS = ["labels", "exactness", "bytes", "external", "of own", "with external", "made in", "epoch", "accuracy"]
 
 
-def point(word: str, record: dict[str, Any]) -> LabelComparison:
+def point(specification: str, record: dict[str, Any]) -> LabelComparison:
     """What the chart draws."""
-    entry, known = record["results"][0], record["set"]
+    entry, described = record["results"][0], record["set"]
     return LabelComparison(
-        word,
-        known["label_kind"],
-        known["bytes"]["labels"],
-        known["bytes"]["external"],
+        specification,
+        described["label_kind"],
+        described["bytes"]["labels"],
+        described["bytes"]["external"],
         mean=entry["mean"],
         ci95=tuple(entry["ci95"]),
     )
 
 
-def _main(words: Sequence[str]) -> int:
+def _main(arguments: Sequence[str]) -> int:
     parser = Parser(prog="python -m condense.benchmarks.lightening", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--data", required=True, help="real images, as for `condense distill`")
     parser.add_argument("--out", type=Path, required=True, help="folder for teachers, sets, records, table and picture")
@@ -142,20 +116,20 @@ def _main(words: Sequence[str]) -> int:
     parser.add_argument("--epochs", type=positive, default=12, help="of a teacher's training")
     parser.add_argument("--label-epochs", type=positive, default=300, help="stored epochs of views")
     parser.add_argument("--protocol", default="quick-soft-v1")
-    options = parser.parse_args(words)
+    options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
-    committee = curriculum.squeeze(
+    committee = curriculum.train_teachers(
         options.data, options.out, network=options.network, count=options.count, epochs=options.epochs
     )
-    stored = full(
+    stored = distil_with_view_labels(
         options.data, options.out, committee, ipc=options.ipc, network=options.network, epochs=options.label_epochs
     )
     whole = DistilledSet.load(stored).nbytes()["labels"]
     rows, points = [HEADINGS], []
-    for word in options.kinds.split(","):
-        made, record = fill(word, stored, options.data, options.out, options.protocol)
-        rows.append(row(word, whole, made, record))
-        points.append(point(word, record))
+    for specification in options.kinds.split(","):
+        path, record = make_kind(specification, stored, options.data, options.out, options.protocol)
+        rows.append(row(specification, whole, path, record))
+        points.append(point(specification, record))
         (options.out / "table.txt").write_text(aligned(rows) + "\n")
     print(aligned(rows))
     print(f"picture: {plot_comparison(points, options.out / 'labels.png', stored.stem.partition('-of-')[0])}")

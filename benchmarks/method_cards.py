@@ -109,9 +109,11 @@ def method_card(entry: Method) -> str:
         ]
         for row in facts.published(entry.name)
     ]
-    shown = _table(["data", "ipc", "accuracy, %", "network", "judged", "source"], published)
-    parts.append("## Published, not measured here\n\n" + (shown if published else "None that could be verified."))
-    measured = [[found["ipc"], facts.measured_line(found)] for found in facts.measured(entry.name)]
+    published_table = _table(["data", "ipc", "accuracy, %", "network", "judged", "source"], published)
+    parts.append(
+        "## Published, not measured here\n\n" + (published_table if published else "None that could be verified.")
+    )
+    measured = [[result["ipc"], facts.measured_line(result)] for result in facts.measured(entry.name)]
     parts.append("## Measured here\n\n" + (_table(["ipc", "accuracy"], measured) if measured else "Nothing yet."))
     return "\n\n".join(parts) + "\n"
 
@@ -128,11 +130,11 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _main(words: Sequence[str]) -> int:
+def _main(arguments: Sequence[str]) -> int:
     parser = Parser(prog="python -m condense.benchmarks.method_cards", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder to write the cards to")
     parser.add_argument("--readme", type=Path, help="README whose table of methods is updated")
-    arguments = parser.parse_args(words)
+    arguments = parser.parse_args(arguments)
     out, readme = arguments.out, arguments.readme
     out.mkdir(parents=True, exist_ok=True)
     for name, text in cards().items():

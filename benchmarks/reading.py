@@ -180,8 +180,10 @@ def table(rows: Sequence[Reading]) -> str:
     return aligned([head, *lines])
 
 
-def _main(words: Sequence[str]) -> int:
-    Parser(prog="python -m condense.benchmarks.reading", description=(__doc__ or "").split("\n")[0]).parse_args(words)
+def _main(arguments: Sequence[str]) -> int:
+    Parser(prog="python -m condense.benchmarks.reading", description=(__doc__ or "").split("\n")[0]).parse_args(
+        arguments
+    )
     print(table(readings()))
     return 0
 

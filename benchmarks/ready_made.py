@@ -26,7 +26,7 @@ TOLERANCE = 0.005
 
 def best(suite: suites.Suite, out: Path) -> list[tuple[suites.Cell, dict[str, Any]]]:
     """Of every dataset and ipc the cell with the highest accuracy on the suite's own network, and its record."""
-    found: dict[tuple[str, int], tuple[float, suites.Cell, dict[str, Any]]] = {}
+    best_cells: dict[tuple[str, int], tuple[float, suites.Cell, dict[str, Any]]] = {}
     for cell in suites.cells(suite):
         path = out / suites.RECORDS / f"{cell.stem}.json"
         if not path.exists():
@@ -34,14 +34,14 @@ def best(suite: suites.Suite, out: Path) -> list[tuple[suites.Cell, dict[str, An
         record = records.read_record(path)
         mean = next(e["mean"] for e in scoring.main_entries(record) if e["network"] == record["set"]["network"])
         key = (cell.data, cell.ipc)
-        if key not in found or mean > found[key][0]:
-            found[key] = (mean, cell, record)
-    return [(cell, record) for _, cell, record in found.values()]
+        if key not in best_cells or mean > best_cells[key][0]:
+            best_cells[key] = (mean, cell, record)
+    return [(cell, record) for _, cell, record in best_cells.values()]
 
 
-def halved(made: DistilledSet) -> DistilledSet:
+def halved(distilled: DistilledSet) -> DistilledSet:
     """The set with its pixels as float16."""
-    return DistilledSet(made.stored.half(), made.labels, made.transform, made.manifest)
+    return DistilledSet(distilled.stored.half(), distilled.labels, distilled.transform, distilled.manifest)
 
 
 def unchanged(whole: dict[str, Any], half: dict[str, Any]) -> bool:
@@ -57,23 +57,23 @@ def unchanged(whole: dict[str, Any], half: dict[str, Any]) -> bool:
     return True
 
 
-def set_card(made: DistilledSet, record: dict[str, Any], suite: str) -> str:
+def set_card(distilled: DistilledSet, record: dict[str, Any], suite: str) -> str:
     """The set's card, Markdown."""
-    manifest, bytes_ = made.manifest, made.nbytes()
+    manifest, bytes_ = distilled.manifest, distilled.nbytes()
     protocol = f"{record['protocol']['name']} (version {record['protocol']['version']}, {record['runs']} runs)"
-    kind = str(made.stored.dtype).removeprefix("torch.")
+    kind = str(distilled.stored.dtype).removeprefix("torch.")
     lines = [
-        f"# {made.name}",
+        f"# {distilled.name}",
         "",
-        f"{len(made.stored)} images of {by(made.shape)}, {manifest['ipc']} of each of {len(made.classes)} classes, "
-        f"{made.labels.kind} labels; {size(bytes_['total'])} ({kind} pixels).",
+        f"{len(distilled.stored)} images of {by(distilled.shape)}, {manifest['ipc']} of each of "
+        f"{len(distilled.classes)} classes, {distilled.labels.kind} labels; {size(bytes_['total'])} ({kind} pixels).",
         "",
         f"![its images]({Path(manifest['name']).name}.png)",
         "",
         "```python",
         "import condense",
         "",
-        f'distilled = condense.load("{made.name}")',
+        f'distilled = condense.load("{distilled.name}")',
         f'network = condense.fit(distilled, "{manifest["network"]}")',
         "```",
         "",
@@ -88,7 +88,7 @@ def set_card(made: DistilledSet, record: dict[str, Any], suite: str) -> str:
         records.format_record(record),
         "```",
         "",
-        f"SHA-256 of its content: `{made.sha256()}`. The rights in the images of {manifest['dataset']} apply.",
+        f"SHA-256 of its content: `{distilled.sha256()}`. The rights in the images of {manifest['dataset']} apply.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -98,29 +98,29 @@ def write(suite: suites.Suite, out: Path, to: Path, data: dict[str, str]) -> lis
     written = []
     for cell, whole in best(suite, out):
         path = out / suites.SETS / f"{cell.stem}.h5"
-        made = DistilledSet.load(path)
-        if made.sha256() != whole["set"]["sha256"]:
+        distilled = DistilledSet.load(path)
+        if distilled.sha256() != whole["set"]["sha256"]:
             raise CondenseError(f"{path}: its record is of another set; run `condense suite {suite.name}` again")
         real, record = api.task(data.get(cell.data, cell.data), name=cell.data), whole
-        if made.stored.is_floating_point():
-            half = halved(made)
+        if distilled.stored.is_floating_point():
+            half = halved(distilled)
             judged = suites.judge(suite, cell, half, real, quiet=False)
             if unchanged(whole, judged):
-                made, record = half, judged
-        if made.nbytes()["total"] > MAX_SET_BYTES:
-            print(f"{made.name}: {made.nbytes()['total']} bytes, left out")
+                distilled, record = half, judged
+        if distilled.nbytes()["total"] > MAX_SET_BYTES:
+            print(f"{distilled.name}: {distilled.nbytes()['total']} bytes, left out")
             continue
         main = next(e for e in scoring.main_entries(record) if e["network"] == record["set"]["network"])
-        made.manifest["claim"] = {
+        distilled.manifest["claim"] = {
             **{key: main[key] for key in ("network", "mean", "std")},
             "runs": record["runs"],
             "protocol": record["protocol"]["name"],
         }
-        path = made.save(to / f"{made.name}.h5", force=True)
-        images, per_class = made.pictures()
+        path = distilled.save(to / f"{distilled.name}.h5", force=True)
+        images, per_class = distilled.pictures()
         save_grid(images, path.with_suffix(".png"), columns=per_class)
-        path.with_suffix(".md").write_text(set_card(made, record, suite.name))
-        print(f"{made.name}: {path}, {path.stat().st_size} bytes")
+        path.with_suffix(".md").write_text(set_card(distilled, record, suite.name))
+        print(f"{distilled.name}: {path}, {path.stat().st_size} bytes")
         written.append(path)
     return written
 
@@ -131,8 +131,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("out", type=Path, help="the suite's --out")
     parser.add_argument("--to", type=Path, default=Path("distilled_sets"))
     parser.add_argument("--data", action="append", default=[], metavar="NAME=PATH")
-    given = parser.parse_args(arguments)
-    write(suites.get_suite(given.suite), given.out, given.to, dict(word.partition("=")[::2] for word in given.data))
+    options = parser.parse_args(arguments)
+    write(
+        suites.get_suite(options.suite),
+        options.out,
+        options.to,
+        dict(item.partition("=")[::2] for item in options.data),
+    )
 
 
 if __name__ == "__main__":

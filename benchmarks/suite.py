@@ -82,8 +82,8 @@ class SuiteResult:
 @functools.cache
 def suites() -> dict[str, Suite]:
     """Every packaged suite by name."""
-    found = [_suite(entry.read_text(), entry.name) for entry in packaged_yaml("benchmarks/suites")]
-    return {suite.name: suite for suite in found}
+    packaged = [_suite(entry.read_text(), entry.name) for entry in packaged_yaml("benchmarks/suites")]
+    return {suite.name: suite for suite in packaged}
 
 
 def get_suite(name: str) -> Suite:
@@ -114,13 +114,13 @@ def _suite(text: str, where: str) -> Suite:
     suite = build_config(Suite, read_yaml(text, where), where)
     checks: list[Callable[[], Any]] = [lambda: get_protocol(suite.protocol)]
     checks += [functools.partial(networks.check_network, name) for name in suite.networks if name != OWN]
-    known: dict[str, str] = {}
+    cell_networks: dict[str, str] = {}
     for data, content in suite.tasks.items():
         task = build_config(_Data, as_mapping(content, f"{where}: {data}"), f"{where}: {data}")
         checks.append(functools.partial(networks.check_network, task.network))
         checks += [functools.partial(arms_module.check_control, name) for name in task.controls]
         suite.tasks[data] = task
-        known |= {f"{data}-ipc{ipc}": task.network for ipc in task.ipc}
+        cell_networks |= {f"{data}-ipc{ipc}": task.network for ipc in task.ipc}
     if not suite.methods:
         suite.methods.update(suite_cells(suite.name))
     if not suite.methods:
@@ -129,16 +129,18 @@ def _suite(text: str, where: str) -> Suite:
         checks.append(functools.partial(checks_module.check_request, method, {}))
         suite.methods[method] = as_mapping(cells, f"{where}: {method}")
         for name, values in suite.methods[method].items():
-            checks.append(functools.partial(_check_cell, method, name, values, known, f"{where}: {method}, {name}"))
+            checks.append(
+                functools.partial(_check_cell, method, name, values, cell_networks, f"{where}: {method}, {name}")
+            )
     checks_module.run_checks(*checks)
     return suite
 
 
-def _check_cell(method: str, name: str, values: Any, known: Mapping[str, str], where: str) -> None:
-    if name not in known:
-        raise CondenseError(f"{where}: none of the suite's cells{did_you_mean(name, known)}")
+def _check_cell(method: str, name: str, values: Any, cell_networks: Mapping[str, str], where: str) -> None:
+    if name not in cell_networks:
+        raise CondenseError(f"{where}: none of the suite's cells{did_you_mean(name, cell_networks)}")
     try:
-        checks_module.check_request(method, as_mapping(values, where), network=known[name])
+        checks_module.check_request(method, as_mapping(values, where), network=cell_networks[name])
     except CondenseError as fault:
         raise CondenseError(f"{where}: {fault}") from fault
 
@@ -182,11 +184,11 @@ def run(
     download: bool = False,
     quiet: bool = True,
 ) -> SuiteResult:
-    """Fills the table: distils and judges every cell, writes records and pictures, and builds the page.
+    """Distils and evaluates every cell, writes records and pictures, and builds the page.
 
-    A cell whose record is there and says the same settings, protocol and networks is kept; one that was stopped goes on
-    where it was. A cell that fails is reported and the others are made. Several ranks share ``out``; there the first
-    fault ends the table, because they would no longer agree on what they do.
+    A cell whose record has the same settings, protocol and networks is kept; a stopped one is resumed. A cell that
+    fails is reported and the others are made. With several ranks, which share ``out``, the first error ends the suite,
+    because the ranks would no longer do the same work.
 
     Args:
         suite: the table.
@@ -196,12 +198,12 @@ def run(
         datasets: only these.
         download: fetch registered data that are not on disk.
     """
-    wanted = cells(suite, methods, datasets)
+    selected = cells(suite, methods, datasets)
     outcome = SuiteResult()
     tasks: dict[str, Task | str] = {}
     ranks = Ranks(pick_device(device))
     began, spent = time.monotonic(), 0
-    for number, cell in enumerate(wanted, 1):
+    for number, cell in enumerate(selected, 1):
         if cell.data not in tasks:
             tasks[cell.data] = _task(cell.data, data or {}, download)
         real, path = tasks[cell.data], out / RECORDS / f"{cell.stem}.json"
@@ -221,9 +223,9 @@ def run(
             outcome.failed[cell.stem] = str(fault)
             line = f"not made: {fault}"
         if is_main_process() and not quiet:
-            left = (time.monotonic() - began) / max(spent, 1) * (len(wanted) - number) / 60
-            rest = f"; about {left:.0f} min left" if spent and number < len(wanted) else ""
-            print(f"[{number}/{len(wanted)}] {cell.stem}: {line}{rest}", file=sys.stderr, flush=True)
+            left = (time.monotonic() - began) / max(spent, 1) * (len(selected) - number) / 60
+            rest = f"; about {left:.0f} min left" if spent and number < len(selected) else ""
+            print(f"[{number}/{len(selected)}] {cell.stem}: {line}{rest}", file=sys.stderr, flush=True)
     if is_main_process() and any((out / RECORDS).glob("*.json")):
         outcome.page = leaderboard.build_page(out / RECORDS, out / PAGE).index
     return outcome
@@ -247,7 +249,7 @@ def _is_current(path: Path, suite: Suite, cell: Cell, real: Task, device: str, p
         return False
     protocol = get_protocol(suite.protocol)
     judged = {entry["network"] for entry in record["results"]}
-    asked = {cell.network if name == OWN else name for name in suite.networks}
+    expected = {cell.network if name == OWN else name for name in suite.networks}
     arms = {entry["arm"] for entry in [*record["results"], *record["missing"]]}
     command = distill_command(**_cell_arguments(suite, cell, real), device=device, precision=precision)
     return (
@@ -256,7 +258,7 @@ def _is_current(path: Path, suite: Suite, cell: Cell, real: Task, device: str, p
         and record["data"]["fingerprint"] == real.fingerprint
         and (record["protocol"]["name"], record["protocol"]["version"]) == (protocol.name, protocol.version)
         and record["runs"] == suite.runs
-        and asked <= judged
+        and expected <= judged
         and set(suite.tasks[cell.data].controls) <= arms
     )
 
@@ -277,7 +279,7 @@ def _cell_arguments(suite: Suite, cell: Cell, real: Task) -> dict[str, Any]:
 def _fill(suite: Suite, cell: Cell, real: Task, out: Path, device: str, precision: str, quiet: bool) -> str:
     """Makes, judges and draws one cell; a line on what came out."""
     began = time.monotonic()
-    made = api.distill_or_resume(
+    distilled = api.distill_or_resume(
         **_cell_arguments(suite, cell, real),
         out=out / SETS / f"{cell.stem}.h5",
         run_dir=out / RUNS / cell.stem,
@@ -285,10 +287,10 @@ def _fill(suite: Suite, cell: Cell, real: Task, out: Path, device: str, precisio
         precision=precision,
         quiet=quiet,
     )
-    record = judge(suite, cell, made, real, device=device, precision=precision, quiet=quiet)
+    record = judge(suite, cell, distilled, real, device=device, precision=precision, quiet=quiet)
     path = out / RECORDS / f"{cell.stem}.json"
     if is_main_process():
-        images, per_class = made.pictures()
+        images, per_class = distilled.pictures()
         save_grid(images, path.with_suffix(".png"), columns=per_class)
         records.write_record(record, path)
     means = {entry["arm"]: entry["mean"] for entry in reversed(record["results"])}
@@ -296,10 +298,10 @@ def _fill(suite: Suite, cell: Cell, real: Task, out: Path, device: str, precisio
     return f"{100 * means['distilled']:.1f} %{compared} in {(time.monotonic() - began) / 60:.1f} min"
 
 
-def judge(suite: Suite, cell: Cell, made: DistilledSet, real: Task, **options: Any) -> dict[str, Any]:
+def judge(suite: Suite, cell: Cell, distilled: DistilledSet, real: Task, **options: Any) -> dict[str, Any]:
     """The record of a set under the suite's rules."""
     return evaluation.evaluate(
-        made,
+        distilled,
         real,
         networks=suite.networks,
         runs=suite.runs,

@@ -1,7 +1,7 @@
 """Trajectory matching, from experts to judged sets: ``python -m condense.benchmarks.trajectories --data NAME=PATH``.
 
 Trains each kind of experts once, then makes and judges a set by every method of the family in equal minutes, all by the
-command line in processes of their own. What is there is kept: the same command goes on where it was stopped.
+command line in processes of their own. Existing files are kept: the same command continues a stopped one.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SETTINGS: dict[str, list[str]] = {
 
 
 def experts(kind: str, data: str, out: Path, *, network: str, count: int, epochs: int) -> Path:
-    """The file of a kind of experts, trained where it is not there yet."""
+    """Returns the path of a file of experts of a kind; trains them if it is missing."""
     path = out / "experts" / f"{equal_time.data_name(data)}-{kind}-{network}-{count}x{epochs}.h5"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,28 +62,28 @@ def experts(kind: str, data: str, out: Path, *, network: str, count: int, epochs
 
 def table(rows: Sequence[tuple[dict[str, Any], DistilledSet, Path]]) -> str:
     """One row for each record: what experts and set took, and accuracies ± half the 95 % interval."""
-    shown = [["method", "ipc", "experts", "their disk", "steps", "seconds", "peak memory", "distilled", "random"]]
-    for record, made, path in rows:
+    lines = [["method", "ipc", "experts", "their disk", "steps", "seconds", "peak memory", "distilled", "random"]]
+    for record, distilled, path in rows:
         file, cost = read_trajectory_file(path), record["cost"]
         main = [entry for entry in record["results"] if entry["labels"] == record["results"][0]["labels"]]
         arms = {entry["arm"]: equal_time.format_accuracy(entry) for entry in main}
-        shown.append(
+        lines.append(
             [
                 record["set"]["method"],
                 str(record["set"]["ipc"]),
                 duration(file.seconds(range(file.count), file.epochs)),
                 size(path.stat().st_size),
-                str(made.manifest["steps_done"]),
+                str(distilled.manifest["steps_done"]),
                 duration(cost["seconds"]),
                 size(cost["peak_memory"]["host"]),
                 arms["distilled"],
                 arms.get("random", "-"),
             ]
         )
-    return aligned(shown)
+    return aligned(lines)
 
 
-def _main(words: Sequence[str]) -> int:
+def _main(arguments: Sequence[str]) -> int:
     parser = Parser(prog="python -m condense.benchmarks.trajectories", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--data", required=True, help="real images, as for `condense distill`")
     parser.add_argument("--out", type=Path, required=True, help="folder for experts, sets, records and the table")
@@ -93,7 +93,7 @@ def _main(words: Sequence[str]) -> int:
     parser.add_argument("--count", type=positive, default=5, help="experts of each kind")
     parser.add_argument("--epochs", type=positive, default=6, help="of an expert's training")
     parser.add_argument("--minutes", type=float, default=9.0, help="of distilling, for each method and ipc")
-    options = parser.parse_args(words)
+    options = parser.parse_args(arguments)
     rows: list[tuple[dict[str, Any], DistilledSet, Path]] = []
     methods = options.methods.split(",")
     for method in methods:
@@ -110,8 +110,8 @@ def _main(words: Sequence[str]) -> int:
                 epochs=options.epochs,
             )
             soft = METHODS.get(method).labels == "soft"
-            given = [f"experts={path}", *SETTINGS[method], *RATES.get(ipc, RATES[10])]
-            made, record = equal_time.fill(
+            settings = [f"experts={path}", *SETTINGS[method], *RATES.get(ipc, RATES[10])]
+            path, record = equal_time.make_cell(
                 method,
                 options.data,
                 options.out,
@@ -119,11 +119,11 @@ def _main(words: Sequence[str]) -> int:
                 network=options.network,
                 minutes=options.minutes,
                 protocol="quick-soft-v1" if soft else "quick-v1",
-                given=given,
+                settings_first=settings,
                 controls="random",
                 teachers=path if soft else None,
             )
-            rows.append((json.loads(record.read_text()), DistilledSet.load(made), path))
+            rows.append((json.loads(record.read_text()), DistilledSet.load(path), path))
             (options.out / "table.txt").write_text(table(rows) + "\n")
     print(table(rows))
     return 0

@@ -1,9 +1,9 @@
-"""One script for any CUDA machine: is the toolkit right there, does it repeat, how fast is it, what is faster still.
+"""Checks the toolkit on a CUDA machine: correctness, determinism, speed, and faster variants.
 
 ``python -m condense.benchmarks.gpu_check --minutes 8 --out DIR`` works through stages in order of value and stops in
 time. ``DIR/gpu_check.json`` is rewritten after every stage, so a kill loses at most the stage that was running;
-``DIR/gpu_check.txt`` is one table of it. A stage or a part of one that fails is recorded with its message and the rest
-goes on. Exit codes: 0 nothing failed, 1 something did, 2 a mistake in what was given, 130 interrupted.
+``DIR/gpu_check.txt`` is one table of it. A failed stage or part is recorded with its message and the
+others follow. Exit codes: 0 nothing failed, 1 something did, 2 wrong arguments, 130 interrupted.
 
 Needs torch, torchvision and numpy, and with ``--data`` what reads those data; timm only for timm's networks.
 """
@@ -133,14 +133,14 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     guarded(_main, arguments)
 
 
-def _main(words: Sequence[str]) -> int:
+def _main(arguments: Sequence[str]) -> int:
     parser = Parser(prog="python -m condense.benchmarks.gpu_check", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--minutes", type=float, default=8.0, help="the script ends within so many minutes")
     parser.add_argument("--out", type=Path, required=True, help="folder for gpu_check.json and gpu_check.txt")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--data", help="real images (folder, .npz, ...) to distil in what time is left")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, to try the script itself")
-    options = parser.parse_args(words)
+    options = parser.parse_args(arguments)
     if not 0 < options.minutes <= 24 * 60:
         raise CondenseError(f"--minutes {options.minutes}: must be above 0 and at most a day")
     if options.device.startswith("cuda") and not torch.cuda.is_available():

@@ -41,8 +41,8 @@ GRADIENT_TOLERANCE = 2e-2
 
 def _worst(results: Mapping[str, dict[str, Any]], key: str) -> str:
     """The largest value of ``key`` and whose it is."""
-    found = [(result[key], name) for name, result in results.items() if key in result]
-    return "{:.1e} ({})".format(*max(found)) if found else "none"
+    errors = [(result[key], name) for name, result in results.items() if key in result]
+    return "{:.1e} ({})".format(*max(errors)) if errors else "none"
 
 
 # -- (a) correctness --------------------------------------------------------------------------------------------------
@@ -64,8 +64,8 @@ def check_networks(check: Check) -> tuple[str, Any]:
     def compare(name: str) -> dict[str, Any]:
         with rng.seeded("gpu-check", "network"):
             net = networks.build_network(name, shape, classes)
-        reference, found = outputs(copy.deepcopy(net), torch.device("cpu")), outputs(net, check.device)
-        errors = [distance(b, a) for a, b in zip(reference, found)]
+        reference, result = outputs(copy.deepcopy(net), torch.device("cpu")), outputs(net, check.device)
+        errors = [distance(b, a) for a, b in zip(reference, result)]
         limits = (FORWARD_TOLERANCE, FORWARD_TOLERANCE, GRADIENT_TOLERANCE)
         passed = all(error <= limit for error, limit in zip(errors, limits))  # False for NaN
         return {**dict(zip(("forward", "embed", "gradient"), errors)), "passed": passed}
@@ -117,9 +117,9 @@ def distil_images(
         if index == kill_at:
             raise Killed
 
-    made = drive(name, config, case, between, **options)
-    images = made.images.detach()
-    images = (images if made.space == "training" else case.task.transform.to(images.device)(images)).cpu()
+    synthetic = drive(name, config, case, between, **options)
+    images = synthetic.images.detach()
+    images = (images if synthetic.space == "training" else case.task.transform.to(images.device)(images)).cpu()
     # Of what is kept in another form than it is learned in there is no change to tell.
     return images, images - start[0] if images.shape == start[0].shape else images
 
@@ -147,33 +147,33 @@ def check_labels(check: Check) -> tuple[str, Any]:
     task, cpu = check.task(), torch.device("cpu")
     case = dataclasses.replace(check.case(task, 2), norm="bn", device=cpu)
     teacher = sre2l.teacher(case.network, task.shape, task.num_classes).eval()
-    made = condense.distill("random", task, 2, network=case.network, device="cpu")
-    images = made.training_images()[0]
+    distilled = condense.distill("random", task, 2, network=case.network, device="cpu")
+    images = distilled.training_images()[0]
     ids = torch.arange(len(images))
 
-    def shown(labels: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+    def first_batch(labels: Any, device: torch.device) -> tuple[Tensor, Tensor]:
         there = labels.to(device)
         if not labels.per_view:
             return images, there.targets(ids.to(device)).cpu()
         views, targets = there.training_batch(images.to(device), ids, 3)
         return views.cpu(), targets.cpu()
 
-    def light(kind: str, device: str) -> Any:
+    def make_labels(kind: str, device: str) -> Any:
         if kind == "teacher":  # whose architecture a set must name
             net = copy.deepcopy(teacher).to(device)
             return Int8TeacherLabels(net, len(images), 0, names=[case.network], shape=task.shape)
         few: dict[str, Any] = {
             name: 2 for name in ("label_epochs", "projector_steps") if hasattr(LIGHTEN_KINDS[kind][0], name)
         }
-        return lighten(made, kind, task, teacher, device=device, **few).labels
+        return lighten(distilled, kind, task, teacher, device=device, **few).labels
 
     def compare(kind: str) -> dict[str, Any]:
-        labels = light(kind, "cpu")
-        (views, targets), (there, found) = shown(labels, cpu), shown(labels, check.device)
-        errors = {"views": distance(there, views), "targets": distance(found.float(), targets.float())}
+        labels = make_labels(kind, "cpu")
+        (views, targets), (there, logits) = first_batch(labels, cpu), first_batch(labels, check.device)
+        errors = {"views": distance(there, views), "targets": distance(logits.float(), targets.float())}
         fits = max(errors.values()) <= FORWARD_TOLERANCE
         # Codes of logits that differ by a rounding differ by a step, trained projectors by what training makes of one.
-        made_there = shown(light(kind, str(check.device)), cpu)[1]
+        made_there = first_batch(make_labels(kind, str(check.device)), cpu)[1]
         errors["made there"] = distance(made_there.float(), targets.float())
         return {**errors, "passed": fits and errors["made there"] <= GRADIENT_TOLERANCE}
 
@@ -249,9 +249,9 @@ def check_determinism(check: Check) -> tuple[str, Any]:
 
     def trained(together: bool) -> Tensor:
         shape = check.task().shape
-        made = students.make(check.network, 2, 4, shape, 3, check.device)
-        train(made, students.recipe(3), device=check.device, precision=precision, together=together)
-        return torch.cat([p.detach().flatten().cpu() for s in made for p in s.network.parameters()])
+        group = students.make(check.network, 2, 4, shape, 3, check.device)
+        train(group, students.recipe(3), device=check.device, precision=precision, together=together)
+        return torch.cat([p.detach().flatten().cpu() for s in group for p in s.network.parameters()])
 
     parts: dict[str, Callable[[], Tensor]] = {
         name: functools.partial(distilled, name) for name in methods_with_steps(check)
@@ -273,12 +273,14 @@ def check_resume(check: Check) -> tuple[str, Any]:
     def compare(name: str) -> dict[str, Any]:
         whole, _ = distil_images(check, name, 4, check.device, precision)
         with tempfile.TemporaryDirectory() as folder:
-            again = functools.partial(distil_images, check, name, 4, check.device, precision, directory=Path(folder))
+            distil_again = functools.partial(
+                distil_images, check, name, 4, check.device, precision, directory=Path(folder)
+            )
             with contextlib.suppress(Killed):
-                again(kill_at=2)
+                distil_again(kill_at=2)
             if not (Path(folder) / checkpoint.CHECKPOINT_FILE).exists():
                 return {"passed": False, "why": "no checkpoint was written"}
-            resumed, _ = again(resume=True)
+            resumed, _ = distil_again(resume=True)
         return {"passed": torch.equal(resumed, whole)}
 
     before = os.environ.get("CONDENSE_CHECKPOINT_SECONDS")

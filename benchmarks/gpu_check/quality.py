@@ -48,19 +48,19 @@ def distil_data(check: Check) -> tuple[str, Any]:
                 synchronise(check.device)
             marks.append(time.perf_counter())
 
-        made = drive("dm", dm.BENCHMARK.config(case, steps=steps), case, between, network=network)
-        return made, statistics.median(after - before for before, after in itertools.pairwise(marks))
+        synthetic = drive("dm", dm.BENCHMARK.config(case, steps=steps), case, between, network=network)
+        return synthetic, statistics.median(after - before for before, after in itertools.pairwise(marks))
 
     probe = 2 if check.tiny else 10
     steps = 3 if check.tiny else max(probe, min(20000, int(0.5 * budget / distilled(probe)[1])))
     began = time.perf_counter()
-    made, _ = distilled(steps)
+    synthetic, _ = distilled(steps)
     synchronise(check.device)
     seconds = time.perf_counter() - began
 
     served = task.to(check.device)
     random = [served.per_class(ipc, ("gpu-check", "random", k)) for k in range(count)]
-    arms = {"distilled": [(made.images.detach(), made.classes)] * count, "random": random}
+    arms = {"distilled": [(synthetic.images.detach(), synthetic.classes)] * count, "random": random}
 
     def trained(arm: str, steps: int) -> list[networks.Network]:
         pupils = []
@@ -83,14 +83,17 @@ def distil_data(check: Check) -> tuple[str, Any]:
     began = time.perf_counter()
     accuracies(nets)
     testing = time.perf_counter() - began
-    wanted = 1000 * math.ceil(len(made.images) / 256)
+    steps_needed = 1000 * math.ceil(len(synthetic.images) / 256)
     fitting = int((0.4 * check.left() - testing) / per_step)
-    student_steps = 2 if check.tiny else max(probe, min(wanted, fitting))
+    student_steps = 2 if check.tiny else max(probe, min(steps_needed, fitting))
     results: dict[str, Any] = {arm: {"accuracies": accuracies(trained(arm, student_steps))} for arm in arms}
     for result in results.values():
         result["mean"] = statistics.fmean(result["accuracies"])
         result["std"] = statistics.stdev(result["accuracies"])
     results |= {"data": task.name, "ipc": ipc, "network": network, "precision": precision, "steps": steps}
     results |= {"distil_seconds": seconds, "student_steps": student_steps, "peak_memory": peak_memory(check.device)}
-    shown = ", ".join(f"{arm} {100 * results[arm]['mean']:.1f} ± {100 * results[arm]['std']:.1f} %" for arm in arms)
-    return f"{task.name}, ipc {ipc}, {steps} steps in {seconds:.0f} s, {student_steps} student steps: {shown}", results
+    summary = ", ".join(f"{arm} {100 * results[arm]['mean']:.1f} ± {100 * results[arm]['std']:.1f} %" for arm in arms)
+    return (
+        f"{task.name}, ipc {ipc}, {steps} steps in {seconds:.0f} s, {student_steps} student steps: {summary}",
+        results,
+    )

@@ -63,25 +63,25 @@ def time_benchmarks(check: Check, ipc: int) -> tuple[str, Any]:
         if check.cuda and not check.tiny:
             count, warm_up = LONG_STEPS.get(benchmark.method, (20, 5))
         case = dataclasses.replace(check.case(check.big_task, ipc, precision, **settings), norm=benchmark.norm)
-        found = time_steps(benchmark, case, count, warm_up).summary(PUBLISHED, PRODUCT)
+        summary = time_steps(benchmark, case, count, warm_up).summary(PUBLISHED, PRODUCT)
         memory = {}
         if check.cuda:  # a CPU knows peaks of whole processes only; the scripts in speed/ start one for each
             memory = {kind: run_alone(benchmark, case, kind, 3)["device"] for kind in (PUBLISHED, PRODUCT)}
         differences = {kind: difference(benchmark, case, kind) for kind in dict.fromkeys(("fp32", precision))}
         passed = differences["fp32"]["all"] <= GRADIENT_TOLERANCE
-        found |= {"precision": precision, "tf32": torch.backends.cudnn.allow_tf32, "device_peak_memory": memory}
-        return {**found, "update_difference": differences, "passed": passed}
+        summary |= {"precision": precision, "tf32": torch.backends.cudnn.allow_tf32, "device_peak_memory": memory}
+        return {**summary, "update_difference": differences, "passed": passed}
 
     results = check.each({b.method: functools.partial(measure, b) for b in BENCHMARKS})
-    words = []
+    parts = []
     for name, result in results.items():
         median, peak = result["median_seconds"], result["device_peak_memory"]
-        words.append(
+        parts.append(
             f"{name}: published {1e3 * median[PUBLISHED]:.1f} ms, {PRODUCT} {1e3 * median[PRODUCT]:.1f} ms, "
             f"ratio {result['ratio']:.2f}"
             + (f"; {gibibytes(peak[PUBLISHED])} and {gibibytes(peak[PRODUCT])}" if peak else "")
         )
-    return "; ".join(words), results
+    return "; ".join(parts), results
 
 
 def time_students(check: Check) -> tuple[str, Any]:
@@ -89,10 +89,10 @@ def time_students(check: Check) -> tuple[str, Any]:
     shape = check.task().shape
     steps, pairs = (2, 1) if check.tiny else (50, 3)
     precision = pick_precision("auto", check.device)
-    found = students.compare(check.network, 5, 10, shape, 10, check.device, precision, steps, pairs)
-    per_step = {name: 1e3 * seconds / steps for name, seconds in found["median_seconds"].items()}
-    words = ", ".join(f"{name} {milliseconds:.1f} ms" for name, milliseconds in per_step.items())
-    return f"a step of 5: {words}, ratio {found['ratio']:.2f}", found
+    timings = students.compare(check.network, 5, 10, shape, 10, check.device, precision, steps, pairs)
+    per_step = {name: 1e3 * seconds / steps for name, seconds in timings["median_seconds"].items()}
+    summary = ", ".join(f"{name} {milliseconds:.1f} ms" for name, milliseconds in per_step.items())
+    return f"a step of 5: {summary}, ratio {timings['ratio']:.2f}", timings
 
 
 def time_experts(check: Check) -> tuple[str, Any]:
@@ -111,22 +111,22 @@ def time_experts(check: Check) -> tuple[str, Any]:
         if not check.tiny:
             probed = experts.compare(case, method, count, steps, 1)["slice_seconds"][PRODUCT] / steps
             steps = max(steps, math.ceil(SLICE_SECONDS / probed))
-        found = experts.compare(case, method, count, steps, pairs)
+        timings = experts.compare(case, method, count, steps, pairs)
         memory = {}
         if check.cuda:
             for side in (PUBLISHED, PRODUCT):
                 memory[side] = experts.measure_alone(case, side, method, count, 3)["device"]
-        return {**found, "tf32": torch.backends.cudnn.allow_tf32, "device_peak_memory": memory}
+        return {**timings, "tf32": torch.backends.cudnn.allow_tf32, "device_peak_memory": memory}
 
     results = check.each({method: functools.partial(measure, method) for method in ("mtt", "ftd")})
-    words = []
+    parts = []
     for method, result in results.items():
         pace, whole = result["experts_epochs_per_minute"][PRODUCT], result[experts.WHOLE][PRODUCT]
-        words.append(
+        parts.append(
             f"{method}: {pace:.3g} experts x epochs a minute, {experts.MANY} of {experts.EPOCHS} epochs in "
             f"{duration(whole)}, {count} together; published / {PRODUCT} {result['ratio']:.2f}"
         )
-    return "; ".join(words), results
+    return "; ".join(parts), results
 
 
 # -- (d) variants of a step -------------------------------------------------------------------------------------------
@@ -221,8 +221,8 @@ def time_variants(check: Check, variants: Mapping[str, Variant]) -> tuple[str, A
             marks.append(time.perf_counter())
 
         with tf32(variant.tf32):
-            made = drive("dm", config, case, between, variant.change)
-        updates[name] = made.images.detach() - start
+            synthetic = drive("dm", config, case, between, variant.change)
+        updates[name] = synthetic.images.detach() - start
         seconds = [after - before for before, after in itertools.pairwise(marks)]
         return {
             "first_step_seconds": seconds[0],
@@ -232,5 +232,5 @@ def time_variants(check: Check, variants: Mapping[str, Variant]) -> tuple[str, A
         }
 
     results = check.each({name: functools.partial(measure, name, variant) for name, variant in runs.items()})
-    words = [f"{name} {1e3 * result['median_seconds']:.1f} ms" for name, result in results.items()]
-    return "; ".join(words), results
+    parts = [f"{name} {1e3 * result['median_seconds']:.1f} ms" for name, result in results.items()]
+    return "; ".join(parts), results

@@ -120,9 +120,9 @@ def compare(case: Case, method: str, count: int, steps: int, pairs: int) -> dict
     for loop in (theirs, ours):
         loop.train(min(steps, 3))
     others = Others()
-    found = alternate(lambda: theirs.train(steps), lambda: ours.train(steps), pairs, case.device)
+    seconds_of_pairs = alternate(lambda: theirs.train(steps), lambda: ours.train(steps), pairs, case.device)
     share = others.share()
-    per_step = Pairs([s / steps for s in found.a], [s / (steps * count) for s in found.b])
+    per_step = Pairs([s / steps for s in seconds_of_pairs.a], [s / (steps * count) for s in seconds_of_pairs.b])
     epoch = epoch_steps(len(case.task.train), training.recipe.batch)
     summary = per_step.summary(PUBLISHED, PRODUCT)
     epochs = {name: seconds * epoch for name, seconds in summary["median_seconds"].items()}
@@ -133,7 +133,10 @@ def compare(case: Case, method: str, count: int, steps: int, pairs: int) -> dict
         "count": count,
         "steps": steps,
         "steps_per_epoch": epoch,
-        "slice_seconds": {PUBLISHED: statistics.median(found.a), PRODUCT: statistics.median(found.b)},
+        "slice_seconds": {
+            PUBLISHED: statistics.median(seconds_of_pairs.a),
+            PRODUCT: statistics.median(seconds_of_pairs.b),
+        },
         "experts_epochs_per_minute": {name: 60 / seconds for name, seconds in epochs.items()},
         WHOLE: {name: MANY * EPOCHS * seconds for name, seconds in epochs.items()},
         "others_share": share,
@@ -206,8 +209,8 @@ def _parser() -> Parser:
     return parser
 
 
-def _measure(words: Sequence[str]) -> int:
-    options = _parser().parse_args(words)
+def _measure(arguments: Sequence[str]) -> int:
+    options = _parser().parse_args(arguments)
     methods = options.methods.split(",")
     for name in methods:
         if name not in ("mtt", "ftd"):
@@ -224,10 +227,10 @@ def _measure(words: Sequence[str]) -> int:
         return 0
     alone = Alone("experts", lambda case, config: NotImplemented, lambda *_: None)
     peaks = {
-        method: {side: run_in_child(alone, words, f"{side} {method}") for side in (PUBLISHED, PRODUCT)}
+        method: {side: run_in_child(alone, arguments, f"{side} {method}") for side in (PUBLISHED, PRODUCT)}
         for method in methods
     }
-    found = {
+    results = {
         method: {**compare(case, method, count, steps, options.pairs), "peak_memory": peaks[method]}
         for method in methods
     }
@@ -238,7 +241,7 @@ def _measure(words: Sequence[str]) -> int:
         "network": case.network,
         "count": count,
         "steps": steps,
-        "methods": found,
+        "methods": results,
         "environment": environment(device, case.precision),
     }
     write(options.out, json.dumps(record, indent=1) + "\n")
@@ -273,24 +276,24 @@ def format_report(record: Mapping[str, Any]) -> str:
         ]
     ]
     ratios, shares = [], []
-    for method, found in record["methods"].items():
-        for side, peak in found["peak_memory"].items():
+    for method, result in record["methods"].items():
+        for side, peak in result["peak_memory"].items():
             rows.append(
                 [
-                    f"{method}, {side} ({found['precision'][side]})",
-                    f"{1e3 * found['median_seconds'][side]:.2f}",
-                    f"{found['experts_epochs_per_minute'][side]:.3g}",
-                    duration(found[WHOLE][side]),
+                    f"{method}, {side} ({result['precision'][side]})",
+                    f"{1e3 * result['median_seconds'][side]:.2f}",
+                    f"{result['experts_epochs_per_minute'][side]:.3g}",
+                    duration(result[WHOLE][side]),
                     gibibytes(peak["host"]),
                     gibibytes(peak["baseline"]),
                     gibibytes(peak.get("device")),
                 ]
             )
-        low, high = min(found["ratios"]), max(found["ratios"])
-        ratios.append(f"{method} {found['ratio']:.2f} ({low:.2f} to {high:.2f})")
-        shares += [found["others_share"]] if found["others_share"] is not None else []
+        low, high = min(result["ratios"]), max(result["ratios"])
+        ratios.append(f"{method} {result['ratio']:.2f} ({low:.2f} to {high:.2f})")
+        shares += [result["others_share"]] if result["others_share"] is not None else []
     first = next(iter(record["methods"].values()))
-    cuda = any("device" in peak for found in record["methods"].values() for peak in found["peak_memory"].values())
+    cuda = any("device" in peak for result in record["methods"].values() for peak in result["peak_memory"].values())
     return "\n".join(
         [
             f"experts: {record['data']}; {record['network']}, batches of {first['batch']}; "

@@ -200,10 +200,10 @@ class Others:
     def _busy() -> float | None:
         """Seconds that all processors have worked, those that the host took away included."""
         try:
-            words = Path("/proc/stat").read_text().splitlines()[0].split()[1:]
+            fields = Path("/proc/stat").read_text().splitlines()[0].split()[1:]
         except OSError:
             return None
-        user, nice, system, _idle, _waiting, *interrupts = map(int, words[:8])
+        user, nice, system, _idle, _waiting, *interrupts = map(int, fields[:8])
         return (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
 
     def share(self) -> float | None:
@@ -220,7 +220,7 @@ class Others:
 
 
 def synchronise(device: torch.device) -> None:
-    """Waits for the device, so that a clock read after it tells the truth."""
+    """Waits for the device, so that the time measured afterwards includes its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -318,8 +318,8 @@ def difference(benchmark: StepBenchmark, case: Case, precision: str) -> dict[str
     with tf32(False):
         run = Run(case.task, case.ipc, case.network, seed=case.seed, device=case.device)
         published.step(benchmark.draws(case, config, run, 0))
-        made = drive(benchmark.method, config, case)
-    images = made.images if made.space == "training" else case.task.transform(made.images)
+        synthetic = drive(benchmark.method, config, case)
+    images = synthetic.images if synthetic.space == "training" else case.task.transform(synthetic.images)
     ours, theirs = images - start, published.images - start
     each = [distance(a, b) for a, b in zip(ours, theirs)]
     return {"all": distance(ours, theirs), "median_image": statistics.median(each)}
@@ -336,7 +336,7 @@ def run_alone(benchmark: StepBenchmark, case: Case, variant: str, steps: int) ->
     """Peak bytes of ``steps`` steps of one variant: ``host`` of this process (which should have done nothing else),
     ``baseline`` of it before the first step, and on CUDA ``device``, what the variant allocated there."""
     cuda = case.device.type == "cuda"
-    found = {"baseline": peak_memory(torch.device("cpu"))["host"]}
+    peaks = {"baseline": peak_memory(torch.device("cpu"))["host"]}
     held = 0
     if cuda:
         torch.cuda.init()  # the allocator has no statistics before
@@ -351,10 +351,10 @@ def run_alone(benchmark: StepBenchmark, case: Case, variant: str, steps: int) ->
         for _ in range(steps):
             published.step()
     synchronise(case.device)
-    found["host"] = peak_memory(torch.device("cpu"))["host"]
+    peaks["host"] = peak_memory(torch.device("cpu"))["host"]
     if cuda:
-        found["device"] = torch.cuda.max_memory_allocated(case.device) - held
-    return found
+        peaks["device"] = torch.cuda.max_memory_allocated(case.device) - held
+    return peaks
 
 
 @functools.cache
@@ -418,7 +418,7 @@ def gibibytes(size: int | None) -> str:
 
 def main(benchmark: StepBenchmark, arguments: Sequence[str] | None = None) -> NoReturn:
     """``python -m condense.benchmarks.speed.METHOD``: times a method's step, prints a table and exits."""
-    guarded(lambda words: _compare(benchmark, words), arguments)
+    guarded(lambda line: _compare(benchmark, line), arguments)
 
 
 def _parser(benchmark: StepBenchmark) -> Parser:
@@ -449,8 +449,8 @@ def _parser(benchmark: StepBenchmark) -> Parser:
     return parser
 
 
-def _compare(benchmark: StepBenchmark, words: Sequence[str]) -> int:
-    options = _parser(benchmark).parse_args(words)
+def _compare(benchmark: StepBenchmark, arguments: Sequence[str]) -> int:
+    options = _parser(benchmark).parse_args(arguments)
     device = pick_device(options.device)
     precision = pick_precision(options.precision, device)
     if benchmark.tiny and options.tiny:
@@ -462,7 +462,7 @@ def _compare(benchmark: StepBenchmark, words: Sequence[str]) -> int:
         print(json.dumps(run_alone(benchmark, case, options.alone, options.steps)))
         return 0
     # The children first: later this process would hold memory that they do not need.
-    peaks = {variant: run_in_child(benchmark, words, variant) for variant in (PUBLISHED, PRODUCT)}
+    peaks = {variant: run_in_child(benchmark, arguments, variant) for variant in (PUBLISHED, PRODUCT)}
     case = _case(benchmark, options, device, precision)
     others = Others()
     pairs = time_steps(benchmark, case, options.steps)
@@ -504,9 +504,9 @@ def describe_data(task: Task) -> str:
     return f"{what}, {len(task.train):,} of {shape} in {task.num_classes} classes"
 
 
-def run_in_child(benchmark: StepBenchmark, words: Sequence[str], variant: str) -> dict[str, int]:
+def run_in_child(benchmark: StepBenchmark, arguments: Sequence[str], variant: str) -> dict[str, int]:
     """:func:`run_alone` in a process of its own."""
-    command = [sys.executable, "-m", f"condense.benchmarks.speed.{benchmark.method}", *words, "--alone", variant]
+    command = [sys.executable, "-m", f"condense.benchmarks.speed.{benchmark.method}", *arguments, "--alone", variant]
     paths = [str(Path(condense.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     done = subprocess.run(command, capture_output=True, text=True, env=environ)

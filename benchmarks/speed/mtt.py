@@ -165,8 +165,8 @@ def _parser() -> Parser:
     return parser
 
 
-def _compare(words: Sequence[str]) -> int:
-    options = _parser().parse_args(words)
+def _compare(arguments: Sequence[str]) -> int:
+    options = _parser().parse_args(arguments)
     if options.tiny:
         options.ipc, options.width, options.depth, options.syn_steps, options.steps = 2, 8, 2, 3, 1
     device = pick_device(options.device)
@@ -176,7 +176,7 @@ def _compare(words: Sequence[str]) -> int:
         print(json.dumps(run_alone(BENCHMARK, _case(options, device), options.alone, options.steps)))
         return 0
     # The children first: later this process would hold memory that they do not need.
-    peaks = {variant: run_in_child(BENCHMARK, words, variant) for variant in (PUBLISHED, PRODUCT)}
+    peaks = {variant: run_in_child(BENCHMARK, arguments, variant) for variant in (PUBLISHED, PRODUCT)}
     case = _case(options, device)
     others = Others()
     pairs = time_steps(BENCHMARK, case, options.steps)

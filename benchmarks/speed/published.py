@@ -477,16 +477,16 @@ class MTT:
             ids = torch.arange(len(self.images), device=self.device)
             if draws is None:
                 ids = torch.from_numpy(self.random.permutation(len(ids))).to(self.device)
-            shown = self.images[ids]
+            batch_images = self.images[ids]
             if self.operations:
                 if draws is None:
                     views = random_views(self.random, self.operations, len(ids), self.shape[1:], self.device)
                 else:
                     views = same_views(draws[i], self.device)
-                shown = augmented(shown, views)
+                batch_images = augmented(batch_images, views)
             parts = theta.split([shape.numel() for shape in named.values()])
             weights = {name: part.view(shape) for (name, shape), part in zip(named.items(), parts)}
-            loss = F.cross_entropy(torch.func.functional_call(net, weights, (shown,)), self.labels[ids])
+            loss = F.cross_entropy(torch.func.functional_call(net, weights, (batch_images,)), self.labels[ids])
             (gradient,) = torch.autograd.grad(loss, theta, create_graph=True)
             theta = theta - self.rate * gradient
         loss = (theta - goal).square().sum() / (start - goal).square().sum()
@@ -568,16 +568,16 @@ class SRe2L:
             for group in optimizer.param_groups:
                 group["lr"] = self.lr_img * (1 + math.cos(math.pi * self.done / self.steps)) / 2
             if draws is None:
-                shown = self.crop(leaf)
+                batch_images = self.crop(leaf)
                 shift = self.random.integers(0, self.jitter + 1, 2).tolist()
             else:
                 box, mirrored, shift = draws[k]
-                shown = transforms.functional.resized_crop(leaf, *box, size)
-                shown = transforms.functional.hflip(shown) if mirrored else shown
-            shown = torch.roll(shown, shifts=tuple(shift), dims=(2, 3))
+                batch_images = transforms.functional.resized_crop(leaf, *box, size)
+                batch_images = transforms.functional.hflip(batch_images) if mirrored else batch_images
+            batch_images = torch.roll(batch_images, shifts=tuple(shift), dims=(2, 3))
             optimizer.zero_grad()
             self.terms.clear()
-            loss = F.cross_entropy(self.teacher(shown), self.labels) + self.bn_weight * sum(self.terms)
+            loss = F.cross_entropy(self.teacher(batch_images), self.labels) + self.bn_weight * sum(self.terms)
             loss.backward()
             optimizer.step()
             for channel, (low, high) in enumerate(zip(*self.bounds)):

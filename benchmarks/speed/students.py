@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     guarded(_compare, arguments)
 
 
-def _compare(words: Sequence[str]) -> int:
+def _compare(arguments: Sequence[str]) -> int:
     parser = Parser(prog="python -m condense.benchmarks.speed.students", description=__doc__)
     parser.add_argument("--network", default="convnet-d3-w128-in")
     parser.add_argument("--count", type=positive, default=5, help="students")
@@ -106,11 +106,11 @@ def _compare(words: Sequence[str]) -> int:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", default="auto", help="auto, fp32 or bf16")
     parser.add_argument("--json", type=Path, help="file to write the numbers to")
-    options: argparse.Namespace = parser.parse_args(words)
+    options: argparse.Namespace = parser.parse_args(arguments)
     device = pick_device(options.device)
     precision = pick_precision(options.precision, device)
     shape = (options.channels, options.size, options.size)
-    found = compare(
+    result = compare(
         options.network,
         options.count,
         options.ipc,
@@ -129,7 +129,7 @@ def _compare(words: Sequence[str]) -> int:
         "ipc": options.ipc,
         "classes": options.classes,
         "shape": list(shape),
-        **found,
+        **result,
         "environment": environment(device, precision),
     }
     print(format_report(record))

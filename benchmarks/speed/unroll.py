@@ -167,9 +167,9 @@ def measure_alone(case: Case, mode: str, steps: int, calls: int, rate: float) ->
     return {**peaks, "weights": floats, "seconds": loops[0].seconds[1:], "others_share": others.share()}
 
 
-def used(found: Mapping[str, Any]) -> int:
+def used(results: Mapping[str, Any]) -> int:
     """Bytes that the calls took: on the device where there is one, else beyond what the process held before."""
-    return found.get("device", found["host"] - found["baseline"])
+    return results.get("device", results["host"] - results["baseline"])
 
 
 # -- TESLA against the exact gradient ---------------------------------------------------------------------------------
@@ -203,7 +203,7 @@ def compare(case: Case, numbers: Sequence[int], batch: int, rate: float) -> dict
     net, start, goal = snapshots(case, batch)
     images, labels = case.task.per_class(case.ipc, ("unroll", "real"))
     images.requires_grad_()
-    found = {}
+    results = {}
     for steps in numbers:
         loss = step_losses(net, images, labels, steps, case.task.mirror)
         exact, tesla = (
@@ -212,14 +212,14 @@ def compare(case: Case, numbers: Sequence[int], batch: int, rate: float) -> dict
         )
         assert exact.gradients and tesla.gradients  # no gate
         a, b = (gradients["images"].double().flatten() for gradients in (tesla.gradients, exact.gradients))
-        found[steps] = {
+        results[steps] = {
             "loss": float(exact.loss),
             "cosine": float(F.cosine_similarity(a, b, dim=0)),
             "length_ratio": float(a.norm() / b.norm()),
             "rate_exact": float(exact.gradients["step_size"]),
             "rate_tesla": float(tesla.gradients["step_size"]),
         }
-    return found
+    return results
 
 
 # -- the command line -------------------------------------------------------------------------------------------------
@@ -230,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     guarded(_measure, arguments)
 
 
-def _measure(words: Sequence[str]) -> int:
+def _measure(arguments: Sequence[str]) -> int:
     parser = Parser(prog="python -m condense.benchmarks.speed.unroll", description=__doc__)
     parser.add_argument(
         "--data", help="what TESLA is compared on: a name, folder, .npz or .h5; random images when left out"
@@ -241,7 +241,7 @@ def _measure(words: Sequence[str]) -> int:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--tiny", action="store_true", help="a few steps on a few small images, to try the script")
     parser.add_argument("--alone", help=argparse.SUPPRESS)
-    options = parser.parse_args(words)
+    options = parser.parse_args(arguments)
     device, sizes = pick_device(options.device), TINY if options.tiny else Sizes()
     if options.alone:  # memory does not depend on what is in the images, so the data stay out of it
         mode, steps = options.alone.split()
@@ -257,7 +257,9 @@ def _measure(words: Sequence[str]) -> int:
     fresh(case)  # refuses a network that does not fit the images, before anything is measured
     plan = {ADJOINT: sizes.adjoint, GRAPH: sizes.graph}
     alone = Alone("unroll", lambda case, config: NotImplemented, lambda *_: None)
-    memory = {mode: {n: run_in_child(alone, words, f"{mode} {n}") for n in numbers} for mode, numbers in plan.items()}
+    memory = {
+        mode: {n: run_in_child(alone, arguments, f"{mode} {n}") for n in numbers} for mode, numbers in plan.items()
+    }
     record = {
         "schema": SCHEMA,
         "benchmark": "unroll",
@@ -297,7 +299,7 @@ def format_report(record: Mapping[str, Any]) -> str:
         ]
     ]
     for n in sorted({*adjoint, *graph, *compared}):
-        sides = [found.get(n) for found in (adjoint, graph)]
+        sides = [result.get(n) for result in (adjoint, graph)]
         mebibytes = [used(side) / 2**20 if side else None for side in sides]
         seconds = [statistics.median(side["seconds"]) if side else None for side in sides]
         weights = sides[0]["weights"] / 2**20 if sides[0] else None
@@ -306,8 +308,8 @@ def format_report(record: Mapping[str, Any]) -> str:
         gaps = compared.get(n, {})
         row += [_cell(gaps.get(name), ".3f") for name in ("cosine", "length_ratio")]
         rows.append([str(n), *row, *(_cell(gaps.get(name), ".4g") for name in ("rate_exact", "rate_tesla"))])
-    shares = [found["others_share"] for side in (adjoint, graph) for found in side.values()]
-    known = [share for share in shares if share is not None]
+    shares = [result["others_share"] for side in (adjoint, graph) for result in side.values()]
+    measured = [share for share in shares if share is not None]
     return "\n".join(
         [
             f"{record['network']}, ipc {record['ipc']}, all images in each step, DSA, rate {record['rate']}; "
@@ -316,7 +318,7 @@ def format_report(record: Mapping[str, Any]) -> str:
             f"TESLA against the exact gradient: {tesla['data']}; start after one epoch, goal {EPOCHS_AHEAD} later, "
             "set of real images",
             aligned(rows),
-            *disturbance(max(known) if known else None),
+            *disturbance(max(measured) if measured else None),
         ]
     )
 

@@ -24,7 +24,7 @@ RUN_CHECKPOINT_SECONDS = 20.0
 
 
 class Interrupted(KeyboardInterrupt):
-    """The run was asked to stop; its state is saved. The message says how to go on."""
+    """The run was asked to stop; its state is saved. The message says how to continue."""
 
 
 class Diverged(CondenseError):

@@ -180,7 +180,7 @@ class SyntheticOptimizer:
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and optimiser state, enough to go on bit for bit."""
+        """Tensors and optimiser state, enough to continue bit for bit."""
         return {
             "tensors": {name: tensor.detach().clone() for name, tensor in self.tensors.items()},
             "state": {name: {key: value.clone() for key, value in state.items()} for name, state in self.state.items()},

@@ -37,7 +37,7 @@ class DryRun(Run):
         self.loops = self.state_bytes = 0
 
     def optimise(self, synthetic: SyntheticSet, steps: int, **options: Any) -> Iterator[Step]:
-        """Of several loops, which are alike, the first tells the pace."""
+        """Of several loops, which cost the same per step, only the first one is measured."""
         self.loops += 1
         for step in super().optimise(synthetic, steps, **options):
             self.state_bytes = max(self.state_bytes, _nbytes(step.optimizer.state_dict()))
