@@ -21,7 +21,7 @@ from condense.errors import CondenseError, did_you_mean
 from condense.exchange.shared import folder_name, library
 from condense.files import atomic_folder, atomic_write, check_writable
 from condense.formatting import by
-from condense.labels import HardLabels, SoftLabels
+from condense.labels import HardLabels
 from condense.sets import DistilledSet, decode
 
 FORMS = ("imagefolder", "pt", "safetensors", "hf")
@@ -91,7 +91,7 @@ def export_set(distilled: DistilledSet, destination: str | Path, form: str, *, f
         return None
     if distilled.shape[0] not in (1, 3):
         raise CondenseError(f"--to {form}: a PNG has 1 or 3 channels, not {distilled.shape[0]}; take --to pt")
-    if form == "imagefolder" and distilled.labels.kind != "hard":
+    if form == "imagefolder" and not distilled.labels.is_hard:
         raise CondenseError(f"--to imagefolder: folders cannot hold {distilled.labels.kind} labels; take --to pt")
     _check_folder(path, force=force, size=size)
     if form == "hf":
@@ -123,7 +123,7 @@ def _sort_by_class(distilled: DistilledSet) -> tuple[Tensor, Tensor, Tensor]:
     """Training images (M,C,H,W), their stored indices (M,), and the order (M,) that sorts them by class."""
     images, ids = distilled.training_images()
     order = ids.argsort(stable=True)  # images decoded from the same stored image stay together
-    if distilled.labels.kind == "hard":
+    if distilled.labels.is_hard:
         order = order[distilled.labels.targets(ids[order]).argsort(stable=True)]
     return images, ids, order
 
@@ -132,8 +132,7 @@ def _tensors(distilled: DistilledSet) -> dict[str, Tensor]:
     """Images, labels, learned rate and transform, by name."""
     images, ids, order = _sort_by_class(distilled)
     tensors = {"images": images[order].detach().float().cpu(), "labels": distilled.labels.targets(ids[order]).cpu()}
-    if isinstance(distilled.labels, SoftLabels):
-        tensors["logits"] = distilled.labels.logits[ids[order]].detach().float().cpu()
+    tensors |= distilled.labels.export_tensors(ids[order])
     if distilled.manifest.get("learned_lr") is not None:
         tensors["lr"] = torch.tensor(distilled.manifest["learned_lr"], dtype=torch.float64)
     arrays = {name: torch.from_numpy(array) for name, array in distilled.transform.arrays().items()}

@@ -169,7 +169,7 @@ def _to_distilled(
             **files.facts,
         },
     }
-    if protocol or provider.kind == "hard":  # otherwise that of the label track
+    if protocol or provider.is_hard:  # otherwise that of the label track
         manifest["protocol"] = protocol or "dc-v1"
     if files.lr is not None:
         manifest["learned_lr"] = files.lr

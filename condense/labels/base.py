@@ -95,6 +95,10 @@ class Labels(Protocol):
     def arrays(self) -> dict[str, np.ndarray]:
         """Returns the arrays to store below ``/labels``; ``from_arrays(arrays, classes)`` of the class reads them."""
 
+    def export_tensors(self, ids: Tensor) -> dict[str, Tensor]:
+        """Returns what an export contains of the images ``ids`` besides their targets, on the CPU."""
+        return {}
+
     def nbytes(self) -> int:
         """Returns the bytes that the labels need, as the benchmark counts them."""
 

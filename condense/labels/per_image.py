@@ -109,6 +109,9 @@ class SoftLabels(Labels):
     def arrays(self) -> dict[str, np.ndarray]:
         return {"logits": self.logits.detach().float().cpu().numpy()}
 
+    def export_tensors(self, ids: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.logits[ids].detach().float().cpu()}
+
     def nbytes(self) -> int:
         return self.logits.numel() * 4
 

@@ -20,7 +20,7 @@ from condense.data import ZCA, Standardise, to_unit_range, transform_from_arrays
 from condense.errors import CondenseError
 from condense.files import atomic_write, check_writable
 from condense.hdf5 import RESTORE_HINT
-from condense.labels import LABEL_KINDS, HardLabels, Labels
+from condense.labels import LABEL_KINDS, Labels
 from condense.sets.stages import Compensated, Stage, decode, stages_from
 
 IMAGE_TYPES = (np.uint8, np.float16, np.float32)
@@ -171,8 +171,8 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
         Raises:
             CondenseError: The number of images per class varies, so that the position does not determine the class.
         """
-        if isinstance(self.labels, HardLabels):
-            return self.labels.labels
+        if self.labels.is_hard:
+            return self.labels.targets(torch.arange(len(self.labels)))
         ipc, classes = self.manifest["ipc"], len(self.classes)
         if self.compensated:
             return torch.arange(classes).repeat_interleave(self.compensated.decoded)

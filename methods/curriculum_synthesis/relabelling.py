@@ -81,7 +81,7 @@ def finish_set(
     labels = (make or make_labels)(config, run, stored, classes, committee, weights)
     synthetic = SyntheticSet(run.task, stored, classes, space="pixel", labels=labels)
     synthetic.tensors["images"].requires_grad_(False)
-    if labels.kind != "hard":
+    if not labels.is_hard:
         synthetic.label_source = {"teachers": committee.describe(), "weights": list(weights) if weights else None}
     return synthetic
 
