@@ -13,13 +13,15 @@ from typing import Any
 
 from condense import api, networks
 from condense.benchmarks import leaderboard
-from condense.config import as_mapping, build_config, packaged_yaml, read_yaml, suite_cells
+from condense.config import MAX_INTEGER, as_mapping, build_config, packaged_yaml, read_yaml_file, suite_cells
 from condense.data import DATASETS, Task
 from condense.device import pick_device
 from condense.errors import CondenseError, did_you_mean
+from condense.files import check_name
+from condense.formatting import shorten
 from condense.jobs import checks as checks_module
 from condense.jobs import distill_command
-from condense.judge import OWN, evaluation, get_protocol, records
+from condense.judge import MAX_RUNS, OWN, evaluation, get_protocol, records
 from condense.judge import arms as arms_module
 from condense.ranks import Ranks
 from condense.sets import DistilledSet, save_grid
@@ -82,7 +84,7 @@ class SuiteResult:
 @functools.cache
 def suites() -> dict[str, Suite]:
     """Every packaged suite by name."""
-    packaged = [_suite(entry.read_text(), entry.name) for entry in packaged_yaml("benchmarks/suites")]
+    packaged = [_read_suite(entry, entry.name) for entry in packaged_yaml("benchmarks/suites")]
     return {suite.name: suite for suite in packaged}
 
 
@@ -93,9 +95,7 @@ def get_suite(name: str) -> Suite:
         CondenseError: no such name or file, or its content is wrong.
     """
     if name.endswith((".yaml", ".yml")):
-        if not Path(name).is_file():
-            raise CondenseError(f"{name}: no such file")
-        return _suite(Path(name).read_text(), name)
+        return _read_suite(Path(name), name)
     if name not in suites():
         raise CondenseError(f"unknown suite '{name}'{did_you_mean(name, suites()) or '; or give a .yaml file'}")
     return suites()[name]
@@ -110,14 +110,21 @@ class _Data:
     controls: list[str]
 
 
-def _suite(text: str, where: str) -> Suite:
-    suite = build_config(Suite, read_yaml(text, where), where)
-    checks: list[Callable[[], Any]] = [lambda: get_protocol(suite.protocol)]
+def _read_suite(path: Path, where: str) -> Suite:
+    suite = build_config(Suite, read_yaml_file(path, where), where)
+    checks: list[Callable[[], Any]] = [
+        lambda: check_name(suite.name, f"{where}: name"),
+        lambda: get_protocol(suite.protocol),
+        functools.partial(_check_numbers, f"{where}: runs", [suite.runs], MAX_RUNS),
+        functools.partial(_check_numbers, f"{where}: seeds", suite.seeds, 2**63 - 1, minimum=0),
+    ]
     checks += [functools.partial(networks.check_network, name) for name in suite.networks if name != OWN]
     cell_networks: dict[str, str] = {}
     for data, content in suite.tasks.items():
         task = build_config(_Data, as_mapping(content, f"{where}: {data}"), f"{where}: {data}")
+        checks.append(functools.partial(check_name, data, f"{where}: tasks"))
         checks.append(functools.partial(networks.check_network, task.network))
+        checks.append(functools.partial(_check_numbers, f"{where}: {data}: ipc", task.ipc, MAX_INTEGER))
         checks += [functools.partial(arms_module.check_control, name) for name in task.controls]
         suite.tasks[data] = task
         cell_networks |= {f"{data}-ipc{ipc}": task.network for ipc in task.ipc}
@@ -134,6 +141,14 @@ def _suite(text: str, where: str) -> Suite:
             )
     checks_module.run_checks(*checks)
     return suite
+
+
+def _check_numbers(where: str, values: Sequence[int], maximum: int, *, minimum: int = 1) -> None:
+    if not values or not all(minimum <= value <= maximum for value in values):
+        numbers = ", ".join(map(str, values[:5])) or "nothing"
+        raise CondenseError(
+            f"{where}: must be whole numbers from {minimum} to {maximum:,}, not {shorten(numbers, 100)}"
+        )
 
 
 def _check_cell(method: str, name: str, values: Any, cell_networks: Mapping[str, str], where: str) -> None:

@@ -8,14 +8,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from condense import data as data_module
 from condense import jobs
 from condense.config import build_config
 from condense.data import DataOptions, Task
-from condense.device import pick_device, pick_precision
+from condense.device import out_of_memory_advice, pick_device, pick_precision
 from condense.engine import Run
 from condense.errors import CondenseError, did_you_mean
 from condense.jobs import resume
@@ -113,7 +112,7 @@ def distill(
             is written to ``out`` first.
     """
     checked: dict[str, Any] = {"network": network, "protocol": protocol, "device": device, "precision": precision}
-    jobs.check_request(method, settings, minutes=minutes, track=track, **checked)
+    jobs.check_request(method, settings, minutes=minutes, track=track, tag=tag, **checked)
     entry = METHODS.get(method)
     config = jobs.resolve_settings(entry, settings)
     real = data if isinstance(data, Task) else task(data)
@@ -304,9 +303,6 @@ def _interruptible(run: Run, advice: str) -> Iterator[None]:
     Raises:
         CondenseError: out of memory.
     """
-    try:
-        with run.stop_on_signal(is_resumable=True):
-            yield
-    except (torch.OutOfMemoryError, MemoryError) as fault:
-        raise CondenseError(f"out of memory on {run.device}: take {advice}") from fault
+    with out_of_memory_advice(run.device, f"take {advice}"), run.stop_on_signal(is_resumable=True):
+        yield
     run.ranks.barrier()

@@ -14,8 +14,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from condense.errors import CondenseError, did_you_mean
+from condense.formatting import shorten
 
 C = TypeVar("C")
+
+MAX_INTEGER = 10**9
+"""Maximum of a whole number in a setting."""
+
+MAX_FLOAT = 3.4e38
+"""Maximum of a number in a setting: that of float32."""
+
+MAX_YAML_BYTES = 1024 * 1024
+"""Maximum size of a YAML file."""
 
 
 def parse_overrides(overrides: Iterable[str]) -> dict[str, str]:
@@ -43,38 +53,68 @@ def build_config(config: type[C], settings: Mapping[str, Any], where: str) -> C:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    known = [field.name for field in dataclasses.fields(config)]  # type: ignore[arg-type]
+    names = [field.name for field in dataclasses.fields(config)]  # type: ignore[arg-type]
     merged = OmegaConf.structured(config)
-    faults = []
+    faults, texts = [], {}
     for key, value in settings.items():
-        if key not in known:
-            faults.append(f"{key}={value}: no such setting of {where}{did_you_mean(key, known)}")
+        if key not in names:
+            faults.append(f"{shorten(f'{key}={value}', 200)}: no such setting of {where}{did_you_mean(key, names)}")
             continue
         try:
-            # Numbers and switches are read as YAML; text is taken as it was typed.
-            text = _plain_type(config, key) == "str" or not isinstance(value, str)
-            merged = OmegaConf.merge(merged, {key: value} if text else OmegaConf.from_dotlist([f"{key}={value}"]))
-        except (OmegaConfBaseException, ValueError, yaml.YAMLError):
-            expected = _WORDS.get(_plain_type(config, key), _type_name(config, key))
-            faults.append(f"{key}={value}: must be {expected}")
+            if _plain_type(config, key) == "str" and isinstance(value, str):
+                texts[key] = value  # as typed: OmegaConf would interpret ${...} and ???
+                continue
+            if _has_interpolation(value):
+                raise ValueError("interpolations are not evaluated")
+            # Numbers and switches are read as YAML.
+            entry = OmegaConf.from_dotlist([f"{key}={value}"]) if isinstance(value, str) else {key: value}
+            merged = OmegaConf.merge(merged, entry)
+            _check_size(merged[key])
+        except (OmegaConfBaseException, ValueError, OverflowError, RecursionError, yaml.YAMLError):
+            plain_type = _plain_type(config, key)
+            expected = _EXPECTED.get(plain_type, _type_name(config, key))
+            faults.append(f"{shorten(f'{key}={value}', 200)}: must be {expected}")
     if faults:
         raise CondenseError("; ".join(faults))
-    values = OmegaConf.to_container(merged)
-    return config(**values)  # type: ignore[arg-type]
+    values = {**OmegaConf.to_container(merged), **texts}  # type: ignore[dict-item]
+    return config(**values)
 
 
-def require_one_of(config: Any, **known: Iterable[str]) -> None:
-    """For a config's ``__post_init__``: each named field is one of its known words.
+def _has_interpolation(value: Any) -> bool:
+    """Whether OmegaConf would replace a part of the value, or take it as missing."""
+    if isinstance(value, Mapping):
+        return any(map(_has_interpolation, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(_has_interpolation, value))
+    return isinstance(value, str) and ("${" in value or value == "???")
+
+
+def _check_size(value: Any) -> None:
+    """Raises a ValueError for a number that no setting can need."""
+    if isinstance(value, int) and abs(value) > MAX_INTEGER:
+        raise ValueError("too large")
+    if isinstance(value, float) and not abs(value) <= MAX_FLOAT:
+        raise ValueError("not finite in single precision")
+
+
+def require_one_of(config: Any, **choices: Iterable[str]) -> None:
+    """For a config's ``__post_init__``: each named field is one of its choices.
 
     Raises:
-        CondenseError: the first field that is not, with the nearest word.
+        CondenseError: the first field that is not, with the nearest choice.
     """
-    for key, words in known.items():
-        if getattr(config, key) not in words:
-            raise CondenseError(f"{key}={getattr(config, key)}: unknown{did_you_mean(getattr(config, key), words)}")
+    for key, names in choices.items():
+        value = getattr(config, key)
+        if value not in names:
+            raise CondenseError(f"{key}={shorten(str(value), 200)}: unknown{did_you_mean(str(value), names)}")
 
 
-_WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
+_EXPECTED = {
+    "int": f"a whole number of at most {MAX_INTEGER:,}",
+    "float": "a finite number",
+    "bool": "true or false",
+    "str": "text",
+}
 
 
 def require_range(config: Any, **ranges: tuple[float, float]) -> None:
@@ -187,14 +227,35 @@ def read_yaml(text: str, where: str) -> dict[str, Any]:
     """
     import yaml
 
+    # LibYAML reads all packaged recipes in 0.04 s, the pure Python loader in 0.3 s.
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
-        # LibYAML reads all packaged recipes in 0.04 s, the pure Python loader in 0.3 s.
-        content = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except yaml.YAMLError as fault:
-        raise CondenseError(f"{where}: not valid YAML ({' '.join(str(fault).split())})") from fault
-    if not isinstance(content, dict):
-        raise CondenseError(f"{where}: must be a mapping of keys to values")
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, loader)):
+            raise CondenseError(f"{where}: aliases (*NAME) are not supported, because a few can stand for gigabytes")
+        content = yaml.load(text, loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as fault:
+        raise CondenseError(f"{where}: not valid YAML ({shorten(' '.join(str(fault).split()), 300)})") from fault
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise CondenseError(f"{where}: must be a mapping of names to values")
     return content
+
+
+def read_yaml_file(path: Path, where: str) -> dict[str, Any]:
+    """The mapping in a user's YAML file.
+
+    Raises:
+        CondenseError: no such file, not a regular file, too large, not UTF-8, or not a valid mapping.
+    """
+    if not path.is_file():
+        raise CondenseError(f"{where}: no such file")
+    try:
+        if path.stat().st_size > MAX_YAML_BYTES:
+            raise CondenseError(f"{where}: larger than {MAX_YAML_BYTES} bytes, which no such file needs")
+        return read_yaml(path.read_text(encoding="utf-8"), where)
+    except UnicodeDecodeError as fault:
+        raise CondenseError(f"{where}: not UTF-8 text") from fault
+    except OSError as fault:
+        raise CondenseError(f"{where}: {fault.strerror or fault}") from fault
 
 
 def method_paths() -> dict[str, Any]:
@@ -236,11 +297,11 @@ def method_file(name: str) -> MethodFile:
 @functools.cache
 def _read_method_file(path: Any) -> MethodFile:
     where = path.name
-    content = read_yaml(path.read_text(encoding="utf-8"), where)
-    known = [field.name for field in dataclasses.fields(MethodFile)]
+    content = read_yaml_file(path, where)
+    names = [field.name for field in dataclasses.fields(MethodFile)]
     for key in content:
-        if key not in known:
-            raise CondenseError(f"{where}: {key}: no such key{did_you_mean(key, known)}")
+        if key not in names:
+            raise CondenseError(f"{where}: {shorten(key, 100)}: no such key{did_you_mean(key, names)}")
     module, defaults = content.get("module"), as_mapping(content.get("defaults"), f"{where}: defaults")
     if not isinstance(module, str):
         raise CondenseError(f"{where}: lacks module, the name of the Python module with the method")
@@ -266,7 +327,7 @@ def as_mapping(content: Any, where: str) -> dict[str, Any]:
         CondenseError: it is something else.
     """
     if not isinstance(content or {}, dict):
-        raise CondenseError(f"{where}: must be a mapping of keys to values, not {content!r}")
+        raise CondenseError(f"{where}: must be a mapping of keys to values, not {shorten(repr(content), 100)}")
     return content or {}
 
 
@@ -286,15 +347,12 @@ def load_recipe(name: str) -> dict[str, Any]:
     """
     method, _, cell = name.partition("/")
     if name.endswith((".yaml", ".yml")):
-        path = Path(name)
-        if not path.is_file():
-            raise CondenseError(f"--recipe {name}: no such file")
-        keys = read_yaml(path.read_text(), name)
+        keys = read_yaml_file(Path(name), f"--recipe {name}")
     elif method in method_paths() and cell in method_file(method).cells:
         file = method_file(method)
         keys = {"method": method, **file.defaults, **file.cells[cell]}
     else:
-        raise CondenseError(f"unknown recipe '{name}'{did_you_mean(name, recipe_names())}")
+        raise CondenseError(f"unknown recipe '{name}'{did_you_mean(name, recipe_names(), 'condense ls recipes')}")
     missing = [key for key in ("method", "data", "ipc") if key not in keys]
     if missing:
         raise CondenseError(f"--recipe {name}: lacks {', '.join(missing)}")

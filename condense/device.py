@@ -6,6 +6,7 @@ import contextlib
 import functools
 import os
 import platform
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,33 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     if precision == "bf16":
         return torch.autocast(device.type, torch.bfloat16)
     return contextlib.nullcontext()
+
+
+def is_out_of_memory(fault: BaseException) -> bool:
+    """Whether an allocation failed, on any device."""
+    if isinstance(fault, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    # torch reports allocations of host memory as plain RuntimeErrors.
+    return isinstance(fault, RuntimeError) and re.search("allocate memory|not enough memory", str(fault)) is not None
+
+
+@contextlib.contextmanager
+def out_of_memory_advice(device: torch.device, advice: str) -> Iterator[None]:
+    """Turns a failed allocation in the block into one line.
+
+    Args:
+        device: that the work uses.
+        advice: what to change.
+
+    Raises:
+        CondenseError: not enough memory.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as fault:
+        if not is_out_of_memory(fault):
+            raise
+        raise CondenseError(f"out of memory on {device}: {advice}, or set CONDENSE_CHUNK_SCALE=0.5") from fault
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:

@@ -10,13 +10,26 @@ class CondenseError(Exception):
     """Invalid input (exit code 2). The message is one line: the argument as typed, what is wrong, and the fix."""
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """``; did you mean 'x'?`` with the nearest known name; if none is near, the list of known names."""
-    known = sorted(known)
-    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+MAX_LISTED = 40
+"""Maximum number of names that a message lists."""
+
+
+def did_you_mean(name: str, names: Iterable[str], listing: str = "") -> str:
+    """``; did you mean 'x'?`` with the nearest of ``names``; if none is near, all names or, of many, the nearest three.
+
+    Args:
+        name: as the user typed it.
+        names: that would be valid.
+        listing: command that lists all names.
+    """
+    name, names = name[:100], sorted(names)
+    matches = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     if matches:
         return f"; did you mean '{matches[0]}'?"
-    return f"; known: {', '.join(known)}" if known else ""
+    if len(names) > MAX_LISTED:
+        nearest = difflib.get_close_matches(name, names, n=3, cutoff=0.0)
+        return f"; the nearest are {', '.join(nearest)}" + (f"; `{listing}` lists all {len(names)}" if listing else "")
+    return f"; known: {', '.join(names)}" if names else ""
 
 
 def missing_package(package: str, extra: str, purpose: str) -> CondenseError:

@@ -6,10 +6,12 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
+import time
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,25 @@ import torch
 from torch import Tensor
 
 from condense.errors import CondenseError
+from condense.formatting import shorten
+
+
+def check_name(name: str, what: str = "name") -> str:
+    """Returns ``name`` if it may become a part of a path and of a set's name.
+
+    Args:
+        name: to check.
+        what: messages call it.
+
+    Raises:
+        CondenseError: it is empty, longer than 100 characters, or has other characters than ASCII letters and digits,
+            ``.``, ``_`` and ``-``, or begins with one of the latter.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        raise CondenseError(
+            f"{what} '{shorten(name, 100)}': use up to 100 letters, digits, '.', '_' and '-', first a letter or digit"
+        )
+    return name
 
 
 def check_writable(path: Path, *, force: bool, size: int = 0) -> None:
@@ -47,6 +68,35 @@ def check_writable(path: Path, *, force: bool, size: int = 0) -> None:
         raise CondenseError(
             f"{path}: the disk has {free} bytes left, {needed} are needed; free some or choose another place"
         )
+
+
+@contextlib.contextmanager
+def exclusive_lock(path: Path, folder: Path, wait: Callable[[], None]) -> Iterator[None]:
+    """In this block, no other process of this machine holds the lock for ``path``.
+
+    The operating system releases the lock of a process that ends in any way. Without POSIX locks nothing is locked.
+
+    Args:
+        path: what the block writes.
+        folder: where the empty lock files are, which stay.
+        wait: called twice a second while another process holds the lock; may raise.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    name = hashlib.sha256(str(path.absolute()).encode(errors="surrogateescape")).hexdigest()
+    with (folder / f"{name}.lock").open("w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                wait()
+                time.sleep(0.5)
+        yield
 
 
 @contextlib.contextmanager

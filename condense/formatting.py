@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable
 
 
@@ -29,3 +30,24 @@ def binary(count: int) -> str:
 def by(shape: Iterable[int]) -> str:
     """``3x32x32``."""
     return "x".join(map(str, shape)) or "a single number"
+
+
+def printable(text: str) -> str:
+    """``text`` with control characters escaped, so that names from untrusted files cannot control a terminal.
+
+    Newlines and tabs stay. Escaped are the other control characters, marks that change the direction of the text, and
+    the bytes of file names that are not UTF-8.
+    """
+    if text.isascii() and text.replace("\n", "").replace("\t", "").isprintable():
+        return text
+    return "".join(
+        character
+        if character in "\n\t" or unicodedata.category(character) not in ("Cc", "Cf", "Cs")
+        else character.encode("unicode_escape").decode()
+        for character in text
+    )
+
+
+def shorten(text: str, length: int = 1000) -> str:
+    """``text`` with its middle left out if it is longer than ``length`` characters."""
+    return text if len(text) <= length else f"{text[: length * 2 // 3]} [...] {text[-length // 4 :]}"

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from condense.environment import read_seconds
 from condense.errors import CondenseError, did_you_mean, missing_package
+from condense.formatting import printable
 
 TRACKERS = ("auto", "tensorboard", "trackio", "none")
 LINE_SECONDS = 30.0
@@ -152,7 +153,9 @@ class Progress:
         if not quiet and sys.stderr.isatty():
             from tqdm import tqdm
 
-            self.bar = tqdm(total=total, initial=start, desc=name, unit="step", file=sys.stderr, dynamic_ncols=True)
+            # The bar moves the cursor; the command line's own stream would escape these characters.
+            stream, name = getattr(sys.stderr, "unescaped", sys.stderr), printable(name)
+            self.bar = tqdm(total=total, initial=start, desc=name, unit="step", file=stream, dynamic_ncols=True)
 
     def update(self, done: int, text: str = "") -> None:
         """Shows that ``done`` steps of the total are finished, followed by ``text``."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -17,7 +16,9 @@ import typer
 
 from condense.cli import files, judge, labels, listing, make, plan, pretrain
 from condense.cli.parameters import EXIT_CODES, app
+from condense.cli.streams import printable_streams
 from condense.errors import CondenseError
+from condense.formatting import shorten, size
 from condense.version import __version__
 
 COMMANDS: dict[str, Callable[..., Any]] = {
@@ -58,6 +59,23 @@ def options(
     ] = False,
 ) -> None:
     """Options before the verb."""
+    _check_address_space()
+
+
+MIN_ADDRESS_SPACE = 3_600_000_000
+"""Bytes of virtual memory that torch's CUDA build maps when it is imported, with a small reserve."""
+
+
+def _check_address_space() -> None:
+    """Below this limit the dynamic linker ends the process without an error that could be caught."""
+    with contextlib.suppress(ImportError):  # no `resource` on Windows
+        import resource
+
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+        if limit != resource.RLIM_INFINITY and limit < MIN_ADDRESS_SPACE:
+            raise CondenseError(
+                f"out of memory: virtual memory is limited to {size(limit)}; raise it (ulimit -v) to 5 GB or more"
+            )
 
 
 def _keep_freed_memory() -> None:
@@ -75,6 +93,13 @@ def _keep_freed_memory() -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line and exits with the documented code."""
     _keep_freed_memory()
+    with printable_streams():
+        code = _run(arguments)
+    sys.exit(code)
+
+
+def _run(arguments: list[str] | None) -> int:
+    """Runs the command line and returns its exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]  # accepted anywhere
@@ -87,18 +112,24 @@ def main(arguments: list[str] | None = None) -> None:
     except typer.Exit as end:
         code = end.exit_code
     except BrokenPipeError:  # the reader has closed the pipe, as in `condense ls | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        pass
     except (Exception, KeyboardInterrupt) as fault:
         if debug:
             traceback.print_exc()
         code, line = _exit_code_and_message(fault)
-        print(f"condense: {' '.join(line.splitlines())}", file=sys.stderr)
-    sys.exit(code)
+        with contextlib.suppress(OSError):  # stderr may be closed or full too
+            print(f"condense: {shorten(' '.join(line.split()))}", file=sys.stderr)
+    return code
 
 
 def _exit_code_and_message(fault: BaseException) -> tuple[int, str]:
     if isinstance(fault, CondenseError):
         return 2, str(fault)
+    if isinstance(fault, MemoryError) or type(fault).__name__ == "OutOfMemoryError" or "allocate memory" in str(fault):
+        advice = "take fewer or smaller images (resize=), a smaller network, or set CONDENSE_CHUNK_SCALE=0.5"
+        return 2, f"out of memory: {advice}"
+    if isinstance(fault, OSError):  # a path that is too long, a disk that is full, ...
+        return 2, f"{fault.filename or 'input or output'}: {fault.strerror or fault}"
     if isinstance(fault, (KeyboardInterrupt, typer.Abort)):
         return 130, str(fault) or "interrupted"
     if hasattr(fault, "format_message"):  # a usage error of typer, whose class differs between its versions

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from condense.cli.parameters import Data, Device, Download, Force, Precision, Seed, SetFile, load_set, number_option
-from condense.errors import CondenseError
+from condense.errors import CondenseError, did_you_mean
 from condense.tracking import is_main_process
 
 
@@ -23,7 +23,8 @@ def evaluate(
         str | None, typer.Option(help="architectures A,B,...; own is that of the set; by default those of the protocol")
     ] = None,
     runs: Annotated[
-        int | None, number_option("--runs", int, "students per arm; by default the number of the protocol")
+        int | None,
+        number_option("--runs", int, "students per arm; by default the number of the protocol", maximum=10_000),
     ] = None,
     protocol: Annotated[
         str | None, typer.Option(help="a name of `condense ls protocols`; by default that of the set")
@@ -109,6 +110,9 @@ def suite(
     for dataset, path in paths.items():
         if not path:
             raise CondenseError(f"--data {dataset}: write NAME=PATH; {chosen.name} has {', '.join(chosen.tasks)}")
+        if dataset not in chosen.tasks:
+            hint = did_you_mean(dataset, chosen.tasks)
+            raise CondenseError(f"--data {dataset}={path}: not one of the data of {chosen.name}{hint}")
     out = out or Path("suites") / chosen.name
     outcome = suite_module.run(
         chosen,

@@ -107,7 +107,8 @@ def labels_(
         str | None, typer.Option(help="architecture of the students; by default the first of the protocol")
     ] = None,
     runs: Annotated[
-        int | None, number_option("--runs", int, "students per kind; by default the number of the protocol")
+        int | None,
+        number_option("--runs", int, "students per kind; by default the number of the protocol", maximum=10_000),
     ] = None,
     teachers: Annotated[
         Path | None,

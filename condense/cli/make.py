@@ -56,7 +56,13 @@ def distill(
     from condense import api
     from condense.files import check_writable
 
-    run_options: dict[str, Any] = {"device": device, "precision": precision, "minutes": minutes, "track": track}
+    run_options: dict[str, Any] = {
+        "device": device,
+        "precision": precision,
+        "minutes": minutes,
+        "track": track,
+        "tag": tag,
+    }
     request, options, values = parse_request(method, settings, data, ipc, network, recipe, **run_options)
     if out is not None:
         check_writable(out, force=force)
@@ -74,7 +80,6 @@ def distill(
         seed=seed,
         out=out,
         run_dir=run_dir,
-        tag=tag,
         force=force,
         quiet=False,
         **run_options,

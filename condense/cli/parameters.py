@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from condense.errors import CondenseError
+from condense.formatting import shorten
 
 if TYPE_CHECKING:
     from condense.sets import DistilledSet
@@ -27,14 +29,18 @@ app = typer.Typer(
 )
 
 
-def number_option(flag: str, kind: Callable[[str], Any], meaning: str) -> Any:
+def number_option(flag: str, kind: Callable[[str], Any], meaning: str, *, maximum: int = 10**9) -> Any:
     """A numeric option. An invalid value is reported with the flag and the value."""
 
     def parse(text: str) -> Any:
         try:
-            return kind(text)
+            value = kind(text)
         except ValueError:
-            raise CondenseError(f"{flag} {text}: must be a {'whole ' if kind is int else ''}number") from None
+            value = math.nan
+        if not abs(value) <= maximum:
+            expected = f"a {'whole ' if kind is int else ''}number of at most {maximum:,}"
+            raise CondenseError(f"{flag} {shorten(text, 100)}: must be {expected}")
+        return value
 
     return typer.Option(flag, parser=parse, metavar="N" if kind is int else "X", help=meaning)
 
@@ -68,7 +74,9 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 
 Precision = Annotated[str, typer.Option(help="auto, fp32 or bf16, for matrix products without second derivatives")]
 
-Seed = Annotated[int, number_option("--seed", int, "random seed; the same seed gives the same result")]
+Seed = Annotated[
+    int, number_option("--seed", int, "random seed; the same seed gives the same result", maximum=2**63 - 1)
+]
 
 Force = Annotated[bool, typer.Option("--force", help="overwrite existing files")]
 

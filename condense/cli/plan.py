@@ -48,7 +48,12 @@ def plan(
     device: Device = "auto",
     classes: Annotated[
         int | None,
-        number_option("--classes", int, "number of classes; without METHOD and --data: only the bytes of labels"),
+        number_option(
+            "--classes",
+            int,
+            "number of classes; without METHOD and --data: only the bytes of labels",
+            maximum=100_000,
+        ),
     ] = None,
     label_epochs: Annotated[
         int | None, number_option("--label-epochs", int, "for --classes: labelled epochs of views; by default 300")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,17 +84,6 @@ def cache_dir() -> Path:
 def data_root() -> Path:
     """Folder of registered data sets: ``CONDENSE_DATA``, or ``~/.cache/condense/data`` if that is not set."""
     return Path(os.environ.get("CONDENSE_DATA") or Path.home() / ".cache" / "condense" / "data")
-
-
-def check_name(name: str) -> str:
-    """Returns ``name`` if set names and records may contain it.
-
-    Raises:
-        CondenseError: it has other characters than letters, digits, ``.``, ``_`` and ``-``.
-    """
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise CondenseError(f"name '{name}': use letters, digits, '.', '_' and '-'")
-    return name
 
 
 def measure_splits(

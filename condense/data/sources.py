@@ -16,9 +16,10 @@ from typing import Any
 from condense.data.arrays import read_array_file, read_mapping, read_torch_datasets
 from condense.data.folders import list_folder
 from condense.data.image_cache import read_folder
-from condense.data.loaded import DataOptions, LoadedData, check_name
+from condense.data.loaded import DataOptions, LoadedData
 from condense.data.registered import DATASETS, apply_registered, datasets, read_registered
 from condense.errors import CondenseError, did_you_mean
+from condense.files import check_name
 
 
 def read_data(data: str, options: DataOptions, *, download: bool = False) -> LoadedData:

@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from condense.data.loaded import DataOptions, LoadedData, Split, check_name
+from condense.data.loaded import DataOptions, LoadedData, Split
 from condense.data.sources import read_data, read_objects
 from condense.data.transform import ZCA, Standardise
 from condense.device import free_memory
 from condense.errors import CondenseError
+from condense.files import check_name
 from condense.formatting import by
 from condense.rng import Draws, hash64, key
 

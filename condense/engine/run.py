@@ -342,7 +342,7 @@ class Run:
 
     @contextlib.contextmanager
     def stop_on_signal(self, is_resumable: bool | None = None) -> Iterator[None]:
-        """In this block, the first SIGINT or SIGTERM asks the loop to save and stop; a second one stops at once.
+        """In this block, the first SIGINT, SIGTERM or SIGHUP makes the loop save and stop; a second one stops at once.
 
         Under torchrun every rank gets Ctrl-C twice, from the terminal and from torchrun.
 
@@ -359,8 +359,9 @@ class Run:
 
         if self.directory is not None if is_resumable is None else is_resumable:
             with contextlib.suppress(ValueError):  # not in the main thread: signals are handled by the caller
-                for number in (signal.SIGINT, signal.SIGTERM):
-                    handled.append((number, signal.signal(number, ask)))
+                for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
+                    if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+                        handled.append((number, signal.signal(number, ask)))
         try:
             yield
         finally:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from condense import networks, rng
-from condense.data import ZCA, DataOptions, Standardise, Task, check_name, load_task, transform_from_arrays
+from condense.data import ZCA, DataOptions, Standardise, Task, load_task, transform_from_arrays
 from condense.errors import CondenseError, did_you_mean
 from condense.exchange.reading import (
     ImportedFiles,
@@ -25,6 +25,7 @@ from condense.exchange.reading import (
     read_tensors,
 )
 from condense.exchange.shared import folder_name
+from condense.files import check_name
 from condense.formatting import by
 from condense.judge import get_protocol
 from condense.labels import HardLabels, Labels, SoftLabels

@@ -14,12 +14,14 @@ from condense.config import build_config
 from condense.data import DataOptions, Task
 from condense.device import pick_device, pick_precision
 from condense.errors import CondenseError, did_you_mean
-from condense.files import check_writable
+from condense.files import check_name, check_writable
 from condense.jobs.job import CONFIG_FILE, RESULT_FILE, resolve_settings
 from condense.judge import get_protocol
 from condense.pretraining import TRAJECTORY_DTYPES, TeacherOptions
 from condense.registry import METHODS
 from condense.tracking import check_tracker
+
+MAX_MINUTES = 60 * 24 * 366 * 10
 
 
 def run_checks(*checks: Callable[[], Any]) -> list[Any]:
@@ -50,6 +52,7 @@ def check_request(
     precision: str = "auto",
     minutes: float | None = None,
     track: str = "none",
+    tag: str | None = None,
 ) -> None:
     """Checks the arguments of :func:`condense.distill` that do not depend on the real data.
 
@@ -68,6 +71,7 @@ def check_request(
         lambda: pick_precision(precision, pick_device(device)),
         lambda: _check_minutes(minutes),
         lambda: check_tracker(track),
+        lambda: None if tag is None else check_name(tag, "--tag"),
     )
 
 
@@ -174,8 +178,8 @@ def _raise(faults: Sequence[str]) -> None:
 
 
 def _check_minutes(minutes: float | None) -> None:
-    if minutes is not None and not minutes > 0:
-        raise CondenseError(f"--minutes {minutes:g}: must be more than 0")
+    if minutes is not None and not 0 < minutes <= MAX_MINUTES:
+        raise CondenseError(f"--minutes {minutes:g}: must be more than 0 and at most {MAX_MINUTES:,}, ten years")
 
 
 def check_fit(real: Task, ipc: int, network: str | Callable[..., nn.Module]) -> None:

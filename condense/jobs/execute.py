@@ -9,12 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from condense import networks
 from condense.data import DataOptions, Task, load_task
-from condense.device import deterministic_kernels, pick_device
+from condense.device import deterministic_kernels, out_of_memory_advice, pick_device
 from condense.engine import VIEW_LABELS_FILE, VIEW_LABELS_STATE_FILE, Diverged, Run
 from condense.errors import CondenseError
 from condense.files import write_json
@@ -117,7 +116,8 @@ def run_job(
         begin=begin,
     )
     try:
-        with deterministic_kernels(job.deterministic), run.stop_on_signal():
+        advice = "lower --ipc or batch_real, or take a smaller --network"
+        with out_of_memory_advice(run.device, advice), deterministic_kernels(job.deterministic), run.stop_on_signal():
             synthetic = entry.function(real, config, run)
         distilled = to_distilled(job, entry, real, run, synthetic)
         if run.ranks.is_main_process:
@@ -136,10 +136,6 @@ def run_job(
         where = fault.filename or directory
         raise CondenseError(
             f"{where}: {fault.strerror or fault}; fix this, then run: condense resume {directory}"
-        ) from fault
-    except (torch.OutOfMemoryError, MemoryError) as fault:
-        raise CondenseError(
-            f"out of memory on {run.device}: lower --ipc or batch_real, or take a smaller --network"
         ) from fault
     run.ranks.barrier()
     return distilled

@@ -1,7 +1,7 @@
 """Evaluation: students trained on a set and on control arms under one protocol, and the record of the results."""
 
 from condense.judge.evaluation import evaluate, fit
-from condense.judge.protocol import OWN, Protocol, get_protocol, protocols
+from condense.judge.protocol import MAX_RUNS, OWN, Protocol, get_protocol, protocols
 from condense.judge.records import arm_name, environment, read_record
 from condense.judge.scoring import (
     REUSE_COUNTS,
@@ -13,6 +13,7 @@ from condense.judge.scoring import (
 )
 
 __all__ = [
+    "MAX_RUNS",
     "OWN",
     "REUSE_COUNTS",
     "Protocol",

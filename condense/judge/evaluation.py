@@ -9,14 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from condense import networks, rng
 from condense.commands import data_argument
 from condense.config import build_config
 from condense.data import DataOptions, Task, load_task
-from condense.device import pick_device, pick_precision
+from condense.device import out_of_memory_advice, pick_device, pick_precision
 from condense.errors import CondenseError
 from condense.formatting import by
 from condense.judge.arms import NetworkFactory, check_control, learned_lr, make_arms, own_source
@@ -109,10 +108,8 @@ def evaluate(
         teacher=teacher,
         reason=reason,
     )
-    try:
+    with out_of_memory_advice(torch_device, "take smaller --networks, or another --device"):
         results = evaluator.results([(arm, network) for network in architectures for arm in arms])
-    except (torch.OutOfMemoryError, MemoryError) as fault:
-        raise CondenseError(f"out of memory on {torch_device}: take smaller --networks, or another --device") from fault
     ranks.barrier()
     line = evaluate_command(
         distilled, evaluator, architectures, list(controls), without_augmentation, teachers is not None

@@ -12,9 +12,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from condense.augment import make_augmentation
-from condense.config import build_config, packaged_yaml, read_yaml
+from condense.config import (
+    MAX_FLOAT,
+    MAX_INTEGER,
+    build_config,
+    packaged_yaml,
+    read_yaml_file,
+    require_one_of,
+    require_range,
+)
 from condense.errors import CondenseError, did_you_mean
+from condense.files import check_name
+from condense.formatting import shorten
 from condense.training import TrainConfig, check_optimizer
+
+MAX_RUNS = 10_000
+"""Maximum number of students per arm."""
 
 OWN = "own"
 """Name in a protocol's networks for the network that the set was made with."""
@@ -70,7 +83,28 @@ class Protocol:
     """Length of the cosine as a multiple of the length of the training."""
 
     def __post_init__(self) -> None:
-        check_optimizer(self.optimizer, self.schedule, self.stretch, prefix=f"{self.name}: ")
+        try:
+            self._check()
+        except CondenseError as fault:
+            raise CondenseError(f"protocol {shorten(self.name, 100)}: {fault}") from fault
+
+    def _check(self) -> None:
+        check_name(self.name, "name")
+        check_optimizer(self.optimizer, self.schedule, self.stretch)
+        require_one_of(self, labels=("hard", "soft"))
+        counts = dict.fromkeys(("version", "steps", "per_images", "batch", "full_epochs"), (1, MAX_INTEGER))
+        shares = dict.fromkeys(("momentum", "cutmix"), (0, 1))
+        factors = dict.fromkeys(("weight_decay", "drop_factor"), (0, MAX_FLOAT))
+        require_range(self, **counts, **shares, **factors, runs=(1, MAX_RUNS), held_out=(0, 0.9), stretch=(1e-3, 1e3))
+        for key, values, is_valid in (
+            ("networks", self.networks, lambda value: isinstance(value, str) and value),
+            ("lr", self.lr, lambda value: 0 < value <= MAX_FLOAT),
+        ):
+            if not values or not all(map(is_valid, values)):
+                raise CondenseError(f"{key}={values}: must be a list of at least one, each valid")
+        if not all(0 < share < 1 for share in self.drops):
+            raise CondenseError(f"drops={self.drops}: must be fractions of the steps, between 0 and 1")
+        make_augmentation(self.augment, variant=self.augment_variant)
 
     def budget(self, size: int) -> int:
         """Number of optimizer steps for a set of ``size`` images."""
@@ -106,7 +140,7 @@ def protocols() -> dict[str, Protocol]:
 @functools.cache
 def _read_protocols(folder: str) -> dict[str, Protocol]:
     files = [*packaged_yaml("benchmarks/protocols"), *(sorted(Path(folder).glob("*.yaml")) if folder else [])]
-    read = [build_config(Protocol, read_yaml(file.read_text(), file.name), file.name) for file in files]
+    read = [build_config(Protocol, read_yaml_file(file, file.name), file.name) for file in files]
     return {protocol.name: protocol for protocol in read}
 
 

@@ -7,7 +7,9 @@ never depends on the synthetic set, so runs of all methods and set sizes share t
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import logging
 import statistics
 import sys
 import time
@@ -19,12 +21,15 @@ from typing import Any, Generic, Protocol, TypeVar
 from torch import Tensor, nn
 
 from condense import networks, rng
-from condense.data import Task
+from condense.data import Task, cache_dir
 from condense.engine import Interrupted, Run
 from condense.errors import CondenseError
+from condense.files import exclusive_lock
 from condense.pretraining.budget import TrainingPlan, measure_step_seconds, plan_training
 from condense.tracking import Progress
 from condense.training import GradientRule, Student, TaskSource, TrainConfig, epoch_steps, prefers_stacked, train
+
+_log = logging.getLogger(__name__)
 
 Architecture = str | Callable[..., nn.Module]
 
@@ -73,6 +78,9 @@ class RecordedTraining(Generic[S, R]):
 class Store(Protocol[R_contra]):
     """Where finished networks are stored: a folder or file of the cache, a file that the user named, or memory."""
 
+    path: Path | None
+    """File or folder that processes write one after the other; None if no other process uses it."""
+
     @property
     def keys(self) -> Sequence[tuple[Any, int]]:
         """Networks that the store holds at the end."""
@@ -100,6 +108,8 @@ class MemoryStore(Generic[R]):
         records: what was recorded of each network.
         untrained: further networks that a dry run did not train.
     """
+
+    path = None
 
     def __init__(self, keys: Sequence[NetworkKey], untrained: Sequence[NetworkKey] = ()) -> None:
         self.keys, self.untrained = keys, untrained
@@ -192,6 +202,31 @@ def train_missing(
         Interrupted: SIGINT or SIGTERM.
         CondenseError: a network diverged, or the store holds something else or cannot be written.
     """
+    with contextlib.ExitStack() as stack:
+        if store.path is not None and run.ranks.is_main_process:
+            stack.enter_context(
+                exclusive_lock(store.path, cache_dir() / "locks", _make_waiter(run, store, stop_message))
+            )
+        run.ranks.barrier()
+        return _train_locked(run, training, store, plan, stop_message)
+
+
+def _make_waiter(run: Run, store: Store[Any], stop_message: str) -> Callable[[], None]:
+    """Returns the function that is called while another process writes the same networks."""
+    notices = [f"condense: waiting for another process that writes {store.path}"]
+
+    def wait() -> None:
+        if notices:
+            _log.warning(notices.pop())
+        if run.stop_requested:
+            raise Interrupted(stop_message)
+
+    return wait
+
+
+def _train_locked(
+    run: Run, training: RecordedTraining[S, R], store: Store[R], plan: TrainingPlan, stop_message: str
+) -> tuple[dict[NetworkKey, float], list[NetworkKey]]:
     ranks, stored = run.ranks, store.find()
     missing = [key for key in store.keys if key not in stored]
     ranks.barrier()  # all ranks look before any of them writes

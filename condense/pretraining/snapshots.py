@@ -149,7 +149,7 @@ class SnapshotFolder:
     """The folder of the cache with a file for each network."""
 
     def __init__(self, folder: Path, keys: Sequence[NetworkKey]) -> None:
-        self.folder, self.keys = folder, keys
+        self.path, self.keys = folder, keys
         self.records: dict[NetworkKey, dict[str, Any]] = {}
 
     def find(self) -> dict[NetworkKey, float]:
@@ -181,7 +181,7 @@ class SnapshotFolder:
         return self.records
 
     def _path(self, key: NetworkKey) -> Path:
-        return self.folder / f"{key[1]}.pt"
+        return self.path / f"{key[1]}.pt"
 
 
 def _to_half(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
