@@ -95,7 +95,7 @@ def data_fields(task: Task, steps_per_epoch: int) -> dict[str, Any]:
 
 def open_matching_file(
     path: Path,
-    read: Callable[[Path], F],
+    read: Callable[..., F],
     manifest: Mapping[str, Any],
     what: str,
     replace_other: bool,
@@ -105,11 +105,11 @@ def open_matching_file(
 
     Args:
         path: of the file.
-        read: opens it.
+        read: opens it; with ``repair=True`` also if it is damaged.
         manifest: that the file must have, without its networks.
         what: the file holds.
         replace_other: return None for a file of another training.
-        replace_damaged: return None for a damaged file.
+        replace_damaged: return a damaged file for its intact networks, or None if it cannot be opened.
 
     Raises:
         CondenseError: the file is damaged or belongs to another training, and is not to be replaced.
@@ -117,7 +117,7 @@ def open_matching_file(
     if not path.exists():
         return None
     try:
-        file = read(path)
+        file = read(path, repair=replace_damaged)
     except CondenseError as fault:
         if replace_damaged:
             return None
