@@ -195,7 +195,7 @@ def _check_digest(path: Path, form: Format) -> UserBlock | None:
     Raises:
         CondenseError: another format, or the file is truncated or damaged.
     """
-    damaged = CondenseError(f"{path}: truncated or damaged (its checksum differs); {RESTORE_HINT}")
+    damaged = CondenseError(f"{path}: truncated or damaged; {RESTORE_HINT}")
     try:
         with path.open("rb") as file:
             head = file.read(USER_BLOCK_SIZE + len(_SIGNATURE))

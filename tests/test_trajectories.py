@@ -20,7 +20,7 @@ from conftest import tiny_arrays
 from pretraining_seams import StoppedRun, forbid_training, train_in_groups
 
 import condense
-from condense import api, networks, registry, rng
+from condense import api, hdf5, networks, registry, rng
 from condense import device as device_module
 from condense.augment import make_augmentation
 from condense.data import cache_dir
@@ -28,6 +28,7 @@ from condense.engine import Interrupted, Run
 from condense.errors import CondenseError
 from condense.networks import Layout, layout_of
 from condense.pretraining import (
+    TRAJECTORY_FORMAT,
     ExpertTraining,
     choose_placement,
     expert_cache_file,
@@ -346,6 +347,8 @@ def test_a_damaged_or_foreign_file_is_refused_in_one_line(fault, tiny, good, mon
                 values = file["parameters"][()]
                 del file["parameters"]
                 file.create_dataset("parameters", data=values, chunks=True)
+    if fault in ("digest", "manifest", "newer", "chunked"):
+        hdf5.write_user_block(good, TRAJECTORY_FORMAT)
     forbid_training(monkeypatch)
     line = refusal(lambda: provided(tiny, file=str(good), count=2, last=3))
     assert line.startswith(f"{good}: ") and words[fault] in line
