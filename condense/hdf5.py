@@ -42,8 +42,8 @@ ATTRIBUTE_LIMIT = 1024
 
 USER_BLOCK_SIZE = 512
 
-PARSE_SECONDS = 20
-"""Time limit for parsing the structure of a file without a user block."""
+PARSE_SECONDS = 60
+"""Time limit for a process that parses the structure of a file without a user block."""
 
 NAME_SCHEMA = {"type": "string", "minLength": 1, "maxLength": 1000, "pattern": r"^[^\x00-\x1f\x7f-\x9f]*$"}
 """JSON schema of a name in a manifest: a text without control characters."""
@@ -76,14 +76,16 @@ _USER_BLOCK = re.compile(
 )
 
 _PARSE = """
-import json, sys
+import json, os, sys, time
 sys.path[:] = json.loads(sys.argv[2])
+import h5py
 try:
     import resource
-    resource.setrlimit(resource.RLIMIT_CPU, (int(sys.argv[3]),) * 2)  # also if the parent process is killed
-except ImportError:
+    # Of the processor's time, because the machine may be busy. The kernel ends the process, also without its parent.
+    seconds = int(time.process_time() + 3 + os.path.getsize(sys.argv[1]) / 1e8)
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+except (ImportError, ValueError):
     pass
-import h5py
 with h5py.File(sys.argv[1], "r") as file:
     for name in ("format", "version", "manifest_sha256", "manifest"):
         file.attrs.get(name)
@@ -227,7 +229,7 @@ def _check_structure(path: Path) -> None:
     Raises:
         CondenseError: it does not end within :data:`PARSE_SECONDS`, or the library crashes.
     """
-    command = [sys.executable, "-I", "-c", _PARSE, str(path.absolute()), json.dumps(sys.path), str(PARSE_SECONDS)]
+    command = [sys.executable, "-I", "-c", _PARSE, str(path.absolute()), json.dumps(sys.path)]
     quiet: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
     try:
         crashed = subprocess.run(command, timeout=PARSE_SECONDS, **quiet).returncode < 0

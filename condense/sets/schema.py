@@ -11,7 +11,7 @@ _LARGEST = 1e15
 
 
 def _or_null(schema: dict[str, Any]) -> dict[str, Any]:
-    return {"anyOf": [schema, {"type": "null"}]}
+    return {**schema, "type": [schema["type"], "null"]}
 
 
 _TEXT = {"type": "string"}
