@@ -367,8 +367,8 @@ def _serve(connection: Any) -> None:
     """Child process: opens the files that it is asked for and answers with an outcome and a digest or a message."""
     torch.set_num_threads(1)
     sys.stderr = sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
-    while True:
-        kind, path = connection.recv()
+    while (request := connection.recv()) is not None:
+        kind, path = request
         try:
             answer = ("accepted", KINDS[kind].read(Path(path)))
         except CondenseError as fault:
@@ -410,6 +410,9 @@ class Reader:
 
     def close(self) -> None:
         """Ends the process."""
+        with contextlib.suppress(OSError):
+            self.connection.send(None)
+        self.process.join(1)
         self.process.kill()
         self.process.join()
         self.connection.close()

@@ -13,7 +13,7 @@ from typing import Any
 
 from condense import api, networks
 from condense.benchmarks import leaderboard
-from condense.config import as_mapping, build_config, packaged_yaml, read_yaml, suite_cells
+from condense.config import as_mapping, build_config, packaged_yaml, read_yaml, read_yaml_file, suite_cells
 from condense.data import DATASETS, Task
 from condense.device import pick_device
 from condense.errors import CondenseError, did_you_mean
@@ -82,7 +82,8 @@ class SuiteResult:
 @functools.cache
 def suites() -> dict[str, Suite]:
     """Every packaged suite by name."""
-    found = [_suite(entry.read_text(), entry.name) for entry in packaged_yaml("benchmarks/suites")]
+    entries = packaged_yaml("benchmarks/suites")
+    found = [_suite(read_yaml(entry.read_text(), entry.name), entry.name) for entry in entries]
     return {suite.name: suite for suite in found}
 
 
@@ -93,9 +94,7 @@ def get_suite(name: str) -> Suite:
         CondenseError: no such name or file, or its content is wrong.
     """
     if name.endswith((".yaml", ".yml")):
-        if not Path(name).is_file():
-            raise CondenseError(f"{name}: no such file")
-        return _suite(Path(name).read_text(), name)
+        return _suite(read_yaml_file(Path(name), name), name)
     if name not in suites():
         raise CondenseError(f"unknown suite '{name}'{did_you_mean(name, suites()) or '; or give a .yaml file'}")
     return suites()[name]
@@ -110,18 +109,18 @@ class _Data:
     controls: list[str]
 
 
-def _suite(text: str, where: str) -> Suite:
-    suite = build_config(Suite, read_yaml(text, where), where)
+def _suite(settings: dict[str, Any], where: str) -> Suite:
+    suite = build_config(Suite, settings, where)
     checks: list[Callable[[], Any]] = [lambda: get_protocol(suite.protocol)]
     checks += [functools.partial(networks.check_network, name) for name in suite.networks if name != OWN]
     known: dict[str, str] = {}
-    for data, content in suite.tasks.items():
+    for data, content in as_mapping(suite.tasks, f"{where}: tasks").items():
         task = build_config(_Data, as_mapping(content, f"{where}: {data}"), f"{where}: {data}")
         checks.append(functools.partial(networks.check_network, task.network))
         checks += [functools.partial(arms_module.check_control, name) for name in task.controls]
         suite.tasks[data] = task
         known |= {f"{data}-ipc{ipc}": task.network for ipc in task.ipc}
-    if not suite.methods:
+    if not as_mapping(suite.methods, f"{where}: methods"):
         suite.methods.update(suite_cells(suite.name))
     if not suite.methods:
         raise CondenseError(f"{where}: lacks methods, and no method's own file has cells for a suite '{suite.name}'")

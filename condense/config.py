@@ -17,6 +17,9 @@ from condense.errors import CondenseError, did_you_mean
 
 C = TypeVar("C")
 
+YAML_LIMIT = 2**20
+"""Maximum size in bytes of a user's file of settings."""
+
 
 def parse_overrides(overrides: Iterable[str]) -> dict[str, str]:
     """``["steps=100", "init=noise"]`` as a dict of strings.
@@ -179,6 +182,24 @@ def packaged_yaml(folder: str) -> list[Any]:
     return sorted((entry for entry in root.iterdir() if entry.name.endswith(".yaml")), key=lambda entry: entry.name)
 
 
+def read_yaml_file(path: Path, where: str) -> dict[str, Any]:
+    """A YAML mapping in a file that a user names.
+
+    Raises:
+        CondenseError: there is no such file, or it is large, not UTF-8, not YAML or no mapping.
+    """
+    try:
+        if not path.is_file():
+            raise CondenseError(f"{where}: no such file")
+        if path.stat().st_size > YAML_LIMIT:
+            raise CondenseError(f"{where}: larger than {YAML_LIMIT} bytes; no file of settings is")
+        return read_yaml(path.read_text(encoding="utf-8"), where)
+    except UnicodeDecodeError as fault:
+        raise CondenseError(f"{where}: byte {fault.start} is not UTF-8; save it as UTF-8 text") from fault
+    except OSError as fault:
+        raise CondenseError(f"{where}: cannot be read ({fault.strerror or fault})") from fault
+
+
 def read_yaml(text: str, where: str) -> dict[str, Any]:
     """A YAML mapping as plain Python.
 
@@ -286,10 +307,7 @@ def load_recipe(name: str) -> dict[str, Any]:
     """
     method, _, cell = name.partition("/")
     if name.endswith((".yaml", ".yml")):
-        path = Path(name)
-        if not path.is_file():
-            raise CondenseError(f"--recipe {name}: no such file")
-        keys = read_yaml(path.read_text(), name)
+        keys = read_yaml_file(Path(name), f"--recipe {name}")
     elif method in method_paths() and cell in method_file(method).cells:
         file = method_file(method)
         keys = {"method": method, **file.defaults, **file.cells[cell]}

@@ -108,7 +108,7 @@ def check_class_names(classes: tuple[str, ...], where: str) -> tuple[str, ...]:
         try:
             name.encode()
         except UnicodeEncodeError:
-            raise CondenseError(f"{where}: the class name {ascii(name)} is not UTF-8; rename it") from None
+            raise CondenseError(f"{where}: the class name {name!a} is not UTF-8; rename it") from None
     if "" in classes or len(set(classes)) < len(classes):
         twice = next((name for name in classes if classes.count(name) > 1), "")
         raise CondenseError(f"{where}: " + (f"two classes are called '{twice}'" if twice else "a class has no name"))
