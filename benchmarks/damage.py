@@ -137,6 +137,22 @@ def make_set(folder: Path, label_kind: str) -> Path:
     return made.save(folder / "set.h5")
 
 
+def make_earlier_set(folder: Path) -> Path:
+    """A set as earlier versions wrote it: without a digest of the file, and with attributes of variable length."""
+    import h5py
+
+    path = make_set(folder, "soft")
+    earlier = path.with_name("earlier.h5")
+    with h5py.File(path) as source, h5py.File(earlier, "w", libver=("v110", "v110")) as file:
+        for name, value in source.attrs.items():
+            is_text = name in ("format", "manifest_sha256")
+            file.attrs[name] = value.decode() if is_text else value
+        for name in source:
+            source.copy(name, file)
+    path.unlink()
+    return earlier
+
+
 def read_set(path: Path) -> str:
     """Digest of a set."""
     distilled = DistilledSet.load(path)
@@ -320,6 +336,7 @@ LABEL_KINDS = (
 
 KINDS: dict[str, Kind] = {
     **{f"set-{label_kind}": _set_kind(label_kind) for label_kind in LABEL_KINDS},
+    "set-earlier": Kind(make_earlier_set, read_set),
     "experts": Kind(make_experts, read_experts),
     "teachers": Kind(make_teachers, read_teachers),
     "checkpoint": Kind(make_checkpoint, read_checkpoint),

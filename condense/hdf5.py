@@ -1,10 +1,10 @@
 """HDF5 files with a manifest: the part that all formats of the toolkit share.
 
 A file begins with an HDF5 user block of 512 bytes of text, which ``head -c 512`` shows: format, size, and the SHA-256
-of all further bytes. The digest is compared before the HDF5 library parses anything, because the library may loop for
-ever on damaged bytes. An array that is too large to be read at every opening may be left out of it; its values then
-have checksums of their own. Files of earlier versions have no user block. Their structure is first parsed in a child
-process with a time limit.
+of all further bytes (``tail -c +513 FILE | sha256sum``). The digest is compared before the HDF5 library parses
+anything, because the library may loop for ever on damaged bytes. An array that is too large to be read at every opening
+may be left out of it; its values then have checksums of their own. Files of earlier versions have no user block. Their
+structure is first parsed in a child process with a time limit.
 
 Files are untrusted: nothing in them is executed, links to other files are rejected, and the manifest is checked against
 a JSON schema before it is used.
@@ -126,8 +126,8 @@ class UserBlock:
         return ("\n".join(lines) + "\n").ljust(USER_BLOCK_SIZE - 1).encode() + b"\n"
 
     def sha256(self, path: Path) -> str:
-        """Computes the digest of this text, without the digest, and of the bytes after it."""
-        digest = hashlib.sha256(self.text(""))
+        """Computes the digest of the bytes after the block."""
+        digest = hashlib.sha256()
         start, end = self.separate or (self.size, self.size)
         buffer = memoryview(bytearray(1 << 20))
         with path.open("rb") as file:
