@@ -28,10 +28,9 @@ def measured(kinds, count):
     return outcomes
 
 
-def test_damaged_files_of_some_kinds(monkeypatch):
-    kinds = ["set-pool", "experts", "teachers", "checkpoint", "cached-images", "cached-facts", "view-labels", "suite"]
-    outcomes = measured(kinds, 6)
-    assert all(outcomes[kind]["refused"] == 6 for kind in ("set-pool", "experts", "teachers"))
+def test_damaged_files_of_some_kinds():
+    outcomes = measured(["set-pool", "teachers", "checkpoint", "cached-images", "cached-facts", "view-labels"], 5)
+    assert all(outcomes[kind]["refused"] == 5 for kind in ("set-pool", "teachers"))
 
 
 @pytest.mark.slow
@@ -83,7 +82,7 @@ def test_values_that_overflow_when_they_are_decoded_are_refused():
     arrays = damage.make_labels("lowrank").arrays()
     with pytest.raises(CondenseError, match="labels/scale gives logits that are not finite"):
         LABEL_KINDS.get("lowrank").from_arrays({**arrays, "scale": np.full_like(arrays["scale"], 3e38)}, damage.CLASSES)
-    with pytest.raises(CondenseError, match="temperature=0.1: the static logits divided by it are not finite"):
+    with pytest.raises(CondenseError, match=r"temperature=0\.1: the static logits divided by it are not finite"):
         StaticLabels(torch.full((2, 3), 1e38), 0, temperature=0.1)
 
 
@@ -218,7 +217,7 @@ def test_a_class_folder_in_another_encoding_is_refused(tmp_path, monkeypatch, ca
         (b"a: 1\n" * 300_000, "larger than"),
         (
             b"name: x\nprotocol: quick-v1\nruns: 1\nseeds: [0]\nnetworks: [own]\ntasks: digits\n",
-            "must be a mapping|tasks",
+            "tasks",
         ),
     ],
 )
