@@ -86,6 +86,14 @@ def test_values_that_overflow_when_they_are_decoded_are_refused():
         StaticLabels(torch.full((2, 3), 1e38), 0, temperature=0.1)
 
 
+@pytest.mark.parametrize(("name", "value"), [("norms.0.running_var", -1.0), ("classify.weight", 3e38)])
+def test_teachers_whose_logits_are_not_finite_are_refused(name, value):
+    arrays = damage.make_labels("teacher").arrays()
+    spoiled = {**arrays, f"member0.{name}": np.full_like(arrays[f"member0.{name}"], value)}
+    with pytest.raises(CondenseError, match="the teachers' logits are not finite"):
+        LABEL_KINDS.get("teacher").from_arrays(spoiled, damage.CLASSES)
+
+
 def test_a_pool_claims_no_more_records_than_memory_holds():
     arrays = damage.make_labels("pool").arrays()
     with pytest.raises(CondenseError, match="out of range for 10000000 labelled epochs"):

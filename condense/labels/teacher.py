@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from condense import networks
+from condense import networks, rng
 from condense.augment import CropViews, ViewRule
 from condense.errors import CondenseError
 from condense.labels.arrays import (
@@ -213,6 +213,9 @@ class TeacherLabels(Labels):
             micro=micro,
         )
         labels.teacher.weights.copy_(weights)  # exactly as stored: normalising them again would round
+        probe = torch.randn(2, *shape, generator=rng.generator("probe"))
+        if not bool(compute_logits(labels.teacher, probe).isfinite().all()):
+            raise CondenseError("labels/member*: the teachers' logits are not finite; copy or make the set again")
         return labels
 
 
