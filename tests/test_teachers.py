@@ -485,6 +485,17 @@ def test_sound_teachers_of_a_damaged_file_are_kept_where_it_is_replaced(tiny, go
     assert again.trained == [(NETWORK, 1)] and [entry["sha256"] for entry in again.file.entries] == digests
 
 
+def test_a_file_that_is_damaged_where_no_teacher_lies_is_written_again(tiny, good):
+    file = read_teacher_file(good)
+    digests = [entry["sha256"] for entry in file.entries]
+    content = bytearray(good.read_bytes())
+    content[70] ^= 1  # of the digest
+    good.write_bytes(content)
+    assert "truncated or damaged" in refusal(lambda: read_teacher_file(good))
+    again = made(tiny, good, count=2, force=True)
+    assert again.trained == [] and [entry["sha256"] for entry in again.file.entries] == digests
+
+
 def test_a_file_that_does_not_suit_a_run_is_refused_before_any_work(tiny, tiny_colour, good, monkeypatch):
     forbid_training(monkeypatch)
     arrays, begun = tiny_arrays(), []

@@ -364,6 +364,16 @@ def test_damage_where_nothing_is_read_does_not_matter(tiny, good):
         provided(tiny, file=str(good), first=1, last=2).params_at(1, 0)
 
 
+def test_a_file_that_is_damaged_where_no_expert_lies_is_written_again(tiny, good):
+    whole = read_trajectory_file(good).values.copy()
+    content = bytearray(good.read_bytes())
+    content[70] ^= 1  # of the digest
+    good.write_bytes(content)
+    assert "truncated or damaged" in refusal(lambda: read_trajectory_file(good))
+    again = made(tiny, good, count=2, force=True)
+    assert again.trained == [] and np.array_equal(again.file.values, whole)
+
+
 def test_sound_experts_of_a_damaged_file_are_kept_where_it_is_replaced(tiny, good):
     whole = read_trajectory_file(good).values.copy()
     damage(good, 1, 2)

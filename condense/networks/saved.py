@@ -115,6 +115,8 @@ class TeacherFile:
     manifest: dict[str, Any]
     places: list[dict[str, StoredArray]]
     """Arrays of each member by name."""
+    is_damaged: bool = False
+    """Whether it was opened for repair: only members that are intact may be used, and the file must be written again."""
 
     @property
     def entries(self) -> list[dict[str, Any]]:
@@ -204,7 +206,7 @@ def read_teacher_file(path: Path, *, repair: bool = False) -> TeacherFile:
         places = [_places(path, file, k) for k in range(len(manifest["members"]))]
     if combined_sha256(entry["sha256"] for entry in manifest["members"]) != manifest["content"]:
         raise CondenseError(f"{path}: the manifest is damaged (its members do not match its digest); {RESTORE_HINT}")
-    return TeacherFile(path, manifest, places)
+    return TeacherFile(path, manifest, places, repair)
 
 
 def _places(path: Path, file: Any, k: int) -> dict[str, StoredArray]:

@@ -117,11 +117,14 @@ def open_matching_file(
     if not path.exists():
         return None
     try:
-        file = read(path, repair=replace_damaged)
+        file = read(path)
     except CondenseError as fault:
-        if replace_damaged:
+        if not replace_damaged:
+            raise CondenseError(f"{fault}, or replace it with --force") from fault
+        try:
+            file = read(path, repair=True)
+        except CondenseError:
             return None
-        raise CondenseError(f"{fault}, or replace it with --force") from fault
     differences = {}
     for key, value in json.loads(json.dumps(manifest)).items():
         stored = file.manifest.get(key)

@@ -314,7 +314,7 @@ class TeacherStore:
         if lost:
             name, number = lost[0]
             raise CondenseError(f"{self.path}: teacher {number} of {name} is not found there; ranks need one disk")
-        kept = [key for key, (file, _) in members.items() if file.path == self.path]
+        kept = [key for key, (file, _) in members.items() if file.path == self.path and not file.is_damaged]
         if len(kept) < len(members):
             places = [members[key] for key in dict.fromkeys([*kept, *self.keys, *members])]
             write_teacher_file(self.path, self.manifest, ((file.entries[k], file.load_state(k)) for file, k in places))

@@ -143,6 +143,8 @@ class TrajectoryFile:
     """(experts, epochs + 1, P), mapped into memory."""
     digests: np.ndarray
     """(experts, epochs + 1, 32) uint8."""
+    is_damaged: bool = False
+    """Whether it was opened for repair: only experts that are intact may be used, and the file must be written again."""
 
     @property
     def count(self) -> int:
@@ -207,7 +209,7 @@ def read_trajectory_file(path: Path, *, repair: bool = False) -> TrajectoryFile:
         digests = file["digests"][()]
     if hashlib.sha256(digests.tobytes()).hexdigest() != manifest["content"]:
         raise CondenseError(f"{path}: the array 'digests' is damaged (its checksum differs); {RESTORE_HINT}")
-    return TrajectoryFile(path, manifest, np.memmap(path, dtype, "r", offset, shape), digests)
+    return TrajectoryFile(path, manifest, np.memmap(path, dtype, "r", offset, shape), digests, repair)
 
 
 def _offset(path: Path, file: Any, name: str, shape: tuple[int, ...], dtype: np.dtype) -> int:
@@ -386,7 +388,7 @@ class TrajectoryStore:
             if number not in self._places:
                 self._places[number] = read_trajectory_file(self._part(number)), 0
         places = [self._places[number] for _, number in self.keys]
-        if all(file.path == self.path for file, _ in places):
+        if all(file.path == self.path and not file.is_damaged for file, _ in places):
             return
         manifest = {**self.manifest, "experts": [file.manifest["experts"][k] for file, k in places]}
         shape = (len(places), *self.shape)
