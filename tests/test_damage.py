@@ -128,6 +128,13 @@ def test_a_network_is_compared_with_its_weights_before_it_takes_memory(name):
     assert name.startswith("torchvision") or all(value.is_meta for value in network.state_dict().values())
 
 
+def test_a_network_must_fit_into_memory():
+    with pytest.raises(CondenseError, match=r"network mlp: its weights for 1x65536x65536 images take .* of memory are"):
+        networks.check_network_memory("mlp", (1, 65536, 65536), 3)
+    networks.check_network_memory("mlp", (1, 8, 8), 3)
+    networks.check_network_memory("torchvision:resnet18", (3, 32, 32), 3)
+
+
 def test_a_network_gets_the_state_that_fits():
     state = networks.build_network("resnet18-bn", (1, 16, 16), 3).state_dict()
     network, misfit = build_from_state("resnet18-bn", (1, 16, 16), 3, state)

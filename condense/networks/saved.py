@@ -20,6 +20,7 @@ from condense.files import atomic_write, tensors_sha256
 from condense.formatting import by
 from condense.hdf5 import RESTORE_HINT
 from condense.networks import architectures
+from condense.networks.outline import build_outline
 
 _AMOUNT = {"type": "number", "minimum": 0, "maximum": 1e15}
 
@@ -116,7 +117,7 @@ class TeacherFile:
     places: list[dict[str, StoredArray]]
     """Arrays of each member by name."""
     is_damaged: bool = False
-    """Whether it was opened for repair: only members that are intact may be used, and the file must be written again."""
+    """Whether it was opened for repair: only members that are intact may be used, and the file must be rewritten."""
 
     @property
     def entries(self) -> list[dict[str, Any]]:
@@ -269,11 +270,9 @@ def build_from_state(
     Raises:
         CondenseError: An unknown network, or it does not take such images.
     """
-    with contextlib.suppress(RuntimeError, NotImplementedError), rng.seeded("layout"), torch.device("meta"):
-        outline = architectures.build_network(network, shape, classes)
-        if misfit := state_misfit(outline, state):
-            return outline, misfit
-    # Networks of libraries that compute with values while they are built cannot be built without memory.
+    outline = build_outline(network, shape, classes)
+    if outline is not None and (misfit := state_misfit(outline, state)):
+        return outline, misfit
     with rng.seeded("layout"):
         net = architectures.build_network(network, shape, classes)
     return net, apply_state(net, state)

@@ -144,7 +144,7 @@ class TrajectoryFile:
     digests: np.ndarray
     """(experts, epochs + 1, 32) uint8."""
     is_damaged: bool = False
-    """Whether it was opened for repair: only experts that are intact may be used, and the file must be written again."""
+    """Whether it was opened for repair: only experts that are intact may be used, and the file must be rewritten."""
 
     @property
     def count(self) -> int:

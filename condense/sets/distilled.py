@@ -246,6 +246,8 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
             stage = loaded.compensated
             if provider.per_view and loaded.stages and not stage:
                 raise CondenseError(f"{provider.kind} labels belong to stored images, which its decode stages cut up")
+            if stage and stage.classes != len(loaded.classes):
+                raise CondenseError(f"{len(loaded.classes)} classes, but its decode stage has {stage.classes}")
             if stage and len(loaded.stored) != stage.stored:
                 raise CondenseError(f"{len(loaded.stored)} images, but its decode stage needs {stage.stored}")
             count = stage.decoded * len(loaded.classes) if stage else len(loaded.stored)
