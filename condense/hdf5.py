@@ -82,7 +82,7 @@ import h5py
 try:
     import resource
     # Of the processor's time, because the machine may be busy. The kernel ends the process, also without its parent.
-    seconds = int(time.process_time() + 3 + os.path.getsize(sys.argv[1]) / 1e8)
+    seconds = int(time.process_time() + 3 + os.path.getsize(sys.argv[1]) / 2e6)
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
 except (ImportError, ValueError):
     pass
@@ -320,7 +320,11 @@ def _is_text(checker: Any, value: Any) -> bool:
 
 
 def read_format(path: Path) -> str:
-    """Returns the format name in an HDF5 file; an empty string if there is none or the file is not HDF5."""
+    """Returns the format name in an HDF5 file; an empty string if there is none or the file is not HDF5.
+
+    Raises:
+        CondenseError: the HDF5 library cannot parse the file.
+    """
     import h5py
 
     try:
@@ -329,7 +333,10 @@ def read_format(path: Path) -> str:
         if not is_without_block:
             described = _read_user_block(path)
             return described[0].format if described else ""
-        _check_structure(path)
+    except OSError:
+        return ""
+    _check_structure(path)
+    try:
         with h5py.File(path, "r") as file:
             return str(_read_attribute(path, file, "format", ATTRIBUTE_LIMIT, True), "utf-8")
     except (CondenseError, OSError, RuntimeError, KeyError, ValueError, TypeError):
@@ -364,9 +371,11 @@ def write_user_block(path: Path, form: Format) -> None:
 
 def _separate_bytes(file: Any, form: Format) -> tuple[int, int] | None:
     """First byte and end of the array that the digest leaves out."""
-    array = file.get(form.separate) if form.separate else None
-    offset = None if array is None or array.chunks is not None else array.id.get_offset()
-    return None if offset is None else (offset, offset + array.id.get_storage_size())
+    if not form.separate or form.separate not in file or file[form.separate].chunks is not None:
+        return None
+    array = file[form.separate].id
+    offset = array.get_offset()
+    return None if offset is None else (offset, offset + array.get_storage_size())
 
 
 def write_manifest(file: Any, form: Format, manifest: Mapping[str, Any]) -> None:

@@ -142,6 +142,8 @@ def test_a_file_of_an_earlier_version_on_which_the_library_loops_is_refused(tmp_
     content[heap + 16 : heap + 528] = bytes(512)
     path.write_bytes(content)
     assert "the HDF5 library cannot parse it" in refusal(path)
+    with pytest.raises(CondenseError, match="the HDF5 library cannot parse it"):
+        hdf5.read_format(path)
 
 
 def test_attributes_are_checked_before_they_are_read(tmp_path):

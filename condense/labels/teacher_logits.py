@@ -303,7 +303,7 @@ def resumable_logits(
             into = np.lib.format.open_memmap(path, "r+")
             if (into.shape, into.dtype) == (shape, np.float16):
                 end = int(progress["epochs"])
-                checksums = [zlib.crc32(record) for record in into]
+                checksums = [zlib.crc32(record.data) for record in into]
                 stored = progress.get("crc32", checksums)  # earlier versions stored none
                 differ = [k for k in range(end if in_order else shape[0]) if checksums[k] != stored[k]]
                 start = end if not differ else differ[0] if in_order else 0
@@ -313,9 +313,12 @@ def resumable_logits(
         path.parent.mkdir(parents=True, exist_ok=True)
         into = np.lib.format.open_memmap(path, "w+", np.float16, shape)
 
+    assert into is not None
+    values: np.ndarray = into
+
     def report(done: int) -> None:
         for record in [done - 1] if in_order else range(shape[0]):
-            checksums[record] = zlib.crc32(np.ascontiguousarray(into[record]))
+            checksums[record] = zlib.crc32(values[record].data)
         with atomic_write(state) as temporary:
             temporary.write_text(json.dumps({"key": key, "epochs": done, "crc32": checksums}))
         if stop is not None:
