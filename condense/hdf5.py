@@ -229,12 +229,14 @@ def _check_structure(path: Path) -> None:
     Raises:
         CondenseError: it does not end within :data:`PARSE_SECONDS`, or the library crashes.
     """
-    command = [sys.executable, "-I", "-c", _PARSE, str(path.absolute()), json.dumps(sys.path)]
+    command = [sys.executable, "-I", "-c", _PARSE, str(path.absolute()), json.dumps([*map(str, sys.path)])]
     quiet: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
     try:
         crashed = subprocess.run(command, timeout=PARSE_SECONDS, **quiet).returncode < 0
     except subprocess.TimeoutExpired:
         crashed = True
+    except OSError:  # no process can be started here
+        return
     if crashed:
         raise CondenseError(f"{path}: damaged (the HDF5 library cannot parse it); {RESTORE_HINT}")
 
@@ -327,6 +329,8 @@ def read_format(path: Path) -> str:
     """
     import h5py
 
+    if not path.is_file():
+        return ""
     try:
         with path.open("rb") as raw:
             is_without_block = raw.read(len(_SIGNATURE)) == _SIGNATURE
