@@ -120,7 +120,7 @@ def _read_suite(path: Path, where: str) -> Suite:
     ]
     checks += [functools.partial(networks.check_network, name) for name in suite.networks if name != OWN]
     cell_networks: dict[str, str] = {}
-    for data, content in suite.tasks.items():
+    for data, content in as_mapping(suite.tasks, f"{where}: tasks").items():
         task = build_config(_Data, as_mapping(content, f"{where}: {data}"), f"{where}: {data}")
         checks.append(functools.partial(check_name, data, f"{where}: tasks"))
         checks.append(functools.partial(networks.check_network, task.network))
@@ -128,7 +128,7 @@ def _read_suite(path: Path, where: str) -> Suite:
         checks += [functools.partial(arms_module.check_control, name) for name in task.controls]
         suite.tasks[data] = task
         cell_networks |= {f"{data}-ipc{ipc}": task.network for ipc in task.ipc}
-    if not suite.methods:
+    if not as_mapping(suite.methods, f"{where}: methods"):
         suite.methods.update(suite_cells(suite.name))
     if not suite.methods:
         raise CondenseError(f"{where}: lacks methods, and no method's own file has cells for a suite '{suite.name}'")

@@ -299,7 +299,7 @@ MISTAKES = {
 READERS = ("verify {set}", "evaluate {set} --data digits", "preview {set} --out a.png", "show {set}")
 SETS = {
     "truncated": ("{m}/truncated.h5: truncated or damaged", "make it again"),
-    "flipped": ("{m}/flipped.h5: the array 'images' is damaged", "make it again"),
+    "flipped": ("{m}/flipped.h5: truncated or damaged", "make it again"),
     "foreign": ("{m}/foreign.h5: an HDF5 file of another format", "condense distill"),
     "text": ("{m}/text.h5: not an HDF5 file", "condense distill"),
     "missing": ("{m}/missing.h5: no such file", "condense distill"),

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import condense
-from condense import networks, rng
+from condense import hdf5, networks, rng
 from condense.augment import CropViews, ViewRule
 from condense.data import ZCA, Standardise
 from condense.errors import CondenseError
@@ -23,7 +23,7 @@ from condense.labels import (
     compute_view_logits,
     compute_view_nll,
 )
-from condense.sets import DistilledSet, relabel, replace_labels
+from condense.sets import DISTILLED_FORMAT, DistilledSet, relabel, replace_labels
 from condense.training import FixedSource, Student, TaskSource, TrainConfig, accuracy, train
 
 CPU = torch.device("cpu")
@@ -583,6 +583,7 @@ def test_the_file(tmp_path, chosen, teacher):
         _ = loaded[0]
     with h5py.File(path, "r+") as opened:
         opened["labels/draws"][0] = 5
+    hdf5.write_user_block(path, DISTILLED_FORMAT)
     with pytest.raises(CondenseError, match="'labels/draws' is damaged"):
         condense.load(path)
 

@@ -368,13 +368,13 @@ FAULTS = {
     "foreign": "an HDF5 file of another format",
     "newer": "written by a newer version",
     "chunked": "not an array stored in one piece",
-    "link": "is missing or links to another file",
+    "link": "is a soft or external link",
     "member": "the array 'members/1' is missing",
     "type": "has the type |S5, which no teacher uses",
     "shape": "1 of another shape: classify.bias (4, not 3)",
     "name": "1 missing: classify.bias, 1 unknown: extra",
     "network": "unknown network 'convnet-d9-w8-bn'",
-    "entry": "the manifest does not describe teachers",
+    "entry": "the manifest has no proper 'members.1.number'",
     "key": "its members do not match its digest",
 }
 
@@ -392,6 +392,7 @@ def test_a_damaged_or_foreign_file_is_refused_in_one_line(fault, tiny, good, mon
     else:
         with h5py.File(good, "r+") as file:
             spoil(file, fault)
+        hdf5.write_user_block(good, saved.TEACHER_FORMAT)
     forbid_training(monkeypatch)
     for action in (lambda: provided(tiny, file=str(good), count=2), lambda: load_teacher_ensemble(good, CPU)):
         line = refusal(action)
@@ -442,7 +443,7 @@ def resign(file, fault, name):
         entry["sha256"] = "0" * 64
     else:
         entry["number"] = "one"
-    hdf5.write_manifest(file, saved.TEACHER_FORMAT, manifest)
+    hdf5.write_manifest(file, dataclasses.replace(saved.TEACHER_FORMAT, schema={}), manifest)
 
 
 def test_claims_beyond_the_file_are_not_allocated(good, monkeypatch):
@@ -452,6 +453,7 @@ def test_claims_beyond_the_file_are_not_allocated(good, monkeypatch):
         options.set_layout(h5py.h5d.CONTIGUOUS)
         options.set_alloc_time(h5py.h5d.ALLOC_TIME_LATE)  # nothing lies there
         h5py.h5d.create(file["members/0"].id, b"huge", kind, space, options)
+    hdf5.write_user_block(good, saved.TEACHER_FORMAT)
     assert "teacher 0 claims 4000000" in refusal(lambda: read_teacher_file(good))
 
 
@@ -481,6 +483,17 @@ def test_sound_teachers_of_a_damaged_file_are_kept_where_it_is_replaced(tiny, go
         spoil(file, "bit")
     again = made(tiny, good, count=2, force=True)
     assert again.trained == [(NETWORK, 1)] and [entry["sha256"] for entry in again.file.entries] == digests
+
+
+def test_a_file_that_is_damaged_where_no_teacher_lies_is_written_again(tiny, good):
+    file = read_teacher_file(good)
+    digests = [entry["sha256"] for entry in file.entries]
+    content = bytearray(good.read_bytes())
+    content[70] ^= 1  # of the digest
+    good.write_bytes(content)
+    assert "truncated or damaged" in refusal(lambda: read_teacher_file(good))
+    again = made(tiny, good, count=2, force=True)
+    assert again.trained == [] and [entry["sha256"] for entry in again.file.entries] == digests
 
 
 def test_a_file_that_does_not_suit_a_run_is_refused_before_any_work(tiny, tiny_colour, good, monkeypatch):

@@ -20,7 +20,7 @@ from conftest import tiny_arrays
 from pretraining_seams import StoppedRun, forbid_training, train_in_groups
 
 import condense
-from condense import api, networks, registry, rng
+from condense import api, hdf5, networks, registry, rng
 from condense import device as device_module
 from condense.augment import make_augmentation
 from condense.data import cache_dir
@@ -28,6 +28,7 @@ from condense.engine import Interrupted, Run
 from condense.errors import CondenseError
 from condense.networks import Layout, layout_of
 from condense.pretraining import (
+    TRAJECTORY_FORMAT,
     ExpertTraining,
     choose_placement,
     expert_cache_file,
@@ -345,6 +346,8 @@ def test_a_damaged_or_foreign_file_is_refused_in_one_line(fault, tiny, good, mon
                 values = file["parameters"][()]
                 del file["parameters"]
                 file.create_dataset("parameters", data=values, chunks=True)
+    if fault in ("digest", "manifest", "newer", "chunked"):
+        hdf5.write_user_block(good, TRAJECTORY_FORMAT)
     forbid_training(monkeypatch)
     line = refusal(lambda: provided(tiny, file=str(good), count=2, last=3))
     assert line.startswith(f"{good}: ") and words[fault] in line
@@ -358,6 +361,16 @@ def test_damage_where_nothing_is_read_does_not_matter(tiny, good):
     assert provided(tiny, file=str(good), count=1, first=0, last=2).count == 1
     with pytest.raises(CondenseError, match="expert 1 after epoch 0 is damaged"):
         provided(tiny, file=str(good), first=1, last=2).params_at(1, 0)
+
+
+def test_a_file_that_is_damaged_where_no_expert_lies_is_written_again(tiny, good):
+    whole = read_trajectory_file(good).values.copy()
+    content = bytearray(good.read_bytes())
+    content[70] ^= 1  # of the digest
+    good.write_bytes(content)
+    assert "truncated or damaged" in refusal(lambda: read_trajectory_file(good))
+    again = made(tiny, good, count=2, force=True)
+    assert again.trained == [] and np.array_equal(again.file.values, whole)
 
 
 def test_sound_experts_of_a_damaged_file_are_kept_where_it_is_replaced(tiny, good):

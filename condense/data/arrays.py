@@ -39,7 +39,7 @@ def read_array_file(path: Path) -> dict[str, Any]:
         import h5py
 
         with h5py.File(path, "r") as file:
-            if file.attrs.get("format") == "condense.distilled":
+            if file.attrs.get("format") in ("condense.distilled", b"condense.distilled"):
                 raise CondenseError(f"'{path}' is a distilled set, not data to distil from")
             arrays: dict[str, Any] = {}
             for key in names & set(file):

@@ -17,6 +17,7 @@ import shutil
 import sys
 import time
 import uuid
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,9 @@ _log = logging.getLogger(__name__)
 
 CACHE_FORMAT = 1
 """Version of the cache: raised if the same files and options decode to other pixels or to another layout."""
+
+VERIFIED_BYTES = 4 * 2**30
+"""Caches up to this size are compared with their checksums whenever they are opened, at about 2 GB a second."""
 
 
 def read_folder(listing: FolderListing, options: DataOptions) -> LoadedData:
@@ -98,7 +102,10 @@ def _decode_all(
 def _open_cache(directory: Path, listing: FolderListing) -> LoadedData | None:
     """Opens the cached images as read-only memory maps; returns None if the cache does not exist or is damaged."""
     try:
-        meta = json.loads((directory / "meta.json").read_text())
+        meta = _without_digest((directory / "meta.json").read_text())
+        files = [directory / f"{part}.npy" for part in ("train", "test")]
+        if sum(file.stat().st_size for file in files) <= VERIFIED_BYTES and meta["crc32"] != _checksums(directory):
+            return None
         train, test = (
             Split(np.load(directory / f"{part}.npy", mmap_mode="r", allow_pickle=False), labels_of(files))
             for part, files in (("train", listing.train), ("test", listing.test))
@@ -107,8 +114,38 @@ def _open_cache(directory: Path, listing: FolderListing) -> LoadedData | None:
             return None
         mean, std = np.array(meta["mean"]), np.array(meta["std"])
         return LoadedData(listing.classes, train, test, mean, std, meta["fingerprint"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except Exception:  # a damaged header raises errors of many types
         return None
+
+
+def _checksums(directory: Path) -> dict[str, int]:
+    """CRC-32 of the files of the images."""
+    checksums = {}
+    for part in ("train", "test"):
+        checksums[part] = 0
+        with open(directory / f"{part}.npy", "rb") as file:
+            while block := file.read(1 << 22):
+                checksums[part] = zlib.crc32(block, checksums[part])
+    return checksums
+
+
+def _with_digest(facts: dict[str, Any]) -> str:
+    """The facts as JSON, with the SHA-256 of this JSON."""
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**facts, "sha256": digest})
+
+
+def _without_digest(text: str) -> dict[str, Any]:
+    """Returns the facts of :func:`_with_digest`.
+
+    Raises:
+        ValueError: the digest differs.
+    """
+    facts = json.loads(text)
+    facts.pop("sha256", None)
+    if _with_digest(facts) != text:
+        raise ValueError("the digest differs")
+    return facts
 
 
 def _fill_cache(directory: Path, listing: FolderListing, shape: tuple[int, ...], mode: str, resize: int | None) -> None:
@@ -142,10 +179,14 @@ def _fill_cache(directory: Path, listing: FolderListing, shape: tuple[int, ...],
     try:
         fingerprint, mean, std = _decode_all(listing, shape, mode, resize, keep)
         with open(temporary / "meta.json", "w") as file:
-            json.dump(
-                {"fingerprint": fingerprint, "mean": mean.tolist(), "std": std.tolist(), "root": str(listing.root)},
-                file,
-            )
+            facts = {
+                "fingerprint": fingerprint,
+                "mean": mean.tolist(),
+                "std": std.tolist(),
+                "root": str(listing.root),
+                "crc32": _checksums(temporary),
+            }
+            file.write(_with_digest(facts))
             _sync(file)
         if directory.exists():
             if _open_cache(directory, listing) is not None:  # another process has filled it

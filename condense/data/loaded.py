@@ -86,6 +86,23 @@ def data_root() -> Path:
     return Path(os.environ.get("CONDENSE_DATA") or Path.home() / ".cache" / "condense" / "data")
 
 
+def check_class_names(classes: tuple[str, ...], where: str) -> tuple[str, ...]:
+    """Returns the class names if the manifest of a set may contain them.
+
+    Raises:
+        CondenseError: one is empty or is not Unicode, as that of a folder in another encoding, or two are equal.
+    """
+    for name in classes:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise CondenseError(f"{where}: the class name {name!a} is not UTF-8; rename it") from None
+    if "" in classes or len(set(classes)) < len(classes):
+        twice = next((name for name in classes if classes.count(name) > 1), "")
+        raise CondenseError(f"{where}: " + (f"two classes are called '{twice}'" if twice else "a class has no name"))
+    return classes
+
+
 def measure_splits(
     classes: Sequence[str], splits: Iterable[tuple[tuple[int, ...], np.dtype, Iterable[np.ndarray], np.ndarray]]
 ) -> tuple[str, np.ndarray, np.ndarray]:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from condense.data.loaded import DataOptions, LoadedData, Split
+from condense.data.loaded import DataOptions, LoadedData, Split, check_class_names
 from condense.data.sources import read_data, read_objects
 from condense.data.transform import ZCA, Standardise
 from condense.device import free_memory
@@ -69,7 +69,7 @@ class Task:
         device: torch.device | str = "cpu",
     ) -> None:
         self.name = name
-        self.classes = classes
+        self.classes = check_class_names(classes, name)
         self.train = train
         self.test = test
         self.mirror = mirror

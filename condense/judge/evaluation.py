@@ -268,6 +268,8 @@ def _check(
                 f"{distilled.name} was made with a network given in Python; name others with --networks"
             )
         networks.check_network(network)
+        if isinstance(network, str):
+            networks.check_network_memory(network, task.shape, task.num_classes)
         with rng.seeded("check"):
             networks.build_network(network, task.shape, task.num_classes)
 

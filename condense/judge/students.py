@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -208,11 +209,20 @@ class Evaluator:
 
 
 def _read_score(path: Path) -> tuple[float, float] | None:
+    """Reads a score; returns None if the file does not exist or is damaged."""
     try:
         entry = json.loads(path.read_text())
-        return float(entry["accuracy"]), float(entry["seconds"])
-    except (OSError, ValueError, KeyError, TypeError):
+        score = float(entry["accuracy"]), float(entry["seconds"])
+        # Earlier versions stored no digest.
+        is_intact = entry.get("sha256", _score_digest(path, score)) == _score_digest(path, score)
+        return score if is_intact and 0 <= score[0] <= 1 and 0 <= score[1] < math.inf else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
+
+
+def _score_digest(path: Path, score: tuple[float, float]) -> str:
+    """SHA-256 of a score and of the name of its file."""
+    return hashlib.sha256(f"{path.name} {score[0]!r} {score[1]!r}".encode()).hexdigest()
 
 
 def _write_score(path: Path, entry: tuple[float, float]) -> None:
@@ -220,7 +230,8 @@ def _write_score(path: Path, entry: tuple[float, float]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(dict(zip(("accuracy", "seconds"), entry))))
+        score = {"accuracy": entry[0], "seconds": entry[1], "sha256": _score_digest(path, entry)}
+        temporary.write_text(json.dumps(score))
         os.replace(temporary, path)
     except OSError as fault:
         print(f"condense: the score cache cannot be written ({fault}); continuing without it", file=sys.stderr)

@@ -5,6 +5,7 @@ Each kind (``hard``, ``soft``, ``per-view`` ...) is a class with the interface :
 """
 
 from condense.labels.adapters import MergedProjector, Projector
+from condense.labels.arrays import stated_image_shape
 from condense.labels.base import LABEL_KINDS, Labels, check_image_count, check_loss, mix_rows
 from condense.labels.coded import CodedLabels, LowRankLabels, TopKLabels
 from condense.labels.codes import (
@@ -70,4 +71,5 @@ __all__ = [
     "mix_rows",
     "quantise",
     "resumable_logits",
+    "stated_image_shape",
 ]

@@ -17,6 +17,9 @@ from condense.errors import CondenseError
 from condense.labels.base import LOSSES
 from condense.labels.teacher_logits import STATISTICS
 
+MAX_SIDE = 65536
+"""Maximum of the channels, height and width of images in an untrusted file."""
+
 
 def checked_array(arrays: Mapping[str, np.ndarray], name: str, kind: Any, shape: tuple[int | None, ...]) -> np.ndarray:
     """Returns the array ``name`` after checking its type and shape (None: any size)."""
@@ -93,12 +96,22 @@ def read_teacher_networks(text: bytes) -> tuple[list[str], networks.Shape]:
     """Returns the names and the image shape of the teachers in a file."""
     try:
         description = json.loads(text)
-        names, (channels, height, width) = description["names"], description["shape"]
+        names, shape = description["names"], description["shape"]
+        channels, height, width = shape
         if not names or not all(isinstance(name, str) for name in names):
             raise ValueError("no names")
-        return names, (int(channels), int(height), int(width))
-    except (ValueError, KeyError, TypeError) as fault:
+        if not all(type(size) is int and 0 < size <= MAX_SIDE for size in shape):
+            raise ValueError("no image shape")
+        return names, (channels, height, width)
+    except (ValueError, KeyError, TypeError, RecursionError) as fault:
         raise CondenseError("labels/networks does not name the teachers; copy or make the set again") from fault
+
+
+def stated_image_shape(arrays: Mapping[str, np.ndarray]) -> networks.Shape | None:
+    """Returns the image shape of the teachers in a file; None if the labels have none."""
+    if "networks" not in arrays:
+        return None
+    return read_teacher_networks(checked_array(arrays, "networks", np.uint8, (None,)).tobytes())[1]
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray:

@@ -229,6 +229,8 @@ class LowRankCode:
         codes = checked_array(arrays, "codes", np.int8, (None, None, len(basis)))
         means = read_finite(arrays, "means", np.float16, codes.shape[:2]) if "means" in arrays else None
         scale = read_finite(arrays, "scale", np.float32, (len(basis),))
+        if not bool((128 * scale.abs() @ basis.float().abs()).isfinite().all()):
+            raise CondenseError("labels/scale gives logits that are not finite; copy or make the set again")
         return cls(torch.from_numpy(codes), scale, basis, read_finite(arrays, "centre", np.float16, (classes,)), means)
 
     def __str__(self) -> str:

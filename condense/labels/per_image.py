@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from condense.augment import float32_decimal
 from condense.errors import CondenseError
-from condense.labels.arrays import checked_array, read_hard_labels
+from condense.labels.arrays import checked_array, read_finite, read_hard_labels
 from condense.labels.base import LABEL_KINDS, Labels, check_image_count
 from condense.labels.teacher_logits import compute_logits
 
@@ -126,7 +126,7 @@ class SoftLabels(Labels):
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray], classes: int) -> SoftLabels:
-        return cls(torch.from_numpy(checked_array(arrays, "logits", np.float32, (None, classes))))
+        return cls(read_finite(arrays, "logits", np.float32, (None, classes)))
 
 
 LABEL_KINDS.add("hard", HardLabels)

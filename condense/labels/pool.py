@@ -35,7 +35,7 @@ from condense.labels.per_view import PerViewLabels
 from condense.labels.teacher_logits import given_or_predicted_classes, iter_epoch_logits
 from condense.tracking import Progress
 
-MAX_POOL_RECORDS = 1 << 27
+MAX_POOL_RECORDS = 1 << 24
 """Maximum of classes times labelled epochs of a pool."""
 
 

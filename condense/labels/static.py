@@ -63,6 +63,8 @@ class StaticLabels(Labels):
             raise CondenseError(f"static logits must be (images, classes), not {tuple(logits.shape)}")
         if not bool(self.logits.isfinite().all()):
             raise CondenseError(f"static logits are not finite as {self.logits.dtype}; was the teacher trained?")
+        if not bool((self.logits.float() / self.temperature).isfinite().all()):
+            raise CondenseError(f"temperature={self.temperature:g}: the static logits divided by it are not finite")
 
     def __len__(self) -> int:
         return len(self.logits)

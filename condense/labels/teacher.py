@@ -191,14 +191,11 @@ class TeacherLabels(Labels):
                 for key, x in arrays.items()
                 if key.startswith(prefix)
             }
-            with rng.seeded("layout"):
-                network = networks.build_network(name, shape, classes)
-            try:
-                network.load_state_dict(state)
-            except RuntimeError as fault:
+            network, misfit = networks.build_from_state(name, shape, classes, state)
+            if misfit:
                 raise CondenseError(
-                    f"labels/{prefix}*: not the weights of {name}; copy or make the set again"
-                ) from fault
+                    f"labels/{prefix}*: not the weights of {name} ({misfit}); copy or make the set again"
+                )
             members.append(network)
         weights = torch.from_numpy(checked_array(arrays, "weights", np.float32, (len(names),)))
         if not bool((weights >= 0).all()) or not math.isclose(float(weights.sum()), 1, abs_tol=1e-3):
@@ -216,6 +213,9 @@ class TeacherLabels(Labels):
             micro=micro,
         )
         labels.teacher.weights.copy_(weights)  # exactly as stored: normalising them again would round
+        probe = torch.randn(2, *shape, generator=rng.generator("probe"))
+        if not bool(compute_logits(labels.teacher, probe).isfinite().all()):
+            raise CondenseError("labels/member*: the teachers' logits are not finite; copy or make the set again")
         return labels
 
 

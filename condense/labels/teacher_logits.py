@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import math
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -270,16 +271,23 @@ def _each_view(
 
 @contextlib.contextmanager
 def resumable_logits(
-    path: Path, state: Path, key: Sequence[Any], shape: tuple[int, int, int], stop: Callable[[], None] | None = None
+    path: Path,
+    state: Path,
+    key: Sequence[Any],
+    shape: tuple[int, int, int],
+    stop: Callable[[], None] | None = None,
+    *,
+    in_order: bool = True,
 ) -> Iterator[dict[str, Any]]:
     """Writes labels of views to a file during labelling, so that memory holds one epoch and a killed run resumes.
 
     Args:
         path: .npy file of float16 ``shape``. The caller removes both files.
-        state: JSON file with the number of labelled epochs and the key.
+        state: JSON file with the number of labelled epochs, the key, and checksums of the records.
         key: Strings and numbers on which the labels depend; files with a different key are overwritten.
         shape: (records, images, width).
         stop: Called after each epoch, when it is on disk; may raise.
+        in_order: Whether epoch e writes record e. Otherwise an epoch may write to any record.
 
     Yields:
         Keyword arguments of :func:`compute_view_logits`.
@@ -288,21 +296,31 @@ def resumable_logits(
         CondenseError: The files cannot be written, or the disk is full.
     """
     key = [*key, *shape, rng.HASH_VERSION]
-    start, into = 0, None
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # unreadable files are overwritten
+    start, into, checksums = 0, None, [0] * shape[0]
+    with contextlib.suppress(Exception):  # unreadable files are overwritten; they raise errors of many types
         progress = json.loads(state.read_text())
         if progress["key"] == key:
             into = np.lib.format.open_memmap(path, "r+")
-            start = int(progress["epochs"]) if (into.shape, into.dtype) == (shape, np.float16) else 0
+            if (into.shape, into.dtype) == (shape, np.float16):
+                end = int(progress["epochs"])
+                checksums = [zlib.crc32(record.data) for record in into]
+                stored = progress.get("crc32", checksums)  # earlier versions stored none
+                differ = [k for k in range(end if in_order else shape[0]) if checksums[k] != stored[k]]
+                start = end if not differ else differ[0] if in_order else 0
     if not start:
         state.unlink(missing_ok=True)  # it must not describe the new file
         check_writable(path, force=True, size=2 * math.prod(shape))
         path.parent.mkdir(parents=True, exist_ok=True)
         into = np.lib.format.open_memmap(path, "w+", np.float16, shape)
 
+    assert into is not None
+    values: np.ndarray = into
+
     def report(done: int) -> None:
+        for record in [done - 1] if in_order else range(shape[0]):
+            checksums[record] = zlib.crc32(values[record].data)
         with atomic_write(state) as temporary:
-            temporary.write_text(json.dumps({"key": key, "epochs": done}))
+            temporary.write_text(json.dumps({"key": key, "epochs": done, "crc32": checksums}))
         if stop is not None:
             stop()
 

@@ -286,7 +286,7 @@ def _compute_logits(job: LightenJob, epochs: int | None, rule: dict[str, Any]) -
 
 @contextlib.contextmanager
 def _resumable(
-    job: LightenJob, rule: dict[str, Any], records: int, width: int, **inputs: Tensor
+    job: LightenJob, rule: dict[str, Any], records: int, width: int, in_order: bool = True, **inputs: Tensor
 ) -> Iterator[dict[str, Any]]:
     """Where ``records`` labels of views of each image are collected, as keywords of ``compute_view_logits``: in a file
     next to that of the set, if one will be written; see :func:`condense.labels.resumable_logits`. ``inputs`` are
@@ -296,8 +296,9 @@ def _resumable(
         return
     digests = [tensors_sha256({"images": job.images, **inputs}), tensors_sha256(job.teacher_info.network.state_dict())]
     key = [*digests, rule["seed"], str(rule["views"]), rule["statistics"], rule["micro"]]
+    files, shape = partial_files(job.beside)[:2], (records, len(job.images), width)
     try:
-        with resumable_logits(*partial_files(job.beside)[:2], key, (records, len(job.images), width)) as where:
+        with resumable_logits(*files, key, shape, in_order=in_order) as where:
             yield where
     except KeyboardInterrupt:
         raise Interrupted("stopped while labelling views; give the same command again to continue") from None
@@ -332,7 +333,8 @@ def make_pool_labels(job: LightenJob, config: PoolOptions) -> PoolLabels:
     classes = len(job.distilled.classes)
     config.check_classes(classes)
     count = config.count(epochs)
-    with _resumable(job, terms, count, classes, classes=job.classes, epochs=torch.tensor(epochs)) as where:
+    inputs = {"classes": job.classes, "epochs": torch.tensor(epochs)}
+    with _resumable(job, terms, count, classes, in_order=False, **inputs) as where:
         records = compute_pool_logits(
             job.teacher_info.network,
             job.images,

@@ -18,6 +18,7 @@ from condense.networks.architectures import (
 )
 from condense.networks.ensemble import MeanLogits, device_of, mean_of_flat_networks
 from condense.networks.flat import Layout, layout_of
+from condense.networks.outline import build_outline, check_network_memory
 from condense.networks.pretrained import (
     BUNDLED_BACKBONES,
     CHECKPOINT_SUFFIXES,
@@ -34,6 +35,7 @@ from condense.networks.saved import (
     MemberKey,
     State,
     TeacherFile,
+    build_from_state,
     combined_sha256,
     freeze,
     member_title,
@@ -59,8 +61,11 @@ __all__ = [
     "State",
     "TeacherFile",
     "Wrapped",
+    "build_from_state",
     "build_network",
+    "build_outline",
     "check_network",
+    "check_network_memory",
     "combined_sha256",
     "device_of",
     "find_backbone",

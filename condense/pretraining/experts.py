@@ -334,8 +334,12 @@ def load_expert_ensemble(
     }
     check_same(path, "experts", properties)
     channels, height, width = manifest["image_shape"]
+    described = manifest["network"], (channels, height, width), len(manifest["classes"])
+    outline = networks.build_outline(*described)
+    if outline is not None and Layout.of(outline) != file.layout:
+        raise CondenseError(f"{path}: its experts are of another version of {manifest['network']}; make them again")
     with rng.seeded("layout"):
-        net = networks.build_network(manifest["network"], (channels, height, width), len(manifest["classes"]))
+        net = networks.build_network(*described)
     if networks.uses_batch_statistics(net):
         raise CondenseError(
             f"{path}: experts of {manifest['network']} are no teachers: batch norm's statistics are not kept"

@@ -53,6 +53,10 @@ class NetworkFile(Protocol):
         """Describes their training."""
 
     @property
+    def is_damaged(self) -> bool:
+        """Whether it was opened for repair."""
+
+    @property
     def keys(self) -> list[MemberKey]:
         """Name and number of each network."""
 
@@ -113,7 +117,7 @@ def data_fields(task: Task, steps_per_epoch: int) -> dict[str, Any]:
 
 def open_matching_file(
     path: Path,
-    read: Callable[[Path], F],
+    read: Callable[..., F],
     manifest: Mapping[str, Any],
     what: str,
     replace_other: bool,
@@ -123,11 +127,11 @@ def open_matching_file(
 
     Args:
         path: of the file.
-        read: opens it.
+        read: opens it; with ``repair=True`` also if it is damaged.
         manifest: that the file must have, without its networks.
         what: the file holds.
         replace_other: return None for a file of another training.
-        replace_damaged: return None for a damaged file.
+        replace_damaged: return a damaged file for its intact networks, or None if it cannot be opened.
 
     Raises:
         CondenseError: the file is damaged or belongs to another training, and is not to be replaced.
@@ -137,9 +141,12 @@ def open_matching_file(
     try:
         file = read(path)
     except CondenseError as fault:
-        if replace_damaged:
+        if not replace_damaged:
+            raise CondenseError(f"{fault}, or replace it with --force") from fault
+        try:
+            file = read(path, repair=True)
+        except CondenseError:
             return None
-        raise CondenseError(f"{fault}, or replace it with --force") from fault
     differences = {}
     for key, value in json.loads(json.dumps(manifest)).items():
         stored = file.manifest.get(key)
@@ -193,8 +200,8 @@ class FileKind(Generic[F, D]):
 
     name: str
     """What messages call one network: expert or teacher."""
-    read: Callable[[Path], F]
-    """Opens a file."""
+    read: Callable[..., F]
+    """Opens a file; with ``repair=True`` also a damaged one."""
     load: Callable[[F, int], D]
     """Reads the network at an index of the file."""
     is_intact: Callable[[F, int], bool]
@@ -262,7 +269,7 @@ class FileStore(Generic[F, D]):
                 raise CondenseError(
                     f"{self.path}: {self.kind.name} {number} of {name} is not found there; ranks need one disk"
                 )
-        merged = [member for member, (file, _) in places.items() if file.path == self.path]
+        merged = [member for member, (file, _) in places.items() if file.path == self.path and not file.is_damaged]
         if len(merged) < len(places):
             order = self.members if self.kind.is_numbered else dict.fromkeys([*merged, *self.members, *places])
             self.kind.write(self.path, self.manifest, [self._entry(*places[member]) for member in order])

@@ -3,9 +3,9 @@ file.
 
 The file is HDF5. ``parameters`` (experts, epochs + 1, P), float16 or float32, is contiguous, so that it can be mapped
 into memory. ``digests`` (experts, epochs + 1, 32) holds the SHA-256 of each snapshot, so that only the snapshots in use
-are verified. The manifest describes the network, the data and the training. An expert is identified by its number:
-experts that are added later equal those of a single call (on a CPU bit for bit; a GPU trains groups together, whose
-sizes change the rounding).
+are verified; the digest of the file covers everything else. The manifest describes the network, the data and the
+training. An expert is identified by its number: experts that are added later equal those of a single call (on a CPU bit
+for bit; a GPU trains groups together, whose sizes change the rounding).
 """
 
 from __future__ import annotations
@@ -46,22 +46,62 @@ TRAJECTORY_DTYPES = {"float16": torch.float16, "float32": torch.float32}
 MAX_EXPERT_GROUP = 10
 """Maximum number of experts that a GPU trains together."""
 
-TRAJECTORY_FORMAT = hdf5.Format(
-    "condense.trajectories",
-    1,
-    maker="condense experts",
-    required={
-        "network": str,
-        "layout": list,
-        "classes": list,
-        "image_shape": list,
-        "fingerprint": str,
-        "transform": list,
-        "epochs": int,
-        "dtype": str,
-        "experts": list,
-        "content": str,
+TRAJECTORY_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "required": [
+        "network",
+        "layout",
+        "classes",
+        "image_shape",
+        "fingerprint",
+        "transform",
+        "epochs",
+        "dtype",
+        "experts",
+        "content",
+    ],
+    "properties": {
+        "network": hdf5.NAME_SCHEMA,
+        "layout": {
+            "type": "array",
+            "minItems": 1,
+            "items": {
+                "type": "array",
+                "minItems": 2,
+                "maxItems": 2,
+                "prefixItems": [
+                    hdf5.NAME_SCHEMA,
+                    {"type": "array", "items": {"type": "integer", "minimum": 1}},
+                ],
+            },
+        },
+        "classes": hdf5.CLASSES_SCHEMA,
+        "image_shape": hdf5.IMAGE_SHAPE_SCHEMA,
+        "fingerprint": hdf5.NAME_SCHEMA,
+        "transform": {"type": "array", "items": hdf5.SHA256_SCHEMA},
+        "epochs": {"type": "integer", "minimum": 1, "maximum": 10**9},
+        "dtype": {"enum": list(TRAJECTORY_DTYPES)},
+        "experts": {
+            "type": "array",
+            "minItems": 1,
+            "items": {
+                "type": "object",
+                "required": ["seconds"],
+                "properties": {
+                    "number": {"type": "integer", "minimum": 0},
+                    "seconds": {"type": "number", "minimum": 0, "maximum": 1e15},
+                    "accuracy": {"type": "number", "minimum": 0, "maximum": 1},
+                },
+            },
+        },
+        "content": hdf5.SHA256_SCHEMA,
+        "data": hdf5.NAME_SCHEMA,
+        "held_out": {"type": "number", "minimum": 0, "maximum": 1},
     },
+}
+
+TRAJECTORY_FORMAT = hdf5.Format(
+    "condense.trajectories", 1, TRAJECTORY_SCHEMA, maker="condense experts", separate="parameters"
 )
 
 ExpertRecord = tuple[dict[str, Any], Tensor]
@@ -95,6 +135,8 @@ class TrajectoryFile:
     """(experts, epochs + 1, P), mapped into memory."""
     digests: np.ndarray
     """(experts, epochs + 1, 32) uint8."""
+    is_damaged: bool = False
+    """Whether it was opened for repair: only experts that are intact may be used, and the file must be rewritten."""
 
     @property
     def count(self) -> int:
@@ -151,15 +193,17 @@ def _snapshot_digest(snapshot: np.ndarray) -> bytes:
     return hashlib.sha256(np.ascontiguousarray(snapshot).view(np.uint8).data).digest()
 
 
-def read_trajectory_file(path: Path) -> TrajectoryFile:
+def read_trajectory_file(path: Path, *, repair: bool = False) -> TrajectoryFile:
     """Opens an untrusted file of trajectories: types, sizes and links are checked, no snapshot is read.
+
+    Args:
+        path: The file.
+        repair: Whether to open a damaged file, in order to find its intact experts.
 
     Raises:
         CondenseError: one line: no such file, not our format, newer version, truncated or damaged.
     """
-    with hdf5.open_hdf5(path, TRAJECTORY_FORMAT) as (file, manifest):
-        if manifest["dtype"] not in TRAJECTORY_DTYPES or manifest["epochs"] < 1 or not manifest["experts"]:
-            raise CondenseError(f"{path}: the manifest is not one of trajectories; it was not written by this toolkit")
+    with hdf5.open_hdf5(path, TRAJECTORY_FORMAT, repair=repair) as (file, manifest):
         shape = (len(manifest["experts"]), manifest["epochs"] + 1, Layout.read(manifest["layout"]).size)
         dtype = np.dtype(manifest["dtype"])
         offset = _offset(path, file, "parameters", shape, dtype)
@@ -167,7 +211,7 @@ def read_trajectory_file(path: Path) -> TrajectoryFile:
         digests = file["digests"][()]
     if hashlib.sha256(digests.tobytes()).hexdigest() != manifest["content"]:
         raise CondenseError(f"{path}: the array 'digests' is damaged (its checksum differs); {RESTORE_HINT}")
-    return TrajectoryFile(path, manifest, np.memmap(path, dtype, "r", offset, shape), digests)
+    return TrajectoryFile(path, manifest, np.memmap(path, dtype, "r", offset, shape), digests, repair)
 
 
 def _offset(path: Path, file: Any, name: str, shape: tuple[int, ...], dtype: np.dtype) -> int:
@@ -191,7 +235,7 @@ def write_trajectory_file(
 ) -> None:
     """Writes the file atomically from the snapshots (epochs + 1, P) of one expert after the other."""
     digests = np.empty((*shape[:2], 32), np.uint8)
-    with atomic_write(path) as temporary, hdf5.create_hdf5(temporary) as file:
+    with atomic_write(path) as temporary, hdf5.create_hdf5(temporary, TRAJECTORY_FORMAT) as file:
         parameters = file.create_dataset("parameters", shape, manifest["dtype"])
         for k, snapshots in enumerate(experts):
             parameters[k] = snapshots

@@ -1,7 +1,7 @@
 """The distilled set: its file, its decode stages and initial images, its form while it is being optimised, new labels
 for it, and pictures of it."""
 
-from condense.sets.distilled import DistilledSet, checksums, packaged_sets
+from condense.sets.distilled import DISTILLED_FORMAT, DistilledSet, checksums, packaged_sets
 from condense.sets.initial import INITS, SyntheticOptions, nearest_to_centroids
 from condense.sets.preview import save_grid
 from condense.sets.relabelling import add_preparation_seconds, add_tag, relabel, replace_labels
@@ -9,6 +9,7 @@ from condense.sets.stages import Compensated, FlipUnion, decode
 from condense.sets.synthetic import SyntheticSet
 
 __all__ = [
+    "DISTILLED_FORMAT",
     "INITS",
     "Compensated",
     "DistilledSet",

@@ -19,32 +19,17 @@ from condense import hdf5, rng
 from condense.data import ZCA, Standardise, to_unit_range, transform_from_arrays
 from condense.errors import CondenseError
 from condense.files import atomic_write, check_writable
+from condense.formatting import by
 from condense.hdf5 import RESTORE_HINT
-from condense.labels import LABEL_KINDS, Labels
-from condense.sets.stages import Compensated, Stage, decode, stages_from
+from condense.labels import LABEL_KINDS, Labels, stated_image_shape
+from condense.sets.schema import SET_SCHEMA
+from condense.sets.stages import Compensated, Stage, check_stages, decode, stages_from
 
 IMAGE_TYPES = (np.uint8, np.float16, np.float32)
 
 ARRAY_TYPES = (*IMAGE_TYPES, np.int8, np.uint16, np.int64)
 
-DISTILLED_FORMAT = hdf5.Format(
-    "condense.distilled",
-    1,
-    maker="condense distill",
-    required={
-        "name": str,
-        "dataset": str,
-        "method": str,
-        "network": str,
-        "classes": list,
-        "ipc": int,
-        "space": str,
-        "decode": list,
-        "label_kind": str,
-        "transform": str,
-        "checksums": dict,
-    },
-)
+DISTILLED_FORMAT = hdf5.Format("condense.distilled", 1, SET_SCHEMA, "condense distill")
 
 
 class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
@@ -149,7 +134,10 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
         (M,)."""
         if self._decoded is None:
             images, ids = decode(to_unit_range(self.stored), self.stages)
-            self._decoded = (self.transform(images) if self.manifest["space"] == "pixel" else images), ids
+            images = self.transform(images) if self.manifest["space"] == "pixel" else images
+            if not bool(images.isfinite().all()):
+                raise CondenseError(f"{self.name}: some pixels are not finite; {RESTORE_HINT}")
+            self._decoded = images, ids
         return self._decoded
 
     @property
@@ -230,7 +218,7 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
         check_writable(path, force=force, size=self.nbytes()["total"])
         arrays = self.arrays()
         self.manifest |= {"bytes": self.nbytes(), "checksums": checksums(arrays)}
-        with atomic_write(path) as temporary, hdf5.create_hdf5(temporary) as file:
+        with atomic_write(path) as temporary, hdf5.create_hdf5(temporary, DISTILLED_FORMAT) as file:
             hdf5.write_manifest(file, DISTILLED_FORMAT, self.manifest)
             for name, array in arrays.items():
                 file.create_dataset(name, data=array)
@@ -248,19 +236,26 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
         labels = {name[7:]: array for name, array in arrays.items() if name.startswith("labels/")}
         transform = {name[10:]: array for name, array in arrays.items() if name.startswith("transform/")}
         try:
-            provider = LABEL_KINDS.get(manifest["label_kind"]).from_arrays(labels, len(manifest["classes"]))
             shape = tuple(arrays["images"].shape[1:])
+            if stated_image_shape(labels) not in (None, shape):
+                raise CondenseError(f"its images are {by(shape)}, but its labels belong to images of another shape")
+            provider = LABEL_KINDS.get(manifest["label_kind"]).from_arrays(labels, len(manifest["classes"]))
             restored = transform_from_arrays(manifest["transform"], transform, shape)
             loaded = cls(torch.from_numpy(arrays["images"]), provider, restored, manifest)
-            loaded.stages  # noqa: B018 - raises an error for an unknown stage
+            check_stages(loaded.stages, loaded.stored.shape)
             stage = loaded.compensated
             if provider.per_view and loaded.stages and not stage:
                 raise CondenseError(f"{provider.kind} labels belong to stored images, which its decode stages cut up")
+            if stage and stage.classes != len(loaded.classes):
+                raise CondenseError(f"{len(loaded.classes)} classes, but its decode stage has {stage.classes}")
             if stage and len(loaded.stored) != stage.stored:
                 raise CondenseError(f"{len(loaded.stored)} images, but its decode stage needs {stage.stored}")
             count = stage.decoded * len(loaded.classes) if stage else len(loaded.stored)
             if len(provider) != count:
                 raise CondenseError(f"{count} images but {len(provider)} labels")
+            side = manifest.get("data", {}).get("options", {}).get("resize")
+            if side not in (None, *shape[1:]):  # real data would be resized to it before their size is compared
+                raise CondenseError(f"its data have the option resize={side}, but its images are {by(shape)}")
         except KeyError as fault:
             raise CondenseError(
                 f"{path}: the manifest or the file lacks {fault}; it was not written by this toolkit"
@@ -292,28 +287,36 @@ def _digest(array: np.ndarray) -> str:
 def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Reads all arrays and the manifest of an untrusted file; types, sizes and links are checked before reading."""
     with hdf5.open_hdf5(path, DISTILLED_FORMAT) as (file, manifest):
+        names, size = sorted(manifest["checksums"]), path.stat().st_size
+        total = sum(_claimed_nbytes(path, file, name) for name in names)
+        if total > size:  # several names may refer to one array
+            raise CondenseError(f"{path}: its arrays claim {total} bytes, more than the file holds")
         arrays = {}
-        for name, expected in sorted(manifest["checksums"].items()):
-            arrays[name] = _read_array(path, file, name, path.stat().st_size)
-            if _digest(arrays[name]) != expected:
+        for name in names:
+            arrays[name] = file[name][()]
+            if _digest(arrays[name]) != manifest["checksums"][name]:
                 raise CondenseError(f"{path}: the array '{name}' is damaged (its checksum differs); {RESTORE_HINT}")
     if "images" not in arrays or arrays["images"].ndim != 4 or arrays["images"].dtype.type not in IMAGE_TYPES:
         raise CondenseError(f"{path}: no array 'images' of uint8, float16 or float32 with four dimensions")
+    if not arrays["images"].size:
+        raise CondenseError(f"{path}: the array 'images' is empty")
+    if arrays["images"].dtype != np.uint8 and not np.isfinite(arrays["images"]).all():
+        raise CondenseError(f"{path}: some pixels are not finite; {RESTORE_HINT}")
     return arrays, manifest
 
 
-def _read_array(path: Path, file: Any, name: str, file_size: int) -> np.ndarray:
-    """Reads one array. Raises an error before allocation if it is a link, has an unknown type or claims more bytes than
+def _claimed_nbytes(path: Path, file: Any, name: str) -> int:
+    """Returns the bytes of an array. Raises an error if it is a link, has an unknown type, or claims more bytes than
     the file holds."""
     import h5py
 
     hdf5.check_link(path, file, name)
     array = file[name]
-    if not isinstance(array, h5py.Dataset) or array.is_virtual or array.external:
+    if not isinstance(array, h5py.Dataset) or array.is_virtual or array.external or array.shape is None:
         raise CondenseError(f"{path}: '{name}' is not an array stored in this file")
     if array.dtype.type not in ARRAY_TYPES:
         raise CondenseError(f"{path}: the array '{name}' has the type {array.dtype}, which no distilled set uses")
     nbytes = math.prod(array.shape) * array.dtype.itemsize
-    if nbytes > file_size:
+    if nbytes > path.stat().st_size:
         raise CondenseError(f"{path}: the array '{name}' claims {nbytes} bytes, more than the file holds")
-    return array[()]
+    return nbytes

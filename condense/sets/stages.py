@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from condense.device import free_host_memory
 from condense.errors import CondenseError
+from condense.formatting import by, size
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,33 @@ def stages_from(description: Sequence[dict[str, Any]]) -> list[Stage]:
                 f"the set uses the decode stage {entry.get('stage')!r}, which this version does not know"
             )
     return stages
+
+
+def check_stages(stages: Sequence[Stage], shape: Sequence[int]) -> None:
+    """Checks what the decode stages of an untrusted file ask for.
+
+    Args:
+        stages: The stages.
+        shape: (N,C,H,W) of the stored images.
+
+    Raises:
+        CondenseError: Stages that no set has, or decoded images that exceed a quarter of the free memory.
+    """
+    count, channels, height, width = shape
+    if len({type(stage) for stage in stages}) < len(stages):
+        raise CondenseError(f"its {len(stages)} decode stages repeat a stage; no set has these")
+    for stage in stages:
+        if isinstance(stage, Formation):
+            if stage.factor > min(height, width):
+                raise CondenseError(f"its decode stage has the factor {stage.factor}, but images {by(shape[1:])}")
+            count *= stage.factor**2
+        elif isinstance(stage, FlipUnion):
+            count *= 2
+        else:
+            count = stage.decoded * stage.classes
+    nbytes, free = 4 * count * channels * height * width, free_host_memory()
+    if free and nbytes > free // 4:
+        raise CondenseError(f"decodes into {count} images of {size(nbytes)}; {size(free)} of memory are free")
 
 
 def decode(images: Tensor, stages: Sequence[Stage]) -> tuple[Tensor, Tensor]:

@@ -140,7 +140,8 @@ def _make_view_labels(
     computed = records
     if pruning is not None and config.label_statistics == "batch":  # also views next to those that are kept
         computed = min(epochs, records * count)
-    storing = resumable_labels(config, run, stored, seed, records, 2 if config.labels == "distances" else count)
+    width = 2 if config.labels == "distances" else count
+    storing = resumable_labels(config, run, stored, seed, records, width, in_order=pruning is None)
     with run.stage("labelling", computed) as stage, storing as where:
         some = min(stage.units, epochs)
         if config.labels == "distances":
@@ -179,7 +180,7 @@ def _make_view_labels(
 
 @contextlib.contextmanager
 def resumable_labels(
-    config: RelabelOptions, run: Run, stored: Tensor, seed: int, records: int, width: int
+    config: RelabelOptions, run: Run, stored: Tensor, seed: int, records: int, width: int, in_order: bool
 ) -> Iterator[dict[str, Any]]:
     """Where ``records`` labels of views per image are collected, as keywords of ``compute_view_logits``: in a file of
     the run directory, so that memory holds one epoch and a killed run continues there; in memory for a run without
@@ -194,5 +195,5 @@ def resumable_labels(
 
     path, state = run.directory / VIEW_LABELS_FILE, run.directory / VIEW_LABELS_STATE_FILE
     key = [tensors_sha256({"images": stored}), seed, str(config)]
-    with resumable_logits(path, state, key, (records, len(stored), width), stop) as where:
+    with resumable_logits(path, state, key, (records, len(stored), width), stop, in_order=in_order) as where:
         yield where
