@@ -24,6 +24,9 @@ RESTORE_HINT = "copy or make it again"
 MANIFEST_LIMIT = 64 * 1024 * 1024
 """Maximum size of a manifest in bytes."""
 
+OBJECT_LIMIT = 2**16
+"""Maximum number of links in a file. Files of the toolkit have a few thousand at most."""
+
 
 @dataclass(frozen=True)
 class Format:
@@ -129,3 +132,55 @@ def check_link(path: Path, file: Any, name: str) -> None:
     for depth in range(len(parts)):
         if not isinstance(file.get("/".join(parts[: depth + 1]), getlink=True), h5py.HardLink):
             raise CondenseError(f"{path}: the array '{name}' is missing or links to another file")
+
+
+def check_self_contained(path: Path, file: Any) -> None:
+    """Checks that an open file consists of its own bytes alone, before anything in it is read.
+
+    HDF5 can store the values of an array in any other file of the machine, link to objects of other files and compose
+    arrays of them. The function visits every link and every object once and reads no values and no attributes. It uses
+    the low-level interface of h5py, because opening an object through the other one already follows links.
+
+    Args:
+        path: name of the file, for messages.
+        file: open ``h5py.File``.
+
+    Raises:
+        CondenseError: a link that is not a hard link, an array with external storage, a virtual array, an array of
+            references, or more than ``OBJECT_LIMIT`` links.
+    """
+    import h5py
+
+    root = h5py.h5g.open(file.id, b"/")
+    groups, visited, links = [(b"", root)], {h5py.h5o.get_info(root).addr}, 0
+    while groups:
+        prefix, group = groups.pop()
+        for name in group:
+            links += 1
+            if links > OBJECT_LIMIT:
+                raise CondenseError(f"{path}: more than {OBJECT_LIMIT} objects; give a file with fewer")
+            full = (prefix + b"/" + name)[-200:]
+            if b"/" in name:  # would be resolved as a path
+                raise CondenseError(f"{path}: damaged (a name contains '/'); {RESTORE_HINT}")
+            if group.links.get_info(name).type != h5py.h5l.TYPE_HARD:
+                raise _not_self_contained(path, full, "is a soft or external link")
+            member = h5py.h5o.open(group, name)
+            address = h5py.h5o.get_info(member).addr
+            if address in visited:
+                continue
+            visited.add(address)
+            if isinstance(member, h5py.h5g.GroupID):
+                groups.append((full, member))
+            elif isinstance(member, h5py.h5d.DatasetID):
+                creation = member.get_create_plist()
+                if creation.get_external_count():
+                    raise _not_self_contained(path, full, "is stored in another file")
+                if creation.get_layout() == h5py.h5d.VIRTUAL:
+                    raise _not_self_contained(path, full, "is a virtual array")
+                if member.get_type().detect_class(h5py.h5t.REFERENCE):
+                    raise _not_self_contained(path, full, "holds references")
+
+
+def _not_self_contained(path: Path, name: bytes, what: str) -> CondenseError:
+    shown = name.decode(errors="replace").lstrip("/")
+    return CondenseError(f"{path}: '{shown}' {what}; copy the values themselves into the file")
