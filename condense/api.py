@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from condense import data as data_module
@@ -17,7 +16,7 @@ from condense.config import build_config
 from condense.data import DataOptions, Task
 from condense.device import pick_device, pick_precision
 from condense.engine import Run
-from condense.errors import CondenseError, did_you_mean
+from condense.errors import CondenseError, did_you_mean, is_out_of_memory
 from condense.jobs import resume
 from condense.networks import MemberKey, TeacherFile
 from condense.pretraining import (
@@ -307,6 +306,8 @@ def _interruptible(run: Run, advice: str) -> Iterator[None]:
     try:
         with run.stop_on_signal(is_resumable=True):
             yield
-    except (torch.OutOfMemoryError, MemoryError) as fault:
+    except (RuntimeError, MemoryError) as fault:
+        if not is_out_of_memory(fault):
+            raise
         raise CondenseError(f"out of memory on {run.device}: take {advice}") from fault
     run.ranks.barrier()

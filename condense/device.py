@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from condense.errors import CondenseError
+from condense.formatting import size
 
 
 def pick_device(name: str) -> torch.device:
@@ -128,6 +129,35 @@ def free_memory(device: torch.device) -> int:
 
 
 def free_host_memory() -> int:
+    """Bytes available without swapping, within the limits of a container and of ``ulimit -v``; 0 if unknown."""
+    free = _available_memory()
+    with contextlib.suppress(ImportError, OSError, ValueError, IndexError):  # no `resource` on Windows
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if limit != resource.RLIM_INFINITY:
+            used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+            free = min(free, max(0, limit - used)) if free else max(0, limit - used)
+    return free
+
+
+def check_host_memory(needed: int, what: str, advice: str) -> None:
+    """Checks before an allocation that memory suffices.
+
+    Args:
+        needed: bytes.
+        what: that needs them, in the plural; begins the message.
+        advice: how the user can need less.
+
+    Raises:
+        CondenseError: fewer bytes are free.
+    """
+    free = free_host_memory()
+    if 0 < free < needed:
+        raise CondenseError(f"{what} need about {size(needed)} of memory, {size(free)} are free; {advice}")
+
+
+def _available_memory() -> int:
     """Bytes available without swapping, within the limit of a container; 0 if unknown."""
     try:
         (line,) = (line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable:"))

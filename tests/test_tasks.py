@@ -148,10 +148,10 @@ def test_broken_cache_is_rebuilt_and_a_cut_off_one_leaves_nothing(tmp_path, monk
 
     opened = Image.open
 
-    def interrupted(path):
+    def interrupted(path, **options):
         if "/test/cat/" in str(path):
             raise KeyboardInterrupt
-        return opened(path)
+        return opened(path, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(Image, "open", interrupted)

@@ -17,7 +17,8 @@ import typer
 
 from condense.cli import files, judge, labels, listing, make, plan, pretrain
 from condense.cli.parameters import EXIT_CODES, app
-from condense.errors import CondenseError
+from condense.errors import CondenseError, is_out_of_memory
+from condense.formatting import size
 from condense.version import __version__
 
 COMMANDS: dict[str, Callable[..., Any]] = {
@@ -72,6 +73,27 @@ def _keep_freed_memory() -> None:
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap is not trimmed
 
 
+ADDRESS_SPACE = 3900 * 10**6
+"""Bytes of address space for PyTorch's libraries and a small run (measured: 3.3 GB after the import)."""
+
+
+def _check_address_space() -> None:
+    """Checks the limit of ``ulimit -v``; below it, PyTorch's libraries abort the process while they are loaded.
+
+    Raises:
+        CondenseError: the limit is too low.
+    """
+    with contextlib.suppress(ImportError):  # no `resource` on Windows
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if limit != resource.RLIM_INFINITY and limit < ADDRESS_SPACE:
+            raise CondenseError(
+                f"not enough memory: ulimit -v allows {size(limit)} of address space, PyTorch needs about "
+                f"{size(ADDRESS_SPACE)}; raise the limit (ulimit -v {ADDRESS_SPACE // 1024})"
+            )
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line and exits with the documented code."""
     _keep_freed_memory()
@@ -82,6 +104,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         command = typer.main.get_command(app)
         with command.make_context("condense", arguments) as context:
+            if "ls" not in arguments[:1]:  # the only verb that does without PyTorch
+                _check_address_space()
             command.invoke(context)
         sys.stdout.flush()
     except typer.Exit as end:
@@ -104,4 +128,10 @@ def _exit_code_and_message(fault: BaseException) -> tuple[int, str]:
     if hasattr(fault, "format_message"):  # a usage error of typer, whose class differs between its versions
         context = getattr(fault, "ctx", None)
         return 2, f"{fault.format_message().rstrip('.')} (see {context.command_path if context else 'condense'} --help)"
+    if is_out_of_memory(fault):
+        line = next(iter(str(fault).splitlines()), "") or type(fault).__name__
+        return 2, (
+            f"not enough memory ({line[:200]}): give fewer or smaller images (resize=), a lower --ipc, a smaller batch "
+            "(batch_real=) or a smaller network, or free memory"
+        )
     return 1, f"internal error: {type(fault).__name__}: {fault}; --debug shows where"

@@ -6,6 +6,7 @@ torch datasets).
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Mapping
@@ -19,6 +20,8 @@ from condense.data.image_cache import read_folder
 from condense.data.loaded import DataOptions, LoadedData, check_name
 from condense.data.registered import DATASETS, datasets, read_registered
 from condense.errors import CondenseError, did_you_mean
+
+_log = logging.getLogger(__name__)
 
 
 def read_data(data: str, options: DataOptions, *, download: bool = False) -> LoadedData:
@@ -39,7 +42,12 @@ def read_data(data: str, options: DataOptions, *, download: bool = False) -> Loa
     path = Path(data).expanduser().absolute()
     try:
         if path.is_dir():
-            loaded = read_folder(list_folder(path), options)
+            listing = list_folder(path, options)
+            if listing.unused:
+                _log.warning("data folder '%s': not used: %s", path, listing.unused)
+            loaded = read_folder(listing, options)
+            if loaded.note:
+                _log.warning("data folder '%s': %s", path, loaded.note)
             name = path.resolve().name
         elif path.suffix.lower() in (".npz", ".h5", ".hdf5") and path.is_file():
             loaded = read_mapping(read_array_file(path), f"'{path}'", options)

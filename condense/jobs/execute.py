@@ -9,14 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from condense import networks
 from condense.data import DataOptions, Task, load_task
 from condense.device import deterministic_kernels, pick_device
 from condense.engine import VIEW_LABELS_FILE, VIEW_LABELS_STATE_FILE, Diverged, Run
-from condense.errors import CondenseError
+from condense.errors import CondenseError, is_out_of_memory
 from condense.files import write_json
 from condense.jobs.checks import check_fit, check_request
 from condense.jobs.job import RESULT_FILE, Job, is_finished, prepare_run_dir, read_job, resolve_settings, write_job
@@ -137,7 +136,9 @@ def run_job(
         raise CondenseError(
             f"{where}: {fault.strerror or fault}; fix this, then run: condense resume {directory}"
         ) from fault
-    except (torch.OutOfMemoryError, MemoryError) as fault:
+    except (RuntimeError, MemoryError) as fault:
+        if not is_out_of_memory(fault):
+            raise
         raise CondenseError(
             f"out of memory on {run.device}: lower --ipc or batch_real, or take a smaller --network"
         ) from fault

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from condense import networks, rng
@@ -17,7 +16,7 @@ from condense.commands import data_argument
 from condense.config import build_config
 from condense.data import DataOptions, Task, load_task
 from condense.device import pick_device, pick_precision
-from condense.errors import CondenseError
+from condense.errors import CondenseError, is_out_of_memory
 from condense.formatting import by
 from condense.judge.arms import NetworkFactory, check_control, learned_lr, make_arms, own_source
 from condense.judge.label_source import find_label_teacher
@@ -111,7 +110,9 @@ def evaluate(
     )
     try:
         results = evaluator.results([(arm, network) for network in architectures for arm in arms])
-    except (torch.OutOfMemoryError, MemoryError) as fault:
+    except (RuntimeError, MemoryError) as fault:
+        if not is_out_of_memory(fault):
+            raise
         raise CondenseError(f"out of memory on {torch_device}: take smaller --networks, or another --device") from fault
     ranks.barrier()
     line = evaluate_command(
