@@ -49,7 +49,7 @@ def image_formats() -> dict[str, str]:
 
 def uses_16_bits(image: Any) -> bool:
     """Whether the file of an image that is not decoded yet has more than 8 bits per channel."""
-    return image.mode.startswith("I") or any(";16" in str(tile[3]) for tile in image.tile)
+    return image.mode.startswith("I") or any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
 
 
 def largest_value(image: Any) -> int:
@@ -65,6 +65,13 @@ def largest_value(image: Any) -> int:
 def white_of(largest: int) -> int:
     """White of 16-bit images whose largest value this is: 2**bits - 1 with one of ``DEPTHS``."""
     return next((2**bits - 1 for bits in DEPTHS if largest < 2**bits), FULL_RANGE)
+
+
+def range_note(white: int) -> str:
+    """How 16-bit images with this white are scaled, for the user; an empty string if they use all bits."""
+    if white == FULL_RANGE:
+        return ""
+    return f"16-bit images have values of {white.bit_length()} bits: 0..{white} becomes 0..255; bits=16 takes 0..65535"
 
 
 def image_to_array(image: Any, mode: str, resize: int | None, white: int = FULL_RANGE) -> np.ndarray:

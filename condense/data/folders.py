@@ -21,6 +21,7 @@ from condense.data.decoding import (
     image_to_array,
     is_grey,
     largest_value,
+    range_note,
     read_image,
     uses_16_bits,
     white_of,
@@ -216,8 +217,8 @@ def _class_names(root: Path, part: PartFolder) -> tuple[str, ...]:
         with os.scandir(folder) as entries:
             state = "is empty" if next(entries, None) is None else "holds no class folders"
         raise CondenseError(
-            f"data folder '{folder}' {state}; expected train/<class>/* and test/<class>/*, or <class>/*; the option "
-            "split=TRAIN,TEST names other folders"
+            f"data folder '{folder}' {state}; expected train/<class>/* and test/<class>/*, or <class>/*; "
+            "split=TRAIN,TEST names other folders, split=CLASS makes every folder a class"
         )
     return classes
 
@@ -264,19 +265,24 @@ def _check_subfolders(root: Path, parts: Sequence[PartFolder], classes: Sequence
     shared = sorted(name for name, labels in owners.items() if len(labels) > 1)
     groups = [name for name in shared if not name.startswith("*/")], [name for name in shared if name.startswith("*/")]
     roles = [{role[0] for role in map(split_role, names) if role is not None} for names in names_of.values()]
-    has_parts = any("train" in found and len(found) > 1 for found in roles)
+    has_parts = any("train" in found and len(found) > 1 for found in roles)  # train/ and test/ in a class
     if not has_parts and max(map(len, groups)) < 2:
         return
     prefixes = ["/".join([*part.head, CLASS_WORD]) for part in parts]
     readings = [f"split={','.join(prefixes)} takes all images below each as one class"]
     if has_parts:
         inside = sorted({name for found in names_of.values() for name in found if split_role(name)})
-        readings.append(f"split={prefixes[0]}/TRAIN,{prefixes[0]}/TEST takes {' and '.join(inside)} as parts")
+        by_role = {(split_role(name) or ("",))[0]: name for name in inside}
+        train_name, test_name = by_role["train"], by_role.get("test") or by_role["val"]
+        readings.append(
+            f"split={prefixes[0]}/{train_name},{prefixes[0]}/{test_name} takes these as train and test images"
+        )
     else:
         inside = [name for name in max(groups, key=len) if name != "."]
-        only = ",".join(f"{prefix}/{inside[0]}" for prefix in prefixes)
-        readings.append(f"split={only} takes only {inside[0]}/ of each")
-    if len(parts) == 1 and len(classes) == 2 and not parts[0].head:
+        if not inside[0].startswith("*/"):
+            only = ",".join(f"{prefix}/{inside[0]}" for prefix in prefixes)
+            readings.append(f"split={only} takes only {inside[0]}/ of each")
+    if len(parts) == 1 and len(classes) == 2 and not parts[0].head and not has_parts:
         readings.append(f"split={','.join(classes)} takes them as train and test images, the sub-folders as classes")
     facts = f"the folders {format_some(classes, 3)} have equal sub-folders ({format_some(inside, 3)})"
     raise CondenseError(f"data folder '{folder}': {facts}; {'; '.join(readings)}")
@@ -425,10 +431,7 @@ def decoded_format(files: Sequence[ImageFile], options: DataOptions) -> DecodedF
                 f"{bits - 8}; save them with 8 bits per channel, or give bits=16 to use them as they are"
             )
     shape = read_image(files[0].path, lambda image: image_to_array(image, mode, options.resize, white)).shape
-    note = (
-        f"16-bit images have values of at most {white.bit_length()} bits: 0..{white} becomes 0..255 (bits=16: 0..65535)"
-    )
-    return DecodedFormat(shape, mode, white, note if options.bits is None and white != FULL_RANGE else "")
+    return DecodedFormat(shape, mode, white, "" if options.bits else range_note(white))
 
 
 def _sample(image: Any) -> tuple[str, int | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from torch import Tensor
 from condense.data.loaded import DataOptions, LoadedData, Split, check_name
 from condense.data.sources import read_data, read_objects
 from condense.data.transform import ZCA, Standardise
-from condense.device import free_memory
+from condense.device import check_host_memory, free_memory
 from condense.errors import CondenseError
 from condense.formatting import by
 from condense.rng import Draws, hash64, key
@@ -305,5 +306,10 @@ def load_task(
 
 def _transform(loaded: LoadedData, zca: bool) -> Standardise | ZCA:
     if zca:
+        shape = loaded.train.images.shape[1:]
+        values = math.prod(shape)
+        needed = 64 * values**2 + 8 * len(loaded.train) * values  # see ZCA.fit
+        what = f"zca=true: the whitening matrices of {by(shape)} images"
+        check_host_memory(needed, what, "leave zca out, or give a smaller resize=")
         return ZCA.fit(to_unit_range(Rows(loaded.train, torch.device("cpu")).host))
     return Standardise(torch.from_numpy(loaded.mean), torch.from_numpy(loaded.std))
