@@ -26,7 +26,16 @@ from condense.data.decoding import (
     uses_16_bits,
     white_of,
 )
-from condense.data.loaded import CLASS_WORD, DataOptions, PartFolder, Split, format_some, parse_split, stratified_rows
+from condense.data.loaded import (
+    CLASS_WORD,
+    DataOptions,
+    PartFolder,
+    Split,
+    check_resize,
+    format_some,
+    parse_split,
+    stratified_rows,
+)
 from condense.device import check_host_memory
 from condense.errors import CondenseError, did_you_mean
 from condense.formatting import by
@@ -40,6 +49,9 @@ ROLES: dict[str, Sequence[str]] = {
     "val": ("val", "valid", "validation", "valset", "validationset", "dev"),
 }
 """Words in the names of folders that say which part of the data they hold; of two test folders the first is taken."""
+
+MAX_PIXELS = 2**24
+"""Maximum number of pixels of an image that is used in its own size."""
 
 IGNORED = ("thumbs.db", "desktop.ini")
 """Files that file managers leave behind."""
@@ -412,8 +424,14 @@ def decoded_format(files: Sequence[ImageFile], options: DataOptions) -> DecodedF
     """
     if options.resize:
         side = options.resize
-        check_host_memory(8 * side * side, f"resize={side}: images of {side}x{side}", "lower it")
+        check_host_memory(
+            32 * side * side, f"resize={side}: images of {side}x{side}", "lower it"
+        )  # one, as it is decoded
     rows = np.unique(np.linspace(0, len(files) - 1, MODE_SAMPLE).astype(int))
+    width, height = read_image(files[0].path, lambda image: image.size)
+    check_resize(options.resize, height, width)
+    if options.resize is None and width * height > MAX_PIXELS:
+        raise CondenseError(f"'{files[0].path}' has {width}x{height} pixels; give resize=N to bring all images to NxN")
     sampled = [read_image(files[row].path, _sample) for row in rows]
     grey = sum(is_grey(mode) for mode, _ in sampled)
     mode = "L" if options.grey or (options.grey is None and 2 * grey > len(rows)) else "RGB"

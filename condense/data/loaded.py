@@ -26,6 +26,15 @@ STD_FLOOR = 1e-3
 CHUNK_VALUES = 2**28
 """Maximum number of values that are converted at once, at least those of one image."""
 
+PIECE_VALUES = 2**26
+"""Number of uint8 values that are summed at once."""
+
+MAX_SIDE = 1024
+"""Side in pixels to which images of any size may be enlarged."""
+
+MAX_ENLARGEMENT = 4
+"""Factor by which larger images may be enlarged."""
+
 TEST_SHARE = 0.2
 """Share of each class that becomes the test split if the data have none."""
 
@@ -53,6 +62,9 @@ class DataOptions:
     drop_empty: bool = False
     """Leave out classes without train images instead of refusing the data, and accept classes without test images."""
 
+    repeat_small: bool = False
+    """Repeat the train images of classes with fewer than ipc images while a set is distilled, instead of refusing."""
+
     def __post_init__(self) -> None:
         if self.resize is not None and self.resize < 1:
             raise CondenseError(f"resize={self.resize}: must be at least 1 pixel")
@@ -63,7 +75,7 @@ class DataOptions:
 
     def to_dict(self) -> dict[str, Any]:
         """The options as stored in files. Those that old versions do not have are omitted at their default."""
-        added = {"split": None, "bits": None, "drop_empty": False}
+        added = {"split": None, "bits": None, "drop_empty": False, "repeat_small": False}
         return {key: value for key, value in asdict(self).items() if key not in added or value != added[key]}
 
 
@@ -175,8 +187,9 @@ def measure_splits(
         total, squares = np.zeros(shape[1]), np.zeros(shape[1])
         for chunk in chunks:
             digest.update(chunk.data)
-            if index == 0:
-                values = chunk.astype(np.float64)
+            pieces = chunk.size // PIECE_VALUES + 1 if dtype == np.uint8 else 1
+            for piece in np.array_split(chunk, pieces, axis=2) if index == 0 else ():
+                values = piece.astype(np.float64)
                 total += values.sum(axis=(0, 2, 3))
                 squares += np.multiply(values, values, out=values).sum(axis=(0, 2, 3))
         digest.update(labels.astype("<i8").data)
@@ -212,6 +225,17 @@ def resized_box(height: int, width: int, side: int) -> tuple[int, int, int, int]
     return height, width, round((height - side) / 2), round((width - side) / 2)
 
 
+def check_resize(side: int | None, height: int, width: int) -> None:
+    """Checks that ``resize`` does not enlarge images beyond reason; the option may come from someone else's file.
+
+    Raises:
+        CondenseError: the side exceeds ``MAX_SIDE`` and ``MAX_ENLARGEMENT`` times the images' own.
+    """
+    limit = max(MAX_SIDE, MAX_ENLARGEMENT * height, MAX_ENLARGEMENT * width)
+    if side is not None and side > limit:
+        raise CondenseError(f"resize={side}: the images are {width}x{height} pixels; give at most {limit}")
+
+
 def _convert(images: np.ndarray, options: DataOptions) -> np.ndarray:
     """Returns images (N,C,H,W) with the channels and the size of ``options``, in the same dtype, contiguous.
 
@@ -220,6 +244,7 @@ def _convert(images: np.ndarray, options: DataOptions) -> np.ndarray:
     """
     channels, height, width = images.shape[1:]
     side = options.resize
+    check_resize(side, height, width)
     if options.grey is not None and channels not in (1, 3):
         raise CondenseError(f"grey={str(options.grey).lower()}: needs 1 or 3 channels, not {channels}; leave it out")
     to_grey, to_rgb = bool(options.grey) and channels == 3, options.grey is False and channels == 1

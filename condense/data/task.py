@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import warnings
@@ -200,6 +201,19 @@ class Task:
     def class_ids(self, c: int) -> np.ndarray:
         """Ids of all train images of class ``c``, int64, ascending."""
         return self._by_class[self._starts[c] : self._starts[c + 1]]
+
+    def repeat_small(self, count: int) -> Task:
+        """Returns a task in which the train images of classes with fewer than ``count`` images are repeated.
+
+        Each image of such a class occurs as often as the others or once more, up to ``count`` images. The task is this
+        one if no class is small; otherwise its fingerprint differs, because methods train on other images.
+        """
+        if count <= self.counts.min():
+            return self
+        rows = [np.resize(ids, max(count, len(ids))) for ids in map(self.class_ids, range(self.num_classes))]
+        repeated = self._with(self.train.at(np.concatenate(rows)), self.test)
+        repeated.fingerprint = hashlib.sha256(f"{self.fingerprint} repeated to {count}".encode()).hexdigest()
+        return repeated
 
     def hold_out(self, share: float, parts: tuple[int | str, ...]) -> Task:
         """Returns a task that tests on a random ``share`` of the train images of each class and trains on the others.

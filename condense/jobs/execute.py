@@ -99,8 +99,9 @@ def run_job(
         if directory is not None and not resume:
             prepare_run_dir(directory, job)
 
+    task = real.repeat_small(job.ipc) if real.options.repeat_small else real
     run = Run(
-        real,
+        task,
         job.ipc,
         network,
         seed=job.seed,
@@ -117,7 +118,7 @@ def run_job(
     )
     try:
         with deterministic_kernels(job.deterministic), run.stop_on_signal():
-            synthetic = entry.function(real, config, run)
+            synthetic = entry.function(task, config, run)
         distilled = to_distilled(job, entry, real, run, synthetic)
         if run.ranks.is_main_process:
             begin()  # methods without steps have not called it
