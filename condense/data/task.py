@@ -206,9 +206,10 @@ class Task:
         """Returns a task in which the train images of classes with fewer than ``count`` images are repeated.
 
         Each image of such a class occurs as often as the others or once more, up to ``count`` images. The task is this
-        one if no class is small; otherwise its fingerprint differs, because methods train on other images.
+        one if no class is small or the option ``repeat_small`` is off. Otherwise its fingerprint differs, because
+        methods train on other images.
         """
-        if count <= self.counts.min():
+        if not self.options.repeat_small or count <= self.counts.min():
             return self
         rows = [np.resize(ids, max(count, len(ids))) for ids in map(self.class_ids, range(self.num_classes))]
         repeated = self._with(self.train.at(np.concatenate(rows)), self.test)

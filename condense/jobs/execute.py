@@ -99,7 +99,7 @@ def run_job(
         if directory is not None and not resume:
             prepare_run_dir(directory, job)
 
-    task = real.repeat_small(job.ipc) if real.options.repeat_small else real
+    task = real.repeat_small(job.ipc)
     run = Run(
         task,
         job.ipc,
