@@ -104,8 +104,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         command = typer.main.get_command(app)
         with command.make_context("condense", arguments) as context:
-            if "ls" not in arguments[:1]:  # the only verb that does without PyTorch
-                _check_address_space()
+            _check_address_space()
             command.invoke(context)
         sys.stdout.flush()
     except typer.Exit as end:
