@@ -377,23 +377,32 @@ def _drop_empty(
 def read_images(folder: Path, options: DataOptions) -> tuple[tuple[str, ...], Split]:
     """Reads every image of ``<class>/*`` or ``train/<class>/*`` as one split, uint8.
 
-    This is for distilled sets: classes are not split into train and test, and nothing is cached.
+    This is for distilled sets: classes are not split into train and test, and nothing is cached. The option ``split``
+    names another folder than train/ (in any case, or a synonym).
 
     Returns:
         Names of the class folders, and the split.
 
     Raises:
-        CondenseError: no class folders, or a file that is not an image or has a different size.
+        CondenseError: no class folders, equal sub-folders in them, or a file that is not an image or has a different
+            size.
     """
     if not folder.is_dir():
         raise CondenseError(f"'{folder}' is no folder; give one with <class>/* or train/<class>/*")
-    root = folder / "train"
-    if not root.is_dir() or not _folders(root):  # a class may be called train
-        root = folder
-    classes = tuple(_folders(root))
-    if not classes:
-        raise CondenseError(f"'{folder}' holds no class folders; expected <class>/* or train/<class>/*")
-    files = _class_files(root, PartFolder(()), classes, Unused())
+    part = PartFolder(())
+    if options.split:
+        part = parse_split(options.split)[0]
+    else:  # a class may be called train
+        trains = [name for name in _folders(folder) if split_role(name) == ("train", ()) and _folders(folder / name)]
+        if len(trains) > 1:
+            raise CondenseError(f"'{folder}' has {' and '.join(trains)}; split=NAME names the folder to use")
+        part = PartFolder(tuple(trains))
+        if not trains and not _folders(folder):
+            raise CondenseError(f"'{folder}' holds no class folders; expected <class>/* or train/<class>/*")
+    classes = _class_names(folder, part)
+    files = _class_files(folder, part, classes, Unused())
+    if not options.split:
+        _check_subfolders(folder, [part], classes, files)
     shape, mode, white, _ = decoded_format(files, options)
     check_host_memory(2 * len(files) * math.prod(shape), f"{len(files)} images of {by(shape)}", "give resize=N")
     chunks = list(decode_images([file.path for file in files], shape, mode, options.resize, white))
