@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 import zipfile
 
 import h5py
@@ -174,3 +175,17 @@ def test_files_that_unpack_to_more_than_the_memory_are_refused(tmp_path):
         archive.filelist[0].file_size = 10**14  # what the directory of the archive states
     with pytest.raises(CondenseError, match=r"bomb\.npz': the arrays need about 200\.0 TB of memory"):
         load_task(tmp_path / "bomb.npz")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="without a limit of processor time the test takes a minute")
+def test_damaged_h5_data_end(tmp_path):
+    """A zeroed global heap, which holds texts of variable length, makes the HDF5 library loop for ever."""
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file["x_train"], file["y_train"] = np.zeros((40, 8, 8), np.uint8), np.arange(40) % 4
+        file["classes"] = ["ant", "bee", "cat", "dog"]
+    content = bytearray((tmp_path / "x.h5").read_bytes())
+    start = content.index(b"GCOL")
+    content[start + 16 : start + 80] = bytes(64)
+    (tmp_path / "x.h5").write_bytes(content)
+    with pytest.raises(CondenseError, match=r"x\.h5' cannot be read as arrays"):
+        load_task(tmp_path / "x.h5")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import subprocess
 import sys
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -46,6 +48,47 @@ RANGE_SAMPLE = 1000
 """Maximum number of images of a dataset that decide the range of 16-bit images, evenly spaced."""
 
 
+PARSE_SECONDS = 60
+"""Time limit of the process that first parses an ``.h5`` file."""
+
+_PARSE = """
+import json, os, sys, time
+sys.path[:] = json.loads(sys.argv[2])
+import h5py
+from condense.hdf5 import check_self_contained
+try:
+    import resource
+    seconds = int(time.process_time() + 3 + os.path.getsize(sys.argv[1]) / 1e8)
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))  # ends the process also without its parent
+except (ImportError, ValueError):
+    pass
+try:
+    with h5py.File(sys.argv[1], "r") as file:
+        check_self_contained(sys.argv[1], file)
+        file.attrs.get("format")
+        if "classes" in file:
+            file["classes"][()]
+except Exception:
+    pass
+"""
+"""Reads those parts of a file that are not plain arrays. Errors are left to the reader."""
+
+
+def _check_parses(path: Path) -> None:
+    """Parses an HDF5 file in another process, because the library may loop for ever, or crash, on damaged bytes.
+
+    Raises:
+        CondenseError: it does.
+    """
+    command = [sys.executable, "-c", _PARSE, str(path), json.dumps(sys.path)]
+    try:
+        ended = subprocess.run(command, capture_output=True, timeout=PARSE_SECONDS).returncode >= 0
+    except subprocess.TimeoutExpired:
+        ended = False
+    if not ended:
+        raise CondenseError(f"'{path}' cannot be read as arrays: it is damaged")
+
+
 def read_array_file(path: Path) -> dict[str, Any]:
     """Reads the arrays of an ``.npz`` or ``.h5`` file that have one of our names. Nothing is unpickled.
 
@@ -63,6 +106,7 @@ def read_array_file(path: Path) -> dict[str, Any]:
                 return {key: file[key] for key in file.files if key in names}
         import h5py
 
+        _check_parses(path)
         if read_format(path) == "condense.distilled":
             raise CondenseError(f"'{path}' is a distilled set, not data to distil from")
         with h5py.File(path, "r") as file:

@@ -106,7 +106,7 @@ def image_to_array(image: Any, mode: str, resize: int | None, white: int = FULL_
         image = image.convert(mode)
     if resize is not None and image.size != (resize, resize):
         height, width, top, left = resized_box(image.height, image.width, resize)
-        if height * width > max(2 * Image.MAX_IMAGE_PIXELS, 16 * resize * resize):
+        if height * width > max(2 * (Image.MAX_IMAGE_PIXELS or 0), 16 * resize * resize):
             raise ValueError(f"its {image.width}x{image.height} pixels become {width}x{height} by resize={resize}")
         image = image.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + resize, top + resize))
     array = np.asarray(image)

@@ -50,6 +50,9 @@ ROLES: dict[str, Sequence[str]] = {
 }
 """Words in the names of folders that say which part of the data they hold; of two test folders the first is taken."""
 
+ANNOTATIONS_LIMIT = 64 * 2**20
+"""Maximum size of Tiny ImageNet's file of validation labels in bytes."""
+
 MAX_PIXELS = 2**24
 """Maximum number of pixels of an image that is used in its own size."""
 
@@ -205,7 +208,7 @@ def _find_parts(root: Path, unused: Unused) -> list[PartFolder]:
 
 def _without_wrapper(root: Path, name: str) -> tuple[str, ...]:
     """A part's folder below ``root``, or the only folder inside it if that names the same part (train/train/)."""
-    names = (name,)
+    names: tuple[str, ...] = (name,)
     while True:
         inner = _folders(root.joinpath(*names))
         role = split_role(inner[0]) if len(inner) == 1 else None
@@ -284,7 +287,7 @@ def _check_subfolders(root: Path, parts: Sequence[PartFolder], classes: Sequence
     readings = [f"split={','.join(prefixes)} takes all images below each as one class"]
     if has_parts:
         inside = sorted({name for found in names_of.values() for name in found if split_role(name)})
-        by_role = {(split_role(name) or ("",))[0]: name for name in inside}
+        by_role = {role[0]: name for name in inside if (role := split_role(name)) is not None}
         train_name, test_name = by_role["train"], by_role.get("test") or by_role["val"]
         readings.append(
             f"split={prefixes[0]}/{train_name},{prefixes[0]}/{test_name} takes these as train and test images"
@@ -353,7 +356,8 @@ def list_folder(root: Path, options: DataOptions | None = None) -> FolderListing
         classes, train, test = _drop_empty(classes, train, test, what, unused)
     if test_part is None and not test:
         rows = stratified_rows(np.array([file.label for file in train]), classes, what, "data")
-        return FolderListing(root, classes, *([train[row] for row in part] for part in rows), str(unused))
+        train, test = ([train[row] for row in part] for part in rows)
+        return FolderListing(root, classes, train, test, str(unused))
     if not test:
         raise CondenseError(f"{what}: no test images of the classes of {train_name}/; split={train_name} splits these")
     return FolderListing(root, classes, train, test, str(unused))
@@ -470,10 +474,14 @@ def _annotated(folder: Path, classes: Sequence[str], unused: Unused) -> list[Ima
     """Tiny ImageNet's validation images, by class and then by name."""
     numbers = {name: number for number, name in enumerate(classes)}
     label_of = {}
-    for line in (folder / "val_annotations.txt").read_text().splitlines():
-        name, wnid = line.split("\t")[:2]
-        if wnid in numbers:
-            label_of[name] = numbers[wnid]
+    annotations = folder / "val_annotations.txt"
+    if annotations.stat().st_size > ANNOTATIONS_LIMIT:
+        raise CondenseError(f"'{annotations}': larger than {ANNOTATIONS_LIMIT >> 20} MiB")
+    for line in annotations.read_text(errors="replace").splitlines():
+        name, _, rest = line.partition("\t")
+        label = numbers.get(rest.split("\t")[0])
+        if label is not None:
+            label_of[name] = label
     labelled = [
         file._replace(label=label_of[os.path.basename(file.path)])
         for file in _files(str(folder / "images"), 0, unused)

@@ -87,10 +87,10 @@ def list_table(path: Path, options: DataOptions) -> FolderListing:
     )
     parts["of other classes"] = [row for row in test if row[1] not in numbers]
     unused = ", ".join(f"{len(rows)} images ({part})" for part, rows in parts.items() if rows)
-    if test_files:
-        return FolderListing(path.parent, classes, train_files, test_files, unused)
-    picked = stratified_rows(np.array([file.label for file in train_files]), classes, where, "data")
-    return FolderListing(path.parent, classes, *([train_files[row] for row in part] for part in picked), unused)
+    if not test_files:
+        picked = stratified_rows(np.array([file.label for file in train_files]), classes, where, "data")
+        train_files, test_files = ([train_files[row] for row in part] for part in picked)
+    return FolderListing(path.parent, classes, train_files, test_files, unused)
 
 
 def _read_rows(path: Path, where: str) -> tuple[list[tuple[int, list[str]]], dict[str, int]]:
