@@ -35,13 +35,13 @@ __all__ = ["distill", "distill_or_resume", "experts", "load", "resume", "task", 
 
 
 def task(data: Any, *, name: str | None = None, download: bool = False, **options: Any) -> Task:
-    """Loads real data: a registered name, a folder, an ``.npz`` or ``.h5`` file, tensors, or a map-style Dataset.
+    """Loads real data: a registered name, a folder, a ``.csv``, ``.npz`` or ``.h5`` file, tensors, or a Dataset.
 
     Args:
-        data: see :func:`condense.data.load`.
+        data: see :func:`condense.data.load_task`.
         name: name in records.
         download: fetch a registered dataset that is not on disk.
-        options: resize, grey, mirror, zca (see :class:`condense.data.DataOptions`).
+        options: resize, grey, mirror, zca, split, ... (see :class:`condense.data.DataOptions`).
 
     Raises:
         CondenseError: the data do not exist or are invalid.

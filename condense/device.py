@@ -6,7 +6,6 @@ import contextlib
 import functools
 import os
 import platform
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,8 @@ from typing import Any
 import torch
 
 from condense.environment import limit_host_memory
-from condense.errors import CondenseError
+from condense.errors import CondenseError, is_out_of_memory
+from condense.formatting import size
 
 
 def pick_device(name: str) -> torch.device:
@@ -67,14 +67,6 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     if precision == "bf16":
         return torch.autocast(device.type, torch.bfloat16)
     return contextlib.nullcontext()
-
-
-def is_out_of_memory(fault: BaseException) -> bool:
-    """Whether an allocation failed, on any device."""
-    if isinstance(fault, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    # torch reports allocations of host memory as plain RuntimeErrors.
-    return isinstance(fault, RuntimeError) and re.search("allocate memory|not enough memory", str(fault)) is not None
 
 
 @contextlib.contextmanager
@@ -157,11 +149,39 @@ def free_memory(device: torch.device) -> int:
 
 
 def free_host_memory() -> int:
-    """Bytes available without swapping, within the limits of a container and ``CONDENSE_HOST_MEMORY``; 0 if unknown."""
-    return limit_host_memory(_available_memory())
+    """Bytes available without swapping, within the limits of a container, ``ulimit -v`` and ``CONDENSE_HOST_MEMORY``.
+
+    0 if unknown.
+    """
+    free = _available_memory()
+    with contextlib.suppress(ImportError, OSError, ValueError, IndexError):  # no `resource` on Windows
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if limit != resource.RLIM_INFINITY:
+            used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+            free = min(free, max(0, limit - used)) if free else max(0, limit - used)
+    return limit_host_memory(free)
+
+
+def check_host_memory(needed: int, what: str, advice: str) -> None:
+    """Checks before an allocation that memory suffices.
+
+    Args:
+        needed: bytes.
+        what: that needs them, in the plural; begins the message.
+        advice: how the user can need less.
+
+    Raises:
+        CondenseError: fewer bytes are free.
+    """
+    free = free_host_memory()
+    if 0 < free < needed:
+        raise CondenseError(f"{what} need about {size(needed)} of memory, {size(free)} are free; {advice}")
 
 
 def _available_memory() -> int:
+    """Bytes available without swapping, within the limit of a container; 0 if unknown."""
     try:
         (line,) = (line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable:"))
         free = int(line.split()[1]) * 1024

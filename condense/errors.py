@@ -32,6 +32,18 @@ def did_you_mean(name: str, names: Iterable[str], listing: str = "") -> str:
     return f"; known: {', '.join(names)}" if names else ""
 
 
+def is_out_of_memory(fault: BaseException) -> bool:
+    """Returns whether an exception says that memory ran out.
+
+    PyTorch has a class of its own for accelerators. On the CPU it raises a RuntimeError, and while libraries are loaded
+    the error is an ImportError or an OSError.
+    """
+    if isinstance(fault, MemoryError) or type(fault).__name__ == "OutOfMemoryError":
+        return True
+    texts = ("can't allocate memory", "cannot allocate memory", "bad_alloc", "failed to map segment", "out of memory")
+    return isinstance(fault, (RuntimeError, OSError, ImportError)) and any(text in str(fault).lower() for text in texts)
+
+
 def missing_package(package: str, extra: str, purpose: str) -> CondenseError:
     """Returns the error for a missing optional package, with the command that installs it."""
     return CondenseError(

@@ -147,13 +147,14 @@ def test_the_rate_is_chosen_on_held_out_training_images_never_on_test_images(mad
 def test_the_search_follows_the_held_out_images(made, tiny, monkeypatch):
     """The rate with the best student on the held-out images wins; the students are those of the inner task."""
     seen = []
-    original = loop.accuracy
+    original = loop.correct_by_class
 
     def watch(network, task, **options):
-        seen.append((task.test.rows is not None, len(task.train), original(network, task, **options)))
-        return seen[-1][2]
+        correct = original(network, task, **options)
+        seen.append((task.test.rows is not None, len(task.train), sum(correct) / len(task.test)))
+        return correct
 
-    monkeypatch.setattr(students_module, "accuracy", watch)
+    monkeypatch.setattr(students_module, "correct_by_class", watch)
     record = condense.evaluate(made, tiny, networks="mlp", runs=1, protocol="dc-tuned-v1", controls=[])
     tried = [value for held_out, size, value in seen if held_out and size == 33]
     assert len(tried) == 5 and len(seen) == 6

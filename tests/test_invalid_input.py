@@ -9,9 +9,8 @@ import pytest
 from conftest import change_protocols
 
 from condense import config, files, formatting
-from condense.device import is_out_of_memory
 from condense.engine import Run
-from condense.errors import CondenseError, did_you_mean
+from condense.errors import CondenseError, did_you_mean, is_out_of_memory
 from condense.judge import protocols
 
 DM = "distill dm --data digits --ipc 1 --network convnet-d2-w8-in"

@@ -148,10 +148,10 @@ def test_broken_cache_is_rebuilt_and_a_cut_off_one_leaves_nothing(tmp_path, monk
 
     opened = Image.open
 
-    def interrupted(path):
+    def interrupted(path, **options):
         if "/test/cat/" in str(path):
             raise KeyboardInterrupt
-        return opened(path)
+        return opened(path, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(Image, "open", interrupted)
@@ -430,7 +430,9 @@ ARRAY_FAULTS = {
     "0..255 floats": (_with(train_images=lambda x: x.astype(float)), "uint8 or floats in"),
     "NaN": (_with(train_images=lambda x: x * np.nan), "hold NaN"),
     "int64 pixels": (_with(train_images=lambda x: x.astype(int)), "not int64"),
-    "channels": (_with(train_images=lambda x: np.repeat(x, 2, 1)), r"shape \(12, 6, 4, 4\)"),
+    "channels": (_with(train_images=lambda x: np.repeat(x, 2, 1)), "train images are 6x4x4 but test images 3x4x4"),
+    "five axes": (_with(train_images=lambda x: x[None]), r"shape \(1, 12, 3, 4, 4\)"),
+    "multi-label": (_with(train_labels=lambda y: np.ones((12, 3), int)), "multi-label data are not supported"),
     "flat": (_with(train_images=lambda x: x.reshape(12, -1)), r"shape \(12, 48\)"),
     "other size": (_with(test_images=lambda x: x[:, :, :3]), "3x4x4 but test images 3x3x4"),
     "hole": (_with(train_labels=lambda y: y * 2), "no train images of class 1, 3"),

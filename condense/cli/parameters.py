@@ -46,7 +46,7 @@ def number_option(flag: str, kind: Callable[[str], Any], meaning: str, *, maximu
 
 
 DATA_HELP = (
-    "real data: a name of `condense ls datasets`, a folder, .npz or .h5; NAME=PATH names a folder in the records"
+    "real data: a name of `condense ls datasets`, a folder, .csv, .npz or .h5; NAME=PATH names a folder in the records"
 )
 
 MethodArgument = Annotated[str | None, typer.Argument(metavar="METHOD", help="a name of `condense ls methods`")]

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import json
 import math
+import subprocess
 import sys
+import zipfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from condense.data.decoding import image_to_array, is_grey
+from condense.data.decoding import (
+    FULL_RANGE,
+    image_to_array,
+    is_grey,
+    largest_value,
+    range_note,
+    uses_16_bits,
+    white_of,
+)
 from condense.data.loaded import DataOptions, LoadedData, Split, format_some, from_splits, stratified_splits
+from condense.device import check_host_memory
 from condense.errors import CondenseError
 from condense.formatting import by
+from condense.hdf5 import check_self_contained, read_format
 
 ALIASES = {
     "train_images": "x_train",
@@ -24,28 +38,83 @@ ALIASES = {
 }
 """Names of the arrays, and the names that Keras uses for them."""
 
+IMAGE_COLUMNS = ("image", "img", "images", "pixel_values", "picture", "png", "jpg", "jpeg", "webp")
+"""Usual names of the column with the image in datasets whose items are rows, the most common first."""
+
+LABEL_COLUMNS = ("label", "labels", "fine_label", "target", "class", "category", "cls")
+"""Usual names of the column with the class."""
+
+RANGE_SAMPLE = 1000
+"""Maximum number of images of a dataset that decide the range of 16-bit images, evenly spaced."""
+
+
+PARSE_SECONDS = 60
+"""Time limit of the process that first parses an ``.h5`` file."""
+
+_PARSE = """
+import json, os, sys, time
+sys.path[:] = json.loads(sys.argv[2])
+import h5py
+from condense.hdf5 import check_self_contained
+try:
+    import resource
+    seconds = int(time.process_time() + 3 + os.path.getsize(sys.argv[1]) / 1e8)
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))  # ends the process also without its parent
+except (ImportError, ValueError):
+    pass
+try:
+    with h5py.File(sys.argv[1], "r") as file:
+        check_self_contained(sys.argv[1], file)
+        file.attrs.get("format")
+        if "classes" in file:
+            file["classes"][()]
+except Exception:
+    pass
+"""
+"""Reads those parts of a file that are not plain arrays. Errors are left to the reader."""
+
+
+def _check_parses(path: Path) -> None:
+    """Parses an HDF5 file in another process, because the library may loop for ever, or crash, on damaged bytes.
+
+    Raises:
+        CondenseError: it does.
+    """
+    command = [sys.executable, "-c", _PARSE, str(path), json.dumps(sys.path)]
+    try:
+        ended = subprocess.run(command, capture_output=True, timeout=PARSE_SECONDS).returncode >= 0
+    except subprocess.TimeoutExpired:
+        ended = False
+    if not ended:
+        raise CondenseError(f"'{path}' cannot be read as arrays: it is damaged")
+
 
 def read_array_file(path: Path) -> dict[str, Any]:
     """Reads the arrays of an ``.npz`` or ``.h5`` file that have one of our names. Nothing is unpickled.
 
     Raises:
-        CondenseError: the file is damaged or is a distilled set.
+        CondenseError: the file is damaged, is a distilled set, refers to other files, or its arrays do not fit in
+            memory.
     """
     names = {*ALIASES, *ALIASES.values(), "classes"}
     try:
         if path.suffix.lower() == ".npz":
+            with zipfile.ZipFile(path) as archive:  # no member unpacks to more than the size that it states
+                needed = sum(entry.file_size for entry in archive.infolist() if Path(entry.filename).stem in names)
+            check_host_memory(2 * needed, f"'{path}': the arrays", "give fewer or smaller images")
             with np.load(path, allow_pickle=False) as file:
                 return {key: file[key] for key in file.files if key in names}
         import h5py
 
+        _check_parses(path)
+        if read_format(path) == "condense.distilled":
+            raise CondenseError(f"'{path}' is a distilled set, not data to distil from")
         with h5py.File(path, "r") as file:
-            if file.attrs.get("format") in ("condense.distilled", b"condense.distilled"):
-                raise CondenseError(f"'{path}' is a distilled set, not data to distil from")
-            arrays: dict[str, Any] = {}
-            for key in names & set(file):
-                if isinstance(file[key], h5py.Dataset):
-                    arrays[key] = file[key].asstr()[()] if key == "classes" else file[key][()]
-            return arrays
+            check_self_contained(path, file)
+            found = {key: file[key] for key in names & set(file) if isinstance(file[key], h5py.Dataset)}
+            needed = sum(array.nbytes for array in found.values())
+            check_host_memory(2 * needed, f"'{path}': the arrays", "give fewer or smaller images")
+            return {key: array.asstr()[()] if key == "classes" else array[()] for key, array in found.items()}
     except CondenseError:
         raise
     except Exception as error:  # BadZipFile, zlib.error, OSError, ValueError, ... for a damaged file
@@ -76,10 +145,25 @@ def read_mapping(arrays: Mapping[str, Any], where: str, options: DataOptions) ->
         if test_images.shape[1:] != train_images.shape[1:]:
             sizes = [by(images.shape[1:]) for images in (train_images, test_images)]
             raise CondenseError(f"{where}: train images are {sizes[0]} but test images {sizes[1]}")
-    classes = _class_names(arrays.get("classes"), train_labels, test_labels, where)
+    classes = _class_names(arrays.get("classes"), train_labels, test_labels, where, options.drop_empty)
+    note = ""
+    if options.drop_empty:
+        kept = np.unique(train_labels)
+        known = np.isin(test_labels, kept)
+        dropped = [name for number, name in classes.items() if number not in kept]
+        if dropped or not known.all():
+            note = f"classes without train images are left out: {format_some(dropped)} ({(~known).sum()} test images)"
+        train_labels, test_labels = np.searchsorted(kept, train_labels), np.searchsorted(kept, test_labels[known])
+        test_images = None if test_images is None else test_images[known]
+        classes = {number: classes[label] for number, label in enumerate(kept.tolist())}
+    names = tuple(classes.values())
+    if len(names) < 2:
+        raise CondenseError(f"{where}: only one class; give at least two")
     if test_images is None:
-        return from_splits(classes, *stratified_splits(train_images, train_labels, classes, where, "data"), options)
-    return from_splits(classes, Split(train_images, train_labels), Split(test_images, test_labels), options)
+        train, test = stratified_splits(train_images, train_labels, names, where, "data")
+    else:
+        train, test = Split(train_images, train_labels), Split(test_images, test_labels)
+    return replace(from_splits(names, train, test, options), note=note)
 
 
 def to_array(values: Any) -> np.ndarray:
@@ -94,7 +178,9 @@ def to_array(values: Any) -> np.ndarray:
 def check_images(splits: Sequence[Any], where: str) -> list[Any]:
     """Converts the images of train and test to (N,C,H,W), uint8 or float32 in [0,1]; None stays None.
 
-    Images (N,H,W) are grey. With four axes the channel axis is the one of size 1 or 3; the second axis, if both are.
+    Images (N,H,W) are grey. With four axes the channel axis is the one of size 1 or 3 (the second axis, if both are).
+    If neither is, the two axes of equal size are height and width, or else the smaller of the second and the last axis
+    holds the channels (the second, if they are equal).
     If all floats are k/255, as torchvision's ToTensor makes them, they become uint8: the same values in a quarter of
     the memory.
 
@@ -107,11 +193,11 @@ def check_images(splits: Sequence[Any], where: str) -> list[Any]:
             continue
         if images.ndim == 3:
             images = images[:, None]
-        elif images.ndim == 4 and images.shape[1] not in (1, 3) and images.shape[3] in (1, 3):
+        elif images.ndim == 4 and _has_channels_last(images.shape[1:]):
             images = images.transpose(0, 3, 1, 2)
-        if images.ndim != 4 or images.shape[1] not in (1, 3) or 0 in images.shape:
+        if images.ndim != 4 or 0 in images.shape:
             raise CondenseError(
-                f"{where}: {part} images of shape {images.shape}: give (N,C,H,W), (N,H,W,C) or (N,H,W), 1 or 3 channels"
+                f"{where}: {part} images of shape {images.shape}: give (N,C,H,W), (N,H,W,C) or (N,H,W), none of them 0"
             )
         if images.dtype.kind == "f":
             low, high = float(images.min()), float(images.max())
@@ -124,12 +210,25 @@ def check_images(splits: Sequence[Any], where: str) -> list[Any]:
                 )
             images = np.clip(images.astype(np.float32), 0.0, 1.0)
         elif images.dtype != np.uint8:
-            raise CondenseError(f"{where}: pixels must be uint8 or floats in [0,1], not {images.dtype} ({part} images)")
+            raise CondenseError(
+                f"{where}: pixels must be uint8 or floats in [0,1], not {images.dtype} ({part} images); divide them by "
+                "their largest possible value"
+            )
         arrays[index] = np.ascontiguousarray(images)
     floats = [images for images in arrays if images is not None and images.dtype != np.uint8]
     if all(_is_quantised(images) for images in floats):
         return [images if images is None else _quantised(images) for images in arrays]
     return [images if images is None else _as_float(images) for images in arrays]
+
+
+def _has_channels_last(shape: tuple[int, ...]) -> bool:
+    """Whether the shape of one image is (H,W,C) and not (C,H,W); see :func:`check_images`."""
+    first, second, last = shape
+    if first in (1, 3) or last in (1, 3):
+        return first not in (1, 3)
+    if (first == second) != (second == last):
+        return first == second
+    return last < first
 
 
 def _quantised(images: np.ndarray) -> np.ndarray:
@@ -150,6 +249,15 @@ def _labels(values: Any, count: int, part: str, where: str) -> np.ndarray:
     labels = to_array(values)
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
+    if labels.ndim == 2 and labels.dtype.kind in "iubf" and np.isin(labels, (0, 1)).all():
+        fix = (
+            "give labels.argmax(1)"
+            if (labels.sum(1) == 1).all()
+            else "multi-label data are not supported, give one class"
+        )
+        raise CondenseError(
+            f"{where}: {part} labels of shape {labels.shape} are not whole numbers of shape (N,); {fix}"
+        )
     whole = labels.dtype.kind in "iub" or (labels.dtype.kind == "f" and np.array_equal(labels, np.rint(labels)))
     if labels.ndim != 1 or not whole:
         raise CondenseError(
@@ -160,9 +268,14 @@ def _labels(values: Any, count: int, part: str, where: str) -> np.ndarray:
     return labels.astype(np.int64)
 
 
-def _class_names(classes: Any, train: np.ndarray, test: np.ndarray, where: str) -> tuple[str, ...]:
-    """Returns the class names, by default the label numbers. Labels must be 0..C-1, each with a train image."""
+def _class_names(classes: Any, train: np.ndarray, test: np.ndarray, where: str, drop_empty: bool) -> dict[int, str]:
+    """Returns the class names by label, by default the labels themselves.
+
+    Labels must be 0..C-1, each with a train image. With ``drop_empty`` classes may lack train images.
+    """
     low, high = int(min(train.min(), test.min(initial=0))), int(max(train.max(), test.max(initial=0)))
+    if classes is None and drop_empty and low >= 0:
+        return {label: str(label) for label in np.unique(np.concatenate([train, test])).tolist()}
     if classes is None:
         names = [str(label) for label in range(high + 1)] if high < len(train) else []
     else:
@@ -174,16 +287,16 @@ def _class_names(classes: Any, train: np.ndarray, test: np.ndarray, where: str) 
     if low < 0 or high >= max(len(names), 1):
         limit = f"0..{len(names) - 1}" if names else "0..C-1 without holes"
         raise CondenseError(f"{where}: labels must be {limit}, but they run from {low} to {high}")
-    if len(names) < 2:
-        raise CondenseError(f"{where}: only one class; give at least two")
     counts = np.bincount(train, minlength=len(names))
-    if 0 in counts:
+    if 0 in counts and len(names) > 1 and not drop_empty:
         empty = [
             f"{label} ('{names[label]}')" if classes is not None else str(label)
             for label in np.flatnonzero(counts == 0)
         ]
-        raise CondenseError(f"{where}: no train images of class {format_some(empty)}")
-    return tuple(names)
+        raise CondenseError(
+            f"{where}: no train images of class {format_some(empty)}; drop_empty=true leaves such classes out"
+        )
+    return dict(enumerate(names))
 
 
 def read_torch_datasets(parts: Sequence[Any], options: DataOptions) -> LoadedData:
@@ -193,56 +306,121 @@ def read_torch_datasets(parts: Sequence[Any], options: DataOptions) -> LoadedDat
         CondenseError: an item is not (image, label), or images differ in shape or type.
     """
     arrays: dict[str, Any] = {}
-    mode = "L" if options.grey else "RGB" if options.grey is False else None
+    pixels = _PixelFormat("L" if options.grey else "RGB" if options.grey is False else None, options)
     for part, dataset in zip(("train", "test"), parts):
-        images, labels, mode = _collect(dataset, part, mode, options.resize)
+        images, labels = _collect(dataset, part, pixels)
         arrays |= {f"{part}_images": images, f"{part}_labels": labels}
-    names = getattr(parts[0], "classes", None)
-    if isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names):
-        arrays["classes"] = list(names)
-    return read_mapping(arrays, "data", options)
+    names = _names_of(parts[0])
+    if names is not None:
+        arrays["classes"] = names
+    loaded = read_mapping(arrays, "data", options)
+    return replace(loaded, note="; ".join(note for note in (loaded.note, pixels.note) if note))
 
 
-def _collect(
-    dataset: Any, part: str, mode: str | None, resize: int | None
-) -> tuple[np.ndarray, np.ndarray, str | None]:
+def _names_of(dataset: Any) -> list[str] | None:
+    """Class names that a torchvision or Hugging Face dataset states."""
+    names = getattr(dataset, "classes", None)
+    features = getattr(dataset, "features", None)
+    if names is None and isinstance(features, Mapping) and len(dataset):
+        label_key = _columns(features, features)[1]
+        names = getattr(features.get(label_key), "names", None)
+    valid = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
+    return list(names) if valid and names is not None else None
+
+
+def _columns(item: Mapping[str, Any], features: Any) -> tuple[str | None, str | None]:
+    """Names of the columns of a row with the image and its label, None for one that is not found.
+
+    The types that a Hugging Face dataset states decide, then the usual names.
+    """
+    found: list[str | None] = []
+    for kind, usual in (("Image", IMAGE_COLUMNS), ("ClassLabel", LABEL_COLUMNS)):
+        typed = [key for key in features or () if type(features[key]).__name__ == kind and key in item]
+        named = [key for key in usual if key in item]
+        found.append(typed[0] if len(typed) == 1 else next(iter(named), None))
+    return found[0], found[1]
+
+
+class _PixelFormat:
+    """How the PIL images of datasets are converted: decided by the first one, the same for train and test."""
+
+    def __init__(self, mode: str | None, options: DataOptions) -> None:
+        self.mode, self.resize = mode, options.resize
+        self.white = 2**options.bits - 1 if options.bits else None
+        self.note = ""
+
+    def decide(self, image: Any, dataset: Any, features: Any) -> None:
+        """Chooses grey or RGB, and the range of 16-bit images from a sample of the dataset."""
+        self.mode = self.mode or ("L" if is_grey(image.mode) else "RGB")
+        if self.white is not None or not uses_16_bits(image):
+            return
+        rows = np.unique(np.linspace(0, len(dataset) - 1, RANGE_SAMPLE).astype(int))
+        images = (_image_and_label(dataset[int(row)], features, "data")[0] for row in rows)
+        self.white = white_of(max(largest_value(image) for image in images if hasattr(image, "convert")))
+        self.note = range_note(self.white)
+
+    def convert(self, image: Any) -> np.ndarray:
+        assert self.mode is not None
+        return image_to_array(image, self.mode, self.resize, self.white or FULL_RANGE)
+
+
+def _image_and_label(item: Any, features: Any, where: str) -> tuple[Any, Any]:
+    """The image and the label of an item: (image, label), or a row of named columns."""
+    if isinstance(item, Mapping):
+        image_key, label_key = _columns(item, features)
+        if image_key is None or label_key is None:
+            lacking = "image" if image_key is None else "label"
+            names = format_some([str(key) for key in item])
+            raise CondenseError(f"{where} has the columns {names}; rename the one with the {lacking} to '{lacking}'")
+        return item[image_key], item[label_key]
+    if not isinstance(item, (tuple, list)) or len(item) < 2:
+        raise CondenseError(f"{where} is a {type(item).__name__}, not (image, label)")
+    return item[0], item[1]
+
+
+def _collect(dataset: Any, part: str, pixels: _PixelFormat) -> tuple[np.ndarray, np.ndarray]:
     """Reads every image and label of a dataset.
 
     Args:
-        dataset: map-style torch dataset of (image, label).
+        dataset: map-style torch dataset of (image, label), or Hugging Face dataset with columns for these.
         part: ``train`` or ``test``, for messages.
-        mode: mode that PIL images are converted to; None: that of the first image.
-        resize: side in pixels of the centre square, or None.
+        pixels: how PIL images are converted.
 
     Returns:
-        Images (N,...), labels int64 (N,), and the mode.
+        Images (N,...), and labels int64 (N,).
     """
-    count = len(dataset)
+    count, features = len(dataset), getattr(dataset, "features", None)
     if count == 0:
         raise CondenseError(f"data: the {part} dataset is empty")
     images: np.ndarray | None = None
     labels = np.empty(count, np.int64)
     for index in tqdm(range(count), desc=f"reading {part}", unit=" images", file=sys.stderr, disable=None, leave=False):
         where = f"data: item {index} of the {part} dataset"
-        item = dataset[index]
-        if not isinstance(item, (tuple, list)) or len(item) < 2:
-            raise CondenseError(f"{where} is a {type(item).__name__}, not (image, label)")
-        image, label = item[0], item[1]
+        image, label = _image_and_label(dataset[index], features, where)
         if hasattr(image, "convert"):  # a PIL image
-            mode = mode or ("L" if is_grey(image.mode) else "RGB")
-            image = image_to_array(image, mode, resize)
+            if images is None:
+                pixels.decide(image, dataset, features)
+            try:
+                image = pixels.convert(image)
+            except ValueError as error:
+                raise CondenseError(f"{where} cannot be read as an image: {error}") from error
         image = to_array(image)
+        if np.ndim(label) > 0 and np.size(label) > 1:
+            raise CondenseError(
+                f"{where} has {np.size(label)} labels; multi-label data are not supported, give one class"
+            )
         try:
             labels[index] = int(label)
         except (TypeError, ValueError) as error:
             raise CondenseError(f"{where} has the label {label!r}, not a whole number") from error
         if images is None:
+            check_host_memory(2 * count * image.nbytes, f"data: {count} images of {by(image.shape)}", "give resize=N")
             images = np.empty((count, *image.shape), image.dtype)
         if image.shape != images.shape[1:] or image.dtype != images.dtype:
             raise CondenseError(
                 f"{where} is {image.dtype} {by(image.shape)}, the first one {images.dtype} "
-                f"{by(images.shape[1:])}; resize them in the dataset's transform"
+                f"{by(images.shape[1:])}; resize them in the dataset's transform, or give resize=N"
             )
         images[index] = image
     assert images is not None
-    return images, labels, mode
+    return images, labels

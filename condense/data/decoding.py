@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import multiprocessing
 import os
@@ -24,23 +25,79 @@ def is_grey(mode: str) -> bool:
     return mode in ("1", "L", "LA", "La", "F") or mode.startswith("I")
 
 
-def image_to_array(image: Any, mode: str, resize: int | None) -> np.ndarray:
+FULL_RANGE = 2**16 - 1
+"""White of 16-bit images that use all bits."""
+
+DEPTHS = (8, 10, 12, 14, 16)
+"""Bits that the values of cameras, scanners and X-ray detectors have."""
+
+UNSAFE_FORMATS = frozenset({"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"})
+"""Formats of Pillow that it does not decode itself: it runs another program or only recognises the file."""
+
+
+@functools.cache
+def image_formats() -> dict[str, str]:
+    """Suffix (lower case, with the dot) to format, of all formats that Pillow decodes."""
+    from PIL import Image
+
+    return {
+        suffix.lower(): name
+        for suffix, name in Image.registered_extensions().items()
+        if name in Image.OPEN and name not in UNSAFE_FORMATS
+    }
+
+
+def uses_16_bits(image: Any) -> bool:
+    """Whether the file of an image that is not decoded yet has more than 8 bits per channel."""
+    return image.mode.startswith("I") or any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
+
+
+def largest_value(image: Any) -> int:
+    """Largest value of an image with more than 8 bits per channel.
+
+    Of 16-bit colour, Pillow keeps the upper 8 bits alone.
+    """
+    if image.mode.startswith("I"):
+        return int(np.asarray(image).max())
+    return int(np.asarray(image.convert("RGB")).max()) * 256 + 255
+
+
+def white_of(largest: int) -> int:
+    """White of 16-bit images whose largest value this is: 2**bits - 1 with one of ``DEPTHS``."""
+    return next((2**bits - 1 for bits in DEPTHS if largest < 2**bits), FULL_RANGE)
+
+
+def range_note(white: int) -> str:
+    """How 16-bit images with this white are scaled, for the user; an empty string if they use all bits."""
+    if white == FULL_RANGE:
+        return ""
+    return f"16-bit images have values of {white.bit_length()} bits: 0..{white} becomes 0..255; bits=16 takes 0..65535"
+
+
+def image_to_array(image: Any, mode: str, resize: int | None, white: int = FULL_RANGE) -> np.ndarray:
     """Converts a PIL image to uint8 (1,H,W) or (3,H,W): rotated by its EXIF tag, without alpha, 16-bit grey to 8 bits.
 
     Args:
         image: PIL image.
         mode: ``L`` or ``RGB``.
         resize: side in pixels of the centre square, or None.
+        white: value of 16-bit grey that becomes 255.
 
     Raises:
-        ValueError: the image has floating-point pixels, whose range is unknown.
+        ValueError: the image has floating-point pixels, whose range is unknown, or values outside 0..``white``, or it
+            would be scaled to more pixels than Pillow decodes.
     """
     from PIL import Image, ImageOps
 
     if "exif" in image.info:
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # PIL's own conversion clips 16 bits at 255
-        image = Image.fromarray(((np.asarray(image).astype(np.int64).clip(0, 65535) + 128) // 257).astype(np.uint8))
+        values = np.asarray(image).astype(np.int64)
+        low, high = int(values.min()), int(values.max())
+        if low < 0 or high > white:
+            advice = "give bits=16" if low >= 0 and high <= FULL_RANGE else "save it with 8 or 16 bits, from 0"
+            raise ValueError(f"its values run from {low} to {high}, not within 0..{white}; {advice}")
+        image = Image.fromarray(((values * 255 + white // 2) // white).astype(np.uint8))
     elif image.mode == "F":
         raise ValueError("floating-point pixels; save it with 8 or 16 bits")
     elif image.mode != mode and "transparency" in image.info:
@@ -49,6 +106,8 @@ def image_to_array(image: Any, mode: str, resize: int | None) -> np.ndarray:
         image = image.convert(mode)
     if resize is not None and image.size != (resize, resize):
         height, width, top, left = resized_box(image.height, image.width, resize)
+        if height * width > max(2 * (Image.MAX_IMAGE_PIXELS or 0), 16 * resize * resize):
+            raise ValueError(f"its {image.width}x{image.height} pixels become {width}x{height} by resize={resize}")
         image = image.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + resize, top + resize))
     array = np.asarray(image)
     return array[None] if mode == "L" else array.transpose(2, 0, 1)
@@ -63,7 +122,7 @@ def read_image(path: str, use: Callable[[Any], Any]) -> Any:
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=tuple(image_formats().values())) as image:
             return use(image)
     except Exception as error:  # PIL raises many types for a damaged file
         reason = "unknown format" if "cannot identify" in str(error) else str(error) or type(error).__name__
@@ -80,6 +139,7 @@ def decode_images(
     shape: tuple[int, ...],
     mode: str,
     resize: int | None,
+    white: int = FULL_RANGE,
     *,
     workers: int | None = None,
     fork: bool = sys.platform == "linux",
@@ -96,6 +156,7 @@ def decode_images(
         shape: (C,H,W) of every decoded image.
         mode: ``L`` or ``RGB``.
         resize: side in pixels of the centre square, or None.
+        white: value of 16-bit grey that becomes 255.
         workers: processes or threads; by default one per core.
         fork: use processes instead of threads.
 
@@ -108,7 +169,7 @@ def decode_images(
     def chunk(span: range) -> np.ndarray:
         out = np.empty((len(span), *shape), np.uint8)
         for row, index in enumerate(span):
-            image = read_image(paths[index], lambda image: image_to_array(image, mode, resize))
+            image = read_image(paths[index], lambda image: image_to_array(image, mode, resize, white))
             if image.shape != shape:
                 raise CondenseError(
                     f"images differ in size: '{paths[0]}' is {shape[2]}x{shape[1]} but '{paths[index]}' is "

@@ -26,12 +26,14 @@ import numpy as np
 from tqdm import tqdm
 
 from condense.data.decoding import decode_images
-from condense.data.folders import FolderListing, decoded_format, labels_of
+from condense.data.folders import DecodedFormat, FolderListing, decoded_format, labels_of
 from condense.data.loaded import DataOptions, LoadedData, Split, cache_dir, measure_splits
+from condense.device import check_host_memory
+from condense.formatting import by
 
 _log = logging.getLogger(__name__)
 
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
 """Version of the cache: raised if the same files and options decode to other pixels or to another layout."""
 
 VERIFIED_BYTES = 4 * 2**30
@@ -43,7 +45,7 @@ def read_folder(listing: FolderListing, options: DataOptions) -> LoadedData:
 
     If the cache cannot be written, the images stay in memory and a warning is logged.
     """
-    lines = [json.dumps([CACHE_FORMAT, options.resize, options.grey, listing.classes])]
+    lines = [json.dumps([CACHE_FORMAT, options.resize, options.grey, listing.classes, options.bits])]
     start = len(str(listing.root))  # relative names, so that the key does not change when the folder is moved
     lines += [
         f"{part}\t{file.label}\t{file.path[start:]}\t{file.size}\t{file.changed}"
@@ -55,9 +57,9 @@ def read_folder(listing: FolderListing, options: DataOptions) -> LoadedData:
     loaded = _open_cache(directory, listing)
     if loaded is not None:
         return loaded
-    shape, mode = decoded_format(listing.train, options)
+    decoded = decoded_format(listing.train, options)
     try:
-        _fill_cache(directory, listing, shape, mode, options.resize)
+        _fill_cache(directory, listing, decoded, options.resize)
         loaded = _open_cache(directory, listing)
         if loaded is not None:
             return loaded
@@ -65,6 +67,8 @@ def read_folder(listing: FolderListing, options: DataOptions) -> LoadedData:
     except OSError as error:
         reason = error.strerror or str(error)
     _log.warning("decoded images cannot be kept in %s (%s): they stay in memory", directory.parent, reason)
+    shape, count = decoded.shape, len(listing.train) + len(listing.test)
+    check_host_memory(count * math.prod(shape), f"{count} images of {by(shape)}", "give a smaller resize=N")
     stored: list[np.ndarray] = []
 
     def keep(chunks: Iterable[np.ndarray], count: int, part: str) -> Iterator[np.ndarray]:
@@ -75,15 +79,14 @@ def read_folder(listing: FolderListing, options: DataOptions) -> LoadedData:
             start += len(chunk)
             yield chunk
 
-    fingerprint, mean, std = _decode_all(listing, shape, mode, options.resize, keep)
+    fingerprint, mean, std = _decode_all(listing, decoded, options.resize, keep)
     train, test = (Split(images, labels_of(files)) for images, files in zip(stored, (listing.train, listing.test)))
-    return LoadedData(listing.classes, train, test, mean, std, fingerprint)
+    return LoadedData(listing.classes, train, test, mean, std, fingerprint, note=decoded.note)
 
 
 def _decode_all(
     listing: FolderListing,
-    shape: tuple[int, ...],
-    mode: str,
+    decoded: DecodedFormat,
     resize: int | None,
     keep: Callable[[Iterable[np.ndarray], int, str], Iterator[np.ndarray]],
 ) -> tuple[str, np.ndarray, np.ndarray]:
@@ -92,9 +95,11 @@ def _decode_all(
     def splits() -> Iterator[tuple[tuple[int, ...], np.dtype, Iterable[np.ndarray], np.ndarray]]:
         for part, files in (("train", listing.train), ("test", listing.test)):
             chunks = _progress(
-                decode_images([f.path for f in files], shape, mode, resize), len(files), f"decoding {part}"
+                decode_images([f.path for f in files], decoded.shape, decoded.mode, resize, decoded.white),
+                len(files),
+                f"decoding {part}",
             )
-            yield (len(files), *shape), np.dtype(np.uint8), keep(chunks, len(files), part), labels_of(files)
+            yield (len(files), *decoded.shape), np.dtype(np.uint8), keep(chunks, len(files), part), labels_of(files)
 
     return measure_splits(listing.classes, splits())
 
@@ -113,7 +118,7 @@ def _open_cache(directory: Path, listing: FolderListing) -> LoadedData | None:
         if any(len(split.images) != len(split) for split in (train, test)):
             return None
         mean, std = np.array(meta["mean"]), np.array(meta["std"])
-        return LoadedData(listing.classes, train, test, mean, std, meta["fingerprint"])
+        return LoadedData(listing.classes, train, test, mean, std, meta["fingerprint"], note=str(meta["note"]))
     except Exception:  # a damaged header raises errors of many types
         return None
 
@@ -148,7 +153,7 @@ def _without_digest(text: str) -> dict[str, Any]:
     return facts
 
 
-def _fill_cache(directory: Path, listing: FolderListing, shape: tuple[int, ...], mode: str, resize: int | None) -> None:
+def _fill_cache(directory: Path, listing: FolderListing, decoded: DecodedFormat, resize: int | None) -> None:
     """Decodes into a temporary folder and renames it when it is complete.
 
     So neither a kill nor a second process that fills the same cache leaves an incomplete one.
@@ -161,7 +166,7 @@ def _fill_cache(directory: Path, listing: FolderListing, shape: tuple[int, ...],
         with contextlib.suppress(OSError):
             if time.time() - abandoned.stat().st_mtime > 86400:
                 shutil.rmtree(abandoned, ignore_errors=True)
-    needed = (len(listing.train) + len(listing.test)) * math.prod(shape)
+    needed = (len(listing.train) + len(listing.test)) * math.prod(decoded.shape)
     if shutil.disk_usage(directory.parent).free < needed + 2**20:
         raise OSError(errno.ENOSPC, f"{needed >> 20} MiB needed, the disk is full")
     temporary = directory.parent / f".tmp-{uuid.uuid4().hex}"
@@ -169,7 +174,7 @@ def _fill_cache(directory: Path, listing: FolderListing, shape: tuple[int, ...],
 
     def keep(chunks: Iterable[np.ndarray], count: int, part: str) -> Iterator[np.ndarray]:
         with open(temporary / f"{part}.npy", "wb") as file:
-            header = {"descr": "|u1", "fortran_order": False, "shape": (count, *shape)}
+            header = {"descr": "|u1", "fortran_order": False, "shape": (count, *decoded.shape)}
             np.lib.format.write_array_header_1_0(file, header)
             for chunk in chunks:
                 file.write(chunk.data)
@@ -177,13 +182,14 @@ def _fill_cache(directory: Path, listing: FolderListing, shape: tuple[int, ...],
             _sync(file)
 
     try:
-        fingerprint, mean, std = _decode_all(listing, shape, mode, resize, keep)
+        fingerprint, mean, std = _decode_all(listing, decoded, resize, keep)
         with open(temporary / "meta.json", "w") as file:
             facts = {
                 "fingerprint": fingerprint,
                 "mean": mean.tolist(),
                 "std": std.tolist(),
                 "root": str(listing.root),
+                "note": decoded.note,
                 "crc32": _checksums(temporary),
             }
             file.write(_with_digest(facts))

@@ -6,18 +6,33 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.nn.functional import interpolate
 
+from condense.device import check_host_memory
 from condense.errors import CondenseError
+from condense.formatting import by
 from condense.rng import Draws
 
 STD_FLOOR = 1e-3
 """Minimum standard deviation of a channel, for constant channels."""
+
+CHUNK_VALUES = 2**28
+"""Maximum number of values that are converted at once, at least those of one image."""
+
+PIECE_VALUES = 2**26
+"""Number of uint8 values that are summed at once."""
+
+MAX_SIDE = 1024
+"""Side in pixels to which images of any size may be enlarged."""
+
+MAX_ENLARGEMENT = 4
+"""Factor by which larger images may be enlarged."""
 
 TEST_SHARE = 0.2
 """Share of each class that becomes the test split if the data have none."""
@@ -35,10 +50,61 @@ class DataOptions:
     """Whether a mirror image keeps its class. By default false for digits, mnist and svhn, true for all other data."""
     zca: bool = False
     """Train in ZCA-whitened space (fitted on the train images) instead of standardising by mean and std."""
+    split: str | None = None
+    """Parts of an image folder, TRAIN or TRAIN,TEST, where their names are unusual or ambiguous, e.g. learn,holdout.
+    Without TEST, a fifth of each class is the test split. CLASS stands for the class folders where these are not
+    directly inside a part: CLASS/images takes only the images in this sub-folder of each class, CLASS makes every
+    folder a class with all images below it."""
+    bits: int | None = None
+    """Bits that the values of 16-bit image files use: 2**bits - 1 becomes white. By default the smallest of 8, 10, 12,
+    14 and 16 that holds the values of the train images."""
+    drop_empty: bool = False
+    """Leave out classes without train images instead of refusing the data, and accept classes without test images."""
+
+    repeat_small: bool = False
+    """Repeat the train images of classes with fewer than ipc images while a set is distilled, instead of refusing."""
 
     def __post_init__(self) -> None:
         if self.resize is not None and self.resize < 1:
             raise CondenseError(f"resize={self.resize}: must be at least 1 pixel")
+        if self.bits is not None and not 1 <= self.bits <= 16:
+            raise CondenseError(f"bits={self.bits}: must be 1 to 16")
+        if self.split is not None:
+            parse_split(self.split)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options as stored in files. Those that old versions do not have are omitted at their default."""
+        added = {"split": None, "bits": None, "drop_empty": False, "repeat_small": False}
+        return {key: value for key, value in asdict(self).items() if key not in added or value != added[key]}
+
+
+CLASS_WORD = "CLASS"
+"""Stands for the class folders in the option ``split``."""
+
+
+class PartFolder(NamedTuple):
+    """A part of an image folder: its class folders are in ``head``, the images of each in its sub-folder ``tail``."""
+
+    head: tuple[str, ...]
+    tail: tuple[str, ...] = ()
+
+
+def parse_split(text: str) -> list[PartFolder]:
+    """The one or two parts of the option ``split``.
+
+    Raises:
+        CondenseError: it is not TRAIN or TRAIN,TEST, or a part lies outside the folder.
+    """
+    parts = []
+    for part in text.split(","):
+        names = tuple(part.strip().strip("/").split("/"))
+        if part.strip().startswith("/") or any(name in ("", ".", "..") for name in names):
+            raise CondenseError(f"split={text}: write TRAIN or TRAIN,TEST, names of folders inside the data folder")
+        at = names.index(CLASS_WORD) if CLASS_WORD in names else len(names)
+        parts.append(PartFolder(names[:at], names[at + 1 :]))
+    if len(parts) > 2:
+        raise CondenseError(f"split={text}: write TRAIN or TRAIN,TEST, not {len(parts)} folders")
+    return parts
 
 
 @dataclass(frozen=True)
@@ -74,6 +140,8 @@ class LoadedData:
     name: str = "data"
     source: str | None = None
     mirror: bool = True
+    note: str = ""
+    """What was chosen while reading that a user should know; shown once."""
 
 
 def cache_dir() -> Path:
@@ -124,8 +192,9 @@ def measure_splits(
         total, squares = np.zeros(shape[1]), np.zeros(shape[1])
         for chunk in chunks:
             digest.update(chunk.data)
-            if index == 0:
-                values = chunk.astype(np.float64)
+            pieces = chunk.size // PIECE_VALUES + 1 if dtype == np.uint8 else 1
+            for piece in np.array_split(chunk, pieces, axis=2) if index == 0 else ():
+                values = piece.astype(np.float64)
                 total += values.sum(axis=(0, 2, 3))
                 squares += np.multiply(values, values, out=values).sum(axis=(0, 2, 3))
         digest.update(labels.astype("<i8").data)
@@ -161,26 +230,48 @@ def resized_box(height: int, width: int, side: int) -> tuple[int, int, int, int]
     return height, width, round((height - side) / 2), round((width - side) / 2)
 
 
+def check_resize(side: int | None, height: int, width: int) -> None:
+    """Checks that ``resize`` does not enlarge images beyond reason; the option may come from someone else's file.
+
+    Raises:
+        CondenseError: the side exceeds ``MAX_SIDE`` and ``MAX_ENLARGEMENT`` times the images' own.
+    """
+    limit = max(MAX_SIDE, MAX_ENLARGEMENT * height, MAX_ENLARGEMENT * width)
+    if side is not None and side > limit:
+        raise CondenseError(f"resize={side}: the images are {width}x{height} pixels; give at most {limit}")
+
+
 def _convert(images: np.ndarray, options: DataOptions) -> np.ndarray:
-    """Returns images (N,C,H,W) with the channels and the size of ``options``, in the same dtype, contiguous."""
+    """Returns images (N,C,H,W) with the channels and the size of ``options``, in the same dtype, contiguous.
+
+    Raises:
+        CondenseError: ``grey`` with neither 1 nor 3 channels, or the images do not fit in memory.
+    """
     channels, height, width = images.shape[1:]
     side = options.resize
+    check_resize(side, height, width)
+    if options.grey is not None and channels not in (1, 3):
+        raise CondenseError(f"grey={str(options.grey).lower()}: needs 1 or 3 channels, not {channels}; leave it out")
     to_grey, to_rgb = bool(options.grey) and channels == 3, options.grey is False and channels == 1
     resize = side is not None and (height, width) != (side, side)
     if not (to_grey or to_rgb or resize):
         return np.ascontiguousarray(images)
     chunks = []
-    for start in range(0, len(images), 1024):
-        x = torch.from_numpy(np.ascontiguousarray(images[start : start + 1024])).float()
+    new_height, new_width, top, left = resized_box(height, width, side) if side else (height, width, 0, 0)
+    values = (3 if to_rgb else channels) * max(height * width, new_height * new_width)
+    rows = max(1, min(1024, CHUNK_VALUES // values))
+    if side is not None:
+        needed = images.itemsize * len(images) * (3 if to_rgb else channels) * side * side + 8 * rows * values
+        check_host_memory(needed, f"resize={side}: {len(images)} images of {by((channels, side, side))}", "lower it")
+    for start in range(0, len(images), rows):
+        x = torch.from_numpy(np.ascontiguousarray(images[start : start + rows])).float()
         if to_grey:
             x = (x * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)  # ITU-R 601, as PIL does
         if to_rgb:
             x = x.expand(-1, 3, -1, -1)
         if resize:
-            assert side is not None
-            new_height, new_width, top, left = resized_box(height, width, side)
             x = interpolate(x, size=(new_height, new_width), mode="bilinear", antialias=True)
-            x = x[:, :, top : top + side, left : left + side]
+            x = x[:, :, top : top + (side or 0), left : left + (side or 0)]
         x = x.round().clamp(0, 255).byte() if images.dtype == np.uint8 else x.clamp(0, 1)
         chunks.append(x.contiguous().numpy())
     return np.concatenate(chunks)

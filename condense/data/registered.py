@@ -128,7 +128,7 @@ def _read_tiny_imagenet(options: DataOptions, download: bool) -> LoadedData:
             f"data 'tiny-imagenet' is not in {folder} (CONDENSE_DATA sets the place); fetch tiny-imagenet-200.zip from "
             f"http://cs231n.stanford.edu/tiny-imagenet-200.zip and unzip it into {data_root()}"
         )
-    listing = list_folder(folder)
+    listing = list_folder(folder, options)
     if set(listing.classes) != set((folder / "wnids.txt").read_text().split()):
         raise CondenseError(f"data 'tiny-imagenet': the classes in {folder / 'train'} are not those of wnids.txt")
     return read_folder(listing, options)

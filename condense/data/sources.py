@@ -1,11 +1,12 @@
 """Reads real data from the DATA argument of a user.
 
-DATA is a registered name, an image folder, an ``.npz`` or ``.h5`` file of arrays, or Python objects (arrays, tensors,
-torch datasets).
+DATA is a registered name, an image folder, an ``.npz`` or ``.h5`` file of arrays, a ``.csv`` file that lists images, or
+Python objects (arrays, tensors, torch datasets).
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Mapping
@@ -14,16 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from condense.data.arrays import read_array_file, read_mapping, read_torch_datasets
-from condense.data.folders import list_folder
+from condense.data.folders import list_folder, split_role
 from condense.data.image_cache import read_folder
 from condense.data.loaded import DataOptions, LoadedData
 from condense.data.registered import DATASETS, apply_registered, datasets, read_registered
+from condense.data.tables import TABLE_SUFFIXES, list_table
 from condense.errors import CondenseError, did_you_mean
 from condense.files import check_name
 
+_log = logging.getLogger(__name__)
+
 
 def read_data(data: str, options: DataOptions, *, download: bool = False) -> LoadedData:
-    """Reads DATA of the command line: a registered name, a folder, or an ``.npz`` or ``.h5`` file.
+    """Reads DATA of the command line: a registered name, a folder, or an ``.npz``, ``.h5`` or ``.csv`` file.
 
     Each may be preceded by ``NAME=``, which names the data in records. A registered name takes precedence over a folder
     with that name; ``./cifar10`` means the folder. A folder or file with the name of a registered data set, the same
@@ -40,20 +44,25 @@ def read_data(data: str, options: DataOptions, *, download: bool = False) -> Loa
         return read_registered(DATASETS.get(data), options, download)
     path = Path(data).expanduser().absolute()
     try:
-        if path.is_dir():
-            loaded = read_folder(list_folder(path), options)
-            name = path.resolve().name
+        if path.is_dir() or (path.suffix.lower() in TABLE_SUFFIXES and path.is_file()):
+            listing = list_folder(path, options) if path.is_dir() else list_table(path, options)
+            if listing.unused:
+                _log.warning("data '%s': not used: %s", path, listing.unused)
+            loaded = read_folder(listing, options)
+            name = path.resolve().name if path.is_dir() else path.stem
         elif path.suffix.lower() in (".npz", ".h5", ".hdf5") and path.is_file():
             loaded = read_mapping(read_array_file(path), f"'{path}'", options)
             name = path.stem
         elif path.exists():
-            raise CondenseError(f"data '{data}': give a folder of images, an .npz or an .h5 file")
+            raise CondenseError(f"data '{data}': give a folder of images, an .npz or .h5 file, or a .csv of file,label")
         else:
             looks_like_a_path = os.sep in data or "." in data
             hint = "" if looks_like_a_path else f", and no registered name{did_you_mean(data, datasets())}"
             raise CondenseError(f"data '{data}': no such file or folder{hint}")
     except OSError as error:
         raise CondenseError(f"data '{data}': {error.strerror or error}: {error.filename or path}") from error
+    if loaded.note:
+        _log.warning("data '%s': %s", path, loaded.note)
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._") or "data"
     return apply_registered(replace(loaded, name=name, source=str(path)), options)
 
@@ -63,13 +72,25 @@ def read_objects(data: Any, options: DataOptions) -> LoadedData:
 
     Args:
         data: ``(train_images, train_labels, test_images, test_labels)`` of arrays or tensors, a mapping with these
-            names, ``(train_dataset, test_dataset)`` of map-style torch datasets, or only the train part of these.
+            names, ``(train_dataset, test_dataset)`` of map-style torch datasets or Hugging Face datasets, or only the
+            train part of these; or a mapping of parts to datasets (``DatasetDict``).
         options: how images are read.
 
     Raises:
         CondenseError: the objects are invalid.
     """
+    loaded = _read_objects(data, options)
+    if loaded.note:
+        _log.warning("data: %s", loaded.note)
+    return loaded
+
+
+def _read_objects(data: Any, options: DataOptions) -> LoadedData:
     if isinstance(data, Mapping):
+        roles = {role[0]: data[key] for key in data if (role := split_role(str(key))) is not None and role[1] == ()}
+        if "train" in roles and not hasattr(roles["train"], "dtype"):  # of datasets, e.g. a DatasetDict
+            test = roles.get("test", roles.get("val"))
+            return read_torch_datasets([roles["train"]] if test is None else [roles["train"], test], options)
         return read_mapping(data, "data", options)
     parts = data if isinstance(data, (tuple, list)) else (data,)
     if len(parts) == 4 or (len(parts) == 2 and hasattr(parts[0], "dtype")):

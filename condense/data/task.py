@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 import os
 import warnings
 from collections.abc import Sequence
@@ -14,7 +16,7 @@ from torch import Tensor
 from condense.data.loaded import DataOptions, LoadedData, Split, check_class_names
 from condense.data.sources import read_data, read_objects
 from condense.data.transform import ZCA, Standardise
-from condense.device import free_memory
+from condense.device import check_host_memory, free_memory
 from condense.errors import CondenseError
 from condense.files import check_name
 from condense.formatting import by
@@ -201,6 +203,20 @@ class Task:
         """Ids of all train images of class ``c``, int64, ascending."""
         return self._by_class[self._starts[c] : self._starts[c + 1]]
 
+    def repeat_small(self, count: int) -> Task:
+        """Returns a task in which the train images of classes with fewer than ``count`` images are repeated.
+
+        Each image of such a class occurs as often as the others or once more, up to ``count`` images. The task is this
+        one if no class is small or the option ``repeat_small`` is off. Otherwise its fingerprint differs, because
+        methods train on other images.
+        """
+        if not self.options.repeat_small or count <= self.counts.min():
+            return self
+        rows = [np.resize(ids, max(count, len(ids))) for ids in map(self.class_ids, range(self.num_classes))]
+        repeated = self._with(self.train.at(np.concatenate(rows)), self.test)
+        repeated.fingerprint = hashlib.sha256(f"{self.fingerprint} repeated to {count}".encode()).hexdigest()
+        return repeated
+
     def hold_out(self, share: float, parts: tuple[int | str, ...]) -> Task:
         """Returns a task that tests on a random ``share`` of the train images of each class and trains on the others.
 
@@ -271,11 +287,12 @@ def load_task(
     """Loads real data as a :class:`Task` on the CPU.
 
     Args:
-        data: a registered name (see :func:`datasets`); the path of an image folder, ``.npz`` or ``.h5``; any of these
-            as ``NAME=DATA``; ``(train_images, train_labels, test_images, test_labels)`` of arrays or tensors, or a
-            mapping with these names; ``(train_dataset, test_dataset)`` of map-style torch datasets; only the train part
-            of these, a fifth of each class of which becomes the test split; or a Task, which is returned unchanged.
-        options: resize, grey, mirror, zca.
+        data: a registered name (see :func:`datasets`); the path of an image folder, ``.csv``, ``.npz`` or ``.h5``; any
+            of these as ``NAME=DATA``; ``(train_images, train_labels, test_images, test_labels)`` of arrays or tensors,
+            or a mapping with these names; ``(train_dataset, test_dataset)`` of map-style torch or Hugging Face
+            datasets, or a ``DatasetDict``; only the train part of these, a fifth of each class of which becomes the
+            test split; or a Task, which is returned unchanged.
+        options: see :class:`DataOptions`.
         download: fetch a registered data set that is not on disk.
         name: name in records; by default the registered name, the name of the folder or file, or "data".
 
@@ -306,5 +323,10 @@ def load_task(
 
 def _transform(loaded: LoadedData, zca: bool) -> Standardise | ZCA:
     if zca:
+        shape = loaded.train.images.shape[1:]
+        values = math.prod(shape)
+        needed = 64 * values**2 + 8 * len(loaded.train) * values  # see ZCA.fit
+        what = f"zca=true: the whitening matrices of {by(shape)} images"
+        check_host_memory(needed, what, "leave zca out, or give a smaller resize=")
         return ZCA.fit(to_unit_range(Rows(loaded.train, torch.device("cpu")).host))
     return Standardise(torch.from_numpy(loaded.mean), torch.from_numpy(loaded.std))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from collections.abc import Sequence
@@ -159,7 +158,7 @@ def _to_distilled(
         "method": method,
         "settings": {},
         "network": network,
-        "data": {"fingerprint": task.fingerprint, "options": dataclasses.asdict(task.options)},
+        "data": {"fingerprint": task.fingerprint, "options": task.options.to_dict()},
         "code_version": __version__,
         "cost": {},  # unknown
         "imported": {

@@ -191,10 +191,10 @@ def check_fit(real: Task, ipc: int, network: str | Callable[..., nn.Module]) -> 
     smallest = int(real.counts.argmin())
     if ipc < 1:
         raise CondenseError(f"--ipc {ipc}: must be at least 1")
-    if ipc > real.counts[smallest]:
+    if ipc > real.counts[smallest] and not real.options.repeat_small:
         raise CondenseError(
             f"--ipc {ipc}: class '{real.classes[smallest]}' of {real.name} has only {real.counts[smallest]} images; "
-            f"give at most {real.counts[smallest]}"
+            f"give at most {real.counts[smallest]}, or repeat_small=true"
         )
     with rng.seeded("check"):
         networks.build_network(network, real.shape, real.num_classes)

@@ -99,8 +99,9 @@ def run_job(
         if directory is not None and not resume:
             prepare_run_dir(directory, job)
 
+    task = real.repeat_small(job.ipc)
     run = Run(
-        real,
+        task,
         job.ipc,
         network,
         seed=job.seed,
@@ -118,7 +119,7 @@ def run_job(
     try:
         advice = "lower --ipc or batch_real, or take a smaller --network"
         with out_of_memory_advice(run.device, advice), deterministic_kernels(job.deterministic), run.stop_on_signal():
-            synthetic = entry.function(real, config, run)
+            synthetic = entry.function(task, config, run)
         distilled = to_distilled(job, entry, real, run, synthetic)
         if run.ranks.is_main_process:
             begin()  # methods without steps have not called it

@@ -89,7 +89,7 @@ def resolve_job(
     """Resolves the arguments of ``condense.distill`` to a :class:`Job`; ``fields`` are copied to it."""
     return Job(
         method=entry.name,
-        data={"source": real.source, "name": real.name, "options": dataclasses.asdict(real.options)},
+        data={"source": real.source, "name": real.name, "options": real.options.to_dict()},
         fingerprint=real.fingerprint,
         ipc=ipc,
         network=networks.network_name(network or entry.network),

@@ -77,8 +77,9 @@ def estimate_cost(
     where = pick_device(device)
     began = time.monotonic()
     precision = pick_precision(precision, where)
-    trial = DryRun(real, ipc, network or entry.network, device=where, precision=precision, quiet=True)
-    synthetic = entry.function(real, config, trial)
+    task = real.repeat_small(ipc)
+    trial = DryRun(task, ipc, network or entry.network, device=where, precision=precision, quiet=True)
+    synthetic = entry.function(task, config, trial)
     seconds, per_step, steps = time.monotonic() - began, None, getattr(config, "steps", None)
     if steps is not None and trial.ends:
         warm = len(trial.ends) - 1  # the first step warms up

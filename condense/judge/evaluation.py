@@ -189,7 +189,11 @@ def evaluate_command(
     words += ["--seed", str(evaluator.seed)] * (evaluator.seed != 0) + ["--precision", evaluator.precision]
     own = {**dataclasses.asdict(DataOptions()), **distilled.manifest.get("data", {}).get("options", {})}
     options = dataclasses.asdict(evaluator.task.options)
-    words += [f"{key}={json.dumps(value)}" for key, value in options.items() if value != own[key] and key != "zca"]
+    words += [
+        f"{key}={value if isinstance(value, str) else json.dumps(value)}"
+        for key, value in options.items()
+        if value != own[key] and key != "zca"
+    ]
     return shlex.join(words)
 
 

@@ -86,6 +86,10 @@ def format_record(record: dict[str, Any]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
     lines.insert(1, "  ".join("-" * width for width in widths))
+    for entry in record["results"]:
+        if "balanced_accuracies" in entry:
+            balanced = statistics.fmean(entry["balanced_accuracies"])
+            lines.append(f"{arm_name(entry, record)} on {entry['network']}: balanced accuracy {100 * balanced:.1f} %")
     total, external = (record["set"]["bytes"][part] for part in ("total", "external"))
     if external:
         lines.append(f"bytes: {size(total - external)} stored, {size(external)} external, {size(total)} together")
@@ -159,6 +163,8 @@ def check_record(record: Any) -> list[str]:
         where, accuracies = f"{entry['arm']} on {entry['network']}", entry["accuracies"]
         if len(accuracies) != record["runs"]:
             faults.append(f"{where}: {len(accuracies)} accuracies for {record['runs']} runs")
+        elif len(entry.get("balanced_accuracies", accuracies)) != record["runs"]:
+            faults.append(f"{where}: {len(entry['balanced_accuracies'])} balanced accuracies for {record['runs']} runs")
         elif abs(statistics.fmean(accuracies) - entry["mean"]) > 1e-9:
             faults.append(f"{where}: 'mean' is not that of its accuracies")
         elif not _json_close({key: entry[key] for key in ("mean", "std", "ci95")}, summary(accuracies)):

@@ -12,8 +12,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from condense import networks, rng
@@ -24,10 +25,30 @@ from condense.judge.protocol import Protocol
 from condense.judge.scoring import summary
 from condense.ranks import Ranks
 from condense.tracking import Progress
-from condense.training import STUDENT_VERSION, Student, TrainConfig, accuracy, prefers_stacked, train
+from condense.training import STUDENT_VERSION, Student, TrainConfig, correct_by_class, prefers_stacked, train
 
 SEARCH_RUN = -1
 """Replaces the number of the run in the keys of the student that tries a learning rate."""
+
+
+IMBALANCE = 1.5
+"""Ratio of the largest to the smallest class of the test split from which balanced accuracies are reported too."""
+
+
+def is_imbalanced(task: Task) -> bool:
+    """Whether the classes of the test split differ so much in size that accuracy hides the small ones."""
+    counts = np.bincount(task.test.labels, minlength=task.num_classes)
+    return bool(counts.max() >= IMBALANCE * counts[counts > 0].min())
+
+
+class Score(NamedTuple):
+    """Result of one student."""
+
+    accuracy: float
+    balanced: float
+    """Mean over the classes of the share of their test images that is classified correctly."""
+    seconds: float
+    """Time of training."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +94,8 @@ class Evaluator:
         scored = self.scored(jobs)
         entries = []
         for number, ((arm, network), rate) in enumerate(zip(cells, rates)):
-            accuracies, seconds = zip(*scored[number * self.runs : (number + 1) * self.runs])
+            accuracies, balanced, seconds = zip(*scored[number * self.runs : (number + 1) * self.runs])
+            by_class = {"balanced_accuracies": list(balanced)} if is_imbalanced(self.task) else {}
             entries.append(
                 {
                     "arm": arm.name,
@@ -85,6 +107,7 @@ class Evaluator:
                     "lr_from": "held-out" if len(arm.rates) > 1 else "learned" if arm.uses_learned_lr else "protocol",
                     "accuracies": list(accuracies),
                     **summary(accuracies),
+                    **by_class,
                     "seconds": round(sum(seconds), 2),
                 }
             )
@@ -107,7 +130,7 @@ class Evaluator:
         scored = iter(self.scored(jobs))
         chosen = []
         for arm, _ in cells:
-            accuracies = [next(scored)[0] for _ in arm.rates] if len(arm.rates) > 1 else [0.0]
+            accuracies = [next(scored).accuracy for _ in arm.rates] if len(arm.rates) > 1 else [0.0]
             chosen.append(arm.rates[accuracies.index(max(accuracies))])
         return chosen
 
@@ -116,17 +139,17 @@ class Evaluator:
         recipe = self.protocol.recipe(0, mirror=self.task.mirror, steps=arm.steps, lr=rate)
         return recipe if arm.augment else dataclasses.replace(recipe, augment=None)
 
-    def scored(self, jobs: Sequence[StudentJob]) -> list[tuple[float, float]]:
-        """Accuracy and training seconds of each job, from the cache or trained by one of the ranks."""
-        cached = torch.zeros(len(jobs), 3, dtype=torch.float64)  # accuracy, seconds, 1 if the score exists
+    def scored(self, jobs: Sequence[StudentJob]) -> list[Score]:
+        """Score of each job, from the cache or trained by one of the ranks."""
+        cached = torch.zeros(len(jobs), 4, dtype=torch.float64)  # the fields of Score, 1 if the score exists
         if self.ranks.is_main_process:  # only one rank reads the cache, so that all ranks train the same jobs
             for row, job in zip(cached, jobs):
-                entry = _read_score(self._path(job)) if self._cached(job) else None
+                entry = _read_score(self._path(job), is_imbalanced(job.task)) if self._cached(job) else None
                 if entry is not None:
                     row[:] = torch.tensor([*entry, 1.0], dtype=torch.float64)
         cached = self._all_ranks(cached)
         trained = torch.zeros_like(cached)
-        pending = [number for number in range(len(jobs)) if not cached[number, 2]]
+        pending = [number for number in range(len(jobs)) if not cached[number, 3]]
         for index, batch in enumerate(self._batches(jobs, pending)):
             if index % self.ranks.world_size != self.ranks.rank:
                 continue
@@ -134,7 +157,7 @@ class Evaluator:
                 trained[number] = torch.tensor([*entry, 1.0], dtype=torch.float64)
                 if self._cached(jobs[number]):
                     _write_score(self._path(jobs[number]), entry)
-        return [(row[0], row[1]) for row in (cached + self._all_ranks(trained)).tolist()]
+        return [Score(*row[:3]) for row in (cached + self._all_ranks(trained)).tolist()]
 
     def _all_ranks(self, table: torch.Tensor) -> torch.Tensor:
         """Sums the tables of all ranks."""
@@ -157,8 +180,8 @@ class Evaluator:
         ]
         return [part for part in parts if part]
 
-    def _train(self, jobs: Sequence[StudentJob]) -> list[tuple[float, float]]:
-        """Trains jobs of one cell with one learning rate. Returns accuracy and training seconds of each."""
+    def _train(self, jobs: Sequence[StudentJob]) -> list[Score]:
+        """Trains and tests jobs of one cell with one learning rate."""
         first = jobs[0]
         recipe = self.recipe(first.arm, first.rate)
         students = []
@@ -177,8 +200,15 @@ class Evaluator:
         where: dict[str, Any] = {"device": self.device, "precision": self.precision}
         seconds = train(students, recipe, checkpoint=checkpoint, report=progress.update, **where)
         progress.close()
-        accuracies = [accuracy(student.network, job.task, **where) for student, job in zip(students, jobs)]
-        return [(value, round(seconds / len(jobs), 3)) for value in accuracies]
+        scores = []
+        for student, job in zip(students, jobs):
+            correct = np.array(correct_by_class(student.network, job.task, **where))
+            counts = np.bincount(job.task.test.labels, minlength=job.task.num_classes)
+            recalls = correct[counts > 0] / counts[counts > 0]
+            scores.append(
+                Score(int(correct.sum()) / len(job.task.test), float(recalls.mean()), round(seconds / len(jobs), 3))
+            )
+        return scores
 
     def _cached(self, job: StudentJob) -> bool:
         return self.cache and isinstance(job.network, str)  # the name of a factory does not identify its networks
@@ -208,30 +238,30 @@ class Evaluator:
         return cache_dir() / "students" / digest[:2] / f"{digest}.json"
 
 
-def _read_score(path: Path) -> tuple[float, float] | None:
-    """Reads a score; returns None if the file does not exist or is damaged."""
+def _read_score(path: Path, needs_balanced: bool) -> Score | None:
+    """Reads a score; None if there is none, it is damaged, or it lacks a balanced accuracy that is needed."""
     try:
         entry = json.loads(path.read_text())
-        score = float(entry["accuracy"]), float(entry["seconds"])
+        balanced = entry["balanced"] if needs_balanced else entry.get("balanced", 0.0)
+        score = Score(float(entry["accuracy"]), float(balanced), float(entry["seconds"]))
         # Earlier versions stored no digest.
         is_intact = entry.get("sha256", _score_digest(path, score)) == _score_digest(path, score)
-        return score if is_intact and 0 <= score[0] <= 1 and 0 <= score[1] < math.inf else None
+        return score if is_intact and 0 <= score.accuracy <= 1 and 0 <= score.seconds < math.inf else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 
-def _score_digest(path: Path, score: tuple[float, float]) -> str:
+def _score_digest(path: Path, score: Score) -> str:
     """SHA-256 of a score and of the name of its file."""
-    return hashlib.sha256(f"{path.name} {score[0]!r} {score[1]!r}".encode()).hexdigest()
+    return hashlib.sha256(" ".join([path.name, *map(repr, score)]).encode()).hexdigest()
 
 
-def _write_score(path: Path, entry: tuple[float, float]) -> None:
+def _write_score(path: Path, entry: Score) -> None:
     """Writes a score atomically. If the cache cannot be written, the evaluation continues without it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        score = {"accuracy": entry[0], "seconds": entry[1], "sha256": _score_digest(path, entry)}
-        temporary.write_text(json.dumps(score))
+        temporary.write_text(json.dumps({**entry._asdict(), "sha256": _score_digest(path, entry)}))
         os.replace(temporary, path)
     except OSError as fault:
         print(f"condense: the score cache cannot be written ({fault}); continuing without it", file=sys.stderr)

@@ -107,7 +107,7 @@ def data_fields(task: Task, steps_per_epoch: int) -> dict[str, Any]:
     """Returns the entries of a manifest that describe the real data."""
     return {
         "data": task.name,
-        "options": dataclasses.asdict(task.options),
+        "options": task.options.to_dict(),
         "classes": list(task.classes),
         "image_shape": list(task.shape),
         "steps_per_epoch": steps_per_epoch,

@@ -14,7 +14,8 @@ def save_grid(images: Tensor, path: Path, columns: int, limit: int = 50) -> Path
     """Writes a PNG with one row of images per class.
 
     Args:
-        images: (N,C,H,W) in pixel space, sorted by class; clipped to [0,1].
+        images: (N,C,H,W) in pixel space, sorted by class; clipped to [0,1]. Of more than three channels the first
+            three are drawn, as red, green and blue.
         path: File to write.
         columns: Number of images per class.
         limit: Maximum number of images per row.
@@ -33,6 +34,8 @@ def save_grid(images: Tensor, path: Path, columns: int, limit: int = 50) -> Path
     for r in range(rows):
         for c in range(width_in_images):
             tile = values[r, c].expand(3, height, width) if channels == 1 else values[r, c, :3]
+            if channels == 2:  # red and green
+                tile = torch.cat([tile, torch.zeros_like(tile[:1])])
             canvas[2 + r * (height + 2) :, 2 + c * (width + 2) :][:height, :width] = tile.permute(1, 2, 0)
     with atomic_write(path) as temporary:
         Image.fromarray(canvas.numpy()).save(temporary, format="PNG")

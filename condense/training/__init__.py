@@ -1,7 +1,7 @@
 """The training loop for students, experts and teachers: configuration, data sources, checkpoints and accuracy."""
 
 from condense.training.config import STUDENT_VERSION, TrainConfig, batch_ids, check_optimizer, epoch_steps
-from condense.training.loop import TEST_CHUNK, accuracy, prefers_stacked, train
+from condense.training.loop import TEST_CHUNK, accuracy, correct_by_class, prefers_stacked, train
 from condense.training.student import FixedSource, GradientRule, Source, Student, TaskSource, TrainingStep
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "accuracy",
     "batch_ids",
     "check_optimizer",
+    "correct_by_class",
     "epoch_steps",
     "prefers_stacked",
     "train",

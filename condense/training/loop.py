@@ -274,17 +274,23 @@ def _train_stacked(
                 buffer.copy_(buffers[name][k])
 
 
-@torch.no_grad()
 def accuracy(network: Network, task: Task, *, device: torch.device, precision: str = "fp32") -> float:
     """Returns the fraction of the task's test images that the network classifies correctly; puts it into eval mode."""
+    return sum(correct_by_class(network, task, device=device, precision=precision)) / len(task.test)
+
+
+@torch.no_grad()
+def correct_by_class(network: Network, task: Task, *, device: torch.device, precision: str = "fp32") -> list[int]:
+    """Returns the number of test images of each class that the network classifies correctly; puts it into eval mode."""
     network.to(device).eval()
     labels = torch.as_tensor(task.test.labels).to(device)
-    correct = torch.zeros((), dtype=torch.int64, device=device)
+    correct = torch.zeros(task.num_classes, dtype=torch.int64, device=device)
     for ids in torch.arange(len(labels)).split(TEST_CHUNK):
         with autocast(device, precision):
             embedding = network.embed(task.test_batch(ids))
         predictions = network.classify(embedding.float()).argmax(
             1
         )  # bf16 logits would have ties, which favour low classes
-        correct += (predictions == labels[ids.to(device)]).sum()
-    return float(correct) / len(labels)
+        chunk = labels[ids.to(device)]
+        correct.index_add_(0, chunk, (predictions == chunk).long())
+    return correct.tolist()
