@@ -134,8 +134,8 @@ def _main(arguments: Sequence[str]) -> int:
     parser = Parser(prog="python -m condense.benchmarks.method_cards", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder to write the cards to")
     parser.add_argument("--readme", type=Path, help="README whose table of methods is updated")
-    arguments = parser.parse_args(arguments)
-    out, readme = arguments.out, arguments.readme
+    options = parser.parse_args(arguments)
+    out, readme = options.out, options.readme
     out.mkdir(parents=True, exist_ok=True)
     for name, text in cards().items():
         (out / name).write_text(text, encoding="utf-8")

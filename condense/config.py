@@ -69,7 +69,7 @@ def build_config(config: type[C], settings: Mapping[str, Any], where: str) -> C:
             # Numbers and switches are read as YAML.
             entry = OmegaConf.from_dotlist([f"{key}={value}"]) if isinstance(value, str) else {key: value}
             merged = OmegaConf.merge(merged, entry)
-            _check_size(merged[key])
+            _check_size(OmegaConf.select(merged, key))
         except (OmegaConfBaseException, ValueError, OverflowError, RecursionError, yaml.YAMLError):
             plain_type = _plain_type(config, key)
             expected = _EXPECTED.get(plain_type, _type_name(config, key))

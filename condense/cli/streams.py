@@ -52,7 +52,7 @@ class PrintableStream:
 def printable_streams() -> Iterator[None]:
     """Replaces standard output and standard error in the block; closed ones discard what is written."""
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (  # type: ignore[assignment]
+    sys.stdout, sys.stderr = (
         PrintableStream(open(os.devnull, "w") if stream is None else stream, name)  # noqa: SIM115
         for stream, name in zip(before, ("standard output", "standard error"))
     )

@@ -78,8 +78,9 @@ class RecordedTraining(Generic[S, R]):
 class Store(Protocol[R_contra]):
     """Where finished networks are stored: a folder or file of the cache, a file that the user named, or memory."""
 
-    path: Path | None
-    """File or folder that processes write one after the other; None if no other process uses it."""
+    @property
+    def path(self) -> Path | None:
+        """File or folder that processes write one after the other; None if no other process uses it."""
 
     @property
     def keys(self) -> Sequence[tuple[Any, int]]:
@@ -109,7 +110,7 @@ class MemoryStore(Generic[R]):
         untrained: further networks that a dry run did not train.
     """
 
-    path = None
+    path: Path | None = None
 
     def __init__(self, keys: Sequence[NetworkKey], untrained: Sequence[NetworkKey] = ()) -> None:
         self.keys, self.untrained = keys, untrained

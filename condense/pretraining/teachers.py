@@ -206,9 +206,9 @@ def train_teacher_file(
     began = time.monotonic()
     keys = [(str(name), number) for number in range(count) for name in dict.fromkeys(architectures)]
     source, steps_per_epoch = split_training_data(run, training.recipe.batch, training.held_out)
-    for name in architectures:
+    for name in dict.fromkeys(map(str, architectures)):
         net = build_untrained(name, source)
-        check_last_batch(net, str(name), len(source.train), training.recipe.batch)
+        check_last_batch(net, name, len(source.train), training.recipe.batch)
     store = teacher_store(run, training, path, keys, steps_per_epoch, force)
     plan = TrainingPlan(len(keys), training.epochs, steps_per_epoch)
     message = "stopped while training teachers; what is done is kept: the same command continues with the rest"
