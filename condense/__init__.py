@@ -21,9 +21,9 @@ if not os.path.isdir(os.path.join(os.path.dirname(__file__), "methods")) and os.
     __path__.append(_checkout)
 
 if TYPE_CHECKING:
-    from condense.api import distill, load, task
+    from condense.api import distill, load, resume, task
     from condense.judge import evaluate, fit
-    from condense.sets import DistilledSet, relabel
+    from condense.sets import DistilledSet, join, relabel
 
 _PUBLIC = {
     "task": "condense.api",
@@ -32,10 +32,24 @@ _PUBLIC = {
     "load": "condense.api",
     "fit": "condense.judge",
     "relabel": "condense.sets",
+    "resume": "condense.api",
+    "join": "condense.sets",
     "DistilledSet": "condense.sets",
 }
 
-__all__ = ["CondenseError", "DistilledSet", "__version__", "distill", "evaluate", "fit", "load", "relabel", "task"]
+__all__ = [
+    "CondenseError",
+    "DistilledSet",
+    "__version__",
+    "distill",
+    "evaluate",
+    "fit",
+    "join",
+    "load",
+    "relabel",
+    "resume",
+    "task",
+]
 
 
 def __dir__() -> list[str]:

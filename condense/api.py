@@ -85,6 +85,8 @@ def distill(
 ) -> DistilledSet:
     """Distils real data to a small synthetic set.
 
+    The same call continues an unfinished run in ``run_dir``, also with a network or data that were given in Python.
+
     Args:
         method: a name of ``condense ls methods``.
         data: a :class:`Task`, or the ``data`` argument of ``condense.task``.
@@ -135,8 +137,10 @@ def distill(
     )
     jobs.check_fit(real, ipc, network or entry.network)
     directory = None if run_dir is None else Path(run_dir)
-    jobs.check_outputs(real, ipc, out, directory, force=force)
-    return jobs.run_job(job, entry, config, real, network or entry.network, directory, quiet=quiet, resume=False)
+    continues = directory is not None and not force and jobs.is_unfinished(directory, job)
+    if not continues:
+        jobs.check_outputs(real, ipc, out, directory, force=force)
+    return jobs.run_job(job, entry, config, real, network or entry.network, directory, quiet=quiet, resume=continues)
 
 
 def distill_or_resume(

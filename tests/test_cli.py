@@ -41,6 +41,7 @@ VERBS = (
     "leaderboard",
     "import",
     "export",
+    "join",
     "plan",
     "experts",
     "teachers",

@@ -36,6 +36,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "labels": labels.labels_,
     "verify": files.verify,
     "preview": files.preview,
+    "join": files.join,
     "import": files.import_,
     "export": files.export,
 }

@@ -1,4 +1,4 @@
-"""Verbs that work on files of sets: `verify`, `preview`, `import` and `export`."""
+"""Verbs that work on files of sets: `verify`, `preview`, `join`, `import` and `export`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def verify(file: SetFile) -> None:
     if distilled.compensated:
         expected = distilled.compensated.stored
     count = len(distilled.stored)
-    if count != expected:
+    if count != expected and "joined" not in distilled.manifest:  # its classes may have different numbers
         raise CondenseError(f"{file}: holds {count} images, but its manifest says {expected}")
     if not bool(distilled.training_images()[0].isfinite().all()):
         raise CondenseError(f"{file}: some pixels are not finite")
@@ -48,6 +48,23 @@ def preview(
     images, per_class = distilled.pictures(decoded)
     save_grid(images, out, columns=per_class)
     print(f"wrote {out}: {len(distilled.classes)} classes, one a row")
+
+
+def join(
+    first: Annotated[str, typer.Argument(metavar="FIRST.h5", help="file of a set with hard labels")],
+    second: Annotated[str, typer.Argument(metavar="SECOND.h5", help="another, with images of the same shape")],
+    out: Annotated[Path, typer.Option(help="file to write")],
+    force: Force = False,
+) -> None:
+    """Joins two sets, e.g. of the tasks of class-incremental learning. Classes with equal names become one."""
+    from condense.files import check_writable
+    from condense.sets import join as join_sets
+
+    check_writable(out, force=force)
+    joint = join_sets(load_set(first), load_set(second))
+    joint.save(out, force=force)
+    print(f"joined {len(joint)} images of {len(joint.classes)} classes\n  set:  {out}")
+    print(f"  next: condense evaluate {shlex.quote(str(out))} --data DATA")
 
 
 CIFAR = "the scripts of DC and MTT use, for CIFAR-10 and CIFAR-100,"

@@ -45,6 +45,9 @@ def evaluate(
             help="file of the experts or teachers that gave the soft labels; by default found through the manifest"
         ),
     ] = None,
+    classes: Annotated[
+        str | None, typer.Option(help="A,B,...: train and test on these classes only; by default on all")
+    ] = None,
     seed: Seed = 0,
     device: Device = "auto",
     precision: Precision = "auto",
@@ -72,6 +75,7 @@ def evaluate(
         controls=[] if controls == "none" else controls.split(","),
         without_augmentation=without_augmentation,
         teachers=teachers,
+        classes=None if classes is None else classes.split(","),
         seed=seed,
         device=device,
         precision=precision,

@@ -1,7 +1,7 @@
 """Real data: reads, caches and serves the images that methods distil and that students are tested on."""
 
 from condense.data.folders import read_images
-from condense.data.loaded import DataOptions, Split, cache_dir
+from condense.data.loaded import DataOptions, Split, cache_dir, class_numbers, selected_fingerprint
 from condense.data.registered import DATASETS, datasets
 from condense.data.task import Task, load_task, to_unit_range
 from condense.data.transform import ZCA, Standardise, Transform, digests, transform_from_arrays, working_dtype
@@ -15,10 +15,12 @@ __all__ = [
     "Task",
     "Transform",
     "cache_dir",
+    "class_numbers",
     "datasets",
     "digests",
     "load_task",
     "read_images",
+    "selected_fingerprint",
     "to_unit_range",
     "transform_from_arrays",
     "working_dtype",

@@ -15,7 +15,7 @@ import torch
 from torch.nn.functional import interpolate
 
 from condense.device import check_host_memory
-from condense.errors import CondenseError
+from condense.errors import CondenseError, did_you_mean
 from condense.formatting import by
 from condense.rng import Draws
 
@@ -169,6 +169,25 @@ def check_class_names(classes: tuple[str, ...], where: str) -> tuple[str, ...]:
         twice = next((name for name in classes if classes.count(name) > 1), "")
         raise CondenseError(f"{where}: " + (f"two classes are called '{twice}'" if twice else "a class has no name"))
     return classes
+
+
+def class_numbers(names: Sequence[str], classes: Sequence[str], where: str) -> list[int]:
+    """Numbers of the classes ``names`` among ``classes``.
+
+    Raises:
+        CondenseError: a name is unknown or given twice, or fewer than two are given.
+    """
+    for name in names:
+        if name not in classes:
+            raise CondenseError(f"classes: '{name}' is no class of {where}{did_you_mean(name, classes)}")
+    if len(set(names)) < max(2, len(names)):
+        raise CondenseError(f"classes={','.join(names)}: give at least two different classes of {where}")
+    return [list(classes).index(name) for name in names]
+
+
+def selected_fingerprint(fingerprint: str, names: Sequence[str]) -> str:
+    """Fingerprint of some classes of data: SHA-256 of theirs and of the names."""
+    return hashlib.sha256(json.dumps([fingerprint, list(names)]).encode()).hexdigest()
 
 
 def measure_splits(

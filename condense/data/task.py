@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 import os
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from condense.data.loaded import DataOptions, LoadedData, Split, check_class_names
+from condense.data.loaded import DataOptions, LoadedData, Split, check_class_names, class_numbers, selected_fingerprint
 from condense.data.sources import read_data, read_objects
 from condense.data.transform import ZCA, Standardise
 from condense.device import check_host_memory, free_memory
@@ -126,6 +127,32 @@ class Task:
             source=self.source,
             options=self.options,
             device=device or self.device,
+        )
+
+    def select_classes(self, names: Sequence[str]) -> Task:
+        """Returns the task of some classes, in the order of ``names``. Images are not copied.
+
+        Raises:
+            CondenseError: a name is no class of the task, or fewer than two are given.
+        """
+        numbers = class_numbers(names, self.classes, self.name)
+        table = np.full(self.num_classes, -1)
+        table[numbers] = np.arange(len(numbers))
+
+        def select(split: Split) -> Split:
+            kept = split.at(np.flatnonzero(table[split.labels] >= 0))
+            return dataclasses.replace(kept, labels=table[kept.labels])
+
+        return Task(
+            self.name,
+            tuple(names),
+            select(self.train),
+            select(self.test),
+            mirror=self.mirror,
+            fingerprint=selected_fingerprint(self.fingerprint, names),
+            transform=self.transform,
+            options=self.options,
+            device=self.device,
         )
 
     def batch(self, ids: Tensor) -> Tensor:

@@ -117,6 +117,7 @@ class Run:
         quiet: no progress.
         track: auto, tensorboard, trackio or none.
         begin: called before the first step, when the method has accepted its settings; makes the directory.
+        resume_call: the command or call that continues the run, for messages; `condense resume` by default.
 
     Attributes:
         resumes: whether it continues an earlier run.
@@ -144,7 +145,9 @@ class Run:
         quiet: bool = False,
         track: str = "auto",
         begin: Callable[[], None] = lambda: None,
+        resume_call: str = "",
     ) -> None:
+        self.resume_call = resume_call or f"condense resume {directory}"
         self.device = device or torch.device("cpu")
         self.ranks = Ranks(self.device)
         self.task, self.ipc, self.network, self.seed = task.to(self.device), ipc, network, seed
@@ -440,8 +443,7 @@ class _StepMonitor:
             self._preview(step)
         self.progress.update(step, self.text)
         if stop:
-            where = self.run.directory
-            raise Interrupted(f"stopped at step {step} of {self.steps}; continue with: condense resume {where}")
+            raise Interrupted(f"stopped at step {step} of {self.steps}; continue with: {self.run.resume_call}")
 
     def finish(self) -> None:
         """Writes the last checkpoint and preview, so that a kill while the set is written loses nothing."""

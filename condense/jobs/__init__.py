@@ -2,7 +2,7 @@
 
 from condense.jobs.checks import check_experts, check_fit, check_outputs, check_request, check_teachers, run_checks
 from condense.jobs.execute import resume, run_job
-from condense.jobs.job import is_finished, is_resumable, read_job, resolve_job, resolve_settings
+from condense.jobs.job import is_finished, is_resumable, is_unfinished, read_job, resolve_job, resolve_settings
 from condense.jobs.manifest import distill_command
 from condense.jobs.plan import estimate_cost
 
@@ -16,6 +16,7 @@ __all__ = [
     "estimate_cost",
     "is_finished",
     "is_resumable",
+    "is_unfinished",
     "read_job",
     "resolve_job",
     "resolve_settings",

@@ -15,7 +15,7 @@ from condense.data import DataOptions, Task
 from condense.device import pick_device, pick_precision
 from condense.errors import CondenseError, did_you_mean
 from condense.files import check_name, check_writable
-from condense.jobs.job import CONFIG_FILE, RESULT_FILE, resolve_settings
+from condense.jobs.job import CONFIG_FILE, RESULT_FILE, read_job, resolve_settings, resume_call
 from condense.judge import get_protocol
 from condense.pretraining import TRAJECTORY_DTYPES, TeacherOptions
 from condense.registry import METHODS
@@ -200,6 +200,14 @@ def check_fit(real: Task, ipc: int, network: str | Callable[..., nn.Module]) -> 
         networks.build_network(network, real.shape, real.num_classes)
 
 
+def _resume_call(run_dir: Path) -> str:
+    """The command or call that continues the run in a directory."""
+    try:
+        return resume_call(read_job(run_dir), run_dir)
+    except CondenseError:
+        return f"condense resume {run_dir}"
+
+
 def check_outputs(real: Task, ipc: int, out: str | Path | None, run_dir: Path | None, *, force: bool) -> None:
     """Checks that the file of the set and the run directory can be written.
 
@@ -215,6 +223,6 @@ def check_outputs(real: Task, ipc: int, out: str | Path | None, run_dir: Path | 
         return
     if (run_dir / CONFIG_FILE).exists() and not force:
         finished = (run_dir / RESULT_FILE).exists()
-        advice = "take another --run-dir" if finished else f"resume with: condense resume {run_dir}"
+        advice = "take another --run-dir" if finished else f"resume with: {_resume_call(run_dir)}"
         raise CondenseError(f"{run_dir} holds a {'finished ' * finished}run; {advice}, or replace it with --force")
     check_writable(run_dir / CONFIG_FILE, force=True, size=6 * set_bytes)

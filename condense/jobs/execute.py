@@ -18,34 +18,61 @@ from condense.engine import VIEW_LABELS_FILE, VIEW_LABELS_STATE_FILE, Diverged, 
 from condense.errors import CondenseError
 from condense.files import write_json
 from condense.jobs.checks import check_fit, check_request
-from condense.jobs.job import RESULT_FILE, Job, is_finished, prepare_run_dir, read_job, resolve_settings, write_job
+from condense.jobs.job import (
+    RESULT_FILE,
+    Job,
+    architecture_digest,
+    is_finished,
+    prepare_run_dir,
+    read_job,
+    resolve_settings,
+    resume_call,
+    write_job,
+)
 from condense.jobs.manifest import to_distilled
 from condense.registry import METHODS, Method
 from condense.sets import DistilledSet
 
 
-def resume(run_dir: str | Path, *, minutes: float | None = None, quiet: bool = True) -> DistilledSet:
+def resume(
+    run_dir: str | Path,
+    *,
+    network: Callable[..., nn.Module] | None = None,
+    task: Task | None = None,
+    minutes: float | None = None,
+    quiet: bool = True,
+) -> DistilledSet:
     """Resumes a run that was killed, interrupted or stopped. The set is the same as without the stop, bit for bit.
 
     The set of a finished run is only loaded.
 
     Args:
         run_dir: directory of the run.
+        network: the function that makes the network, if the run began with one.
+        task: the real data, if the run began with data that were given in Python.
         minutes: new limit for a run with a time limit; it includes the time already spent.
         quiet: no progress on stderr.
 
     Raises:
-        CondenseError: the folder is not a run directory, its data have changed, or its config differs from that of the
-            checkpoint.
+        CondenseError: the folder is not a run directory, its network or data differ from those that the run began with,
+            or its config differs from that of the checkpoint.
     """
     directory, job = Path(run_dir), read_job(run_dir)
     if minutes is None and job.out is not None and is_finished(directory):
         return DistilledSet.load(job.out)
-    if job.data["source"] is None or job.network.startswith(networks.FACTORY_PREFIX):
-        what = "data were" if job.data["source"] is None else "network was"
-        raise CondenseError(f"{directory}: its {what} given in Python; such a run cannot be resumed from its folder")
+    is_own_network = job.network.startswith(networks.FACTORY_PREFIX)
+    if (is_own_network and network is None) or (job.data["source"] is None and task is None):
+        what = "network was" if is_own_network and network is None else "data were"
+        raise CondenseError(f"{directory}: its {what} given in Python; call {resume_call(job, directory)}")
+    if network is not None and (isinstance(network, str) or networks.network_name(network) != job.network):
+        raise CondenseError(f"{directory}: network={networks.network_name(network)}: the run began with {job.network}")
     limit = job.minutes if minutes is None else minutes
-    names = {"network": job.network, "protocol": job.protocol, "precision": job.precision, "track": job.track}
+    names: dict[str, Any] = {
+        "network": network or job.network,
+        "protocol": job.protocol,
+        "precision": job.precision,
+        "track": job.track,
+    }
     try:
         check_request(job.method, job.settings, job.data["options"], minutes=limit, **names)
         pick_device(job.device)
@@ -53,17 +80,19 @@ def resume(run_dir: str | Path, *, minutes: float | None = None, quiet: bool = T
         raise CondenseError(f"{directory}: {fault}") from fault
     entry = METHODS.get(job.method)
     config = resolve_settings(entry, job.settings)
-    real = load_task(job.data["source"], DataOptions(**job.data["options"]), name=job.data["name"])
-    if real.fingerprint != job.fingerprint:
-        raise CondenseError(
-            f"{directory}: the data at {job.data['source']} changed since the run began; restore them or start over"
-        )
-    check_fit(real, job.ipc, job.network)
+    options = DataOptions(**job.data["options"])
+    real = load_task(job.data["source"], options, name=job.data["name"]) if task is None else task
+    if real.fingerprint != job.fingerprint or real.options != options:
+        where = f"the data at {job.data['source']}" if task is None else "the data"
+        raise CondenseError(f"{directory}: {where} changed since the run began; restore them or start over")
+    if job.architecture and architecture_digest(network, real) != job.architecture:
+        raise CondenseError(f"{directory}: network={job.network}: has other layers than when the run began")
+    check_fit(real, job.ipc, network or job.network)
     if minutes is not None:
         job = dataclasses.replace(job, minutes=minutes, force=job.force or is_finished(directory))
         write_job(directory, job)
         (directory / RESULT_FILE).unlink(missing_ok=True)
-    return run_job(job, entry, config, real, job.network, directory, quiet=quiet, resume=True)
+    return run_job(job, entry, config, real, network or job.network, directory, quiet=quiet, resume=True)
 
 
 def run_job(
@@ -115,6 +144,7 @@ def run_job(
         quiet=quiet,
         track=job.track,
         begin=begin,
+        resume_call=resume_call(job, directory),
     )
     try:
         advice = "lower --ipc or batch_real, or take a smaller --network"
@@ -135,9 +165,7 @@ def run_job(
         if directory is None:
             raise
         where = fault.filename or directory
-        raise CondenseError(
-            f"{where}: {fault.strerror or fault}; fix this, then run: condense resume {directory}"
-        ) from fault
+        raise CondenseError(f"{where}: {fault.strerror or fault}; fix this, then run: {run.resume_call}") from fault
     run.ranks.barrier()
     return distilled
 
@@ -146,7 +174,7 @@ def _write_outputs(job: Job, directory: Path | None, run: Run, distilled: Distil
     """Writes the file of the set, and ``result.json`` in the run directory."""
     if job.out is not None:
         if resume and not job.force:
-            _check_out_unchanged(job.out, directory, distilled)
+            _check_out_unchanged(job, directory, distilled)
         distilled.save(job.out, force=True)
     if directory is None:
         return
@@ -162,11 +190,11 @@ def _write_outputs(job: Job, directory: Path | None, run: Run, distilled: Distil
             (directory / name).unlink(missing_ok=True)
 
 
-def _check_out_unchanged(out: str, directory: Path | None, distilled: DistilledSet) -> None:
+def _check_out_unchanged(job: Job, directory: Path | None, distilled: DistilledSet) -> None:
     """Checks that a resumed run does not replace a set that another run has written in the meantime."""
-    if not Path(out).exists():
+    if job.out is None or not Path(job.out).exists():
         return
     with contextlib.suppress(CondenseError):
-        if DistilledSet.load(out).sha256() == distilled.sha256():
+        if DistilledSet.load(job.out).sha256() == distilled.sha256():
             return
-    raise CondenseError(f"{out}: another set lies there now; move it away, then run: condense resume {directory}")
+    raise CondenseError(f"{job.out}: another set lies there now; move it away, then run: {resume_call(job, directory)}")

@@ -48,6 +48,8 @@ class Job:
     settings: dict[str, Any]
     deterministic: bool = False
     force: bool = False
+    architecture: str = ""
+    """Digest of the layout of a network that was given in Python; empty for named networks."""
     version: str = __version__
 
     def key(self) -> str:
@@ -56,6 +58,8 @@ class Job:
         parts["data"] = self.data["options"]  # the fingerprint identifies the pixels
         for name in ("out", "tag", "protocol", "track", "minutes", "force", "version"):
             del parts[name]
+        if not parts["architecture"]:
+            del parts["architecture"]  # keys of earlier versions do not have it
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -68,6 +72,8 @@ def resolve_settings(entry: Method, settings: Mapping[str, Any]) -> Any:
     config: Any = build_config(entry.config, settings, f"the method '{entry.name}'")
     if getattr(config, "experts", ""):  # a run may be resumed from another folder
         config = dataclasses.replace(config, experts=str(Path(config.experts).resolve()))
+    if getattr(config, "init", "").endswith(".h5"):
+        config = dataclasses.replace(config, init=str(Path(config.init).resolve()))
     if getattr(config, "teachers", "") and not pretrained.is_public(config.teachers):
         config = dataclasses.replace(config, teachers=str(Path(config.teachers).resolve()))
     if getattr(config, "steps", 1) < 1:
@@ -97,8 +103,24 @@ def resolve_job(
         device=str(pick_device(device)),
         precision=pick_precision(precision, pick_device(device)),
         settings=dataclasses.asdict(config),
+        architecture=architecture_digest(network, real),
         **fields,
     )
+
+
+def architecture_digest(network: str | Callable[..., nn.Module] | None, real: Task) -> str:
+    """SHA-256 of the layout of a network that is given in Python; an empty string for a named one."""
+    if network is None or isinstance(network, str):
+        return ""
+    text = json.dumps(networks.layout_of(network, real).describe(), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def resume_call(job: Job, run_dir: Path | None) -> str:
+    """The command or the call in Python that continues a run, for messages."""
+    given = ["network=..."] * job.network.startswith(networks.FACTORY_PREFIX)
+    given += ["task=..."] * (job.data["source"] is None)
+    return f"condense.resume({str(run_dir)!r}, {', '.join(given)})" if given else f"condense resume {run_dir}"
 
 
 def read_job(run_dir: str | Path) -> Job:
@@ -146,6 +168,11 @@ def is_finished(run_dir: str | Path) -> bool:
         return result["out"] is not None and DistilledSet.load(result["out"]).sha256() == result["sha256"]
     except (OSError, ValueError, KeyError, TypeError, CondenseError):
         return False
+
+
+def is_unfinished(run_dir: Path, job: Job) -> bool:
+    """Whether ``run_dir`` holds an interrupted run with the same arguments as ``job``."""
+    return not (run_dir / RESULT_FILE).exists() and is_resumable(run_dir, job)
 
 
 def is_resumable(run_dir: str | Path, job: Job) -> bool:

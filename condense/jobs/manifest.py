@@ -47,6 +47,8 @@ def _command(job: Job, entry: Method, real: Task) -> str:
     for values, config in ((job.settings, entry.config), (job.data["options"], DataOptions)):
         defaults = {field.name: field.default for field in dataclasses.fields(config)}
         values = {**values, "experts": "PATH"} if values.get("experts") else values
+        if str(values.get("init", "")).endswith(".h5"):
+            values = {**values, "init": "PATH.h5"}
         if values.get("teachers") and not pretrained.is_public(values["teachers"]):
             values = {**values, "teachers": "PATH"}
         if values.get("backbone"):

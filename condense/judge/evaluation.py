@@ -40,6 +40,7 @@ def evaluate(
     without_augmentation: bool = False,
     teacher: nn.Module | None = None,
     teachers: str | Path | None = None,
+    classes: Sequence[str] | None = None,
     seed: int = 0,
     device: str = "auto",
     precision: str = "auto",
@@ -71,6 +72,7 @@ def evaluate(
             images in the same way.
         teachers: file of the experts or teachers that gave the labels, instead of ``teacher``; by default the file
             named by the manifest is searched in the cache and at its path.
+        classes: names of some classes: students are trained on the images of these only, and tested on these only.
         seed: seed of the students' weights, shuffles and augmentation, and of the random images.
         device: auto, cpu, cuda, ...
         precision: auto, fp32 or bf16.
@@ -90,6 +92,8 @@ def evaluate(
     runs = rules.runs if runs is None else runs
     if not isinstance(task, Task):
         task = load_task(task, build_config(DataOptions, data_options(distilled), "the data"))
+    if classes is not None:
+        distilled, task = distilled.select_classes(classes), task.select_classes(classes)
     _check(distilled, task, architectures, runs, controls)
     ranks = Ranks(torch_device)  # it selects this rank's GPU, so it comes before the first tensor on the device
     task = task.to(torch_device, transform=distilled.transform)
@@ -112,7 +116,7 @@ def evaluate(
         results = evaluator.results([(arm, network) for network in architectures for arm in arms])
     ranks.barrier()
     line = evaluate_command(
-        distilled, evaluator, architectures, list(controls), without_augmentation, teachers is not None
+        distilled, evaluator, architectures, list(controls), without_augmentation, teachers is not None, classes
     )
     return _record(distilled, evaluator, results, missing, line)
 
@@ -178,6 +182,7 @@ def evaluate_command(
     controls: Sequence[str],
     without_augmentation: bool,
     teachers: bool = False,
+    classes: Sequence[str] | None = None,
 ) -> str:
     """The ``condense evaluate`` command line of a record. PATH replaces paths of the user's files."""
     name = distilled.name if "claim" in distilled.manifest else distilled.file_name
@@ -186,6 +191,7 @@ def evaluate_command(
     words += ["--runs", str(evaluator.runs), "--protocol", evaluator.protocol.name]
     words += ["--controls", ",".join(controls) or "none"] + ["--without-augmentation"] * without_augmentation
     words += ["--teachers", "PATH"] * teachers
+    words += ["--classes", ",".join(classes)] if classes is not None else []
     words += ["--seed", str(evaluator.seed)] * (evaluator.seed != 0) + ["--precision", evaluator.precision]
     own = {**dataclasses.asdict(DataOptions()), **distilled.manifest.get("data", {}).get("options", {})}
     options = dataclasses.asdict(evaluator.task.options)

@@ -173,7 +173,7 @@ def load_or_train(
         store = MemoryStore(planned, keys[plan.networks :] if run.dry_run else ())
     else:
         store = open_cache(plan, planned)
-    stop_message = f"stopped while training its {training.name}s; continue with: condense resume {run.directory}"
+    stop_message = f"stopped while training its {training.name}s; continue with: {run.resume_call}"
     stored, trained = train_missing(run, training, store, plan, stop_message)
     cached_seconds = sum(stored[key] for key in planned if key in stored)
     run.add_elapsed(cached_seconds)

@@ -3,6 +3,7 @@ for it, and pictures of it."""
 
 from condense.sets.distilled import DISTILLED_FORMAT, DistilledSet, checksums, packaged_sets
 from condense.sets.initial import INITS, SyntheticOptions, nearest_to_centroids
+from condense.sets.joining import join
 from condense.sets.preview import save_grid
 from condense.sets.relabelling import add_preparation_seconds, add_tag, relabel, replace_labels
 from condense.sets.stages import Compensated, FlipUnion, decode
@@ -20,6 +21,7 @@ __all__ = [
     "add_tag",
     "checksums",
     "decode",
+    "join",
     "nearest_to_centroids",
     "packaged_sets",
     "relabel",

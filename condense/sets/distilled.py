@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,19 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from condense import hdf5, rng
-from condense.data import ZCA, Standardise, to_unit_range, transform_from_arrays
+from condense.data import (
+    ZCA,
+    Standardise,
+    class_numbers,
+    selected_fingerprint,
+    to_unit_range,
+    transform_from_arrays,
+)
 from condense.errors import CondenseError
 from condense.files import atomic_write, check_writable
 from condense.formatting import by
 from condense.hdf5 import RESTORE_HINT
-from condense.labels import LABEL_KINDS, Labels, stated_image_shape
+from condense.labels import LABEL_KINDS, HardLabels, Labels, stated_image_shape
 from condense.sets.schema import SET_SCHEMA
 from condense.sets.stages import Compensated, Stage, check_stages, decode, stages_from
 
@@ -168,12 +175,35 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
             raise CondenseError(f"{self.name}: {len(self.stored)} images are not {ipc} of each of {classes} classes")
         return torch.arange(classes).repeat_interleave(ipc)
 
+    def select_classes(self, names: Sequence[str]) -> DistilledSet:
+        """Returns the set of some classes, in the order of ``names``.
+
+        Raises:
+            CondenseError: the labels are not hard, the classes share decode parameters, or a name is no class.
+        """
+        numbers = class_numbers(names, self.classes, self.name)
+        if not self.labels.is_hard or self.compensated:
+            raise CondenseError(f"{self.name}: classes can be selected only from a set with hard labels")
+        own = self.hard_labels()
+        rows = torch.cat([(own == number).nonzero().squeeze(1) for number in numbers])
+        labels = torch.cat([torch.full((int((own == c).sum()),), i) for i, c in enumerate(numbers)])
+        data = self.manifest.get("data", {})
+        fingerprint = selected_fingerprint(str(data.get("fingerprint", "")), names)
+        manifest = {**self.manifest, "classes": list(names), "data": {**data, "fingerprint": fingerprint}}
+        return DistilledSet(self.stored[rows], HardLabels(labels, len(names)), self.transform, manifest)
+
     def __len__(self) -> int:
         return len(self.training_images()[0])
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        target = self.labels.targets(self.training_images()[1][index])  # raises an error if labels belong to views
-        return self.images[index], target
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor | int]:
+        """Returns a decoded image (C,H,W) in pixel space and its target: the class as an int, as in the datasets of
+        torchvision, or class probabilities (classes,).
+
+        Raises:
+            CondenseError: the labels belong to views.
+        """
+        target = self.labels.targets(self.training_images()[1][index])
+        return self.images[index], int(target) if self.labels.is_hard else target
 
     def batches(self, epoch: int, batch_size: int, seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields shuffled batches of one epoch: images (B,C,H,W) in pixel space and their targets.

@@ -14,6 +14,10 @@ from torch import Tensor
 from condense import rng
 from condense.config import require_one_of, require_range
 from condense.data import Task
+from condense.errors import CondenseError
+from condense.formatting import by
+from condense.sets.distilled import DistilledSet
+from condense.sets.stages import Formation
 
 INITS: tuple[str, ...] = ("real", "noise", "kmeans", "collage")
 
@@ -25,7 +29,7 @@ class SyntheticOptions:
     init: str = "real"
     """Initial images: real (random real images), noise (N(0,1); N(1/2,1/16) for methods that learn pixels in [0,1]),
     kmeans (the real image nearest to each of ipc centroids of its class), collage (factor x factor shrunken real images
-    per image; like real if factor is 1)."""
+    per image; like real if factor is 1), or the file of a distilled set with as many images of the same classes."""
     factor: int = 1
     """Multi-formation: each stored image is decoded into factor x factor training images, also when the set is used."""
     fyi: bool = False
@@ -37,8 +41,13 @@ class SyntheticOptions:
     """Settings that ``condense plan`` replaces, so that its few steps cost as much as those of a whole run."""
 
     def __post_init__(self) -> None:
-        require_one_of(self, init=self.inits)
+        if not self.starts_from_file():
+            require_one_of(self, init=self.inits)
         require_range(self, factor=(1, math.inf))
+
+    def starts_from_file(self) -> bool:
+        """Whether ``init`` is the file of a distilled set."""
+        return self.init.endswith(".h5")
 
 
 def initial_images(task: Task, ipc: int, options: SyntheticOptions, seed: int) -> tuple[Tensor, Tensor]:
@@ -47,6 +56,8 @@ def initial_images(task: Task, ipc: int, options: SyntheticOptions, seed: int) -
     The images are in pixel space [0,1], except ``noise``, which is N(0,1).
     """
     classes = torch.arange(task.num_classes).repeat_interleave(ipc)
+    if options.starts_from_file():
+        return _images_of_file(task, ipc, options), classes
     shape = (len(classes), *task.shape)
     if options.init == "noise":
         return torch.randn(shape, generator=rng.generator(seed, "init", "noise")), classes
@@ -55,6 +66,29 @@ def initial_images(task: Task, ipc: int, options: SyntheticOptions, seed: int) -
     if options.init == "collage":
         return _collages(task, ipc, options.factor, seed), classes
     return task.pixels(torch.cat([_representatives(task, c, ipc, seed) for c in range(task.num_classes)])), classes
+
+
+def _images_of_file(task: Task, ipc: int, options: SyntheticOptions) -> Tensor:
+    """Returns the stored images of a distilled set in pixel space, class by class.
+
+    Raises:
+        CondenseError: no such file, or a set of other classes, image shape, number of images or ``factor``.
+    """
+    distilled = DistilledSet.load(options.init)
+    factor = next((stage.factor for stage in distilled.stages if isinstance(stage, Formation)), 1)
+    for what, stored, expected in (
+        ("classes", len(distilled.classes), task.num_classes),
+        ("image shape", by(distilled.shape), by(task.shape)),
+        ("images per class", distilled.manifest["ipc"], ipc),
+        ("factor", factor, options.factor),
+    ):
+        if stored != expected:
+            raise CondenseError(f"init={options.init}: the set has another {what} ({stored}, not {expected})")
+    if distilled.classes != task.classes:
+        raise CondenseError(f"init={options.init}: the set has other classes than {task.name}, or in another order")
+    if distilled.compensated or len(distilled.stored) != ipc * task.num_classes:
+        raise CondenseError(f"init={options.init}: the set has not {ipc} stored images of every class")
+    return distilled.pictures()[0][distilled.hard_labels().argsort(stable=True)]
 
 
 def _sample_per_class(task: Task, count: int, seed: int) -> Tensor:

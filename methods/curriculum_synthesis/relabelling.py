@@ -191,7 +191,7 @@ def resumable_labels(
 
     def stop() -> None:
         if run.stop_requested and run.ranks.world_size == 1:
-            raise Interrupted(f"stopped while labelling views; continue with: condense resume {run.directory}")
+            raise Interrupted(f"stopped while labelling views; continue with: {run.resume_call}")
 
     path, state = run.directory / VIEW_LABELS_FILE, run.directory / VIEW_LABELS_STATE_FILE
     key = [tensors_sha256({"images": stored}), seed, str(config)]
