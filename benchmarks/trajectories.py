@@ -111,7 +111,7 @@ def _main(arguments: Sequence[str]) -> int:
             )
             soft = METHODS.get(method).labels == "soft"
             settings = [f"experts={path}", *SETTINGS[method], *RATES.get(ipc, RATES[10])]
-            path, record = equal_time.make_cell(
+            set_path, record = equal_time.make_cell(
                 method,
                 options.data,
                 options.out,
@@ -123,7 +123,7 @@ def _main(arguments: Sequence[str]) -> int:
                 controls="random",
                 teachers=path if soft else None,
             )
-            rows.append((json.loads(record.read_text()), DistilledSet.load(path), path))
+            rows.append((json.loads(record.read_text()), DistilledSet.load(set_path), path))
             (options.out / "table.txt").write_text(table(rows) + "\n")
     print(table(rows))
     return 0

@@ -253,7 +253,7 @@ def read_yaml_file(path: Path, where: str) -> dict[str, Any]:
             raise CondenseError(f"{where}: larger than {MAX_YAML_BYTES} bytes, which no such file needs")
         return read_yaml(path.read_text(encoding="utf-8"), where)
     except UnicodeDecodeError as fault:
-        raise CondenseError(f"{where}: not UTF-8 text") from fault
+        raise CondenseError(f"{where}: byte {fault.start} is not UTF-8; save it as UTF-8 text") from fault
     except OSError as fault:
         raise CondenseError(f"{where}: {fault.strerror or fault}") from fault
 

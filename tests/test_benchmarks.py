@@ -214,9 +214,9 @@ def test_equal_time_leaves_out_what_needs_experts_or_teachers():
 
 
 def test_random_images_are_called_so():
-    from condense.benchmarks.speed.measure import _data, random_task
+    from condense.benchmarks.speed.measure import describe_data, random_task
 
-    assert _data(random_task(2, 3)) == "random uint8 images, 6 of 3x32x32 in 2 classes"
+    assert describe_data(random_task(2, 3)) == "random uint8 images, 6 of 3x32x32 in 2 classes"
 
 
 @pytest.mark.parametrize(

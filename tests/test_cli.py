@@ -256,7 +256,7 @@ MISTAKES = {
     "a device without values": (f"{DM} --device meta", "--device meta", "--device cpu"),
     "no such device to evaluate": (f"{EVALUATE} --device nonsense", "--device nonsense", "--device cpu"),
     "minutes negative": (f"{DM} --minutes -1", "--minutes -1", "more than 0"),
-    "minutes that are no number": (f"{DM} --minutes nan", "--minutes nan", "more than 0"),
+    "minutes that are no number": (f"{DM} --minutes nan", "--minutes nan", "must be a number of at most"),
     "minutes in words": (f"{DM} --minutes ten", "--minutes ten", "a number"),
     "precision": (f"{DM} --precision fp8", "--precision fp8", "auto, fp32 or bf16"),
     "precision to evaluate": (f"{EVALUATE} --precision fp8", "--precision fp8", "auto, fp32 or bf16"),

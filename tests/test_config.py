@@ -45,7 +45,7 @@ def test_all_faults_are_reported_at_once():
         config.build_config(Example, {"step": "5", "lr_img": "fast", "fyi": "7.5"}, "the method 'x'")
     text = str(fault.value)
     assert "step=5: no such setting of the method 'x'; did you mean 'steps'?" in text
-    assert "lr_img=fast: must be a number" in text
+    assert "lr_img=fast: must be a finite number" in text
     assert "fyi=7.5: must be true or false" in text
     assert "\n" not in text
 

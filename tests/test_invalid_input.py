@@ -70,7 +70,7 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
     [
         (BOMB.encode(), r"aliases \(\*NAME\) are not supported"),
         (b"method: dm\ndata: [" + b"[" * 3000, "not valid YAML"),
-        (b"method: \xff\xfe", "not UTF-8 text"),
+        (b"method: \xff\xfe", "byte 8 is not UTF-8"),
         (b"x" * (config.MAX_YAML_BYTES + 1), "larger than 1048576 bytes"),
         (b"1: 2", "must be a mapping of names to values"),
         (b"- a", "must be a mapping of names to values"),
@@ -190,12 +190,13 @@ def test_closed_and_full_streams(redirection, code, message):
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="needs SIGHUP")
 def test_a_closed_terminal_stops_as_sigterm_does(tiny, tmp_path):
-    run = Run(tiny, 1, "mlp", directory=tmp_path)
-    with run.stop_on_signal():
-        signal.raise_signal(signal.SIGHUP)
-        assert run.stop_requested
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     try:
+        run = Run(tiny, 1, "mlp", directory=tmp_path)
+        with run.stop_on_signal():
+            signal.raise_signal(signal.SIGHUP)
+            assert run.stop_requested
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
         run = Run(tiny, 1, "mlp", directory=tmp_path)
         with run.stop_on_signal():
             signal.raise_signal(signal.SIGHUP)

@@ -795,7 +795,7 @@ def test_the_real_data_are_needed(plain, weak):
         ({"head": "txt"}, "head=txt: unknown; did you mean 'text'?"),
         ({"adapter_rank": 0}, "adapter_rank=0: must be at least 1"),
         ({"head_rank": 0, "projector_steps": 0}, "head_rank=0: must be at least 1; projector_steps=0: must be at"),
-        ({"projector_lr": math.nan}, "projector_lr=nan: must be 0 to"),
+        ({"projector_lr": math.nan}, "projector_lr=nan: must be a finite number"),
         ({"rank": 2}, "rank=2: no such setting of labels=projector"),
     ],
 )

@@ -378,7 +378,8 @@ def test_out_of_memory_names_the_knobs(fault, data, call, monkeypatch):
     monkeypatch.setattr("condense.engine.optimizer.SyntheticOptimizer.step", step)
     result = call(TINY)
     assert result.code == 2
-    assert result.err == "condense: out of memory on cpu: lower --ipc or batch_real, or take a smaller --network\n"
+    advice = "lower --ipc or batch_real, or take a smaller --network, or set CONDENSE_CHUNK_SCALE=0.5"
+    assert result.err == f"condense: out of memory on cpu: {advice}\n"
 
 
 def test_sigterm_saves_too(data, call, tmp_path, whole, monkeypatch):

@@ -370,7 +370,7 @@ def test_names_and_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(root)
     assert load_task(".").source == str(root) and load_task("./train", name="x").classes == CLASSES
     for name in ("a/b", "", ".x"):
-        with pytest.raises(CondenseError, match="use letters"):
+        with pytest.raises(CondenseError, match="use up to 100 letters"):
             load_task(root, name=name)
     for given, expected in {
         "cifar01": "did you mean 'cifar10'",

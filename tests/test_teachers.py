@@ -228,7 +228,7 @@ def test_words_that_are_none_are_refused():
         ({"stretch": 0.5}, "stretch=0.5: must be at least 1"),
     ):
         assert refusal(lambda change=change: TrainConfig(5, 4, 0.1, 0.9, 0.0, **change)) == line
-        assert refusal(lambda change=change: dataclasses.replace(known, **change)) == f"dc-v1: {line}"
+        assert refusal(lambda change=change: dataclasses.replace(known, **change)) == f"protocol dc-v1: {line}"
 
 
 def test_a_warmup_out_of_range_is_refused():

@@ -363,7 +363,7 @@ class Run:
         if self.directory is not None if is_resumable is None else is_resumable:
             with contextlib.suppress(ValueError):  # not in the main thread: signals are handled by the caller
                 for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
-                    if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+                    if number in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(number) != signal.SIG_IGN:  # nohup
                         handled.append((number, signal.signal(number, ask)))
         try:
             yield
