@@ -114,6 +114,18 @@ def _peak_resident() -> int:
 
 
 @contextlib.contextmanager
+def differentiable_attention(enabled: bool = True) -> Iterator[None]:
+    """Computes attention with matrix products in the block, if ``enabled``: fused kernels have no second derivative."""
+    if not enabled:
+        yield
+        return
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+@contextlib.contextmanager
 def deterministic_kernels(enabled: bool = True) -> Iterator[None]:
     """Uses only deterministic kernels in the block, if ``enabled``; an operation without one raises an error."""
     if not enabled:

@@ -130,6 +130,7 @@ def datadam(task: Task, config: DataDAM, run: Run) -> SyntheticSet:
     images apart, as released; such a network couples the classes, so the step is neither chunked nor sharded over
     ranks.
     """
+    networks.require_embedding(run.random_network(0), run.network, "datadam")
     synthetic = SyntheticSet.create(task, run.ipc, config, seed=run.seed, device=run.device)
     augment, (power, scale) = make_augmentation(config.augment, mirror=task.mirror), config.resolved()
     images = ParamGroup(lr=config.lr_img, momentum=config.momentum)

@@ -93,6 +93,7 @@ def dm(task: Task, config: DM, run: Run) -> SyntheticSet:
     depends on them. BatchNorm statistics are those of all classes together, real and synthetic images apart, as
     released; such a network couples the classes, so the step is neither chunked nor sharded over ranks.
     """
+    networks.require_embedding(run.random_network(0), run.network, "dm")
     synthetic = SyntheticSet.create(task, run.ipc, config, seed=run.seed, device=run.device)
     augment = make_augmentation(config.augment, variant=config.augment_variant, mirror=task.mirror)
     images = ParamGroup(lr=config.lr_img, momentum=config.momentum)
@@ -201,6 +202,7 @@ def idm(task: Task, config: IDM, run: Run) -> SyntheticSet:
     the released sum over classes; IDC's documentation explains the learning rate of a sweep. Initial images are shrunk
     by nearest neighbour, in the release bilinearly.
     """
+    networks.require_embedding(run.random_network(0), run.network, "idm")
     synthetic = SyntheticSet.create(task, run.ipc, config, seed=run.seed, device=run.device)
     augment = make_augmentation(config.augment, mirror=task.mirror)
     snapshots = load_or_train_snapshots(
@@ -278,6 +280,7 @@ def dance(task: Task, config: DANCE, run: Run) -> SyntheticSet:
     published experts were trained is unknown; here by IDC's training with two milestones. IDC's documentation explains
     the learning rate of a sweep; pixels are clamped after each sweep.
     """
+    networks.require_embedding(run.random_network(0), run.network, "dance")
     synthetic = SyntheticSet.create(task, run.ipc, config, seed=run.seed, device=run.device, space="pixel")
     augment = make_augmentation(config.augment, variant="idc", mirror=task.mirror)
     epoch = math.ceil(len(run.task.train) / config.batch_net)

@@ -72,7 +72,7 @@ def real_gradients(
         with run.autocast():
             logits = net(images_part)
         loss = F.cross_entropy(logits.float(), labels_part, reduction="sum") / len(images)
-        for summed, gradient in zip(total, torch.autograd.grad(loss, weights)):
+        for summed, gradient in zip(total, torch.autograd.grad(loss, weights, materialize_grads=True)):
             summed += gradient
     return total
 
@@ -81,7 +81,7 @@ def synthetic_gradients(
     net: networks.Network, images: Tensor, labels: Tensor, weights: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
     """Gradients of the mean cross-entropy for each of ``weights``, differentiable in the pixels."""
-    return torch.autograd.grad(F.cross_entropy(net(images), labels), weights, create_graph=True)
+    return torch.autograd.grad(F.cross_entropy(net(images), labels), weights, create_graph=True, materialize_grads=True)
 
 
 # -- the network between two matching steps ----------------------------------------------------------------------------

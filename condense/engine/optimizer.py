@@ -45,6 +45,10 @@ class ParamGroup:
     """Decay of an exponential average of the iterates, in whose place it steps at the end of the loop."""
 
 
+MAX_OVERSHOOT = 1e4
+"""Maximum distance of a value from the range that it is clamped to, in multiples of the range."""
+
+
 class SyntheticOptimizer:
     """Steps the leaf tensors of a synthetic set, each by its :class:`Group`.
 
@@ -154,7 +158,11 @@ class SyntheticOptimizer:
         )
         if group.clamp is not None:
             low, high = (torch.as_tensor(bound, dtype=tensor.dtype, device=tensor.device) for bound in group.clamp)
-            new["value"] = new["value"].clamp(low, high)
+            value = new["value"]
+            new["value"] = value.clamp(low, high)
+            # A step of many times the range ends at its ends whatever the gradient is.
+            overshoot = (value - new["value"]).abs().amax() <= MAX_OVERSHOOT * (high - low).amax()
+            self.finite = self.finite & overshoot.to(self.finite.device)
         for key, value in new.items():
             target = tensor if key == "value" else self.state[name][key]
             if isinstance(gate, Tensor):

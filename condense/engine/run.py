@@ -42,6 +42,9 @@ PREVIEW_SECONDS = 60.0
 
 LOG_SECONDS = 2.0
 
+MAX_SATURATED = 0.999
+"""Fraction of values at the ends of their range above which a run counts as diverged."""
+
 CLASS_CHUNK_PIXELS = 1024 * 1024
 """Real pixels (height x width x images) that a class-separable method handles at once: 1,024 images of 32x32."""
 
@@ -260,6 +263,11 @@ class Run:
         """Autocast to the run's precision, for work that needs no second derivative."""
         return autocast(self.device, self.precision)
 
+    def seeded_forward(self, index: int) -> contextlib.AbstractContextManager[None]:
+        """Forks and seeds the global generators of the CPU and the device for a step, so that the random numbers that a
+        network draws itself (dropout, stochastic depth) follow from the seed and the step."""
+        return rng.seeded(self.seed, "forward", self.loop_index, index, device=self.device)
+
     def seeded(self, purpose: str, step: int = 0) -> contextlib.AbstractContextManager[None]:
         """Forks and seeds the global generator, for constructors and dropout."""
         return rng.seeded(self.seed, purpose, step)
@@ -330,7 +338,8 @@ class Run:
                     self.stopped_early = True
                     break
                 optimizer.progress = index / steps
-                yield Step(self, index, optimizer)
+                with self.seeded_forward(index):
+                    yield Step(self, index, optimizer)
                 self.steps_done = index + 1
                 monitor.after_step(index + 1, stop=self._stop)
             monitor.finish()
@@ -401,6 +410,7 @@ class _StepMonitor:
     ) -> None:
         self.run, self.synthetic, self.optimizer, self.steps = run, synthetic, optimizer, steps
         self.last_finite = (start, optimizer.state_dict())
+        self.can_saturate = {name: not self._is_saturated(name) for name in optimizer.groups}
         self.checked = self.step = start
         self.check_every = 1 if run.device.type == "cpu" else 20  # reading the flag waits for the GPU
         is_main = run.ranks.is_main_process
@@ -448,6 +458,7 @@ class _StepMonitor:
     def finish(self) -> None:
         """Writes the last checkpoint and preview, so that a kill while the set is written loses nothing."""
         self._check(self.step)
+        self._check_saturation(self.step)
         self._save(self.step)
         self._preview(self.step)
 
@@ -468,9 +479,27 @@ class _StepMonitor:
         rates = ", ".join(
             f"{LR_SETTINGS.get(name, 'lr of ' + name)}={group.lr:g}" for name, group in self.optimizer.groups.items()
         )
-        raise Diverged(
-            f"the loss is not finite at step {step} ({rates}): lower the learning rate; kept step {finite_step}"
-        )
+        fault = f"the loss or a step is not finite at step {step} ({rates})"
+        raise Diverged(f"{fault}: lower the learning rate; kept step {finite_step}")
+
+    def _is_saturated(self, name: str) -> bool:
+        """Whether almost all values of a clamped tensor are at the ends of their range."""
+        group, tensor = self.optimizer.groups[name], self.optimizer.tensors[name].detach()
+        if group.clamp is None:
+            return False
+        low, high = (torch.as_tensor(bound, dtype=tensor.dtype, device=tensor.device) for bound in group.clamp)
+        return float(((tensor <= low) | (tensor >= high)).float().mean()) >= MAX_SATURATED
+
+    def _check_saturation(self, step: int) -> None:
+        """A step that is much too long ends in black and white pixels, whose loss stays finite.
+
+        Raises:
+            Diverged: almost all values of a tensor reached the ends of their range.
+        """
+        for name, can_saturate in self.can_saturate.items():
+            if can_saturate and not self.run.dry_run and self._is_saturated(name):
+                rate = f"{LR_SETTINGS.get(name, 'lr of ' + name)}={self.optimizer.groups[name].lr:g}"
+                raise Diverged(f"the {name} are all at the ends of their range at step {step} ({rate}): lower the rate")
 
     def _write(self, step: int, loss: float) -> None:
         self.text = f"loss {loss:.4g}"

@@ -13,7 +13,7 @@ from torch import nn
 
 from condense import networks
 from condense.data import DataOptions, Task, load_task
-from condense.device import deterministic_kernels, out_of_memory_advice, pick_device
+from condense.device import deterministic_kernels, differentiable_attention, out_of_memory_advice, pick_device
 from condense.engine import VIEW_LABELS_FILE, VIEW_LABELS_STATE_FILE, Diverged, Run
 from condense.errors import CondenseError
 from condense.files import write_json
@@ -148,7 +148,12 @@ def run_job(
     )
     try:
         advice = "lower --ipc or batch_real, or take a smaller --network"
-        with out_of_memory_advice(run.device, advice), deterministic_kernels(job.deterministic), run.stop_on_signal():
+        with (
+            out_of_memory_advice(run.device, advice),
+            deterministic_kernels(job.deterministic),
+            differentiable_attention(entry.order == 2),
+            run.stop_on_signal(),
+        ):
             synthetic = entry.function(task, config, run)
         distilled = to_distilled(job, entry, real, run, synthetic)
         if run.ranks.is_main_process:

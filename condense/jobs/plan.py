@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from condense.data import Task
-from condense.device import device_name, peak_memory, pick_device, pick_precision
+from condense.device import device_name, differentiable_attention, peak_memory, pick_device, pick_precision
 from condense.engine import Run, Step
 from condense.environment import read_seconds
 from condense.jobs.checks import check_fit, check_request
@@ -79,7 +79,8 @@ def estimate_cost(
     precision = pick_precision(precision, where)
     task = real.repeat_small(ipc)
     trial = DryRun(task, ipc, network or entry.network, device=where, precision=precision, quiet=True)
-    synthetic = entry.function(task, config, trial)
+    with differentiable_attention(entry.order == 2):
+        synthetic = entry.function(task, config, trial)
     seconds, per_step, steps = time.monotonic() - began, None, getattr(config, "steps", None)
     if steps is not None and trial.ends:
         warm = len(trial.ends) - 1  # the first step warms up

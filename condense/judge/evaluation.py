@@ -205,12 +205,12 @@ def evaluate_command(
 
 def fit(
     distilled: DistilledSet,
-    network: str | NetworkFactory,
+    network: str | NetworkFactory | nn.Module,
     *,
     seed: int = 0,
     device: str = "auto",
     protocol: str | None = None,
-) -> networks.Network:
+) -> nn.Module:
     """Trains one network on the set under its protocol.
 
     The network expects training space: call it with ``distilled.transform(images)`` for images in [0,1]. If the
@@ -218,26 +218,30 @@ def fit(
 
     Args:
         distilled: the set.
-        network: architecture, a name or an ``nn.Module`` factory.
+        network: architecture, a name or an ``nn.Module`` factory; or a module, which is trained from its own weights.
         seed: seed of weights, shuffles and augmentation.
         device: auto, cpu, cuda, ...
         protocol: name; by default that of the manifest.
 
     Returns:
-        The network on the CPU, in eval mode.
+        The network on the CPU, in eval mode; a given module itself.
 
     Raises:
         CondenseError: unknown network, protocol or device.
     """
     rules = get_protocol(protocol or _default_protocol(distilled))
     torch_device = pick_device(device)
-    with rng.seeded(seed, "student", 0):
-        net = networks.build_network(network, distilled.shape, len(distilled.classes))
+    if isinstance(network, nn.Module):
+        net = networks.as_network(network, distilled.shape, len(distilled.classes))
+    else:
+        with rng.seeded(seed, "student", 0):
+            net = networks.build_network(network, distilled.shape, len(distilled.classes))
     source = own_source(distilled, torch_device)
     recipe = rules.recipe(source.size, mirror=distilled.manifest.get("mirror", True), lr=learned_lr(distilled))
     student = Student(net, source, rng.key(seed, "run", 0))
     train([student], recipe, device=torch_device, precision=pick_precision("auto", torch_device))
-    return net.cpu().eval()
+    net.cpu().eval()
+    return network if isinstance(network, nn.Module) else net
 
 
 def _default_protocol(distilled: DistilledSet) -> str:

@@ -7,14 +7,15 @@ from condense.networks.architectures import (
     Network,
     Shape,
     Wrapped,
+    as_network,
     build_network,
     check_network,
     library_version,
     network_name,
     network_names,
+    require_embedding,
     reset_parameters,
     uses_batch_statistics,
-    uses_dropout,
 )
 from condense.networks.ensemble import MeanLogits, device_of, mean_of_flat_networks
 from condense.networks.flat import Layout, layout_of
@@ -61,6 +62,7 @@ __all__ = [
     "State",
     "TeacherFile",
     "Wrapped",
+    "as_network",
     "build_from_state",
     "build_network",
     "build_outline",
@@ -81,9 +83,9 @@ __all__ = [
     "network_name",
     "network_names",
     "read_teacher_file",
+    "require_embedding",
     "reset_parameters",
     "state_nbytes",
     "uses_batch_statistics",
-    "uses_dropout",
     "write_teacher_file",
 ]

@@ -23,7 +23,7 @@ import importlib.metadata
 import inspect
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -334,22 +334,23 @@ class ResNet18(Network):
 
 
 class Wrapped(Network):
-    """Any module that ends in a linear layer over flat features, as a :class:`Network`.
+    """Makes any module that computes logits a :class:`Network`.
 
-    Two blank images (in eval mode, so that no statistics move; no random numbers are consumed) find that layer.
-    ``embed`` reads its input while the whole module runs. ``features`` gives every 4-D output of the module's direct
-    children, in the order in which they run: for a torchvision ResNet also the stem and the pools, for a model whose
-    maps are channels-last (Swin) those.
+    If the module ends in a linear layer over flat features, ``embed`` returns the input of that layer, which a forward
+    pass of two blank images finds (in eval mode and without random numbers). Otherwise ``embed`` returns the logits and
+    ``classify`` is the identity: enough to train and to evaluate, but not for methods that match embeddings
+    (:func:`require_embedding`). ``features`` returns every 4-D output of the module's direct children, in the order in
+    which they run.
 
     Args:
-        model: the module; it is kept, not copied.
-        shape: of the images that it will be given, (C, H, W).
-        classes: the number of logits that it must give.
-        name: what messages call it.
-        repeat_grey: a single channel is repeated to the three that the module was made for.
+        model: The module; it is not copied.
+        shape: (C, H, W) of the images.
+        classes: Number of logits that it must return.
+        name: Name in messages.
+        repeat_grey: Whether to repeat a single channel to the three that the module needs.
 
     Raises:
-        CondenseError: the module fails on images of this size, gives other logits, or does not end in a linear layer.
+        CondenseError: The module fails on images of this size, or does not return (N, classes) logits.
     """
 
     def __init__(self, model: nn.Module, shape: Shape, classes: int, *, name: str, repeat_grey: bool = False) -> None:
@@ -382,16 +383,15 @@ class Wrapped(Network):
             raise CondenseError(
                 f"network '{name}' returns {returned} for 2 images of size {size}, not (2, {classes}) logits"
             )
-        self.last, inputs, outputs = calls[-1] if calls else ("", logits, logits)
-        if not calls or inputs.dim() != 2 or not torch.equal(outputs, logits):
-            raise CondenseError(f"network '{name}' does not end in a linear layer over flat features, as embed() needs")
+        path, inputs, outputs = calls[-1] if calls else ("", logits, logits)
+        self.last = path if calls and inputs.dim() == 2 and torch.equal(outputs, logits) else None
 
     def _channels(self, x: Tensor) -> Tensor:
         return x.expand(-1, 3, -1, -1) if self.repeat_grey else x
 
     def classify(self, embedding: Tensor) -> Tensor:
         """Applies the module's last linear layer: maps (N, D) to (N, classes)."""
-        return self.model.get_submodule(self.last)(embedding)
+        return embedding if self.last is None else self.model.get_submodule(self.last)(embedding)
 
     def embed(self, x: Tensor, maps: list[Tensor] | None = None) -> Tensor:
         embeddings: list[Tensor] = []
@@ -407,12 +407,37 @@ class Wrapped(Network):
                 maps.append(output)
 
         with contextlib.ExitStack() as hooks:
-            last = self.model.get_submodule(self.last)
-            hooks.enter_context(last.register_forward_pre_hook(lambda _, inputs: embeddings.append(inputs[0])))
+            if self.last is not None:
+                last = self.model.get_submodule(self.last)
+                hooks.enter_context(last.register_forward_pre_hook(lambda _, inputs: embeddings.append(inputs[0])))
             for child in self.model.children() if maps is not None else ():
                 hooks.enter_context(child.register_forward_hook(append_map))
-            self.model(self._channels(x))
-        return embeddings[-1]
+            logits: Tensor = self.model(self._channels(x))
+        return embeddings[-1] if self.last is not None else logits
+
+
+def as_network(model: nn.Module, shape: Shape, classes: int) -> Network:
+    """Returns a module as a :class:`Network` that shares its weights.
+
+    Raises:
+        CondenseError: The module fails on images of this size, or does not return (N, classes) logits.
+    """
+    if isinstance(model, Network):
+        return model
+    return Wrapped(model, shape, classes, name=type(model).__name__)
+
+
+def require_embedding(net: nn.Module, network: str | Callable[..., nn.Module], method: str) -> None:
+    """Checks that a network ends in a linear layer, whose input a method matches.
+
+    Raises:
+        CondenseError: it does not.
+    """
+    if isinstance(net, Wrapped) and net.last is None:
+        raise CondenseError(
+            f"network '{network_name(network)}' does not end in a linear layer over flat features, whose inputs "
+            f"{method} matches; add one, or take a method that matches gradients"
+        )
 
 
 def _torchvision(name: str, classes: int) -> nn.Module:
@@ -459,15 +484,70 @@ def _from_factory(factory: Callable[..., nn.Module], shape: Shape, classes: int)
         parameters = inspect.signature(factory).parameters.values()
     except ValueError as error:
         raise CondenseError(f"the arguments of network '{name}' cannot be read; wrap it in a function") from error
-    unnamed = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    required = sum(p.default is inspect.Parameter.empty and p.kind not in unnamed for p in parameters)
-    if required not in (0, 2):
-        raise CondenseError(f"network '{name}' needs {required} arguments; a factory takes (shape, classes) or none")
-    make = functools.partial(factory, shape, classes) if required else factory
-    model = make()
+    make = functools.partial(_call_factory, factory, _factory_arguments(name, parameters, shape, classes), shape)
+    try:
+        model = make()
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        reason = (str(error) or type(error).__name__).strip().split("\n")[0]
+        raise CondenseError(f"network '{name}' cannot be built for {by(shape)} images: {reason}") from error
     net = model if isinstance(model, Network) else Wrapped(model, shape, classes, name=name)
     net.rebuild = make
     return net
+
+
+_ARGUMENT_NAMES = {
+    "channels": ("in_channels", "channels", "channel", "in_chans", "input_channels", "num_channels", "in_ch", "nc"),
+    "classes": ("num_classes", "classes", "n_classes", "nclasses", "out_features", "num_outputs", "output_dim"),
+    "shape": ("shape", "image_shape", "input_shape", "in_shape"),
+    "size": ("image_size", "img_size", "input_size", "im_size"),
+}
+"""Names of the parameters of a factory that are recognised."""
+
+
+def _factory_arguments(
+    name: str, parameters: Iterable[inspect.Parameter], shape: Shape, classes: int
+) -> tuple[list[Any], dict[str, Any]]:
+    """Positional and keyword arguments of a factory: those whose parameters have a known name, whether or not they have
+    a default; two required parameters with other names are (shape, classes).
+
+    Raises:
+        CondenseError: other parameters are required.
+    """
+    values: dict[str, Any] = {"channels": shape[0], "classes": classes, "shape": shape, "size": shape[1:]}
+    if shape[1] == shape[2]:
+        values["size"] = shape[1]
+    keywords, unknown = {}, []
+    for parameter in parameters:
+        if parameter.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
+            continue
+        meaning = next((key for key, names in _ARGUMENT_NAMES.items() if parameter.name.lower() in names), None)
+        if meaning is not None and parameter.kind != inspect.Parameter.POSITIONAL_ONLY:
+            keywords[parameter.name] = values[meaning]
+        elif parameter.default is inspect.Parameter.empty:
+            unknown.append(parameter.name)
+    if not unknown:
+        return [], keywords
+    if len(unknown) == 2 and not keywords:
+        return [shape, classes], {}
+    if unknown and len(unknown) + len(keywords) == 2:  # e.g. (shape_of_images, num_classes)
+        return [shape, classes], {}
+    raise CondenseError(
+        f"network '{name}' needs the arguments {', '.join(unknown)}; a factory takes none, (in_channels, num_classes) "
+        "or (shape, classes)"
+    )
+
+
+def _call_factory(
+    factory: Callable[..., nn.Module], arguments: tuple[list[Any], dict[str, Any]], shape: Shape
+) -> nn.Module:
+    """Builds a module; the first forward pass of lazy layers sets their sizes and weights."""
+    positional, keywords = arguments
+    model = factory(*positional, **keywords)
+    if any(nn.parameter.is_lazy(parameter) for parameter in model.parameters()):
+        with torch.no_grad():
+            model.eval()(torch.zeros(2, *shape))
+        model.train()
+    return model
 
 
 _NAMED: dict[str, Callable[[Shape, int], Network]] = {
@@ -546,9 +626,10 @@ def build_network(network: str | Callable[..., nn.Module], shape: Shape, classes
     generator; callers use :func:`condense.rng.seeded`.
 
     Args:
-        network: A name, or a factory of a new module: called as ``factory(shape, classes)`` if two of its arguments
-            have no default, as ``factory()`` if all have one. A module that is not a :class:`Network` becomes
-            :class:`Wrapped`. Grey images are repeated for models of torchvision and timm.
+        network: A name, or a factory of a new module. Parameters of the factory that are called ``in_channels``,
+            ``num_classes``, ``shape``, ``image_size`` or alike get these values; two required ones with other names get
+            ``(shape, classes)``. A module that is not a :class:`Network` becomes :class:`Wrapped`. Grey images are
+            repeated for models of torchvision and timm.
         shape: (C, H, W) of the images.
         classes: Number of logits.
 
@@ -597,11 +678,6 @@ def _redraw(module: nn.Conv2d | nn.Linear) -> None:
     if module.bias is not None:
         bound = 1 / math.sqrt(weight[0].numel())
         module.bias.copy_(torch.empty(module.bias.shape).uniform_(-bound, bound))
-
-
-def uses_dropout(net: nn.Module) -> bool:
-    """Returns whether the network uses random numbers in train mode, which must then be seeded."""
-    return any("drop" in type(module).__name__.lower() for module in net.modules())
 
 
 def uses_batch_statistics(net: nn.Module) -> bool:

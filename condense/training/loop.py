@@ -22,7 +22,7 @@ from condense import rng
 from condense.augment import cutmix
 from condense.data import Task
 from condense.device import autocast
-from condense.networks import Network, uses_dropout
+from condense.networks import Network
 from condense.training.checkpoint import TrainingCheckpoint, random_state, set_random_state
 from condense.training.config import TrainConfig, batch_ids, epoch_steps, make_optimizer
 from condense.training.student import GradientRule, Source, StepCallback, Student, TrainingStep, WeightedTargets
@@ -71,15 +71,19 @@ def train(
     if together is None:
         together = prefers_stacked(device)
     equal = len({student.source.size for student in students}) == 1
-    has_dropout = uses_dropout(students[0].network)
-    if together and equal and not has_dropout and len(students) > 1:  # dropout is keyed by student
+    if together and equal and len(students) > 1:
         keeper = TrainingCheckpoint(checkpoint, students, recipe, device, precision, update)
         try:
             _train_stacked(students, recipe, device, precision, report, keeper, watch, watch_every, update)
             keeper.remove()
             return keeper.seconds
-        except torch.OutOfMemoryError:  # the students do not change before the end
-            torch.cuda.empty_cache()
+        except RuntimeError as fault:  # the students do not change before the end
+            # Networks that draw random numbers cannot be stacked: their draws are keyed by student.
+            is_random = "randomness" in str(fault)
+            if not is_random and not isinstance(fault, torch.OutOfMemoryError):
+                raise
+            if not is_random:
+                torch.cuda.empty_cache()
             keeper.remove()
     keepers, seconds = [], 0.0
     for k, student in enumerate(students):

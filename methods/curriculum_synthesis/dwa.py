@@ -72,7 +72,7 @@ def ascend_weights(
     for _ in range(steps):
         leaves = {name: value.requires_grad_() for name, value in moved.items()}
         logits = torch.func.functional_call(net, leaves, (views,))
-        gradients = torch.autograd.grad(F.cross_entropy(logits, classes), list(leaves.values()))
+        gradients = torch.autograd.grad(F.cross_entropy(logits, classes), list(leaves.values()), materialize_grads=True)
         length = torch.stack([gradient.square().sum() for gradient in gradients]).sum().sqrt() + 1e-12
         moved = {
             name: (leaf + rho / steps * gradient / length).detach()

@@ -58,7 +58,7 @@ def rded(task: Task, config: RDED, run: Run) -> SyntheticSet:
     several teachers the first scores the crops, and all label.
     """
     get_crop_size(task, config.factor, f"factor={config.factor}")
-    committee = get_teachers(config, run)
+    committee = get_teachers(config, run, batch_norm=False)
     scorer = committee.members[0].network
     synthetic = set_from_pixels(run, confident_patches(run, scorer, config.pool, config.crops, config.factor))
     return finish_set(config, run, synthetic.images, synthetic.classes, committee)

@@ -36,8 +36,13 @@ from condense.pretraining import Committee, TeacherOptions, load_or_train_teache
 from condense.sets import SyntheticSet
 
 
-def get_teachers(config: TeacherOptions, run: Run) -> Committee:
-    """The teachers of a run, all with BatchNorm: from the file that the user named, from the cache, or trained now.
+def get_teachers(config: TeacherOptions, run: Run, batch_norm: bool = True) -> Committee:
+    """The teachers of a run: from the file that the user named, from the cache, or trained now.
+
+    Args:
+        config: settings of the teachers.
+        run: the run.
+        batch_norm: all must have BatchNorm, whose statistics the method matches.
 
     Raises:
         CondenseError: the data are whitened, or not square where the initial images are crops.
@@ -53,7 +58,7 @@ def get_teachers(config: TeacherOptions, run: Run) -> Committee:
         file=config.teachers,
         architectures=config.architectures(run.network),
         count=config.num_teachers,
-        batch_norm=True,
+        batch_norm=batch_norm,
     )
 
 

@@ -153,7 +153,7 @@ def hello(task: Task, config: HeLlO, run: Run) -> SyntheticSet:
     get_crop_size(task, config.factor, f"factor={config.factor}")
     if config.labels == "projector":  # a missing backbone is reported before any training
         head_kind(config, pretrained.find_backbone(config.backbone, task.shape, torch.device("cpu")))
-    committee = get_teachers(config, run)
+    committee = get_teachers(config, run, batch_norm=False)
     scorer = committee.members[0].network
     synthetic = set_from_pixels(run, confident_patches(run, scorer, config.pool, config.crops, config.factor))
     if config.factor > 1 and config.refine_steps:

@@ -43,7 +43,7 @@ class GSAM:
     adaptive: bool = True
 
     def __call__(self, work: TrainingStep) -> list[Tensor]:
-        plain = torch.autograd.grad(work.loss(), work.weights)
+        plain = torch.autograd.grad(work.loss(), work.weights, materialize_grads=True)
         before = [weight.detach().clone() for weight in work.weights]
         scales = [weight.abs() if self.adaptive else torch.ones_like(weight) for weight in before]
         scaled = [scale * gradient for scale, gradient in zip(scales, plain)]
@@ -51,7 +51,7 @@ class GSAM:
         with torch.no_grad():
             for weight, scale, direction in zip(work.weights, scales, scaled):
                 weight.add_(_align(factor, weight) * scale * direction)
-        sharp = torch.autograd.grad(work.loss(), work.weights)
+        sharp = torch.autograd.grad(work.loss(), work.weights, materialize_grads=True)
         with torch.no_grad():
             for weight, value in zip(work.weights, before):
                 weight.copy_(value)
@@ -82,4 +82,4 @@ class Smooth:
             lengths = (slope.square().sum(-3) + NORM_EPS).sqrt()
             shares = (lengths - 1).square()
             loss = loss + self.penalty * (shares.flatten(1).mean(1).sum() if work.stacked else shares.mean())
-        return torch.autograd.grad(loss, work.weights)
+        return torch.autograd.grad(loss, work.weights, materialize_grads=True)

@@ -104,7 +104,6 @@ class UnrolledStudent:
     def __init__(self, config: MTT, run: Run, synthetic: SyntheticSet, experts: Experts) -> None:
         self.config, self.run, self.synthetic, self.layout = config, run, synthetic, experts.layout
         self.net = run.random_network(0)
-        self.has_dropout = networks.uses_dropout(self.net)
         self.size = len(decode(synthetic.images.detach(), synthetic.stages)[1])
         self.augmentation = make_augmentation(config.augment, mirror=run.task.mirror)
 
@@ -133,9 +132,7 @@ class UnrolledStudent:
 
         def forward(theta: Tensor, images: Tensor, i: int) -> Tensor:
             weights = self.layout.unflatten(theta)
-            if not self.has_dropout:
-                return torch.func.functional_call(self.net, weights, (images,))
-            with rng.seeded(*step.key("dropout"), i, device=self.run.device):  # the same mask in both passes
+            with rng.seeded(*step.key("dropout"), i, device=self.run.device):  # the same draws in both passes
                 return torch.func.functional_call(self.net, weights, (images,))
 
         def loss(theta: Tensor, i: int) -> Tensor:
