@@ -342,14 +342,29 @@ def test_a_factory_may_give_a_network_of_ours():
 
 
 @pytest.mark.parametrize(
+    "factory",
+    [
+        lambda: nn.Sequential(nn.Conv2d(3, 10, 32), nn.Flatten()),
+        lambda: nn.Sequential(nn.Flatten(), nn.Linear(3072, 10), nn.ReLU()),
+    ],
+)
+def test_networks_without_a_last_linear_layer_have_no_embedding(factory):
+    net = networks.build_network(factory, (3, 32, 32), 10)
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(net.classify(net.embed(x)), net(x)) and net(x).shape == (2, 10)
+    with pytest.raises(
+        CondenseError, match="does not end in a linear layer over flat features, whose inputs dm matches"
+    ):
+        networks.require_embedding(net, factory, "dm")
+
+
+@pytest.mark.parametrize(
     ("factory", "says"),
     [
-        (lambda one: nn.Linear(1, 1), "needs 1 arguments"),
+        (lambda one: nn.Linear(1, 1), "needs the arguments one"),
         (nn.ReLU(), "is a module"),
         (lambda: nn.Sequential(nn.Flatten(), nn.Linear(5, 10)), "3x32x32: "),
         (lambda: nn.Sequential(nn.Flatten(), nn.Linear(3072, 9)), r"\(2, 9\).*not \(2, 10\)"),
-        (lambda: nn.Sequential(nn.Conv2d(3, 10, 32), nn.Flatten()), "does not end in a linear layer"),
-        (lambda: nn.Sequential(nn.Flatten(), nn.Linear(3072, 10), nn.ReLU()), "does not end in a linear layer"),
     ],
 )
 def test_unfit_factories_are_refused(factory, says):
