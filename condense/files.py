@@ -107,6 +107,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
         CondenseError: writing failed.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    _remove_stale(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -134,6 +135,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     """
     folder = folder.absolute()
     temporary, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
+    _remove_stale(folder)
     try:
         temporary.mkdir(parents=True)
         yield temporary
@@ -149,6 +151,34 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def _remove_stale(path: Path) -> None:
+    """Removes the temporary files and folders beside ``path`` whose process was killed while it wrote them."""
+    if os.name != "posix":  # elsewhere, signal 0 does not tell whether a process exists
+        return
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.(\d+)\.(tmp|old)")
+    with contextlib.suppress(OSError):
+        for other in path.absolute().parent.iterdir():
+            match = pattern.fullmatch(other.name)
+            if match is None or _is_running(int(match[1])):
+                continue
+            if match[2] == "old" and not path.exists():
+                other.rename(path)  # killed between its two renames
+            elif other.is_dir():
+                shutil.rmtree(other, ignore_errors=True)
+            else:
+                other.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
+
+
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of the names, dtypes, shapes and bytes of tensors on any device."""
     digest = hashlib.sha256()
@@ -158,15 +188,48 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+LFS_POINTER = b"version https://git-lfs"
+
+
+def check_data_file(path: Path) -> None:
+    """Checks that a file holds its data: no Git LFS pointer and, for an archive such as a ``.pt`` file, intact entries.
+
+    ``torch.load`` and ``numpy.load`` do not compare the checksums of all entries.
+
+    Raises:
+        CondenseError: it is a pointer, or an entry is damaged or compressed more than a thousandfold.
+    """
+    with path.open("rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise CondenseError(
+                f"{path}: a Git LFS pointer, not the file itself; fetch it with `git lfs pull` in its repository"
+            )
+    try:
+        if not zipfile.is_zipfile(path):
+            return
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+            if unpacked > 1000 * max(path.stat().st_size, 1):
+                raise CondenseError(f"{path}: its entries claim {unpacked} bytes, more than a thousand times the file")
+            damaged = archive.testzip()
+    except CondenseError:
+        raise
+    except Exception as fault:  # damaged archives raise errors of many types
+        raise CondenseError(f"{path}: damaged ({str(fault).splitlines()[0] if str(fault) else fault!r})") from fault
+    if damaged:
+        raise CondenseError(f"{path}: damaged (the checksum of '{damaged}' differs); copy it again")
+
+
 def read_state(path: Path) -> dict[str, Any] | None:
     """Reads a dictionary that ``torch.save`` wrote, with its tensors on the CPU.
 
     Returns None if the file is missing, damaged, or holds anything that is not a tensor or plain value.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load compares no checksums
-        state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+        if not zipfile.is_zipfile(path):
+            return None
+        check_data_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # a damaged file raises errors of many types
         return None
     return state if isinstance(state, dict) else None

@@ -22,7 +22,7 @@ def verify(file: SetFile) -> None:
     if distilled.compensated:
         expected = distilled.compensated.stored
     count = len(distilled.stored)
-    if count != expected and "joined" not in distilled.manifest:  # its classes may have different numbers
+    if count != expected and not distilled.labels.is_hard:  # hard labels state the classes themselves
         raise CondenseError(f"{file}: holds {count} images, but its manifest says {expected}")
     if not bool(distilled.training_images()[0].isfinite().all()):
         raise CondenseError(f"{file}: some pixels are not finite")
@@ -78,7 +78,13 @@ def import_(
     settings: Annotated[
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="settings of the data, e.g. zca=true")
     ] = None,
-    labels: Annotated[str | None, typer.Option(help=".pt file of labels, for mtt and tensors")] = None,
+    factor: Annotated[
+        int, number_option("--factor", int, "side of the grid of training images in each stored one (IDC, IDM, DANCE)")
+    ] = 1,
+    label_values: Annotated[
+        str, typer.Option(help="what float labels are that are no probabilities: logits or regression")
+    ] = "",
+    labels: Annotated[str | None, typer.Option(help="file of labels (.pt, .npy), for mtt and tensors")] = None,
     lr: Annotated[str | None, typer.Option(metavar="X", help="learned step size: a number or a .pt file")] = None,
     index: Annotated[
         int | None, number_option("--index", int, "experiment of a dc file, from 0; by default the last")
@@ -123,6 +129,8 @@ def import_(
         options=config.build_config(DataOptions, config.parse_overrides(settings or []), "the data"),
         download=download,
         labels=labels,
+        factor=factor,
+        label_values=label_values,
         lr=lr,
         index=index,
         mean=_parse_numbers("--mean", mean),

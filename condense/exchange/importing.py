@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Sequence
@@ -27,8 +28,8 @@ from condense.exchange.shared import folder_name
 from condense.files import check_name
 from condense.formatting import by
 from condense.judge import get_protocol
-from condense.labels import HardLabels, Labels, SoftLabels
-from condense.sets import DistilledSet
+from condense.labels import HardLabels, Labels, RegressionLabels, SoftLabels
+from condense.sets import DistilledSet, Formation
 from condense.version import __version__
 
 FORMS = ("dc", "mtt", "tensors", "imagefolder")
@@ -36,6 +37,8 @@ FORMS = ("dc", "mtt", "tensors", "imagefolder")
 
 DEFAULT_IMPORT_NETWORK = "convnet-d3-w128-in"
 """Architecture of nearly all published sets of small images."""
+
+_log = logging.getLogger(__name__)
 
 
 def import_set(
@@ -50,6 +53,8 @@ def import_set(
     index: int | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    factor: int = 1,
+    label_values: str = "",
     method: str | None = None,
     network: str = DEFAULT_IMPORT_NETWORK,
     protocol: str | None = None,
@@ -72,6 +77,9 @@ def import_set(
         index: experiment of a dc file; by default the last one.
         mean: mean that was subtracted from each channel of pixels in [0,1].
         std: std that they were divided by.
+        factor: side of the grid of training images in each stored image, for sets of IDC, IDM, DREAM and DANCE.
+        label_values: what float labels (N, classes) are that are no probabilities: logits or regression (targets of the
+            mean squared error); by default logits, unless every row sums to 0.
         method: method in the name of the set; by default ``form``.
         network: architecture that the set was made with.
         protocol: protocol to evaluate it under; by default dc-v1 for hard labels.
@@ -86,6 +94,10 @@ def import_set(
     networks.check_network(network)
     if protocol is not None:
         get_protocol(protocol)
+    if not 1 <= factor <= 16:
+        raise CondenseError(f"--factor {factor}: must be 1 to 16")
+    if label_values not in ("", "logits", "regression"):
+        raise CondenseError(f"--label-values {label_values}: must be logits or regression")
     standardise = _standardise(mean, std, options)
     for flag, value, forms in (("--labels", labels, ("mtt", "tensors")), ("--index", index, ("dc",))):
         if value is not None and form not in forms:
@@ -102,7 +114,18 @@ def import_set(
     task = load_task(data, None if isinstance(data, Task) else options, download=download)
     with rng.seeded("check"):  # reports here, not in `evaluate`, that the network does not fit the images
         networks.build_network(network, task.shape, task.num_classes)
-    return _to_distilled(source, form, files, task, standardise, method=method, network=network, protocol=protocol)
+    return _to_distilled(
+        source,
+        form,
+        files,
+        task,
+        standardise,
+        method=method,
+        network=network,
+        protocol=protocol,
+        label_values=label_values,
+        factor=factor,
+    )
 
 
 def _standardise(mean: Sequence[float] | None, std: Sequence[float] | None, options: DataOptions) -> Standardise | None:
@@ -132,8 +155,11 @@ def _to_distilled(
     method: str,
     network: str,
     protocol: str | None,
+    label_values: str,
+    factor: int,
 ) -> DistilledSet:
     """Checks the content of the files against the data, and adds the manifest."""
+    files.images = _channels_first(files.images, task)
     images = _check_images(files.images, source, task)
     if form == "imagefolder":
         numbers = torch.tensor(_folder_numbers(files.classes, source, task))
@@ -143,16 +169,16 @@ def _to_distilled(
             f"{source}: was made for the classes {', '.join(files.classes[:3])}, ... ({len(files.classes)}), "
             f"{task.name} has others; give the --data that it was made from"
         )
-    provider, order = _check_labels(files, len(images), task, source)
-    transform, normalised = _transform(files, standardise, task, source)
-    ipc = len(images) // task.num_classes
+    provider, order = _check_labels(files, len(images), task, source, label_values)
+    transform, normalised = _transform(files, standardise, task, source, form)
+    ipc = int(provider.labels.bincount().max()) if provider.is_hard else len(images) // task.num_classes
     manifest = {
         "name": f"{task.name}/{method}-ipc{ipc}",
         "dataset": task.name,
         "classes": list(task.classes),
         "ipc": ipc,
         "space": "pixel" if images.dtype == torch.uint8 else "training",
-        "decode": [],
+        "decode": [Formation(factor, 0.5 if images.dtype == torch.uint8 else 0.0).describe()] if factor > 1 else [],
         "distill_decode": [],
         "mirror": task.mirror,
         "method": method,
@@ -176,6 +202,14 @@ def _to_distilled(
     return DistilledSet(images[order].contiguous(), provider, transform, manifest)
 
 
+def _channels_first(images: Tensor, task: Task) -> Tensor:
+    """Images (N,C,H,W) of images (N,H,W,C), which JAX and TensorFlow use."""
+    last = images.ndim == 4 and tuple(images.shape[1:]) != task.shape
+    if last and (images.shape[3], *images.shape[1:3]) == task.shape:
+        return images.permute(0, 3, 1, 2).contiguous()
+    return images
+
+
 def _check_images(images: Tensor, source: Path, task: Task) -> Tensor:
     """Checks shape, type and range of the images; returns uint8, float16 or float32."""
     if images.ndim != 4 or tuple(images.shape[1:]) != task.shape or not len(images):
@@ -193,13 +227,19 @@ def _check_images(images: Tensor, source: Path, task: Task) -> Tensor:
     return images
 
 
-def _check_labels(files: ImportedFiles, count: int, task: Task, source: Path) -> tuple[Labels, Tensor]:
+def _check_labels(files: ImportedFiles, count: int, task: Task, source: Path, values: str) -> tuple[Labels, Tensor]:
     """Checks the labels. Returns them, and the order (N,) that sorts the images by class.
 
     Soft labels are sorted by their most probable class if every class then has the same number; otherwise the file is
     assumed to be sorted.
     """
     classes, labels, where = task.num_classes, files.labels, files.labels_file
+    if labels is not None and labels.is_floating_point() and labels.numel() == count:
+        labels = labels.flatten()
+        if bool((labels == labels.round()).all()):  # class numbers, saved as floats
+            labels = labels.long()
+    elif labels is not None and tuple(labels.shape) == (count, 1):
+        labels = labels.flatten()
     soft = labels is not None and labels.is_floating_point()
     if (labels is None or soft) and count % classes:
         raise CondenseError(
@@ -221,7 +261,14 @@ def _check_labels(files: ImportedFiles, count: int, task: Task, source: Path) ->
         even = bool((likeliest.bincount(minlength=classes) == count // classes).all())
         order = likeliest.argsort(stable=True) if even else torch.arange(count)
         labels = labels.float()[order]
-        return SoftLabels(labels.clone() if files.logits else _logits(labels)), order
+        if values == "regression":
+            return RegressionLabels(labels), order
+        if values == "" and not files.logits and _may_be_regression(labels):
+            raise CondenseError(
+                f"{where}: every row of its labels sums to 0, as targets of kernel regression do; give "
+                "--label-values regression, or --label-values logits"
+            )
+        return SoftLabels(labels.clone() if files.logits or values == "logits" else _logits(labels)), order
     labels = labels.long()
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= classes:
@@ -229,14 +276,17 @@ def _check_labels(files: ImportedFiles, count: int, task: Task, source: Path) ->
             f"{where}: labels run from {low} to {high}, but {task.name} has the classes 0 to {classes - 1}"
         )
     counts = labels.bincount(minlength=classes)
-    smallest, largest = int(counts.argmin()), int(counts.argmax())
-    if counts[smallest] != counts[largest]:
+    if not int(counts.min()):
         raise CondenseError(
-            f"{where}: class '{task.classes[smallest]}' has {counts[smallest]} images but "
-            f"'{task.classes[largest]}' {counts[largest]}; give equally many of each class"
+            f"{where}: class '{task.classes[int(counts.argmin())]}' has 0 images; give some of each class"
         )
     order = labels.argsort(stable=True)
     return HardLabels(labels[order], classes), order
+
+
+def _may_be_regression(labels: Tensor) -> bool:
+    """Whether every row sums to 0, up to rounding: a one-hot vector minus its mean, such as 0.9 and -0.1."""
+    return bool((labels.sum(1).abs() <= 1e-3 * labels.abs().sum(1)).all()) and bool(labels.any())
 
 
 def _logits(labels: Tensor) -> Tensor:
@@ -247,7 +297,7 @@ def _logits(labels: Tensor) -> Tensor:
 
 
 def _transform(
-    files: ImportedFiles, standardise: Standardise | None, task: Task, source: Path
+    files: ImportedFiles, standardise: Standardise | None, task: Task, source: Path, form: str
 ) -> tuple[Standardise | ZCA, str]:
     """The map to training space, and a text that names its origin in the manifest."""
     if standardise is not None:
@@ -271,7 +321,76 @@ def _transform(
             f"{source}: its pixels lie in [0,1], so they are not in the training space of {task.name}; save them as "
             f"uint8, or state that they were not normalised: --mean {zeros} --std {ones}"
         )
-    return task.transform, f"ZCA fitted on {task.name}" if task.options.zca else f"mean and std of {task.name}"
+    if task.options.zca:
+        return task.transform, f"ZCA fitted on {task.name}"
+    if files.images.dtype == torch.uint8:
+        return task.transform, f"mean and std of {task.name}"
+    _refuse_whitened(files.images, task, source)
+    return _find_normalisation(files.images, task, source, form)
+
+
+MADE_FOR = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+"""Mean and std in the scripts of DC, MTT and their successors, for CIFAR-10 and CIFAR-100 alike."""
+
+MIN_CORRELATION = 0.15, 0.65
+"""Whitened images have at least the first correlation of neighbouring pixels (noise has less), and less than the second
+share of that of real images. Measured: whitened published sets 0.3 to 0.5, standardised ones 0.78 to 0.92."""
+
+
+def _refuse_whitened(images: Tensor, task: Task, source: Path) -> None:
+    """Refuses images that look ZCA-whitened, because students would be tested on images of another space.
+
+    Raises:
+        CondenseError: neighbouring pixels correlate much less than in the real images.
+    """
+    sample = task.pixels(torch.arange(0, len(task.train), max(1, len(task.train) // 256)))
+    own, real = _correlation(images.float()), _correlation(sample.cpu())
+    if MIN_CORRELATION[0] < own < MIN_CORRELATION[1] * real:
+        raise CondenseError(
+            f"{source}: its images look whitened (neighbouring pixels correlate by {own:.2f}, those of {task.name} by "
+            f"{real:.2f}); give zca=true, or state --mean and --std if they are not"
+        )
+
+
+def _correlation(images: Tensor) -> float:
+    """Correlation of horizontally neighbouring pixels, about the mean of each channel of each image."""
+    centred = images - images.mean((2, 3), keepdim=True)
+    left, right = centred[..., :-1], centred[..., 1:]
+    scale = float((left.square().sum() * right.square().sum()).sqrt())
+    return float((left * right).sum()) / scale if scale else 1.0
+
+
+def _find_normalisation(images: Tensor, task: Task, source: Path, form: str) -> tuple[Standardise | ZCA, str]:
+    """The mean and std that the pixels were normalised by, and a text that says how they were found.
+
+    Pixels that were clamped to [0, 1] before end at (0 - mean) / std and (1 - mean) / std in each channel. Otherwise
+    files of the scripts of DC and MTT on CIFAR images have the constants of these scripts; others, those of the data.
+    """
+    own = task.transform
+    assert isinstance(own, Standardise)
+    candidates = {f"mean and std of {task.name}": own}
+    if task.shape == (3, 32, 32):
+        mean, std = map(torch.tensor, MADE_FOR)
+        candidates["the mean and std of the scripts of DC and MTT"] = Standardise(mean, std)
+    for text, transform in candidates.items():
+        ends = [transform(torch.full((task.shape[0], 1, 1), end)).flatten() for end in (0.0, 1.0)]
+        reached = images.float().amin((0, 2, 3)), images.float().amax((0, 2, 3))
+        if all(torch.allclose(a, b, atol=2e-3) for a, b in zip(ends, reached)):
+            return transform, f"{text}, at whose ends the pixels are clamped"
+    names = list(candidates)
+    text = names[-1] if form in ("dc", "mtt") and task.name in ("cifar10", "cifar100") else names[0]
+    transform = candidates[text]
+    pixels = transform.inverse(images.float())
+    outside = float(((pixels < -0.5) | (pixels > 1.5)).float().mean())
+    if outside > 0.05:
+        _log.warning(
+            "condense: %s: %.0f %% of its pixels lie far outside [0, 1] after %s; were they normalised by others "
+            "(--mean, --std)?",
+            source,
+            100 * outside,
+            text,
+        )
+    return transform, text
 
 
 def _folder_numbers(folders: Sequence[str], source: Path, task: Task) -> list[int]:

@@ -5,6 +5,7 @@ Files are untrusted: nothing in them is executed, and the sizes that they claim 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -22,8 +23,10 @@ import torch
 from torch import Tensor
 
 from condense.data import DataOptions, read_images
+from condense.device import check_host_memory
 from condense.errors import CondenseError
 from condense.exchange.shared import library
+from condense.files import check_data_file
 
 TRANSFORM_ARRAYS = ("mean", "std", "matrix", "inverse")
 """Names of the arrays of a transform in our exports."""
@@ -95,10 +98,23 @@ def read_mtt(source: Path, labels: Path | None) -> ImportedFiles:
 
 
 def read_tensors(source: Path, labels: Path | None) -> ImportedFiles:
-    """Reads a ``.pt`` or ``.safetensors`` file of class-sorted images, with anything that our exports add to them."""
+    """Reads a ``.pt``, ``.safetensors``, ``.npz`` or ``.npy`` file of images, with anything that our exports add.
+
+    The content is a tensor of images, a list ``[images, labels]``, or a dict with ``images`` and perhaps ``labels``.
+    Labels of an ``.npy`` file may be in ``labels.npy`` beside ``images.npy``.
+    """
     content = _load_safetensors(source) if source.suffix == ".safetensors" else _load(source)
+    if isinstance(content, list | tuple) and len(content) == 2:
+        content = {"images": content[0], "labels": content[1]}
     if not isinstance(content, dict):
         content = {"images": content}
+    for name, aliases in (("images", ("image", "x", "data", "X")), ("labels", ("label", "y", "targets", "Y"))):
+        known = [alias for alias in aliases if isinstance(content.get(alias), Tensor)]
+        if name not in content and known:
+            content = {**content, name: content[known[0]]}
+    beside = source.with_name(source.name.replace("images", "labels", 1))
+    if source.suffix == ".npy" and labels is None and beside != source and beside.is_file():
+        labels = beside
     if "images" not in content:
         raise CondenseError(f"{source}: holds {', '.join(map(str, content)) or 'nothing'}, but no 'images'")
     stored_labels = content.get("labels")
@@ -163,6 +179,9 @@ def _load(path: Path) -> Any:
         if path.is_dir():
             raise CondenseError(f"{path}: is a folder; name the file in it")
         raise CondenseError(f"{path}: no such file; give the .pt file of the set")
+    check_data_file(path)
+    if path.suffix in (".npz", ".npy"):
+        return _load_numpy(path)
     try:
         packed = zipfile.is_zipfile(path)
         if packed and any(entry.compress_type != zipfile.ZIP_STORED for entry in zipfile.ZipFile(path).infolist()):
@@ -182,9 +201,33 @@ def _load(path: Path) -> Any:
         raise CondenseError(f"{path}: cannot be read as a .pt file ({reason}); copy it again") from fault
 
 
+def _load_numpy(path: Path) -> Any:
+    """Loads the arrays of a ``.npz`` file, or the array of an ``.npy`` file, as tensors.
+
+    Raises:
+        CondenseError: it is damaged, holds Python objects, or is larger than memory.
+    """
+    size = path.stat().st_size
+    if path.suffix == ".npz":
+        with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+    check_host_memory(2 * size, f"{path}: the arrays", "take a smaller file")
+    try:
+        content = np.load(path, allow_pickle=False)
+        arrays = {name: content[name] for name in content.files} if path.suffix == ".npz" else content
+        if isinstance(arrays, np.ndarray):
+            return torch.from_numpy(np.ascontiguousarray(arrays))
+        return {n: torch.from_numpy(np.ascontiguousarray(a)) for n, a in arrays.items() if a.dtype.kind in "fiub"}
+    except Exception as fault:  # a damaged file raises errors of many types
+        reason = (str(fault).splitlines() or [""])[0] or type(fault).__name__
+        raise CondenseError(f"{path}: cannot be read as a {path.suffix} file ({reason}); copy it again") from fault
+
+
 def _load_safetensors(path: Path) -> dict[str, Any]:
     """Loads the tensors of a file, and ``classes`` of its metadata. A single tensor is called ``images``."""
     safetensors = library("safetensors", f"{path}")
+    if path.is_file():
+        check_data_file(path)
     try:
         with safetensors.safe_open(path, framework="pt") as file:  # checks all sizes against the file
             content: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

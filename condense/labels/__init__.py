@@ -19,7 +19,7 @@ from condense.labels.codes import (
     fidelity,
 )
 from condense.labels.distances import DistanceLabels
-from condense.labels.per_image import HardLabels, SoftLabels
+from condense.labels.per_image import HardLabels, RegressionLabels, SoftLabels
 from condense.labels.per_view import PerViewLabels
 from condense.labels.pool import PoolLabels, PruningOptions, compute_pool_logits, kept_pool_epochs
 from condense.labels.projector import ProjectorLabels
@@ -53,6 +53,7 @@ __all__ = [
     "Projector",
     "ProjectorLabels",
     "PruningOptions",
+    "RegressionLabels",
     "SoftLabels",
     "StaticLabels",
     "TeacherLabels",

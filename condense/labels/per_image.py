@@ -129,6 +129,37 @@ class SoftLabels(Labels):
         return cls(read_finite(arrays, "logits", np.float32, (None, classes)))
 
 
+class RegressionLabels(SoftLabels):
+    """Targets of a regression per image, e.g. those of kernel methods (0.9 for the class and -0.1 for the others).
+
+    Args:
+        logits: float32 (N, C): the values that the outputs of a network should have.
+    """
+
+    kind = "regression"
+    step_cost = "none"
+
+    def targets(self, ids: Tensor) -> Tensor:
+        return self.logits[ids]
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Half the squared distance, summed over classes and averaged over the batch."""
+        return (logits - targets).square().sum(1).mean() / 2
+
+    def to(self, device: torch.device) -> RegressionLabels:
+        return RegressionLabels(self.logits.to(device))
+
+    def label_images(
+        self, images: Tensor, teacher: nn.Module, seed: int, hard: Tensor | None = None
+    ) -> RegressionLabels:
+        return RegressionLabels(compute_logits(teacher, images))
+
+    def cache_key(self) -> str:
+        return "regression targets of the image"
+
+
 LABEL_KINDS.add("hard", HardLabels)
+
+LABEL_KINDS.add("regression", RegressionLabels)
 
 LABEL_KINDS.add("soft", SoftLabels)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from condense import rng
 from condense.data import Transform
 from condense.errors import CondenseError, did_you_mean, missing_package
-from condense.files import is_existing_file, tensors_sha256
+from condense.files import check_data_file, is_existing_file, tensors_sha256
 from condense.formatting import by
 from condense.networks import architectures, saved
 from condense.networks.saved import State, apply_state
@@ -317,6 +317,7 @@ def _read_checkpoint(path: Path) -> State:
     """Reads the state of a network from a file of ``torch.save``, without the wrappers that other tools add."""
     if not path.is_file():
         raise CondenseError(f"{path}: no such file")
+    check_data_file(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about old pickles

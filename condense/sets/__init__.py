@@ -6,7 +6,7 @@ from condense.sets.initial import INITS, SyntheticOptions, nearest_to_centroids
 from condense.sets.joining import join
 from condense.sets.preview import save_grid
 from condense.sets.relabelling import add_preparation_seconds, add_tag, relabel, replace_labels
-from condense.sets.stages import Compensated, FlipUnion, decode
+from condense.sets.stages import Compensated, FlipUnion, Formation, decode
 from condense.sets.synthetic import SyntheticSet
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Compensated",
     "DistilledSet",
     "FlipUnion",
+    "Formation",
     "SyntheticOptions",
     "SyntheticSet",
     "add_preparation_seconds",
