@@ -171,7 +171,9 @@ def _to_distilled(
         )
     provider, order = _check_labels(files, len(images), task, source, label_values)
     transform, normalised = _transform(files, standardise, task, source, form)
-    ipc = int(provider.labels.bincount().max()) if provider.is_hard else len(images) // task.num_classes
+    ipc = len(images) // task.num_classes
+    if provider.is_hard:  # classes may have different numbers
+        ipc = int(provider.targets(torch.arange(len(images))).bincount().max())
     manifest = {
         "name": f"{task.name}/{method}-ipc{ipc}",
         "dataset": task.name,

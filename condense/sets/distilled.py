@@ -39,7 +39,7 @@ ARRAY_TYPES = (*IMAGE_TYPES, np.int8, np.uint16, np.int64)
 DISTILLED_FORMAT = hdf5.Format("condense.distilled", 1, SET_SCHEMA, "condense distill")
 
 
-class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
+class DistilledSet(Dataset[tuple[Tensor, Tensor | int]]):
     """A distilled set: stored images, labels, the map to training space and the manifest.
 
     As a ``torch.utils.data.Dataset`` it yields decoded images in pixel space, float32 in about [0,1] (learned pixels
