@@ -1,5 +1,6 @@
 """Sets in use: beside real images, joined, some of their classes, as initial images; runs with one's own network."""
 
+import numpy as np
 import pytest
 import torch
 from conftest import Killed, killed_after, tiny_arrays
@@ -8,7 +9,7 @@ from torch.utils.data import ConcatDataset, DataLoader
 
 import condense
 from condense.errors import CondenseError
-from condense.labels import SoftLabels
+from condense.labels import HardLabels, SoftLabels
 from condense.sets import DistilledSet
 
 NETWORK = "convnet-d2-w8-in"
@@ -198,3 +199,38 @@ def test_a_network_with_other_layers_is_refused(interrupted, tiny):
 def test_other_arguments_do_not_continue(interrupted, tiny):
     with pytest.raises(CondenseError, match=r"run holds a run; resume with: condense\.resume\('run', network=\.\.\., "):
         condense.distill("dm", tiny, 2, run_dir="run", out="b.h5", **{**interrupted, "steps": 7})
+
+
+# -- public teachers --------------------------------------------------------------------------------------------------
+
+
+def test_a_set_with_a_public_teacher_loads(tmp_path, monkeypatch):
+    """The teacher in the labels includes the normalisation that its weights need."""
+    torchvision = pytest.importorskip("torchvision")
+    weights = torchvision.models.ShuffleNet_V2_X0_5_Weights.DEFAULT
+    folder = tmp_path / "torch" / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    with condense.rng.seeded("weights"):
+        net = torchvision.models.shufflenet_v2_x0_5()
+    torch.save(net.state_dict(), folder / weights.url.rpartition("/")[2])
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    random = np.random.default_rng(0)
+    images, labels = random.integers(0, 256, (1000, 1, 32, 32), dtype=np.uint8), np.arange(1000)
+    task = condense.task((images, labels, images, labels), name="thousand")
+    name = "torchvision:shufflenet_v2_x0_5"
+    settings = {"teachers": name, "labels": "teacher", "pool": 1, "crops": 1, "precision": "fp32"}
+    made = condense.distill("rded", task, 1, network=name, out=tmp_path / "a.h5", **settings)
+    loaded = condense.load(tmp_path / "a.h5")
+    assert loaded.sha256() == made.sha256() and loaded.labels.names == (name,)
+    views, targets = loaded.labels.training_batch(loaded.training_images()[0], torch.arange(4), 0)
+    own_views, own_targets = made.labels.training_batch(made.training_images()[0], torch.arange(4), 0)
+    assert torch.equal(views, own_views)
+    torch.testing.assert_close(targets, own_targets)
+
+
+def test_a_set_that_could_not_be_loaded_is_not_written(made, tmp_path):
+    made.manifest["ipc"] = 2
+    made.labels = HardLabels(torch.tensor([0, 1]), 3)  # fewer than images
+    with pytest.raises(CondenseError, match=r"a\.h5: not written, because it could not be read back \(6 images but 2"):
+        made.save(tmp_path / "a.h5")
+    assert not list(tmp_path.iterdir())

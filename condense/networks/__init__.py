@@ -31,6 +31,7 @@ from condense.networks.pretrained import (
     load_public_weights,
     load_torch_checkpoint,
 )
+from condense.networks.public import PublicNetwork
 from condense.networks.saved import (
     Member,
     MemberKey,
@@ -58,6 +59,7 @@ __all__ = [
     "Member",
     "MemberKey",
     "Network",
+    "PublicNetwork",
     "Shape",
     "State",
     "TeacherFile",

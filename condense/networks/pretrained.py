@@ -20,6 +20,7 @@ from condense.errors import CondenseError, did_you_mean, missing_package
 from condense.files import check_data_file, is_existing_file, tensors_sha256
 from condense.formatting import by
 from condense.networks import architectures, saved
+from condense.networks.public import PublicNetwork
 from condense.networks.saved import State, apply_state
 
 BUNDLED_BACKBONES = ("tiny20-convnet-d3-w64-bn",)
@@ -339,31 +340,6 @@ def _read_checkpoint(path: Path) -> State:
     return dict(state)
 
 
-class _Public(architectures.Network):
-    """A network with public weights for images in a task's training space, which it maps to pixels and then to the
-    normalisation that the weights were trained with."""
-
-    def __init__(
-        self, net: architectures.Network, transform: Transform, mean: Sequence[float], std: Sequence[float]
-    ) -> None:
-        super().__init__()
-        self.net, self.transform = net, transform
-        self.own_mean: Tensor
-        self.own_std: Tensor
-        for name, value in (("own_mean", mean), ("own_std", std)):
-            self.register_buffer(name, torch.tensor(value, dtype=torch.float32)[:, None, None])
-
-    def embed(self, x: Tensor, maps: list[Tensor] | None = None) -> Tensor:
-        if self.transform.mean.device != x.device:
-            self.transform = self.transform.to(x.device)
-        pixels = self.transform.inverse(x).expand(-1, 3, -1, -1)  # grey images are repeated
-        return self.net.embed((pixels - self.own_mean) / self.own_std, maps)
-
-    def classify(self, embedding: Tensor) -> Tensor:
-        """Maps (N, D) to (N, classes)."""
-        return self.net.classify(embedding)
-
-
 @dataclass(frozen=True)
 class PublicWeights:
     """Public weights that are not loaded yet."""
@@ -430,7 +406,7 @@ def timm_weights(name: str, named: str) -> PublicWeights:
     )
 
 
-def load_public_weights(file: str, shape: tuple[int, int, int], classes: int, transform: Transform) -> _Public:
+def load_public_weights(file: str, shape: tuple[int, int, int], classes: int, transform: Transform) -> PublicNetwork:
     """Loads a network with public weights for images in the training space of ``transform``.
 
     Args:
@@ -461,4 +437,4 @@ def load_public_weights(file: str, shape: tuple[int, int, int], classes: int, tr
             f"{weights.origin} elsewhere and put it at {weights.place}"
         ) from fault
     net = architectures.Wrapped(model, (3, *shape[1:]), classes, name=file)
-    return _Public(net, transform, weights.mean, weights.std)
+    return PublicNetwork(net, transform, weights.mean, weights.std)

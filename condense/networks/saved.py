@@ -21,6 +21,7 @@ from condense.formatting import by
 from condense.hdf5 import RESTORE_HINT
 from condense.networks import architectures
 from condense.networks.outline import build_outline
+from condense.networks.public import PublicNetwork
 
 _AMOUNT = {"type": "number", "minimum": 0, "maximum": 1e15}
 
@@ -270,6 +271,11 @@ def build_from_state(
     Raises:
         CondenseError: An unknown network, or it does not take such images.
     """
+    if "own_mean" in state:
+        inner = {name.removeprefix("net."): value for name, value in state.items() if name.startswith("net.")}
+        net, misfit = build_from_state(network, (3, *shape[1:]), classes, inner)
+        public = None if misfit else PublicNetwork.from_state(net, shape[0], state)
+        return (net, misfit or "its normalisation is invalid") if public is None else (public, "")
     outline = build_outline(network, shape, classes)
     if outline is not None and (misfit := state_misfit(outline, state)):
         return outline, misfit

@@ -23,6 +23,7 @@ from condense.networks import (
     MeanLogits,
     Member,
     MemberKey,
+    PublicNetwork,
     State,
     TeacherFile,
     combined_sha256,
@@ -257,6 +258,11 @@ def _check_teacher_file(file: TeacherFile, task: Task) -> None:
         raise CondenseError(f"{file.path}: its teachers saw the data under another normalisation (zca=true or not?)")
 
 
+def _network_sha256(net: networks.Network) -> str:
+    """Content key of a network that this toolkit did not train, whatever the training space of the task."""
+    return state_sha256(net.identity() if isinstance(net, PublicNetwork) else net.state_dict())
+
+
 def _with_accuracy(run: Run, net: networks.Network, name: str, source: str) -> Committee:
     """A teacher that this toolkit did not train, with its accuracy on some test images.
 
@@ -276,7 +282,7 @@ def _with_accuracy(run: Run, net: networks.Network, name: str, source: str) -> C
             source,
             100 * share,
         )
-    member = Member(net, name, share, sha256=state_sha256(net.state_dict()))
+    member = Member(net, name, share, sha256=_network_sha256(net))
     return Committee((member,), source, f"{len(ids)} test images")
 
 
@@ -361,7 +367,7 @@ def load_teacher_ensemble(
     else:
         networks.check_network(names[0])
         nets = [load_torch_checkpoint(path, names[0], shape, classes)]
-    net_digests = [state_sha256(net.state_dict()) for net in nets]
+    net_digests = [_network_sha256(net) for net in nets]
     if expected_digests != net_digests:
         raise different_teachers_error
     members = [

@@ -248,10 +248,16 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor | int]]):
         check_writable(path, force=force, size=self.nbytes()["total"])
         arrays = self.arrays()
         self.manifest |= {"bytes": self.nbytes(), "checksums": checksums(arrays)}
-        with atomic_write(path) as temporary, hdf5.create_hdf5(temporary, DISTILLED_FORMAT) as file:
-            hdf5.write_manifest(file, DISTILLED_FORMAT, self.manifest)
-            for name, array in arrays.items():
-                file.create_dataset(name, data=array)
+        with atomic_write(path) as temporary:
+            with hdf5.create_hdf5(temporary, DISTILLED_FORMAT) as file:
+                hdf5.write_manifest(file, DISTILLED_FORMAT, self.manifest)
+                for name, array in arrays.items():
+                    file.create_dataset(name, data=array)
+            try:  # before the file takes its place: what cannot be loaded is not reported as made
+                DistilledSet.load(temporary)
+            except CondenseError as fault:
+                reason = str(fault).removeprefix(f"{temporary}: ")
+                raise CondenseError(f"{path}: not written, because it could not be read back ({reason})") from fault
         return path
 
     @classmethod
