@@ -234,3 +234,33 @@ def test_a_set_that_could_not_be_loaded_is_not_written(made, tmp_path):
     with pytest.raises(CondenseError, match=r"a\.h5: not written, because it could not be read back \(6 images but 2"):
         made.save(tmp_path / "a.h5")
     assert not list(tmp_path.iterdir())
+
+
+# -- more steps -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["dm", "mtt"])
+def test_a_finished_run_is_given_more_steps(tmp_path, name):
+    np.savez(tmp_path / "tiny.npz", **dict(zip(("x_train", "y_train", "x_test", "y_test"), tiny_arrays())))
+    task = condense.task(str(tmp_path / "tiny.npz"))
+    settings = {"network": NETWORK, "precision": "fp32", "track": "none"}
+    settings |= {"batch_real": 6} if name == "dm" else {"num_experts": 1, "max_start_epoch": 1, "syn_steps": 2}
+    whole = condense.distill(name, task, 2, steps=5, **settings)
+    condense.distill(name, task, 2, steps=3, run_dir=tmp_path / "run", out=tmp_path / "a.h5", **settings)
+    longer = condense.resume(tmp_path / "run", steps=5)
+    assert longer.sha256() == whole.sha256() == condense.load(tmp_path / "a.h5").sha256()
+    assert longer.manifest["steps_before"] == [3] and longer.manifest["settings"]["steps"] == 5
+    assert condense.resume(tmp_path / "run").sha256() == whole.sha256()
+    with pytest.raises(CondenseError, match="steps=5: the run has 5 steps; give more"):
+        condense.resume(tmp_path / "run", steps=5)
+
+
+def test_schedules_that_depend_on_the_steps_are_not_extended(tmp_path):
+    np.savez(tmp_path / "tiny.npz", **dict(zip(("x_train", "y_train", "x_test", "y_test"), tiny_arrays())))
+    settings = {"network": "convnet-d2-w8-bn", "teacher_epochs": 1, "label_epochs": 1, "precision": "fp32"}
+    condense.distill(
+        "sre2l", condense.task(str(tmp_path / "tiny.npz")), 1, steps=2, run_dir=tmp_path / "run", **settings
+    )
+    with pytest.raises(CondenseError, match="steps=3: the learning rate of sre2l depends on the number of steps"):
+        condense.resume(tmp_path / "run", steps=3)
+    assert condense.resume(tmp_path / "run").manifest["settings"]["steps"] == 2

@@ -94,13 +94,14 @@ def resume(
         float | None,
         number_option("--minutes", float, "new time limit of a run with --minutes, including the time already spent"),
     ] = None,
+    steps: Annotated[int | None, number_option("--steps", int, "new number of steps, more than before")] = None,
 ) -> None:
-    """Resumes a killed or interrupted run. The result is the same as without the stop."""
+    """Resumes a killed or interrupted run; the result is the same as without the stop. --steps extends a finished run."""
     from condense import jobs
 
-    if minutes is None and jobs.is_finished(run_dir) and is_main_process():
+    if minutes is None and steps is None and jobs.is_finished(run_dir) and is_main_process():
         print(f"{run_dir} has ended; its set is:")
-    distilled = jobs.resume(run_dir, minutes=minutes, quiet=False)
+    distilled = jobs.resume(run_dir, minutes=minutes, steps=steps, quiet=False)
     job = jobs.read_job(run_dir)
     _report(distilled, Path(job.out or "-"), run_dir, job.data["source"])
 

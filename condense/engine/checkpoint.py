@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -39,11 +39,11 @@ class Stateful(Protocol):
     def load_state_dict(self, state: Any) -> Any: ...
 
 
-def load_checkpoint(directory: Path, config_key: str) -> dict[str, Any] | None:
-    """The newest whole checkpoint of a run directory, None where it has none yet.
+def load_checkpoint(directory: Path, config_keys: Collection[str]) -> dict[str, Any] | None:
+    """Returns the newest whole checkpoint of a run directory; None if there is none yet.
 
     Raises:
-        CondenseError: the checkpoint belongs to another configuration.
+        CondenseError: the checkpoint belongs to a configuration with another key.
     """
     for name in (CHECKPOINT_FILE, PREVIOUS_CHECKPOINT_FILE):
         path = directory / name
@@ -53,7 +53,7 @@ def load_checkpoint(directory: Path, config_key: str) -> dict[str, Any] | None:
         if state is None:
             _log.warning("condense: %s is damaged; going on from what was saved before it", path)
             continue
-        if state["config_key"] != config_key:
+        if state["config_key"] not in config_keys:
             raise CondenseError(
                 f"{directory}: config.json was changed after the checkpoint; undo that, or start again with --force"
             )

@@ -8,7 +8,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from condense.engine.checkpoint import (
 )
 from condense.engine.optimizer import ParamGroup, SyntheticOptimizer
 from condense.environment import read_seconds, scale_chunk
+from condense.errors import CondenseError
 from condense.ranks import Ranks
 from condense.sets import SyntheticSet, save_grid
 from condense.tracking import Log, Progress, open_tracker
@@ -116,6 +117,7 @@ class Run:
         minutes: time limit; the run stops cleanly. The time of resumed runs adds up.
         resume: continue from the checkpoint of the directory, if there is one.
         config_key: digest of the resolved configuration; a checkpoint of another one is refused.
+        shorter_keys: digests of the same configuration with fewer steps, whose checkpoints are continued.
         name: what progress lines call the run.
         quiet: no progress.
         track: auto, tensorboard, trackio or none.
@@ -144,6 +146,7 @@ class Run:
         minutes: float | None = None,
         resume: bool = False,
         config_key: str = "",
+        shorter_keys: Sequence[str] = (),
         name: str = "distill",
         quiet: bool = False,
         track: str = "auto",
@@ -164,7 +167,8 @@ class Run:
         self._stop = False
         self._net: networks.Network | None = None
         self._device_net: networks.Network | None = None
-        self._saved = load_checkpoint(directory, config_key) if resume and directory else None
+        self._saved = load_checkpoint(directory, (config_key, *shorter_keys)) if resume and directory else None
+        self.is_extended = bool(shorter_keys)
         self.resumed = self._saved is not None
         self.resumes = resume
         self.notes: dict[str, dict[str, Any]] = {}
@@ -315,6 +319,8 @@ class Run:
             Interrupted: SIGINT or SIGTERM; the state is saved first.
         """
         reduce = self.ranks.all_reduce_sum if sharded else None
+        if self.is_extended and any(group.schedule for group in groups.values()):
+            raise CondenseError(f"steps={steps}: the learning rate of {self.name} depends on the number of steps")
         optimizer = SyntheticOptimizer(synthetic.tensors, groups, synthetic.classes, reduce)
         self.synthetic = synthetic
         if self.loop_index < len(self._finished):

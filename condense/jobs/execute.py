@@ -27,6 +27,7 @@ from condense.jobs.job import (
     read_job,
     resolve_settings,
     resume_call,
+    shorter_keys,
     write_job,
 )
 from condense.jobs.manifest import to_distilled
@@ -40,6 +41,7 @@ def resume(
     network: Callable[..., nn.Module] | None = None,
     task: Task | None = None,
     minutes: float | None = None,
+    steps: int | None = None,
     quiet: bool = True,
 ) -> DistilledSet:
     """Resumes a run that was killed, interrupted or stopped. The set is the same as without the stop, bit for bit.
@@ -51,6 +53,7 @@ def resume(
         network: the function that makes the network, if the run began with one.
         task: the real data, if the run began with data that were given in Python.
         minutes: new limit for a run with a time limit; it includes the time already spent.
+        steps: new number of steps, more than before; the set is that of one run with so many steps.
         quiet: no progress on stderr.
 
     Raises:
@@ -58,7 +61,9 @@ def resume(
             or its config differs from that of the checkpoint.
     """
     directory, job = Path(run_dir), read_job(run_dir)
-    if minutes is None and job.out is not None and is_finished(directory):
+    if steps is not None:
+        job = _with_steps(job, METHODS.get(job.method), steps, directory)
+    elif minutes is None and job.out is not None and is_finished(directory):
         return DistilledSet.load(job.out)
     is_own_network = job.network.startswith(networks.FACTORY_PREFIX)
     if (is_own_network and network is None) or (job.data["source"] is None and task is None):
@@ -88,11 +93,24 @@ def resume(
     if job.architecture and architecture_digest(network, real) != job.architecture:
         raise CondenseError(f"{directory}: network={job.network}: has other layers than when the run began")
     check_fit(real, job.ipc, network or job.network)
-    if minutes is not None:
-        job = dataclasses.replace(job, minutes=minutes, force=job.force or is_finished(directory))
-        write_job(directory, job)
-        (directory / RESULT_FILE).unlink(missing_ok=True)
+    if minutes is not None or steps is not None:
+        job = dataclasses.replace(job, minutes=limit, force=job.force or is_finished(directory))
     return run_job(job, entry, config, real, network or job.network, directory, quiet=quiet, resume=True)
+
+
+def _with_steps(job: Job, entry: Method, steps: int, directory: Path) -> Job:
+    """The job with more steps.
+
+    Raises:
+        CondenseError: the method has no steps, as many already, or schedules that depend on their number.
+    """
+    if getattr(entry.config, "steps_change_schedule", False):
+        raise CondenseError(f"steps={steps}: the learning rate of {job.method} depends on the number of steps")
+    before = job.settings.get("steps")
+    if not isinstance(before, int) or steps <= before:
+        has = f"has {before} steps" if isinstance(before, int) else "has no steps"
+        raise CondenseError(f"{directory}: steps={steps}: the run {has}; give more")
+    return dataclasses.replace(job, settings={**job.settings, "steps": steps}, shorter=[*job.shorter, before])
 
 
 def run_job(
@@ -127,6 +145,9 @@ def run_job(
     def begin() -> None:
         if directory is not None and not resume:
             prepare_run_dir(directory, job)
+        elif directory is not None and read_job(directory) != job:  # a new time limit, or more steps
+            write_job(directory, job)
+            (directory / RESULT_FILE).unlink(missing_ok=True)
 
     task = real.repeat_small(job.ipc)
     run = Run(
@@ -140,6 +161,7 @@ def run_job(
         minutes=job.minutes,
         resume=resume,
         config_key=job.key(),
+        shorter_keys=shorter_keys(job),
         name=job.method,
         quiet=quiet,
         track=job.track,

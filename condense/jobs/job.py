@@ -48,6 +48,8 @@ class Job:
     settings: dict[str, Any]
     deterministic: bool = False
     force: bool = False
+    shorter: list[int] = dataclasses.field(default_factory=list)
+    """Numbers of steps with which the run was finished before it was given more."""
     architecture: str = ""
     """Digest of the layout of a network that was given in Python; empty for named networks."""
     version: str = __version__
@@ -56,11 +58,17 @@ class Job:
         """Digest of everything that decides the result: not the files, the time limit or the trackers."""
         parts = dataclasses.asdict(self)
         parts["data"] = self.data["options"]  # the fingerprint identifies the pixels
-        for name in ("out", "tag", "protocol", "track", "minutes", "force", "version"):
+        for name in ("out", "tag", "protocol", "track", "minutes", "force", "version", "shorter"):
             del parts[name]
         if not parts["architecture"]:
             del parts["architecture"]  # keys of earlier versions do not have it
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def shorter_keys(job: Job) -> list[str]:
+    """Digests of the job with the numbers of steps that it had before."""
+    jobs = (dataclasses.replace(job, settings={**job.settings, "steps": steps}) for steps in job.shorter)
+    return [shorter.key() for shorter in jobs]
 
 
 def resolve_settings(entry: Method, settings: Mapping[str, Any]) -> Any:

@@ -86,6 +86,7 @@ def to_distilled(job: Job, entry: Method, real: Task, run: Run, synthetic: Synth
         "network": job.network,
         "seed": job.seed,
         "steps_done": run.steps_done,
+        **({"steps_before": job.shorter} if job.shorter else {}),
         "stopped_early": run.stopped_early,
         "preparation": preparation,
         **_learned_lr(synthetic),

@@ -132,6 +132,7 @@ class RecoveryOptions(RelabelOptions):
     about eight times the float32 pixels of these. With a time limit the last ones then stay as initialised."""
 
     inits: ClassVar[tuple[str, ...]] = RECOVERY_INITS
+    steps_change_schedule: ClassVar[bool] = True  # a finished run cannot be given more steps
 
     def __post_init__(self) -> None:
         super().__post_init__()
