@@ -18,7 +18,7 @@ from condense.errors import CondenseError
 from condense.labels import LABEL_KINDS, PoolLabels, StaticLabels, resumable_logits
 from condense.networks import build_from_state, state_nbytes
 
-CHECKED = [kind for kind in damage.KINDS if kind not in ("set-earlier", "imported-pt")]
+CHECKED = [kind for kind in damage.KINDS if kind != "set-earlier"]
 
 
 def measured(kinds, count):
