@@ -96,7 +96,7 @@ def resume(
     ] = None,
     steps: Annotated[int | None, number_option("--steps", int, "new number of steps, more than before")] = None,
 ) -> None:
-    """Resumes a killed or interrupted run. The result is the same as without the stop. --steps extends a finished one."""
+    """Resumes a killed or interrupted run. The result is the same as without the stop. --steps adds steps to a run."""
     from condense import jobs
 
     if minutes is None and steps is None and jobs.is_finished(run_dir) and is_main_process():
