@@ -231,6 +231,14 @@ def test_published_numbers_stand_apart(results, built, tmp_path):
     assert "paperonly" in rest.split("</form>")[0] and "paperonly" not in rest.split("</form>")[1]
 
 
+def test_balanced_accuracies_are_shown(results, built):
+    imbalanced = record(runs=2)
+    for entry in imbalanced["results"]:
+        entry["balanced_accuracies"] = [0.4, 0.41]
+    write(results, "dm", imbalanced)
+    assert built()[1].count("balanced 40.5") == 1 + len(imbalanced["results"])
+
+
 def test_what_is_unknown_is_said_and_not_drawn(results, built):
     write(results, "imported", record("mtt", made=None, seed=None, command=None, runs=1, random=None), picture=False)
     write(results, "known", record("dm"))

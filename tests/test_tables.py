@@ -141,6 +141,26 @@ def test_hugging_face_datasets(columns):
     assert len(load_task(datasets.DatasetDict(train=dataset)).test) == 4
 
 
+def test_hugging_face_data_by_name(tmp_path, monkeypatch):
+    dataset = hugging_face()
+    import datasets
+
+    parts = datasets.DatasetDict(train=dataset, test=dataset)
+    parts.save_to_disk(tmp_path / "saved")
+    (tmp_path / "parquet").mkdir()
+    for name, part in parts.items():
+        part.to_parquet(tmp_path / "parquet" / f"{name}-00000-of-00001.parquet")
+    for folder in ("saved", "parquet"):
+        task = load_task(f"mine=hf:{tmp_path / folder}")
+        assert task.name == "mine" and task.source == f"mine=hf:{tmp_path / folder}"
+        assert task.fingerprint == load_task(parts).fingerprint
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for data, message in (("hf:owner/nothing-here", "give --download to fetch it"), ("hf:a/b/c", "hf:OWNER/NAME")):
+        with pytest.raises(CondenseError, match=message):
+            load_task(data)
+    assert datasets.config.HF_HUB_OFFLINE is False
+
+
 def test_hugging_face_datasets_with_12_bits(caplog):
     dataset = hugging_face(bits=12)
     task = load_task((dataset, dataset))

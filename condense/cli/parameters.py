@@ -46,7 +46,8 @@ def number_option(flag: str, kind: Callable[[str], Any], meaning: str, *, maximu
 
 
 DATA_HELP = (
-    "real data: a name of `condense ls datasets`, a folder, .csv, .npz or .h5; NAME=PATH names a folder in the records"
+    "real data: a name of `condense ls datasets`, a folder, .csv, .npz, .h5, or hf:OWNER/NAME of the Hugging Face Hub; "
+    "NAME=PATH names a folder in the records"
 )
 
 MethodArgument = Annotated[str | None, typer.Argument(metavar="METHOD", help="a name of `condense ls methods`")]

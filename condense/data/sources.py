@@ -1,7 +1,7 @@
 """Reads real data from the DATA argument of a user.
 
-DATA is a registered name, an image folder, an ``.npz`` or ``.h5`` file of arrays, a ``.csv`` file that lists images, or
-Python objects (arrays, tensors, torch datasets).
+DATA is a registered name, an image folder, an ``.npz`` or ``.h5`` file of arrays, a ``.csv`` file that lists images, a
+data set of the Hugging Face Hub (``hf:OWNER/NAME``), or Python objects (arrays, tensors, torch datasets).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 from condense.data.arrays import read_array_file, read_mapping, read_torch_datasets
 from condense.data.folders import list_folder, split_role
+from condense.data.hub import HUB_PREFIX, load_hub
 from condense.data.image_cache import read_folder
 from condense.data.loaded import DataOptions, LoadedData
 from condense.data.registered import DATASETS, apply_registered, datasets, read_registered
@@ -27,7 +28,8 @@ _log = logging.getLogger(__name__)
 
 
 def read_data(data: str, options: DataOptions, *, download: bool = False) -> LoadedData:
-    """Reads DATA of the command line: a registered name, a folder, or an ``.npz``, ``.h5`` or ``.csv`` file.
+    """Reads DATA of the command line: a registered name, a folder, an ``.npz``, ``.h5`` or ``.csv`` file, or
+    ``hf:OWNER/NAME``.
 
     Each may be preceded by ``NAME=``, which names the data in records. A registered name takes precedence over a folder
     with that name; ``./cifar10`` means the folder. A folder or file with the name of a registered data set, the same
@@ -42,6 +44,9 @@ def read_data(data: str, options: DataOptions, *, download: bool = False) -> Loa
         return apply_registered(replace(loaded, name=check_name(name), source=f"{name}={loaded.source}"), options)
     if data in DATASETS:
         return read_registered(DATASETS.get(data), options, download)
+    if data.startswith(HUB_PREFIX):
+        loaded = read_objects(load_hub(data, download), options)
+        return apply_registered(replace(loaded, name=_data_name(Path(data).name), source=data), options)
     path = Path(data).expanduser().absolute()
     try:
         if path.is_dir() or (path.suffix.lower() in TABLE_SUFFIXES and path.is_file()):
@@ -63,8 +68,12 @@ def read_data(data: str, options: DataOptions, *, download: bool = False) -> Loa
         raise CondenseError(f"data '{data}': {error.strerror or error}: {error.filename or path}") from error
     if loaded.note:
         _log.warning("data '%s': %s", path, loaded.note)
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._") or "data"
-    return apply_registered(replace(loaded, name=name, source=str(path)), options)
+    return apply_registered(replace(loaded, name=_data_name(name), source=str(path)), options)
+
+
+def _data_name(text: str) -> str:
+    """A name of data in records, made of the name of a file or folder."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-._") or "data"
 
 
 def read_objects(data: Any, options: DataOptions) -> LoadedData:

@@ -314,11 +314,11 @@ def load_task(
     """Loads real data as a :class:`Task` on the CPU.
 
     Args:
-        data: a registered name (see :func:`datasets`); the path of an image folder, ``.csv``, ``.npz`` or ``.h5``; any
-            of these as ``NAME=DATA``; ``(train_images, train_labels, test_images, test_labels)`` of arrays or tensors,
-            or a mapping with these names; ``(train_dataset, test_dataset)`` of map-style torch or Hugging Face
-            datasets, or a ``DatasetDict``; only the train part of these, a fifth of each class of which becomes the
-            test split; or a Task, which is returned unchanged.
+        data: a registered name (see :func:`datasets`); the path of an image folder, ``.csv``, ``.npz`` or ``.h5``;
+            ``hf:OWNER/NAME`` of the Hugging Face Hub; any of these as ``NAME=DATA``; ``(train_images, train_labels,
+            test_images, test_labels)`` of arrays or tensors, or a mapping with these names; ``(train_dataset,
+            test_dataset)`` of map-style torch or Hugging Face datasets, or a ``DatasetDict``; only the train part of
+            these, a fifth of each class of which becomes the test split; or a Task, which is returned unchanged.
         options: see :class:`DataOptions`.
         download: fetch a registered data set that is not on disk.
         name: name in records; by default the registered name, the name of the folder or file, or "data".

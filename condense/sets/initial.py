@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -120,9 +121,12 @@ def nearest_to_centroids(points: Tensor, count: int, key: int) -> Tensor:
     """Returns the rows of float32 ``points`` (N, D) nearest to ``count`` k-means centroids, int64 (count,),
     distinct."""
     from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
 
     points = points.cpu()
-    kmeans = KMeans(count, n_init=1, random_state=key % 2**31).fit(points.numpy())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer different points than centroids: some are equal
+        kmeans = KMeans(count, n_init=1, random_state=key % 2**31).fit(points.numpy())
     distances = torch.cdist(torch.from_numpy(kmeans.cluster_centers_).float(), points)
     chosen: list[int] = []
     for row in distances:
