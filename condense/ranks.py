@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import datetime
 import os
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from condense.errors import CondenseError
+
 
 class Ranks:
-    """Collective operations between the processes that ``torchrun`` started. A single process is rank 0 of 1."""
+    """Collective operations between the processes that ``torchrun`` started. A single process is rank 0 of 1.
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    Each raises :class:`CondenseError` if another process has ended, with ``advice`` on how the work is continued.
+    """
+
+    def __init__(self, device: torch.device, advice: str = "run the same command again") -> None:
+        self.device, self.advice = device, advice
         self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
         self.rank = int(os.environ.get("RANK", "0"))
         if self.world_size > 1 and device.type == "cuda":
@@ -33,27 +40,41 @@ class Ranks:
     def all_reduce_sum(self, tensor: Tensor) -> None:
         """Sums ``tensor`` over all ranks, in place."""
         if self.world_size > 1:
-            torch.distributed.all_reduce(tensor)
+            with self._collective():
+                torch.distributed.all_reduce(tensor)
 
     def broadcast(self, value: int) -> int:
         """Broadcasts the value of rank 0, so that all ranks stop, save and log at the same step."""
         if self.world_size == 1:
             return value
         tensor = torch.tensor([value], device=self.device)
-        torch.distributed.broadcast(tensor, 0)
+        with self._collective():
+            torch.distributed.broadcast(tensor, 0)
         return int(tensor.item())
 
     def all_true(self, condition: Tensor) -> bool:
         """Whether the device scalar ``condition`` is true on all ranks."""
         minimum = condition.float().reshape(1).clone()
         if self.world_size > 1:
-            torch.distributed.all_reduce(minimum, torch.distributed.ReduceOp.MIN)
+            with self._collective():
+                torch.distributed.all_reduce(minimum, torch.distributed.ReduceOp.MIN)
         return bool(minimum.item())
 
     def barrier(self) -> None:
         """Blocks until all ranks reach this call."""
         if self.world_size > 1:
-            torch.distributed.barrier()
+            with self._collective():
+                torch.distributed.barrier()
+
+    @contextlib.contextmanager
+    def _collective(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:  # the backends raise no class of their own
+            raise CondenseError(
+                f"rank {self.rank} of {self.world_size} lost the connection to another process, which has ended; "
+                f"see its message, then {self.advice}"
+            ) from error
 
 
 def _destroy_process_group() -> None:

@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -192,6 +193,32 @@ def test_two_ranks_make_the_set_of_one_by_other_methods(tmp_path, name):
         made.append(condense.load(folder / "a.h5"))
         shutil.rmtree(os.path.join(os.environ["CONDENSE_CACHE"], "banks"), ignore_errors=True)
     torch.testing.assert_close(made[1].stored, made[0].stored, rtol=0, atol=1e-5)
+
+
+ONE_RANK_ENDS = """
+import os, torch
+from condense.ranks import Ranks
+ranks = Ranks(torch.device("cpu"), "continue with: condense resume run")
+ranks.barrier()
+if ranks.rank == 1:
+    os.kill(os.getpid(), 9)
+ranks.broadcast(1)
+"""
+
+
+def test_a_rank_that_ends_is_named_with_the_way_to_continue():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(2):
+        variables = {"WORLD_SIZE": "2", "RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        call = [sys.executable, "-c", ONE_RANK_ENDS]
+        processes.append(subprocess.Popen(call, env=os.environ | variables, stderr=subprocess.PIPE, text=True))
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert processes[0].returncode == 1 and processes[1].returncode == -9
+    assert "CondenseError: rank 0 of 2 lost the connection to another process, which has ended" in errors[0]
+    assert "then continue with: condense resume run" in errors[0]
 
 
 # -- in this process --------------------------------------------------------------------------------------------------

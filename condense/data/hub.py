@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from condense.errors import CondenseError
+from condense.errors import CondenseError, missing_package
 
 HUB_PREFIX = "hf:"
 """Start of DATA that names a data set of the Hub, or a folder that ``datasets`` wrote."""
@@ -28,7 +28,7 @@ def load_hub(data: str, download: bool) -> Any:
     try:
         import datasets
     except ImportError:
-        raise CondenseError(f"data '{data}': needs the library datasets (pip install 'condense[hub]')") from None
+        raise missing_package("datasets", "hub", f"data '{data}'") from None
     place = data.removeprefix(HUB_PREFIX)
     folder = Path(place).expanduser()
     if not folder.is_dir() and not _NAME.fullmatch(place):

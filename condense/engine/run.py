@@ -155,7 +155,7 @@ class Run:
     ) -> None:
         self.resume_call = resume_call or f"condense resume {directory}"
         self.device = device or torch.device("cpu")
-        self.ranks = Ranks(self.device)
+        self.ranks = Ranks(self.device, f"continue with: {self.resume_call}, started by torchrun as before")
         self.task, self.ipc, self.network, self.seed = task.to(self.device), ipc, network, seed
         self.precision, self.directory, self.minutes = precision, directory, minutes
         self.name, self.quiet, self.track, self.config_key = name, quiet, track, config_key

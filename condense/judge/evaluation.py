@@ -95,7 +95,8 @@ def evaluate(
     if classes is not None:
         distilled, task = distilled.select_classes(classes), task.select_classes(classes)
     _check(distilled, task, architectures, runs, controls)
-    ranks = Ranks(torch_device)  # it selects this rank's GPU, so it comes before the first tensor on the device
+    # Ranks selects this rank's GPU, so it comes before the first tensor on the device.
+    ranks = Ranks(torch_device, "run the same command again: trained students are kept")
     task = task.to(torch_device, transform=distilled.transform)
     reason = ""
     if teacher is None and (teachers is not None or ("random" in controls and rules.labels == "soft")):
