@@ -116,7 +116,7 @@ def distill(
     checked: dict[str, Any] = {"network": network, "protocol": protocol, "device": device, "precision": precision}
     jobs.check_request(method, settings, minutes=minutes, track=track, tag=tag, **checked)
     entry = METHODS.get(method)
-    config = jobs.resolve_settings(entry, settings)
+    config = jobs.resolve_settings(entry, settings, ipc)
     real = data if isinstance(data, Task) else task(data)
     job = jobs.resolve_job(
         entry,
@@ -166,7 +166,7 @@ def distill_or_resume(
     jobs.check_request(method, settings, network=network, protocol=protocol, **checked)
     entry = METHODS.get(method)
     fields: dict[str, Any] = {"minutes": None, "tag": None, "track": "none", "protocol": protocol or entry.protocol}
-    config = jobs.resolve_settings(entry, settings)
+    config = jobs.resolve_settings(entry, settings, ipc)
     job = jobs.resolve_job(entry, config, real, ipc, network, seed, device, precision, out=str(out.resolve()), **fields)
     if jobs.is_resumable(run_dir, job):
         return resume(run_dir, quiet=quiet)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from condense import networks
+from condense import networks, rng
 from condense.augment import make_augmentation
 from condense.config import require_range
 from condense.data import Task
@@ -159,13 +159,51 @@ class IDM(SyntheticOptions, SnapshotOptions):
     """Operations joined by _ of their training, drawn per image."""
     cutmix: float = 0.0
     """Probability of CutMix in a step of their training."""
+    queue: bool = False
+    """Draw networks by age and weigh their cross-entropy as the released queue does (:func:`simulate_queue`), not
+    uniformly over the snapshots; the published numbers were reached with it."""
+    queue_interval: int = 30
+    """Steps between two networks that join the queue."""
+    queue_turn: int = 10
+    """Training steps of a network of the queue in one turn."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        counts = dict.fromkeys(("steps", "batch_real", "net_steps"), (1, math.inf))
+        counts = dict.fromkeys(("steps", "batch_real", "net_steps", "queue_interval", "queue_turn"), (1, math.inf))
         factors = {"lr_img": (0, sys.float_info.max), "ce_weight": (0, math.inf)}
         require_range(self, **counts, **factors, momentum=(0, 0.99), snapshots=(2, math.inf))
         self.check_snapshot_options()
+
+
+QUEUE_START, QUEUE_SIZE, QUEUE_METER_STEPS = 3, 100, 100
+"""Networks with which the released queue begins, networks that it holds, and steps between two of its evaluations."""
+
+
+def simulate_queue(steps: int, interval: int, draws: rng.Draws) -> list[tuple[int, int, bool]]:
+    """The network of the released queue that each step matches under.
+
+    Every ``interval`` steps an untrained network joins; of more than ``QUEUE_SIZE``, the oldest leaves. A step matches
+    under one random network, then trains two others for a turn. Each evaluation clears the accuracies, so that a
+    network has no weight until its next turn: in some 0.57 of the steps the cross-entropy acts.
+
+    Returns:
+        For each step the number of the network in order of joining, its turns so far, and whether it has a weight.
+    """
+    chosen, turns, last_turn, first = [], [0] * QUEUE_START, [-1] * QUEUE_START, 0
+    for step, (matched, one, other) in enumerate(draws.uniform((steps, 3)).tolist()):
+        if step and step % interval == 0:
+            turns.append(0)
+            last_turn.append(-1)
+            first = max(first, len(turns) - QUEUE_SIZE)
+        size = len(turns) - first
+        number = first + int(matched * size)
+        cleared = step - step % QUEUE_METER_STEPS
+        chosen.append((number, turns[number], last_turn[number] >= cleared))
+        a, b = int(one * size), int(other * (size - 1))
+        for trained in (first + a, first + b + (b >= a)):
+            turns[trained] += 1
+            last_turn[trained] = step
+    return chosen
 
 
 ACCURACY_IMAGES = 256
@@ -197,10 +235,11 @@ def idm(task: Task, config: IDM, run: Run) -> SyntheticSet:
     dataset (``condense ls recipes``); with DM's settings it gives DM's accuracy.
 
     Zhao, Li, Qin & Yu, CVPR 2023. The released program trains a queue of networks beside the steps; their training does
-    not use the set, so states of ``networks`` trainings are recorded once and drawn uniformly. A network's accuracy,
-    the weight of its cross-entropy, is measured on a real batch in each step, and is 0 before any training. The loss is
-    the released sum over classes; IDC's documentation explains the learning rate of a sweep. Initial images are shrunk
-    by nearest neighbour, in the release bilinearly.
+    not use the set, so states of ``networks`` trainings are recorded once and drawn uniformly, or with ``queue=true``
+    as old as in the release, up to the last snapshot. A network's accuracy, the weight of its cross-entropy, is
+    measured on a real batch in each step, and is 0 before any training. The loss is the released sum over classes;
+    IDC's documentation explains the learning rate of a sweep. Initial images are shrunk by nearest neighbour, in the
+    release bilinearly.
     """
     networks.require_embedding(run.random_network(0), run.network, "idm")
     synthetic = SyntheticSet.create(task, run.ipc, config, seed=run.seed, device=run.device)
@@ -209,12 +248,18 @@ def idm(task: Task, config: IDM, run: Run) -> SyntheticSet:
         run, config.recipe(task), count=config.networks, units=config.snapshots - 1, unit_steps=config.net_steps
     )
     net = run.random_network(0).eval()
+    queue = simulate_queue(config.steps, config.queue_interval, rng.Draws(run.seed, "queue")) if config.queue else []
     images = ParamGroup(lr=config.lr_img / (1 - config.momentum))
     for step in run.optimise(synthetic, config.steps, sharded=True, images=images):
-        draws = step.draws("snapshot")
-        number, age = (int(draws.integers(count, 1)) for count in (snapshots.networks, snapshots.snapshots))
-        snapshots.load(net, number, age)
-        weight = config.ce_weight * 100 * training_accuracy(net, run, step) if age else 0.0
+        if queue:
+            number, turns, has_weight = queue[step.index]
+            age = min(round(turns * config.queue_turn / config.net_steps), snapshots.snapshots - 1)
+        else:
+            draws = step.draws("snapshot")
+            number, age = (int(draws.integers(count, 1)) for count in (snapshots.networks, snapshots.snapshots))
+            has_weight = age > 0
+        snapshots.load(net, number % snapshots.networks, age)
+        weight = config.ce_weight * 100 * training_accuracy(net, run, step) if has_weight else 0.0
         views = augment.draw(step.draws("augment"), task.num_classes, task.shape[1:])  # one row per class: siamese
         for classes in class_groups(net, run, config.batch_real):
             real, truth = run.task.per_class(config.batch_real, step.key("real"), classes)
@@ -265,7 +310,7 @@ class DANCE(SyntheticOptions, SnapshotOptions):
     config=DANCE,
     paper="Dual-view Distribution Alignment for Dataset Condensation",
     year=2024,
-    protocol="idc-v1",
+    protocol="dance-v1",
     pretrains="snapshots",
 )
 def dance(task: Task, config: DANCE, run: Run) -> SyntheticSet:
@@ -276,9 +321,9 @@ def dance(task: Task, config: DANCE, run: Run) -> SyntheticSet:
     Known failure: with few epochs of the experts, as under a short time limit, the calibration has little effect.
 
     Zhang et al., IJCAI 2024. Each step takes one expert and a random point on the line between its weights before and
-    after training; buffers are those after it. The calibration is the expert's cross-entropy on the images. How the
-    published experts were trained is unknown; here by IDC's training with two milestones. IDC's documentation explains
-    the learning rate of a sweep; pixels are clamped after each sweep.
+    after training; buffers are those after it. The calibration is the expert's cross-entropy on the images. Experts are
+    trained as in the released pre-training: IDC's training with two milestones. IDC's documentation explains the
+    learning rate of a sweep; pixels are clamped after each sweep.
     """
     networks.require_embedding(run.random_network(0), run.network, "dance")
     synthetic = SyntheticSet.create(task, run.ipc, config, seed=run.seed, device=run.device, space="pixel")

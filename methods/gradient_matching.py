@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -28,6 +29,8 @@ from condense.training import FixedSource, Student, TrainConfig, train
 
 COSINE_EPS = 1e-6
 """Added to the product of the norms of two rows, as released."""
+PUBLISHED_NETWORKS = 1000
+"""Random networks along which DC, DSA, DCC and DSAC match, at every number of images per class."""
 STATISTICS_IMAGES = 16
 """Real images per class that update BatchNorm statistics before each matching step, as released."""
 
@@ -141,8 +144,8 @@ class DC(SyntheticOptions):
 
     init: str = "noise"
     """{inherited} The tables of DC start from noise, those of DSA from real images."""
-    steps: int = 1000
-    """Matching steps in all: 1,000 networks times ``outer`` in the paper (the released loop makes one network more)."""
+    steps: int | None = None
+    """Matching steps in all; by default those of 1,000 networks, as published (the released loop makes one more)."""
     lr_img: float = 0.1
     """Learning rate of the pixels; 0.01 where the network is an MLP."""
     momentum: float = 0.5
@@ -172,6 +175,14 @@ class DC(SyntheticOptions):
         outer, inner = loop_sizes(ipc)
         return self.outer or outer, inner if self.inner is None else self.inner
 
+    def steps_per_network(self, ipc: int) -> int:
+        """Matching steps along one network."""
+        return self.loops(ipc)[0]
+
+    def total_steps(self, ipc: int) -> int:
+        """``steps``, or its default for ``ipc`` images per class."""
+        return PUBLISHED_NETWORKS * self.steps_per_network(ipc) if self.steps is None else self.steps
+
 
 @method(
     "dc", config=DC, paper="Dataset Condensation with Gradient Matching", year=2021, order=2, protocol="dc-plain-v1"
@@ -192,7 +203,7 @@ def dc(task: Task, config: DC, run: Run) -> SyntheticSet:
     net = run.random_network(0).requires_grad_(True)
     run.register_state("network", net)
     images = ParamGroup(lr=config.lr_img, momentum=config.momentum)
-    for step in run.optimise(synthetic, config.steps, sharded=True, images=images):
+    for step in run.optimise(synthetic, config.total_steps(run.ipc), sharded=True, images=images):
         number, position = divmod(step.index, outer)
         if position == 0:
             run.random_network(number)  # the same module with new weights
@@ -243,14 +254,17 @@ class DCC(DC):
 
     init: str = "real"
     """{inherited} Always real in the released code."""
-    warm_networks: int = 250
-    """Networks whose first ``warm_steps`` steps match class by class, as DC does."""
+    warm_share: float = 0.25
+    """Share of the run's networks, the first ones, that match class by class as DC does: 250 of 1,000 as released."""
     warm_steps: int = 10
-    """Steps of each of the first ``warm_networks`` networks that match class by class."""
+    """Steps of each of these networks, the first ones, that match class by class."""
+
+    steps_change_schedule: ClassVar[bool] = True
+    dry_run_settings: ClassVar[Mapping[str, Any]] = {"warm_share": 0.0}  # most steps do not match class by class
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_range(self, warm_networks=(0, math.inf), warm_steps=(0, math.inf))
+        require_range(self, warm_share=(0, 1), warm_steps=(0, math.inf))
 
     def loops(self, ipc: int) -> tuple[int, int]:
         """As DC's, but 10 matching steps and 5 epochs at one image per class."""
@@ -265,9 +279,10 @@ def dcc(task: Task, config: DCC, run: Run) -> SyntheticSet:
     """DC on gradients averaged over all classes, so that only the signals that distinguish classes remain.
 
     When to use: on fine-grained classes, where matching class by class can be worse than random images. Cost: a step is
-    one training step on all real batches and one double backward. Known failure: as DC.
+    one training step on all real batches and one double backward; in the first quarter of the networks, a double
+    backward per class. Known failure: as DC.
 
-    Lee, Chun, Jung, Yun & Yoon, ICML 2022. As released, the first ``warm_steps`` steps of the first ``warm_networks``
+    Lee, Chun, Jung, Yun & Yoon, ICML 2022. As released, the first ``warm_steps`` steps of the first quarter of the
     networks match class by class; both losses share one momentum. The loss couples the classes, so they are not sharded
     over ranks.
     """
@@ -275,15 +290,15 @@ def dcc(task: Task, config: DCC, run: Run) -> SyntheticSet:
     augmentation, (outer, inner) = augment.make_augmentation(config.augment, mirror=task.mirror), config.loops(run.ipc)
     net = run.random_network(0).requires_grad_(True)
     run.register_state("network", net)
-    images = ParamGroup(lr=config.lr_img, momentum=config.momentum)
-    for step in run.optimise(synthetic, config.steps, sharded=False, images=images):
+    images, steps = ParamGroup(lr=config.lr_img, momentum=config.momentum), config.total_steps(run.ipc)
+    for step in run.optimise(synthetic, steps, sharded=False, images=images):
         number, position = divmod(step.index, outer)
         if position == 0:
             run.random_network(number)  # the same module with new weights
         update_statistics(net, run.task, step)
         views = augmentation.draw(step.draws("augment"), task.num_classes, task.shape[1:])  # a row per class: siamese
         weights = matched_weights(net)
-        make_class_batches = number < config.warm_networks and position < config.warm_steps
+        make_class_batches = number < config.warm_share * math.ceil(steps / outer) and position < config.warm_steps
         targets = []
         for c in range(task.num_classes):
             real, truth = run.task.per_class(config.batch_real, step.key("real"), [c])

@@ -295,7 +295,7 @@ def test_groups_share_the_operation_and_nothing_else() -> None:
 # Batches --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variant", ["dsa", "flip-always", "idc"])
+@pytest.mark.parametrize("variant", ["dsa", "flip-always", "idc", "dc"])
 def test_siamese_branches_get_the_same(variant: str) -> None:
     augmentation = make_augmentation(ALL, variant)
     x = noise(12, 3, 8, 8)
@@ -310,7 +310,7 @@ def test_siamese_branches_get_the_same(variant: str) -> None:
     torch.testing.assert_close(changed[::2], changed[1::2], atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("variant", ["dsa", "flip-always", "idc"])
+@pytest.mark.parametrize("variant", ["dsa", "flip-always", "idc", "dc"])
 def test_chunks_and_order_do_not_matter(variant: str) -> None:
     augmentation = make_augmentation(ALL, variant)
     x = noise(40, 3, 8, 8, dtype=torch.float32)
@@ -370,7 +370,18 @@ def test_idc_order() -> None:
     assert torch.equal(always.apply(x, p), expected)
 
 
-@pytest.mark.parametrize("variant", ["dsa", "flip-always", "idc"])
+def test_the_evaluation_of_dc_draws_wider_ranges_for_each_image() -> None:
+    augmentation = make_augmentation("crop_scale_rotate", "dc")
+    p = augmentation.draw(Draws("dc"), 3000, (28, 28), groups=1)
+    counts = torch.bincount(p.operation, minlength=6)
+    assert counts[[1, 4, 5]].min() > 900 and int(counts.sum()) == 3000  # also within a training batch
+    sizes = 1 / p.zoom
+    assert 0.8 <= float(sizes.min()) < 0.81 and 1.19 < float(sizes.max()) <= 1.2
+    assert float(sizes.mean()) == pytest.approx(1.0, abs=0.01)
+    assert 44 < float(p.angle.max()) < 45 and -45 <= float(p.angle.min()) < -44
+
+
+@pytest.mark.parametrize("variant", ["dsa", "flip-always", "idc", "dc"])
 def test_mirror_false_never_flips(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     augmentation = make_augmentation(ALL, variant, mirror=False)
     assert "flip" not in augmentation.ops

@@ -1,5 +1,6 @@
 """IDM and DANCE: their steps against the formulas written out, in the drivers' own draws."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -75,6 +76,57 @@ def _fixed(original, age):
         return torch.tensor([[0, age][answers[id(self)]]])
 
     return integers
+
+
+def literal_queue(steps, interval, draws):
+    """The released queue: dictionaries of networks, whose accuracy meters an evaluation clears every 100 steps."""
+    networks, seen = [{"number": n, "turns": 0, "meter": 0} for n in range(3)], []
+    for step in range(steps):
+        if step % 100 == 0:
+            for network in networks:
+                network["meter"] = 0
+        if step > 0 and step % interval == 0:
+            networks.append({"number": networks[-1]["number"] + 1, "turns": 0, "meter": 0})
+            networks = networks[-100:]
+        matched, one, other = draws.uniform((1, 3))[0].tolist()
+        network = networks[int(matched * len(networks))]
+        seen.append((network["number"], network["turns"], network["meter"] > 0))
+        a = networks[int(one * len(networks))]
+        b = [network for network in networks if network is not a][int(other * (len(networks) - 1))]
+        for network in (a, b):
+            network["turns"] += 1
+            network["meter"] += 1
+    return seen
+
+
+@pytest.mark.parametrize("interval", [30, 5])
+def test_the_queue_of_idm_is_the_released_one(interval):
+    queue = dm.simulate_queue(20_000, interval, rng.Draws(0, "queue"))
+    assert queue[:4000] == literal_queue(4000, interval, rng.Draws(0, "queue"))
+    assert 0.53 < np.mean([has_weight for _, _, has_weight in queue]) < 0.6  # 0.55 to 0.59 as released
+
+
+def test_idm_takes_networks_from_the_queue(tiny, monkeypatch):
+    loaded = []
+    original = dm.load_or_train_snapshots
+
+    def watch(*arguments, **options):
+        snapshots = original(*arguments, **options)
+        load = snapshots.load
+
+        def note(net, number, age):
+            loaded.append((number, age))
+            return load(net, number, age)
+
+        monkeypatch.setattr(type(snapshots), "load", lambda self, *given: note(*given))
+        return snapshots
+
+    monkeypatch.setattr(dm, "load_or_train_snapshots", watch)
+    settings = {"steps": 12, "batch_real": 4, "networks": 2, "snapshots": 4, "net_steps": 2, "queue_turn": 3}
+    condense.distill("idm", tiny, 1, network=NETWORK, queue=True, queue_interval=4, **settings)
+    queue = dm.simulate_queue(12, 4, rng.Draws(0, "queue"))
+    assert loaded == [(number % 2, min(round(turns * 3 / 2), 3)) for number, turns, _ in queue]
+    assert max(age for _, age in loaded) == 3
 
 
 def test_a_dance_step_equals_its_formula(tiny):

@@ -160,7 +160,7 @@ def test_a_dc_step_equals_its_formula(tiny):
 
 
 def test_a_dcc_step_equals_its_formula(tiny):
-    loss, gradient = first_loss("dcc", tiny, warm_networks=0)
+    loss, gradient = first_loss("dcc", tiny, warm_share=0.0)
     run = Run(tiny, 2, NETWORK)
     net = run.random_network(0).requires_grad_(True).train()
     weights = gm.matched_weights(net)
@@ -176,11 +176,32 @@ def test_a_dcc_step_equals_its_formula(tiny):
 
 
 def test_warm_dcc_matches_class_by_class_like_dc(tiny):
-    for settings in ({"warm_networks": 1, "warm_steps": 1},):
-        warm, slope = first_loss("dcc", tiny, **settings)
-        plain, expected = first_loss("dc", tiny, init="real")
-        assert warm == pytest.approx(plain, rel=1e-6)
-        torch.testing.assert_close(slope, expected)
+    warm, slope = first_loss("dcc", tiny, warm_steps=1)  # of one network the first quarter is this network
+    plain, expected = first_loss("dc", tiny, init="real")
+    assert warm == pytest.approx(plain, rel=1e-6)
+    torch.testing.assert_close(slope, expected)
+
+
+@pytest.mark.parametrize("outer, warm_steps, expected", [(1, 10, "cc......"), (2, 1, "c.......")])
+def test_dcc_matches_class_by_class_in_the_first_quarter_of_any_run(tiny, monkeypatch, outer, warm_steps, expected):
+    class_batches = []
+    original = gm.synthetic_gradients
+
+    def watch(net, images, labels, weights):
+        class_batches.append(len(labels.unique()) == 1)
+        return original(net, images, labels, weights)
+
+    monkeypatch.setattr(gm, "synthetic_gradients", watch)
+    settings = {"steps": 8, "outer": outer, "inner": 0, "warm_steps": warm_steps, "batch_real": 4}
+    condense.distill("dcc", tiny, 2, network=NETWORK, **settings)
+    steps = "".join("c" if by_class else "." for by_class in class_batches)
+    assert steps.replace("ccc", "c") == expected  # three classes
+
+
+def test_default_steps_are_1000_networks():
+    assert [gm.DC().total_steps(ipc) for ipc in (1, 10, 50)] == [1000, 10_000, 50_000]
+    assert [gm.DCC().total_steps(ipc) for ipc in (1, 10, 50)] == [10_000, 10_000, 50_000]
+    assert gm.DSA(steps=7).total_steps(10) == 7 and gm.DSA(outer=3).total_steps(10) == 3000
 
 
 def test_networks_are_trained_on_the_set_between_steps(tiny, monkeypatch):

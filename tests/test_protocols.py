@@ -77,3 +77,19 @@ def test_a_protocol_that_changes_gets_a_new_version():
             if field.name != "summary" and getattr(protocol, field.name) != field.default
         }
         assert hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16] == digest, name
+
+
+@pytest.mark.parametrize(
+    "name, size, steps, batch, changes",
+    [
+        ("datadam-v1", 100, 3600, 64, {"augment": "color_crop_cutout_flip_scale_rotate", "drops": [0.5]}),
+        ("dance-v1", 40, 1500, 64, {"cutmix": 0.5, "augment_variant": "idc", "drop_factor": 0.2}),
+        ("dc-mnist-v1", 10, 1000, 256, {"augment": "crop_scale_rotate", "augment_variant": "dc"}),
+        ("idc-mnist-v1", 10, 1000, 64, {"cutmix": 0.0, "augment": "color_crop_scale_rotate"}),
+        ("idc-svhn-ipc1-v1", 10, 1000, 64, {"cutmix": 0.0, "augment": "color_crop_cutout_scale_rotate"}),
+    ],
+)
+def test_protocols_as_published(name, size, steps, batch, changes):
+    rules = get_protocol(name)
+    assert (rules.budget(size), rules.batch) == (steps, batch)
+    assert {key: getattr(rules, key) for key in changes} == changes

@@ -261,6 +261,6 @@ def test_schedules_that_depend_on_the_steps_are_not_extended(tmp_path):
     condense.distill(
         "sre2l", condense.task(str(tmp_path / "tiny.npz")), 1, steps=2, run_dir=tmp_path / "run", **settings
     )
-    with pytest.raises(CondenseError, match="steps=3: the learning rate of sre2l depends on the number of steps"):
+    with pytest.raises(CondenseError, match="steps=3: a schedule of sre2l depends on the number of steps"):
         condense.resume(tmp_path / "run", steps=3)
     assert condense.resume(tmp_path / "run").manifest["settings"]["steps"] == 2

@@ -13,7 +13,7 @@ from condense.benchmarks.speed.dm import draws
 from condense.benchmarks.speed.measure import StepBenchmark, main
 
 BENCHMARK = StepBenchmark(
-    "dcc", functools.partial(published_loop, loop=published.DCC), draws, settings={"warm_networks": 0}
+    "dcc", functools.partial(published_loop, loop=published.DCC), draws, settings={"warm_share": 0.0}
 )
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ _ALWAYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "dsa": ((), ()),
     "flip-always": (("flip",), ()),
     "idc": (("flip", "color"), ("cutout",)),
+    "dc": ((), ()),
 }
 
 VARIANTS = tuple(_ALWAYS)
@@ -30,6 +31,9 @@ VARIANTS = tuple(_ALWAYS)
 BRIGHTNESS, SATURATION, CONTRAST = 1.0, 2.0, 0.5
 
 CROP, CUTOUT, SCALE, DEGREES = 0.125, 0.5, 1.2, 15.0
+
+DC_SCALE, DC_DEGREES = 0.2, 45.0
+"""Ranges of the variant dc: sizes from 0.8 to 1.2, angles up to 45 degrees."""
 
 
 def _share(size: int, ratio: float) -> int:
@@ -59,9 +63,9 @@ class AugmentationParameters:
     mirrored: Tensor
     """Whether flip mirrors the image, (R,) bool."""
     zoom: Tensor
-    """Scales (sx, sy), (R, 2) float32 in [1/1.2, 1.2); values below 1 enlarge."""
+    """Scales (sx, sy), (R, 2) float32 in [1/1.2, 1.2), of dc in (1/1.2, 1/0.8]; values below 1 enlarge."""
     angle: Tensor
-    """Angle of rotate in degrees, (R,) float32 in [-15, 15)."""
+    """Angle of rotate in degrees, (R,) float32 in [-15, 15), of dc in [-45, 45)."""
 
     def __len__(self) -> int:
         return len(self.operation)
@@ -84,6 +88,8 @@ class Augmentation:
     * ``flip-always`` (forks of FYI): flip (with probability 1/2), then one of the others.
     * ``idc`` (IDC, DANCE): flip (with probability 1/2), color, one of crop, scale and rotate, then cutout; each if
       listed.
+    * ``dc`` (the evaluation of DC on MNIST): one of ``ops``, sampled for each image also in a training batch, with
+      wider ranges of scale and rotate.
 
     Raises:
         CondenseError: An operation or the variant is unknown, or an operation is listed twice.
@@ -145,7 +151,8 @@ class Augmentation:
             operation = torch.tensor([OPERATIONS.index(op) for op in sampled])[below(0, len(sampled))]
         else:
             operation = torch.full((rows,), -1)
-        if groups is not None:
+        is_dc = self.variant == "dc"
+        if groups is not None and not is_dc:
             if groups < 1 or rows % groups:
                 raise ValueError(f"{rows} rows cannot be split into {groups} equal groups")
             operation = operation.reshape(groups, -1)[:, :1].expand(groups, rows // groups).flatten()
@@ -162,8 +169,10 @@ class Augmentation:
             shift=torch.stack([below(4 + i, 2 * reach[i] + 1) - reach[i] for i in (0, 1)], 1),
             centre=torch.stack([below(6 + i, positions[i]) for i in (0, 1)], 1),
             mirrored=unit[:, 8] < 0.5,
-            zoom=unit[:, 9:11] * (SCALE - 1 / SCALE) + 1 / SCALE,
-            angle=(unit[:, 11] - 0.5) * (2 * DEGREES),
+            zoom=1 / (1 + DC_SCALE * (2 * unit[:, 9:11] - 1))
+            if is_dc
+            else unit[:, 9:11] * (SCALE - 1 / SCALE) + 1 / SCALE,
+            angle=(unit[:, 11] - 0.5) * (2 * (DC_DEGREES if is_dc else DEGREES)),
         )
 
     def apply(self, images: Tensor, parameters: AugmentationParameters, rows: Tensor | None = None) -> Tensor:

@@ -58,6 +58,9 @@ def plan(
     label_epochs: Annotated[
         int | None, number_option("--label-epochs", int, "for --classes: labelled epochs of views; by default 300")
     ] = None,
+    minutes: Annotated[
+        float | None, number_option("--minutes", float, "time at hand: prints the number of steps that fit into it")
+    ] = None,
     precision: Precision = "auto",
     download: Download = False,
     as_json: AsJson = False,
@@ -70,14 +73,15 @@ def plan(
     from condense.lighten import DEFAULT_LABEL_EPOCHS
 
     if classes is not None:
-        if method or settings or data or recipe:
-            raise CondenseError(f"--classes {classes}: plans labels without METHOD and --data; leave out it or these")
+        if method or settings or data or recipe or minutes is not None:
+            words = "METHOD, --data and --minutes"
+            raise CondenseError(f"--classes {classes}: plans labels without {words}; leave out it or these")
         _plan_labels(classes, ipc, DEFAULT_LABEL_EPOCHS if label_epochs is None else label_epochs, network, as_json)
         return
     if label_epochs is not None:
         raise CondenseError(f"--label-epochs {label_epochs}: goes with --classes; write label_epochs={label_epochs}")
     request, options, values = parse_request(
-        method, settings, data, ipc, network, recipe, device=device, precision=precision
+        method, settings, data, ipc, network, recipe, device=device, precision=precision, minutes=minutes
     )
     real = api.task(request.data, download=download, **options)
     estimate = jobs.estimate_cost(
@@ -87,20 +91,36 @@ def plan(
     if views:
         views["epochs"] = views["epochs"] or DEFAULT_LABEL_EPOCHS
         kinds = _label_kinds(real.num_classes, views["images"], views["epochs"], views["teachers"], real.shape)
+    if minutes is not None:
+        estimate["steps_in_minutes"] = _steps_in(minutes, estimate)
     if as_json:
         print(json.dumps({**estimate, "labels": _rows(kinds)}, indent=1))
         return
     print(f"{request.method} on {real.name}, ipc {request.ipc}, {estimate['device']}")
     _print_estimate(estimate)
+    if minutes is not None and estimate["steps"]:
+        steps = estimate["steps_in_minutes"]
+        print(f"  {minutes:g} minutes: " + (f"steps={steps}" if steps else "too short for this method"))
     if kinds:
         _print_kinds(kinds, views["images"], views["epochs"])
+
+
+def _steps_in(minutes: float, estimate: dict[str, Any]) -> int | None:
+    """Steps that fit into ``minutes``, in whole networks, at most those of the run; None if none do or it has none."""
+    if not estimate["steps"]:
+        return None
+    fixed = estimate["seconds"] - estimate["steps"] * estimate["seconds_per_step"]
+    fitting = int(max(0.0, 60 * minutes - fixed) / max(estimate["seconds_per_step"], 1e-9))
+    return min(estimate["steps"], fitting - fitting % estimate["steps_per_network"]) or None
 
 
 def _print_estimate(estimate: dict[str, Any]) -> None:
     """Prints the lines time, memory, disk and experts."""
     time = duration(estimate["seconds"])
     if estimate["steps"]:
-        time += f" ({estimate['steps']} steps of {duration(estimate['seconds_per_step'])})"
+        networks = estimate["steps"] // estimate["steps_per_network"]
+        along = f" along {networks} networks" if estimate["steps_per_network"] > 1 else ""
+        time += f" ({estimate['steps']} steps of {duration(estimate['seconds_per_step'])}{along})"
     if estimate["preparation_seconds"]:
         time += f", {duration(estimate['preparation_seconds'])} of it training networks on real data"
     if estimate["labelling_seconds"]:

@@ -84,7 +84,7 @@ def resume(
     except CondenseError as fault:
         raise CondenseError(f"{directory}: {fault}") from fault
     entry = METHODS.get(job.method)
-    config = resolve_settings(entry, job.settings)
+    config = resolve_settings(entry, job.settings, job.ipc)
     options = DataOptions(**job.data["options"])
     real = load_task(job.data["source"], options, name=job.data["name"]) if task is None else task
     if real.fingerprint != job.fingerprint or real.options != options:
@@ -105,7 +105,9 @@ def _with_steps(job: Job, entry: Method, steps: int, directory: Path) -> Job:
         CondenseError: the method has no steps, as many already, or schedules that depend on their number.
     """
     if getattr(entry.config, "steps_change_schedule", False):
-        raise CondenseError(f"steps={steps}: the learning rate of {job.method} depends on the number of steps")
+        raise CondenseError(
+            f"steps={steps}: a schedule of {job.method} depends on the number of steps; start a new run"
+        )
     before = job.settings.get("steps")
     if not isinstance(before, int) or steps <= before:
         has = f"has {before} steps" if isinstance(before, int) else "has no steps"

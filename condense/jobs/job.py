@@ -71,8 +71,10 @@ def shorter_keys(job: Job) -> list[str]:
     return [shorter.key() for shorter in jobs]
 
 
-def resolve_settings(entry: Method, settings: Mapping[str, Any]) -> Any:
+def resolve_settings(entry: Method, settings: Mapping[str, Any], ipc: int | None = None) -> Any:
     """Builds the config of a method from ``settings``, with absolute paths of experts and teachers.
+
+    With ``ipc``, a number of steps that depends on the images per class is resolved too.
 
     Raises:
         CondenseError: unknown settings or invalid values.
@@ -84,7 +86,10 @@ def resolve_settings(entry: Method, settings: Mapping[str, Any]) -> Any:
         config = dataclasses.replace(config, init=str(Path(config.init).resolve()))
     if getattr(config, "teachers", "") and not pretrained.is_public(config.teachers):
         config = dataclasses.replace(config, teachers=str(Path(config.teachers).resolve()))
-    if getattr(config, "steps", 1) < 1:
+    steps = getattr(config, "steps", 1)
+    if steps is None and ipc is not None:
+        config = dataclasses.replace(config, steps=config.total_steps(ipc))
+    if steps is not None and steps < 1:
         raise CondenseError(f"steps={config.steps}: must be at least 1")
     return config
 

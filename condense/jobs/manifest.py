@@ -33,7 +33,7 @@ def distill_command(
     """The ``condense distill`` command line of these arguments of :func:`condense.distill`, as in the manifest."""
     entry = METHODS.get(method)
     fields = {"minutes": None, "out": None, "tag": None, "protocol": protocol or entry.protocol, "track": "none"}
-    config = resolve_settings(entry, settings)
+    config = resolve_settings(entry, settings, ipc)
     return _command(resolve_job(entry, config, real, ipc, network, seed, device, precision, **fields), entry, real)
 
 

@@ -71,7 +71,7 @@ def estimate_cost(
     """What a run would cost, from a few of its own steps: seconds a step, all steps, peak memory, bytes of the set."""
     check_request(method, settings, network=network, device=device, precision=precision)
     entry = METHODS.get(method)
-    config = resolve_settings(entry, settings)
+    config = resolve_settings(entry, settings, ipc)
     config = dataclasses.replace(config, **getattr(config, "dry_run_settings", {}))
     check_fit(real, ipc, network or entry.network)
     where = pick_device(device)
@@ -92,6 +92,7 @@ def estimate_cost(
     return {
         "seconds_per_step": per_step,
         "steps": steps,
+        "steps_per_network": config.steps_per_network(ipc) if hasattr(config, "steps_per_network") else 1,
         "seconds": seconds,
         "preparation_seconds": trial.estimates.get("preparation", 0.0),
         "labelling_seconds": trial.estimates.get("labelling", 0.0),
