@@ -224,13 +224,14 @@ class PublishedDM(_Loop):
 
 
 class DataDAM(_Loop):
-    """The published loop of attention matching (Sajedi, Khaki et al., ICCV 2023) with the paper's power.
+    """The published loop of attention matching (Sajedi, Khaki et al., ICCV 2023) with the released power and scale.
 
     As released, all classes pass at once, and hooks keep every activation.
     """
 
-    power = 4.0
+    power = 1.0
     mmd_weight = 0.01
+    scale = 100.0
 
     def step(self, draws: StepInputs | None = None) -> None:
         """One outer step, with random draws of its own unless ``draws`` are given."""
@@ -253,7 +254,7 @@ class DataDAM(_Loop):
         loss = self.mmd_weight * self._distance(real_features, fake_features, sizes)
         for real_map, fake_map in zip(real_maps[:-1], kept[:-1]):
             loss = loss + self._distance(self._attention(real_map), self._attention(fake_map), sizes)
-        self.update(loss)
+        self.update(self.scale * loss)
 
     def _attention(self, maps: Tensor) -> Tensor:
         return F.normalize(maps.abs().pow(self.power).sum(1).flatten(1), dim=1)
