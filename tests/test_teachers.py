@@ -831,6 +831,25 @@ def test_several_public_weights_are_a_committee(tiny, monkeypatch):
     assert dataclasses.replace(OPTIONS, num_teachers=3).count_teachers("mlp") == 3
 
 
+def test_public_weights_by_their_name(tiny, monkeypatch):
+    """torchvision's second weights replaced those that papers used; the record says which were used."""
+    first = pretrained_module.torchvision_weights("resnet50@IMAGENET1K_V1", "")
+    assert first.origin.endswith("resnet50-0676ba61.pth")
+    assert pretrained_module.torchvision_weights("resnet50", "").origin != first.origin
+    with pytest.raises(CondenseError, match="resnet50@IMAGENET1K_V9: no weights IMAGENET1K_V9 of resnet50"):
+        dataclasses.replace(OPTIONS, teachers="torchvision:resnet50@IMAGENET1K_V9").check_teachers()
+    dataclasses.replace(OPTIONS, teachers="torchvision:resnet50@IMAGENET1K_V1").check_teachers()
+    head = Head(3)
+    weights = pretrained_module.PublicWeights(
+        3, [0.5] * 3, [0.2] * 3, (8, 8), lambda: copy.deepcopy(head), "place", "origin"
+    )
+    monkeypatch.setattr(pretrained_module, "torchvision_weights", lambda name, named: weights)
+    run = a_run(tiny)
+    committee = provided(tiny, run, file="torchvision:head@FIRST")
+    assert [member.name for member in committee.members] == ["torchvision:head"]  # the architecture
+    assert find_teachers(json.loads(json.dumps(run.notes["teachers"]))) == Path("torchvision:head@FIRST")
+
+
 def test_public_weights_that_cannot_be_had_are_told_in_one_line(tiny, tmp_path, monkeypatch):
     import torchvision.models._api as loader
 

@@ -24,7 +24,7 @@ from condense.data.decoding import (
     uses_16_bits,
     white_of,
 )
-from condense.data.loaded import DataOptions, LoadedData, Split, format_some, from_splits, stratified_splits
+from condense.data.loaded import DataOptions, LoadedData, Resizing, Split, format_some, from_splits, stratified_splits
 from condense.device import check_host_memory
 from condense.errors import CondenseError
 from condense.formatting import by
@@ -308,11 +308,14 @@ def read_torch_datasets(parts: Sequence[Any], options: DataOptions) -> LoadedDat
     arrays: dict[str, Any] = {}
     pixels = _PixelFormat("L" if options.grey else "RGB" if options.grey is False else None, options)
     for part, dataset in zip(("train", "test"), parts):
+        pixels.resizing = options.resizing(part)
         images, labels = _collect(dataset, part, pixels)
         arrays |= {f"{part}_images": images, f"{part}_labels": labels}
     names = _names_of(parts[0])
     if names is not None:
         arrays["classes"] = names
+    if pixels.has_decoded:
+        options = replace(options, resize=None, crop=None, test_resize=None)  # done
     loaded = read_mapping(arrays, "data", options)
     return replace(loaded, note="; ".join(note for note in (loaded.note, pixels.note) if note))
 
@@ -345,7 +348,9 @@ class _PixelFormat:
     """How the PIL images of datasets are converted: decided by the first one, the same for train and test."""
 
     def __init__(self, mode: str | None, options: DataOptions) -> None:
-        self.mode, self.resize = mode, options.resize
+        self.mode = mode
+        self.resizing: Resizing | None = None
+        self.has_decoded = False
         self.white = 2**options.bits - 1 if options.bits else None
         self.note = ""
 
@@ -361,7 +366,8 @@ class _PixelFormat:
 
     def convert(self, image: Any) -> np.ndarray:
         assert self.mode is not None
-        return image_to_array(image, self.mode, self.resize, self.white or FULL_RANGE)
+        self.has_decoded = True
+        return image_to_array(image, self.mode, self.resizing, self.white or FULL_RANGE)
 
 
 def _image_and_label(item: Any, features: Any, where: str) -> tuple[Any, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from condense.data.loaded import resized_box
+from condense.data.loaded import Resizing, resized_box
 from condense.errors import CondenseError
 
 
@@ -74,13 +74,13 @@ def range_note(white: int) -> str:
     return f"16-bit images have values of {white.bit_length()} bits: 0..{white} becomes 0..255; bits=16 takes 0..65535"
 
 
-def image_to_array(image: Any, mode: str, resize: int | None, white: int = FULL_RANGE) -> np.ndarray:
+def image_to_array(image: Any, mode: str, resizing: Resizing | None, white: int = FULL_RANGE) -> np.ndarray:
     """Converts a PIL image to uint8 (1,H,W) or (3,H,W): rotated by its EXIF tag, without alpha, 16-bit grey to 8 bits.
 
     Args:
         image: PIL image.
         mode: ``L`` or ``RGB``.
-        resize: side in pixels of the centre square, or None.
+        resizing: scaling and centre square, or None.
         white: value of 16-bit grey that becomes 255.
 
     Raises:
@@ -104,11 +104,12 @@ def image_to_array(image: Any, mode: str, resize: int | None, white: int = FULL_
         image = image.convert("RGBA")
     if image.mode != mode:
         image = image.convert(mode)
-    if resize is not None and image.size != (resize, resize):
-        height, width, top, left = resized_box(image.height, image.width, resize)
-        if height * width > max(2 * (Image.MAX_IMAGE_PIXELS or 0), 16 * resize * resize):
-            raise ValueError(f"its {image.width}x{image.height} pixels become {width}x{height} by resize={resize}")
-        image = image.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + resize, top + resize))
+    if resizing is not None and image.size != resizing:
+        height, width, top, left = resized_box(image.height, image.width, resizing)
+        shorter, side = resizing
+        if height * width > max(2 * (Image.MAX_IMAGE_PIXELS or 0), 16 * shorter * shorter):
+            raise ValueError(f"its {image.width}x{image.height} pixels become {width}x{height} by resize={shorter}")
+        image = image.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + side, top + side))
     array = np.asarray(image)
     return array[None] if mode == "L" else array.transpose(2, 0, 1)
 
@@ -138,7 +139,7 @@ def decode_images(
     paths: Sequence[str],
     shape: tuple[int, ...],
     mode: str,
-    resize: int | None,
+    resizing: Resizing | None,
     white: int = FULL_RANGE,
     *,
     workers: int | None = None,
@@ -155,7 +156,7 @@ def decode_images(
         paths: image files.
         shape: (C,H,W) of every decoded image.
         mode: ``L`` or ``RGB``.
-        resize: side in pixels of the centre square, or None.
+        resizing: scaling and centre square, or None.
         white: value of 16-bit grey that becomes 255.
         workers: processes or threads; by default one per core.
         fork: use processes instead of threads.
@@ -169,7 +170,7 @@ def decode_images(
     def chunk(span: range) -> np.ndarray:
         out = np.empty((len(span), *shape), np.uint8)
         for row, index in enumerate(span):
-            image = read_image(paths[index], lambda image: image_to_array(image, mode, resize, white))
+            image = read_image(paths[index], lambda image: image_to_array(image, mode, resizing, white))
             if image.shape != shape:
                 raise CondenseError(
                     f"images differ in size: '{paths[0]}' is {shape[2]}x{shape[1]} but '{paths[index]}' is "

@@ -409,7 +409,7 @@ def read_images(folder: Path, options: DataOptions) -> tuple[tuple[str, ...], Sp
         _check_subfolders(folder, [part], classes, files)
     shape, mode, white, _ = decoded_format(files, options)
     check_host_memory(2 * len(files) * math.prod(shape), f"{len(files)} images of {by(shape)}", "give resize=N")
-    chunks = list(decode_images([file.path for file in files], shape, mode, options.resize, white))
+    chunks = list(decode_images([file.path for file in files], shape, mode, options.resizing("train"), white))
     return classes, Split(np.concatenate(chunks), labels_of(files))
 
 
@@ -435,15 +435,15 @@ def decoded_format(files: Sequence[ImageFile], options: DataOptions) -> DecodedF
         CondenseError: a file cannot be read, the images do not fit in memory, or 16-bit colour would become almost
             black.
     """
-    if options.resize:
-        side = options.resize
-        check_host_memory(
-            32 * side * side, f"resize={side}: images of {side}x{side}", "lower it"
-        )  # one, as it is decoded
+    resizing = options.resizing("train")
+    if resizing:  # one image, as it is decoded
+        what = f"resize={resizing.shorter}: images of {by(resizing)}"
+        check_host_memory(32 * resizing.shorter**2, what, "lower it")
     rows = np.unique(np.linspace(0, len(files) - 1, MODE_SAMPLE).astype(int))
     width, height = read_image(files[0].path, lambda image: image.size)
-    check_resize(options.resize, height, width)
-    if options.resize is None and width * height > MAX_PIXELS:
+    for part in ("train", "test"):
+        check_resize(options.resizing(part), height, width)
+    if resizing is None and width * height > MAX_PIXELS:
         raise CondenseError(f"'{files[0].path}' has {width}x{height} pixels; give resize=N to bring all images to NxN")
     sampled = [read_image(files[row].path, _sample) for row in rows]
     grey = sum(is_grey(mode) for mode, _ in sampled)
@@ -461,7 +461,7 @@ def decoded_format(files: Sequence[ImageFile], options: DataOptions) -> DecodedF
                 f"'{files[0].path}' and others are 16-bit colour that uses at most {bits} bits, of which Pillow keeps "
                 f"{bits - 8}; save them with 8 bits per channel, or give bits=16 to use them as they are"
             )
-    shape = read_image(files[0].path, lambda image: image_to_array(image, mode, options.resize, white)).shape
+    shape = read_image(files[0].path, lambda image: image_to_array(image, mode, resizing, white)).shape
     return DecodedFormat(shape, mode, white, "" if options.bits else range_note(white))
 
 

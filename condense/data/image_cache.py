@@ -45,7 +45,10 @@ def read_folder(listing: FolderListing, options: DataOptions) -> LoadedData:
 
     If the cache cannot be written, the images stay in memory and a warning is logged.
     """
-    lines = [json.dumps([CACHE_FORMAT, options.resize, options.grey, listing.classes, options.bits])]
+    sizes = [options.resize]
+    if options.crop is not None or options.test_resize is not None:  # earlier versions did not have them
+        sizes += [options.crop, options.test_resize]
+    lines = [json.dumps([CACHE_FORMAT, *sizes, options.grey, listing.classes, options.bits])]
     start = len(str(listing.root))  # relative names, so that the key does not change when the folder is moved
     lines += [
         f"{part}\t{file.label}\t{file.path[start:]}\t{file.size}\t{file.changed}"
@@ -59,7 +62,7 @@ def read_folder(listing: FolderListing, options: DataOptions) -> LoadedData:
         return loaded
     decoded = decoded_format(listing.train, options)
     try:
-        _fill_cache(directory, listing, decoded, options.resize)
+        _fill_cache(directory, listing, decoded, options)
         loaded = _open_cache(directory, listing)
         if loaded is not None:
             return loaded
@@ -79,7 +82,7 @@ def read_folder(listing: FolderListing, options: DataOptions) -> LoadedData:
             start += len(chunk)
             yield chunk
 
-    fingerprint, mean, std = _decode_all(listing, decoded, options.resize, keep)
+    fingerprint, mean, std = _decode_all(listing, decoded, options, keep)
     train, test = (Split(images, labels_of(files)) for images, files in zip(stored, (listing.train, listing.test)))
     return LoadedData(listing.classes, train, test, mean, std, fingerprint, note=decoded.note)
 
@@ -87,7 +90,7 @@ def read_folder(listing: FolderListing, options: DataOptions) -> LoadedData:
 def _decode_all(
     listing: FolderListing,
     decoded: DecodedFormat,
-    resize: int | None,
+    options: DataOptions,
     keep: Callable[[Iterable[np.ndarray], int, str], Iterator[np.ndarray]],
 ) -> tuple[str, np.ndarray, np.ndarray]:
     """Decodes and measures both splits; ``keep(chunks, count, part)`` stores the chunks as they pass through."""
@@ -95,7 +98,9 @@ def _decode_all(
     def splits() -> Iterator[tuple[tuple[int, ...], np.dtype, Iterable[np.ndarray], np.ndarray]]:
         for part, files in (("train", listing.train), ("test", listing.test)):
             chunks = _progress(
-                decode_images([f.path for f in files], decoded.shape, decoded.mode, resize, decoded.white),
+                decode_images(
+                    [file.path for file in files], decoded.shape, decoded.mode, options.resizing(part), decoded.white
+                ),
                 len(files),
                 f"decoding {part}",
             )
@@ -153,7 +158,7 @@ def _without_digest(text: str) -> dict[str, Any]:
     return facts
 
 
-def _fill_cache(directory: Path, listing: FolderListing, decoded: DecodedFormat, resize: int | None) -> None:
+def _fill_cache(directory: Path, listing: FolderListing, decoded: DecodedFormat, options: DataOptions) -> None:
     """Decodes into a temporary folder and renames it when it is complete.
 
     So neither a kill nor a second process that fills the same cache leaves an incomplete one.
@@ -182,7 +187,7 @@ def _fill_cache(directory: Path, listing: FolderListing, decoded: DecodedFormat,
             _sync(file)
 
     try:
-        fingerprint, mean, std = _decode_all(listing, decoded, resize, keep)
+        fingerprint, mean, std = _decode_all(listing, decoded, options, keep)
         with open(temporary / "meta.json", "w") as file:
             facts = {
                 "fingerprint": fingerprint,

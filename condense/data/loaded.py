@@ -16,7 +16,7 @@ from torch.nn.functional import interpolate
 
 from condense.device import check_host_memory
 from condense.errors import CondenseError, did_you_mean
-from condense.formatting import by
+from condense.formatting import by, shorten
 from condense.rng import Draws
 
 STD_FLOOR = 1e-3
@@ -38,12 +38,40 @@ TEST_SHARE = 0.2
 """Share of each class that becomes the test split if the data have none."""
 
 
+class Resizing(NamedTuple):
+    """Scaling of images, and the square that is cut out of their centre."""
+
+    shorter: int
+    """Pixels to which the shorter side is scaled."""
+    side: int
+    """Side of the square in pixels."""
+
+
+def parse_channels(name: str, text: str) -> tuple[float, ...]:
+    """Numbers of an option with one number for each channel, joined by commas.
+
+    Raises:
+        CondenseError: a part is no finite number.
+    """
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if not values or not all(np.isfinite(values)):
+        raise CondenseError(f"{name}={shorten(text, 100)}: write numbers joined by commas, e.g. 0.4914,0.4822,0.4465")
+    return values
+
+
 @dataclass(frozen=True)
 class DataOptions:
     """Options for reading images; the same for every kind of data."""
 
     resize: int | None = None
-    """Side in pixels: the shorter side is scaled to it (bilinear, antialiased), then the centre square is cut out."""
+    """Pixels: the shorter side is scaled to so many (bilinear, antialiased), then the centre square is cut out."""
+    crop: int | None = None
+    """Side in pixels of that square, e.g. resize=256 crop=224; by default resize."""
+    test_resize: int | None = None
+    """Instead of resize for test images, e.g. crop=64 test_resize=72; by default the same."""
     grey: bool | None = None
     """True makes one grey channel, false RGB. By default, image folders follow the majority of their train files."""
     mirror: bool | None = None
@@ -63,18 +91,52 @@ class DataOptions:
 
     repeat_small: bool = False
     """Repeat the train images of classes with fewer than ipc images while a set is distilled, instead of refusing."""
+    normalise: str | None = None
+    """Name of the registered data, or imagenet, whose mean and std standardise the images. By default those of a data
+    set with a registered name, else those of the train pixels."""
+    mean: str | None = None
+    """Mean in [0,1] of each channel, e.g. 0.4914,0.4822,0.4465, instead; goes with std."""
+    std: str | None = None
+    """Std of each channel, e.g. 0.2023,0.1994,0.2010; goes with mean."""
 
     def __post_init__(self) -> None:
-        if self.resize is not None and self.resize < 1:
-            raise CondenseError(f"resize={self.resize}: must be at least 1 pixel")
+        for name in ("resize", "crop", "test_resize"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise CondenseError(f"{name}={value}: must be at least 1 pixel")
+        if self.test_resize is not None and self.crop is None and self.resize is None:
+            raise CondenseError(f"test_resize={self.test_resize}: give crop=N too, the side of all images")
+        for shorter, side in filter(None, map(self.resizing, ("train", "test"))):
+            if side > shorter:
+                raise CondenseError(f"crop={side}: must be at most the {shorter} pixels to which images are scaled")
+        self._check_normalisation()
         if self.bits is not None and not 1 <= self.bits <= 16:
             raise CondenseError(f"bits={self.bits}: must be 1 to 16")
         if self.split is not None:
             parse_split(self.split)
 
+    def _check_normalisation(self) -> None:
+        if (self.mean is None) != (self.std is None):
+            raise CondenseError("mean= and std= go together; give both")
+        if self.normalise is not None and self.mean is not None:
+            raise CondenseError(f"normalise={self.normalise}: goes without mean= and std=")
+        if self.zca and (self.normalise is not None or self.mean is not None):
+            raise CondenseError("zca=true: replaces mean and std; leave normalise=, mean= and std= out")
+        if self.mean is not None and self.std is not None:
+            mean, std = parse_channels("mean", self.mean), parse_channels("std", self.std)
+            if len(mean) != len(std) or min(std) <= 0:
+                raise CondenseError(f"std={self.std}: give one number above 0 for each of the {len(mean)} of mean=")
+
+    def resizing(self, part: str) -> Resizing | None:
+        """How the images of ``train`` or ``test`` are scaled and cropped; None if they are not."""
+        shorter = (self.test_resize if part == "test" else None) or self.resize or self.crop
+        side = self.crop or self.resize
+        return None if shorter is None or side is None else Resizing(shorter, side)
+
     def to_dict(self) -> dict[str, Any]:
         """The options as stored in files. Those that old versions do not have are omitted at their default."""
-        added = {"split": None, "bits": None, "drop_empty": False, "repeat_small": False}
+        added: dict[str, Any] = {"drop_empty": False, "repeat_small": False}
+        added |= dict.fromkeys(("split", "bits", "crop", "test_resize", "normalise", "mean", "std"))
         return {key: value for key, value in asdict(self).items() if key not in added or value != added[key]}
 
 
@@ -228,7 +290,10 @@ def measure_splits(
 
 def from_splits(classes: Sequence[str], train: Split, test: Split, options: DataOptions) -> LoadedData:
     """Applies ``options`` to arrays (N,C,H,W) in memory and measures them."""
-    splits = [Split(_convert(split.images, options), split.labels) for split in (train, test)]
+    splits = [
+        Split(_convert(split.images, options, options.resizing(part)), split.labels)
+        for part, split in (("train", train), ("test", test))
+    ]
     parts = (
         (
             split.images.shape,
@@ -242,55 +307,57 @@ def from_splits(classes: Sequence[str], train: Split, test: Split, options: Data
     return LoadedData(tuple(classes), splits[0], splits[1], mean, std, fingerprint)
 
 
-def resized_box(height: int, width: int, side: int) -> tuple[int, int, int, int]:
-    """(height, width) after scaling the shorter side to ``side``, then top and left of the centre square."""
-    short = min(height, width)
-    height, width = int(side * height / short), int(side * width / short)
+def resized_box(height: int, width: int, resizing: Resizing) -> tuple[int, int, int, int]:
+    """(height, width) after scaling the shorter side, then top and left of the centre square."""
+    short, (shorter, side) = min(height, width), resizing
+    height, width = int(shorter * height / short), int(shorter * width / short)
     return height, width, round((height - side) / 2), round((width - side) / 2)
 
 
-def check_resize(side: int | None, height: int, width: int) -> None:
-    """Checks that ``resize`` does not enlarge images beyond reason; the option may come from someone else's file.
+def check_resize(resizing: Resizing | None, height: int, width: int) -> None:
+    """Checks that images are not enlarged beyond reason; the option may come from someone else's file.
 
     Raises:
         CondenseError: the side exceeds ``MAX_SIDE`` and ``MAX_ENLARGEMENT`` times the images' own.
     """
     limit = max(MAX_SIDE, MAX_ENLARGEMENT * height, MAX_ENLARGEMENT * width)
-    if side is not None and side > limit:
-        raise CondenseError(f"resize={side}: the images are {width}x{height} pixels; give at most {limit}")
+    if resizing is not None and resizing.shorter > limit:
+        raise CondenseError(f"resize={resizing.shorter}: the images are {width}x{height} pixels; give at most {limit}")
 
 
-def _convert(images: np.ndarray, options: DataOptions) -> np.ndarray:
+def _convert(images: np.ndarray, options: DataOptions, resizing: Resizing | None) -> np.ndarray:
     """Returns images (N,C,H,W) with the channels and the size of ``options``, in the same dtype, contiguous.
 
     Raises:
         CondenseError: ``grey`` with neither 1 nor 3 channels, or the images do not fit in memory.
     """
     channels, height, width = images.shape[1:]
-    side = options.resize
-    check_resize(side, height, width)
+    check_resize(resizing, height, width)
     if options.grey is not None and channels not in (1, 3):
         raise CondenseError(f"grey={str(options.grey).lower()}: needs 1 or 3 channels, not {channels}; leave it out")
     to_grey, to_rgb = bool(options.grey) and channels == 3, options.grey is False and channels == 1
-    resize = side is not None and (height, width) != (side, side)
-    if not (to_grey or to_rgb or resize):
+    if resizing == (height, width):
+        resizing = None
+    if not (to_grey or to_rgb or resizing):
         return np.ascontiguousarray(images)
     chunks = []
-    new_height, new_width, top, left = resized_box(height, width, side) if side else (height, width, 0, 0)
+    new_height, new_width, top, left = resized_box(height, width, resizing) if resizing else (height, width, 0, 0)
     values = (3 if to_rgb else channels) * max(height * width, new_height * new_width)
     rows = max(1, min(1024, CHUNK_VALUES // values))
-    if side is not None:
+    if resizing:
+        side = resizing.side
         needed = images.itemsize * len(images) * (3 if to_rgb else channels) * side * side + 8 * rows * values
-        check_host_memory(needed, f"resize={side}: {len(images)} images of {by((channels, side, side))}", "lower it")
+        what = f"resize={resizing.shorter}: {len(images)} images of {by((channels, side, side))}"
+        check_host_memory(needed, what, "lower it")
     for start in range(0, len(images), rows):
         x = torch.from_numpy(np.ascontiguousarray(images[start : start + rows])).float()
         if to_grey:
             x = (x * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)  # ITU-R 601, as PIL does
         if to_rgb:
             x = x.expand(-1, 3, -1, -1)
-        if resize:
+        if resizing:
             x = interpolate(x, size=(new_height, new_width), mode="bilinear", antialias=True)
-            x = x[:, :, top : top + (side or 0), left : left + (side or 0)]
+            x = x[:, :, top : top + resizing.side, left : left + resizing.side]
         x = x.round().clamp(0, 255).byte() if images.dtype == np.uint8 else x.clamp(0, 1)
         chunks.append(x.contiguous().numpy())
     return np.concatenate(chunks)

@@ -12,8 +12,16 @@ import numpy as np
 from condense.data.arrays import check_images, to_array
 from condense.data.folders import list_folder
 from condense.data.image_cache import read_folder
-from condense.data.loaded import DataOptions, LoadedData, Split, data_root, from_splits, stratified_splits
-from condense.errors import CondenseError
+from condense.data.loaded import (
+    DataOptions,
+    LoadedData,
+    Split,
+    data_root,
+    from_splits,
+    parse_channels,
+    stratified_splits,
+)
+from condense.errors import CondenseError, did_you_mean
 from condense.registry import Registry
 
 
@@ -69,12 +77,42 @@ def apply_registered(loaded: LoadedData, options: DataOptions) -> LoadedData:
     shape = loaded.train.images.shape[1:]
     if len(loaded.classes) != entry.num_classes or shape[0] != entry.shape[0]:
         return loaded
-    if options.resize is None and shape != entry.shape:
+    if options.resizing("train") is None and shape != entry.shape:
         return loaded
     loaded = replace(loaded, mirror=entry.mirror)
     if entry.mean is None:
         return loaded
     return replace(loaded, mean=np.array(entry.mean), std=np.array(entry.std))
+
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def apply_normalisation(loaded: LoadedData, options: DataOptions) -> LoadedData:
+    """Returns data with the mean and std of ``options``: those given as numbers, or those of a name.
+
+    Raises:
+        CondenseError: the name is unknown, or the numbers are not those of as many channels.
+    """
+    if options.normalise is None and options.mean is None:
+        return loaded
+    if options.mean is not None and options.std is not None:
+        text, mean, std = (
+            f"mean={options.mean}",
+            parse_channels("mean", options.mean),
+            parse_channels("std", options.std),
+        )
+    else:
+        entries = map(DATASETS.get, DATASETS.names())
+        known = {entry.name: (entry.mean, entry.std) for entry in entries if entry.mean and entry.std}
+        known["imagenet"] = (IMAGENET_MEAN, IMAGENET_STD)
+        text = f"normalise={options.normalise}"
+        if options.normalise not in known:
+            raise CondenseError(f"{text}: unknown{did_you_mean(str(options.normalise), known)}")
+        mean, std = known[options.normalise]
+    if len(mean) != len(loaded.mean):
+        raise CondenseError(f"{text}: has {len(mean)} channel(s), the images have {len(loaded.mean)}")
+    return replace(loaded, mean=np.array(mean), std=np.array(std))
 
 
 def _read_digits(options: DataOptions, download: bool) -> LoadedData:

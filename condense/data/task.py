@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from condense.data.loaded import DataOptions, LoadedData, Split, check_class_names, class_numbers, selected_fingerprint
+from condense.data.registered import apply_normalisation
 from condense.data.sources import read_data, read_objects
 from condense.data.transform import ZCA, Standardise
 from condense.device import check_host_memory, free_memory
@@ -335,6 +336,7 @@ def load_task(
         loaded = read_data(os.fspath(data), options, download=download)
     else:
         loaded = read_objects(data, options)
+    loaded = apply_normalisation(loaded, options)
     return Task(
         loaded.name if name is None else check_name(name),
         loaded.classes,

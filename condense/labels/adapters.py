@@ -11,6 +11,7 @@ backbone                    weights
 NAME                        one of :data:`BUNDLED_BACKBONES`, included in this package
 FILE.h5                     the first teacher of a file of ``condense teachers``
 torchvision:NAME            the default public weights
+torchvision:NAME@WEIGHTS    other public weights, e.g. IMAGENET1K_V1
 timm:NAME                   the public weights
 open_clip:NAME@TAG          a CLIP model with the weights TAG of open_clip; the text tower can make the head
 LIBRARY:NAME@FILE           the same network with the weights of a file

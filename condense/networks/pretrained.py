@@ -210,6 +210,8 @@ def _library(
 def _torchvision(name: str, file: str, named: str, about: dict[str, Any]) -> Backbone:
     from torchvision import models
 
+    if file and name in models.list_models(module=models) and file in models.get_model_weights(name).__members__:
+        return _torchvision(f"{name}@{file}", "", named, about)
     weights = torchvision_weights(name, named)
     make = functools.partial(models.get_model, name, weights=None, num_classes=weights.classes)
     return _library(weights, make, file, named, about)
@@ -357,15 +359,27 @@ class PublicWeights:
     """Address of the download."""
 
 
+def architecture_of(name: str) -> str:
+    """Name of the architecture of public weights, e.g. ``torchvision:resnet50`` of ``torchvision:resnet50@WEIGHTS``."""
+    return name.partition("@")[0]
+
+
 def torchvision_weights(name: str, named: str) -> PublicWeights:
-    """Returns the default weights of a torchvision model; messages begin with ``named``."""
+    """Returns weights of a torchvision model: ``NAME@WEIGHTS``, or the default ones of ``NAME``.
+
+    Messages begin with ``named``.
+    """
     from torchvision import models
 
+    name, _, tag = name.partition("@")
     available = models.list_models(module=models)
     if name not in available:
         hint = did_you_mean(f"torchvision:{name}", [f"torchvision:{other}" for other in available])
         raise CondenseError(f"{named}: unknown{hint}")
-    weights: Any = models.get_model_weights(name).DEFAULT
+    choices = models.get_model_weights(name).__members__
+    if tag and tag not in choices:
+        raise CondenseError(f"{named}: no weights {tag} of {name}{did_you_mean(tag, choices)}")
+    weights: Any = choices[tag or "DEFAULT"]
     preset = weights.transforms()
     place = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rpartition("/")[2]
     return PublicWeights(
@@ -406,11 +420,21 @@ def timm_weights(name: str, named: str) -> PublicWeights:
     )
 
 
+def check_public_weights(file: str) -> None:
+    """Checks the name of public weights without loading them.
+
+    Raises:
+        CondenseError: there are no such weights.
+    """
+    if file.startswith("torchvision:") and "@" in file:
+        torchvision_weights(file.partition(":")[2], f"teachers={file}")
+
+
 def load_public_weights(file: str, shape: tuple[int, int, int], classes: int, transform: Transform) -> PublicNetwork:
     """Loads a network with public weights for images in the training space of ``transform``.
 
     Args:
-        file: ``torchvision:NAME`` or ``timm:NAME``.
+        file: ``torchvision:NAME``, ``torchvision:NAME@WEIGHTS`` or ``timm:NAME``.
         shape: (C,H,W) of the images.
         classes: Number of classes.
         transform: Map from pixels to training space.
@@ -436,5 +460,5 @@ def load_public_weights(file: str, shape: tuple[int, int, int], classes: int, tr
             f"teachers={file}: its weights are not here and cannot be fetched ({reason}); get "
             f"{weights.origin} elsewhere and put it at {weights.place}"
         ) from fault
-    net = architectures.Wrapped(model, (3, *shape[1:]), classes, name=file)
+    net = architectures.Wrapped(model, (3, *shape[1:]), classes, name=architecture_of(file))
     return PublicNetwork(net, transform, weights.mean, weights.std)

@@ -214,7 +214,7 @@ def _load_named_teachers(run: Run, file: str, architectures: Sequence[Architectu
         nets = {
             name: load_public_weights(name, task.shape, task.num_classes, task.transform) for name in file.split(",")
         }
-        committees = [_with_accuracy(run, net, name, name) for name, net in nets.items()]
+        committees = [_with_accuracy(run, net, networks.architecture_of(name), name) for name, net in nets.items()]
         return Committee(tuple(committee.members[0] for committee in committees), file, committees[0].judged_on)
     path = Path(file)
     if path.suffix in CHECKPOINT_SUFFIXES:

@@ -77,9 +77,10 @@ class TeacherOptions:
     """Settings of teachers; mixed into the settings of methods that use them."""
 
     teachers: str = ""
-    """A file of `condense teachers`, a torch checkpoint (.pt, .pth) of the run's network, or torchvision:NAME or
-    timm:NAME for public weights, of several joined by commas; by default the cache is searched, and what it lacks is
-    trained."""
+    """A file of `condense teachers`, a torch checkpoint (.pt, .pth) of the run's network, or torchvision:NAME,
+    torchvision:NAME@WEIGHTS (e.g. @IMAGENET1K_V1) or timm:NAME for public weights, of several joined by commas; by
+    default the cache is searched, and what it lacks is trained. A checkpoint takes images in training space: mean= and
+    std= of the data are those of its training."""
     committee: str = ""
     """Architectures of the teachers, joined by commas; the run's network by default."""
     num_teachers: int = 1
@@ -124,7 +125,8 @@ class TeacherOptions:
                 raise CondenseError(f"committee={self.committee}: {fault}") from fault
         if is_public(self.teachers):
             for name in self.teachers.split(","):
-                networks.check_network(name)
+                networks.check_network(networks.architecture_of(name))
+                networks.check_public_weights(name)
             if self.committee:
                 raise CondenseError(f"teachers={self.teachers}: says what the committee is; leave out committee")
 

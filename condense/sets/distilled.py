@@ -289,9 +289,11 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor | int]]):
             count = stage.decoded * len(loaded.classes) if stage else len(loaded.stored)
             if len(provider) != count:
                 raise CondenseError(f"{count} images but {len(provider)} labels")
-            side = manifest.get("data", {}).get("options", {}).get("resize")
+            options = manifest.get("data", {}).get("options", {})
+            name = "resize" if options.get("crop") is None else "crop"
+            side = options.get(name)
             if side not in (None, *shape[1:]):  # real data would be resized to it before their size is compared
-                raise CondenseError(f"its data have the option resize={side}, but its images are {by(shape)}")
+                raise CondenseError(f"its data have the option {name}={side}, but its images are {by(shape)}")
         except KeyError as fault:
             raise CondenseError(
                 f"{path}: the manifest or the file lacks {fault}; it was not written by this toolkit"
