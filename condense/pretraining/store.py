@@ -273,6 +273,7 @@ class FileStore(Generic[F, D]):
         if len(merged) < len(places):
             order = self.members if self.kind.is_numbered else dict.fromkeys([*merged, *self.members, *places])
             self.kind.write(self.path, self.manifest, [self._entry(*places[member]) for member in order])
+            self.kind.read(self.path)  # the parts stay if it cannot be read back
         shutil.rmtree(parts_folder(self.path), ignore_errors=True)
 
     def _entry(self, file: F, k: int) -> tuple[dict[str, Any], Callable[[], D]]:
