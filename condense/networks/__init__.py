@@ -45,6 +45,7 @@ from condense.networks.saved import (
     state_nbytes,
     write_teacher_file,
 )
+from condense.networks.small_images import StagedNet
 
 __all__ = [
     "BUNDLED_BACKBONES",
@@ -61,6 +62,7 @@ __all__ = [
     "Network",
     "PublicNetwork",
     "Shape",
+    "StagedNet",
     "State",
     "TeacherFile",
     "Wrapped",
