@@ -18,6 +18,7 @@ import condense
 from condense import networks, rng
 from condense.augment import CropViews
 from condense.augment import views as views_module
+from condense.config import load_recipe, recipe_names
 from condense.engine import Run
 from condense.errors import CondenseError
 from condense.methods.curriculum_synthesis import bn_matching, cvdd, dwa, infer, initial, nrr, patches, recovery
@@ -71,7 +72,9 @@ def hooked(net, views, groups, first, shares):
 
 
 @pytest.mark.parametrize("shares", [(1.0, 1.0), (1.0, 11.0), (0.5, 0.0)])
-@pytest.mark.parametrize("name", ["convnet-d2-w8-bn", "resnet18-bn", "vgg11-bn"])
+@pytest.mark.parametrize(
+    "name", ["convnet-d2-w8-bn", "resnet18-bn", "vgg11-bn", "shufflenetv2-x0.5-bn", "mobilenetv2-bn"]
+)
 def test_fused_moments_equal_hooks(name, shares):
     net = warm(name)
     views = torch.randn(6, 3, 16, 16, dtype=torch.float64, requires_grad=True)
@@ -611,3 +614,12 @@ def test_two_ranks_make_the_set_of_one(tiny, tmp_path):
         subprocess.run([sys.executable, *launcher, *words], check=True, env=environment, capture_output=True)
         sets.append(condense.load(out))
     torch.testing.assert_close(sets[0].stored, sets[1].stored, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in recipe_names() if name.startswith(("cvdd/", "infer/"))])
+def test_committees_of_the_recipes_take_small_images(name):
+    """Networks of libraries halve 32x32 images five times."""
+    committee = load_recipe(name)["committee"]
+    for member in committee.split(",") if committee else []:
+        networks.check_network(member)
+        assert member.endswith("-bn") and ":" not in member

@@ -67,6 +67,11 @@ def test_a_protocol_that_changes_gets_a_new_version():
         "idc-v1": "b9eb0e50e55e214a",
         "mtt-v1": "ef52309bf3865c42",
         "mtt-soft-v1": "d637ac30b00f7671",
+        "cvdd-v1": "3bf6b6c5a592ac6b",
+        "dwa-v1": "2b0c46165221d0e5",
+        "dwa-v2": "95dd41963a2e099f",
+        "infer-v1": "920cbea8e1df5140",
+        "infer-v2": "860f661ce367d72c",
     }
     for name, digest in digests.items():
         protocol = get_protocol(name)

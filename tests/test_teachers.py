@@ -24,7 +24,8 @@ from torch import nn
 
 import condense
 from condense import hdf5, networks, registry, rng
-from condense.augment import make_augmentation
+from condense.augment import CropViews, make_augmentation
+from condense.config import load_recipe, recipe_names
 from condense.data import cache_dir
 from condense.engine import Interrupted, Run
 from condense.errors import CondenseError
@@ -147,14 +148,15 @@ def test_adamw_is_that_of_torch_and_decays_matrices_only():
     assert not equal(before, student.network.state_dict())
 
 
-def test_without_gradients_only_matrices_shrink():
+@pytest.mark.parametrize("decay_all", [False, True])
+def test_without_gradients_only_matrices_shrink_unless_all_decay(decay_all):
     """The decay alone: the loss does not reach the weights."""
     student = a_student(NETWORK)
     before = copy.deepcopy(dict(student.network.named_parameters()))
     update = lambda work: [torch.zeros_like(weight) for weight in work.weights]  # noqa: E731
-    train([student], dataclasses.replace(ADAMW, steps=1, warmup=0.0), device=CPU, update=update)
+    train([student], dataclasses.replace(ADAMW, steps=1, warmup=0.0, decay_all=decay_all), device=CPU, update=update)
     for name, after in student.network.named_parameters():
-        factor = 1 - 0.02 * 0.3 if after.ndim >= 2 else 1.0
+        factor = 1 - 0.02 * 0.3 if decay_all or after.ndim >= 2 else 1.0
         torch.testing.assert_close(after.detach(), before[name] * factor, rtol=1e-6, atol=0)
 
 
@@ -215,7 +217,8 @@ def test_recipes_of_before_are_known_as_before():
         "augment",
         "cutmix",
     ]
-    for change in ({"optimizer": "adamw"}, {"schedule": "cosine"}, {"stretch": 2.0}, {"warmup": 0.1}):
+    later = {"optimizer": "adamw", "schedule": "cosine", "stretch": 2.0, "warmup": 0.1, "decay_all": True}
+    for change in ({name: value} for name, value in later.items()):
         ((name, value),) = change.items()
         assert f"{name}={value!r}" in dataclasses.replace(old, **change).cache_key()
 
@@ -239,6 +242,10 @@ def test_a_protocol_hands_its_rule_on():
     known = dataclasses.replace(protocol.get_protocol("dc-v1"), optimizer="adamw", schedule="cosine", stretch=2.0)
     recipe = known.recipe(10, mirror=True)
     assert (recipe.optimizer, recipe.schedule, recipe.stretch) == ("adamw", "cosine", 2.0)
+    for name in ("dwa", "infer"):  # whose programs give AdamW all parameters
+        versions = [protocol.get_protocol(f"{name}-v{version}").recipe(10, mirror=True) for version in (1, 2)]
+        assert [recipe.decay_all for recipe in versions] == [False, True]
+        assert versions[0] == dataclasses.replace(versions[1], decay_all=False)
 
 
 # -- the file ---------------------------------------------------------------------------------------------------------
@@ -612,6 +619,7 @@ def test_teachers_are_kept_and_shared(tiny, monkeypatch):
         {"teacher_lr": 0.1},
         {"teacher_epochs": 1},
         {"teacher_augment": "none"},
+        {"teacher_augment": "rrc_flip"},
         {"teacher_optimizer": "adamw"},
         {"teacher_cutmix": 1.0},
     ],
@@ -928,6 +936,35 @@ def test_settings_are_checked_and_used(tiny):
     assert (recipe.lr, recipe.weight_decay, recipe.batch, recipe.optimizer) == (0.3, 0.1, 9, "adamw")
     assert (recipe.schedule, recipe.momentum, recipe.cutmix, training.epochs) == ("cosine", 0.9, 0.4, 7)
     assert recipe.augment == make_augmentation("crop_flip", variant="flip-always", mirror=tiny.mirror)
+
+
+@pytest.mark.parametrize(
+    ("text", "mirror", "flips"), [("rrc_flip", True, True), ("rrc_flip", False, False), ("rrc", True, False)]
+)
+def test_teachers_train_on_resized_crops(text, mirror, flips):
+    """RandomResizedCrop of 8 to 100 % of the area: a step of SGD against its loss written out."""
+    task = condense.task(tiny_arrays(), name="tiny", mirror=mirror)
+    recipe = dataclasses.replace(
+        TeacherOptions(teacher_augment=text).teacher_training(task).recipe, steps=1, momentum=0.0
+    )
+    crops, student = CropViews(0.08, 1.0, flip=flips), a_student(NETWORK)
+    assert recipe.augment == crops
+    net, ids = copy.deepcopy(student.network), batch_ids(student.seed, 10, recipe.batch, 0)
+    boxes = crops.draw(rng.Draws(student.seed, "augment", 0), 10, (8, 8))
+    views = crops.apply(student.source.images[ids], boxes)
+    assert len(boxes.box.unique(dim=0)) > 5  # each image has its own crop
+    optimizer = torch.optim.SGD(net.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
+    F.cross_entropy(net(views), ids % 3).backward()
+    optimizer.step()
+    train([student], recipe, device=CPU)
+    for a, b in zip(student.network.parameters(), net.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["sre2l", "cda", "lpld"])
+def test_recipes_on_tiny_imagenet_train_teachers_on_resized_crops(method):
+    cells = [load_recipe(name) for name in recipe_names() if name.startswith(f"{method}/tiny-imagenet")]
+    assert cells and all(cell["teacher_augment"] == "rrc_flip" for cell in cells)
 
 
 def soft_set(task, committee, weights=None):

@@ -76,11 +76,13 @@ class Protocol:
     cutmix: float = 0.0
     """Probability of CutMix in a step."""
     optimizer: str = "sgd"
-    """sgd or adamw; adamw decays only weights with two or more axes."""
+    """sgd or adamw."""
     schedule: str = "drops"
     """drops (milestones) or cosine, updated every step."""
     stretch: float = 1.0
     """Length of the cosine as a multiple of the length of the training."""
+    decay_all: bool = False
+    """Whether adamw decays biases and the scales of norms too, and not only weights with two or more axes."""
 
     def __post_init__(self) -> None:
         try:
@@ -125,6 +127,7 @@ class Protocol:
             optimizer=self.optimizer,
             schedule=self.schedule,
             stretch=self.stretch,
+            decay_all=self.decay_all,
         )
 
 

@@ -47,6 +47,7 @@ from condense.networks.saved import (
     state_nbytes,
     write_teacher_file,
 )
+from condense.networks.small_images import StagedNet
 
 __all__ = [
     "BUNDLED_BACKBONES",
@@ -63,6 +64,7 @@ __all__ = [
     "Network",
     "PublicNetwork",
     "Shape",
+    "StagedNet",
     "State",
     "TeacherFile",
     "Wrapped",

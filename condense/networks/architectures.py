@@ -3,12 +3,15 @@
 Every network provides ``net(x)`` (logits), ``net.embed(x)`` (the flat input of its last linear layer) and
 ``net.features(x)`` (the maps of its stages). Names: ``convnet-d{1..6}-w{width}-{norm}[-{activation}][-{pool}]`` (see
 ``CONVNET_GRAMMAR``), ``mlp``, ``lenet``, ``alexnet``, ``alexnet-bn``, ``vgg11-in``, ``vgg11-bn``, ``resnet18-in``,
-``resnet18-bn``, ``resnet18-bn-ap``, ``torchvision:NAME`` and ``timm:NAME``.
+``resnet18-bn``, ``resnet18-bn-ap``, those of :mod:`condense.networks.small_images` (``resnet50-bn``, ``resnet101-bn``,
+``densenet121-bn``, ``efficientnet-b0-bn``, ``mobilenetv2-bn``, ``shufflenet-bn``, ``shufflenetv2-bn``,
+``shufflenetv2-x0.5-bn``), ``torchvision:NAME`` and ``timm:NAME``.
 
 At 1x28x28 and 3x32x32 the layers are those of the code base that DC, DSA, DM and their forks share ("in" is GroupNorm
 with one channel per group). Three rules extend them to other sizes, from 8x8 up and square or not:
 
-* the first convolution pads 28x28 grey images by 2 more pixels, as if they were 32x32 (not in the ResNets);
+* the first convolution pads 28x28 grey images by 2 more pixels, as if they were 32x32 (not in the ResNets and the
+  networks of `small_images`);
 * pooling or a stride that would leave less than 2x2 before a further stage is omitted, because a norm over one pixel
   gives a constant map; only the last pool may reach 1x1. A ConvNet raises an error instead, because its name states
   its depth;
@@ -550,7 +553,7 @@ def _call_factory(
     return model
 
 
-_NAMED: dict[str, Callable[[Shape, int], Network]] = {
+NAMED: dict[str, Callable[[Shape, int], Network]] = {
     "mlp": functools.partial(PlainNet, hidden=(128, 128)),
     "lenet": _lenet,
     "alexnet": functools.partial(PlainNet, stages=_ALEXNET),
@@ -561,6 +564,7 @@ _NAMED: dict[str, Callable[[Shape, int], Network]] = {
     "resnet18-bn": functools.partial(ResNet18, norm="bn"),
     "resnet18-bn-ap": functools.partial(ResNet18, norm="bn", average=True),
 }
+"""Constructors of the networks that are not ConvNets by name; `small_images` adds its own."""
 
 
 def network_names() -> list[str]:
@@ -570,7 +574,7 @@ def network_names() -> list[str]:
     convnets += [f"convnet-d3-w{width}-in" for width in (32, 64, 256)]
     convnets += [f"convnet-d3-w128-in-{option}" for option in ("sigmoid", "leakyrelu", "swish", "max", "none")]
     convnets += ["convnet-d3-w128-bn-swish", "convnet-d3-w128-bn-swish-max"]
-    return [*convnets, *_NAMED, "torchvision:resnet18", "timm:resnet18"]
+    return [*convnets, *NAMED, "torchvision:resnet18", "timm:resnet18"]
 
 
 def _nearest_convnet(text: str) -> str:
@@ -587,8 +591,8 @@ def _nearest_convnet(text: str) -> str:
 
 def _constructor(network: str) -> Callable[[Shape, int], Network]:
     """Returns the function that builds the network of this name; builds and imports nothing."""
-    if network in _NAMED:
-        return _NAMED[network]
+    if network in NAMED:
+        return NAMED[network]
     library, _, name = network.partition(":")
     if library in _LIBRARIES and name:
         return functools.partial(_from_library, network)

@@ -22,7 +22,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from condense import networks, rng
-from condense.augment import make_augmentation
+from condense.augment import Augmentation, CropViews, make_augmentation
 from condense.config import require_range
 from condense.data import Task, cache_dir
 from condense.engine import Run
@@ -97,7 +97,8 @@ class TeacherOptions:
     teacher_batch: int = 128
     """Real images per step of a teacher's training."""
     teacher_augment: str = "crop_flip"
-    """Operations joined by _, drawn per image: flip and colour act in every step, and one of the others."""
+    """rrc or rrc_flip (crops of 8 to 100 % of the area, resized, as torchvision's RandomResizedCrop), or operations
+    joined by _, drawn per image: flip acts in every step, and one of the others."""
     teacher_cutmix: float = 0.0
     """Probability of CutMix in a step of a teacher's training."""
 
@@ -115,7 +116,7 @@ class TeacherOptions:
         )
         check_optimizer(self.teacher_optimizer, "cosine", prefix="teacher_")
         try:
-            make_augmentation(self.teacher_augment, variant="flip-always")
+            self.augmentation(mirror=True)
         except CondenseError as fault:
             raise CondenseError(f"teacher_augment={self.teacher_augment}: {fault}") from fault
         for name in self._committee_names():
@@ -130,6 +131,12 @@ class TeacherOptions:
             if self.committee:
                 raise CondenseError(f"teachers={self.teachers}: says what the committee is; leave out committee")
 
+    def augmentation(self, mirror: bool) -> Augmentation | CropViews:
+        """The augmentation of the teachers' training; without flips unless ``mirror``."""
+        if self.teacher_augment in ("rrc", "rrc_flip"):
+            return CropViews(flip=mirror and self.teacher_augment == "rrc_flip")
+        return make_augmentation(self.teacher_augment, variant="flip-always", mirror=mirror)
+
     def _committee_names(self) -> list[str]:
         return [name.strip() for name in self.committee.split(",")] if self.committee else []
 
@@ -142,7 +149,7 @@ class TeacherOptions:
             momentum=0.9,
             weight_decay=self.teacher_decay,
             lr_milestones=(),
-            augment=make_augmentation(self.teacher_augment, variant="flip-always", mirror=task.mirror),
+            augment=self.augmentation(task.mirror),
             cutmix=self.teacher_cutmix,
             optimizer=self.teacher_optimizer,
             schedule="cosine",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from condense import rng
-from condense.augment import Augmentation
+from condense.augment import Augmentation, CropViews
 from condense.errors import CondenseError, did_you_mean
 
 STUDENT_VERSION = 2
@@ -33,14 +33,15 @@ class TrainConfig:
     momentum: float
     """Momentum of SGD; AdamW always uses betas 0.9 and 0.999."""
     weight_decay: float
-    """sgd: L2 penalty on all parameters. adamw: decoupled decay of weights with two or more axes."""
+    """sgd: L2 penalty on all parameters. adamw: decoupled decay, see ``decay_all``."""
     lr_milestones: tuple[float, ...] = (0.5,)
     """Fractions of the steps after which the learning rate is multiplied by ``lr_gamma``; the momentum buffer
     stays."""
     lr_gamma: float = 0.1
     """Factor on the learning rate at each of ``lr_milestones``."""
-    augment: Augmentation | None = None
-    """Drawn in each step: one operation for the batch, parameters for each image. Not applied to per-view labels."""
+    augment: Augmentation | CropViews | None = None
+    """Drawn in each step: one operation for the batch, parameters for each image; or a crop and a flip for each image.
+    Not applied to per-view labels."""
     cutmix: float = 0.0
     """Probability of CutMix in a step: one box for the batch, which is mixed with its own images in another order."""
     optimizer: str = "sgd"
@@ -51,6 +52,8 @@ class TrainConfig:
     """Length of the half cosine relative to the training; at 2 the learning rate ends at half its initial value."""
     warmup: float = 0.0
     """Fraction of the steps in which the learning rate is also multiplied by a linear warm-up factor."""
+    decay_all: bool = False
+    """Whether AdamW decays biases and the scales of norms too, and not only weights with two or more axes."""
 
     def __post_init__(self) -> None:
         check_optimizer(self.optimizer, self.schedule, self.stretch)
@@ -85,7 +88,7 @@ class TrainConfig:
         return rate * factor if factor < 1 else rate
 
 
-OMITTED_AT_DEFAULT = ("optimizer", "schedule", "stretch", "warmup")
+OMITTED_AT_DEFAULT = ("optimizer", "schedule", "stretch", "warmup", "decay_all")
 """Settings added after caches had been written; see :meth:`TrainConfig.cache_key_fields`."""
 
 OPTIMIZERS, LR_SCHEDULES = ("sgd", "adamw"), ("drops", "cosine")
@@ -124,9 +127,9 @@ def make_optimizer(parameters: Sequence[Tensor], recipe: TrainConfig, stacked: b
     """Creates the optimiser of a recipe. If ``stacked``, parameters have a leading axis of networks."""
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
-    # Biases and scales of norms are not decayed, as for SRe2L's students, whose settings are usual in this family:
-    # decaying them weakens the output of a norm without making any weight small.
-    matrices = [parameter.ndim - stacked >= 2 for parameter in parameters]
+    # By default biases and scales of norms are not decayed, as for SRe2L's students on ImageNet: decaying them weakens
+    # the output of a norm without making any weight small.
+    matrices = [recipe.decay_all or parameter.ndim - stacked >= 2 for parameter in parameters]
     groups = [
         {
             "params": [parameter for parameter, is_matrix in zip(parameters, matrices) if is_matrix == decayed],

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from condense import rng
-from condense.augment import cutmix
+from condense.augment import CropViews, cutmix
 from condense.data import Task
 from condense.device import autocast
 from condense.networks import Network
@@ -127,7 +127,11 @@ def _batch(
     if recipe.augment is not None:
         height, width = images.shape[-2:]
         draws = rng.Draws(student.seed, "augment", step)
-        images = recipe.augment.apply(images, recipe.augment.draw(draws, len(images), (height, width), groups=1))
+        if isinstance(recipe.augment, CropViews):
+            crops = recipe.augment.draw(draws, len(images), (height, width))
+            images = recipe.augment.apply(images, crops.to(images.device))
+        else:
+            images = recipe.augment.apply(images, recipe.augment.draw(draws, len(images), (height, width), groups=1))
     if recipe.cutmix:
         draws = rng.Draws(student.seed, "cutmix", step)
         if float(draws.uniform(1)) < recipe.cutmix:

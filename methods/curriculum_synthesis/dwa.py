@@ -86,7 +86,7 @@ def ascend_weights(
     config=DWA,
     year=2024,
     labels="teacher",
-    protocol="dwa-v1",
+    protocol="dwa-v2",
     network="resnet18-bn",
     paper="Diversity-Driven Synthesis: Enhancing Dataset Distillation through Directed Weight Adjustment",
     pretrains="teachers",

@@ -55,7 +55,7 @@ def count_real_images(ipc: int, classes: int, teachers: int) -> int:
     config=INFER,
     year=2025,
     labels="static",
-    protocol="infer-v1",
+    protocol="infer-v2",
     network="resnet18-bn",
     paper="Breaking Class Barriers: Efficient Dataset Distillation via Inter-Class Feature Compensator",
     pretrains="teachers",
