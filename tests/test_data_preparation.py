@@ -94,7 +94,9 @@ def test_sets_keep_the_options(tmp_path, monkeypatch, capsys):
     assert made.manifest["data"]["options"]["crop"] == 8
     assert "normalise=imagenet" in made.manifest["command"] and "test_resize=10" in made.manifest["command"]
     torch.testing.assert_close(made.transform.std, torch.tensor([0.229, 0.224, 0.225]))
-    assert command_line("evaluate s.h5 --data data.npz --runs 1 --controls random --protocol quick-v1", capsys).code == 0
+    assert (
+        command_line("evaluate s.h5 --data data.npz --runs 1 --controls random --protocol quick-v1", capsys).code == 0
+    )
     assert "crop" not in condense.task("data.npz").options.to_dict()  # files of earlier versions do not have it
 
 

@@ -2,6 +2,8 @@
 
 import pytest
 
+from condense.config import packaged_yaml
+from condense.errors import CondenseError
 from condense.judge import Protocol, get_protocol, protocols
 
 
@@ -91,6 +93,13 @@ def test_a_protocol_that_changes_gets_a_new_version():
         ("dance-v1", 40, 1500, 64, {"cutmix": 0.5, "augment_variant": "idc", "drop_factor": 0.2}),
         ("dc-mnist-v1", 10, 1000, 256, {"augment": "crop_scale_rotate", "augment_variant": "dc"}),
         ("idc-mnist-v1", 10, 1000, 64, {"cutmix": 0.0, "augment": "color_crop_scale_rotate"}),
+        ("rded-b10-v1", 10, 300, 10, {"stretch": 2.0, "optimizer": "adamw"}),
+        ("rded-b20-v1", 100, 1500, 20, {"stretch": 2.0, "lr": [0.001]}),
+        ("rded-b50-v1", 100, 600, 50, {"stretch": 2.0, "schedule": "cosine"}),
+        ("rded-b200-v1", 5000, 7500, 200, {"stretch": 2.0, "weight_decay": 0.01}),
+        ("sre2l-tiny-v1", 10_000, 4000, 256, {"lr": [0.2], "optimizer": "sgd", "warmup": 0.05, "schedule": "cosine"}),
+        ("lpld-tiny-v1", 10_000, 15_700, 64, {"lr": [0.2], "optimizer": "sgd", "warmup": 0.05}),
+        ("dwa-tiny-v1", 10_000, 31_400, 64, {"lr": [0.2], "optimizer": "sgd", "weight_decay": 0.0001, "warmup": 0.025}),
         ("idc-svhn-ipc1-v1", 10, 1000, 64, {"cutmix": 0.0, "augment": "color_crop_cutout_scale_rotate"}),
     ],
 )
@@ -98,3 +107,23 @@ def test_protocols_as_published(name, size, steps, batch, changes):
     rules = get_protocol(name)
     assert (rules.budget(size), rules.batch) == (steps, batch)
     assert {key: getattr(rules, key) for key in changes} == changes
+
+
+def test_warm_up_raises_the_learning_rate():
+    recipe = get_protocol("dwa-tiny-v1").recipe(64, mirror=True)  # 200 steps
+    assert recipe.lr_at(0) == pytest.approx(0.2 / 5, rel=1e-3) and recipe.lr_at(1) == pytest.approx(0.4 / 5, rel=1e-3)
+    assert recipe.lr_at(5) == pytest.approx(0.2, rel=2e-3) and recipe.lr_at(199) < 1e-4
+
+
+def test_a_protocol_of_ones_own(tmp_path):
+    text = next(f for f in packaged_yaml("benchmarks/protocols") if f.name == "quick-v1.yaml").read_text()
+    own = tmp_path / "mine.yaml"
+    own.write_text(text.replace("name: quick-v1", "name: mine-v1").replace("steps: 300", "steps: 7"))
+    assert get_protocol(str(own)).steps == 7 and get_protocol(str(own)).name == "mine-v1"
+    own.write_text(text)
+    assert get_protocol(str(own)) == get_protocol("quick-v1")
+    own.write_text(text.replace("steps: 300", "steps: 7"))
+    with pytest.raises(CondenseError, match="'quick-v1' is another protocol's name"):
+        get_protocol(str(own))
+    with pytest.raises(CondenseError, match="no such file; `condense ls protocols`"):
+        get_protocol(str(tmp_path / "other.yaml"))

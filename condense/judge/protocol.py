@@ -81,6 +81,8 @@ class Protocol:
     """drops (milestones) or cosine, updated every step."""
     stretch: float = 1.0
     """Length of the cosine as a multiple of the length of the training."""
+    warmup: float = 0.0
+    """Share of the steps in which the learning rate also rises linearly from 0."""
     decay_all: bool = False
     """Whether adamw decays biases and the scales of norms too, and not only weights with two or more axes."""
 
@@ -95,7 +97,7 @@ class Protocol:
         check_optimizer(self.optimizer, self.schedule, self.stretch)
         require_one_of(self, labels=("hard", "soft"))
         counts = dict.fromkeys(("version", "steps", "per_images", "batch", "full_epochs"), (1, MAX_INTEGER))
-        shares = dict.fromkeys(("momentum", "cutmix"), (0, 1))
+        shares = dict.fromkeys(("momentum", "cutmix", "warmup"), (0, 1))
         factors = dict.fromkeys(("weight_decay", "drop_factor"), (0, MAX_FLOAT))
         require_range(self, **counts, **shares, **factors, runs=(1, MAX_RUNS), held_out=(0, 0.9), stretch=(1e-3, 1e3))
         for key, values, is_valid in (
@@ -127,6 +129,7 @@ class Protocol:
             optimizer=self.optimizer,
             schedule=self.schedule,
             stretch=self.stretch,
+            warmup=self.warmup,
             decay_all=self.decay_all,
         )
 
@@ -148,11 +151,22 @@ def _read_protocols(folder: str) -> dict[str, Protocol]:
 
 
 def get_protocol(name: str) -> Protocol:
-    """Returns the protocol called ``name``.
+    """Returns the protocol called ``name``, or that of the file ``name.yaml``.
 
     Raises:
-        CondenseError: unknown; the message suggests the nearest name.
+        CondenseError: unknown; the message suggests the nearest name. Or the file is invalid, or has the name of a
+            packaged protocol with other settings, so that tables would mix both.
     """
+    if name.endswith((".yaml", ".yml")):
+        path = Path(name)
+        if not path.is_file():
+            raise CondenseError(f"--protocol {name}: no such file; `condense ls protocols` lists the packaged ones")
+        own = build_config(Protocol, read_yaml_file(path, name), name)
+        if own.name in protocols() and own != protocols()[own.name]:
+            raise CondenseError(
+                f"--protocol {name}: '{own.name}' is another protocol's name; give it a name of its own"
+            )
+        return own
     if name not in protocols():
         raise CondenseError(f"unknown protocol '{name}'{did_you_mean(name, protocols())}")
     return protocols()[name]
