@@ -486,3 +486,14 @@ def test_teachers_must_be_those_of_the_labels(tiny, tmp_path):
     api.experts(tiny, network=NETWORK, out=tmp_path / "other.h5", count=1, epochs=2, expert_batch=8, seed=9)
     with pytest.raises(CondenseError, match="not the experts that the set's labels came from"):
         condense.evaluate(made, tiny, networks=[NETWORK], protocol="quick-soft-v1", teachers=tmp_path / "other.h5")
+
+
+def test_a_short_remainder_comes_first():
+    """Released programs cut a permutation into batches and take these from the end."""
+    from condense.methods.trajectory_matching.matching import shuffled_rows
+
+    parts = [shuffled_rows(7, 10, 4, step) for step in range(6)]
+    assert [len(part) for part in parts] == [2, 4, 4] * 2
+    for epoch in (parts[:3], parts[3:]):
+        assert sorted(torch.cat(epoch).tolist()) == list(range(10))
+    assert parts[0].tolist() != parts[3].tolist()

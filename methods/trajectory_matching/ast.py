@@ -76,7 +76,8 @@ class AST(MTT):
     def expert_training(self, task: Task) -> ExpertTraining:
         """SGD with momentum and one milestone, on a smooth loss; in float32 because of its second derivative."""
         recipe, epochs = super().expert_training(task).recipe, self.epochs_needed()
-        recipe = dataclasses.replace(recipe, lr_milestones=((epochs // 2 + 1) / epochs,), lr_gamma=0.6)
+        milestone = min(1.0, (epochs // 2 + 2) / epochs)  # as released, after the epoch with the index epochs // 2 + 1
+        recipe = dataclasses.replace(recipe, lr_milestones=(milestone,), lr_gamma=0.6)
         return ExpertTraining(recipe, Smooth(self.penalty, self.warm_loss), "fp32")
 
 

@@ -98,6 +98,14 @@ def step_size_group(config: MTT) -> ParamGroup:
     return ParamGroup(lr=config.lr_lr, momentum=config.momentum, positive=config.step_size == "positive")
 
 
+def shuffled_rows(key: int, size: int, batch: int, step: int) -> Tensor:
+    """The rows of a training step: parts of a new permutation for each epoch, as released from its end, so that a
+    short remainder comes first."""
+    count = math.ceil(size / batch)
+    epoch, part = divmod(step, count)
+    return batch_ids(key, size, batch, epoch * count + count - 1 - part)
+
+
 class UnrolledStudent:
     """A network with flat weights whose training on the synthetic set is differentiable in the set."""
 
@@ -124,7 +132,7 @@ class UnrolledStudent:
         def draw(i: int) -> tuple[Tensor | None, AugmentationParameters]:
             if i not in drawn:
                 # The whole set needs no gathering, whose second derivative would scatter.
-                rows = None if batch == size else batch_ids(key, size, batch, i).to(self.run.device)
+                rows = None if batch == size else shuffled_rows(key, size, batch, i).to(self.run.device)
                 count = size if rows is None else len(rows)
                 draws = rng.Draws(*step.key("augment"), i)
                 drawn[i] = rows, self.augmentation.draw(draws, count, self.run.task.shape[1:], groups=1)
