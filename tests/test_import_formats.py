@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_arrays
+from conftest import change_protocols, tiny_arrays
 
 import condense
 from condense import files
 from condense.data import DataOptions
 from condense.errors import CondenseError
 from condense.exchange import import_set
+from condense.judge.records import check_record
 from condense.labels import RegressionLabels
 
 LABELS = torch.arange(3).repeat_interleave(2)
@@ -198,3 +199,12 @@ def test_leftovers_of_killed_processes_are_removed(tmp_path):
     running = os.getppid()
     expected = ["folder", "set.h5", f".set.h5.{running}.tmp", f".folder.{running}.tmp", f".other.h5.{dead.pid}.tmp"]
     assert left == sorted(expected)
+
+
+def test_records_of_imported_sets_say_so(imported, tiny, tmp_path, monkeypatch):
+    change_protocols(monkeypatch, tmp_path / "protocols", steps=2)
+    options = {"networks": "mlp", "runs": 1, "protocol": "quick-v1", "controls": [], "quiet": True}
+    record = condense.evaluate(imported([smooth(), LABELS]), tiny, **options)
+    assert record["set"]["origin"] == "published-set" and check_record(record) == []
+    made = condense.distill("random", tiny, 1, network="mlp", quiet=True)
+    assert "origin" not in condense.evaluate(made, tiny, **options)["set"]

@@ -231,6 +231,14 @@ def test_published_numbers_stand_apart(results, built, tmp_path):
     assert "paperonly" in rest.split("</form>")[0] and "paperonly" not in rest.split("</form>")[1]
 
 
+def test_sets_of_other_people_are_marked(results, built):
+    published = record()
+    published["set"]["origin"] = "published-set"
+    write(results, "dm", published)
+    write(results, "dsa", record("dsa"))
+    assert built()[1].count("set as its authors published it") == 1
+
+
 def test_balanced_accuracies_are_shown(results, built):
     imbalanced = record(runs=2)
     for entry in imbalanced["results"]:

@@ -21,7 +21,7 @@ from condense.formatting import by
 from condense.judge.arms import NetworkFactory, check_control, learned_lr, make_arms, own_source
 from condense.judge.label_source import find_label_teacher
 from condense.judge.protocol import OWN, Protocol, get_protocol
-from condense.judge.records import MAX_TEXT_LENGTH, RECORD_SCHEMA, environment, valid_cost
+from condense.judge.records import MAX_TEXT_LENGTH, PUBLISHED_SET, RECORD_SCHEMA, environment, valid_cost
 from condense.judge.scoring import compute_scores, cross_architecture, summary, time_to_accuracy
 from condense.judge.students import Evaluator
 from condense.ranks import Ranks
@@ -151,6 +151,7 @@ def _record(
             "dataset": manifest["dataset"],
             "ipc": manifest["ipc"],
             "seed": set_seed if isinstance(set_seed, int) else None,
+            **({"origin": PUBLISHED_SET} if "imported" in manifest else {}),
             "label_kind": kind,
             "network": own,
             "bytes": {**nbytes, "stored": nbytes["total"] - nbytes["external"]},

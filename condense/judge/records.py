@@ -31,6 +31,9 @@ from condense.version import __version__
 
 RECORD_SCHEMA = "condense.record/1"
 
+PUBLISHED_SET = "published-set"
+"""Origin of a set that was imported from files of other people, not made by this toolkit."""
+
 MAX_RECORD_BYTES = 16 * 1024 * 1024
 """Maximum size of a record file."""
 
