@@ -12,11 +12,13 @@ from torch import nn
 
 from condense import data as data_module
 from condense import jobs
-from condense.config import build_config
+from condense.config import build_config, whole_number
 from condense.data import DataOptions, Task
 from condense.device import differentiable_attention, out_of_memory_advice, pick_device, pick_precision
 from condense.engine import Run
 from condense.errors import CondenseError, did_you_mean
+from condense.files import as_path
+from condense.formatting import shorten
 from condense.jobs import resume
 from condense.networks import MemberKey, TeacherFile
 from condense.pretraining import (
@@ -57,9 +59,13 @@ def load(source: str | Path) -> DistilledSet:
     """
     if str(source) in packaged_sets():
         source = packaged_sets()[str(source)]
-    elif not Path(source).exists() and not str(source).endswith(".h5"):
-        hint = did_you_mean(str(source), packaged_sets()) or "; give the .h5 that `condense distill` writes"
-        raise CondenseError(f"'{source}' is no file and no ready-made set{hint}")
+    try:
+        exists = Path(source).exists()
+    except (OSError, TypeError, ValueError):  # too long, not a path, or with a NUL character
+        exists = False
+    if not exists and not (isinstance(source, (str, Path)) and str(source).endswith(".h5")):
+        hint = did_you_mean(source, packaged_sets()) or "; give the .h5 that `condense distill` writes"
+        raise CondenseError(f"'{shorten(str(source), 200)}' is no file and no ready-made set{hint}")
     return DistilledSet.load(source)
 
 
@@ -114,6 +120,9 @@ def distill(
             is written to ``out`` first.
     """
     checked: dict[str, Any] = {"network": network, "protocol": protocol, "device": device, "precision": precision}
+    ipc, seed = whole_number(ipc, "--ipc"), whole_number(seed, "--seed")
+    out = None if out is None else as_path(out, "--out")
+    directory = None if run_dir is None else as_path(run_dir, "--run-dir")
     jobs.check_request(method, settings, minutes=minutes, track=track, tag=tag, **checked)
     entry = METHODS.get(method)
     config = jobs.resolve_settings(entry, settings, ipc)
@@ -131,12 +140,11 @@ def distill(
         tag=tag,
         track=track,
         force=force,
-        out=str(Path(out).resolve()) if out else None,
+        out=str(out.resolve()) if out else None,
         protocol=protocol or entry.protocol,
         deterministic=deterministic,
     )
     jobs.check_fit(real, ipc, network or entry.network)
-    directory = None if run_dir is None else Path(run_dir)
     continues = directory is not None and not force and jobs.is_unfinished(directory, job)
     if not continues:
         jobs.check_outputs(real, ipc, out, directory, force=force)
@@ -218,6 +226,7 @@ def experts(
         CondenseError: invalid arguments, found before the work; or an expert diverged.
     """
     checked: dict[str, Any] = {"network": network, "held_out": held_out, "device": device, "precision": precision}
+    seed = whole_number(seed, "--seed")
     config = jobs.check_experts(method, settings, count=count, epochs=epochs, dtype=dtype, **checked)
     real = data if isinstance(data, Task) else task(data)
     network = network or METHODS.get(method).network
@@ -276,6 +285,7 @@ def teachers(
         CondenseError: invalid arguments, found before the work; or a teacher diverged.
     """
     checked: dict[str, Any] = {"held_out": held_out, "device": device, "precision": precision}
+    seed = whole_number(seed, "--seed")
     config = jobs.check_teachers(method, settings, networks=networks, count=count, epochs=epochs, **checked)
     real = data if isinstance(data, Task) else task(data)
     architectures = config.architectures(METHODS.get(method).network if method else DEFAULT_TEACHER_NETWORK)

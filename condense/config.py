@@ -8,8 +8,9 @@ import importlib.resources
 import inspect
 import itertools
 import math
+import operator
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +21,9 @@ C = TypeVar("C")
 
 MAX_INTEGER = 10**9
 """Maximum of a whole number in a setting."""
+
+MAX_SEED = 2**63 - 1
+"""Maximum of a seed: that of an integer in a manifest."""
 
 MAX_FLOAT = 3.4e38
 """Maximum of a number in a setting: that of float32."""
@@ -70,10 +74,13 @@ def build_config(config: type[C], settings: Mapping[str, Any], where: str) -> C:
             entry = OmegaConf.from_dotlist([f"{key}={value}"]) if isinstance(value, str) else {key: value}
             merged = OmegaConf.merge(merged, entry)
             _check_size(OmegaConf.select(merged, key))
-        except (OmegaConfBaseException, ValueError, OverflowError, RecursionError, yaml.YAMLError):
+        except (OmegaConfBaseException, TypeError, ValueError, OverflowError, RecursionError, yaml.YAMLError):
             plain_type = _plain_type(config, key)
             expected = _EXPECTED.get(plain_type, _type_name(config, key))
             faults.append(f"{shorten(f'{key}={value}', 200)}: must be {expected}")
+    missing = [key for key in names if OmegaConf.is_missing(merged, key) and key not in settings]
+    if missing:
+        faults.append(f"{where} lacks {', '.join(missing)}")
     if faults:
         raise CondenseError("; ".join(faults))
     values = {**OmegaConf.to_container(merged), **texts}  # type: ignore[dict-item]
@@ -90,7 +97,11 @@ def _has_interpolation(value: Any) -> bool:
 
 
 def _check_size(value: Any) -> None:
-    """Raises a ValueError for a number that no setting can need."""
+    """Raises a ValueError for a number that no setting can need, and for a list in a list."""
+    for element in value if isinstance(value, Sequence) and not isinstance(value, str) else ():
+        if not isinstance(element, (str, int, float)):
+            raise ValueError("not a list of plain values")
+        _check_size(element)
     if isinstance(value, int) and abs(value) > MAX_INTEGER:
         raise ValueError("too large")
     if isinstance(value, float) and not abs(value) <= MAX_FLOAT:
@@ -114,7 +125,32 @@ _EXPECTED = {
     "float": "a finite number",
     "bool": "true or false",
     "str": "text",
+    "list[int]": "a list of whole numbers",
+    "list[float]": "a list of finite numbers",
+    "list[str]": "a list of texts",
+    "dict[str, Any]": "a mapping",
 }
+
+
+def whole_number(value: Any, what: str) -> int:
+    """Returns a number that a caller gave in Python as an int.
+
+    Args:
+        value: an int, or an integer of numpy or torch.
+        what: messages call it, e.g. ``--ipc``.
+
+    Raises:
+        CondenseError: it is not a whole number, or does not fit into 64 bits.
+    """
+    try:
+        number = operator.index(value)
+    except (TypeError, ValueError):
+        number = None
+    if number is None or isinstance(value, bool):
+        raise CondenseError(f"{what} {shorten(repr(value), 100)}: must be a whole number")
+    if abs(number) > MAX_SEED:
+        raise CondenseError(f"{what} {shorten(str(number), 100)}: must be at most {MAX_SEED:,}")
+    return number
 
 
 def require_range(config: Any, **ranges: tuple[float, float]) -> None:

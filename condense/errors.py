@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class CondenseError(Exception):
@@ -14,15 +15,15 @@ MAX_LISTED = 40
 """Maximum number of names that a message lists."""
 
 
-def did_you_mean(name: str, names: Iterable[str], listing: str = "") -> str:
+def did_you_mean(name: Any, names: Iterable[str], listing: str = "") -> str:
     """``; did you mean 'x'?`` with the nearest of ``names``; if none is near, all names or, of many, the nearest three.
 
     Args:
-        name: as the user typed it.
+        name: as the user typed it; a value of another type in Python.
         names: that would be valid.
         listing: command that lists all names.
     """
-    name, names = name[:100], sorted(names)
+    name, names = str(name)[:100], sorted(names)
     matches = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     if matches:
         return f"; did you mean '{matches[0]}'?"

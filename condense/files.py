@@ -33,11 +33,27 @@ def check_name(name: str, what: str = "name") -> str:
         CondenseError: it is empty, longer than 100 characters, or has other characters than ASCII letters and digits,
             ``.``, ``_`` and ``-``, or begins with one of the latter.
     """
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+    if not (isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name)):
         raise CondenseError(
-            f"{what} '{shorten(name, 100)}': use up to 100 letters, digits, '.', '_' and '-', first a letter or digit"
+            f"{what} {shorten(str(name), 100)!r}: use up to 100 letters, digits, '.', '_' and '-', "
+            "first a letter or digit"
         )
     return name
+
+
+def as_path(value: str | Path, what: str) -> Path:
+    """Returns a path that a caller gave.
+
+    Args:
+        value: to check.
+        what: messages call it.
+
+    Raises:
+        CondenseError: it is not a path, or contains a NUL character.
+    """
+    if not isinstance(value, (str, os.PathLike)) or "\0" in os.fspath(value):
+        raise CondenseError(f"{what} {value!r}: is no path of a file or folder")
+    return Path(value)
 
 
 def check_writable(path: Path, *, force: bool, size: int = 0) -> None:

@@ -190,3 +190,62 @@ def test_damaged_h5_data_end(tmp_path):
     (tmp_path / "x.h5").write_bytes(content)
     with pytest.raises(CondenseError, match=r"x\.h5' cannot be read as arrays"):
         load_task(tmp_path / "x.h5")
+
+
+# Objects that are no images or labels --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        torch.rand(4, 1, 8, 8).to_sparse(),
+        torch.rand(4, 1, 8, 8, device="meta"),
+        [np.zeros((1, 8, 8 + number), np.uint8) for number in range(4)],
+    ],
+)
+def test_what_is_no_array_is_refused(images):
+    with pytest.raises(CondenseError, match=r"data: a .* cannot be used as an array") as error:
+        condense.task((images, [0, 1, 0, 1], images, [0, 1, 0, 1]))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("label", [np.inf, 1e30, 2.0**63])
+def test_labels_beyond_whole_numbers_are_named(label):
+    images = np.zeros((4, 1, 8, 8), np.uint8)
+    with pytest.raises(CondenseError, match=r"train labels must be 0\.\.C-1, but one is"):
+        condense.task((images, np.array([0, 1, 0, label])))
+
+
+def test_names_as_labels_are_refused_with_the_fix():
+    with pytest.raises(CondenseError, match=r"number the names, e.g. by np.unique\(labels, return_inverse=True\)"):
+        condense.task((np.zeros((4, 1, 8, 8), np.uint8), np.array(["a", "b", "a", "b"])))
+
+
+@pytest.mark.parametrize(
+    ("label", "words"),
+    [
+        (0.5, "has the label 0.5, not a whole number"),
+        (10**30, f"has the label {10**30}, not a whole number"),
+        (None, "has the label None, not a whole number"),
+        (torch.eye(2)[0], "has 2 labels; multi-label data are not supported"),
+    ],
+)
+def test_labels_of_a_dataset_are_whole_numbers(label, words):
+    with pytest.raises(CondenseError, match=f"item 1 of the train dataset {words}"):
+        condense.task(([(torch.zeros(1, 8, 8), 0), (torch.zeros(1, 8, 8), label)],))
+
+
+def test_an_empty_tuple_and_two_names_are_no_data():
+    with pytest.raises(CondenseError, match="data of type tuple cannot be used"):
+        condense.task(())
+    with pytest.raises(CondenseError, match=r"write NAME=PATH with one name"):
+        condense.task("a=" * 3000 + "digits")
+
+
+def test_class_names_of_an_hdf5_file_may_be_numbers(tmp_path):
+    arrays = dict(zip(KEYS, tiny_arrays()))
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        for key, value in arrays.items():
+            file[key] = value
+        file["classes"] = np.array([7, 8, 9])
+    assert load_task(tmp_path / "x.h5").classes == ("7", "8", "9")

@@ -26,6 +26,35 @@ class Example:
     """Flip."""
 
 
+@dataclass(frozen=True)
+class Lists:
+    """Of required settings."""
+
+    name: str
+    numbers: "list[int]"
+    rates: "list[float]"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": None}, "^x lacks name$"),
+        ({"numbers": None, "rates": None}, "^x lacks numbers, rates$"),
+        ({"numbers": {"a": 1}}, "numbers={'a': 1}: must be a list of whole numbers"),
+        ({"numbers": [[]]}, r"numbers=\[\[\]\]: must be a list of whole numbers"),
+        ({"numbers": [10**30]}, "must be a list of whole numbers"),
+        ({"rates": [float("nan")]}, "must be a list of finite numbers"),
+        ({"rates": [1.0, {}]}, "must be a list of finite numbers"),
+    ],
+)
+def test_required_settings_and_lists(change, message):
+    right = {"name": "a", "numbers": [1, 2], "rates": [0.5]}
+    assert config.build_config(Lists, right, "x") == Lists("a", [1, 2], [0.5])
+    wrong = {key: value for key, value in {**right, **change}.items() if value is not None}
+    with pytest.raises(CondenseError, match=message):
+        config.build_config(Lists, wrong, "x")
+
+
 def test_strings_become_types():
     built = config.build_config(Example, {"steps": "20", "lr_img": "1e-3", "fyi": "true", "init": "noise"}, "x")
     assert built == Example(20, 0.001, "noise", True)

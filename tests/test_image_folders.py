@@ -57,6 +57,8 @@ def load(root: Path, **options):
         ("seg_train", "seg_test"),
         ("seg_train/seg_train", "seg_test/seg_test"),
         ("train2017", "val2017"),
+        ("traindata", "testdata"),
+        ("trainsplit", "evalsplit"),
         ("TrainImages", "TestImages"),
         ("training_set", "test_set"),
     ],
@@ -302,3 +304,19 @@ def test_resize_is_bounded_by_the_data(tmp_path, side):
     for data in (str(tree(tmp_path / "d", "a", "b")), "digits"):
         with pytest.raises(CondenseError, match=f"resize={side}: .*give at most 1024|need about"):
             load_task(data, DataOptions(resize=side))
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "fix"),
+    [
+        ("train_set", "test", "split=train_set,test names the folders of the parts"),
+        ("learning", "validation", "split=TRAIN,validation names the folders of the parts"),
+        ("1_train", "2_test", "give split=1_train,TEST with the folder of the test images"),
+        ("trn", "holdout", "split=trn,holdout takes them as train and test images"),
+    ],
+)
+def test_the_message_names_the_parts_in_their_order(tmp_path, train, test, fix):
+    root = tree(tmp_path / "d", *parts(train, test))
+    with pytest.raises(CondenseError, match=fix):
+        load(root)
+    assert len(load(root, split=f"{train},{test}").test) == 15

@@ -5,9 +5,11 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from conftest import change_protocols
 
+import condense
 from condense import config, files, formatting
 from condense.engine import Run
 from condense.errors import CondenseError, did_you_mean, is_out_of_memory
@@ -254,3 +256,73 @@ def test_two_processes_train_experts_for_one_file(tmp_path):
 )
 def test_failed_allocations_are_recognised(fault, expected):
     assert is_out_of_memory(fault) == expected
+
+
+# -- arguments of Python calls ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ipc": 1.5}, "--ipc 1.5: must be a whole number"),
+        ({"ipc": "2"}, "--ipc '2': must be a whole number"),
+        ({"ipc": True}, "--ipc True: must be a whole number"),
+        ({"ipc": None}, "--ipc None: must be a whole number"),
+        ({"seed": None}, "--seed None: must be a whole number"),
+        ({"seed": 0.5}, "--seed 0.5: must be a whole number"),
+        ({"seed": 2**70}, "--seed 1180591620717411303424: must be at most 9,22"),
+        ({"minutes": "5"}, "--minutes 5: must be more than 0"),
+        ({"tag": 5}, "--tag '5'|--tag 5: use up to"),
+        ({"tag": "a\n"}, r"--tag 'a\\n': use up to 100 letters"),
+        ({"method": None}, "unknown method 'None'"),
+        ({"method": 5}, "unknown method '5'"),
+        ({"out": "a\0b.h5"}, "is no path of a file or folder"),
+        ({"out": 5}, "--out 5: is no path"),
+        ({"run_dir": "a\0b"}, "--run-dir .* is no path"),
+        ({"network": 5}, "network 5: give a name"),
+    ],
+)
+def test_arguments_of_distill(tiny, change, message):
+    arguments = {"method": "random", "data": tiny, "ipc": 1, "network": "mlp", **change}
+    with pytest.raises(CondenseError, match=message) as error:
+        condense.distill(**arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_integers_of_numpy_are_whole_numbers(tiny, tmp_path):
+    made = condense.distill("random", tiny, np.int64(2), network="mlp", seed=np.int64(3), out=tmp_path / "a.h5")
+    assert made.manifest["ipc"] == 2 and condense.load(tmp_path / "a.h5").manifest["seed"] == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"runs": 1.5}, "--runs 1.5: must be a whole number"),
+        ({"runs": "2"}, "--runs '2': must be a whole number"),
+        ({"seed": 1.5}, "--seed 1.5: must be a whole number"),
+        ({"protocol": 5}, "unknown protocol '5'"),
+        ({"classes": "0,1"}, "classes: give a list of names of .*, not the text '0,1'"),
+        ({"classes": [0, 1]}, "classes: '0' is no class"),
+        ({"controls": "nois"}, "--controls nois: unknown"),
+        ({"distilled": 5}, "5 is not a distilled set"),
+    ],
+)
+def test_arguments_of_evaluate(tiny, change, message):
+    made = condense.distill("random", tiny, 1, network="mlp")
+    arguments = {"distilled": made, "task": tiny, "networks": "mlp", "runs": 1, "protocol": "quick-v1", **change}
+    with pytest.raises(CondenseError, match=message):
+        condense.evaluate(**arguments)
+
+
+@pytest.mark.parametrize("source", [None, 5, "a\0b", "x" * 5000])
+def test_what_is_no_set_is_not_loaded(source):
+    with pytest.raises(CondenseError, match="is no file and no ready-made set"):
+        condense.load(source)
+
+
+def test_only_sets_are_joined_and_only_paths_resumed(tiny):
+    made = condense.distill("random", tiny, 1, network="mlp")
+    with pytest.raises(CondenseError, match="'digits/dm-ipc1' is not a distilled set"):
+        condense.join(made, "digits/dm-ipc1")
+    with pytest.raises(CondenseError, match="is no path of a file or folder"):
+        condense.resume(5)

@@ -246,3 +246,106 @@ def test_pixels_that_saturate_have_diverged(tiny, name):
     network = "convnet-d2-w8-bn" if name == "sre2l" else "convnet-d2-w8-in"
     with pytest.raises(CondenseError, match=r"not finite at step|at the ends of their range"):
         condense.distill(name, tiny, 2, network=network, **{**tiny_settings(name), "lr_img": 1e38})
+
+
+# -- networks that cannot be used -------------------------------------------------------------------------------------
+
+
+class Frozen(Linear):
+    def __init__(self):
+        super().__init__()
+        self.requires_grad_(False)
+
+
+class OnlyBuffers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("weight", torch.randn(64, 3))
+
+    def forward(self, x):
+        return x.flatten(1) @ self.weight
+
+
+class ScalarParameter(Linear):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x):
+        return super().forward(x) * self.scale
+
+
+class Complex(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(0.1 * torch.randn(64, 3, dtype=torch.cfloat))
+
+    def forward(self, x):
+        return (x.flatten(1).to(torch.cfloat) @ self.weight).abs()
+
+
+class DoublePrecision(Linear):
+    def __init__(self):
+        super().__init__()
+        self.double()
+
+    def forward(self, x):
+        return super().forward(x.double()).float()
+
+
+class WithoutGradient(Linear):
+    def features(self, x):
+        return super().features(x).detach()
+
+
+EXPERTS = {"steps": 1, "num_experts": 1, "buffer_epochs": 2, "max_start_epoch": 1, "expert_epochs": 1, "syn_steps": 1}
+
+
+@pytest.mark.parametrize(
+    ("method", "network", "words"),
+    [
+        ("dm", 5, "network 5: give a name or a function that makes a module"),
+        ("dc", OnlyBuffers, "network 'OnlyBuffers' has no parameters to train"),
+        ("mtt", Frozen, "the network has no trainable parameters"),
+        ("mtt", Complex, "the network's parameter 'model.weight' is torch.complex64; trajectories need torch.float32"),
+        ("mtt", DoublePrecision, "is torch.float64; trajectories need torch.float32"),
+        ("dc", Complex, "the network's output is complex"),
+        ("dm", WithoutGradient, "the network's output has no gradient"),
+    ],
+)
+def test_a_network_that_a_method_cannot_use_is_one_line(tiny, method, network, words):
+    settings = EXPERTS if method == "mtt" else {"steps": 1}
+    with pytest.raises(CondenseError, match=words):
+        condense.distill(method, tiny, 1, network=network, **settings)
+
+
+def test_networks_without_trainable_parameters_are_not_judged(tiny):
+    made = condense.distill("random", tiny, 1, network="mlp")
+    with pytest.raises(CondenseError, match="the network has no trainable parameters"):
+        condense.fit(made, Frozen, protocol="quick-v1")
+    with pytest.raises(CondenseError, match="network 5: give a name or a function"):
+        condense.evaluate(made, tiny, networks=5, runs=1)
+
+
+def test_a_factory_must_make_a_new_module_in_every_call(tiny):
+    module = Linear()
+    with pytest.raises(CondenseError, match=r"returns the same parameter 'hidden\.weight' twice; make a new module"):
+        condense.distill("dm", tiny, 1, network=lambda: module, steps=1)
+    backbone = nn.Linear(64, 16)
+    with pytest.raises(CondenseError, match=r"returns the same parameter '1\.weight' twice"):
+        condense.distill(
+            "dm", tiny, 1, network=lambda: nn.Sequential(nn.Flatten(), backbone, nn.Linear(16, 3)), steps=1
+        )
+    frozen = nn.Linear(64, 16).requires_grad_(False)
+    condense.distill("dm", tiny, 1, network=lambda: nn.Sequential(nn.Flatten(), frozen, nn.Linear(16, 3)), steps=1)
+
+
+def test_a_parameter_that_is_a_single_number(tiny):
+    made = condense.distill("mtt", tiny, 1, network=ScalarParameter, **EXPERTS)
+    assert made.stored.isfinite().all()
+
+
+def test_a_network_in_double_precision_is_judged(tiny, three_steps):
+    made = condense.distill("random", tiny, 1, network="mlp")
+    record = condense.evaluate(made, tiny, networks=DoublePrecision, runs=1, protocol="quick-v1", controls=[])
+    assert len(record["results"][0]["accuracies"]) == 1

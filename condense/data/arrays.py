@@ -114,12 +114,17 @@ def read_array_file(path: Path) -> dict[str, Any]:
             found = {key: file[key] for key in names & set(file) if isinstance(file[key], h5py.Dataset)}
             needed = sum(array.nbytes for array in found.values())
             check_host_memory(2 * needed, f"'{path}': the arrays", "give fewer or smaller images")
-            return {key: array.asstr()[()] if key == "classes" else array[()] for key, array in found.items()}
+            return {key: _read_classes(array) if key == "classes" else array[()] for key, array in found.items()}
     except CondenseError:
         raise
     except Exception as error:  # BadZipFile, zlib.error, OSError, ValueError, ... for a damaged file
         reason = str(error).split("\n")[0] or type(error).__name__
         raise CondenseError(f"'{path}' cannot be read as arrays: {reason}") from error
+
+
+def _read_classes(array: Any) -> Any:
+    """Class names of an HDF5 file, as text or numbers."""
+    return array.asstr("utf-8")[()] if array.dtype.kind in "OS" else array[()]
 
 
 def read_mapping(arrays: Mapping[str, Any], where: str, options: DataOptions) -> LoadedData:
@@ -167,12 +172,20 @@ def read_mapping(arrays: Mapping[str, Any], where: str, options: DataOptions) ->
 
 
 def to_array(values: Any) -> np.ndarray:
-    """Converts anything array-like to numpy, including tensors on any device; floating-point tensors become float32."""
-    if hasattr(values, "detach"):
-        values = values.detach().cpu()
-        values = values.float() if values.is_floating_point() else values
-        values = values.numpy()
-    return np.asarray(values)
+    """Converts anything array-like to numpy, including tensors on any device; floating-point tensors become float32.
+
+    Raises:
+        CondenseError: it is not an array, e.g. a sparse tensor or a list of arrays of different shapes.
+    """
+    try:
+        if hasattr(values, "detach"):
+            values = values.detach().cpu()
+            values = values.float() if values.is_floating_point() else values
+            values = values.numpy()
+        return np.asarray(values)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        reason = str(error).split("\n")[0][:200]
+        raise CondenseError(f"data: a {type(values).__name__} cannot be used as an array: {reason}") from error
 
 
 def check_images(splits: Sequence[Any], where: str) -> list[Any]:
@@ -260,11 +273,15 @@ def _labels(values: Any, count: int, part: str, where: str) -> np.ndarray:
         )
     whole = labels.dtype.kind in "iub" or (labels.dtype.kind == "f" and np.array_equal(labels, np.rint(labels)))
     if labels.ndim != 1 or not whole:
+        fix = "; number the names, e.g. by np.unique(labels, return_inverse=True)" if labels.dtype.kind in "USO" else ""
         raise CondenseError(
-            f"{where}: {part} labels must be whole numbers of shape (N,), not {labels.dtype} {labels.shape}"
+            f"{where}: {part} labels must be whole numbers of shape (N,), not {labels.dtype} {labels.shape}{fix}"
         )
     if len(labels) != count:
         raise CondenseError(f"{where}: {count} {part} images but {len(labels)} labels")
+    for label in (labels.min(initial=0), labels.max(initial=0)):
+        if not abs(float(label)) < 2**31:
+            raise CondenseError(f"{where}: {part} labels must be 0..C-1, but one is {label}")
     return labels.astype(np.int64)
 
 
@@ -411,14 +428,15 @@ def _collect(dataset: Any, part: str, pixels: _PixelFormat) -> tuple[np.ndarray,
             except ValueError as error:
                 raise CondenseError(f"{where} cannot be read as an image: {error}") from error
         image = to_array(image)
-        if np.ndim(label) > 0 and np.size(label) > 1:
-            raise CondenseError(
-                f"{where} has {np.size(label)} labels; multi-label data are not supported, give one class"
-            )
+        label = to_array(label)
+        if label.size > 1:
+            raise CondenseError(f"{where} has {label.size} labels; multi-label data are not supported, give one class")
         try:
-            labels[index] = int(label)
-        except (TypeError, ValueError) as error:
-            raise CondenseError(f"{where} has the label {label!r}, not a whole number") from error
+            labels[index] = int(label.item())
+        except (TypeError, ValueError, OverflowError) as error:
+            raise CondenseError(f"{where} has the label {label.item()!r}, not a whole number") from error
+        if labels[index] != label.item():
+            raise CondenseError(f"{where} has the label {label.item()!r}, not a whole number")
         if images is None:
             check_host_memory(2 * count * image.nbytes, f"data: {count} images of {by(image.shape)}", "give resize=N")
             images = np.empty((count, *image.shape), image.dtype)

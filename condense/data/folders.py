@@ -44,9 +44,9 @@ MODE_SAMPLE = 1000
 """Maximum number of train files that decide between grey and RGB and give the range of 16-bit images, evenly spaced."""
 
 ROLES: dict[str, Sequence[str]] = {
-    "train": ("train", "training", "trainset", "trainingset"),
-    "test": ("test", "testing", "testset", "testingset", "eval", "evaluation"),
-    "val": ("val", "valid", "validation", "valset", "validationset", "dev"),
+    "train": ("train", "training"),
+    "test": ("test", "testing", "eval", "evaluation"),
+    "val": ("val", "valid", "validation", "dev"),
 }
 """Words in the names of folders that say which part of the data they hold; of two test folders the first is taken."""
 
@@ -145,13 +145,22 @@ def _images_in(folder: Path) -> int:
     return sum(os.path.splitext(name)[1].lower() in image_formats() for name in names)
 
 
+SUFFIXES = ("", "set", "data", "dataset", "images", "imgs", "split")
+"""Words that may follow a word of ``ROLES`` without a separator, as in traindata."""
+
+
 def split_role(name: str) -> tuple[str, tuple[str, ...]] | None:
     """The part of the data that a folder's name states, and its other words; ``seg_Train`` is ("train", ("seg",)).
 
     None if the name has none of the words in ``ROLES``, or several.
     """
     words = [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+|[0-9]+", name)]
-    roles = [(role, word) for word in words for role, known in ROLES.items() if word in known]
+    roles = [
+        (role, word)
+        for word in words
+        for role, known in ROLES.items()
+        if any(word == start + end for start in known for end in SUFFIXES)
+    ]
     if len(roles) != 1:
         return None
     return roles[0][0], tuple(word for word in words if word != roles[0][1])
@@ -174,7 +183,12 @@ def _find_parts(root: Path, unused: Unused) -> list[PartFolder]:
     pairs = [group for group in groups.values() if "train" in group and len(group) > 1]
     if plain and "train" not in plain and not pairs:
         name = sorted(plain.items())[0][1][0]
-        raise CondenseError(f"{what}: has {name}/ but no train/; split=CLASS makes every folder a class")
+        others = [other for other in folders if other != name]
+        train = next((other for other in others if (role := split_role(other)) and role[0] == "train"), "TRAIN")
+        raise CondenseError(
+            f"{what}: has {name}/ but no train/; split={train},{name} names the folders of the parts, split=CLASS "
+            "makes every folder a class"
+        )
     if "train" not in plain and len(pairs) > 1:
         names = [name for group in pairs for name in group["train"]]
         raise CondenseError(f"{what}: has {' and '.join(names)}; split=TRAIN,TEST names the folders to use")
@@ -184,7 +198,7 @@ def _find_parts(root: Path, unused: Unused) -> list[PartFolder]:
                 if len(_folders(root / name)) > 1:
                     raise CondenseError(
                         f"{what}: {name}/ may hold the class folders of the train images, or be a class itself; give "
-                        f"split={name} or split=CLASS"
+                        f"split={name},TEST with the folder of the test images, split={name} or split=CLASS"
                     )
         return [PartFolder(())]
     group = plain if "train" in plain else pairs[0]
@@ -298,7 +312,8 @@ def _check_subfolders(root: Path, parts: Sequence[PartFolder], classes: Sequence
             only = ",".join(f"{prefix}/{inside[0]}" for prefix in prefixes)
             readings.append(f"split={only} takes only {inside[0]}/ of each")
     if len(parts) == 1 and len(classes) == 2 and not parts[0].head and not has_parts:
-        readings.append(f"split={','.join(classes)} takes them as train and test images, the sub-folders as classes")
+        ordered = sorted(classes, key=lambda name: not name.lower().startswith("tr"))
+        readings.append(f"split={','.join(ordered)} takes them as train and test images, the sub-folders as classes")
     facts = f"the folders {format_some(classes, 3)} have equal sub-folders ({format_some(inside, 3)})"
     raise CondenseError(f"data folder '{folder}': {facts}; {'; '.join(readings)}")
 

@@ -239,11 +239,13 @@ def class_numbers(names: Sequence[str], classes: Sequence[str], where: str) -> l
     Raises:
         CondenseError: a name is unknown or given twice, or fewer than two are given.
     """
+    if isinstance(names, str):
+        raise CondenseError(f"classes: give a list of names of {where}, not the text '{names}'")
     for name in names:
         if name not in classes:
             raise CondenseError(f"classes: '{name}' is no class of {where}{did_you_mean(name, classes)}")
     if len(set(names)) < max(2, len(names)):
-        raise CondenseError(f"classes={','.join(names)}: give at least two different classes of {where}")
+        raise CondenseError(f"classes={','.join(map(str, names))}: give at least two different classes of {where}")
     return [list(classes).index(name) for name in names]
 
 

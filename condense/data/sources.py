@@ -23,6 +23,7 @@ from condense.data.registered import DATASETS, apply_registered, datasets, read_
 from condense.data.tables import TABLE_SUFFIXES, list_table
 from condense.errors import CondenseError, did_you_mean
 from condense.files import check_name
+from condense.formatting import shorten
 
 _log = logging.getLogger(__name__)
 
@@ -40,8 +41,11 @@ def read_data(data: str, options: DataOptions, *, download: bool = False) -> Loa
     """
     name, equals, rest = data.partition("=")
     if equals and not os.path.exists(data):
+        if "=" in rest and not os.path.exists(rest):
+            raise CondenseError(f"data '{shorten(data, 200)}': write NAME=PATH with one name")
+        check_name(name)
         loaded = read_data(rest, options, download=download)
-        return apply_registered(replace(loaded, name=check_name(name), source=f"{name}={loaded.source}"), options)
+        return apply_registered(replace(loaded, name=name, source=f"{name}={loaded.source}"), options)
     if data in DATASETS:
         return read_registered(DATASETS.get(data), options, download)
     if data.startswith(HUB_PREFIX):
@@ -105,7 +109,7 @@ def _read_objects(data: Any, options: DataOptions) -> LoadedData:
     if len(parts) == 4 or (len(parts) == 2 and hasattr(parts[0], "dtype")):
         keys = ("train_images", "train_labels", "test_images", "test_labels")
         return read_mapping(dict(zip(keys, parts)), "data", options)
-    if len(parts) <= 2 and all(hasattr(part, "__getitem__") and hasattr(part, "__len__") for part in parts):
+    if 1 <= len(parts) <= 2 and all(hasattr(part, "__getitem__") and hasattr(part, "__len__") for part in parts):
         return read_torch_datasets(parts, options)
     raise CondenseError(
         f"data of type {type(data).__name__} cannot be used: give (train_images, train_labels, test_images, "

@@ -14,6 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from condense.errors import CondenseError
+
 Schedule = Callable[[float], float]
 """Maps the fraction of the run that is done, 0 to 1, to a factor on the learning rate."""
 
@@ -95,7 +97,14 @@ class SyntheticOptimizer:
         return {"first": torch.zeros_like(tensor), "second": torch.zeros_like(tensor), "steps": rows}
 
     def accumulate(self, loss: Tensor) -> None:
-        """Adds the gradients of ``loss`` to those of this step; the graph of ``loss`` is freed."""
+        """Adds the gradients of ``loss`` to those of this step; the graph of ``loss`` is freed.
+
+        Raises:
+            CondenseError: ``loss`` has no gradient, or is complex, because the network's outputs are.
+        """
+        if not loss.requires_grad or loss.is_complex():
+            reason = "is complex" if loss.is_complex() else "has no gradient: it is computed without autograd"
+            raise CondenseError(f"the network's output {reason}; take a network of real, differentiable operations")
         loss.backward()
         self.record_loss(loss)
 

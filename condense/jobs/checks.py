@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from condense import networks, rng
-from condense.config import build_config
+from condense.config import build_config, whole_number
 from condense.data import DataOptions, Task
 from condense.device import pick_device, pick_precision
 from condense.errors import CondenseError, did_you_mean
@@ -160,7 +161,9 @@ def _check_pretrains(method: str, networks: str) -> None:
 def _flag_faults(flags: Mapping[str, tuple[str, int | None]], held_out: float | None) -> list[str]:
     """Mistakes in ``--count``, ``--epochs`` and ``--held-out``."""
     faults = [
-        f"--{flag} {value}: must be at least 1" for flag, (_, value) in flags.items() if value is not None and value < 1
+        f"--{flag} {value}: must be at least 1"
+        for flag, (_, value) in flags.items()
+        if value is not None and whole_number(value, f"--{flag}") < 1
     ]
     if held_out is not None and not 0 <= held_out < 1:
         faults.append(f"--held-out {held_out:g}: must be at least 0 and less than 1")
@@ -178,8 +181,10 @@ def _raise(faults: Sequence[str]) -> None:
 
 
 def _check_minutes(minutes: float | None) -> None:
-    if minutes is not None and not 0 < minutes <= MAX_MINUTES:
-        raise CondenseError(f"--minutes {minutes:g}: must be more than 0 and at most {MAX_MINUTES:,}, ten years")
+    is_number = isinstance(minutes, numbers.Real)
+    if minutes is not None and not (is_number and 0 < minutes <= MAX_MINUTES):
+        shown = format(minutes, "g" if is_number else "")
+        raise CondenseError(f"--minutes {shown}: must be more than 0 and at most {MAX_MINUTES:,}, ten years")
 
 
 def check_fit(real: Task, ipc: int, network: str | Callable[..., nn.Module]) -> None:

@@ -16,7 +16,7 @@ from condense.data import DataOptions, Task, load_task
 from condense.device import deterministic_kernels, differentiable_attention, out_of_memory_advice, pick_device
 from condense.engine import VIEW_LABELS_FILE, VIEW_LABELS_STATE_FILE, Diverged, Run
 from condense.errors import CondenseError
-from condense.files import write_json
+from condense.files import as_path, write_json
 from condense.jobs.checks import check_fit, check_request
 from condense.jobs.job import (
     RESULT_FILE,
@@ -60,7 +60,8 @@ def resume(
         CondenseError: the folder is not a run directory, its network or data differ from those that the run began with,
             or its config differs from that of the checkpoint.
     """
-    directory, job = Path(run_dir), read_job(run_dir)
+    directory = as_path(run_dir, "--run-dir")
+    job = read_job(directory)
     if steps is not None:
         job = _with_steps(job, METHODS.get(job.method), steps, directory)
     elif minutes is None and job.out is not None and is_finished(directory):

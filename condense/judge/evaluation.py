@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import nn
 
 from condense import networks, rng
 from condense.commands import data_argument
-from condense.config import build_config
+from condense.config import build_config, whole_number
 from condense.data import DataOptions, Task, load_task
 from condense.device import out_of_memory_advice, pick_device, pick_precision
 from condense.errors import CondenseError
@@ -25,7 +25,7 @@ from condense.judge.records import MAX_TEXT_LENGTH, PUBLISHED_SET, RECORD_SCHEMA
 from condense.judge.scoring import compute_scores, cross_architecture, summary, time_to_accuracy
 from condense.judge.students import Evaluator
 from condense.ranks import Ranks
-from condense.sets import DistilledSet
+from condense.sets import DistilledSet, check_set
 from condense.training import Student, train
 
 
@@ -85,11 +85,14 @@ def evaluate(
     Raises:
         CondenseError: the data do not fit the set, an unknown network, protocol or control, or out of memory.
     """
+    check_set(distilled)
     rules = get_protocol(protocol or _default_protocol(distilled))
     torch_device = pick_device(device)
     precision = pick_precision(precision, torch_device)
+    seed = whole_number(seed, "--seed")
+    controls = [controls] if isinstance(controls, str) else controls or []
     architectures = _architectures(networks, distilled, rules)
-    runs = rules.runs if runs is None else runs
+    runs = rules.runs if runs is None else whole_number(runs, "--runs")
     if not isinstance(task, Task):
         task = load_task(task, build_config(DataOptions, data_options(distilled), "the data"))
     if classes is not None:
@@ -126,7 +129,8 @@ def _architectures(
     networks: str | NetworkFactory | Sequence[str | NetworkFactory] | None, distilled: DistilledSet, protocol: Protocol
 ) -> list[str | NetworkFactory]:
     """The architectures without repetitions; "own" is replaced by the network of the set."""
-    names = [networks] if isinstance(networks, str) or callable(networks) else networks
+    is_one = isinstance(networks, str) or callable(networks) or not isinstance(networks, Iterable)
+    names: Any = [networks] if is_one and networks is not None else networks
     own = distilled.manifest["network"]
     return list(dict.fromkeys(own if name == OWN else name for name in names or protocol.networks))
 
@@ -231,6 +235,8 @@ def fit(
     Raises:
         CondenseError: unknown network, protocol or device.
     """
+    check_set(distilled)
+    seed = whole_number(seed, "--seed")
     rules = get_protocol(protocol or _default_protocol(distilled))
     torch_device = pick_device(device)
     if isinstance(network, nn.Module):

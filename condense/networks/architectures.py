@@ -33,9 +33,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from condense.errors import CondenseError, did_you_mean, missing_package
-from condense.formatting import by
+from condense.formatting import by, shorten
 
 Shape = tuple[int, int, int]
 
@@ -394,7 +395,10 @@ class Wrapped(Network):
 
     def classify(self, embedding: Tensor) -> Tensor:
         """Applies the module's last linear layer: maps (N, D) to (N, classes)."""
-        return embedding if self.last is None else self.model.get_submodule(self.last)(embedding)
+        if self.last is None:
+            return embedding
+        last = self.model.get_submodule(self.last)
+        return last(embedding.to(next(last.parameters()).dtype))  # of a module in double precision
 
     def embed(self, x: Tensor, maps: list[Tensor] | None = None) -> Tensor:
         embeddings: list[Tensor] = []
@@ -478,11 +482,13 @@ def _from_library(network: str, shape: Shape, classes: int) -> Wrapped:
 
 
 def _from_factory(factory: Callable[..., nn.Module], shape: Shape, classes: int) -> Network:
-    name = getattr(factory, "__qualname__", type(factory).__name__)
+    name = _factory_name(factory)
     if isinstance(factory, nn.Module):
         raise CondenseError(
             f"network '{name}' is a module; give a function that makes a new one, e.g. lambda: {name}()"
         )
+    if not callable(factory):
+        raise CondenseError(f"network {shorten(repr(factory), 100)}: give a name or a function that makes a module")
     try:
         parameters = inspect.signature(factory).parameters.values()
     except ValueError as error:
@@ -493,9 +499,15 @@ def _from_factory(factory: Callable[..., nn.Module], shape: Shape, classes: int)
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         reason = (str(error) or type(error).__name__).strip().split("\n")[0]
         raise CondenseError(f"network '{name}' cannot be built for {by(shape)} images: {reason}") from error
+    if next(model.parameters(), None) is None:
+        raise CondenseError(f"network '{name}' has no parameters to train")
     net = model if isinstance(model, Network) else Wrapped(model, shape, classes, name=name)
     net.rebuild = make
     return net
+
+
+def _factory_name(factory: Callable[..., nn.Module]) -> str:
+    return getattr(factory, "__qualname__", type(factory).__name__)
 
 
 _ARGUMENT_NAMES = {
@@ -540,12 +552,27 @@ def _factory_arguments(
     )
 
 
+_MADE: Any = WeakIdKeyDictionary()
+"""Trainable parameters of the modules that factories have made."""
+
+
 def _call_factory(
     factory: Callable[..., nn.Module], arguments: tuple[list[Any], dict[str, Any]], shape: Shape
 ) -> nn.Module:
-    """Builds a module; the first forward pass of lazy layers sets their sizes and weights."""
+    """Builds a module; the first forward pass of lazy layers sets their sizes and weights.
+
+    Raises:
+        CondenseError: a parameter belongs to an earlier module, whose training would go on in this one.
+    """
     positional, keywords = arguments
     model = factory(*positional, **keywords)
+    for path, parameter in model.named_parameters():
+        if parameter in _MADE:
+            raise CondenseError(
+                f"network '{_factory_name(factory)}' returns the same parameter '{path}' twice; make a new module in "
+                "every call, e.g. with copy.deepcopy"
+            )
+    _MADE.update({parameter: None for parameter in model.parameters() if parameter.requires_grad})
     if any(nn.parameter.is_lazy(parameter) for parameter in model.parameters()):
         with torch.no_grad():
             model.eval()(torch.zeros(2, *shape))

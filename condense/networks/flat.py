@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from condense import rng
 from condense.data import Task
+from condense.errors import CondenseError
 from condense.networks import architectures
 
 
@@ -44,8 +45,15 @@ class Layout:
         return sum(self.sizes)
 
     def flatten(self, state: Mapping[str, Tensor] | nn.Module) -> Tensor:
-        """Copies the parameters of a network, or of a mapping by name, to a new vector (P,) on their device."""
+        """Copies the parameters of a network, or of a mapping by name, to a new vector (P,) on their device.
+
+        Raises:
+            CondenseError: a parameter is complex or in double precision, which a vector of float32 cannot hold.
+        """
         parameters = dict(state.named_parameters()) if isinstance(state, nn.Module) else state
+        for name in self.names:
+            if (dtype := parameters[name].dtype) == torch.float64 or dtype.is_complex:
+                raise CondenseError(f"the network's parameter '{name}' is {dtype}; trajectories need torch.float32")
         return torch.cat(
             [parameters[name].detach().reshape(-1) for name in self.names]
         )  # cat copies even a single tensor
@@ -54,7 +62,9 @@ class Layout:
         """Splits a flat vector (..., P) into the parameters, as views with gradients, for
         ``torch.func.functional_call``."""
         parts = theta.split(self.sizes, -1)
-        return {name: part.view(*theta.shape[:-1], *shape) for name, part, shape in zip(self.names, parts, self.shapes)}
+        return {
+            name: part.view((*theta.shape[:-1], *shape)) for name, part, shape in zip(self.names, parts, self.shapes)
+        }
 
     def describe(self) -> list[list[Any]]:
         """Returns name and shape of each parameter, for the manifest."""

@@ -26,7 +26,7 @@ from condense.data import (
 )
 from condense.errors import CondenseError
 from condense.files import atomic_write, check_writable
-from condense.formatting import by
+from condense.formatting import by, shorten
 from condense.hdf5 import RESTORE_HINT
 from condense.labels import LABEL_KINDS, HardLabels, Labels, stated_image_shape
 from condense.sets.schema import SET_SCHEMA
@@ -301,6 +301,17 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor | int]]):
         except CondenseError as fault:
             raise CondenseError(f"{path}: {fault}") from fault
         return loaded
+
+
+def check_set(value: Any) -> DistilledSet:
+    """Returns a set that a caller gave.
+
+    Raises:
+        CondenseError: it is something else.
+    """
+    if not isinstance(value, DistilledSet):
+        raise CondenseError(f"{shorten(repr(value), 100)} is not a distilled set; condense.load(FILE) reads one")
+    return value
 
 
 def packaged_sets() -> dict[str, Path]:

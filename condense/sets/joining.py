@@ -12,7 +12,7 @@ from condense.data import transform_from_arrays
 from condense.errors import CondenseError, did_you_mean
 from condense.formatting import by
 from condense.labels import HardLabels
-from condense.sets.distilled import DistilledSet
+from condense.sets.distilled import DistilledSet, check_set
 from condense.version import __version__
 
 
@@ -38,7 +38,7 @@ def join(
         CondenseError: labels are not hard, shapes differ, the sets are whitened differently, or ``class_map`` names no
             class of ``second``.
     """
-    for distilled in (first, second):
+    for distilled in (check_set(first), check_set(second)):
         if not distilled.labels.is_hard:
             raise CondenseError(
                 f"{distilled.name}: {distilled.labels.kind} labels cannot be joined; convert them with: "

@@ -124,7 +124,13 @@ def _epoch_order(seed: int, size: int, epoch: int) -> Tensor:
 
 
 def make_optimizer(parameters: Sequence[Tensor], recipe: TrainConfig, stacked: bool = False) -> torch.optim.Optimizer:
-    """Creates the optimiser of a recipe. If ``stacked``, parameters have a leading axis of networks."""
+    """Creates the optimiser of a recipe. If ``stacked``, parameters have a leading axis of networks.
+
+    Raises:
+        CondenseError: There are no parameters.
+    """
+    if not parameters:
+        raise CondenseError("the network has no trainable parameters; set requires_grad of some of them")
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
     # By default biases and scales of norms are not decayed, as for SRe2L's students on ImageNet: decaying them weakens
