@@ -13,8 +13,17 @@ from typing import Any
 
 from condense import api, networks
 from condense.benchmarks import leaderboard
-from condense.config import MAX_INTEGER, as_mapping, build_config, packaged_yaml, read_yaml_file, suite_cells
-from condense.data import DATASETS, Task
+from condense.config import (
+    MAX_INTEGER,
+    RUN_KEYS,
+    as_mapping,
+    build_config,
+    load_recipe,
+    packaged_yaml,
+    read_yaml_file,
+    suite_cells,
+)
+from condense.data import DATASETS, DataOptions, Task
 from condense.device import pick_device
 from condense.errors import CondenseError, did_you_mean
 from condense.files import check_name
@@ -24,6 +33,7 @@ from condense.jobs import distill_command
 from condense.judge import MAX_RUNS, OWN, evaluation, get_protocol, records
 from condense.judge import arms as arms_module
 from condense.ranks import Ranks
+from condense.registry import METHODS
 from condense.sets import DistilledSet, save_grid
 from condense.tracking import is_main_process
 
@@ -38,19 +48,24 @@ class Suite:
     """Begins the names of its records."""
     summary: str
     """One line for people."""
-    protocol: str
-    """What every set is judged under."""
     runs: int
     """Students per arm."""
     seeds: list[int]
     """Seeds of the distilling, each a row of its own."""
     networks: list[str]
-    """Architectures judged on; "own" is that of the task."""
-    tasks: dict[str, Any]
+    """Architectures judged on; "own" is that of the task or recipe."""
+    protocol: str = ""
+    """What every set is judged under; sets of ``cells`` under the protocol of their recipe."""
+    tasks: dict[str, Any] = field(default_factory=dict)
     """Data by name: ``ipc``, a list of images per class, ``network`` that methods match with, ``controls`` (arms)."""
     methods: dict[str, Any] = field(default_factory=dict)
     """Method, with settings by ``DATA-ipcN``, null where a cell is left out; by default those in the methods' own YAML
     files."""
+    cells: dict[str, Any] = field(default_factory=dict)
+    """Instead of tasks and methods: cells by name, each a ``recipe`` with settings that differ from it, and ``controls``
+    where they differ from the suite's."""
+    controls: list[str] = field(default_factory=list)
+    """Control arms of ``cells``."""
 
 
 @dataclass(frozen=True)
@@ -61,14 +76,26 @@ class Cell:
     method: str
     data: str
     ipc: int
-    network: str
+    network: str | None
+    """None: the default of the method."""
     seed: int
+    protocol: str
+    controls: tuple[str, ...]
     settings: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Options of the data."""
+    name: str = ""
+    """Of a cell that is a recipe."""
 
     @property
     def stem(self) -> str:
         """Name of its files."""
-        return f"{self.suite}-{self.data}-{self.method}-ipc{self.ipc}-seed{self.seed}"
+        return f"{self.suite}-{self.name or f'{self.data}-{self.method}-ipc{self.ipc}'}-seed{self.seed}"
+
+    @property
+    def own_network(self) -> str:
+        """The network that it is made with."""
+        return self.network or METHODS.get(self.method).network
 
 
 @dataclass
@@ -114,11 +141,18 @@ def _read_suite(path: Path, where: str) -> Suite:
     suite = build_config(Suite, read_yaml_file(path, where), where)
     checks: list[Callable[[], Any]] = [
         lambda: check_name(suite.name, f"{where}: name"),
-        lambda: get_protocol(suite.protocol),
         functools.partial(_check_numbers, f"{where}: runs", [suite.runs], MAX_RUNS),
         functools.partial(_check_numbers, f"{where}: seeds", suite.seeds, 2**63 - 1, minimum=0),
     ]
     checks += [functools.partial(networks.check_network, name) for name in suite.networks if name != OWN]
+    checks += [functools.partial(arms_module.check_control, name) for name in suite.controls]
+    if suite.cells:
+        if suite.tasks or suite.methods or suite.protocol:
+            raise CondenseError(f"{where}: cells go without tasks, methods and protocol")
+        checks += [functools.partial(_recipe_cell, suite, name, 0, where) for name in suite.cells]
+        checks_module.run_checks(*checks)
+        return suite
+    checks.append(lambda: get_protocol(suite.protocol))
     cell_networks: dict[str, str] = {}
     for data, content in as_mapping(suite.tasks, f"{where}: tasks").items():
         task = build_config(_Data, as_mapping(content, f"{where}: {data}"), f"{where}: {data}")
@@ -141,6 +175,30 @@ def _read_suite(path: Path, where: str) -> Suite:
             )
     checks_module.run_checks(*checks)
     return suite
+
+
+def _recipe_cell(suite: Suite, name: str, seed: int, where: str) -> Cell:
+    """The cell of a recipe.
+
+    Raises:
+        CondenseError: the recipe is unknown, or its settings are invalid.
+    """
+    check_name(name, f"{where}: cells")
+    keys = dict(as_mapping(suite.cells[name], f"{where}: {name}"))
+    try:
+        recipe, controls = str(keys.pop("recipe", "")), keys.pop("controls", suite.controls)
+        for control in controls:
+            arms_module.check_control(control)
+        keys = load_recipe(recipe) | keys
+        entry = METHODS.get(str(keys["method"]))
+        settings = {key: value for key, value in keys.items() if key not in RUN_KEYS}
+        options = {key: settings.pop(key) for key in list(settings) if key in DataOptions.__dataclass_fields__}
+        network, protocol = keys.get("network"), str(keys.get("protocol", entry.protocol))
+        checks_module.check_request(entry.name, settings, options, network=network, protocol=protocol)
+    except CondenseError as fault:
+        raise CondenseError(f"{where}: {name}: {fault}") from fault
+    fields = {"settings": settings, "options": options, "name": name, "protocol": protocol, "controls": tuple(controls)}
+    return Cell(suite.name, entry.name, str(keys["data"]), int(keys["ipc"]), network, seed, **fields)
 
 
 def _check_numbers(where: str, values: Sequence[int], maximum: int, *, minimum: int = 1) -> None:
@@ -171,12 +229,30 @@ def cells(suite: Suite, methods: Sequence[str] = (), datasets: Sequence[str] = (
     Raises:
         CondenseError: a method or dataset that the suite does not have.
     """
-    for flag, asked, known in (("--methods", methods, suite.methods), ("--datasets", datasets, suite.tasks)):
+    recipes = [_recipe_cell(suite, name, seed, suite.name) for name in suite.cells for seed in suite.seeds]
+    known_methods = dict.fromkeys([*suite.methods, *(cell.method for cell in recipes)])
+    for flag, asked, known in (("--methods", methods, known_methods), ("--datasets", datasets, datasets_of(suite))):
         for name in asked:
             if name not in known:
                 raise CondenseError(f"{flag} {name}: not in the suite '{suite.name}'{did_you_mean(name, known)}")
+    if recipes:
+        return [
+            cell
+            for cell in recipes
+            if (not methods or cell.method in methods) and (not datasets or cell.data in datasets)
+        ]
     return [
-        Cell(suite.name, method, data, ipc, task.network, seed, suite.methods[method].get(f"{data}-ipc{ipc}") or {})
+        Cell(
+            suite.name,
+            method,
+            data,
+            ipc,
+            task.network,
+            seed,
+            suite.protocol,
+            tuple(task.controls),
+            suite.methods[method].get(f"{data}-ipc{ipc}") or {},
+        )
         for data, task in suite.tasks.items()
         if not datasets or data in datasets
         for ipc in task.ipc
@@ -185,6 +261,12 @@ def cells(suite: Suite, methods: Sequence[str] = (), datasets: Sequence[str] = (
         if suite.methods[method].get(f"{data}-ipc{ipc}", {}) is not None
         for seed in suite.seeds
     ]
+
+
+def datasets_of(suite: Suite) -> list[str]:
+    """Names of the data of a suite."""
+    recipes = [_recipe_cell(suite, name, 0, suite.name) for name in suite.cells]
+    return list(dict.fromkeys([*suite.tasks, *(cell.data for cell in recipes)]))
 
 
 def run(
@@ -215,13 +297,14 @@ def run(
     """
     selected = cells(suite, methods, datasets)
     outcome = SuiteResult()
-    tasks: dict[str, Task | str] = {}
+    tasks: dict[tuple[str, str], Task | str] = {}
     ranks = Ranks(pick_device(device))
     began, spent = time.monotonic(), 0
     for number, cell in enumerate(selected, 1):
-        if cell.data not in tasks:
-            tasks[cell.data] = _task(cell.data, data or {}, download)
-        real, path = tasks[cell.data], out / RECORDS / f"{cell.stem}.json"
+        key = cell.data, repr(cell.options)
+        if key not in tasks:
+            tasks[key] = _task(cell, data or {}, download)
+        real, path = tasks[key], out / RECORDS / f"{cell.stem}.json"
         try:
             if isinstance(real, str):
                 raise CondenseError(real)
@@ -246,12 +329,13 @@ def run(
     return outcome
 
 
-def _task(name: str, data: Mapping[str, str], download: bool) -> Task | str:
+def _task(cell: Cell, data: Mapping[str, str], download: bool) -> Task | str:
     """The data, or why they cannot be had."""
+    name = cell.data
     if name not in data and name not in DATASETS:
         return f"no data called {name}; give --data {name}=PATH"
     try:
-        return api.task(data.get(name, name), name=name, download=download)
+        return api.task(f"{name}={data[name]}" if name in data else name, download=download, **cell.options)
     except CondenseError as fault:
         return str(fault)
 
@@ -262,11 +346,11 @@ def _is_current(path: Path, suite: Suite, cell: Cell, real: Task, device: str, p
         record = records.read_record(path)
     except CondenseError:
         return False
-    protocol = get_protocol(suite.protocol)
+    protocol = get_protocol(cell.protocol)
     judged = {entry["network"] for entry in record["results"]}
-    expected = {cell.network if name == OWN else name for name in suite.networks}
+    expected = {cell.own_network if name == OWN else name for name in suite.networks}
     arms = {entry["arm"] for entry in [*record["results"], *record["missing"]]}
-    command = distill_command(**_cell_arguments(suite, cell, real), device=device, precision=precision)
+    command = distill_command(**_cell_arguments(cell, real), device=device, precision=precision)
     return (
         # The order of key=value settings in a command follows the fields of the config, which may be reordered.
         sorted(shlex.split(str(record["set"]["command"]))) == sorted(shlex.split(command))
@@ -274,11 +358,11 @@ def _is_current(path: Path, suite: Suite, cell: Cell, real: Task, device: str, p
         and (record["protocol"]["name"], record["protocol"]["version"]) == (protocol.name, protocol.version)
         and record["runs"] == suite.runs
         and expected <= judged
-        and set(suite.tasks[cell.data].controls) <= arms
+        and set(cell.controls) <= arms
     )
 
 
-def _cell_arguments(suite: Suite, cell: Cell, real: Task) -> dict[str, Any]:
+def _cell_arguments(cell: Cell, real: Task) -> dict[str, Any]:
     """The cell as arguments of ``api``."""
     return {
         "method": cell.method,
@@ -286,7 +370,7 @@ def _cell_arguments(suite: Suite, cell: Cell, real: Task) -> dict[str, Any]:
         "ipc": cell.ipc,
         "network": cell.network,
         "seed": cell.seed,
-        "protocol": suite.protocol,
+        "protocol": cell.protocol,
         **cell.settings,
     }
 
@@ -295,7 +379,7 @@ def _fill(suite: Suite, cell: Cell, real: Task, out: Path, device: str, precisio
     """Makes, judges and draws one cell; a line on what came out."""
     began = time.monotonic()
     distilled = api.distill_or_resume(
-        **_cell_arguments(suite, cell, real),
+        **_cell_arguments(cell, real),
         out=out / SETS / f"{cell.stem}.h5",
         run_dir=out / RUNS / cell.stem,
         device=device,
@@ -320,7 +404,7 @@ def judge(suite: Suite, cell: Cell, distilled: DistilledSet, real: Task, **optio
         real,
         networks=suite.networks,
         runs=suite.runs,
-        protocol=suite.protocol,
-        controls=suite.tasks[cell.data].controls,
+        protocol=cell.protocol,
+        controls=cell.controls,
         **options,
     )

@@ -72,6 +72,53 @@ def test_a_table_is_made_once(place, monkeypatch):
     assert {path: path.read_bytes() for path in outcome.made} == before
 
 
+RECIPES = """
+name: cells
+summary: recipes
+runs: 1
+seeds: [0]
+networks: [own]
+controls: [random]
+cells:
+  dm-tiny.2-steps: {recipe: dm/tiny, steps: 2}
+  random: {recipe: random/tiny, controls: []}
+"""
+
+
+def test_cells_of_recipes(tmp_path):
+    (tmp_path / "cells.yaml").write_text(RECIPES)
+    suite = suites.get_suite(str(tmp_path / "cells.yaml"))
+    assert suites.datasets_of(suite) == ["digits"]
+    outcome = suites.run(suite, tmp_path / "out")
+    assert [path.stem for path in outcome.made] == ["cells-dm-tiny.2-steps-seed0", "cells-random-seed0"]
+    dm, random = map(records.read_record, outcome.made)
+    assert "steps=2" in dm["set"]["command"] and dm["protocol"]["name"] == "quick-v1"  # the recipe's
+    assert [entry["arm"] for entry in dm["results"]] == ["distilled", "random"]
+    assert [entry["arm"] for entry in random["results"]] == ["distilled"]
+    assert len(suites.run(suite, tmp_path / "out").kept) == 2
+    assert [cell.method for cell in suites.cells(suite, methods=["random"])] == ["random"]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (("dm/tiny", "dm/tyni"), "dm-tiny.2-steps: .*'dm/tyni'"),
+        (("steps: 2", "stepz: 2"), "stepz=2: no such setting"),
+        (("controls: []", "controls: [rendom]"), "rendom"),
+        (("seeds: [0]", "seeds: [0]\nprotocol: quick-v1"), "cells go without tasks"),
+    ],
+)
+def test_wrong_cells_of_recipes(tmp_path, change, message):
+    (tmp_path / "cells.yaml").write_text(RECIPES.replace(*change))
+    with pytest.raises(CondenseError, match=message):
+        suites.get_suite(str(tmp_path / "cells.yaml"))
+
+
+def test_the_published_cells_are_those_of_papers():
+    suite = suites.get_suite("published")
+    assert len(suites.cells(suite)) >= 20 and suites.datasets_of(suite) == ["cifar10", "cifar100"]
+
+
 def test_a_changed_setting_makes_only_its_own_cells_again(place):
     run(place)
     (place / "mini.yaml").write_text(TEXT.replace("tiny-ipc2: {steps: 3", "tiny-ipc2: {steps: 4"))

@@ -110,12 +110,13 @@ def suite(
     from condense.benchmarks import suite as suite_module
 
     chosen = suite_module.get_suite(name)
+    known = suite_module.datasets_of(chosen)
     paths = dict(entry.partition("=")[::2] for entry in data or [])
     for dataset, path in paths.items():
         if not path:
-            raise CondenseError(f"--data {dataset}: write NAME=PATH; {chosen.name} has {', '.join(chosen.tasks)}")
-        if dataset not in chosen.tasks:
-            hint = did_you_mean(dataset, chosen.tasks)
+            raise CondenseError(f"--data {dataset}: write NAME=PATH; {chosen.name} has {', '.join(known)}")
+        if dataset not in known:
+            hint = did_you_mean(dataset, known)
             raise CondenseError(f"--data {dataset}={path}: not one of the data of {chosen.name}{hint}")
     out = out or Path("suites") / chosen.name
     outcome = suite_module.run(
