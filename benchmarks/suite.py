@@ -62,8 +62,8 @@ class Suite:
     """Method, with settings by ``DATA-ipcN``, null where a cell is left out; by default those in the methods' own YAML
     files."""
     cells: dict[str, Any] = field(default_factory=dict)
-    """Instead of tasks and methods: cells by name, each a ``recipe`` with settings that differ from it, and ``controls``
-    where they differ from the suite's."""
+    """Instead of tasks and methods: cells by name, each a ``recipe`` with settings that differ from it, and with
+    ``controls`` where they differ from the suite's."""
     controls: list[str] = field(default_factory=list)
     """Control arms of ``cells``."""
 
