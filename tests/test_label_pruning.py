@@ -128,6 +128,26 @@ def test_ranks_share_the_classes_out(tiny):
         assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
 
 
+def test_the_released_moments_of_classes_are_moving_averages(tiny_colour):
+    """The last images count; variances within an image are smaller than those of a class."""
+    run, net = a_run(tiny_colour), warm(NETWORK, (3, 8, 8)).float()
+    found = lpld.moving_class_moments(run, net)
+    task, views = run.task, lpld.CropViews(flip=tiny_colour.mirror)
+    for c in range(task.num_classes):
+        draws, ids = rng.Draws(run.seed, "class moments", c), torch.from_numpy(task.class_ids(c))
+        images = task.batch(ids[draws.sample(len(ids), lpld.MOVING_IMAGES)])
+        images = views.apply(images, views.draw(draws, len(images), (8, 8)))
+        averages = [(torch.zeros(norm.num_features), torch.ones(norm.num_features)) for norm in norms_of(net)]
+        for image in images:
+            for k, x in enumerate(inputs_of_norms(net, image[None])[1]):
+                now = x.mean((0, 2, 3)), x.transpose(0, 1).flatten(1).var(1)
+                averages[k] = tuple(0.9 * old + 0.1 * new for old, new in zip(averages[k], now))
+        for (means, variances), (mean, variance) in zip(found, averages):
+            torch.testing.assert_close(means[c], mean.detach(), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(variances[c], variance.detach(), rtol=1e-4, atol=1e-5)
+    assert not any(layer._forward_pre_hooks for layer in net.modules())
+
+
 @pytest.mark.parametrize("name", [NETWORK, "resnet18-bn", "vgg11-bn"])
 def test_loss_and_slope_with_moments_of_classes_equal_the_formula(name):
     net, classes = warm(name, (3, 16, 16)), torch.tensor([2, 2, 2, 0, 0, 0])

@@ -17,6 +17,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from condense import rng
+from condense.augment import CropViews
+from condense.config import require_one_of
 from condense.data import Task
 from condense.engine import Run
 from condense.errors import CondenseError
@@ -54,6 +57,9 @@ class LPLD(PruningOptions, RecoveryOptions):
     of the last classes then stay as initialised."""
     labels: str = "pool"
     """{inherited} Also pool: stored logits of a few of the label_epochs, from which a student's epochs are drawn."""
+    statistics: str = "exact"
+    """Moments of a class: exact (all its real images) or moving (as released: averages of single crops with momentum 0.1,
+    so those of its last images, whose variances are about half)."""
     keep: float = 0.025
     """Share of the labelled epochs that is stored for each class."""
 
@@ -62,6 +68,7 @@ class LPLD(PruningOptions, RecoveryOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_pruning()
+        require_one_of(self, statistics=("exact", "moving"))
         if self.batch_classes != 1:
             raise CondenseError(
                 f"batch_classes={self.batch_classes}: batches have the images of one class; leave it at 1, or use sre2l"
@@ -96,6 +103,53 @@ def class_moments(run: Run, net: Network) -> list[Moments]:
         mean, variance = norm.running_mean + gap, square - gap.square()
         moments.append((mean.to(norm.running_mean), variance.to(norm.running_mean)))
     return moments
+
+
+MOVING_MOMENTUM, MOVING_IMAGES = 0.1, 256
+"""Momentum of the released averages, and the images of a class that count: earlier ones have less than 2e-12 weight."""
+
+
+def moving_class_moments(run: Run, net: Network) -> list[Moments]:
+    """As :func:`class_moments`, but as released: moving averages over the images of a class one by one.
+
+    Each image is one random crop with a flip. The averages start at mean 0 and variance 1.
+    """
+    task, norms = run.task, [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    moments = [torch.zeros(2, task.num_classes, norm.num_features, device=run.device) for norm in norms]
+    views = CropViews(flip=task.mirror)
+    with run.stage("preparation", len(run.classes)) as stage:
+        for c in run.classes[: stage.units]:
+            draws = rng.Draws(run.seed, "class moments", c)
+            ids = torch.from_numpy(task.class_ids(c))
+            images = task.batch(ids[draws.sample(len(ids), MOVING_IMAGES)])
+            crops = views.draw(draws, len(images), images.shape[-2:]).to(images.device)
+            decay = (1 - MOVING_MOMENTUM) ** torch.arange(len(images), -1, -1, device=run.device)
+            with _image_moments(norms) as found:
+                compute_logits(net, views.apply(images, crops), batch_size=len(images))
+            for total, (mean, variance) in zip(moments, found):
+                total[0, c] = MOVING_MOMENTUM * decay[1:] @ mean
+                total[1, c] = decay[0] + MOVING_MOMENTUM * decay[1:] @ variance
+            stage.report(c)
+    for total in moments:
+        run.ranks.all_reduce_sum(total)
+    return [(mean, variance) for mean, variance in moments]
+
+
+@contextmanager
+def _image_moments(norms: Sequence[nn.Module]) -> Iterator[list[Moments]]:
+    """Collects mean and unbiased variance over the pixels of each image for every input of ``norms``, (N, C) each."""
+    found: list[Moments] = []
+
+    def note(norm: Any, inputs: tuple[Tensor, ...]) -> None:
+        variance, mean = torch.var_mean(inputs[0].float().flatten(2), dim=2)
+        found.append((mean, variance))
+
+    handles = [norm.register_forward_pre_hook(note) for norm in norms]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
@@ -143,8 +197,8 @@ def lpld(task: Task, config: LPLD, run: Run) -> SyntheticSet:
 
     Xiao & He, NeurIPS 2024. L = CE + bn_weight * (sum over BatchNorms, the first times 10, of |mean - class mean| +
     |variance - class variance|). The released program computes the class's moments as a moving average over batches,
-    which forgets all but the last few images and mostly measures variances within an image; here they are those of all
-    images. It stores labels of random batches of its loader, here of random epochs of each class. Of several teachers
+    which forgets all but the last few images and measures variances within an image (``statistics=moving``); here they
+    are those of all images. It stores labels of random batches of its loader, here of random epochs of each class. Of several teachers
     the first recovers, and all label. The settings of pools (keep to cool_least) apply to labels=pool only.
     """
     config.check_classes(task.num_classes)
@@ -152,7 +206,7 @@ def lpld(task: Task, config: LPLD, run: Run) -> SyntheticSet:
     net = committee.members[0].network
     synthetic, batches = create_initial_set(config, run, net), make_single_class_batches(run)
     with run.autocast():
-        targets = class_moments(run, net)
+        targets = class_moments(run, net) if config.statistics == "exact" else moving_class_moments(run, net)
     guides = [guide_all(make_matcher(config, net), batches, targets)]
     finish = functools.partial(finish_set, config, run, synthetic.images, synthetic.classes, committee)
     run.partial_result(finish)
