@@ -132,12 +132,13 @@ def test_the_released_moments_of_classes_are_moving_averages(tiny_colour):
     """The last images count; variances within an image are smaller than those of a class."""
     run, net = a_run(tiny_colour), warm(NETWORK, (3, 8, 8)).float()
     found = lpld.moving_class_moments(run, net)
-    task, views = run.task, lpld.CropViews(flip=tiny_colour.mirror)
+    task, views = run.task, CropViews(flip=tiny_colour.mirror)
     for c in range(task.num_classes):
         draws, ids = rng.Draws(run.seed, "class moments", c), torch.from_numpy(task.class_ids(c))
         images = task.batch(ids[draws.sample(len(ids), lpld.MOVING_IMAGES)])
         images = views.apply(images, views.draw(draws, len(images), (8, 8)))
-        averages = [(torch.zeros(norm.num_features), torch.ones(norm.num_features)) for norm in norms_of(net)]
+        norms = [layer for layer in net.modules() if isinstance(layer, nn.BatchNorm2d)]
+        averages = [(torch.zeros(norm.num_features), torch.ones(norm.num_features)) for norm in norms]
         for image in images:
             for k, x in enumerate(inputs_of_norms(net, image[None])[1]):
                 now = x.mean((0, 2, 3)), x.transpose(0, 1).flatten(1).var(1)

@@ -70,6 +70,8 @@ def test_a_protocol_that_changes_gets_a_new_version():
         "mtt-v1": "ef52309bf3865c42",
         "mtt-soft-v1": "d637ac30b00f7671",
         "cvdd-v1": "3bf6b6c5a592ac6b",
+        "cvdd-v2": "cdf15729e958140d",
+        "cvdd-half-v1": "2fc9bd7ec06b5b6b",
         "dwa-v1": "2b0c46165221d0e5",
         "dwa-v2": "95dd41963a2e099f",
         "infer-v1": "920cbea8e1df5140",

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import condense
 from condense import networks, rng
@@ -64,6 +64,9 @@ def check_networks(check: Check) -> tuple[str, Any]:
     def compare(name: str) -> dict[str, Any]:
         with rng.seeded("gpu-check", "network"):
             net = networks.build_network(name, shape, classes)
+        for module in net.modules():
+            if isinstance(module, nn.Dropout):
+                module.eval()  # devices draw different masks
         reference, result = outputs(copy.deepcopy(net), torch.device("cpu")), outputs(net, check.device)
         errors = [distance(b, a) for a, b in zip(reference, result)]
         limits = (FORWARD_TOLERANCE, FORWARD_TOLERANCE, GRADIENT_TOLERANCE)

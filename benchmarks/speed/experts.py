@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 import torch
 
 from condense import networks, rng
+from condense.augment import Augmentation
 from condense.benchmarks.speed import published
 from condense.benchmarks.speed.measure import (
     PRODUCT,
@@ -107,7 +108,7 @@ def published_loop(case: Case, training: ExpertTraining) -> published.Expert:
         gsam=gsam,
         depth=case.depth,
         width=case.width,
-        operations=recipe.augment.ops if recipe.augment else (),
+        operations=recipe.augment.ops if isinstance(recipe.augment, Augmentation) else (),
         seed=case.seed,
     )
 

@@ -122,7 +122,7 @@ def _distilled_arms(
     own = Arm(
         "distilled",
         "own",
-        distilled.sha256(),
+        distilled.sha256() + distilled.labels.target_version,
         protocol.budget(len(distilled)),
         rates,
         lambda *_: own_images,
@@ -152,7 +152,9 @@ def _soft_control(
     steps, rates = _control_budget(distilled, protocol)
     if control == "noise":
         source = functools.partial(_soft_noise_source, seed, distilled)
-        return Arm(control, "own", f"noise-for-{distilled.sha256()}", steps, rates, source)
+        return Arm(
+            control, "own", f"noise-for-{distilled.sha256()}{distilled.labels.target_version}", steps, rates, source
+        )
     assert teacher is not None
     ipc, kind, rule = int(distilled.manifest["ipc"]), distilled.labels.kind, distilled.labels.cache_key()
     content_key = f"random-{ipc}-{kind}-{tensors_sha256(teacher.state_dict())}-{rule}"

@@ -24,7 +24,7 @@ from condense.config import (
 from condense.errors import CondenseError, did_you_mean
 from condense.files import check_name
 from condense.formatting import shorten
-from condense.training import TrainConfig, check_optimizer
+from condense.training import TrainConfig, check_batch_norm_group, check_optimizer
 
 MAX_RUNS = 10_000
 """Maximum number of students per arm."""
@@ -83,6 +83,9 @@ class Protocol:
     """Length of the cosine as a multiple of the length of the training."""
     warmup: float = 0.0
     """Share of the steps in which the learning rate also rises linearly from 0."""
+    batch_norm_group: int = 0
+    """Maximum number of images that share batch statistics: batches are split into equal groups of at most this size,
+    those in which labels with batch statistics were made. 0: the whole batch."""
     decay_all: bool = False
     """Whether adamw decays biases and the scales of norms too, and not only weights with two or more axes."""
 
@@ -95,6 +98,7 @@ class Protocol:
     def _check(self) -> None:
         check_name(self.name, "name")
         check_optimizer(self.optimizer, self.schedule, self.stretch)
+        check_batch_norm_group(self.batch_norm_group, self.batch)
         require_one_of(self, labels=("hard", "soft"))
         counts = dict.fromkeys(("version", "steps", "per_images", "batch", "full_epochs"), (1, MAX_INTEGER))
         shares = dict.fromkeys(("momentum", "cutmix", "warmup"), (0, 1))
@@ -131,6 +135,7 @@ class Protocol:
             stretch=self.stretch,
             warmup=self.warmup,
             decay_all=self.decay_all,
+            batch_norm_group=self.batch_norm_group,
         )
 
 

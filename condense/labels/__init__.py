@@ -30,7 +30,9 @@ from condense.labels.teacher_logits import (
     compute_logits,
     compute_view_logits,
     compute_view_nll,
+    grouping_version,
     resumable_logits,
+    split_evenly,
 )
 
 __all__ = [
@@ -68,9 +70,11 @@ __all__ = [
     "default_size",
     "dequantise",
     "fidelity",
+    "grouping_version",
     "kept_pool_epochs",
     "mix_rows",
     "quantise",
     "resumable_logits",
+    "split_evenly",
     "stated_image_shape",
 ]

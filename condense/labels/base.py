@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from condense.augment import MixedViews, float32_decimal
 from condense.errors import CondenseError, did_you_mean
-from condense.labels.teacher_logits import draw_epoch_views
+from condense.labels.teacher_logits import draw_epoch_views, grouping_version
 from condense.registry import Registry
 
 LOSSES = ("kl", "mse")
@@ -53,6 +53,8 @@ class Labels(Protocol):
     """Whether the teacher's logits on each view of each epoch are stored, so that other kinds can be made from them."""
     error: Fidelity | None = None
     """Measured error of lossy labels; None if unknown or if there is none."""
+    target_version: str = ""
+    """Part of the keys of cached scores; another text than in an earlier version that computed other targets."""
 
     @property
     def exactness(self) -> str:
@@ -88,6 +90,18 @@ class Labels(Protocol):
         Raises:
             CondenseError: The number of images differs from the number of labels.
         """
+
+    def labelled_groups(self, epoch: int, size: int) -> list[Tensor] | None:
+        """Returns the groups of images whose views shared batch statistics when they were labelled for ``epoch``.
+
+        Args:
+            epoch: Pass over the set, from 0.
+            size: Maximum number of images per group.
+
+        Returns:
+            Indices of the images of each group, int64 on the CPU; None if the labels have no groups of this size.
+        """
+        return None
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Returns the mean loss over the batch for logits (B, C)."""
@@ -192,7 +206,8 @@ def checked_temperature(value: float) -> float:
 
 def statistics_text(labels: Any) -> str:
     """Returns the BatchNorm settings of the teacher as text for :meth:`Labels.rule`."""
-    return f"statistics={labels.statistics}, micro={labels.micro}"
+    version = grouping_version(labels.statistics)
+    return f"statistics={labels.statistics}, micro={labels.micro}" + f", {version}" * bool(version)
 
 
 def check_image_count(images: Tensor, labels: Labels) -> None:

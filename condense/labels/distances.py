@@ -22,7 +22,12 @@ from condense.labels.base import (
     statistics_text,
     total_nbytes,
 )
-from condense.labels.teacher_logits import check_statistics, compute_view_nll, given_or_predicted_classes
+from condense.labels.teacher_logits import (
+    check_statistics,
+    compute_view_nll,
+    given_or_predicted_classes,
+    labelled_groups,
+)
 
 
 class DistanceLabels(Labels):
@@ -86,6 +91,9 @@ class DistanceLabels(Labels):
     def epochs(self) -> int:
         """Number of stored epochs E, after which views and targets repeat."""
         return len(self.distances)
+
+    def labelled_groups(self, epoch: int, size: int) -> list[Tensor] | None:
+        return labelled_groups(self.seed, epoch % self.epochs, len(self), size) if self.micro == size else None
 
     def training_batch(self, images: Tensor, ids: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
         epoch %= self.epochs

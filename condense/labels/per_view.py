@@ -28,7 +28,12 @@ from condense.labels.base import (
     statistics_text,
     total_nbytes,
 )
-from condense.labels.teacher_logits import check_statistics, compute_view_logits, given_or_predicted_classes
+from condense.labels.teacher_logits import (
+    check_statistics,
+    compute_view_logits,
+    given_or_predicted_classes,
+    labelled_groups,
+)
 
 SMOOTHING = 0.1
 """Label smoothing of the ground truth that replaces an uncertain label; see :class:`PerViewLabels`."""
@@ -178,6 +183,9 @@ class PerViewLabels(Labels):
                 (confidence >= low) & (confidence <= top), 0.0
             )
         return views, targets
+
+    def labelled_groups(self, epoch: int, size: int) -> list[Tensor] | None:
+        return labelled_groups(self.seed, epoch % self.epochs, len(self), size) if self.micro == size else None
 
     def temperature_at(self, epoch: int) -> float:
         """Returns T of the targets in a student's ``epoch``."""

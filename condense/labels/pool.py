@@ -153,6 +153,9 @@ class PoolLabels(CodedLabels):
         factor, every, least = self.cooling
         return max(min(least, self.temperature), self.temperature * factor ** (epoch // every))
 
+    def labelled_groups(self, epoch: int, size: int) -> list[Tensor] | None:
+        return None  # in a student's epoch each image has the view of another labelled epoch
+
     def training_batch(self, images: Tensor, ids: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
         views, targets = super().training_batch(images, ids, epoch)
         if self.cooling is None:

@@ -33,7 +33,7 @@ from condense.labels.base import (
     statistics_text,
     total_nbytes,
 )
-from condense.labels.teacher_logits import check_statistics, compute_logits
+from condense.labels.teacher_logits import check_statistics, compute_logits, grouping_version
 from condense.networks import MeanLogits
 
 
@@ -109,6 +109,10 @@ class TeacherLabels(Labels):
 
     def __len__(self) -> int:
         return self.images
+
+    @property
+    def target_version(self) -> str:  # type: ignore[override]
+        return grouping_version(self.statistics)
 
     def training_batch(self, images: Tensor, ids: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
         views, _, _ = epoch_views(self, images, ids, epoch)

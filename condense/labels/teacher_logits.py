@@ -67,10 +67,25 @@ def _eval_with_statistics(teacher: nn.Module, statistics: str) -> Iterator[None]
             norm.training, norm.track_running_stats = False, before
 
 
-def _parts(rows: Tensor, size: int) -> list[Tensor]:
-    """Splits into parts of ``size`` rows; a last single row, which has no batch statistics, joins the previous part."""
-    parts = list(rows.split(size))
-    return [*parts[:-2], torch.cat(parts[-2:])] if len(parts) > 1 and len(parts[-1]) == 1 else parts
+def grouping_version(statistics: str) -> str:
+    """Returns the rule of :func:`split_evenly` for keys of caches; empty with running statistics, where there are no
+    groups. Earlier versions filled all micro-batches but the last one."""
+    return "even groups" if statistics == "batch" else ""
+
+
+def split_evenly(rows: Tensor, size: int) -> list[Tensor]:
+    """Splits into the least number of parts of at most ``size`` rows, whose sizes differ by at most 1.
+
+    Parts that would have a single row, which has no batch statistics, are joined with others.
+    """
+    count = max(1, min(math.ceil(len(rows) / size), len(rows) // 2))
+    return list(rows.tensor_split(count))
+
+
+@functools.lru_cache(maxsize=16)
+def labelled_groups(seed: int, epoch: int, rows: int, micro: int) -> list[Tensor]:
+    """Returns the micro-batches in which the views of an epoch are labelled, as int64 rows on the CPU."""
+    return split_evenly(rng.Draws(seed, "label-batch", epoch).permutation(rows), micro)
 
 
 @torch.no_grad()
@@ -83,10 +98,10 @@ def compute_logits(
         teacher: Network from images in training space to logits; left in eval mode.
         images: (N,C,H,W) in training space, on the teacher's device.
         statistics: ``running``, or ``batch``: BatchNorm uses each micro-batch's statistics, without dropout (BSSL).
-        micro: Consecutive images per micro-batch; a last single image joins the previous one.
+        micro: Maximum number of consecutive images per micro-batch, see :func:`split_evenly`.
         batch_size: Images per forward pass with running statistics.
     """
-    batches = _parts(images, micro) if statistics == "batch" else images.split(batch_size)
+    batches = split_evenly(images, micro) if statistics == "batch" else images.split(batch_size)
     with _eval_with_statistics(teacher, statistics):
         return torch.cat([teacher(batch).float() for batch in batches])
 
@@ -119,7 +134,7 @@ def compute_view_logits(
         statistics: ``running``: BatchNorm uses its running statistics. ``batch``: BatchNorm uses the statistics of each
             micro-batch, running statistics do not change, dropout is off (BSSL of CV-DD, whose release leaves dropout
             on). Micro-batches are consecutive parts of a permutation drawn for each epoch from ``seed``.
-        micro: Views per micro-batch; a last single view joins the previous batch.
+        micro: Maximum number of views per micro-batch; all have the same number if possible, else one less.
         batch_size: Views per forward pass with running statistics; affects only rounding.
         start: First epoch to label; earlier epochs are already in ``into``.
         into: float16 (epochs, N, classes), a ``numpy.memmap`` or an HDF5 dataset open for writing, that receives each
@@ -200,7 +215,7 @@ def iter_epoch_logits(
     statistics, micro = check_statistics(statistics, micro)
     drawn = draw_epoch_views(views, seed, epoch, len(images), (images.shape[2], images.shape[3]), images.device)
     if statistics == "batch":
-        parts = _parts(rng.Draws(seed, "label-batch", epoch).permutation(len(images)), micro)
+        parts = labelled_groups(seed, epoch, len(images), micro)
         parts = parts if wanted is None else [part for part in parts if bool(wanted[part].any())]
     else:
         rows = torch.arange(len(images)) if wanted is None else wanted.nonzero()[:, 0]

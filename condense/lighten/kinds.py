@@ -42,6 +42,7 @@ from condense.labels import (
     compute_view_nll,
     default_size,
     fidelity,
+    grouping_version,
     resumable_logits,
 )
 from condense.lighten.projection import train_projector
@@ -296,6 +297,7 @@ def _resumable(
         return
     digests = [tensors_sha256({"images": job.images, **inputs}), tensors_sha256(job.teacher_info.network.state_dict())]
     key = [*digests, rule["seed"], str(rule["views"]), rule["statistics"], rule["micro"]]
+    key += [version] if (version := grouping_version(rule["statistics"])) else []
     files, shape = partial_files(job.beside)[:2], (records, len(job.images), width)
     try:
         with resumable_logits(*files, key, shape, in_order=in_order) as where:

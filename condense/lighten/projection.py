@@ -119,6 +119,10 @@ class ProjectorSource:
             [compute_logits(self.teacher, views, **self.statistics), mix_rows(truth, own, drawn)], 1
         )
 
+    def labelled_groups(self, epoch: int, size: int) -> list[Tensor] | None:
+        """None: every batch is labelled as it is."""
+        return None
+
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """MSE(f(x), y') + lambda CE(f(x), y)."""
         return F.mse_loss(logits, targets[:, 0]) + self.hard_weight * F.cross_entropy(logits, targets[:, 1])

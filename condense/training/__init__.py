@@ -1,6 +1,13 @@
 """The training loop for students, experts and teachers: configuration, data sources, checkpoints and accuracy."""
 
-from condense.training.config import STUDENT_VERSION, TrainConfig, batch_ids, check_optimizer, epoch_steps
+from condense.training.config import (
+    STUDENT_VERSION,
+    TrainConfig,
+    batch_ids,
+    check_batch_norm_group,
+    check_optimizer,
+    epoch_steps,
+)
 from condense.training.loop import TEST_CHUNK, accuracy, correct_by_class, prefers_stacked, train
 from condense.training.student import FixedSource, GradientRule, Source, Student, TaskSource, TrainingStep
 
@@ -16,6 +23,7 @@ __all__ = [
     "TrainingStep",
     "accuracy",
     "batch_ids",
+    "check_batch_norm_group",
     "check_optimizer",
     "correct_by_class",
     "epoch_steps",

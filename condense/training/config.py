@@ -14,6 +14,7 @@ from torch import Tensor
 from condense import rng
 from condense.augment import Augmentation, CropViews
 from condense.errors import CondenseError, did_you_mean
+from condense.labels import split_evenly
 
 STUDENT_VERSION = 2
 """Increased by every change of networks, augmentation or training that alters a student; part of the keys of cached
@@ -54,9 +55,13 @@ class TrainConfig:
     """Fraction of the steps in which the learning rate is also multiplied by a linear warm-up factor."""
     decay_all: bool = False
     """Whether AdamW decays biases and the scales of norms too, and not only weights with two or more axes."""
+    batch_norm_group: int = 0
+    """Maximum number of images that share batch statistics: a batch passes through the network in equal groups of at
+    most this size, for one optimizer step. Groups that were labelled together stay together. 0: the whole batch."""
 
     def __post_init__(self) -> None:
         check_optimizer(self.optimizer, self.schedule, self.stretch)
+        check_batch_norm_group(self.batch_norm_group, self.batch)
         if not 0 <= self.warmup <= 1:
             raise CondenseError(f"warmup={self.warmup:g}: must be 0 to 1")
 
@@ -88,7 +93,7 @@ class TrainConfig:
         return rate * factor if factor < 1 else rate
 
 
-OMITTED_AT_DEFAULT = ("optimizer", "schedule", "stretch", "warmup", "decay_all")
+OMITTED_AT_DEFAULT = ("optimizer", "schedule", "stretch", "warmup", "decay_all", "batch_norm_group")
 """Settings added after caches had been written; see :meth:`TrainConfig.cache_key_fields`."""
 
 OPTIMIZERS, LR_SCHEDULES = ("sgd", "adamw"), ("drops", "cosine")
@@ -107,6 +112,16 @@ def check_optimizer(optimizer: str, schedule: str, stretch: float = 1.0, prefix:
         raise CondenseError(f"{prefix}stretch={stretch:g}: must be at least 1")
 
 
+def check_batch_norm_group(size: int, batch: int) -> None:
+    """Checks the size of the groups of a batch that share batch statistics; 0 for no groups.
+
+    Raises:
+        CondenseError: One line that names the setting.
+    """
+    if size and (size < 2 or batch % size):
+        raise CondenseError(f"batch_norm_group={size}: must be 0, or at least 2 and divide batch={batch}")
+
+
 def epoch_steps(size: int, batch: int) -> int:
     """Returns the number of steps of one epoch over ``size`` images."""
     return -(-size // batch)
@@ -116,6 +131,29 @@ def batch_ids(seed: int, size: int, batch: int, step: int) -> Tensor:
     """Returns the positions of the images of ``step``: consecutive parts of a new permutation for each epoch."""
     epoch, part = divmod(step, epoch_steps(size, batch))
     return _epoch_order(seed, size, epoch)[part * batch : (part + 1) * batch]
+
+
+def batch_groups(
+    seed: int, size: int, batch: int, step: int, group: int, labelled: Sequence[Tensor] | None = None
+) -> Sequence[Tensor]:
+    """Returns the positions of the images of ``step`` in groups of at most ``group`` images.
+
+    Args:
+        seed, size, batch, step: See :func:`batch_ids`.
+        group: See :attr:`TrainConfig.batch_norm_group`.
+        labelled: Groups of the epoch of ``step``; by default those of a new permutation.
+    """
+    steps = epoch_steps(size, batch)
+    epoch, part = divmod(step, steps)
+    groups = _epoch_groups(seed, size, epoch, group) if labelled is None else labelled
+    each, more = divmod(len(groups), steps)
+    first = part * each + min(part, more)
+    return groups[first : first + each + (part < more)]
+
+
+@functools.lru_cache(maxsize=8)
+def _epoch_groups(seed: int, size: int, epoch: int, group: int) -> list[Tensor]:
+    return split_evenly(_epoch_order(seed, size, epoch), group)
 
 
 @functools.lru_cache(maxsize=64)

@@ -24,7 +24,7 @@ from condense.data import Task
 from condense.device import autocast
 from condense.networks import Network
 from condense.training.checkpoint import TrainingCheckpoint, random_state, set_random_state
-from condense.training.config import TrainConfig, batch_ids, epoch_steps, make_optimizer
+from condense.training.config import TrainConfig, batch_groups, batch_ids, epoch_steps, make_optimizer
 from condense.training.student import GradientRule, Source, StepCallback, Student, TrainingStep, WeightedTargets
 
 _log = logging.getLogger(__name__)
@@ -112,18 +112,23 @@ def _shift(report: Callable[[int], None], offset: int, done: int) -> None:
 
 def _batch(
     student: Student, recipe: TrainConfig, step: int, device: torch.device, precision: str
-) -> tuple[Tensor, WeightedTargets, Tensor]:
-    """Returns images and targets of ``step``, augmented and mixed by the recipe or by the labels, and the unaugmented
-    images."""
-    source = student.source
-    ids = batch_ids(student.seed, source.size, recipe.batch, step)
+) -> tuple[Tensor, WeightedTargets, Tensor, list[int]]:
+    """Returns images and targets of ``step``, augmented and mixed by the recipe or by the labels, the unaugmented
+    images, and the sizes of the groups of images that share batch statistics."""
+    source, epoch = student.source, step // epoch_steps(student.source.size, recipe.batch)
+    if recipe.batch_norm_group:
+        labelled = source.labelled_groups(epoch, recipe.batch_norm_group)
+        groups = batch_groups(student.seed, source.size, recipe.batch, step, recipe.batch_norm_group, labelled)
+    else:
+        groups = [batch_ids(student.seed, source.size, recipe.batch, step)]
     with autocast(
         device, precision if source.per_view else "fp32"
-    ):  # the precision of teachers that label in each step
-        clean, targets = source.batch(ids, step // epoch_steps(source.size, recipe.batch))
-    images = clean
+    ):  # the precision of teachers that label in each step, one group at a time
+        batches = [source.batch(ids, epoch) for ids in groups]
+    clean, targets = batches[0] if len(batches) == 1 else map(torch.cat, zip(*batches))
+    images, sizes = clean, [len(ids) for ids in groups]
     if source.per_view:
-        return images, [(1.0, targets)], clean
+        return images, [(1.0, targets)], clean, sizes
     if recipe.augment is not None:
         height, width = images.shape[-2:]
         draws = rng.Draws(student.seed, "augment", step)
@@ -136,8 +141,8 @@ def _batch(
         draws = rng.Draws(student.seed, "cutmix", step)
         if float(draws.uniform(1)) < recipe.cutmix:
             images, partners, share = cutmix(images, draws)
-            return images, [(share, targets), (1 - share, targets[partners.to(targets.device)])], clean
-    return images, [(1.0, targets)], clean
+            return images, [(share, targets), (1 - share, targets[partners.to(targets.device)])], clean, sizes
+    return images, [(1.0, targets)], clean, sizes
 
 
 def _loss(source: Source, logits: Tensor, targets: WeightedTargets) -> Tensor:
@@ -170,9 +175,9 @@ def _train_one(
     weights: list[Tensor] = [weight for weight in network.parameters() if weight.requires_grad]
     optimizer = make_optimizer(weights, recipe)
 
-    def forward(images: Tensor) -> Tensor:
+    def forward(images: Tensor, sizes: list[int]) -> Tensor:
         with autocast(device, precision):
-            logits = network(images)
+            logits = _by_group(network, images, sizes, 0)
         return logits.float()
 
     def state() -> dict[str, Any]:
@@ -186,9 +191,14 @@ def _train_one(
             set_random_state(saved["random"], device)
             start = saved["step"]
         for step in range(start, recipe.steps):
-            images, targets, clean = _batch(student, recipe, step, device, precision)
+            images, targets, clean, sizes = _batch(student, recipe, step, device, precision)
+            forward_batch = functools.partial(forward, sizes=sizes)
 
-            def loss(images: Tensor = images, targets: WeightedTargets = targets) -> Tensor:
+            def loss(
+                images: Tensor = images,
+                targets: WeightedTargets = targets,
+                forward: Callable[[Tensor], Tensor] = forward_batch,
+            ) -> Tensor:
                 return _loss(student.source, forward(images), targets)
 
             if update is None:
@@ -196,13 +206,20 @@ def _train_one(
                 loss().backward()
             else:
                 epoch = step // epoch_steps(student.source.size, recipe.batch)
-                _set_gradients(weights, update(TrainingStep(weights, False, step, epoch, clean, loss, forward)))
+                _set_gradients(weights, update(TrainingStep(weights, False, step, epoch, clean, loss, forward_batch)))
             _step(optimizer, recipe.lr_at(step))
             if watch is not None and (step + 1) % watch_every == 0:
                 watch(step + 1, network.state_dict())
             keeper.after(step + 1, state)
             if report is not None:
                 report(step + 1)
+
+
+def _by_group(network: Callable[[Tensor], Tensor], images: Tensor, sizes: list[int], axis: int) -> Tensor:
+    """Returns the logits of a batch whose groups along ``axis`` pass through the network one after another."""
+    if len(sizes) == 1:
+        return network(images)
+    return torch.cat([network(part) for part in images.split(sizes, axis)], axis)
 
 
 def _set_gradients(weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
@@ -238,9 +255,9 @@ def _train_stacked(
 
     stacked = torch.func.vmap(call)
 
-    def forward(images: Tensor) -> Tensor:
+    def forward(images: Tensor, sizes: list[int]) -> Tensor:
         with autocast(device, precision):
-            logits = stacked(leaves, buffers, images)
+            logits = _by_group(functools.partial(stacked, leaves, buffers), images, sizes, 1)
         return logits.float()
 
     saved = keeper.read()
@@ -253,9 +270,12 @@ def _train_stacked(
     for step in range(start, recipe.steps):
         batches = [_batch(student, recipe, step, device, precision) for student in students]
         images = torch.stack([batch[0] for batch in batches])
+        forward_batch = functools.partial(forward, sizes=batches[0][3])
 
         def loss(
-            images: Tensor = images, targets: Sequence[WeightedTargets] = [batch[1] for batch in batches]
+            images: Tensor = images,
+            targets: Sequence[WeightedTargets] = [batch[1] for batch in batches],
+            forward: Callable[[Tensor], Tensor] = forward_batch,
         ) -> Tensor:
             logits = forward(images)
             return torch.stack([_loss(s.source, logits[k], targets[k]) for k, s in enumerate(students)]).sum()
@@ -266,7 +286,7 @@ def _train_stacked(
         else:
             epoch = step // epoch_steps(students[0].source.size, recipe.batch)
             clean, weights = torch.stack([batch[2] for batch in batches]), list(leaves.values())
-            _set_gradients(weights, update(TrainingStep(weights, True, step, epoch, clean, loss, forward)))
+            _set_gradients(weights, update(TrainingStep(weights, True, step, epoch, clean, loss, forward_batch)))
         _step(optimizer, recipe.lr_at(step))
         if watch is not None and (step + 1) % watch_every == 0:
             for k in range(len(students)):

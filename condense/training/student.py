@@ -25,6 +25,9 @@ class Source(Protocol):
     def batch(self, ids: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
         """Returns images (B,C,H,W) and targets of positions ``ids`` in ``epoch``, on the device."""
 
+    def labelled_groups(self, epoch: int, size: int) -> list[Tensor] | None:
+        """Returns the groups of at most ``size`` positions that were labelled together for ``epoch``, if any."""
+
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Returns the mean loss of a batch."""
 
@@ -49,6 +52,9 @@ class FixedSource:
             return self.labels.training_batch(self.images, ids, epoch)
         return self.images[ids], self.labels.targets(self.ids[ids])
 
+    def labelled_groups(self, epoch: int, size: int) -> list[Tensor] | None:
+        return self.labels.labelled_groups(epoch, size) if self.per_view else None
+
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         return self.labels.loss(logits, targets)
 
@@ -65,6 +71,9 @@ class TaskSource:
 
     def batch(self, ids: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
         return self.task.batch(ids), self.labels.targets(ids.to(self.labels.labels.device))
+
+    def labelled_groups(self, epoch: int, size: int) -> list[Tensor] | None:
+        return None
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         return self.labels.loss(logits, targets)

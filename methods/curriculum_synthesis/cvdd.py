@@ -83,7 +83,7 @@ def assign_teachers(priors: Sequence[float], voters: int, ipc: int, key: Sequenc
     config=CVDD,
     year=2025,
     labels="per-view",
-    protocol="cvdd-v1",
+    protocol="cvdd-v2",
     network="resnet18-bn",
     paper="Dataset Distillation via Committee Voting",
     pretrains="teachers",
@@ -97,7 +97,8 @@ def cvdd(task: Task, config: CVDD, run: Run) -> SyntheticSet:
 
     Cui, Li, Ma, Bi, Luo & Shen, 2025. Vote weights are the softmax of priors over 5 in recovery and over 10 in labels.
     A prior is the accuracy of students on a set from one teacher alone, so each costs a distillation; by default all
-    votes are equal. The released labels keep dropout on; here it is off.
+    votes are equal. Students under cvdd-v2 learn on the groups of 8 views that were labelled together, as released. The
+    released labels keep dropout on; here it is off.
     """
     num_teachers, given = config.count_teachers(run.network), config.prior_list()
     if len(given) not in (0, num_teachers) or config.voters > num_teachers:

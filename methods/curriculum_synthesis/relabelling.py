@@ -28,6 +28,7 @@ from condense.labels import (
     compute_pool_logits,
     compute_view_logits,
     compute_view_nll,
+    grouping_version,
     resumable_logits,
 )
 from condense.methods.curriculum_synthesis.patches import get_crop_size
@@ -200,5 +201,6 @@ def resumable_labels(
 
     path, state = run.directory / VIEW_LABELS_FILE, run.directory / VIEW_LABELS_STATE_FILE
     key = [tensors_sha256({"images": stored}), seed, str(config)]
+    key += [version] if (version := grouping_version(config.label_statistics)) else []
     with resumable_logits(path, state, key, (records, len(stored), width), stop, in_order=in_order) as where:
         yield where
