@@ -58,7 +58,7 @@ class LPLD(PruningOptions, RecoveryOptions):
     labels: str = "pool"
     """{inherited} Also pool: stored logits of a few of the label_epochs, from which a student's epochs are drawn."""
     statistics: str = "exact"
-    """Moments of a class: exact (all its real images) or moving (as released: averages of single crops with momentum 0.1,
+    """Moments of a class: exact (of all its images) or moving (as released: averages of single crops, momentum 0.1,
     so those of its last images, whose variances are about half)."""
     keep: float = 0.025
     """Share of the labelled epochs that is stored for each class."""
@@ -196,10 +196,11 @@ def lpld(task: Task, config: LPLD, run: Run) -> SyntheticSet:
     single image, which cannot match the moments of a class.
 
     Xiao & He, NeurIPS 2024. L = CE + bn_weight * (sum over BatchNorms, the first times 10, of |mean - class mean| +
-    |variance - class variance|). The released program computes the class's moments as a moving average over batches,
-    which forgets all but the last few images and measures variances within an image (``statistics=moving``); here they
-    are those of all images. It stores labels of random batches of its loader, here of random epochs of each class. Of several teachers
-    the first recovers, and all label. The settings of pools (keep to cool_least) apply to labels=pool only.
+    |variance - class variance|). The released program computes the class's moments as a moving average over images,
+    which forgets all but the last few and measures variances within an image (``statistics=moving``); here they are
+    those of all images. It stores labels of random batches of its loader, here of random epochs of each class. Of
+    several teachers the first recovers, and all label. The settings of pools (keep to cool_least) apply to labels=pool
+    only.
     """
     config.check_classes(task.num_classes)
     committee = get_teachers(config, run)
