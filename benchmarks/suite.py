@@ -197,8 +197,19 @@ def _recipe_cell(suite: Suite, name: str, seed: int, where: str) -> Cell:
         checks_module.check_request(entry.name, settings, options, network=network, protocol=protocol)
     except CondenseError as fault:
         raise CondenseError(f"{where}: {name}: {fault}") from fault
-    fields = {"settings": settings, "options": options, "name": name, "protocol": protocol, "controls": tuple(controls)}
-    return Cell(suite.name, entry.name, str(keys["data"]), int(keys["ipc"]), network, seed, **fields)
+    return Cell(
+        suite.name,
+        entry.name,
+        str(keys["data"]),
+        int(keys["ipc"]),
+        network,
+        seed,
+        protocol,
+        tuple(controls),
+        settings,
+        options,
+        name,
+    )
 
 
 def _check_numbers(where: str, values: Sequence[int], maximum: int, *, minimum: int = 1) -> None:

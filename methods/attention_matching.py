@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -114,7 +114,7 @@ class DataDAM(SyntheticOptions):
 
     def resolved(self) -> Preset:
         """Power, scale and steps: the given values, or those of the preset."""
-        given = {"power": self.power, "scale": self.scale, "steps": self.steps}
+        given: dict[str, Any] = {"power": self.power, "scale": self.scale, "steps": self.steps}
         return PRESETS[self.preset]._replace(**{key: value for key, value in given.items() if value is not None})
 
     def total_steps(self, ipc: int) -> int:

@@ -122,7 +122,7 @@ def moving_class_moments(run: Run, net: Network) -> list[Moments]:
             draws = rng.Draws(run.seed, "class moments", c)
             ids = torch.from_numpy(task.class_ids(c))
             images = task.batch(ids[draws.sample(len(ids), MOVING_IMAGES)])
-            crops = views.draw(draws, len(images), images.shape[-2:]).to(images.device)
+            crops = views.draw(draws, len(images), task.shape[1:]).to(images.device)
             decay = (1 - MOVING_MOMENTUM) ** torch.arange(len(images), -1, -1, device=run.device)
             with _image_moments(norms) as found:
                 compute_logits(net, views.apply(images, crops), batch_size=len(images))
