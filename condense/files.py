@@ -65,11 +65,13 @@ def check_writable(path: Path, *, force: bool, size: int = 0) -> None:
         size: bytes that are needed.
 
     Raises:
-        CondenseError: it exists (without ``force``), its folder is read-only, or the disk is full.
+        CondenseError: it exists (without ``force``), is no regular file, its folder is read-only, or the disk is full.
     """
     try:
         if path.is_dir():
             raise CondenseError(f"{path} is a folder; name a file")
+        if path.exists() and not path.is_file():  # a file would replace /dev/null
+            raise CondenseError(f"{path} is a device, pipe or socket; name a file")
         if path.exists() and not force:
             raise CondenseError(f"{path} exists; choose another name or give --force")
         folder = next(parent for parent in path.absolute().parents if parent.exists())

@@ -208,3 +208,39 @@ def test_records_of_imported_sets_say_so(imported, tiny, tmp_path, monkeypatch):
     assert record["set"]["origin"] == "published-set" and check_record(record) == []
     made = condense.distill("random", tiny, 1, network="mlp", quiet=True)
     assert "origin" not in condense.evaluate(made, tiny, **options)["set"]
+
+
+@pytest.mark.parametrize(
+    ("name", "labels", "found"),
+    [
+        ("x.npz", np.array(["b", "a", "c"] * 2), "an array of <U1"),
+        ("x.npz", np.zeros(6, complex), "an array of complex128"),
+        ("x.pt", [2, 1, 0, 2, 1, 0], "list"),
+    ],
+)
+@pytest.mark.parametrize("key", ["labels", "targets", "y"])
+def test_labels_of_another_type_are_refused_not_left_out(imported, name, labels, found, key):
+    images = smooth() if name == "x.pt" else smooth().numpy()
+    with pytest.raises(CondenseError, match=f"expected a tensor of labels, found {found}"):
+        imported({"images": images, key: labels}, name=name)
+
+
+def test_a_compressed_archive_may_be_smaller_than_its_arrays(tiny, tmp_path):
+    images = np.zeros((6, 1, 8, 8), np.float32) + LABELS.numpy()[:, None, None, None]
+    np.savez_compressed(
+        tmp_path / "x.npz", images=np.repeat(images, 50, 0), labels=LABELS.repeat_interleave(50).numpy()
+    )
+    made = import_set(tmp_path / "x.npz", "tensors", tiny)
+    assert len(made.stored) == 300 and (tmp_path / "x.npz").stat().st_size < made.stored.numel()
+
+
+@pytest.mark.parametrize(("mean", "std"), [("0.5", "0.5"), ([0.5], [-1]), ([None], [0.5])])
+def test_mean_and_std_are_numbers(imported, mean, std):
+    with pytest.raises(CondenseError, match="give one number per channel each"):
+        imported([smooth(), LABELS], mean=mean, std=std)
+
+
+def test_the_number_of_an_experiment_is_whole(tiny, tmp_path):
+    torch.save({"data": [[smooth(), LABELS]]}, tmp_path / "x.pt")
+    with pytest.raises(CondenseError, match="--index 'a': must be a whole number"):
+        import_set(tmp_path / "x.pt", "dc", tiny, index="a")

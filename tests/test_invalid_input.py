@@ -326,3 +326,9 @@ def test_only_sets_are_joined_and_only_paths_resumed(tiny):
         condense.join(made, "digits/dm-ipc1")
     with pytest.raises(CondenseError, match="is no path of a file or folder"):
         condense.resume(5)
+
+
+def test_a_device_is_not_replaced_by_a_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(CondenseError, match="is a device, pipe or socket; name a file"):
+        files.check_writable(tmp_path / "pipe", force=True)

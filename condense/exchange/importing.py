@@ -140,7 +140,7 @@ def _standardise(mean: Sequence[float] | None, std: Sequence[float] | None, opti
         if not all(math.isfinite(value) for value in (*mean, *std)):
             raise ValueError("not finite")
         return Standardise(torch.tensor(mean), torch.tensor(std))
-    except ValueError as fault:
+    except (TypeError, ValueError) as fault:
         words = f"--mean {','.join(map(str, mean))} --std {','.join(map(str, std))}"
         raise CondenseError(f"{words}: give one number per channel each, joined by commas, std above 0") from fault
 

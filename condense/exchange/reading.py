@@ -22,11 +22,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from condense.config import whole_number
 from condense.data import DataOptions, read_images
 from condense.device import check_host_memory
 from condense.errors import CondenseError
 from condense.exchange.shared import library
 from condense.files import check_data_file
+
+ALIASES = {"images": ("image", "x", "data", "X"), "labels": ("label", "y", "targets", "Y")}
+"""Other names of the images and labels in files."""
 
 TRANSFORM_ARRAYS = ("mean", "std", "matrix", "inverse")
 """Names of the arrays of a transform in our exports."""
@@ -64,7 +68,7 @@ def read_dc(source: Path, index: int | None) -> ImportedFiles:
         raise CondenseError(
             f"{source}: holds no list 'data' of [images, labels]; a file of images alone goes with --from tensors"
         )
-    number = len(data) - 1 if index is None else index
+    number = len(data) - 1 if index is None else whole_number(index, "--index")
     if not 0 <= number < len(data):
         raise CondenseError(f"--index {number}: {source} holds {len(data)} experiments; give 0 to {len(data) - 1}")
     images, labels = (_tensor(part, source, what) for part, what in zip(data[number], ("images", "labels")))
@@ -108,10 +112,11 @@ def read_tensors(source: Path, labels: Path | None) -> ImportedFiles:
         content = {"images": content[0], "labels": content[1]}
     if not isinstance(content, dict):
         content = {"images": content}
-    for name, aliases in (("images", ("image", "x", "data", "X")), ("labels", ("label", "y", "targets", "Y"))):
-        known = [alias for alias in aliases if isinstance(content.get(alias), Tensor)]
-        if name not in content and known:
-            content = {**content, name: content[known[0]]}
+    for name, aliases in ALIASES.items():
+        present = [alias for alias in aliases if content.get(alias) is not None]
+        if name not in content and present:  # labels of another type are refused below, not left out
+            tensors = [alias for alias in present if isinstance(content[alias], Tensor)]
+            content = {**content, name: content[(tensors or present)[0]]}
     beside = source.with_name(source.name.replace("images", "labels", 1))
     if source.suffix == ".npy" and labels is None and beside != source and beside.is_file():
         labels = beside
@@ -217,7 +222,12 @@ def _load_numpy(path: Path) -> Any:
         arrays = {name: content[name] for name in content.files} if path.suffix == ".npz" else content
         if isinstance(arrays, np.ndarray):
             return torch.from_numpy(np.ascontiguousarray(arrays))
-        return {n: torch.from_numpy(np.ascontiguousarray(a)) for n, a in arrays.items() if a.dtype.kind in "fiub"}
+        names = {name for key, aliases in ALIASES.items() for name in (key, *aliases)}
+        return {
+            name: torch.from_numpy(np.ascontiguousarray(array)) if array.dtype.kind in "fiub" else array
+            for name, array in arrays.items()
+            if array.dtype.kind in "fiub" or name in names
+        }
     except Exception as fault:  # a damaged file raises errors of many types
         reason = (str(fault).splitlines() or [""])[0] or type(fault).__name__
         raise CondenseError(f"{path}: cannot be read as a {path.suffix} file ({reason}); copy it again") from fault
@@ -241,14 +251,20 @@ def _load_safetensors(path: Path) -> dict[str, Any]:
 
 
 def _tensor(value: Any, path: Path, what: str) -> Tensor:
-    """Checks that ``value`` is a plain tensor not larger than the file, and detaches it."""
+    """Checks that ``value`` is a plain tensor not larger than the file (an ``.npz`` file may be compressed), and
+    detaches it."""
     plain = isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
     if not plain or value.is_quantized:
-        raise CondenseError(f"{path}: expected a tensor of {what}, found {type(value).__name__}; check --from")
+        raise CondenseError(f"{path}: expected a tensor of {what}, found {_kind(value)}; check --from")
     nbytes = value.numel() * value.element_size()
-    if nbytes > path.stat().st_size:
+    if nbytes > path.stat().st_size and path.suffix != ".npz":
         raise CondenseError(f"{path}: its {what} claim {nbytes} bytes, more than the file holds")
     return value.detach()
+
+
+def _kind(value: Any) -> str:
+    """The type of a value, and of an array that of its elements, for messages."""
+    return f"an array of {value.dtype}" if isinstance(value, np.ndarray) else type(value).__name__
 
 
 def read_step_size(value: str | float, paths: list[Path]) -> float:
