@@ -245,7 +245,7 @@ def test_soft_labels_sort_by_the_likeliest_class_where_it_comes_out_even(task, t
     logits = 4 * torch.eye(3)[torch.tensor([2, 0, 1, 1, 0, 2])]
     torch.save(pixels(), tmp_path / "images.pt")
     torch.save(logits, tmp_path / "labels.pt")
-    made = bring(tmp_path / "images.pt", "tensors", task, labels=tmp_path / "labels.pt")
+    made = bring(tmp_path / "images.pt", "tensors", task, labels=tmp_path / "labels.pt", label_values="logits")
     assert torch.equal(made.stored, pixels()[[1, 4, 2, 3, 0, 5]])
     assert made.hard_labels().tolist() == made.labels.logits.argmax(1).tolist() == [0, 0, 1, 1, 2, 2]
 

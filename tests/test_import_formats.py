@@ -95,6 +95,8 @@ def test_regression_targets_are_asked_for_and_kept(imported, tiny, tmp_path):
     with pytest.raises(CondenseError, match=r"every row of its labels sums to 0.*--label-values regression"):
         imported([smooth(), targets])
     assert imported([smooth(), targets], label_values="logits").labels.kind == "soft"
+    with pytest.raises(CondenseError, match="neither class numbers nor probabilities; give --label-values"):
+        imported([smooth(), 2 * targets + 0.1])  # also targets that were learned
     made = imported([smooth(), targets], label_values="regression")
     made.save(tmp_path / "r.h5")
     loaded = condense.load(tmp_path / "r.h5")
@@ -104,7 +106,7 @@ def test_regression_targets_are_asked_for_and_kept(imported, tiny, tmp_path):
     torch.testing.assert_close(loaded.loss(outputs, loaded.labels.targets(torch.arange(6))), expected)
     record = condense.evaluate(loaded, tiny, networks="mlp", runs=1, controls=[], protocol="quick-soft-v1")
     assert record["set"]["label_kind"] == "regression"
-    assert imported([smooth(), torch.randn(6, 3)]).labels.kind == "soft"
+    assert imported([smooth(), torch.randn(6, 3)], label_values="logits").labels.kind == "soft"
 
 
 # -- normalisation ----------------------------------------------------------------------------------------------------

@@ -79,7 +79,7 @@ def import_set(
         std: std that they were divided by.
         factor: side of the grid of training images in each stored image, for sets of IDC, IDM, DREAM and DANCE.
         label_values: what float labels (N, classes) are that are no probabilities: logits or regression (targets of the
-            mean squared error); by default logits, unless every row sums to 0.
+            mean squared error); required for tensors, otherwise logits unless every row sums to 0.
         method: method in the name of the set; by default ``form``.
         network: architecture that the set was made with.
         protocol: protocol to evaluate it under; by default dc-v1 for hard labels.
@@ -169,7 +169,8 @@ def _to_distilled(
             f"{source}: was made for the classes {', '.join(files.classes[:3])}, ... ({len(files.classes)}), "
             f"{task.name} has others; give the --data that it was made from"
         )
-    provider, order = _check_labels(files, len(images), task, source, label_values)
+    must_ask = form == "tensors" and not label_values  # the files of mtt have logits
+    provider, order = _check_labels(files, len(images), task, source, label_values, must_ask)
     transform, normalised = _transform(files, standardise, task, source, form)
     ipc = len(images) // task.num_classes
     if provider.is_hard:  # classes may have different numbers
@@ -229,7 +230,9 @@ def _check_images(images: Tensor, source: Path, task: Task) -> Tensor:
     return images
 
 
-def _check_labels(files: ImportedFiles, count: int, task: Task, source: Path, values: str) -> tuple[Labels, Tensor]:
+def _check_labels(
+    files: ImportedFiles, count: int, task: Task, source: Path, values: str, must_ask: bool
+) -> tuple[Labels, Tensor]:
     """Checks the labels. Returns them, and the order (N,) that sorts the images by class.
 
     Soft labels are sorted by their most probable class if every class then has the same number; otherwise the file is
@@ -270,6 +273,11 @@ def _check_labels(files: ImportedFiles, count: int, task: Task, source: Path, va
                 f"{where}: every row of its labels sums to 0, as targets of kernel regression do; give "
                 "--label-values regression, or --label-values logits"
             )
+        if must_ask and not files.logits and not _are_distributions(labels):
+            raise CondenseError(
+                f"{where}: its labels are neither class numbers nor probabilities; give --label-values logits, or "
+                "--label-values regression (targets of the squared error, as of kernel methods)"
+            )
         return SoftLabels(labels.clone() if files.logits or values == "logits" else _logits(labels)), order
     labels = labels.long()
     low, high = int(labels.min()), int(labels.max())
@@ -291,9 +299,14 @@ def _may_be_regression(labels: Tensor) -> bool:
     return bool((labels.sum(1).abs() <= 1e-3 * labels.abs().sum(1)).all()) and bool(labels.any())
 
 
+def _are_distributions(labels: Tensor) -> bool:
+    """Whether every row has probabilities that sum to 1."""
+    return bool((labels >= 0).all()) and bool(((labels.sum(1) - 1).abs() < 1e-3).all())
+
+
 def _logits(labels: Tensor) -> Tensor:
     """Converts soft labels (N, classes) to logits; rows that are not all distributions are logits already."""
-    if bool((labels >= 0).all()) and bool(((labels.sum(1) - 1).abs() < 1e-3).all()):
+    if _are_distributions(labels):
         return labels.clamp_min(torch.finfo(torch.float32).tiny).log()
     return labels.clone()
 
