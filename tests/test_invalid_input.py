@@ -1,5 +1,6 @@
 """Command lines and YAML files that are wrong or hostile: one line, exit code 2, nothing written."""
 
+import json
 import os
 import signal
 import subprocess
@@ -332,3 +333,46 @@ def test_a_device_is_not_replaced_by_a_file(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(CondenseError, match="is a device, pipe or socket; name a file"):
         files.check_writable(tmp_path / "pipe", force=True)
+
+
+# -- run directories --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "mistake"),
+    [
+        ({"method": []}, "'method'"),
+        ({"data": None}, "'data'"),
+        ({"data": {}}, "'data.source'"),
+        ({"ipc": "1"}, "'ipc'"),
+        ({"ipc": 0}, "'ipc'"),
+        ({"network": None}, "'network'"),
+        ({"seed": 10**30}, "'seed'"),
+        ({"device": 1.5}, "'device'"),
+        ({"minutes": -1}, "'minutes'"),
+        ({"minutes": True}, "'minutes'"),
+        ({"out": 7}, "'out'"),
+        ({"tag": "../x"}, "'tag'"),
+        ({"tag": 3}, "'tag'"),
+        ({"settings": [1]}, "'settings'"),
+        ({"force": "yes"}, "'force'"),
+        ({"shorter": [None]}, "'shorter.0'"),
+    ],
+)
+def test_the_configuration_of_a_run_is_checked(call, tmp_path, change, mistake):
+    path = tmp_path / "run" / "config.json"
+    call("distill random --data tiny.npz --ipc 1 --network mlp --out a.h5 --run-dir run")
+    content = json.loads(path.read_text())
+    (tmp_path / "run" / "result.json").unlink()
+    path.write_text(json.dumps({**content, **change}))
+    end = call("resume run")
+    assert end.code == 2 and f"config.json: has no proper {mistake}" in end.err and end.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{", "[" * 100_000, "\0", "x" * 2**21])
+def test_what_is_no_configuration_is_refused(call, tmp_path, text):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(text)
+    end = call("resume run")
+    assert end.code == 2 and end.err.count("\n") == 1
+    assert "not a run directory" in end.err or "config.json: has no proper" in end.err

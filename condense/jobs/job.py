@@ -19,6 +19,7 @@ from condense.device import pick_device, pick_precision
 from condense.engine import CHECKPOINT_FILE, PREVIOUS_CHECKPOINT_FILE, VIEW_LABELS_FILE, VIEW_LABELS_STATE_FILE
 from condense.errors import CondenseError
 from condense.files import write_json
+from condense.hdf5 import schema_mistake
 from condense.networks import pretrained
 from condense.pretraining import PLAN_FILE
 from condense.registry import Method
@@ -26,6 +27,37 @@ from condense.sets import DistilledSet
 from condense.version import __version__
 
 CONFIG_FILE, RESULT_FILE = "config.json", "result.json"
+
+
+MAX_CONFIG_BYTES = 2**20
+"""Maximum size of ``config.json``."""
+
+_TEXT = {"type": "string"}
+_SWITCH = {"type": "boolean"}
+_TEXT_OR_NULL = {"type": ["string", "null"], "minLength": 1}
+
+JOB_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        **dict.fromkeys(("method", "network", "fingerprint", "device", "precision", "protocol", "track"), _TEXT),
+        **dict.fromkeys(("architecture", "version"), _TEXT),
+        **dict.fromkeys(("deterministic", "force"), _SWITCH),
+        "data": {
+            "type": "object",
+            "properties": {"source": _TEXT_OR_NULL, "name": _TEXT, "options": {"type": "object"}},
+            "required": ["source", "name", "options"],
+        },
+        "ipc": {"type": "integer", "minimum": 1},
+        "seed": {"type": "integer"},
+        "minutes": {"type": ["number", "null"], "exclusiveMinimum": 0},
+        "out": _TEXT_OR_NULL,
+        "tag": {"type": ["string", "null"], "pattern": r"^[^/\\\x00-\x1f]+$"},
+        "settings": {"type": "object"},
+        "shorter": {"type": "array", "items": {"type": "integer"}},
+    },
+    "required": ["method", "data", "settings"],
+}
+"""JSON schema of ``config.json``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,14 +172,22 @@ def read_job(run_dir: str | Path) -> Job:
     """Reads the resolved configuration of a run directory.
 
     Raises:
-        CondenseError: the folder is not a run directory.
+        CondenseError: the folder is not a run directory, or its configuration is damaged.
     """
+    path = Path(run_dir) / CONFIG_FILE
     try:
-        return Job(**json.loads((Path(run_dir) / CONFIG_FILE).read_text()))
-    except (OSError, ValueError, TypeError) as fault:
+        if not path.is_file() or path.stat().st_size > MAX_CONFIG_BYTES:
+            raise ValueError("no file, or too large")
+        content = json.loads(path.read_text())
+        mistake = schema_mistake(content, JOB_SCHEMA)
+        job = None if mistake else Job(**content)
+    except (OSError, ValueError, TypeError, RecursionError) as fault:
         raise CondenseError(
             f"{run_dir}: not a run directory (no readable {CONFIG_FILE}); give the --run-dir of a `condense distill`"
         ) from fault
+    if job is None:
+        raise CondenseError(f"{path}: has no proper {mistake}; start the run again")
+    return job
 
 
 def write_job(run_dir: Path, job: Job) -> None:
@@ -179,7 +219,7 @@ def is_finished(run_dir: str | Path) -> bool:
     try:
         result = json.loads((Path(run_dir) / RESULT_FILE).read_text())
         return result["out"] is not None and DistilledSet.load(result["out"]).sha256() == result["sha256"]
-    except (OSError, ValueError, KeyError, TypeError, CondenseError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, CondenseError):
         return False
 
 
