@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 
 from condense import hdf5
+from condense.benchmarks import damage
 from condense.errors import CondenseError
 from condense.hdf5 import OBJECT_LIMIT, check_self_contained
+from condense.sets import DistilledSet
 
 FORMAT = hdf5.Format(
     "condense.example",
@@ -295,3 +297,14 @@ def test_number_of_objects_is_bounded(tmp_path):
             file.id.links.create_hard(b"%d" % index, file.id, b"a")
         with pytest.raises(CondenseError, match=f"more than {OBJECT_LIMIT} objects"):
             check_self_contained(tmp_path / "x.h5", file)
+
+
+@pytest.mark.parametrize("kind", ["soft", "teacher", "per-view"])
+def test_a_set_with_the_other_byte_order_is_the_same_set(tmp_path, kind, monkeypatch):
+    path = damage.make_set(tmp_path, kind)
+    made = DistilledSet.load(path)
+    swapped = {n: a.astype(a.dtype.newbyteorder()) if a.ndim else a for n, a in made.arrays().items()}
+    monkeypatch.setattr(made, "arrays", lambda: swapped)
+    other = DistilledSet.load(made.save(tmp_path / "other.h5"))
+    assert other.sha256() == DistilledSet.load(path).sha256()
+    assert all(array.dtype.isnative for array in other.arrays().values())

@@ -225,7 +225,7 @@ def _places(path: Path, file: Any, k: int) -> dict[str, StoredArray]:
         array = group[name]
         if not isinstance(array, h5py.Dataset) or array.is_virtual or array.external or array.chunks is not None:
             raise CondenseError(f"{path}: 'members/{k}/{name}' is not an array stored in one piece in this file")
-        if array.shape is None or array.dtype.type not in TEACHER_DTYPES:
+        if array.shape is None or array.dtype.type not in TEACHER_DTYPES or not array.dtype.isnative:
             raise CondenseError(f"{path}: 'members/{k}/{name}' has the type {array.dtype}, which no teacher uses")
         nbytes, offset = math.prod(array.shape) * array.dtype.itemsize, array.id.get_offset()
         total += nbytes

@@ -345,6 +345,7 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
             arrays[name] = file[name][()]
             if _digest(arrays[name]) != manifest["checksums"][name]:
                 raise CondenseError(f"{path}: the array '{name}' is damaged (its checksum differs); {RESTORE_HINT}")
+            arrays[name] = arrays[name].astype(arrays[name].dtype.newbyteorder("="), copy=False)
     if "images" not in arrays or arrays["images"].ndim != 4 or arrays["images"].dtype.type not in IMAGE_TYPES:
         raise CondenseError(f"{path}: no array 'images' of uint8, float16 or float32 with four dimensions")
     if not arrays["images"].size:
