@@ -128,6 +128,18 @@ def test_balanced_accuracy_of_imbalanced_test_splits(tmp_path, monkeypatch):
     assert "3 balanced accuracies for 2 runs" in records.check_record(record)[0]
 
 
+def test_an_exception_in_a_dataset_is_one_line():
+    class Broken:
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, index):
+            raise KeyError(index)
+
+    with pytest.raises(CondenseError, match="item 0 of the train dataset cannot be read from the Broken: KeyError: 0"):
+        load_task(Broken())
+
+
 # Files ---------------------------------------------------------------------------------------------------------------
 
 

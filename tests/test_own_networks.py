@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Killed, killed_after, tiny_arrays
+from conftest import Killed, change_protocols, killed_after, tiny_arrays
 from torch import nn
 
 import condense
@@ -349,3 +349,18 @@ def test_a_network_in_double_precision_is_judged(tiny, three_steps):
     made = condense.distill("random", tiny, 1, network="mlp")
     record = condense.evaluate(made, tiny, networks=DoublePrecision, runs=1, protocol="quick-v1", controls=[])
     assert len(record["results"][0]["accuracies"]) == 1
+
+
+def test_a_network_without_finite_outputs_is_named(tiny, tmp_path, monkeypatch, caplog):
+    class Undefined(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.last = nn.Linear(64, 3)
+
+        def forward(self, x):
+            return self.last(x.flatten(1)) + (0.0 if self.training else float("nan"))
+
+    change_protocols(monkeypatch, tmp_path / "protocols", steps=2)
+    made = condense.distill("random", tiny, 1, quiet=True)
+    condense.evaluate(made, tiny, networks=[Undefined], runs=1, controls=[], protocol="quick-v1", quiet=True)
+    assert "outputs that are not finite: its accuracy is chance" in caplog.text

@@ -377,7 +377,7 @@ class _PixelFormat:
         if self.white is not None or not uses_16_bits(image):
             return
         rows = np.unique(np.linspace(0, len(dataset) - 1, RANGE_SAMPLE).astype(int))
-        images = (_image_and_label(dataset[int(row)], features, "data")[0] for row in rows)
+        images = (_image_and_label(_item(dataset, int(row), "data"), features, "data")[0] for row in rows)
         self.white = white_of(max(largest_value(image) for image in images if hasattr(image, "convert")))
         self.note = range_note(self.white)
 
@@ -401,6 +401,15 @@ def _image_and_label(item: Any, features: Any, where: str) -> tuple[Any, Any]:
     return item[0], item[1]
 
 
+def _item(dataset: Any, index: int, where: str) -> Any:
+    """An item of a user's dataset; whatever it raises is one line."""
+    try:
+        return dataset[index]
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise CondenseError(f"{where} cannot be read from the {type(dataset).__name__}: {reason}") from error
+
+
 def _collect(dataset: Any, part: str, pixels: _PixelFormat) -> tuple[np.ndarray, np.ndarray]:
     """Reads every image and label of a dataset.
 
@@ -419,7 +428,7 @@ def _collect(dataset: Any, part: str, pixels: _PixelFormat) -> tuple[np.ndarray,
     labels = np.empty(count, np.int64)
     for index in tqdm(range(count), desc=f"reading {part}", unit=" images", file=sys.stderr, disable=None, leave=False):
         where = f"data: item {index} of the {part} dataset"
-        image, label = _image_and_label(dataset[index], features, where)
+        image, label = _image_and_label(_item(dataset, index, where), features, where)
         if hasattr(image, "convert"):  # a PIL image
             if images is None:
                 pixels.decide(image, dataset, features)

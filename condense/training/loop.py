@@ -313,12 +313,16 @@ def correct_by_class(network: Network, task: Task, *, device: torch.device, prec
     network.to(device).eval()
     labels = torch.as_tensor(task.test.labels).to(device)
     correct = torch.zeros(task.num_classes, dtype=torch.int64, device=device)
+    is_finite = torch.ones((), dtype=torch.bool, device=device)
     for ids in torch.arange(len(labels)).split(TEST_CHUNK):
         with autocast(device, precision):
             embedding = network.embed(task.test_batch(ids))
-        predictions = network.classify(embedding.float()).argmax(
-            1
-        )  # bf16 logits would have ties, which favour low classes
+        logits = network.classify(embedding.float())  # bf16 logits would have ties, which favour low classes
+        is_finite &= logits.isfinite().all()
+        predictions = logits.argmax(1)
         chunk = labels[ids.to(device)]
         correct.index_add_(0, chunk, (predictions == chunk).long())
+    if not bool(is_finite):
+        kind = getattr(network, "name", type(network).__name__)
+        _log.warning("condense: a trained network (%s) has outputs that are not finite: its accuracy is chance", kind)
     return correct.tolist()
