@@ -123,6 +123,10 @@ class ProjectorSource:
         """None: every batch is labelled as it is."""
         return None
 
+    def mixed_batches(self, epoch: int, size: int) -> list[Tensor] | None:
+        """None: every batch is mixed as it is."""
+        return None
+
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """MSE(f(x), y') + lambda CE(f(x), y)."""
         return F.mse_loss(logits, targets[:, 0]) + self.hard_weight * F.cross_entropy(logits, targets[:, 1])

@@ -92,7 +92,7 @@ def train_projector_labels(
     """Labels of a projector that is trained on the real data; in place of ``make_labels``."""
     assert isinstance(config, HeLlO)
     again = f"stopped while training its projector; continue with: {run.resume_call}"
-    rule, seed = config.view_rule(run.task.mirror), rng.key(run.seed, "labels")
+    rule, seed = config.view_rule(run.task.mirror, run.task.transform), rng.key(run.seed, "labels")
     place = run.directory if run.ranks.is_main_process else None
     with run.stage("labelling", config.projector_steps, trial=DRY_RUN_STEPS) as stage:
         for _, report in iter_training_groups(run, [0], stage.units, "a projector", again):
