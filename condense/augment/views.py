@@ -353,7 +353,9 @@ def float32_decimal(x: float) -> float:
     return float(str(np.float32(x)))
 
 
-def resampling_matrices(views: ViewBoxes, shift: Tensor, size: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
+def resampling_matrices(
+    views: ViewBoxes, shift: Tensor, size: tuple[int, int] | None = None, antialias: bool = False
+) -> tuple[Tensor, Tensor]:
     """Returns matrices that crop, resize, flip and roll: a view of x (..., H, W) is ``rows @ x @ columns.mT``.
 
     Bilinear, like ``CropViews.apply``, then a cyclic roll. Products with small matrices have cheap, deterministic
@@ -363,17 +365,21 @@ def resampling_matrices(views: ViewBoxes, shift: Tensor, size: tuple[int, int] |
         views: R views.
         shift: Pixels by which the view is rolled down and to the right, int64 (R, 2).
         size: (H', W') of the view. Default: that of the image.
+        antialias: Whether boxes that are larger than the view are averaged, as by ``resize(..., antialias=True)``.
 
     Returns:
         rows (R, H', H) and columns (R, W', W), float32.
     """
     top, left, height, width = views.box.unbind(1)
     out = size or views.image_size
-    rows = _stretching(views.image_size[0], out[0], top, height, torch.zeros_like(views.mirrored), shift[:, 0])
-    return rows, _stretching(views.image_size[1], out[1], left, width, views.mirrored, shift[:, 1])
+    upright = torch.zeros_like(views.mirrored)
+    rows = _stretching(views.image_size[0], out[0], top, height, upright, shift[:, 0], antialias)
+    return rows, _stretching(views.image_size[1], out[1], left, width, views.mirrored, shift[:, 1], antialias)
 
 
-def _stretching(size: int, out: int, start: Tensor, length: Tensor, mirrored: Tensor, shift: Tensor) -> Tensor:
+def _stretching(
+    size: int, out: int, start: Tensor, length: Tensor, mirrored: Tensor, shift: Tensor, antialias: bool
+) -> Tensor:
     """Returns matrices (R, out, size) that resize ``length`` pixels from ``start`` to ``out``, flip, and roll by
     ``shift``."""
     positions = (torch.arange(out)[None] - shift[:, None]) % out
@@ -382,7 +388,16 @@ def _stretching(size: int, out: int, start: Tensor, length: Tensor, mirrored: Te
     share = part.float() / (2 * out)
     matrix = torch.zeros(len(start), out, size)
     matrix.scatter_add_(2, (start[:, None] + below)[..., None], (1 - share)[..., None])
-    return matrix.scatter_add_(2, (start[:, None] + above)[..., None], share[..., None])
+    matrix.scatter_add_(2, (start[:, None] + above)[..., None], share[..., None])
+    if antialias and bool((length > out).any()):
+        # A triangle as wide as two output pixels, cut off at the edges of the box.
+        scale = length.double()[:, None, None] / out
+        pixels = torch.arange(size) + 0.5 - start[:, None, None]
+        weights = (1 - (pixels - (positions[..., None] + 0.5) * scale).abs() / scale).clamp(min=0)
+        weights = weights * ((pixels > 0) & (pixels < length[:, None, None]))
+        shrinking = (weights / weights.sum(2, keepdim=True)).float()
+        matrix = torch.where((length > out)[:, None, None], shrinking, matrix)
+    return matrix
 
 
 def apply_resampling(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

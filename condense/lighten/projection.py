@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import sys
@@ -101,7 +102,8 @@ class ProjectorSource:
         micro: int = 8,
         key: str = "",
     ) -> None:
-        self.task, self.teacher, self.rule, self.seed, self.hard_weight = task, teacher, rule, seed, hard_weight
+        self.task, self.teacher, self.seed, self.hard_weight = task, teacher, seed, hard_weight
+        self.rule = rule = dataclasses.replace(rule, tiles=0)  # real images are no collages
         self.statistics: dict[str, Any] = {"statistics": statistics, "micro": micro}
         self.key = f"{rule} {seed} {hard_weight} {self.statistics} {key}"
         self.size = len(task.train)
