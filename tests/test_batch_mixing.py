@@ -117,7 +117,9 @@ def test_rules_that_cannot_be():
     for words, options in {
         "mix_batch=1: must be 0": {"mix": "cutmix", "mix_batch": 1},
         "mix_batch=-4": {"mix": "cutmix", "mix_batch": -4},
-        "fill=": {"pad": 2, "fill": (float("nan"),)},
+        "mix_batch=99999999999999999999": {"mix": "cutmix", "mix_batch": 99999999999999999999},
+        "padding of views: .nan": {"pad": 2, "fill": (float("nan"),)},
+        "must be finite as float32": {"pad": 2, "fill": (1e39,)},
         "tiles=-1": {"tiles": -1},
         "tiles=256": {"tiles": 256},
     }.items():

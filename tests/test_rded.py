@@ -108,6 +108,9 @@ def test_images_of_a_folder_keep_their_own_size(folder):
     held = task.hold_out(0.5, ("held",))
     for got, row in zip(held.originals(torch.arange(len(held.train))), held.train.rows.tolist(), strict=True):
         assert torch.equal(got, in_training_space(task, images_of(folder)[row]))
+    swapped = task.select_classes(["dog", "cat"])
+    for got, row in zip(swapped.originals(torch.tensor([0, 6])), swapped.train.rows[[0, 6]].tolist(), strict=True):
+        assert torch.equal(got, in_training_space(task, images_of(folder)[row]))
     grey = condense.task(str(folder), resize=16, grey=True)
     (image,) = grey.originals(torch.tensor([3]))
     assert image.shape == (1, *images_of(folder)[3].shape[:2])

@@ -126,6 +126,8 @@ class CropViews:
 
 MAX_TILES = 255
 
+MAX_MIX_BATCH = 2**31 - 1
+
 PAD_VALUES = ("mean", "black")
 """Names of the padding of shifts in settings: zeros in training space, or black."""
 
@@ -203,10 +205,10 @@ class ViewRule:
             raise CondenseError(f"mix={self.mix}: unknown{did_you_mean(self.mix, MIXES)}")
         if not 0 < self.alpha < math.inf:
             raise CondenseError(f"alpha={self.alpha:g}: must be above 0 and finite")
-        if self.mix_batch != 0 and self.mix_batch < 2:
-            raise CondenseError(f"mix_batch={self.mix_batch}: must be 0 (no batches) or at least 2 images")
-        if not all(math.isfinite(value) for value in self.fill):
-            raise CondenseError(f"fill={self.fill}: must be finite")
+        if self.mix_batch != 0 and not 2 <= self.mix_batch <= MAX_MIX_BATCH:
+            raise CondenseError(f"mix_batch={self.mix_batch}: must be 0 (no batches) or 2 to {MAX_MIX_BATCH} images")
+        if not all(abs(value) <= torch.finfo(torch.float32).max for value in self.fill):
+            raise CondenseError(f"padding of views: {self.fill} must be finite as float32")
         if not 0 <= self.tiles <= MAX_TILES:
             raise CondenseError(f"tiles={self.tiles}: must be 0 (no collages) to {MAX_TILES}")
         object.__setattr__(self, "tiles", self.tiles if self.tiles > 1 else 0)
