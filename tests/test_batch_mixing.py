@@ -71,6 +71,8 @@ def test_golden_batches():
     drawn = rule.draw(7, 3, 9, (32, 32))
     assert drawn.partner.tolist() == [5, 7, 2, 4, 3, 6, 8, 1, 0]
     assert drawn.patch[[0, 1, 2]].tolist() == [[1, 13, 27, 32], [12, 16, 32, 32], [12, 16, 32, 32]]
+    orders = ViewRule(tiles=3).draw(7, 3, 2, (9, 9)).views.tiles
+    assert orders.tolist() == [[[2, 1, 0], [0, 2, 1]], [[0, 1, 2], [2, 0, 1]]]
 
 
 def test_ratios_of_batches_are_beta_distributed():
