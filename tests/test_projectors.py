@@ -1023,13 +1023,24 @@ def test_refined_patches_are_nearer_to_the_large_ones(colour):
     encoder = pretrained.find_backbone(BUNDLED_BACKBONES[0], colour.shape, CPU).encoder
     large, tiles = [], []
     for c in range(3):
-        crops, images, views = patches.most_confident_crops(run, scorer, c, config.pool, config.crops, config.factor)
-        torch.testing.assert_close(patches.crop_images(images, views, 8), crops)
+        crops, whole = (
+            patches.most_confident_crops(run, scorer, c, config.pool, config.crops, config.factor, side)
+            for side in (None, 16)
+        )
         tiles.append(crops)
-        for image, (top, left, height, width) in zip(images, views.box.tolist()):
-            part = image[None, :, top : top + height, left : left + width]
-            resized = F.interpolate(part, (16, 16), mode="bilinear", align_corners=False, antialias=True)
-            large.append(encoder(colour.transform.inverse(resized)))
+        ids, draws = colour.sample_ids(config.pool, (0, "pool"), [c]), rng.Draws(0, "patches", c)
+        boxes = patches.square_boxes((16, 16), draws.uniform(2 * len(ids)), draws.uniform((2 * len(ids), 2))).box
+        for crop, resized in zip(crops, whole):
+            found = []
+            for row, (top, left, height, width) in enumerate(boxes.tolist()):
+                part = colour.batch(ids[row // 2 : row // 2 + 1])[:, :, top : top + height, left : left + width]
+                sizes = [
+                    F.interpolate(part, (side, side), mode="bilinear", align_corners=False, antialias=True)[0]
+                    for side in (8, 16)
+                ]
+                found.append(torch.allclose(sizes[0], crop, atol=1e-5) and torch.allclose(sizes[1], resized, atol=1e-5))
+            assert any(found)
+            large.append(encoder(colour.transform.inverse(resized[None])))
     wanted = torch.cat(large)
     assert len(wanted) == 3 * 2 * 4
 

@@ -11,6 +11,7 @@ from condense.augment.siamese import (
 )
 from condense.augment.views import (
     MIXES,
+    PAD_VALUES,
     SHARE_STEPS,
     CropViews,
     MixedViews,
@@ -24,6 +25,7 @@ from condense.augment.views import (
 __all__ = [
     "MIXES",
     "OPERATIONS",
+    "PAD_VALUES",
     "SHARE_STEPS",
     "VARIANTS",
     "Augmentation",

@@ -18,14 +18,17 @@ def send_like(x: Tensor, images: Tensor, dtype: torch.dtype | None = None) -> Te
     return to_device(x if dtype is None else x.to(dtype), images.device)
 
 
-def shift_images(x: Tensor, shift: Tensor) -> Tensor:
-    """Shifts each image by its own (dy, dx), padding with zeros. The opposite shift is the adjoint."""
+def shift_images(x: Tensor, shift: Tensor, fill: Tensor | None = None) -> Tensor:
+    """Shifts each image by its own (dy, dx), padding with ``fill`` (C,) or zeros. With zeros the opposite shift is the
+    adjoint."""
     n, c, h, w = x.shape
     ys = torch.arange(h, device=x.device) + shift[:, :1]
     xs = torch.arange(w, device=x.device) + shift[:, 1:]
     inside = ((ys >= 0) & (ys < h))[:, :, None] & ((xs >= 0) & (xs < w))[:, None, :]
     source = ys.clamp(0, h - 1)[:, :, None] * w + xs.clamp(0, w - 1)[:, None, :]
     moved = x.flatten(2).gather(2, source.reshape(n, 1, h * w).expand(n, c, h * w)).reshape(x.shape)
+    if fill is not None:
+        return torch.where(inside[:, None], moved, fill[:, None, None])
     return moved.masked_fill(~inside[:, None], 0)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -29,16 +30,21 @@ class ViewBoxes:
     """Box (top, left, height, width) in pixels, (R, 4) int64; inside the image for crops, as large as it for shifts."""
     mirrored: Tensor
     """Whether the view is flipped horizontally, (R,) bool."""
+    tiles: Tensor | None = None
+    """Order of the columns and of the rows of tiles before the box is cut out, (R, 2, tiles) int64; None if they stay
+    where they are."""
 
     def __len__(self) -> int:
         return len(self.box)
 
     def __getitem__(self, rows: Tensor | slice) -> ViewBoxes:
-        return ViewBoxes(self.image_size, self.box[rows], self.mirrored[rows])
+        tiles = None if self.tiles is None else self.tiles[rows]
+        return ViewBoxes(self.image_size, self.box[rows], self.mirrored[rows], tiles)
 
     def to(self, device: torch.device) -> ViewBoxes:
         """Returns the same views on ``device``."""
-        return ViewBoxes(self.image_size, self.box.to(device), self.mirrored.to(device))
+        tiles = None if self.tiles is None else self.tiles.to(device)
+        return ViewBoxes(self.image_size, self.box.to(device), self.mirrored.to(device), tiles)
 
 
 @dataclass(frozen=True)
@@ -118,6 +124,13 @@ class CropViews:
         return stretch_axis(stretch_axis(images, 2, rows, top, height), 3, columns, left, width)
 
 
+MAX_TILES = 255
+
+MAX_MIX_BATCH = 2**31 - 1
+
+PAD_VALUES = ("mean", "black")
+"""Names of the padding of shifts in settings: zeros in training space, or black."""
+
 MIXES = ("none", "cutmix", "mixup")
 
 SHARE_STEPS = 1 << 16
@@ -151,9 +164,9 @@ class ViewRule:
     """Distribution of the views of a relabelled set: a crop or a shift, a horizontal flip, then CutMix or MixUp.
 
     A view of image i in epoch e depends only on (seed, e, i), the number of images and their size: partners are sampled
-    from the whole set, not from a loader's batch, and a partner is mixed in with its own view of that epoch. Therefore
-    labels can be stored without their views, and batches may have any size and order. Scales and ``alpha`` are rounded
-    to float32, so that a file stores them exactly.
+    from the whole set or from batches that the rule itself draws, not from a loader's batch, and a partner is mixed in
+    with its own view of that epoch. Therefore labels can be stored without their views, and batches may have any size
+    and order. Scales, ``alpha`` and ``fill`` are rounded to float32, so that a file stores them exactly.
 
     Raises:
         CondenseError: An invalid value.
@@ -166,12 +179,20 @@ class ViewRule:
     flip: bool = True
     """Whether half of the views are flipped."""
     pad: int = 0
-    """If above 0, a shift by up to ``pad`` pixels in each direction, padded with zeros, replaces the crop."""
+    """If above 0, a shift by up to ``pad`` pixels in each direction, padded with ``fill``, replaces the crop."""
     mix: str = "none"
     """``none``, ``cutmix`` (a box of the partner with share 1 - lambda of the area before clipping) or ``mixup``
     (lambda times the image plus 1 - lambda times the partner)."""
     alpha: float = 1.0
-    """lambda ~ Beta(alpha, alpha) for each image; 1 is uniform."""
+    """lambda ~ Beta(alpha, alpha) for each image or batch; 1 is uniform."""
+    mix_batch: int = 0
+    """If above 0, the images of an epoch are mixed in batches of this size: the images of a batch share lambda and the
+    box, and their partners are a permutation of the batch. 0: each image has its own, and any partner of the set."""
+    fill: tuple[float, ...] = ()
+    """Padding of shifts, one value per channel in training space; empty for zeros."""
+    tiles: int = 0
+    """If above 1, images are collages of tiles x tiles images: first the columns and the rows of tiles are put into a
+    random order (RDED)."""
 
     def __post_init__(self) -> None:
         crop = CropViews(self.min_scale, self.max_scale, self.flip)
@@ -184,6 +205,22 @@ class ViewRule:
             raise CondenseError(f"mix={self.mix}: unknown{did_you_mean(self.mix, MIXES)}")
         if not 0 < self.alpha < math.inf:
             raise CondenseError(f"alpha={self.alpha:g}: must be above 0 and finite")
+        if self.mix_batch != 0 and not 2 <= self.mix_batch <= MAX_MIX_BATCH:
+            raise CondenseError(f"mix_batch={self.mix_batch}: must be 0 (no batches) or 2 to {MAX_MIX_BATCH} images")
+        if not all(abs(value) <= torch.finfo(torch.float32).max for value in self.fill):
+            raise CondenseError(f"padding of views: {self.fill} must be finite as float32")
+        if not 0 <= self.tiles <= MAX_TILES:
+            raise CondenseError(f"tiles={self.tiles}: must be 0 (no collages) to {MAX_TILES}")
+        object.__setattr__(self, "tiles", self.tiles if self.tiles > 1 else 0)
+        object.__setattr__(self, "mix_batch", 0 if self.mix == "none" else self.mix_batch)
+        object.__setattr__(self, "fill", tuple(map(float32_decimal, self.fill)) if self.pad else ())
+
+    def __repr__(self) -> str:
+        """Omits settings that were added later at their default, because keys of caches contain this text."""
+        later = ("mix_batch", "fill", "tiles")
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        shown = (f"{name}={value!r}" for name, value in values.items() if value or name not in later)
+        return f"ViewRule({', '.join(shown)})"
 
     @classmethod
     def of(cls, views: CropViews | ViewRule | None) -> ViewRule:
@@ -200,13 +237,20 @@ class ViewRule:
         generation in one line of code", 1996): 1/2 (1 + s / sqrt(1 + 1 / ((u^(-1/alpha) - 1) cos^2(2 pi v)))) with
         uniform u and v and a random sign s, in float64, rounded to a multiple of 1 / SHARE_STEPS. The box of CutMix has
         floor(sqrt(1 - lambda) size) pixels per side, rounded down to an even number, and a uniform centre (Yun et al.,
-        ICCV 2019).
+        ICCV 2019). With ``mix_batch`` all images of a batch have the draws of its first image.
         """
         views = self._draw_boxes(Draws(seed, "view", epoch), rows, image_size)
+        if self.tiles:
+            order = Draws(seed, "view-tiles", epoch).bits((rows, 2, self.tiles)).argsort(dim=2, stable=True)
+            views = dataclasses.replace(views, tiles=order)
         if self.mix == "none":
             return MixedViews(views)
         bits = Draws(seed, "view-mix", epoch).bits((rows, 6)).cpu()
         partner = ((bits[:, 0] >> 31) * rows) >> 32
+        if self.mix_batch:
+            for batch in self.batches(seed, epoch, rows):
+                partner[batch] = batch[bits[batch, 0].argsort(stable=True)]
+                bits[batch, 1:] = bits[batch[0], 1:].clone()
         share = _symmetric_beta(self.alpha, *bits[:, 1:4].unbind(1))
         if self.mix == "mixup":
             return MixedViews(views, partner, share.float())
@@ -216,6 +260,27 @@ class ViewRule:
         low, high = (centre - half).clamp(min=0), (centre + half).minimum(size)
         area = 1 - (high - low).prod(1).double() / (image_size[0] * image_size[1])
         return MixedViews(views, partner, area.float(), torch.cat([low, high], 1))
+
+    def check_fit(self, shape: tuple[int, int, int]) -> None:
+        """Checks that the rule fits images of ``shape`` (C, H, W).
+
+        Raises:
+            CondenseError: ``fill`` has another number of channels, or H or W is no multiple of ``tiles``.
+        """
+        channels, height, width = shape
+        if self.fill and len(self.fill) != channels:
+            raise CondenseError(f"views padded with {len(self.fill)} channels do not fit images of {channels}")
+        if self.tiles and (height % self.tiles or width % self.tiles):
+            raise CondenseError(f"views of {self.tiles}x{self.tiles} tiles do not fit images of {height}x{width}")
+
+    def batches(self, seed: int, epoch: int, rows: int) -> list[Tensor]:
+        """Returns the batches of ``rows`` images in which ``epoch`` is mixed, int64 on the CPU: consecutive parts of a
+        permutation, of ``mix_batch`` images each but the last. A last image that would have no partner gets one from
+        the batch before."""
+        batches = list(Draws(seed, "view-batch", epoch).permutation(rows).split(self.mix_batch))
+        if len(batches) > 1 and len(batches[-1]) == 1:
+            batches[-2:] = torch.cat(batches[-2:]).split([self.mix_batch - 1, 2])
+        return batches
 
     def _draw_boxes(self, draws: Draws, rows: int, image_size: tuple[int, int]) -> ViewBoxes:
         """Samples crops or shifts, and flips."""
@@ -235,8 +300,10 @@ class ViewRule:
             drawn: Result of :meth:`draw` for these N images, on the same device.
 
         Raises:
+            CondenseError: The rule does not fit such images.
             ValueError: The views were sampled for another number or size of images.
         """
+        self.check_fit((images.shape[1], images.shape[2], images.shape[3]))
         size = (images.shape[2], images.shape[3])
         if len(drawn.views) != len(images) or size != drawn.views.image_size:
             raise ValueError(
@@ -258,11 +325,21 @@ class ViewRule:
         return torch.where(in_rows[:, None, :, None] & in_columns[:, None, None, :], partners, own)
 
     def _unmixed(self, images: Tensor, views: ViewBoxes) -> Tensor:
-        """Applies crops or shifts and flips, without mixing."""
+        """Orders tiles, and applies crops or shifts and flips, without mixing."""
+        if views.tiles is not None:
+            images = _order_tiles(_order_tiles(images, 3, views.tiles[:, 0]), 2, views.tiles[:, 1])
         if not self.pad:
             return CropViews(self.min_scale, self.max_scale, self.flip).apply(images, views)
-        moved = shift_images(images, views.box[:, :2])
+        moved = shift_images(images, views.box[:, :2], images.new_tensor(self.fill) if self.fill else None)
         return torch.where(views.mirrored[:, None, None, None], moved.flip(3), moved)
+
+
+def _order_tiles(images: Tensor, axis: int, order: Tensor) -> Tensor:
+    """Puts the tiles of each image (N,C,H,W) along ``axis`` into its ``order`` (N, tiles)."""
+    size = images.shape[axis] // order.shape[1]
+    positions = (order[:, :, None] * size + torch.arange(size, device=order.device)).flatten(1)
+    shape = (len(images), 1, -1, 1) if axis == 2 else (len(images), 1, 1, -1)
+    return images.gather(axis, positions.view(shape).expand_as(images))
 
 
 def _symmetric_beta(alpha: float, *bits: Tensor) -> Tensor:
@@ -278,7 +355,9 @@ def float32_decimal(x: float) -> float:
     return float(str(np.float32(x)))
 
 
-def resampling_matrices(views: ViewBoxes, shift: Tensor, size: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
+def resampling_matrices(
+    views: ViewBoxes, shift: Tensor, size: tuple[int, int] | None = None, antialias: bool = False
+) -> tuple[Tensor, Tensor]:
     """Returns matrices that crop, resize, flip and roll: a view of x (..., H, W) is ``rows @ x @ columns.mT``.
 
     Bilinear, like ``CropViews.apply``, then a cyclic roll. Products with small matrices have cheap, deterministic
@@ -288,17 +367,21 @@ def resampling_matrices(views: ViewBoxes, shift: Tensor, size: tuple[int, int] |
         views: R views.
         shift: Pixels by which the view is rolled down and to the right, int64 (R, 2).
         size: (H', W') of the view. Default: that of the image.
+        antialias: Whether boxes that are larger than the view are averaged, as by ``resize(..., antialias=True)``.
 
     Returns:
         rows (R, H', H) and columns (R, W', W), float32.
     """
     top, left, height, width = views.box.unbind(1)
     out = size or views.image_size
-    rows = _stretching(views.image_size[0], out[0], top, height, torch.zeros_like(views.mirrored), shift[:, 0])
-    return rows, _stretching(views.image_size[1], out[1], left, width, views.mirrored, shift[:, 1])
+    upright = torch.zeros_like(views.mirrored)
+    rows = _stretching(views.image_size[0], out[0], top, height, upright, shift[:, 0], antialias)
+    return rows, _stretching(views.image_size[1], out[1], left, width, views.mirrored, shift[:, 1], antialias)
 
 
-def _stretching(size: int, out: int, start: Tensor, length: Tensor, mirrored: Tensor, shift: Tensor) -> Tensor:
+def _stretching(
+    size: int, out: int, start: Tensor, length: Tensor, mirrored: Tensor, shift: Tensor, antialias: bool
+) -> Tensor:
     """Returns matrices (R, out, size) that resize ``length`` pixels from ``start`` to ``out``, flip, and roll by
     ``shift``."""
     positions = (torch.arange(out)[None] - shift[:, None]) % out
@@ -307,7 +390,16 @@ def _stretching(size: int, out: int, start: Tensor, length: Tensor, mirrored: Te
     share = part.float() / (2 * out)
     matrix = torch.zeros(len(start), out, size)
     matrix.scatter_add_(2, (start[:, None] + below)[..., None], (1 - share)[..., None])
-    return matrix.scatter_add_(2, (start[:, None] + above)[..., None], share[..., None])
+    matrix.scatter_add_(2, (start[:, None] + above)[..., None], share[..., None])
+    if antialias and bool((length > out).any()):
+        # A triangle as wide as two output pixels, cut off at the edges of the box.
+        scale = length.double()[:, None, None] / out
+        pixels = torch.arange(size) + 0.5 - start[:, None, None]
+        weights = (1 - (pixels - (positions[..., None] + 0.5) * scale).abs() / scale).clamp(min=0)
+        weights = weights * ((pixels > 0) & (pixels < length[:, None, None]))
+        shrinking = (weights / weights.sum(2, keepdim=True)).float()
+        matrix = torch.where((length > out)[:, None, None], shrinking, matrix)
+    return matrix
 
 
 def apply_resampling(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

@@ -4,7 +4,15 @@ from condense.data.folders import read_images
 from condense.data.loaded import DataOptions, Split, cache_dir, class_numbers, selected_fingerprint
 from condense.data.registered import DATASETS, datasets
 from condense.data.task import Task, load_task, to_unit_range
-from condense.data.transform import ZCA, Standardise, Transform, digests, transform_from_arrays, working_dtype
+from condense.data.transform import (
+    ZCA,
+    Standardise,
+    Transform,
+    black_pixel,
+    digests,
+    transform_from_arrays,
+    working_dtype,
+)
 
 __all__ = [
     "DATASETS",
@@ -14,6 +22,7 @@ __all__ = [
     "Standardise",
     "Task",
     "Transform",
+    "black_pixel",
     "cache_dir",
     "class_numbers",
     "datasets",

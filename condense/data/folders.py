@@ -454,15 +454,14 @@ def decoded_format(files: Sequence[ImageFile], options: DataOptions) -> DecodedF
     if resizing:  # one image, as it is decoded
         what = f"resize={resizing.shorter}: images of {by(resizing)}"
         check_host_memory(32 * resizing.shorter**2, what, "lower it")
-    rows = np.unique(np.linspace(0, len(files) - 1, MODE_SAMPLE).astype(int))
     width, height = read_image(files[0].path, lambda image: image.size)
     for part in ("train", "test"):
         check_resize(options.resizing(part), height, width)
     if resizing is None and width * height > MAX_PIXELS:
         raise CondenseError(f"'{files[0].path}' has {width}x{height} pixels; give resize=N to bring all images to NxN")
-    sampled = [read_image(files[row].path, _sample) for row in rows]
+    sampled = [read_image(file.path, _sample) for file in sampled_files(files)]
     grey = sum(is_grey(mode) for mode, _ in sampled)
-    mode = "L" if options.grey or (options.grey is None and 2 * grey > len(rows)) else "RGB"
+    mode = "L" if options.grey or (options.grey is None and 2 * grey > len(sampled)) else "RGB"
     white = 2**options.bits - 1 if options.bits else FULL_RANGE
     if options.bits is None:
         by_kind = [
@@ -478,6 +477,11 @@ def decoded_format(files: Sequence[ImageFile], options: DataOptions) -> DecodedF
             )
     shape = read_image(files[0].path, lambda image: image_to_array(image, mode, resizing, white)).shape
     return DecodedFormat(shape, mode, white, "" if options.bits else range_note(white))
+
+
+def sampled_files(files: Sequence[ImageFile]) -> list[ImageFile]:
+    """The sample of the files that :func:`decoded_format` opens; that of a sample is the sample itself."""
+    return [files[row] for row in np.unique(np.linspace(0, len(files) - 1, MODE_SAMPLE).astype(int))]
 
 
 def _sample(image: Any) -> tuple[str, int | None]:

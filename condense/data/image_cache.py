@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import logging
@@ -18,15 +19,16 @@ import sys
 import time
 import uuid
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from condense.data.decoding import decode_images
-from condense.data.folders import DecodedFormat, FolderListing, decoded_format, labels_of
+from condense.data.decoding import decode_images, image_to_array, read_image
+from condense.data.folders import DecodedFormat, FolderListing, ImageFile, decoded_format, labels_of, sampled_files
 from condense.data.loaded import DataOptions, LoadedData, Split, cache_dir, measure_splits
 from condense.device import check_host_memory
 from condense.formatting import by
@@ -56,7 +58,38 @@ def read_folder(listing: FolderListing, options: DataOptions) -> LoadedData:
         for file in files
     ]
     key = hashlib.blake2b("\n".join(lines).encode(errors="surrogateescape"), digest_size=16).hexdigest()
-    directory = cache_dir() / "images" / key
+    loaded = _read_files(listing, options, cache_dir() / "images" / key)
+    if options.resizing("train") is None:
+        return loaded
+    return replace(loaded, train=replace(loaded.train, original=OriginalImages(listing.train, options)))
+
+
+class OriginalImages:
+    """Decodes files at their own size, see :attr:`Split.original`.
+
+    Args:
+        files: the files.
+        options: options with which they were decoded before.
+    """
+
+    def __init__(self, files: Sequence[ImageFile], options: DataOptions) -> None:
+        self.paths = np.array([os.fsencode(file.path) for file in files])  # half the memory of a list of texts
+        self.sample = sampled_files(files)
+        self.options = options
+
+    @functools.cached_property
+    def decoded(self) -> DecodedFormat:
+        """Format to which the files were decoded."""
+        return decoded_format(self.sample, self.options)
+
+    def __call__(self, index: int) -> np.ndarray:
+        path, decoded = os.fsdecode(self.paths[index]), self.decoded
+        image: np.ndarray = read_image(path, lambda image: image_to_array(image, decoded.mode, None, decoded.white))
+        return image
+
+
+def _read_files(listing: FolderListing, options: DataOptions, directory: Path) -> LoadedData:
+    """Reads the images from the cache in ``directory``, which is filled first if necessary."""
     loaded = _open_cache(directory, listing)
     if loaded is not None:
         return loaded

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -177,13 +177,16 @@ class Split:
     labels: np.ndarray
     rows: np.ndarray | None = None
     """Indices into ``images``, int64, one per label, if the split uses only some of them; None: all, in order."""
+    original: Callable[[int], np.ndarray] | None = None
+    """Returns one of ``images`` by its index as it was before it was scaled and cropped, uint8 or float32 in [0,1]
+    (C,H,W) of any height and width; None if images were not scaled, or their source is not kept."""
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def at(self, ids: np.ndarray) -> Split:
         """Returns the part of the split with these row numbers. Images are not copied."""
-        return Split(self.images, self.labels[ids], ids if self.rows is None else self.rows[ids])
+        return replace(self, labels=self.labels[ids], rows=ids if self.rows is None else self.rows[ids])
 
 
 @dataclass(frozen=True)
@@ -296,6 +299,8 @@ def from_splits(classes: Sequence[str], train: Split, test: Split, options: Data
         Split(_convert(split.images, options, options.resizing(part)), split.labels)
         for part, split in (("train", train), ("test", test))
     ]
+    if options.resizing("train") is not None and splits[0].images is not train.images:
+        splits[0] = replace(splits[0], original=OriginalArrays(train.images, options))
     parts = (
         (
             split.images.shape,
@@ -307,6 +312,21 @@ def from_splits(classes: Sequence[str], train: Split, test: Split, options: Data
     )
     fingerprint, mean, std = measure_splits(classes, parts)
     return LoadedData(tuple(classes), splits[0], splits[1], mean, std, fingerprint)
+
+
+class OriginalArrays:
+    """Images in memory at their own size, see :attr:`Split.original`.
+
+    Args:
+        images: (N,C,H,W).
+        options: options with which they were converted before.
+    """
+
+    def __init__(self, images: np.ndarray, options: DataOptions) -> None:
+        self.images, self.options = images, options
+
+    def __call__(self, index: int) -> np.ndarray:
+        return _convert(self.images[index : index + 1], self.options, None)[0]
 
 
 def resized_box(height: int, width: int, resizing: Resizing) -> tuple[int, int, int, int]:

@@ -7,7 +7,8 @@ import hashlib
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,9 @@ from condense.rng import Draws, hash64, key
 
 CHUNK = 256
 """Images that are normalised at once on the CPU."""
+
+ORIGINALS_AHEAD = 32
+"""Images at their own size that are decoded at once."""
 
 
 class Task:
@@ -167,6 +171,25 @@ class Task:
     def raw(self, ids: Tensor) -> Tensor:
         """Train images as stored, uint8 (or float32 in [0,1]) (len(ids), C, H, W) on the CPU."""
         return self._train_rows.stored(ids)
+
+    @property
+    def has_originals(self) -> bool:
+        """Whether the train images were scaled and cropped, and :meth:`originals` has them as they were before."""
+        return self.train.original is not None and self.transform.kind == "standardise"
+
+    def originals(self, ids: Tensor) -> Iterator[Tensor]:
+        """Yields train images in the training space as they were before they were scaled and cropped, float32 (C,H,W)
+        of any height and width on the device. Only if ``has_originals``.
+
+        Raises:
+            CondenseError: a file cannot be read any more.
+        """
+        assert self.train.original is not None
+        rows = ids if self.train.rows is None else torch.from_numpy(self.train.rows)[ids]
+        with ThreadPoolExecutor() as pool:
+            for part in rows.split(ORIGINALS_AHEAD):
+                for image in pool.map(self.train.original, part.tolist()):
+                    yield self.transform(to_unit_range(torch.tensor(image).to(self.device)))
 
     def test_batch(self, ids: Tensor) -> Tensor:
         """Test images in the training space, float32 (len(ids), C, H, W) on the device."""

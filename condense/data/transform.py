@@ -67,6 +67,17 @@ class Standardise:
         return Standardise(self.mean.to(device), self.std.to(device))
 
 
+def black_pixel(transform: Standardise | ZCA) -> tuple[float, ...]:
+    """Returns a black pixel in training space, one value per channel.
+
+    Raises:
+        CondenseError: The transform whitens images; then the value depends on the other pixels.
+    """
+    if not isinstance(transform, Standardise):
+        raise CondenseError("label_pad_value=black: whitened images have no value for black; leave it at mean")
+    return tuple(transform(torch.zeros(len(transform.mean), 1, 1, device=transform.mean.device)).flatten().tolist())
+
+
 class ZCA:
     """Pixel space [0, 1] -> ZCA-whitened training space: ``(x - mean) @ matrix`` on flattened images.
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -226,7 +228,11 @@ def _teacher_labelled_source(
     """Random real images with labels of ``teacher``, of the kind and with the settings of the set."""
     images, classes = task.per_class(ipc, (seed, "random-arm", run))
     views = rng.key(seed, "views", run)
-    return FixedSource(images, distilled.labels.label_images(images, teacher.to(images.device), views, classes))
+    labels: Any = distilled.labels
+    if getattr(labels, "views", None) is not None and labels.views.tiles:  # these images are no collages
+        labels = copy.copy(labels)
+        labels.views = dataclasses.replace(labels.views, tiles=0)
+    return FixedSource(images, labels.label_images(images, teacher.to(images.device), views, classes))
 
 
 def _soft_noise_source(seed: int, distilled: DistilledSet, task: Task, run: int) -> FixedSource:

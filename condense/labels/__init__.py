@@ -34,6 +34,7 @@ from condense.labels.teacher_logits import (
     resumable_logits,
     split_evenly,
 )
+from condense.labels.view_options import LabelViewOptions
 
 __all__ = [
     "DEFAULT_MAX_K",
@@ -46,6 +47,7 @@ __all__ = [
     "HardLabels",
     "Int8Code",
     "Int8TeacherLabels",
+    "LabelViewOptions",
     "Labels",
     "LowRankCode",
     "LowRankLabels",

@@ -48,27 +48,37 @@ def read_hard_labels(arrays: Mapping[str, np.ndarray], classes: int) -> Tensor:
 
 
 def view_arrays(views: ViewRule, seed: int, statistics: str = "running", micro: int = 0) -> dict[str, np.ndarray]:
-    """Returns the arrays that define the views, and the teacher's micro-batch size, 0 with running statistics."""
+    """Returns the arrays that define the views, and the teacher's micro-batch size, 0 with running statistics.
+
+    Settings that were added later (``mix_batch``, ``tiles``, ``fill``) are appended only if they are used. Earlier
+    versions, which do not know them, then refuse the file instead of drawing other views.
+    """
+    later = [views.mix_batch, views.tiles]
     return {
-        "draws": np.array([seed, rng.HASH_VERSION, micro if statistics == "batch" else 0], np.int64),
-        "views": np.array([views.min_scale, views.max_scale, views.alpha], np.float32),
+        "draws": np.array(
+            [seed, rng.HASH_VERSION, micro if statistics == "batch" else 0, *(later if any(later) else [])], np.int64
+        ),
+        "views": np.array([views.min_scale, views.max_scale, views.alpha, *views.fill], np.float32),
         "choices": np.array([views.flip, views.pad, MIXES.index(views.mix)], np.uint8),
     }
 
 
 def read_views(arrays: Mapping[str, np.ndarray]) -> tuple[ViewRule, int, str, int]:
     """Returns the views, seed, statistics and micro-batch size that :func:`view_arrays` stored."""
-    seed, version, micro = checked_array(arrays, "draws", np.int64, (3,)).tolist()
+    draws = checked_array(arrays, "draws", np.int64, (5,) if arrays["draws"].shape == (5,) else (3,)).tolist()
+    seed, version, micro, mix_batch, tiles = draws if len(draws) == 5 else [*draws, 0, 0]
     if version != rng.HASH_VERSION:
         raise CondenseError(
             f"labels/draws: views of version {version} of the draws, this is {rng.HASH_VERSION}; "
             "use the condense-toolkit that the set was made with"
         )
-    low, high, alpha = checked_array(arrays, "views", np.float32, (3,)).tolist()
+    has_fill = arrays["views"].ndim == 1 and len(arrays["views"]) > 3
+    low, high, alpha, *fill = checked_array(arrays, "views", np.float32, (None,) if has_fill else (3,)).tolist()
     flip, pad, mix = checked_array(arrays, "choices", np.uint8, (3,)).tolist()
     if flip > 1 or mix >= len(MIXES):
         raise CondenseError(f"labels/choices has invalid values ({flip}, {pad}, {mix})")
-    return ViewRule(low, high, bool(flip), pad, MIXES[mix], alpha), seed, STATISTICS[micro != 0], micro
+    rule = ViewRule(low, high, bool(flip), pad, MIXES[mix], alpha, mix_batch, tuple(fill), tiles)
+    return rule, seed, STATISTICS[micro != 0], micro
 
 
 def read_init_kwargs(arrays: Mapping[str, np.ndarray], classes: int) -> dict[str, Any]:

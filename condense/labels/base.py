@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from condense.augment import MixedViews, float32_decimal
+from condense.augment import MixedViews, ViewRule, float32_decimal
 from condense.errors import CondenseError, did_you_mean
-from condense.labels.teacher_logits import draw_epoch_views, grouping_version
+from condense.labels.teacher_logits import draw_epoch_views, grouping_version, mixed_batches
 from condense.registry import Registry
 
 LOSSES = ("kl", "mse")
@@ -102,6 +102,23 @@ class Labels(Protocol):
             Indices of the images of each group, int64 on the CPU; None if the labels have no groups of this size.
         """
         return None
+
+    def mixed_batches(self, epoch: int, size: int) -> list[Tensor] | None:
+        """Returns the batches of an epoch whose views are mixed among themselves.
+
+        Args:
+            epoch: Pass over the set, from 0.
+            size: Number of images per batch.
+
+        Returns:
+            Indices of the images of each batch, int64 on the CPU, one batch for each ``size`` images begun; None if the
+            labels have no batches of this size.
+        """
+        labels: Any = self
+        views: ViewRule | None = getattr(labels, "views", None)
+        if views is None or views.mix_batch != size:
+            return None
+        return mixed_batches(views, labels.seed, epoch % getattr(labels, "epochs", epoch + 1), len(self))
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Returns the mean loss over the batch for logits (B, C)."""

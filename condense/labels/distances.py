@@ -93,7 +93,9 @@ class DistanceLabels(Labels):
         return len(self.distances)
 
     def labelled_groups(self, epoch: int, size: int) -> list[Tensor] | None:
-        return labelled_groups(self.seed, epoch % self.epochs, len(self), size) if self.micro == size else None
+        if self.micro != size:
+            return None
+        return labelled_groups(self.views, self.seed, epoch % self.epochs, len(self), size)
 
     def training_batch(self, images: Tensor, ids: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
         epoch %= self.epochs

@@ -185,7 +185,9 @@ class PerViewLabels(Labels):
         return views, targets
 
     def labelled_groups(self, epoch: int, size: int) -> list[Tensor] | None:
-        return labelled_groups(self.seed, epoch % self.epochs, len(self), size) if self.micro == size else None
+        if self.micro != size:
+            return None
+        return labelled_groups(self.views, self.seed, epoch % self.epochs, len(self), size)
 
     def temperature_at(self, epoch: int) -> float:
         """Returns T of the targets in a student's ``epoch``."""

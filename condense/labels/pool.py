@@ -156,6 +156,9 @@ class PoolLabels(CodedLabels):
     def labelled_groups(self, epoch: int, size: int) -> list[Tensor] | None:
         return None  # in a student's epoch each image has the view of another labelled epoch
 
+    def mixed_batches(self, epoch: int, size: int) -> list[Tensor] | None:
+        return None
+
     def training_batch(self, images: Tensor, ids: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
         views, targets = super().training_batch(images, ids, epoch)
         if self.cooling is None:
@@ -316,7 +319,8 @@ def _joined(rule: ViewRule, seed: int, source: Tensor, size: tuple[int, int]) ->
 
     def concatenated(views: Sequence[ViewBoxes]) -> ViewBoxes:
         box, mirrored = (torch.cat([getattr(part, name) for part in views])[order] for name in ("box", "mirrored"))
-        return ViewBoxes(size, box, mirrored)
+        tiles = [part.tiles for part in views if part.tiles is not None]
+        return ViewBoxes(size, box, mirrored, torch.cat(tiles)[order] if tiles else None)
 
     def joined(name: str) -> Tensor | None:
         values = [getattr(drawn, name) for _, drawn, _ in parts]

@@ -43,6 +43,12 @@ def draw_epoch_views(
     return views.draw(seed, epoch, rows, size).to(device)
 
 
+@functools.lru_cache(maxsize=16)
+def mixed_batches(views: ViewRule, seed: int, epoch: int, rows: int) -> list[Tensor]:
+    """Returns the batches in which the views of an epoch are mixed; cached, because every step needs one of them."""
+    return views.batches(seed, epoch, rows)
+
+
 def given_or_predicted_classes(images: Tensor, teacher: nn.Module, hard: Tensor | None) -> Tensor:
     """Returns ``hard`` on the images' device, or the classes that the teacher predicts if it is None."""
     return compute_logits(teacher, images).argmax(1) if hard is None else hard.to(images.device).long()
@@ -83,8 +89,11 @@ def split_evenly(rows: Tensor, size: int) -> list[Tensor]:
 
 
 @functools.lru_cache(maxsize=16)
-def labelled_groups(seed: int, epoch: int, rows: int, micro: int) -> list[Tensor]:
-    """Returns the micro-batches in which the views of an epoch are labelled, as int64 rows on the CPU."""
+def labelled_groups(views: ViewRule, seed: int, epoch: int, rows: int, micro: int) -> list[Tensor]:
+    """Returns the micro-batches in which the views of an epoch are labelled, as int64 rows on the CPU. Batches that are
+    mixed among themselves are split, so that no micro-batch has views of two of them."""
+    if views.mix_batch:
+        return [part for batch in views.batches(seed, epoch, rows) for part in split_evenly(batch, micro)]
     return split_evenly(rng.Draws(seed, "label-batch", epoch).permutation(rows), micro)
 
 
@@ -133,7 +142,8 @@ def compute_view_logits(
         classes: Number of logits that the teacher must return.
         statistics: ``running``: BatchNorm uses its running statistics. ``batch``: BatchNorm uses the statistics of each
             micro-batch, running statistics do not change, dropout is off (BSSL of CV-DD, whose release leaves dropout
-            on). Micro-batches are consecutive parts of a permutation drawn for each epoch from ``seed``.
+            on). Micro-batches are consecutive parts of a permutation drawn for each epoch from ``seed``, or parts of
+            the batches in which ``views`` mix.
         micro: Maximum number of views per micro-batch; all have the same number if possible, else one less.
         batch_size: Views per forward pass with running statistics; affects only rounding.
         start: First epoch to label; earlier epochs are already in ``into``.
@@ -215,7 +225,7 @@ def iter_epoch_logits(
     statistics, micro = check_statistics(statistics, micro)
     drawn = draw_epoch_views(views, seed, epoch, len(images), (images.shape[2], images.shape[3]), images.device)
     if statistics == "batch":
-        parts = labelled_groups(seed, epoch, len(images), micro)
+        parts = labelled_groups(views, seed, epoch, len(images), micro)
         parts = parts if wanted is None else [part for part in parts if bool(wanted[part].any())]
     else:
         rows = torch.arange(len(images)) if wanted is None else wanted.nonzero()[:, 0]

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from condense import hdf5, rng
-from condense.augment import ViewRule
-from condense.data import Task
+from condense.augment import PAD_VALUES, ViewRule
+from condense.config import require_one_of
+from condense.data import Task, black_pixel
 from condense.engine import Interrupted
 from condense.errors import CondenseError
 from condense.files import tensors_sha256
@@ -178,13 +179,19 @@ def _read_teachers(path: Path, source: dict[str, Any], distilled: DistilledSet, 
     return TeacherInfo(net, {"label_source": {"teachers": about, "weights": weights}}, tuple(about["networks"]))
 
 
-def _views(config: ViewOptions, start: ViewRule) -> ViewRule:
+def _views(job: LightenJob, config: ViewOptions, start: ViewRule) -> ViewRule:
     """Returns ``start`` with the values that the settings give."""
+    fill = None
+    if config.label_pad_value is not None:
+        require_one_of(config, label_pad_value=PAD_VALUES)
+        fill = black_pixel(job.distilled.transform) if config.label_pad_value == "black" else ()
     given: dict[str, Any] = {
         "min_scale": config.label_scale,
         "pad": config.label_pad,
         "mix": config.mix,
         "alpha": config.mix_alpha,
+        "mix_batch": config.mix_batch,
+        "fill": fill,
     }
     return dataclasses.replace(start, **{key: value for key, value in given.items() if value is not None})
 
@@ -201,7 +208,7 @@ def _rule(job: LightenJob, config: ViewOptions) -> dict[str, Any]:
         seed = rng.key(recorded if isinstance(recorded, int) else 0, "labels")
     statistics = config.label_statistics or getattr(own, "statistics", "running")
     micro = config.label_micro or getattr(own, "micro", 0) or 8
-    return {"seed": seed, "views": _views(config, start), "statistics": statistics, "micro": micro}
+    return {"seed": seed, "views": _views(job, config, start), "statistics": statistics, "micro": micro}
 
 
 def _targets(job: LightenJob, config: TargetOptions) -> dict[str, Any]:
@@ -223,6 +230,8 @@ def _check_as_stored(labels: PerViewLabels, config: PerViewOptions | DistanceOpt
         "label_pad": views.pad,
         "mix": views.mix,
         "mix_alpha": views.alpha,
+        "mix_batch": views.mix_batch,
+        "label_pad_value": "black" if views.fill else "mean",
         "label_statistics": labels.statistics,
         "label_micro": labels.micro or None,
     }
@@ -455,7 +464,7 @@ def make_static_labels(job: LightenJob, config: StaticOptions) -> StaticLabels:
     return StaticLabels(
         logits.half(),
         rule["seed"],
-        _views(config, start),
+        _views(job, config, start),
         config.temperature or temperature,
         squared if config.squared is None else config.squared,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import sys
@@ -101,7 +102,8 @@ class ProjectorSource:
         micro: int = 8,
         key: str = "",
     ) -> None:
-        self.task, self.teacher, self.rule, self.seed, self.hard_weight = task, teacher, rule, seed, hard_weight
+        self.task, self.teacher, self.seed, self.hard_weight = task, teacher, seed, hard_weight
+        self.rule = rule = dataclasses.replace(rule, tiles=0)  # real images are no collages
         self.statistics: dict[str, Any] = {"statistics": statistics, "micro": micro}
         self.key = f"{rule} {seed} {hard_weight} {self.statistics} {key}"
         self.size = len(task.train)
@@ -121,6 +123,10 @@ class ProjectorSource:
 
     def labelled_groups(self, epoch: int, size: int) -> list[Tensor] | None:
         """None: every batch is labelled as it is."""
+        return None
+
+    def mixed_batches(self, epoch: int, size: int) -> list[Tensor] | None:
+        """None: every batch is mixed as it is."""
         return None
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:

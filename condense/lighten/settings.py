@@ -28,10 +28,14 @@ class ViewOptions:
     """Least share of the image area in a view; otherwise 0.08."""
     label_pad: int | None = None
     """Views are shifted by up to this many pixels instead of being cropped; 0: cropped."""
+    label_pad_value: str | None = None
+    """Padding of shifted views: mean (zeros in training space) or black."""
     mix: str | None = None
     """How views are mixed with those of other images: none, cutmix or mixup; otherwise cutmix."""
     mix_alpha: float | None = None
     """Mixing ratios are drawn from Beta(mix_alpha, mix_alpha)."""
+    mix_batch: int | None = None
+    """Images that share a mixing ratio and a box, and are mixed among themselves; 0: each image has its own."""
     label_statistics: str | None = None
     """BatchNorm statistics of the teachers: running, or batch (those of the labelled views themselves)."""
     label_micro: int | None = None

@@ -214,11 +214,12 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor | int]]):
         Args:
             epoch: Number of the epoch, from 0; the same epoch gives the same batches.
             batch_size: Images per batch; the last batch may be smaller.
-            seed: Seed of the order.
+            seed: Seed of the order; unused if the labels belong to views that are mixed in batches of this size.
         """
         order = rng.Draws(seed, "batches", epoch).permutation(len(self))
+        chunks = self.labels.mixed_batches(epoch, batch_size) or order.split(batch_size)
         pixels, (images, ids) = self.images, self.training_images()
-        for chunk in order.split(batch_size):
+        for chunk in chunks:
             if self.labels.per_view:
                 views, targets = self.labels.training_batch(images, chunk, epoch)
                 yield self.transform.inverse(views), targets
@@ -289,6 +290,9 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor | int]]):
             count = stage.decoded * len(loaded.classes) if stage else len(loaded.stored)
             if len(provider) != count:
                 raise CondenseError(f"{count} images but {len(provider)} labels")
+            views = getattr(provider, "views", None)
+            if views is not None:
+                views.check_fit(shape)
             options = manifest.get("data", {}).get("options", {})
             name = "resize" if options.get("crop") is None else "crop"
             side = options.get(name)

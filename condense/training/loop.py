@@ -115,12 +115,14 @@ def _batch(
 ) -> tuple[Tensor, WeightedTargets, Tensor, list[int]]:
     """Returns images and targets of ``step``, augmented and mixed by the recipe or by the labels, the unaugmented
     images, and the sizes of the groups of images that share batch statistics."""
-    source, epoch = student.source, step // epoch_steps(student.source.size, recipe.batch)
+    source = student.source
+    epoch, part = divmod(step, epoch_steps(source.size, recipe.batch))
     if recipe.batch_norm_group:
         labelled = source.labelled_groups(epoch, recipe.batch_norm_group)
         groups = batch_groups(student.seed, source.size, recipe.batch, step, recipe.batch_norm_group, labelled)
     else:
-        groups = [batch_ids(student.seed, source.size, recipe.batch, step)]
+        mixed = source.mixed_batches(epoch, recipe.batch)
+        groups = [batch_ids(student.seed, source.size, recipe.batch, step) if mixed is None else mixed[part]]
     with autocast(
         device, precision if source.per_view else "fp32"
     ):  # the precision of teachers that label in each step, one group at a time

@@ -28,6 +28,9 @@ class Source(Protocol):
     def labelled_groups(self, epoch: int, size: int) -> list[Tensor] | None:
         """Returns the groups of at most ``size`` positions that were labelled together for ``epoch``, if any."""
 
+    def mixed_batches(self, epoch: int, size: int) -> list[Tensor] | None:
+        """Returns the batches of ``size`` positions that are mixed among themselves in ``epoch``, if any."""
+
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Returns the mean loss of a batch."""
 
@@ -55,6 +58,9 @@ class FixedSource:
     def labelled_groups(self, epoch: int, size: int) -> list[Tensor] | None:
         return self.labels.labelled_groups(epoch, size) if self.per_view else None
 
+    def mixed_batches(self, epoch: int, size: int) -> list[Tensor] | None:
+        return self.labels.mixed_batches(epoch, size) if self.per_view else None
+
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         return self.labels.loss(logits, targets)
 
@@ -73,6 +79,9 @@ class TaskSource:
         return self.task.batch(ids), self.labels.targets(ids.to(self.labels.labels.device))
 
     def labelled_groups(self, epoch: int, size: int) -> list[Tensor] | None:
+        return None
+
+    def mixed_batches(self, epoch: int, size: int) -> list[Tensor] | None:
         return None
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:

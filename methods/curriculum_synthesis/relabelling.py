@@ -107,7 +107,8 @@ def make_labels(
 ) -> Labels:
     """The labels that teachers give stored images (N, C, H, W), of the kind that ``config`` names."""
     task, images = run.task, run.task.transform(to_unit_range(stored))
-    rule, seed, teacher = config.view_rule(task.mirror), rng.key(run.seed, "labels"), committee.ensemble(weights)
+    rule, seed = config.view_rule(task.mirror, task.transform), rng.key(run.seed, "labels")
+    teacher = committee.ensemble(weights)
     statistics: dict[str, Any] = {"statistics": config.label_statistics, "micro": config.label_micro}
     if config.labels == "hard":
         return HardLabels(classes, task.num_classes)
@@ -139,7 +140,7 @@ def _make_view_labels(
 ) -> Labels:
     """Labels of views: logits (per-view), few of them (pool), or two negative log-likelihoods each (distances)."""
     images, count, epochs = run.task.transform(to_unit_range(stored)), run.task.num_classes, config.label_epochs
-    rule, seed = config.view_rule(run.task.mirror), rng.key(run.seed, "labels")
+    rule, seed = config.view_rule(run.task.mirror, run.task.transform), rng.key(run.seed, "labels")
     common = {**statistics, "classes": count, "quiet": run.quiet or not run.ranks.is_main_process}
     pruning = config if config.labels == "pool" and isinstance(config, PruningOptions) else None
     records = epochs if pruning is None else pruning.count(epochs)

@@ -9,10 +9,9 @@ from typing import ClassVar
 
 import torch
 
-from condense.augment import ViewRule
 from condense.config import require_one_of, require_range
 from condense.errors import CondenseError
-from condense.labels import STATISTICS
+from condense.labels import STATISTICS, LabelViewOptions
 from condense.pretraining import TeacherOptions
 
 CROP_SCHEDULES = ("fixed", "step", "linear", "cosine")
@@ -28,7 +27,7 @@ RELABEL_KINDS = ("per-view", "teacher", "static", "distances", "soft", "hard")
 
 
 @dataclass(frozen=True)
-class RelabelOptions(TeacherOptions):
+class RelabelOptions(LabelViewOptions, TeacherOptions):
     """Which labels a set stores, and which teachers give them."""
 
     labels: str = "per-view"
@@ -42,14 +41,6 @@ class RelabelOptions(TeacherOptions):
     squared: bool = True
     """Whether the loss is multiplied by the squared temperature. Released students on CIFAR and ImageNet-1K omit it,
     which matters little to their AdamW; SGD would make very small steps."""
-    label_scale: float = MIN_CROP_AREA
-    """Least share of the image in a labelled view."""
-    label_pad: int = 0
-    """Labelled views are shifted by up to this many pixels instead of being cropped; 0: cropped."""
-    mix: str = "cutmix"
-    """How labelled views are mixed with those of other images: none, cutmix or mixup."""
-    mix_alpha: float = 1.0
-    """Mixing ratios are drawn from Beta(mix_alpha, mix_alpha)."""
     label_statistics: str = "running"
     """BatchNorm statistics of the teachers that label: running, or batch (those of the labelled views themselves)."""
     label_micro: int = 8
@@ -68,7 +59,7 @@ class RelabelOptions(TeacherOptions):
         require_range(
             self, label_epochs=(1, math.inf), label_micro=(2, math.inf), temperature=(1e-6, sys.float_info.max)
         )
-        self.view_rule(mirror=True)
+        self.check_views()
         self.thresholds()
         if self.labels == "distances" and self.mix == "none":
             raise CondenseError("mix=none: labels=distances are to the classes of two images; take cutmix or mixup")
@@ -84,10 +75,6 @@ class RelabelOptions(TeacherOptions):
         except ValueError:
             raise CondenseError(f"calibrate={self.calibrate}: must be LOW,MID,TOP, e.g. 0.15,0.3,0.95") from None
         return [low, mid, top]
-
-    def view_rule(self, mirror: bool) -> ViewRule:
-        """The rule by which labelled views are drawn."""
-        return ViewRule(self.label_scale, 1.0, mirror, self.label_pad, self.mix, self.mix_alpha)
 
 
 @dataclass(frozen=True)

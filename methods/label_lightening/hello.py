@@ -22,8 +22,8 @@ from condense.lighten import Projection, head_kind, train_projector
 from condense.methods.curriculum_synthesis.initial import set_from_pixels
 from condense.methods.curriculum_synthesis.patches import (
     confident_patches,
-    crop_images,
     get_crop_size,
+    group_crops,
     most_confident_crops,
     split_collages,
 )
@@ -92,7 +92,7 @@ def train_projector_labels(
     """Labels of a projector that is trained on the real data; in place of ``make_labels``."""
     assert isinstance(config, HeLlO)
     again = f"stopped while training its projector; continue with: {run.resume_call}"
-    rule, seed = config.view_rule(run.task.mirror), rng.key(run.seed, "labels")
+    rule, seed = config.view_rule(run.task.mirror, run.task.transform), rng.key(run.seed, "labels")
     place = run.directory if run.ranks.is_main_process else None
     with run.stage("labelling", config.projector_steps, trial=DRY_RUN_STEPS) as stage:
         for _, report in iter_training_groups(run, [0], stage.units, "a projector", again):
@@ -155,13 +155,14 @@ def hello(task: Task, config: HeLlO, run: Run) -> SyntheticSet:
         head_kind(config, pretrained.find_backbone(config.backbone, task.shape, torch.device("cpu")))
     committee = get_teachers(config, run, batch_norm=False)
     scorer = committee.members[0].network
-    synthetic = set_from_pixels(run, confident_patches(run, scorer, config.pool, config.crops, config.factor))
+    pixels = confident_patches(run, scorer, config.pool, config.crops, config.factor, config.grouping)
+    synthetic = set_from_pixels(run, pixels)
     if config.factor > 1 and config.refine_steps:
         encoder = pretrained.find_backbone(config.backbone, task.shape, run.device).encoder
         targets = []
         for c in range(task.num_classes):
-            _, images, boxes = most_confident_crops(run, scorer, c, config.pool, config.crops, config.factor)
-            targets.append(features(encoder, run, crop_images(images, boxes, task.shape[1])))
+            large = most_confident_crops(run, scorer, c, config.pool, config.crops, config.factor, task.shape[1])
+            targets.append(features(encoder, run, group_crops(large, config.factor, config.grouping)))
         target = torch.cat(targets)
         low, high = (task.transform(torch.full((task.shape[0], 1, 1), end, device=run.device)) for end in (0.0, 1.0))
         group = ParamGroup(lr=config.refine_lr, optimizer="adam", clamp=(low, high))
