@@ -11,8 +11,8 @@ class CondenseError(Exception):
     """Invalid input (exit code 2). The message is one line: the argument as typed, what is wrong, and the fix."""
 
 
-MAX_LISTED = 40
-"""Maximum number of names that a message lists."""
+MAX_LISTED, MAX_LISTED_LENGTH = 40, 400
+"""Maximum number of names that a message lists, and of their characters."""
 
 
 def did_you_mean(name: Any, names: Iterable[str], listing: str = "") -> str:
@@ -27,7 +27,7 @@ def did_you_mean(name: Any, names: Iterable[str], listing: str = "") -> str:
     matches = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     if matches:
         return f"; did you mean '{matches[0]}'?"
-    if len(names) > MAX_LISTED:
+    if len(names) > MAX_LISTED or len(", ".join(names)) > MAX_LISTED_LENGTH:
         nearest = difflib.get_close_matches(name, names, n=3, cutoff=0.0)
         return f"; the nearest are {', '.join(nearest)}" + (f"; `{listing}` lists all {len(names)}" if listing else "")
     return f"; known: {', '.join(names)}" if names else ""

@@ -155,8 +155,8 @@ def test_ready_made_sets_come_with_the_wheel(wheel, tmp_path):
 # -- imports ----------------------------------------------------------------------------------------------------------
 
 FLOORS = (
-    ("errors", "formatting", "ranks", "rng", "version"),
-    ("environment",),
+    ("errors", "formatting", "rng", "version"),
+    ("environment", "ranks"),
     ("config", "device", "files", "hdf5", "tracking"),
     ("registry",),
     ("data",),

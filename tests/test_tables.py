@@ -155,10 +155,11 @@ def test_hugging_face_data_by_name(tmp_path, monkeypatch):
         assert task.name == "mine" and task.source == f"mine=hf:{tmp_path / folder}"
         assert task.fingerprint == load_task(parts).fingerprint
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    is_offline = datasets.config.HF_HUB_OFFLINE
     for data, message in (("hf:owner/nothing-here", "give --download to fetch it"), ("hf:a/b/c", "hf:OWNER/NAME")):
         with pytest.raises(CondenseError, match=message):
             load_task(data)
-    assert datasets.config.HF_HUB_OFFLINE is False
+    assert datasets.config.HF_HUB_OFFLINE is is_offline
 
 
 def test_hugging_face_datasets_with_12_bits(caplog):

@@ -162,7 +162,7 @@ def get_protocol(name: str) -> Protocol:
         CondenseError: unknown; the message suggests the nearest name. Or the file is invalid, or has the name of a
             packaged protocol with other settings, so that tables would mix both.
     """
-    if name.endswith((".yaml", ".yml")):
+    if str(name).endswith((".yaml", ".yml")):
         path = Path(name)
         if not path.is_file():
             raise CondenseError(f"--protocol {name}: no such file; `condense ls protocols` lists the packaged ones")

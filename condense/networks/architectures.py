@@ -630,7 +630,8 @@ def _constructor(network: str) -> Callable[[Shape, int], Network]:
             f"unknown network '{network}'; did you mean '{suggestion}'? ConvNets are named {CONVNET_GRAMMAR}"
         )
     if match is None:
-        raise CondenseError(f"unknown network '{network}'{did_you_mean(network.lower(), network_names())}")
+        hint = did_you_mean(network.lower(), network_names(), "condense ls networks")
+        raise CondenseError(f"unknown network '{network}'{hint}")
     depth, width, norm = int(match["depth"]), int(match["width"]), match["norm"]
     if norm == "gn" and width % 4:
         raise CondenseError(f"network '{network}' splits its channels into 4 groups; its width must be a multiple of 4")
