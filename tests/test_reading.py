@@ -22,7 +22,7 @@ def test_what_is_counted():
     assert {"idm", "IDM", "training_accuracy", "ACCURACY_IMAGES", "class_means"} <= helpers and "DANCE" not in helpers
     idm = ROWS["idm"]
     assert (idm.driver, idm.settings) == (source.lines["idm"], source.lines["IDM"])
-    own = ("training_accuracy", "ACCURACY_IMAGES", "simulate_queue", "QUEUE_SIZE")
+    own = ("training_accuracy", "ACCURACY_IMAGES", "simulate_queue")
     assert idm.helpers == sum(source.lines[name] for name in own)
     assert idm.shared >= source.lines["class_means"]  # DM, DANCE and DataDAM use it too
 
