@@ -22,6 +22,7 @@ if not os.path.isdir(os.path.join(os.path.dirname(__file__), "methods")) and os.
 
 if TYPE_CHECKING:
     from condense.api import distill, load, resume, task
+    from condense.environment import keep_freed_memory
     from condense.judge import evaluate, fit
     from condense.sets import DistilledSet, join, relabel
 
@@ -34,6 +35,7 @@ _PUBLIC = {
     "relabel": "condense.sets",
     "resume": "condense.api",
     "join": "condense.sets",
+    "keep_freed_memory": "condense.environment",
     "DistilledSet": "condense.sets",
 }
 
@@ -45,6 +47,7 @@ __all__ = [
     "evaluate",
     "fit",
     "join",
+    "keep_freed_memory",
     "load",
     "relabel",
     "resume",

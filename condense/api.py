@@ -14,13 +14,13 @@ from condense import data as data_module
 from condense import jobs
 from condense.config import build_config, whole_number
 from condense.data import DataOptions, Task
-from condense.device import differentiable_attention, out_of_memory_advice, pick_device, pick_precision
+from condense.device import differentiable_attention, out_of_memory_advice, pick_device
 from condense.engine import Run
 from condense.errors import CondenseError, did_you_mean
 from condense.files import as_path
 from condense.formatting import shorten
 from condense.jobs import resume
-from condense.networks import MemberKey, TeacherFile
+from condense.networks import MemberKey, TeacherFile, calibrate, memory_format
 from condense.pretraining import (
     DEFAULT_TEACHER_NETWORK,
     TrainedFile,
@@ -305,8 +305,8 @@ def teachers(
 def _pretraining_run(name: str, real: Task, network: str, seed: int, device: str, precision: str, quiet: bool) -> Run:
     """The run that trains networks on real data."""
     torch_device = pick_device(device)
-    precision = pick_precision(precision, torch_device)
-    options: dict[str, Any] = {"seed": seed, "device": torch_device, "precision": precision}
+    compute = calibrate(precision, torch_device, network, real.shape, real.num_classes)
+    options: dict[str, Any] = {"seed": seed, "device": torch_device, "compute": compute}
     return Run(real, 1, network, name=name, quiet=quiet, track="none", **options)
 
 
@@ -317,6 +317,11 @@ def _interruptible(run: Run, advice: str) -> Iterator[None]:
     Raises:
         CondenseError: out of memory.
     """
-    with out_of_memory_advice(run.device, f"take {advice}"), run.stop_on_signal(is_resumable=True):
+    advice = f"take {advice}"
+    with (
+        out_of_memory_advice(run.device, advice),
+        memory_format(run.compute.format),
+        run.stop_on_signal(is_resumable=True),
+    ):
         yield
     run.ranks.barrier()

@@ -46,8 +46,10 @@ def cpu_has_bf16() -> bool:
 def pick_precision(name: str, device: torch.device) -> str:
     """Returns ``fp32`` or ``bf16``, the precision of matrix products that need no second derivative.
 
+    On a CPU, ``auto`` is fp32 here; :func:`condense.networks.calibrate` times the network to decide.
+
     Args:
-        name: auto (bf16 if the hardware supports it), fp32 or bf16.
+        name: auto (on CUDA bf16 if the hardware supports it), fp32 or bf16.
         device: device of the products.
 
     Raises:
@@ -59,7 +61,7 @@ def pick_precision(name: str, device: torch.device) -> str:
         return name
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp32"
-    return "bf16" if device.type == "cpu" and cpu_has_bf16() else "fp32"
+    return "fp32"
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:

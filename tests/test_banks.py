@@ -11,6 +11,7 @@ from condense import networks
 from condense.data import cache_dir
 from condense.engine import Run, checkpoint
 from condense.jobs import estimate_cost
+from condense.networks import ComputeConfig
 from condense.pretraining import PLAN_FILE, load_or_train_snapshots, make_student, pipeline, plan_training
 from condense.training import TrainConfig
 
@@ -79,7 +80,7 @@ def test_cached_networks_are_loaded_and_only_missing_ones_are_trained(tiny):
     assert torch.equal(larger.states[0]["classify.weight"], first.states[0]["classify.weight"])
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"precision": "bf16"}])
+@pytest.mark.parametrize("change", [{"seed": 1}, {"compute": ComputeConfig("bf16")}])
 def test_another_seed_or_precision_is_another_bank(tiny, change):
     recorded(tiny)
     run = a_run(tiny, **change)

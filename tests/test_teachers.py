@@ -31,8 +31,8 @@ from condense.engine import Interrupted, Run
 from condense.errors import CondenseError
 from condense.judge import label_source, protocol
 from condense.labels import HardLabels, SoftLabels
+from condense.networks import ComputeConfig, read_teacher_file, saved
 from condense.networks import pretrained as pretrained_module
-from condense.networks import read_teacher_file, saved
 from condense.pretraining import (
     ExpertTraining,
     TeacherOptions,
@@ -476,7 +476,7 @@ def test_a_place_with_other_teachers_is_refused_before_any_work(tiny, good, monk
             "another recipe;": lambda: made(tiny, good, options=faster),
             "number of epochs (2, not 3)": lambda: made(tiny, good, options=longer),
             "seed (0, not 1)": lambda: made(tiny, good, run=a_run(tiny, seed=1)),
-            "precision (fp32, not bf16)": lambda: made(tiny, good, run=a_run(tiny, precision="bf16")),
+            "precision (fp32, not bf16)": lambda: made(tiny, good, run=a_run(tiny, compute=ComputeConfig("bf16"))),
         }.items():
             assert f"{good}: holds teachers of another" in (line := refusal(action)) and expected in line
             assert good.read_bytes() == before and os.listdir(good.parent) == ["a.h5"]

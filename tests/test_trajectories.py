@@ -26,7 +26,7 @@ from condense.augment import make_augmentation
 from condense.data import cache_dir
 from condense.engine import Interrupted, Run
 from condense.errors import CondenseError
-from condense.networks import Layout, layout_of
+from condense.networks import ComputeConfig, Layout, layout_of
 from condense.pretraining import (
     TRAJECTORY_FORMAT,
     ExpertTraining,
@@ -561,7 +561,7 @@ def test_what_decides_the_weights_is_known(tiny, monkeypatch):
     longer = dataclasses.replace(RECIPE, steps=99)
     assert expert_cache_key_fields(a_run(tiny), ExpertTraining(longer), 4, "float16") == base
     assert expert_cache_key_fields(a_run(tiny, seed=1), TRAINING, 3, "float16") != base
-    assert expert_cache_key_fields(a_run(tiny, precision="bf16"), TRAINING, 3, "float16") != base
+    assert expert_cache_key_fields(a_run(tiny, compute=ComputeConfig("bf16")), TRAINING, 3, "float16") != base
     monkeypatch.setattr(store, "STUDENT_VERSION", -1)
     assert expert_cache_key_fields(a_run(tiny), TRAINING, 3, "float16") != base
 

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import gc
+import itertools
 import json
 import os
 import statistics
@@ -26,17 +27,19 @@ from typing import Protocol as Interface
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import condense
 from condense import networks, rng
 from condense.data import Split, Standardise, Task
 from condense.data import task as task_module
-from condense.device import peak_memory, pick_device, pick_precision
+from condense.device import autocast, peak_memory, pick_device
 from condense.engine import ParamGroup, Run, Step
+from condense.environment import keep_freed_memory
 from condense.errors import CondenseError
 from condense.judge import environment
-from condense.networks import Network
+from condense.networks import ComputeConfig, Network, calibrate, processor_name
 from condense.registry import METHODS
 from condense.sets import SyntheticOptions, SyntheticSet
 
@@ -44,6 +47,8 @@ SCHEMA = "condense.speed/1"
 PRODUCT, PUBLISHED = "condense", "published"
 TINY_DATA = (3, 4, (3, 8, 8), 1)
 """Classes, images of each, their shape and test images, to try a script."""
+ALLOCATORS = ("tuned", "plain")
+"""With or without :func:`condense.keep_freed_memory`, which the command line calls."""
 QUIET = 0.05
 """Largest share of the processors that others may use while steps are timed, without a warning."""
 
@@ -67,6 +72,8 @@ class Case:
     seed: int = 0
     norm: str = "in"
     """Of the ConvNet."""
+    compute: ComputeConfig | None = None
+    """How the product computes networks; None: in ``precision``, with the default formats."""
 
     @property
     def network(self) -> str:
@@ -156,20 +163,22 @@ def drive(
     **options: Any,
 ) -> SyntheticSet:
     """Runs the product's own loop of ``method`` through a :class:`WatchedRun`; ``options`` are those of ``Run``."""
+    compute = case.compute or ComputeConfig(case.precision)
     run = WatchedRun(
         case.task,
         case.ipc,
         network or case.network,
         seed=case.seed,
         device=case.device,
-        precision=case.precision,
+        compute=compute,
         quiet=True,
         track="none",
         between=between,
         change=change,
         **options,
     )
-    return METHODS.get(method).function(case.task, config, run)
+    with networks.memory_format(compute.format):
+        return METHODS.get(method).function(case.task, config, run)
 
 
 def random_task(
@@ -312,7 +321,7 @@ def difference(benchmark: StepBenchmark, case: Case, precision: str) -> dict[str
     gradient of one image by far more than rounding does (so do the two fp32 forms against float64, alike). TF32 is off.
     """
     config = benchmark.config(case, steps=1)
-    case = dataclasses.replace(case, precision=precision)
+    case = dataclasses.replace(case, precision=precision, compute=None)
     published = benchmark.published(case, config)
     start = published.images.detach().clone()
     with tf32(False):
@@ -355,6 +364,38 @@ def run_alone(benchmark: StepBenchmark, case: Case, variant: str, steps: int) ->
     if cuda:
         peaks["device"] = torch.cuda.max_memory_allocated(case.device) - held
     return peaks
+
+
+def count_step_flops(benchmark: StepBenchmark, case: Case) -> int:
+    """Floating-point operations of the convolutions and matrix products in one step of the product."""
+    counter = FlopCounterMode(display=False)
+
+    def between(run: Run, index: int) -> None:
+        if index == 1:  # the first step may prepare something
+            counter.__enter__()
+        elif index == 2:
+            counter.__exit__(None, None, None)
+
+    drive(benchmark.method, benchmark.config(case, steps=2), case, between)
+    return int(counter.get_total_flops())
+
+
+def convolution_limit(device: torch.device, precision: str) -> float:
+    """Floating-point operations per second of this machine's fastest 3x3 convolution of 128 channels, forward and
+    backward, in either memory format."""
+    layer = nn.Conv2d(128, 128, 3, padding=1).to(device)
+    images, rates = 32, []
+    for size, memory_format in itertools.product((16, 32), (torch.contiguous_format, torch.channels_last)):
+        x = random_images(images, (128, size, size), "limit").to(device, memory_format=memory_format).requires_grad_()
+
+        def call(x: Tensor = x) -> None:
+            with autocast(device, precision):
+                y = layer(x)
+            torch.autograd.grad(y.sum(), [x, layer.weight])
+
+        flops = 3 * 2 * images * size * size * 128 * 128 * 9
+        rates.append(flops / min(alternate(call, call, 3, device).b))
+    return max(rates)
 
 
 @functools.cache
@@ -440,6 +481,9 @@ def _parser(benchmark: StepBenchmark) -> Parser:
     )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", default="auto", help="of the product: auto, fp32 or bf16")
+    parser.add_argument(
+        "--allocator", choices=ALLOCATORS, default=ALLOCATORS[0], help="of both sides: as on the command line, or plain"
+    )
     parser.add_argument("--json", type=Path, help="file to write the numbers to")
     if benchmark.tiny:
         parser.add_argument(
@@ -452,22 +496,25 @@ def _parser(benchmark: StepBenchmark) -> Parser:
 def _compare(benchmark: StepBenchmark, arguments: Sequence[str]) -> int:
     options = _parser(benchmark).parse_args(arguments)
     device = pick_device(options.device)
-    precision = pick_precision(options.precision, device)
+    if options.allocator == ALLOCATORS[0]:
+        keep_freed_memory()
     if benchmark.tiny and options.tiny:
         options.ipc, options.width, options.depth, options.steps = 2, 8, 2, 1
     if options.alone:
         if benchmark.tiny:  # or the peak would count what torch loads when it is first used
             run_alone(benchmark, Case(random_task(*TINY_DATA), 1, 8, device, 2, norm=benchmark.norm), options.alone, 1)
-        case = _case(benchmark, options, device, precision)
+        case = _case(benchmark, options, device)
         print(json.dumps(run_alone(benchmark, case, options.alone, options.steps)))
         return 0
     # The children first: later this process would hold memory that they do not need.
     peaks = {variant: run_in_child(benchmark, arguments, variant) for variant in (PUBLISHED, PRODUCT)}
-    case = _case(benchmark, options, device, precision)
+    case = _case(benchmark, options, device)
+    limit = convolution_limit(device, case.precision)
     others = Others()
     pairs = time_steps(benchmark, case, options.steps)
     share = others.share()
-    kinds = dict.fromkeys(("fp32", pick_precision("auto", device), precision))  # bf16 where hardware has it
+    flops = count_step_flops(benchmark, case)
+    kinds = dict.fromkeys(("fp32", case.precision))
     differences = {kind: difference(benchmark, case, kind) for kind in kinds}
     record = {
         "schema": SCHEMA,
@@ -478,9 +525,15 @@ def _compare(benchmark: StepBenchmark, arguments: Sequence[str]) -> int:
         **({"batch_real": options.batch_real} if benchmark.batch_real else {}),
         **pairs.summary(PUBLISHED, PRODUCT),
         "peak_memory": peaks,
+        "step_flops": flops,
+        "convolution_flops_per_second": limit,
+        "share_of_convolution_limit": flops / limit / statistics.median(pairs.b),
         "update_difference": differences,
         "others_share": share,
-        "environment": environment(device, precision),
+        "allocator": options.allocator,
+        "compute": case.compute.to_dict() if case.compute else {},
+        "processor": processor_name(),
+        "environment": environment(device, case.precision),
     }
     print(format_report(record))
     if options.json:
@@ -488,14 +541,13 @@ def _compare(benchmark: StepBenchmark, arguments: Sequence[str]) -> int:
     return 0
 
 
-def _case(benchmark: StepBenchmark, options: argparse.Namespace, device: torch.device, precision: str) -> Case:
+def _case(benchmark: StepBenchmark, options: argparse.Namespace, device: torch.device) -> Case:
     small = benchmark.tiny and options.tiny
     task = task_module.load_task(options.data) if options.data else random_task(*(TINY_DATA if small else ()))
     settings = {"batch_real": options.batch_real} if benchmark.batch_real else {}
-    case = Case(task, options.ipc, options.width, device, options.depth, settings, precision, norm=benchmark.norm)
-    with rng.seeded("check"):  # refuses a network that does not fit the images
-        networks.build_network(case.network, task.shape, task.num_classes)
-    return case
+    case = Case(task, options.ipc, options.width, device, options.depth, settings, norm=benchmark.norm)
+    compute = calibrate(options.precision, device, case.network, task.shape, task.num_classes)
+    return dataclasses.replace(case, precision=compute.precision, compute=compute)
 
 
 def describe_data(task: Task) -> str:
@@ -535,7 +587,10 @@ def format_report(record: dict[str, Any]) -> str:
             + f"; {device}",
             aligned(rows if cuda else [row[:-1] for row in rows]),
             f"published / condense, median of {len(record['ratios'])} pairs: {record['ratio']:.2f} "
-            f"({low:.2f} to {high:.2f})",
+            f"({low:.2f} to {high:.2f}); both with the {record['allocator']} allocator",
+            f"condense reaches {100 * record['share_of_convolution_limit']:.0f} % of this machine's rate of "
+            f"convolutions, {record['convolution_flops_per_second'] / 1e9:.0f} GFLOP/s; {record['processor']}, "
+            + (", ".join(f"{name}={value}" for name, value in record["compute"].items() if value) or "default formats"),
             "update of the pixels after one step with the same draws differs from the published one by "
             + ", ".join(f"{gap['all']:.1e} in {kind}" for kind, gap in record["update_difference"].items())
             + "; that of the median image by "

@@ -112,7 +112,7 @@ class Run:
         network: architecture that the method matches with; a name or an ``nn.Module`` factory.
         seed: every draw of the run derives from it.
         device: where to compute.
-        precision: ``fp32`` or ``bf16``, for matrix work without second derivatives.
+        compute: precision of matrix work without second derivatives, memory format, images per pass.
         directory: where checkpoints, log and previews go; None keeps nothing on disk.
         minutes: time limit; the run stops cleanly. The time of resumed runs adds up.
         resume: continue from the checkpoint of the directory, if there is one.
@@ -141,7 +141,7 @@ class Run:
         *,
         seed: int = 0,
         device: torch.device | None = None,
-        precision: str = "fp32",
+        compute: networks.ComputeConfig | None = None,
         directory: Path | None = None,
         minutes: float | None = None,
         resume: bool = False,
@@ -157,7 +157,8 @@ class Run:
         self.device = device or torch.device("cpu")
         self.ranks = Ranks(self.device, f"continue with: {self.resume_call}, started by torchrun as before")
         self.task, self.ipc, self.network, self.seed = task.to(self.device), ipc, network, seed
-        self.precision, self.directory, self.minutes = precision, directory, minutes
+        self.compute = compute or networks.ComputeConfig()
+        self.directory, self.minutes = directory, minutes
         self.name, self.quiet, self.track, self.config_key = name, quiet, track, config_key
         self.begin = begin
         self.steps_done = 0
@@ -179,6 +180,11 @@ class Run:
         self._finished: list[dict[str, Tensor]] = self._saved["finished"] if self._saved else []
         self._elapsed_before = float(self._saved["elapsed"]) if self._saved else 0.0
         self._began = time.monotonic()
+
+    @property
+    def precision(self) -> str:
+        """``fp32`` or ``bf16``, for matrix work without second derivatives."""
+        return self.compute.precision
 
     @property
     def elapsed(self) -> float:
@@ -261,6 +267,8 @@ class Run:
         if self.device.type != "cpu":
             return None
         height, width = self.task.shape[1:]
+        if self.compute.forward_images is not None and not gradients:
+            return scale_chunk(self.compute.forward_images)
         return max(1, scale_chunk(GRADIENT_PIXELS if gradients else FORWARD_PIXELS) // (height * width))
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:

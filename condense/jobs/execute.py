@@ -159,7 +159,7 @@ def run_job(
         network,
         seed=job.seed,
         device=pick_device(job.device),
-        precision=job.precision,
+        compute=job.compute_config,
         directory=directory,
         minutes=job.minutes,
         resume=resume,
@@ -177,6 +177,7 @@ def run_job(
             out_of_memory_advice(run.device, advice),
             deterministic_kernels(job.deterministic),
             differentiable_attention(entry.order == 2),
+            networks.memory_format(run.compute.format),
             run.stop_on_signal(),
         ):
             synthetic = entry.function(task, config, run)

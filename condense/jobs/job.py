@@ -15,7 +15,7 @@ from torch import nn
 from condense import networks
 from condense.config import build_config
 from condense.data import Task
-from condense.device import pick_device, pick_precision
+from condense.device import pick_device
 from condense.engine import CHECKPOINT_FILE, PREVIOUS_CHECKPOINT_FILE, VIEW_LABELS_FILE, VIEW_LABELS_STATE_FILE
 from condense.errors import CondenseError
 from condense.files import write_json
@@ -53,6 +53,13 @@ JOB_SCHEMA: dict[str, Any] = {
         "out": _TEXT_OR_NULL,
         "tag": {"type": ["string", "null"], "pattern": r"^[^/\\\x00-\x1f]+$"},
         "settings": {"type": "object"},
+        "compute": {
+            "type": "object",
+            "properties": {
+                **{key: {"enum": ["contiguous", "channels_last", None]} for key in ("inference", "training")},
+                "forward_images": {"type": ["integer", "null"], "minimum": 1, "maximum": 10**6},
+            },
+        },
         "shorter": {"type": "array", "items": {"type": "integer"}},
     },
     "required": ["method", "data", "settings"],
@@ -84,13 +91,20 @@ class Job:
     """Numbers of steps with which the run was finished before it was given more."""
     architecture: str = ""
     """Digest of the layout of a network that was given in Python; empty for named networks."""
+    compute: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """How networks are computed, besides the precision: :meth:`condense.networks.ComputeConfig.to_dict`."""
     version: str = __version__
+
+    @property
+    def compute_config(self) -> networks.ComputeConfig:
+        """Precision, memory formats and images per pass."""
+        return networks.ComputeConfig.from_dict(self.precision, self.compute)
 
     def key(self) -> str:
         """Digest of everything that decides the result: not the files, the time limit or the trackers."""
         parts = dataclasses.asdict(self)
         parts["data"] = self.data["options"]  # the fingerprint identifies the pixels
-        for name in ("out", "tag", "protocol", "track", "minutes", "force", "version", "shorter"):
+        for name in ("out", "tag", "protocol", "track", "minutes", "force", "version", "shorter", "compute"):
             del parts[name]
         if not parts["architecture"]:
             del parts["architecture"]  # keys of earlier versions do not have it
@@ -138,15 +152,18 @@ def resolve_job(
     **fields: Any,
 ) -> Job:
     """Resolves the arguments of ``condense.distill`` to a :class:`Job`; ``fields`` are copied to it."""
+    used = network or entry.network
+    compute = networks.calibrate(precision, pick_device(device), used, real.shape, real.num_classes)
     return Job(
         method=entry.name,
         data={"source": real.source, "name": real.name, "options": real.options.to_dict()},
         fingerprint=real.fingerprint,
         ipc=ipc,
-        network=networks.network_name(network or entry.network),
+        network=networks.network_name(used),
         seed=seed,
         device=str(pick_device(device)),
-        precision=pick_precision(precision, pick_device(device)),
+        precision=compute.precision,
+        compute=compute.to_dict(),
         settings=dataclasses.asdict(config),
         architecture=architecture_digest(network, real),
         **fields,

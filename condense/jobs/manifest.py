@@ -95,6 +95,7 @@ def to_distilled(job: Job, entry: Method, real: Task, run: Run, synthetic: Synth
         "protocol": job.protocol,
         "data": {"fingerprint": real.fingerprint, "options": job.data["options"]},
         "precision": job.precision,
+        "compute": job.compute,
         "random_hash_version": rng.HASH_VERSION,
         "code_version": __version__,
         "cost": {

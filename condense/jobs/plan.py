@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from condense.data import Task
-from condense.device import device_name, differentiable_attention, peak_memory, pick_device, pick_precision
+from condense.device import device_name, differentiable_attention, peak_memory, pick_device
 from condense.engine import Run, Step
 from condense.environment import read_seconds
 from condense.jobs.checks import check_fit, check_request
 from condense.jobs.job import resolve_settings
-from condense.networks import flat
+from condense.networks import calibrate, flat, memory_format
 from condense.pretraining import choose_placement, read_trajectory_file, trajectory_nbytes
 from condense.registry import METHODS
 from condense.sets import DistilledSet, SyntheticSet
@@ -76,10 +76,10 @@ def estimate_cost(
     check_fit(real, ipc, network or entry.network)
     where = pick_device(device)
     began = time.monotonic()
-    precision = pick_precision(precision, where)
+    compute = calibrate(precision, where, network or entry.network, real.shape, real.num_classes)
     task = real.repeat_small(ipc)
-    trial = DryRun(task, ipc, network or entry.network, device=where, precision=precision, quiet=True)
-    with differentiable_attention(entry.order == 2):
+    trial = DryRun(task, ipc, network or entry.network, device=where, compute=compute, quiet=True)
+    with differentiable_attention(entry.order == 2), memory_format(compute.format):
         synthetic = entry.function(task, config, trial)
     seconds, per_step, steps = time.monotonic() - began, None, getattr(config, "steps", None)
     if steps is not None and trial.ends:

@@ -24,6 +24,7 @@ from condense.judge.protocol import OWN, Protocol, get_protocol
 from condense.judge.records import MAX_TEXT_LENGTH, PUBLISHED_SET, RECORD_SCHEMA, environment, valid_cost
 from condense.judge.scoring import compute_scores, cross_architecture, summary, time_to_accuracy
 from condense.judge.students import Evaluator
+from condense.networks import calibrate
 from condense.ranks import Ranks
 from condense.sets import DistilledSet, check_set
 from condense.training import Student, train
@@ -88,7 +89,7 @@ def evaluate(
     check_set(distilled)
     rules = get_protocol(protocol or _default_protocol(distilled))
     torch_device = pick_device(device)
-    precision = pick_precision(precision, torch_device)
+    pick_precision(precision, torch_device)  # checks the name
     seed = whole_number(seed, "--seed")
     controls = [controls] if isinstance(controls, str) else controls or []
     architectures = _architectures(networks, distilled, rules)
@@ -98,6 +99,7 @@ def evaluate(
     if classes is not None:
         distilled, task = distilled.select_classes(classes), task.select_classes(classes)
     _check(distilled, task, architectures, runs, controls)
+    precision = calibrate(precision, torch_device, architectures[0], task.shape, task.num_classes).precision
     # Ranks selects this rank's GPU, so it comes before the first tensor on the device.
     ranks = Ranks(torch_device, "run the same command again: trained students are kept")
     task = task.to(torch_device, transform=distilled.transform)
@@ -240,14 +242,16 @@ def fit(
     rules = get_protocol(protocol or _default_protocol(distilled))
     torch_device = pick_device(device)
     if isinstance(network, nn.Module):
-        net = networks.as_network(network, distilled.shape, len(distilled.classes))
+        net, compute = networks.as_network(network, distilled.shape, len(distilled.classes)), networks.ComputeConfig()
     else:
+        compute = calibrate("auto", torch_device, network, distilled.shape, len(distilled.classes))
         with rng.seeded(seed, "student", 0):
             net = networks.build_network(network, distilled.shape, len(distilled.classes))
     source = own_source(distilled, torch_device)
     recipe = rules.recipe(source.size, mirror=distilled.manifest.get("mirror", True), lr=learned_lr(distilled))
     student = Student(net, source, rng.key(seed, "run", 0))
-    train([student], recipe, device=torch_device, precision=pick_precision("auto", torch_device))
+    with networks.memory_format(compute.format):
+        train([student], recipe, device=torch_device, precision=compute.precision)
     net.cpu().eval()
     return network if isinstance(network, nn.Module) else net
 

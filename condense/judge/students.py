@@ -198,7 +198,10 @@ class Evaluator:
         )
         checkpoint = self._path(first).with_suffix(".part") if self._cached(first) else None
         where: dict[str, Any] = {"device": self.device, "precision": self.precision}
-        seconds = train(students, recipe, checkpoint=checkpoint, report=progress.update, **where)
+        shape, classes = self.task.shape, self.task.num_classes
+        compute = networks.calibrate(self.precision, self.device, first.network, shape, classes)
+        with networks.memory_format(compute.format):
+            seconds = train(students, recipe, checkpoint=checkpoint, report=progress.update, **where)
         progress.close()
         scores = []
         for student, job in zip(students, jobs):

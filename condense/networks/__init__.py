@@ -17,8 +17,10 @@ from condense.networks.architectures import (
     reset_parameters,
     uses_batch_statistics,
 )
+from condense.networks.calibration import ComputeConfig, calibrate, processor_name
 from condense.networks.ensemble import MeanLogits, device_of, mean_of_flat_networks
 from condense.networks.flat import Layout, layout_of
+from condense.networks.memory_format import MemoryFormat, memory_format
 from condense.networks.outline import build_outline, check_network_memory
 from condense.networks.pretrained import (
     BUNDLED_BACKBONES,
@@ -55,12 +57,14 @@ __all__ = [
     "CONVNET_GRAMMAR",
     "FACTORY_PREFIX",
     "Backbone",
+    "ComputeConfig",
     "ConvNet",
     "Encoder",
     "Layout",
     "MeanLogits",
     "Member",
     "MemberKey",
+    "MemoryFormat",
     "Network",
     "PublicNetwork",
     "Shape",
@@ -73,6 +77,7 @@ __all__ = [
     "build_from_state",
     "build_network",
     "build_outline",
+    "calibrate",
     "check_network",
     "check_network_memory",
     "check_public_weights",
@@ -88,8 +93,10 @@ __all__ = [
     "load_torch_checkpoint",
     "mean_of_flat_networks",
     "member_title",
+    "memory_format",
     "network_name",
     "network_names",
+    "processor_name",
     "read_teacher_file",
     "require_embedding",
     "reset_parameters",

@@ -37,6 +37,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from condense.errors import CondenseError, did_you_mean, missing_package
 from condense.formatting import by, shorten
+from condense.networks.memory_format import CHANNELS_LAST, arrange, is_channels_last
 
 Shape = tuple[int, int, int]
 
@@ -191,26 +192,23 @@ class ConvNet(Network):
     def stage(self, i: int, x: Tensor) -> Tensor:
         """Applies block ``i`` up to its activation."""
         x = self.convs[i](x)
-        if _prefers_channels_last(x) and x.shape[2] * x.shape[3] < 1024:
-            x = x.contiguous()  # torch's group norm is slow on small channels-last maps
+        if torch.is_grad_enabled() or x.shape[2] * x.shape[3] < 1024:
+            x = x.contiguous()  # torch's group norm is slow on small channels-last maps, its backward on all of them
         return self.activation(self.norms[i](x))
 
     def embed(self, x: Tensor, maps: list[Tensor] | None = None) -> Tensor:
         for i in range(len(self.convs)):
-            if _prefers_channels_last(x):
+            # Without gradients on a CPU, channels-last is usually faster.
+            channels_last = is_channels_last(x, inference=CHANNELS_LAST)
+            if channels_last:
                 x = x.contiguous(memory_format=torch.channels_last)
             x = self.stage(i, x)
             if maps is not None:
                 maps.append(x)
-            if _prefers_channels_last(x):
+            if channels_last and not torch.is_grad_enabled():
                 x = x.contiguous(memory_format=torch.channels_last)
             x = self.pool(x)
         return x.flatten(1)
-
-
-def _prefers_channels_last(x: Tensor) -> bool:
-    """Returns whether channels-last is faster: without gradients on a CPU, several times; their backward is not."""
-    return x.device.type == "cpu" and not torch.is_grad_enabled()
 
 
 class PlainNet(Network):
@@ -329,7 +327,7 @@ class ResNet18(Network):
         self.classify = nn.Linear(512 * (height * columns if average else 1), classes)
 
     def embed(self, x: Tensor, maps: list[Tensor] | None = None) -> Tensor:
-        x = F.relu(self.norm1(self.conv1(x)), inplace=True)
+        x = F.relu(self.norm1(self.conv1(arrange(x))), inplace=True)
         for stage in self.stages:
             x = stage(x)
             if maps is not None:
@@ -419,7 +417,7 @@ class Wrapped(Network):
                 hooks.enter_context(last.register_forward_pre_hook(lambda _, inputs: embeddings.append(inputs[0])))
             for child in self.model.children() if maps is not None else ():
                 hooks.enter_context(child.register_forward_hook(append_map))
-            logits: Tensor = self.model(self._channels(x))
+            logits: Tensor = self.model(arrange(self._channels(x)))
         return embeddings[-1] if self.last is not None else logits
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from condense.networks.architectures import NAMED, Network, Shape, reset_parameters
+from condense.networks.memory_format import arrange
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class StagedNet(Network):
         reset_parameters(self)
 
     def embed(self, x: Tensor, maps: list[Tensor] | None = None) -> Tensor:
-        x = self.stem(x)
+        x = self.stem(arrange(x))
         for stage in self.stages:
             x = stage(x)
             if maps is not None:
