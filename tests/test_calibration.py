@@ -8,6 +8,7 @@ import torch
 
 import condense
 from condense.environment import keep_freed_memory
+from condense.jobs import estimate_cost
 from condense.jobs.job import read_job
 from condense.networks import ComputeConfig, MemoryFormat, build_network, calibrate, calibration, memory_format
 from condense.networks.calibration import Timing, choose, count_flops
@@ -163,3 +164,13 @@ def test_a_changed_configuration_is_refused(tiny, tmp_path):
 def test_the_allocator_can_be_set_from_python():
     assert condense.keep_freed_memory is keep_freed_memory
     assert keep_freed_memory() in (True, False)
+
+
+def test_a_plan_gives_a_range_from_counted_operations(tiny, monkeypatch):
+    monkeypatch.setenv("CONDENSE_PLAN_SECONDS", "0")  # the first step is the only one
+    needs = estimate_cost("dm", tiny, 1, network="convnet-d1-w4-none", steps=100, batch_real=4, augment="none")
+    forward = count_flops(build_network("convnet-d1-w4-none", tiny.shape, tiny.num_classes), tiny.shape)
+    images = tiny.num_classes * (4 + 1)
+    assert images * forward * 0.9 < needs["step_flops"] < 3 * images * forward
+    assert 0 < needs["least_seconds"] <= needs["seconds"]
+    assert needs["seconds"] > 99 * needs["seconds_per_step"]

@@ -116,7 +116,9 @@ def _steps_in(minutes: float, estimate: dict[str, Any]) -> int | None:
 
 def _print_estimate(estimate: dict[str, Any]) -> None:
     """Prints the lines time, memory, disk and experts."""
-    time = duration(estimate["seconds"])
+    time, least = duration(estimate["seconds"]), duration(estimate["least_seconds"])
+    if least != time:
+        time = f"{least} to {time}"
     if estimate["steps"]:
         networks = estimate["steps"] // estimate["steps_per_network"]
         along = f" along {networks} networks" if estimate["steps_per_network"] > 1 else ""

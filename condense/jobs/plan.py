@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from condense.data import Task
 from condense.device import device_name, differentiable_attention, peak_memory, pick_device
@@ -17,38 +20,55 @@ from condense.engine import Run, Step
 from condense.environment import read_seconds
 from condense.jobs.checks import check_fit, check_request
 from condense.jobs.job import resolve_settings
-from condense.networks import calibrate, flat, memory_format
+from condense.networks import calibrate, fastest_rate, flat, memory_format
 from condense.pretraining import choose_placement, read_trajectory_file, trajectory_nbytes
 from condense.registry import METHODS
 from condense.sets import DistilledSet, SyntheticSet
 
 PLAN_SECONDS = 3.0
-"""Seconds of the steps whose pace predicts the rest, unless ``CONDENSE_PLAN_SECONDS`` is set."""
+"""Seconds of the steps whose pace predicts the rest, unless ``CONDENSE_PLAN_SECONDS`` is set. A step that takes longer
+is the only one."""
 
 
 class DryRun(Run):
-    """Makes at least three steps of a run, for about ``PLAN_SECONDS``, and notes when each ended."""
+    """Makes a few steps of a run, for about ``PLAN_SECONDS``: notes when each ended, counts operations of the first."""
 
     dry_run = True
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.ends: list[float] = []
-        self.loops = self.state_bytes = 0
+        self.first_began = 0.0
+        self.loops = self.state_bytes = self.step_flops = 0
 
     def optimise(self, synthetic: SyntheticSet, steps: int, **options: Any) -> Iterator[Step]:
         """Of several loops, which cost the same per step, only the first one is measured."""
         self.loops += 1
         for step in super().optimise(synthetic, steps, **options):
             self.state_bytes = max(self.state_bytes, _nbytes(step.optimizer.state_dict()))
-            yield step
+            if self.loops > 1:
+                yield step
+                return
+            if not self.ends:
+                self.first_began = time.monotonic()
+                with FlopCounterMode(display=False) as counter:
+                    yield step
+                self.step_flops = int(counter.get_total_flops())
+            else:
+                yield step
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
-            if self.loops > 1:
-                return
             self.ends.append(time.monotonic())
-            if len(self.ends) > 2 and self.ends[-1] - self.ends[0] > read_seconds("PLAN", PLAN_SECONDS):
+            # The first step also warms up, so its time counts only if there is no other.
+            began = self.ends[0] if len(self.ends) > 1 else self.first_began
+            if self.ends[-1] - began > read_seconds("PLAN", PLAN_SECONDS):
                 return
+
+    def step_seconds(self) -> tuple[float, float]:
+        """Seconds of the fastest measured step, and the mean; (0, 0) if the run has no steps."""
+        ends = self.ends if len(self.ends) > 1 else [self.first_began, *self.ends]
+        each = [end - start for start, end in itertools.pairwise(ends)]
+        return (min(each), statistics.mean(each)) if each else (0.0, 0.0)
 
 
 def _nbytes(state: Any) -> int:
@@ -68,7 +88,11 @@ def estimate_cost(
     precision: str = "auto",
     **settings: Any,
 ) -> dict[str, Any]:
-    """What a run would cost, from a few of its own steps: seconds a step, all steps, peak memory, bytes of the set."""
+    """What a run would cost, from a few of its own steps: seconds a step, all steps, peak memory, bytes of the set.
+
+    ``seconds`` follow from the measured pace. ``least_seconds`` are those of the fastest measured step or, on a CPU, of
+    its floating-point operations at the fastest rate of the network's convolutions on this machine.
+    """
     check_request(method, settings, network=network, device=device, precision=precision)
     entry = METHODS.get(method)
     config = resolve_settings(entry, settings, ipc)
@@ -82,11 +106,14 @@ def estimate_cost(
     with differentiable_attention(entry.order == 2), memory_format(compute.format):
         synthetic = entry.function(task, config, trial)
     seconds, per_step, steps = time.monotonic() - began, None, getattr(config, "steps", None)
+    possible = None
     if steps is not None and trial.ends:
-        warm = len(trial.ends) - 1  # the first step warms up
-        per_step = (trial.ends[-1] - trial.ends[0]) / warm if warm else seconds
+        fastest, per_step = trial.step_seconds()
         steps *= trial.loops
         seconds = trial.ends[0] - began + per_step * (steps - 1)
+        # Other work on the machine may have slowed the steps: they can take as little as their operations need.
+        rate = fastest_rate(network or entry.network, real.shape, real.num_classes) if where.type == "cpu" else None
+        possible = min(fastest, trial.step_flops / rate) if rate and trial.step_flops else fastest
     seconds += sum(trial.estimates.values())
     made = DistilledSet(synthetic.images.detach(), synthetic.labels, real.transform.to(synthetic.images.device), {})
     return {
@@ -94,6 +121,8 @@ def estimate_cost(
         "steps": steps,
         "steps_per_network": config.steps_per_network(ipc) if hasattr(config, "steps_per_network") else 1,
         "seconds": seconds,
+        "least_seconds": seconds if possible is None else seconds - (per_step - possible) * (steps - 1),
+        "step_flops": trial.step_flops,
         "preparation_seconds": trial.estimates.get("preparation", 0.0),
         "labelling_seconds": trial.estimates.get("labelling", 0.0),
         "peak_memory": peak_memory(where),

@@ -17,7 +17,7 @@ from condense.networks.architectures import (
     reset_parameters,
     uses_batch_statistics,
 )
-from condense.networks.calibration import ComputeConfig, calibrate, processor_name
+from condense.networks.calibration import ComputeConfig, calibrate, fastest_rate, processor_name
 from condense.networks.ensemble import MeanLogits, device_of, mean_of_flat_networks
 from condense.networks.flat import Layout, layout_of
 from condense.networks.memory_format import MemoryFormat, memory_format
@@ -83,6 +83,7 @@ __all__ = [
     "check_public_weights",
     "combined_sha256",
     "device_of",
+    "fastest_rate",
     "find_backbone",
     "freeze",
     "is_normalisation",

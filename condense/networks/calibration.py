@@ -184,6 +184,16 @@ def count_flops(net: Network, shape: Shape) -> int:
     return int(counter.get_total_flops())
 
 
+def fastest_rate(network: str | Callable[..., nn.Module], shape: Shape, classes: int) -> float | None:
+    """Floating-point operations per second of the fastest timed forward pass; None for a network that is not timed."""
+    timings = measure(network, tuple(shape), classes, torch.get_num_threads())
+    if not timings:
+        return None
+    with rng.seeded("calibration"):
+        flops = count_flops(build_network(network, shape, classes), shape)
+    return flops / min(timing.seconds for timing in timings if not timing.gradients)
+
+
 def _measure(net: Network, shape: Shape) -> Iterator[Timing]:
     """Times forward passes and passes with gradients, in each format, in each precision worth trying."""
     net.train()
