@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -231,14 +231,9 @@ class Augmentation:
             return _cutout(images, p)
         if op == "flip":
             return _flip(images, p)
-        zero = torch.zeros(len(p), dtype=torch.float64)
         if op == "scale":
-            sx, sy = p.zoom.double().unbind(1)
-            matrix = torch.stack([sx, zero, zero, sy], 1)
-        else:
-            theta = torch.deg2rad(p.angle.double())
-            matrix = torch.stack([theta.cos(), -theta.sin(), theta.sin(), theta.cos()], 1)
-        return _affine(images, matrix.reshape(-1, 2, 2), self.align_corners)
+            return _zoom(images, p.zoom)
+        return _rotate(images, torch.deg2rad(p.angle.double()), self.align_corners)
 
 
 def make_augmentation(
@@ -320,15 +315,38 @@ def _flip(images: Tensor, p: AugmentationParameters) -> Tensor:
     return torch.where(send_like(p.mirrored, images)[:, None, None, None], images.flip(3), images)
 
 
-def _affine(images: Tensor, matrix: Tensor, align_corners: bool) -> Tensor:
-    """Resamples bilinearly with zeros outside. ``matrix`` (N,2,2) maps output to input positions, (x, y) in [-1, 1]."""
+def _zoom(images: Tensor, factors: Tensor) -> Tensor:
+    """Resamples bilinearly with zeros outside: output position p, in pixels from the middle, takes input ``factors`` p.
+
+    The map is separable: one matrix (width, width) and one (height, height) for each image.
+
+    Args:
+        images: (N,C,H,W).
+        factors: (N,2), of x and y.
+    """
+    n, c, h, w = images.shape
+    # Weights in bfloat16 would move positions by part of a pixel.
+    x = images.to(torch.promote_types(images.dtype, torch.float32))
+    scale = send_like(factors, x, x.dtype)[:, :, None, None]
+    with torch.autocast(x.device.type, enabled=False):
+        for axis, size in ((0, w), (1, h)):
+            positions = _positions(size, x.device, x.dtype)
+            weights = (1 - (scale[:, axis] * positions - positions[:, None]).abs()).clamp(min=0)  # (N, input, output)
+            x = (x.reshape(n, -1, size) @ weights).reshape(n, c, -1, size).transpose(2, 3)
+    return x.to(images.dtype)
+
+
+def _rotate(images: Tensor, angle: Tensor, align_corners: bool) -> Tensor:
+    """Resamples bilinearly with zeros outside, rotated by ``angle`` (N,) in radians, in the coordinates of torch."""
+    cos, sin = angle.cos(), angle.sin()
+    matrix = torch.stack([cos, -sin, sin, cos], 1).reshape(-1, 2, 2)
     # Rounding to bfloat16, and a matrix product with TF32 or autocast, would move positions by part of a pixel.
     x = images.to(torch.promote_types(images.dtype, torch.float32))
     h, w = x.shape[2:]
     forward = send_like(matrix, x, x.dtype)[:, :, :, None, None]
 
     def resample(x: Tensor) -> Tensor:
-        ys, xs = (send_like(_centred(size) * 2 / _span(size, align_corners), x, x.dtype) for size in (h, w))
+        ys, xs = (_positions(size, x.device, x.dtype) * (2 / _span(size, align_corners)) for size in (h, w))
         grid = forward[:, :, 0] * xs + forward[:, :, 1] * ys[:, None]
         return F.grid_sample(x, grid.movedim(1, 3), align_corners=align_corners)
 
@@ -338,9 +356,10 @@ def _affine(images: Tensor, matrix: Tensor, align_corners: bool) -> Tensor:
     return _linear(x, resample, lambda g: _resample_adjoint(g, matrix, align_corners)).to(images.dtype)
 
 
-def _centred(size: int) -> Tensor:
-    """Returns the positions along an axis, in pixels from its middle."""
-    return torch.arange(size, dtype=torch.float64) - (size - 1) / 2
+@functools.lru_cache(maxsize=64)
+def _positions(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Positions along an axis, in pixels from its middle."""
+    return (torch.arange(size, dtype=torch.float64) - (size - 1) / 2).to(device, dtype)
 
 
 def _span(size: int, align_corners: bool) -> int:
@@ -353,7 +372,8 @@ def _resample_adjoint(gradient: Tensor, matrix: Tensor, align_corners: bool) -> 
     varying order.
 
     In pixels from the middle, output p uses input q with weight hat(Ap - q) in x times the same in y, which is 0 unless
-    p is in A^-1 q + A^-1 (-1, 1)^2: a window of few pixels, whose size is known on the CPU.
+    p is in A^-1 q + A^-1 (-1, 1)^2: a window of few pixels, whose size is known on the CPU. All its K pixels are
+    gathered at once.
     """
     n, c, h, w = gradient.shape
     aspect = _span(w, align_corners) / _span(h, align_corners)
@@ -362,21 +382,21 @@ def _resample_adjoint(gradient: Tensor, matrix: Tensor, align_corners: bool) -> 
     reach = inverse.abs().sum(2)
     wide, high = (2 * reach.amax(0)).ceil().int().tolist()
 
-    a, b, near = (send_like(v, gradient, gradient.dtype)[..., None, None] for v in (forward, inverse, reach))
-    qy, qx = (send_like(_centred(size), gradient, gradient.dtype) for size in (h, w))
+    numbers = torch.cat([forward, inverse, reach[:, :, None]], 2)  # one upload
+    a, b, near = send_like(numbers, gradient, gradient.dtype)[..., None, None, None].split([2, 2, 1], 2)
+    qy, qx = (_positions(size, gradient.device, gradient.dtype) for size in (h, w))
     qy, top, left = qy[:, None], (h - 1) / 2, (w - 1) / 2
-    first_x = (b[:, 0, 0] * qx + b[:, 0, 1] * qy + left - near[:, 0]).floor() + 1
-    first_y = (b[:, 1, 0] * qx + b[:, 1, 1] * qy + top - near[:, 1]).floor() + 1
-    flat, total = gradient.flatten(2), torch.zeros_like(gradient)
-    for down, right in itertools.product(range(high), range(wide)):
-        x, y = first_x + right, first_y + down
-        px, py = x - left, y - top
-        weight = (1 - (a[:, 0, 0] * px + a[:, 0, 1] * py - qx).abs()).clamp(min=0)
-        weight = weight * (1 - (a[:, 1, 0] * px + a[:, 1, 1] * py - qy).abs()).clamp(min=0)
-        weight = weight * ((x >= 0) & (x < w) & (y >= 0) & (y < h))
-        source = (y.clamp(0, h - 1) * w + x.clamp(0, w - 1)).long().reshape(n, 1, h * w).expand(n, c, h * w)
-        total = total + weight[:, None] * flat.gather(2, source).reshape(gradient.shape)
-    return total
+    window = torch.cartesian_prod(torch.arange(high), torch.arange(wide))
+    down, right = send_like(window.T[:, :, None, None], gradient, gradient.dtype)  # (K, 1, 1) each
+    x = (b[:, 0, 0] * qx + b[:, 0, 1] * qy + left - near[:, 0, 0]).floor() + 1 + right  # (N, K, H, W)
+    y = (b[:, 1, 0] * qx + b[:, 1, 1] * qy + top - near[:, 1, 0]).floor() + 1 + down
+    px, py = x - left, y - top
+    weight = (1 - (a[:, 0, 0] * px + a[:, 0, 1] * py - qx).abs()).clamp(min=0)
+    weight = weight * (1 - (a[:, 1, 0] * px + a[:, 1, 1] * py - qy).abs()).clamp(min=0)
+    weight = weight * ((x >= 0) & (x < w) & (y >= 0) & (y < h))
+    source = (y.clamp(0, h - 1) * w + x.clamp(0, w - 1)).long().reshape(n, 1, -1).expand(n, c, -1)
+    values = gradient.flatten(2).gather(2, source).reshape(n, c, len(window), h, w)
+    return (weight[:, None] * values).sum(2)
 
 
 def cutmix(images: Tensor, draws: Draws) -> tuple[Tensor, Tensor, float]:
