@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from condense.environment import limit_host_memory
 from condense.errors import CondenseError, is_out_of_memory
@@ -69,6 +70,36 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     if precision == "bf16":
         return torch.autocast(device.type, torch.bfloat16)
     return contextlib.nullcontext()
+
+
+def upload(x: Tensor, device: torch.device) -> Tensor:
+    """Copies a CPU tensor to the device without waiting for it."""
+    return (
+        x.pin_memory().to(device, non_blocking=True)
+        if device.type == "cuda" and x.device.type == "cpu"
+        else x.to(device)
+    )
+
+
+def upload_indices(x: Tensor, device: torch.device) -> Tensor:
+    """As :func:`upload`, for indices or labels that nobody changes: :func:`on_host` returns ``x`` without waiting."""
+    there = upload(x, device)
+    if there is not x:
+        there.host = x  # type: ignore[attr-defined]
+    return there
+
+
+def on_host(x: Tensor) -> Tensor:
+    """Returns ``x`` on the CPU. Waits for the device unless :func:`upload_indices` made it."""
+    return x.host if hasattr(x, "host") else x.cpu()
+
+
+def add_rows(total: Tensor, rows: Tensor, values: Tensor) -> None:
+    """Adds ``values`` (M, ...) to the rows (M,) of ``total``, in place and in a fixed order on every device."""
+    if total.device.type == "cuda":
+        total.index_put_((rows,), values, accumulate=True)  # sorts; index_add_ adds in any order
+    else:
+        total.index_add_(0, rows, values)
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from condense import networks, rng
 from condense.augment import make_augmentation
 from condense.config import require_range
 from condense.data import Task
+from condense.device import upload
 from condense.engine import ParamGroup, Run, Step
 from condense.pretraining import SnapshotOptions, load_or_train_snapshots
 from condense.registry import method
@@ -37,7 +38,7 @@ def class_means(features: Tensor, labels: Tensor, classes: list[int]) -> Tensor:
         float32 (float64 for such features) (len(classes), D).
     """
     features = features.to(torch.promote_types(features.dtype, torch.float32))
-    members = (labels.unsqueeze(0) == torch.tensor(classes, device=labels.device).unsqueeze(1)).to(features.dtype)
+    members = (labels.unsqueeze(0) == upload(torch.tensor(classes), labels.device).unsqueeze(1)).to(features.dtype)
     with torch.autocast(features.device.type, enabled=False):  # bf16 would round weights and means
         return (members / members.sum(1, keepdim=True)) @ features
 
@@ -214,7 +215,7 @@ ACCURACY_IMAGES = 256
 def training_accuracy(net: networks.Network, run: Run, step: Step) -> Tensor:
     """Accuracy, 0 to 1, of ``net`` on random real training images without augmentation."""
     ids = step.draws("accuracy").integers(len(run.task.train), ACCURACY_IMAGES)
-    labels = torch.from_numpy(run.task.train.labels[ids.numpy()]).to(run.device)
+    labels = upload(torch.from_numpy(run.task.train.labels[ids.numpy()]), run.device)
     with run.autocast():
         features = net.embed(run.task.batch(ids))
     return (net.classify(features.float()).argmax(1) == labels).float().mean()

@@ -1,6 +1,5 @@
 """Augmentation: differentiable augmentation of a batch, CutMix, and the reproducible views that labels belong to."""
 
-from condense.augment.resample import to_device
 from condense.augment.siamese import (
     OPERATIONS,
     VARIANTS,
@@ -39,5 +38,4 @@ __all__ = [
     "float32_decimal",
     "make_augmentation",
     "resampling_matrices",
-    "to_device",
 ]

@@ -6,16 +6,12 @@ import torch
 from torch import Tensor
 
 from condense.data import working_dtype
-
-
-def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """Copies a CPU tensor to the device without waiting for it."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+from condense.device import upload
 
 
 def send_like(x: Tensor, images: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Copies a CPU tensor to the device of ``images``, optionally as ``dtype``."""
-    return to_device(x if dtype is None else x.to(dtype), images.device)
+    return upload(x if dtype is None else x.to(dtype), images.device)
 
 
 def shift_images(x: Tensor, shift: Tensor, fill: Tensor | None = None) -> Tensor:

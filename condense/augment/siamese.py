@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from condense.augment.resample import send_like, shift_images
+from condense.device import on_host, upload
 from condense.errors import CondenseError, did_you_mean
 from condense.rng import Draws
 
@@ -185,15 +186,15 @@ class Augmentation:
             images: (N,C,H,W) of any floating dtype, on any device.
             parameters: Result of :meth:`draw`. Siamese matching applies the same parameters to the real and to the
                 synthetic batch, with the labels as rows.
-            rows: Row of each image, int64 (N,); on the CPU, since otherwise the call waits for the device. Default: row
-                i for image i.
+            rows: Row of each image, int64 (N,), on the CPU or made by ``upload_indices``; otherwise the call waits for
+                the device. Default: row i for image i.
 
         Raises:
             ValueError: The rows do not match the images, or the parameters were sampled for another image size.
         """
         if not self.ops or not len(images):
             return images
-        selected = parameters if rows is None else parameters[rows.cpu()]
+        selected = parameters if rows is None else parameters[on_host(rows)]
         if len(selected) != len(images):
             raise ValueError(f"{len(images)} images need as many rows, not {len(selected)}")
         size = tuple(images.shape[2:])
@@ -419,5 +420,5 @@ def cutmix(images: Tensor, draws: Draws) -> tuple[Tensor, Tensor, float]:
     left, right = (min(max(int(x * width + sign * half[1]), 0), width) for sign in (-1, 1))
     partners = draws.permutation(len(images))
     mixed = images.clone()
-    mixed[..., top:bottom, left:right] = images[partners.to(images.device)][..., top:bottom, left:right]
+    mixed[..., top:bottom, left:right] = images[upload(partners, images.device)][..., top:bottom, left:right]
     return mixed, partners, 1 - (bottom - top) * (right - left) / (height * width)

@@ -19,7 +19,7 @@ from condense.data.loaded import DataOptions, LoadedData, Split, check_class_nam
 from condense.data.registered import apply_normalisation
 from condense.data.sources import read_data, read_objects
 from condense.data.transform import ZCA, Standardise
-from condense.device import check_host_memory, free_memory
+from condense.device import check_host_memory, free_memory, upload, upload_indices
 from condense.errors import CondenseError
 from condense.files import check_name
 from condense.formatting import by
@@ -223,7 +223,7 @@ class Task:
             Images in the training space, float32 (M,C,H,W), and labels, int64 (M,), on the device, ordered by class.
         """
         ids = self.sample_ids(n, parts, classes)
-        labels = torch.from_numpy(self.train.labels[ids.numpy()]).to(self.device, non_blocking=True)
+        labels = upload_indices(torch.from_numpy(self.train.labels[ids.numpy()]), self.device)
         return self.batch(ids), labels
 
     def sample_ids(self, n: int, parts: tuple[int | str, ...], classes: Sequence[int] | None = None) -> Tensor:
@@ -319,7 +319,7 @@ class Rows:
             max_bytes = free_memory(self._device) // 4 if self._max_bytes is None else self._max_bytes
             self.placed = self.host.to(self._device) if self.host.nbytes <= max_bytes else self.host
         if self.placed is not self.host or self._device.type == "cpu":
-            return self.placed.index_select(0, ids.to(self.placed.device, non_blocking=True))
+            return self.placed.index_select(0, upload(ids, self.placed.device))
         # copies from pinned memory overlap with work on the device
         pinned = self._device.type == "cuda"
         rows = torch.empty((len(ids), *self.host.shape[1:]), dtype=self.host.dtype, pin_memory=pinned)

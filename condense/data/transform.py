@@ -43,6 +43,7 @@ class Standardise:
     def __init__(self, mean: Tensor, std: Tensor) -> None:
         self.mean = torch.as_tensor(mean).detach().float()
         self.std = torch.as_tensor(std).detach().float()
+        self._elsewhere: dict[torch.device, Standardise] = {}
         if self.mean.ndim != 1 or self.mean.shape != self.std.shape or not bool((self.std > 0).all()):
             raise ValueError("mean and std must be vectors with one entry per channel, std above 0")
 
@@ -63,8 +64,13 @@ class Standardise:
         return {"mean": _to_array(self.mean), "std": _to_array(self.std)}
 
     def to(self, device: torch.device | str) -> Standardise:
-        """The same transform on ``device``."""
-        return Standardise(self.mean.to(device), self.std.to(device))
+        """The same transform on ``device``, one copy for each."""
+        device = torch.device(device)
+        if device == self.mean.device:
+            return self
+        if device not in self._elsewhere:  # its check of the values waits for the device
+            self._elsewhere[device] = Standardise(self.mean.to(device), self.std.to(device))
+        return self._elsewhere[device]
 
 
 def black_pixel(transform: Standardise | ZCA) -> tuple[float, ...]:
@@ -94,6 +100,7 @@ class ZCA:
     def __init__(self, mean: Tensor, matrix: Tensor, inverse: Tensor, shape: tuple[int, int, int]) -> None:
         self.mean, self.matrix, self.inverse_matrix = (v.detach().float() for v in (mean, matrix, inverse))
         self.shape = (int(shape[0]), int(shape[1]), int(shape[2]))
+        self._elsewhere: dict[torch.device, ZCA] = {}
         d = self.shape[0] * self.shape[1] * self.shape[2]
         if self.mean.shape != (d,) or self.matrix.shape != (d, d) or self.inverse_matrix.shape != (d, d):
             raise ValueError(f"images of shape {self.shape} need a mean of ({d},) and matrices of ({d}, {d})")
@@ -134,8 +141,14 @@ class ZCA:
         }
 
     def to(self, device: torch.device | str) -> ZCA:
-        """The same transform on ``device``."""
-        return ZCA(self.mean.to(device), self.matrix.to(device), self.inverse_matrix.to(device), self.shape)
+        """The same transform on ``device``, one copy for each."""
+        device = torch.device(device)
+        if device == self.mean.device:
+            return self
+        if device not in self._elsewhere:
+            arrays = (array.to(device) for array in (self.mean, self.matrix, self.inverse_matrix))
+            self._elsewhere[device] = ZCA(*arrays, self.shape)
+        return self._elsewhere[device]
 
 
 Transform: TypeAlias = Standardise | ZCA

@@ -84,6 +84,13 @@ class SyntheticOptimizer:
         self.averages = {
             name: tensors[name].detach().clone() for name, group in groups.items() if group.ema is not None
         }
+        self.bounds = {
+            name: [
+                torch.as_tensor(bound, dtype=tensors[name].dtype, device=tensors[name].device) for bound in group.clamp
+            ]
+            for name, group in groups.items()
+            if group.clamp is not None
+        }
         self.loss = torch.zeros((), device=row_classes.device)
         """Sum of the losses since the last step, kept on the device."""
         self.finite = torch.ones((), dtype=torch.bool, device=row_classes.device)
@@ -166,12 +173,12 @@ class SyntheticOptimizer:
             _sgd(old, gradient, group, lr, mask) if group.optimizer == "sgd" else _adam(old, gradient, group, lr, mask)
         )
         if group.clamp is not None:
-            low, high = (torch.as_tensor(bound, dtype=tensor.dtype, device=tensor.device) for bound in group.clamp)
+            low, high = self.bounds[name]
             value = new["value"]
             new["value"] = value.clamp(low, high)
             # A step of many times the range ends at its ends whatever the gradient is.
-            overshoot = (value - new["value"]).abs().amax() <= MAX_OVERSHOOT * (high - low).amax()
-            self.finite = self.finite & overshoot.to(self.finite.device)
+            in_reach = (value - new["value"]).abs().amax() <= MAX_OVERSHOOT * (high - low).amax()
+            self.finite = self.finite & (in_reach | ~gate if isinstance(gate, Tensor) else in_reach)
         for key, value in new.items():
             target = tensor if key == "value" else self.state[name][key]
             if isinstance(gate, Tensor):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from condense import networks, rng
 from condense.data import Task
-from condense.device import autocast
+from condense.device import autocast, upload
 from condense.engine.checkpoint import (
     CHECKPOINT_FILE,
     PREVIOUS_CHECKPOINT_FILE,
@@ -299,7 +299,8 @@ class Run:
             with self.seeded("scratch"):
                 self._device_net = networks.build_network(self.network, self.task.shape, self.task.num_classes)
             self._device_net.to(self.device).requires_grad_(False)
-        self._device_net.load_state_dict(self._net.state_dict())
+        for there, here in zip(self._device_net.state_dict().values(), self._net.state_dict().values()):
+            there.copy_(upload(here, self.device))
         return self._device_net
 
     def register_state(self, name: str, state: Stateful) -> None:
@@ -498,10 +499,10 @@ class _StepMonitor:
 
     def _is_saturated(self, name: str) -> bool:
         """Whether almost all values of a clamped tensor are at the ends of their range."""
-        group, tensor = self.optimizer.groups[name], self.optimizer.tensors[name].detach()
-        if group.clamp is None:
+        tensor = self.optimizer.tensors[name].detach()
+        if name not in self.optimizer.bounds:
             return False
-        low, high = (torch.as_tensor(bound, dtype=tensor.dtype, device=tensor.device) for bound in group.clamp)
+        low, high = self.optimizer.bounds[name]
         return float(((tensor <= low) | (tensor >= high)).float().mean()) >= MAX_SATURATED
 
     def _check_saturation(self, step: int) -> None:

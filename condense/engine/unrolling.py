@@ -49,6 +49,8 @@ class UnrollResult(NamedTuple):
     closed."""
     end: Tensor
     """(P,), the weights after the last step."""
+    is_open: Tensor | bool = True
+    """Whether the gate let the loss pass, a scalar on the device."""
 
 
 def unroll(
@@ -83,7 +85,8 @@ def unroll(
         grad_mode: one of ``GRAD_MODES``; see the module.
         factor: on the leaves' gradients of ``tesla`` alone (its release loses a factor of 2, which is 0.5 here); the
             rate's has none.
-        gate: where the loss is above it or not finite, the way back is not gone. Only then is the host waited for.
+        gate: where the loss is above it or not finite, ``is_open`` is False. A CPU then does not go the way back; a
+            GPU does, so that the host need not wait for the loss.
         optimizer: ``sgd``, or, with ``grad_mode="graph"``, the lower-case name of any that ``higher`` knows.
         optimizer_options: for the constructor of the latter in ``torch.optim``.
 
@@ -131,8 +134,13 @@ def _slope(theta: Tensor, start: Tensor, target: Target) -> Tensor:
     return (theta - target.goal) * (2 * target.weight / (start - target.goal).square().sum())
 
 
-def _closed(loss: Tensor, gate: float | None) -> bool:
-    return gate is not None and not bool(loss.isfinite() & (loss <= gate))
+def _is_open(loss: Tensor, gate: float | None) -> Tensor | bool:
+    return gate is None or loss.isfinite() & (loss <= gate)
+
+
+def _ends(is_open: Tensor | bool) -> bool:
+    """Whether the way back is not gone: where the gate is closed and nobody waits to know it."""
+    return isinstance(is_open, Tensor) and is_open.device.type == "cpu" and not bool(is_open)
 
 
 # -- back step by step ------------------------------------------------------------------------------------------------
@@ -164,8 +172,9 @@ def _by_recursion(
         thetas.append(thetas[-1] - rate * buffer)
     end = thetas[-1]
     loss = torch.stack([_miss(thetas[target.step], start, target) for target in targets]).sum()
-    if _closed(loss, gate):
-        return UnrollResult(loss, None, end)
+    is_open = _is_open(loss, gate)
+    if _ends(is_open):
+        return UnrollResult(loss, None, end, is_open)
 
     sums = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}  # the only ones, however many steps
     rate_sum = torch.zeros_like(rate)
@@ -187,7 +196,7 @@ def _by_recursion(
     if factor != 1:
         for total in sums.values():
             total *= factor
-    return UnrollResult(loss, {**sums, "step_size": rate_sum}, end)
+    return UnrollResult(loss, {**sums, "step_size": rate_sum}, end, is_open)
 
 
 def _step_back(
@@ -222,14 +231,15 @@ def _by_graph(
         theta = advance(theta, step_loss(theta, i))
         misses += [_miss(theta, fixed, target) for target in targets if target.step == i + 1]
     loss = torch.stack(misses).sum()
-    if _closed(loss.detach(), gate):
-        return UnrollResult(loss.detach(), None, theta.detach())
+    is_open = _is_open(loss.detach(), gate)
+    if _ends(is_open):
+        return UnrollResult(loss.detach(), None, theta.detach(), is_open)
     inputs = {**leaves, "step_size": rate}
     slopes = torch.autograd.grad(loss, list(inputs.values()), allow_unused=True)
     gradients = {
         name: torch.zeros_like(leaf) if slope is None else slope for (name, leaf), slope in zip(inputs.items(), slopes)
     }
-    return UnrollResult(loss.detach(), gradients, theta.detach())
+    return UnrollResult(loss.detach(), gradients, theta.detach(), is_open)
 
 
 def _sgd(rate: Tensor, momentum: float) -> _Advance:

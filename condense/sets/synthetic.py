@@ -10,6 +10,7 @@ from torch import Tensor
 
 from condense import rng
 from condense.data import Task
+from condense.device import on_host, upload, upload_indices
 from condense.errors import CondenseError
 from condense.labels import HardLabels, Labels, SoftLabels
 from condense.sets.initial import SyntheticOptions, initial_images
@@ -49,6 +50,7 @@ class SyntheticSet:
         self.tensors = {"images": images.requires_grad_(images.is_floating_point())}
         self.label_source: dict[str, Any] = {}
         self._rows = [(self.classes == c).nonzero().squeeze(1) for c in range(task.num_classes)]
+        self._decoded: dict[tuple[int, ...] | None, tuple[Tensor | None, Tensor]] = {}  # rows and labels of classes
 
     @property
     def images(self) -> Tensor:
@@ -137,21 +139,27 @@ class SyntheticSet:
         Returns:
             Images (M,C,H,W) in training space and their classes, int64 (M,).
         """
-        rows = None if classes is None else torch.cat([self._rows[c] for c in classes])
-        stored = self.images if rows is None else self.images[rows]
-        images, ids = decode(stored, self.stages)
+        key = None if classes is None else tuple(classes)
+        rows, labels = self._decoded.get(key, (None, None))
+        if rows is None and classes is not None:
+            rows = torch.cat([self._rows[c] for c in classes])
+        images, ids = decode(self.images if rows is None else self.images[rows], self.stages)
+        if labels is None:
+            labels = (self.classes if rows is None else self.classes[rows])[ids]
+            labels = upload_indices(labels.cpu(), labels.device)  # the only wait for the device
+            self._decoded[key] = rows, labels
         if self.space == "pixel":
             images = self.task.transform.to(images.device)(images)
-        return images, (self.classes if rows is None else self.classes[rows])[ids]
+        return images, labels
 
     def decode_sample(self, classes: Sequence[int], most: int, parts: tuple[int | str, ...]) -> tuple[Tensor, Tensor]:
         """Decodes at most ``most`` images per class, sampled with the random key ``(*parts, class)``."""
         images, labels = self.decode(classes)
         if len(images) <= most * len(classes) and len({len(self._rows[c]) for c in classes}) == 1:
             return images, labels
-        selected = []
+        selected, labels = [], on_host(labels)
         for c in classes:
             rows = (labels == c).nonzero().squeeze(1)
-            selected.append(rows[rng.Draws(*parts, c).sample(len(rows), most).to(rows.device)])
+            selected.append(rows[rng.Draws(*parts, c).sample(len(rows), most)])
         rows = torch.cat(selected)
-        return images[rows], labels[rows]
+        return images[upload(rows, images.device)], upload_indices(labels[rows], images.device)

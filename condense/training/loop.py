@@ -21,7 +21,7 @@ from torch import Tensor
 from condense import rng
 from condense.augment import CropViews, cutmix
 from condense.data import Task
-from condense.device import autocast
+from condense.device import autocast, upload
 from condense.networks import Network
 from condense.training.checkpoint import TrainingCheckpoint, random_state, set_random_state
 from condense.training.config import TrainConfig, batch_groups, batch_ids, epoch_steps, make_optimizer
@@ -143,7 +143,7 @@ def _batch(
         draws = rng.Draws(student.seed, "cutmix", step)
         if float(draws.uniform(1)) < recipe.cutmix:
             images, partners, share = cutmix(images, draws)
-            return images, [(share, targets), (1 - share, targets[partners.to(targets.device)])], clean, sizes
+            return images, [(share, targets), (1 - share, targets[upload(partners, targets.device)])], clean, sizes
     return images, [(1.0, targets)], clean, sizes
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from condense.data import Task
+from condense.device import upload
 from condense.labels import HardLabels, Labels
 from condense.networks import Network
 
@@ -50,7 +51,7 @@ class FixedSource:
         self.size, self.per_view = len(images), labels.per_view
 
     def batch(self, ids: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
-        ids = ids.to(self.images.device)
+        ids = upload(ids, self.images.device)
         if self.per_view:  # each per-view label belongs to one image
             return self.labels.training_batch(self.images, ids, epoch)
         return self.images[ids], self.labels.targets(self.ids[ids])
@@ -76,7 +77,7 @@ class TaskSource:
         self.size = len(task.train.labels)
 
     def batch(self, ids: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
-        return self.task.batch(ids), self.labels.targets(ids.to(self.labels.labels.device))
+        return self.task.batch(ids), self.labels.targets(upload(ids, self.labels.labels.device))
 
     def labelled_groups(self, epoch: int, size: int) -> list[Tensor] | None:
         return None

@@ -7,7 +7,8 @@ import math
 from torch import Tensor
 
 from condense import rng
-from condense.augment import CropViews, resampling_matrices, to_device
+from condense.augment import CropViews, resampling_matrices
+from condense.device import upload
 from condense.engine import Run
 from condense.methods.curriculum_synthesis.settings import MIN_CROP_AREA, RecoveryOptions
 
@@ -44,5 +45,5 @@ def draw_crops(config: RecoveryOptions, run: Run, index: int, count: int, select
     views = crops.draw(rng.Draws(run.seed, "crop", index), count, (run.task.shape[1], run.task.shape[2]))
     reach, low = (2 * config.jitter + 1, config.jitter) if config.two_sided else (config.jitter + 1, 0)
     shift = rng.Draws(run.seed, "roll", index).integers(reach, (count, 2)) - low
-    rows, columns = (to_device(matrix, run.device) for matrix in resampling_matrices(views[selected], shift[selected]))
+    rows, columns = (upload(matrix, run.device) for matrix in resampling_matrices(views[selected], shift[selected]))
     return rows, columns

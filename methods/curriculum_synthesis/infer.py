@@ -102,7 +102,7 @@ def infer(task: Task, config: INFER, run: Run) -> SyntheticSet:
     ]
 
     def finish() -> SyntheticSet:
-        stage, inverse = Compensated(count, number, teachers), task.transform.inverse
+        stage, inverse = Compensated(count, number, teachers), run.task.transform.inverse
         added = inverse(shared.images.detach()) - inverse(torch.zeros_like(shared.images))
         stored = to_storage(torch.cat([inverse(base).clamp(0, 1), stage.encode(added)]), config.store)
         decoded, _ = stage(to_unit_range(stored), torch.arange(len(stored)))

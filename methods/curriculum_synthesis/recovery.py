@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from condense.augment import apply_resampling
+from condense.device import add_rows
 from condense.engine import ParamGroup, Run
 from condense.methods.curriculum_synthesis.bn_matching import Matcher, Moments
 from condense.methods.curriculum_synthesis.crops import draw_crops
@@ -141,7 +142,7 @@ class RecoveryPass:
         """Adds the gradient of the weighted ``losses`` (G,) to that of the step."""
         loss = (self._plan.weights * losses).sum()
         gradient = torch.autograd.grad(loss, self.pixels)[0].flatten(0, 1)
-        self._gradient.index_add_(0, self._plan.rows.flatten(), gradient)
+        add_rows(self._gradient, self._plan.rows.flatten(), gradient)
         self.loss += loss.detach()
 
 

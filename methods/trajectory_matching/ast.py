@@ -15,6 +15,7 @@ from torch import Tensor
 from condense import rng
 from condense.config import require_one_of, require_range
 from condense.data import Task
+from condense.device import upload
 from condense.engine import ParamGroup, Run, Target
 from condense.methods.trajectory_matching.expert_updates import Smooth
 from condense.methods.trajectory_matching.matching import (
@@ -107,7 +108,7 @@ def perturb_convolutions(start: Tensor, experts: Experts, length: float, key: Se
     moved, generator = start.clone(), rng.generator(*key)
     for weight in experts.layout.unflatten(moved).values():
         if weight.dim() == 4:
-            direction = torch.randn(weight.shape, generator=generator).to(weight.device)
+            direction = upload(torch.randn(weight.shape, generator=generator), weight.device)
             weight.mul_(1 + length * direction / direction.norm())
     return moved
 

@@ -149,14 +149,15 @@ def datm(task: Task, config: DATM, run: Run) -> SyntheticSet:
     student = UnrolledStudent(config, run, synthetic, experts)
     groups: dict[str, Any] = {"images": config.pixel_group(), "step_size": step_size_group(config)}
     groups["labels"] = ParamGroup(lr=config.lr_label, momentum=config.label_momentum)
-    skipped = 0
+    skipped = torch.zeros((), dtype=torch.int64, device=run.device)
     for step in run.optimise(synthetic, config.steps, **groups):
         expert, epoch = draw_segment(config, run, experts, step.index, config.end_of_starts)
         start, goal = experts.params_at(expert, epoch), experts.params_at(expert, epoch + config.expert_epochs)
         outcome = student.unroll(student.loss(step), start, [Target(config.syn_steps, goal)], config.gate)
         apply_update(step, outcome)
-        skipped += outcome.gradients is None
-        if skipped == step.index + 1 == GATE_WARNING_STEPS:
+        if isinstance(outcome.is_open, Tensor):
+            skipped += ~outcome.is_open
+        if step.index + 1 == GATE_WARNING_STEPS == int(skipped):
             _log.warning(
                 "condense: the matching loss was above the gate in each of the first %d steps, so nothing was "
                 "learned; raise gate, or lower syn_steps or lr_start",

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from condense import networks, rng
 from condense.augment import AugmentationParameters, make_augmentation
+from condense.device import add_rows, upload
 from condense.engine import ParamGroup, Run, Step, StepLoss, Target, UnrollResult, unroll
 from condense.errors import CondenseError
 from condense.methods.trajectory_matching.settings import MTT
@@ -132,7 +133,7 @@ class UnrolledStudent:
         def draw(i: int) -> tuple[Tensor | None, AugmentationParameters]:
             if i not in drawn:
                 # The whole set needs no gathering, whose second derivative would scatter.
-                rows = None if batch == size else shuffled_rows(key, size, batch, i).to(self.run.device)
+                rows = None if batch == size else upload(shuffled_rows(key, size, batch, i), self.run.device)
                 count = size if rows is None else len(rows)
                 draws = rng.Draws(*step.key("augment"), i)
                 drawn[i] = rows, self.augmentation.draw(draws, count, self.run.task.shape[1:], groups=1)
@@ -171,7 +172,7 @@ def apply_update(step: Step, outcome: UnrollResult) -> None:
         step.update(gate=False)
         step.optimizer.record_loss(loss)
     else:
-        step.apply(outcome.gradients, loss)
+        step.apply(outcome.gradients, loss, gate=outcome.is_open)
 
 
 def check_step_size(config: MTT, run: Run, synthetic: SyntheticSet) -> None:
@@ -192,7 +193,8 @@ def compute_set_logits(run: Run, experts: Experts, theta: Tensor, synthetic: Syn
     """Logits (N, classes) of an expert for the stored images: the mean over the training images decoded from each."""
     images, ids = decode(synthetic.images.detach(), synthetic.stages)
     logits = compute_expert_logits(run, experts, theta, images)
-    total = torch.zeros(len(synthetic.images), logits.shape[1], device=logits.device).index_add(0, ids, logits)
+    total = torch.zeros(len(synthetic.images), logits.shape[1], device=logits.device)
+    add_rows(total, ids, logits)
     return total * (len(synthetic.images) / len(images))
 
 
