@@ -23,7 +23,6 @@ import dataclasses
 import hashlib
 import importlib.resources
 import json
-import multiprocessing
 import os
 import sys
 import tempfile
@@ -40,6 +39,7 @@ from torch import Tensor
 from condense import api, exchange, rng
 from condense.augment import ViewRule
 from condense.benchmarks import suite
+from condense.benchmarks.child import HANG_OR_CRASH, ChildProcess
 from condense.config import load_recipe
 from condense.data import Task
 from condense.errors import CondenseError
@@ -72,7 +72,7 @@ NETWORK = "convnet-d2-w8-bn"
 CLASSES, IMAGES, EPOCHS = 10, 10, 4
 """Number of classes, of images and of labelled epochs of the sets."""
 
-OUTCOMES = ("refused", "same content", "other content", "exception", "hang or crash")
+OUTCOMES = ("refused", "same content", "other content", "exception", HANG_OR_CRASH)
 
 
 @dataclass(frozen=True)
@@ -398,46 +398,6 @@ def _serve(connection: Any) -> None:
         connection.send(answer)
 
 
-class Reader:
-    """A child process that opens files; it is replaced after a hang or a crash."""
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-        self._start()
-
-    def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.connection, other = context.Pipe()
-        self.process = context.Process(target=_serve, args=(other,), daemon=True)
-        self.process.start()
-        other.close()
-        self._limit = 10 * self.seconds  # the first answer includes the imports
-
-    def read(self, kind: str, path: Path) -> tuple[str, str]:
-        """Outcome and digest or message."""
-        try:
-            self.connection.send((kind, str(path)))
-            if self.connection.poll(self._limit):
-                self._limit = self.seconds
-                answer: tuple[str, str] = self.connection.recv()
-                return answer
-            reason = f"no answer within {self._limit:g} s"
-        except (EOFError, OSError):
-            reason = "the process crashed"
-        self.close()
-        self._start()
-        return "hang or crash", reason
-
-    def close(self) -> None:
-        """Ends the process."""
-        with contextlib.suppress(OSError):
-            self.connection.send(None)
-        self.process.join(1)
-        self.process.kill()
-        self.process.join()
-        self.connection.close()
-
-
 def measure(
     kinds: Sequence[str], count: int, seed: int, seconds: float = SECONDS, quiet: bool = False
 ) -> tuple[dict[str, collections.Counter[str]], list[str], float]:
@@ -456,13 +416,16 @@ def measure(
     """
     outcomes: dict[str, collections.Counter[str]] = {}
     failures, longest = [], 0.0
-    with tempfile.TemporaryDirectory() as root, contextlib.closing(Reader(seconds)) as reader:
+    with (
+        tempfile.TemporaryDirectory() as root,
+        contextlib.closing(ChildProcess(_serve, seconds=seconds, daemon=True)) as child,
+    ):
         for kind in kinds:
             path = make_in(Path(root) / str(len(outcomes)), kind)
             outcomes[kind] = collections.Counter()
             generator = np.random.default_rng([seed, *kind.encode()])
             siblings = {sibling: sibling.read_bytes() for sibling in path.parent.iterdir() if sibling.is_file()}
-            status, expected = reader.read(kind, path)
+            status, expected = child.ask((kind, str(path)))
             if status != "accepted":
                 raise CondenseError(f"{kind}: the undamaged file is not accepted: {expected}")
             progress = Progress(kind, count, quiet=quiet)
@@ -471,7 +434,7 @@ def measure(
                 for sibling, original in siblings.items():  # a reader may replace what it finds damaged
                     sibling.write_bytes(content if sibling == path else original)
                 began = time.monotonic()
-                status, text = reader.read(kind, path)
+                status, text = child.ask((kind, str(path)))
                 longest = max(longest, time.monotonic() - began)
                 if status == "accepted":
                     status = "same content" if text == expected else "other content"

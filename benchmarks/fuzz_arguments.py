@@ -22,7 +22,6 @@ import collections
 import contextlib
 import dataclasses
 import io
-import multiprocessing
 import os
 import runpy
 import shlex
@@ -38,6 +37,7 @@ import numpy as np
 import torch
 import yaml
 
+from condense.benchmarks.child import HANG_OR_CRASH, ChildProcess
 from condense.errors import CondenseError
 from condense.files import write_json
 from condense.judge import protocols
@@ -49,7 +49,7 @@ SECONDS = 20.0
 LINE_LIMIT = 1100
 """Maximum number of characters of a message."""
 
-OUTCOMES = ("accepted", "one line", "three lines", "more lines", "internal error", "traceback", "hang or crash")
+OUTCOMES = ("accepted", "one line", "three lines", "more lines", "internal error", "traceback", HANG_OR_CRASH)
 
 FAILING = OUTCOMES[3:]
 """The outcomes that must not happen."""
@@ -288,28 +288,20 @@ def outcome_of(code: Any, errors: str, fault: str = "") -> str:
 
 
 class Runner:
-    """A child process that runs command lines; it is replaced after a hang or a crash."""
+    """Runs command lines in a child process, each in the same folder."""
 
     def __init__(self, root: Path, seconds: float) -> None:
         self.pristine, self.place = root / "pristine", root / "a" / "b" / "work"
-        self.seconds = seconds
         make_folder(self.place)
         make_protocols(root / "protocols")
-        self._settings = {
+        settings = {
             "CONDENSE_CACHE": str(root / "cache"),
             "CONDENSE_DATA": str(root / "data"),
             "CONDENSE_PROTOCOLS": str(root / "protocols"),
             "CONDENSE_PLAN_SECONDS": "0.2",
         }
-        self._start()
-
-    def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.connection, other = context.Pipe()
-        self.process = context.Process(target=_serve, args=(other, self._settings))
-        self.process.start()
-        other.close()
-        self._limit = 10 * self.seconds  # the first answer includes the imports
+        # A daemonic process could not start the processes that decode images.
+        self._child = ChildProcess(_serve, settings, seconds=seconds, daemon=False)
 
     def prepare(self) -> None:
         """Runs ``SETUP``. Each later command line finds the folder as it is then.
@@ -332,27 +324,11 @@ class Runner:
         return self._answer(line)
 
     def _answer(self, line: Sequence[str]) -> tuple[str, str]:
-        try:
-            self.connection.send((str(self.place), list(line)))
-            if self.connection.poll(self._limit):
-                self._limit = self.seconds
-                answer: tuple[str, str] = self.connection.recv()
-                return answer
-            reason = f"no answer within {self._limit:g} s"
-        except (EOFError, OSError):
-            reason = "the process crashed"
-        self.close()
-        self._start()
-        return "hang or crash", reason
+        return self._child.ask((str(self.place), list(line)))
 
     def close(self) -> None:
         """Ends the process."""
-        with contextlib.suppress(OSError):
-            self.connection.send(None)
-        self.process.join(1)
-        self.process.kill()
-        self.process.join()
-        self.connection.close()
+        self._child.close()
 
 
 # -- the measurement --------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ class Suite:
     files."""
     cells: dict[str, Any] = field(default_factory=dict)
     """Instead of tasks and methods: cells by name, each a ``recipe`` with settings that differ from it, and with
-    ``controls`` where they differ from the suite's."""
+    ``controls`` where they differ from the suite's. Once read, each is a :class:`Cell` with seed 0."""
     controls: list[str] = field(default_factory=list)
     """Control arms of ``cells``."""
 
@@ -149,8 +149,9 @@ def _read_suite(path: Path, where: str) -> Suite:
     if suite.cells:
         if suite.tasks or suite.methods or suite.protocol:
             raise CondenseError(f"{where}: cells go without tasks, methods and protocol")
-        checks += [functools.partial(_recipe_cell, suite, name, 0, where) for name in suite.cells]
-        checks_module.run_checks(*checks)
+        recipes = [functools.partial(_recipe_cell, suite, name, where) for name in suite.cells]
+        found = checks_module.run_checks(*checks, *recipes)
+        suite.cells.update(zip(suite.cells, found[len(checks) :]))
         return suite
     checks.append(lambda: get_protocol(suite.protocol))
     cell_networks: dict[str, str] = {}
@@ -177,8 +178,8 @@ def _read_suite(path: Path, where: str) -> Suite:
     return suite
 
 
-def _recipe_cell(suite: Suite, name: str, seed: int, where: str) -> Cell:
-    """The cell of a recipe.
+def _recipe_cell(suite: Suite, name: str, where: str) -> Cell:
+    """The cell of a recipe, with seed 0.
 
     Raises:
         CondenseError: the recipe is unknown, or its settings are invalid.
@@ -203,7 +204,7 @@ def _recipe_cell(suite: Suite, name: str, seed: int, where: str) -> Cell:
         str(keys["data"]),
         int(keys["ipc"]),
         network,
-        seed,
+        0,
         protocol,
         tuple(controls),
         settings,
@@ -240,7 +241,7 @@ def cells(suite: Suite, methods: Sequence[str] = (), datasets: Sequence[str] = (
     Raises:
         CondenseError: a method or dataset that the suite does not have.
     """
-    recipes = [_recipe_cell(suite, name, seed, suite.name) for name in suite.cells for seed in suite.seeds]
+    recipes = [replace(cell, seed=seed) for cell in suite.cells.values() for seed in suite.seeds]
     known_methods = dict.fromkeys([*suite.methods, *(cell.method for cell in recipes)])
     for flag, asked, known in (("--methods", methods, known_methods), ("--datasets", datasets, datasets_of(suite))):
         for name in asked:
@@ -276,8 +277,7 @@ def cells(suite: Suite, methods: Sequence[str] = (), datasets: Sequence[str] = (
 
 def datasets_of(suite: Suite) -> list[str]:
     """Names of the data of a suite."""
-    recipes = [_recipe_cell(suite, name, 0, suite.name) for name in suite.cells]
-    return list(dict.fromkeys([*suite.tasks, *(cell.data for cell in recipes)]))
+    return list(dict.fromkeys([*suite.tasks, *(cell.data for cell in suite.cells.values())]))
 
 
 def run(

@@ -231,8 +231,8 @@ for _entry in (
         _read_tiny_imagenet,
         (3, 64, 64),
         200,
-        (0.485, 0.456, 0.406),
-        (0.229, 0.224, 0.225),
+        IMAGENET_MEAN,
+        IMAGENET_STD,
     ),
 ):
     DATASETS.add(_entry.name, _entry)

@@ -14,7 +14,6 @@ from condense.labels.arrays import checked_array, class_dtype, read_init_kwargs
 from condense.labels.base import LABEL_KINDS, Fidelity, copy_to, total_nbytes
 from condense.labels.codes import CODES, Code, LowRankCode, TopKCode, code_to, fidelity
 from condense.labels.per_view import PerViewLabels
-from condense.labels.teacher_logits import compute_view_logits, given_or_predicted_classes
 
 
 class CodedLabels(PerViewLabels):
@@ -69,19 +68,7 @@ class CodedLabels(PerViewLabels):
 
     def label_images(self, images: Tensor, teacher: nn.Module, seed: int, hard: Tensor | None = None) -> PerViewLabels:
         """Labels all epochs with the teacher, then encodes the logits with the same settings."""
-        logits = compute_view_logits(
-            teacher,
-            images,
-            self.epochs,
-            self.views,
-            seed,
-            classes=self.shape[2],
-            statistics=self.statistics,
-            micro=self.micro or 8,
-        )
-        hard = None if self.hard is None else given_or_predicted_classes(images, teacher, hard)
-        terms = {**self.terms(), "seed": seed, "hard": hard}
-        return self.like(PerViewLabels(logits.to(images.device), **terms))
+        return self.like(super().label_images(images, teacher, seed, hard))
 
     def like(self, labels: PerViewLabels) -> CodedLabels:
         """Encodes other per-view labels with the same settings."""

@@ -96,7 +96,7 @@ def network_name(network: str | Callable[..., nn.Module]) -> str:
     """Returns the name of an architecture in records: its name, or ``python:`` and the name of its factory."""
     if isinstance(network, str):
         return network
-    return f"{FACTORY_PREFIX}{getattr(network, '__qualname__', type(network).__name__)}"
+    return f"{FACTORY_PREFIX}{_factory_name(network)}"
 
 
 def library_version(network: str | Callable[..., nn.Module]) -> str | None:

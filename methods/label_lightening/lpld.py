@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -91,7 +91,7 @@ def class_moments(run: Run, net: Network) -> list[Moments]:
     progress = Progress("class moments", len(parts), 0, run.quiet or not run.ranks.is_main_process)
     with run.stage("preparation", len(parts)) as stage:
         for number, (c, ids) in enumerate(parts[: stage.units]):
-            with _accumulated_sums(norms, [class_sums[c] for class_sums in sums]):
+            with _watched_inputs(norms, [functools.partial(_add_sums, class_sums[c]) for class_sums in sums]):
                 compute_logits(net, task.batch(ids), batch_size=len(ids))
             progress.update(number + 1)
     progress.close()
@@ -118,58 +118,51 @@ def moving_class_moments(run: Run, net: Network) -> list[Moments]:
     moments = [torch.zeros(2, task.num_classes, norm.num_features, device=run.device) for norm in norms]
     views = CropViews(flip=task.mirror)
     with run.stage("preparation", len(run.classes)) as stage:
-        for c in run.classes[: stage.units]:
+        for done, c in enumerate(run.classes[: stage.units], 1):
             draws = rng.Draws(run.seed, "class moments", c)
             ids = torch.from_numpy(task.class_ids(c))
             images = task.batch(ids[draws.sample(len(ids), MOVING_IMAGES)])
             crops = views.draw(draws, len(images), task.shape[1:]).to(images.device)
             decay = (1 - MOVING_MOMENTUM) ** torch.arange(len(images), -1, -1, device=run.device)
-            with _image_moments(norms) as found:
+            found: list[Moments] = []
+            with _watched_inputs(norms, [functools.partial(_append_image_moments, found)] * len(norms)):
                 compute_logits(net, views.apply(images, crops), batch_size=len(images))
             for total, (mean, variance) in zip(moments, found):
                 total[0, c] = MOVING_MOMENTUM * decay[1:] @ mean
                 total[1, c] = decay[0] + MOVING_MOMENTUM * decay[1:] @ variance
-            stage.report(c)
+            stage.report(done)
     for total in moments:
         run.ranks.all_reduce_sum(total)
     return [(mean, variance) for mean, variance in moments]
 
 
 @contextmanager
-def _image_moments(norms: Sequence[nn.Module]) -> Iterator[list[Moments]]:
-    """Collects mean and unbiased variance over the pixels of each image for every input of ``norms``, (N, C) each."""
-    found: list[Moments] = []
-
-    def note(norm: Any, inputs: tuple[Tensor, ...]) -> None:
-        variance, mean = torch.var_mean(inputs[0].float().flatten(2), dim=2)
-        found.append((mean, variance))
-
-    handles = [norm.register_forward_pre_hook(note) for norm in norms]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _accumulated_sums(norms: Sequence[nn.Module], sums: Sequence[Tensor]) -> Iterator[None]:
-    """Adds statistics of every input of ``norms`` to ``sums``, (3, C) each: the number of values, the sum of their
-    differences from the running mean, and the sum of squares of these (the squares of large values would cancel)."""
-
-    def accumulate(total: Tensor, norm: Any, inputs: tuple[Tensor, ...]) -> None:
-        x = inputs[0].to(torch.promote_types(inputs[0].dtype, torch.float32))
-        gap = (x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)) - norm.running_mean[:, None]
-        total[0] += gap.shape[0] * gap.shape[2]
-        total[1] += gap.sum(2).double().sum(0)
-        total[2] += gap.square().sum(2).double().sum(0)
-
-    handles = [norm.register_forward_pre_hook(functools.partial(accumulate, total)) for norm, total in zip(norms, sums)]
+def _watched_inputs(
+    norms: Sequence[nn.Module], notes: Sequence[Callable[[Any, tuple[Tensor, ...]], None]]
+) -> Iterator[None]:
+    """Calls ``note(norm, inputs)`` before each forward pass of every norm, with the note at the same index."""
+    handles = [norm.register_forward_pre_hook(note) for norm, note in zip(norms, notes)]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _append_image_moments(found: list[Moments], norm: Any, inputs: tuple[Tensor, ...]) -> None:
+    """Appends mean and unbiased variance over the pixels of each image, (N, C) each."""
+    variance, mean = torch.var_mean(inputs[0].float().flatten(2), dim=2)
+    found.append((mean, variance))
+
+
+def _add_sums(total: Tensor, norm: Any, inputs: tuple[Tensor, ...]) -> None:
+    """Adds to ``total``, (3, C): the number of values, the sum of their differences from the running mean, and the sum
+    of squares of these (the squares of large values would cancel)."""
+    x = inputs[0].to(torch.promote_types(inputs[0].dtype, torch.float32))
+    gap = (x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)) - norm.running_mean[:, None]
+    total[0] += gap.shape[0] * gap.shape[2]
+    total[1] += gap.sum(2).double().sum(0)
+    total[2] += gap.square().sum(2).double().sum(0)
 
 
 def make_single_class_batches(run: Run) -> list[Batch]:
