@@ -21,17 +21,34 @@ from condense.formatting import size
 def pick_device(name: str) -> torch.device:
     """Returns the torch device called ``name``; ``auto`` is CUDA if available, otherwise the CPU.
 
+    Under ``torchrun`` ``cuda`` is a GPU for each process. It becomes the current one here, before anything opens a
+    context on another.
+
     Raises:
-        CondenseError: the device is not available.
+        CondenseError: the device is not available, or a numbered GPU is asked for under ``torchrun``.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type == "cuda" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            _choose_own_gpu(device)
         torch.zeros(1, device=device).item()  # fails for `meta`, which has no values
     except (RuntimeError, AssertionError, NotImplementedError) as fault:
         raise CondenseError(f"--device {name}: not available here; use --device cpu or leave it out") from fault
     return device
+
+
+def _choose_own_gpu(device: torch.device) -> None:
+    number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if device.index is not None:
+        raise CondenseError(f"--device {device}: torchrun gives each process a GPU of its own; use --device cuda")
+    if number >= count > 0:
+        raise CondenseError(
+            f"--device cuda: torchrun started process {number + 1} on this machine, which has {count} GPUs; "
+            f"use --nproc-per-node {count}"
+        )
+    torch.cuda.set_device(number)
 
 
 @functools.cache
@@ -121,8 +138,16 @@ def out_of_memory_advice(device: torch.device, advice: str) -> Iterator[None]:
         raise CondenseError(f"out of memory on {device}: {advice}, or set CONDENSE_CHUNK_SCALE=0.5") from fault
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """Begins a new peak of ``device``; that of the host is the process's own and stays."""
+    if device.type == "cuda":
+        torch.cuda.init()  # there are no statistics before
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_memory(device: torch.device) -> dict[str, int]:
-    """Returns peak bytes so far: ``host`` (resident set of the process) and, on CUDA, ``device``."""
+    """Returns peak bytes: ``host`` (resident set of the process so far) and, on CUDA, ``device`` (since
+    :func:`reset_peak_memory`)."""
     peak = {"host": _peak_resident()}
     if device.type == "cuda":
         peak["device"] = torch.cuda.max_memory_allocated(device)
@@ -160,19 +185,21 @@ def differentiable_attention(enabled: bool = True) -> Iterator[None]:
 
 @contextlib.contextmanager
 def deterministic_kernels(enabled: bool = True) -> Iterator[None]:
-    """Uses only deterministic kernels in the block, if ``enabled``; an operation without one raises an error."""
-    if not enabled:
-        yield
-        return
-    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first matrix product on CUDA
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
+    """Takes convolutions that repeat bit for bit in the block; if ``enabled``, only deterministic kernels.
+
+    An operation without such a kernel then raises an error.
+    """
+    cudnn, strict = torch.backends.cudnn, torch.are_deterministic_algorithms_enabled()
+    before = cudnn.benchmark, cudnn.deterministic
+    cudnn.benchmark, cudnn.deterministic = False, True
+    if enabled:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first matrix product on CUDA
+        torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0])
-        torch.backends.cudnn.benchmark = before[1]
+        torch.use_deterministic_algorithms(strict)
+        cudnn.benchmark, cudnn.deterministic = before
 
 
 def device_name(device: torch.device) -> str:
@@ -191,6 +218,11 @@ def free_memory(device: torch.device) -> int:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
         return 0
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes of memory of a CUDA device; 0 for others."""
+    return int(torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else 0
 
 
 def free_host_memory() -> int:

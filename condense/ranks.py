@@ -24,12 +24,12 @@ class Ranks:
         self.device, self.advice = device, advice
         self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
         self.rank = int(os.environ.get("RANK", "0"))
-        if self.world_size > 1 and device.type == "cuda":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # the meaning of "cuda" on this rank
         if self.world_size > 1 and not torch.distributed.is_initialized():
             # One rank may train a network for hours while the others wait for its result.
             timeout = datetime.timedelta(days=7)
-            torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+            # Numbers of the host go through gloo also where tensors go through nccl: no step waits for the device.
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            torch.distributed.init_process_group(backend, timeout=timeout)
             atexit.register(_destroy_process_group)  # a process group of the caller is not destroyed
 
     @property
@@ -47,7 +47,7 @@ class Ranks:
         """Broadcasts the value of rank 0, so that all ranks stop, save and log at the same step."""
         if self.world_size == 1:
             return value
-        tensor = torch.tensor([value], device=self.device)
+        tensor = torch.tensor([value])
         with self._collective():
             torch.distributed.broadcast(tensor, 0)
         return int(tensor.item())

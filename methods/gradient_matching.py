@@ -47,7 +47,8 @@ def row_cosine(real: Iterable[Tensor], fake: Iterable[Tensor]) -> Tensor:
     """DC's distance: 1 - <a, b> / (|a| |b| + 1e-6) for each filter or output unit, summed over these and over weights.
 
     Args:
-        real: the gradient of each matched weight on real images; a row is an index of the first axis.
+        real: the gradient of each matched weight on real images; a row is an index of the first axis. Gradients of
+            several classes, one after the other along it, give the sum over classes.
         fake: the same for the synthetic images.
 
     Returns:
@@ -62,12 +63,18 @@ def row_cosine(real: Iterable[Tensor], fake: Iterable[Tensor]) -> Tensor:
 
 
 def real_gradients(
-    net: networks.Network, images: Tensor, labels: Tensor, weights: Sequence[Tensor], run: Run
+    net: networks.Network, images: Tensor, labels: Tensor, weights: Sequence[Tensor], run: Run, classes: int = 1
 ) -> list[Tensor]:
     """Gradients float32 of the mean cross-entropy over images (N,C,H,W) for each of ``weights``, without a graph.
 
     They are computed in the run's precision and, on a CPU, in chunks that bound the memory of the feature maps.
+
+    Args:
+        classes: K equal classes, one after the other in the batch; each has its own gradients, (K * rows, ...).
     """
+    if classes > 1:
+        with run.autocast():
+            return [gradient.detach() for gradient in class_gradients(net, images, labels, weights, classes)]
     total = [torch.zeros_like(weight) for weight in weights]
     whole_batch = any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in net.modules())
     chunk = (None if whole_batch else run.forward_chunk_size(gradients=True)) or len(images)
@@ -80,10 +87,31 @@ def real_gradients(
     return total
 
 
-def synthetic_gradients(
-    net: networks.Network, images: Tensor, labels: Tensor, weights: Sequence[Tensor]
+def class_gradients(
+    net: networks.Network, images: Tensor, labels: Tensor, weights: Sequence[Tensor], classes: int
 ) -> tuple[Tensor, ...]:
-    """Gradients of the mean cross-entropy for each of ``weights``, differentiable in the pixels."""
+    """Gradients of the mean cross-entropy of each of K equal classes, (K * rows, ...) for each of ``weights``, in one
+    vectorised pass; differentiable in the pixels if these require gradients."""
+    chosen = {id(weight) for weight in weights}
+    matched = {name: weight for name, weight in net.named_parameters() if id(weight) in chosen}
+
+    def loss(values: dict[str, Tensor], images: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(torch.func.functional_call(net, values, (images,)).float(), labels)
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0), randomness="different")
+    gradients = each(matched, images.unflatten(0, (classes, -1)), labels.unflatten(0, (classes, -1)))
+    return tuple(gradient.flatten(0, 1) for gradient in gradients.values())
+
+
+def synthetic_gradients(
+    net: networks.Network, images: Tensor, labels: Tensor, weights: Sequence[Tensor], classes: int = 1
+) -> tuple[Tensor, ...]:
+    """Gradients of the mean cross-entropy for each of ``weights``, differentiable in the pixels.
+
+    ``classes`` is that of :func:`real_gradients`.
+    """
+    if classes > 1:
+        return class_gradients(net, images, labels, weights, classes)
     return torch.autograd.grad(F.cross_entropy(net(images), labels), weights, create_graph=True, materialize_grads=True)
 
 
@@ -210,12 +238,12 @@ def dc(task: Task, config: DC, run: Run) -> SyntheticSet:
         update_statistics(net, run.task, step)
         views = augmentation.draw(step.draws("augment"), task.num_classes, task.shape[1:])  # a row per class: siamese
         weights = matched_weights(net)
-        for c in run.classes:
-            real, truth = run.task.per_class(config.batch_real, step.key("real"), [c])
-            target = real_gradients(net, augmentation.apply(real, views, truth), truth, weights, run)
-            fake, labels = synthetic.decode([c])
-            gradients = synthetic_gradients(net, augmentation.apply(fake, views, labels), labels, weights)
-            step.accumulate(row_cosine(target, gradients))
+        for group in run.class_groups(config.batch_real):
+            real, truth = run.task.per_class(config.batch_real, step.key("real"), group)
+            target = real_gradients(net, augmentation.apply(real, views, truth), truth, weights, run, len(group))
+            fake, labels = synthetic.decode(group)
+            fake = augmentation.apply(fake, views, labels)
+            step.accumulate(row_cosine(target, synthetic_gradients(net, fake, labels, weights, len(group))))
         step.update()
         if position < outer - 1:
             train_on_synthetic(net, synthetic, config, inner, run, step)
@@ -447,11 +475,11 @@ def idc(task: Task, config: IDC, run: Run) -> SyntheticSet:
         number = int(rng.Draws(run.seed, "training", training).integers(snapshots.networks, 1))
         snapshots.load(net, number, position)
         views = augmentation.draw(step.draws("augment"), task.num_classes, task.shape[1:])  # a row per class: siamese
-        for c in run.classes:
-            real, truth = run.task.per_class(config.batch_real, step.key("real"), [c])
-            target = real_gradients(net, augmentation.apply(real, views, truth), truth, weights, run)
-            fake, labels = synthetic.decode_sample([c], config.batch_syn_max, step.key("matched"))
-            gradients = synthetic_gradients(net, augmentation.apply(fake, views, labels), labels, weights)
-            step.accumulate(distance(target, gradients))
+        for group in run.class_groups(config.batch_real):
+            real, truth = run.task.per_class(config.batch_real, step.key("real"), group)
+            target = real_gradients(net, augmentation.apply(real, views, truth), truth, weights, run, len(group))
+            fake, labels = synthetic.decode_sample(group, config.batch_syn_max, step.key("matched"))
+            fake = augmentation.apply(fake, views, labels)
+            step.accumulate(distance(target, synthetic_gradients(net, fake, labels, weights, len(group))))
         step.update()
     return synthetic

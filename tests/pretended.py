@@ -454,6 +454,7 @@ def _torch_cuda(capability: tuple[int, int]) -> dict[str, Any]:
         "max_memory_reserved": lambda device=None: 1 << 20,
         "reset_peak_memory_stats": lambda device=None: None,
         "empty_cache": lambda: None,
+        "init": lambda: None,
         "synchronize": lambda device=None: _log.waits.update([f"synchronize @ {_here()}"]),
         "manual_seed": _generator.manual_seed,
         "manual_seed_all": _generator.manual_seed,
@@ -529,7 +530,7 @@ def pretended(capability: tuple[int, int] = (9, 0)) -> Iterator[Log]:
             (torch.cuda, _torch_cuda(capability)),
             (torch.accelerator, {"current_stream": lambda *_, **__: _Stream()}),
             (torch, {"tensor": _on_cpu_first(torch.tensor), "as_tensor": _on_cpu_first(torch.as_tensor)}),
-            (Tensor, {"to": _to, "pin_memory": _pin_memory}),
+            (Tensor, {"to": _to, "cuda": lambda self, *_, **__: self.to(CUDA), "pin_memory": _pin_memory}),
             (optimizer, {"_foreach_supported_types": [*optimizer._foreach_supported_types, DeviceTensor]}),
         ]
         for owner, names in patches:

@@ -1,17 +1,40 @@
 """Everything on a pretended CUDA device against the CPU: values, waits of the host, and what a file keeps."""
 
+import contextlib
+import copy
+from types import SimpleNamespace
+
+import h5py
 import pytest
 import torch
-from pretended import DeviceError, pretended, reason_to_skip
-from test_methods import METHOD_NAMES, SETTINGS
+from conftest import Killed, killed_after, tiny_arrays
+from pretended import CUDA, DeviceError, DeviceTensor, pretended, reason_to_skip
+from test_methods import METHOD_NAMES, SETTINGS, STORED, has_setting, save_npz
 
-import condense
+import condense.api
+from condense import networks, rng
+from condense.augment import make_augmentation
+from condense.benchmarks.gpu_check.__main__ import CheckStage, run_stage
+from condense.benchmarks.gpu_check.check import Check
+from condense.benchmarks.gpu_check.correctness import (
+    check_augmentation,
+    check_determinism,
+    check_draws,
+    check_labels,
+    check_methods,
+    check_networks,
+    check_resume,
+)
+from condense.device import add_rows, autocast, pick_device
+from condense.engine import Diverged, ParamGroup, Run
+from condense.engine.run import _StepMonitor
+from condense.errors import CondenseError
+from condense.jobs import resume
+from condense.judge.arms import own_source
+from condense.sets import Formation, SyntheticOptions, SyntheticSet
+from condense.training import Student, TrainConfig, train
 
 pytestmark = pytest.mark.skipif(bool(reason_to_skip()), reason=reason_to_skip())
-
-
-def distil(name, task, device, **changes):
-    return condense.distill(name, task, 2, device=device, **{"precision": "fp32", **SETTINGS[name], **changes})
 
 
 # -- the pretended device itself --------------------------------------------------------------------------------------
@@ -68,17 +91,328 @@ def test_the_pretended_device_casts_as_autocast_for_cuda_does():
 
 # -- methods ----------------------------------------------------------------------------------------------------------
 
+STEPS = 4
+SLOW_IN_BF16 = ("dsac", "dcc", "ast", "ftd", "tesla", "cda", "lpqld")
+"""Methods that compute in bf16 what another one does."""
 
-@pytest.fixture(params=METHOD_NAMES)
-def name(request):
-    return request.param
+
+def settings_of(name):
+    return {**SETTINGS[name], **({"steps": STEPS} if has_setting(name, "steps") else {})}
 
 
-def test_a_method_gives_the_set_of_the_cpu(name, tiny, tmp_path, monkeypatch):
-    """Pretraining included: each device has a cache of its own."""
-    reference = distil(name, tiny, "cpu")
-    monkeypatch.setenv("CONDENSE_CACHE", str(tmp_path))
-    with pretended() as log:
-        made = distil(name, tiny, "cuda")
+def distil(name, task, device, precision="fp32", **changes):
+    return condense.distill(name, task, 2, device=device, precision=precision, **{**settings_of(name), **changes})
+
+
+@pytest.fixture(scope="module", params=METHOD_NAMES)
+def case(request, tmp_path_factory):
+    """A method, and its set of a CPU in fp32, made with a cache of its own."""
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CONDENSE_CACHE", str(tmp_path_factory.mktemp("cache-of-the-cpu")))
+        made = distil(request.param, condense.task(tiny_arrays(), name="tiny"), "cpu")
+    return SimpleNamespace(name=request.param, made=made)
+
+
+@contextlib.contextmanager
+def counts_after_steps(log, monkeypatch):
+    """Copies of the log's counters after each step, as (loop, step, waits, unrepeatable operations)."""
+    after_step, counts = _StepMonitor.after_step, []
+
+    def count(monitor, step, stop):
+        ended = after_step(monitor, step, stop)
+        counts.append((monitor.run.loop_index, step, log.waits.copy(), log.unrepeatable.copy()))
+        return ended
+
+    monkeypatch.setenv("CONDENSE_LOG_SECONDS", "1000000")  # a log line waits for the loss
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_StepMonitor, "after_step", count)
+        yield counts
+
+
+def test_a_method_gives_the_set_of_the_cpu_and_its_steps_do_not_wait(case, tiny, monkeypatch):
+    """In fp32, pretraining included. The first step may fill caches, and the last one writes."""
+    with pretended() as log, counts_after_steps(log, monkeypatch) as counts:
+        made = distil(case.name, tiny, "cuda")
     assert log.launches
-    torch.testing.assert_close(made.stored, reference.stored, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(made.stored, case.made.stored, rtol=1e-4, atol=1e-4)
+    assert made.manifest["repeatable"] == "rounding" and case.made.manifest["repeatable"] == "bits"
+    if not has_setting(case.name, "steps"):
+        return
+    early, late = counts[-STEPS], counts[-2]
+    assert (early[:2], late[:2]) == ((late[0], 1), (late[0], STEPS - 1))
+    assert not late[2] - early[2]
+    assert not late[3] - early[3]
+
+
+def test_a_method_in_bf16(case, tiny, request):
+    if case.name in SLOW_IN_BF16 and "slow" not in request.config.option.markexpr.replace("not slow", ""):
+        pytest.skip("slow: another method of its family computes the same in bf16")
+    with pretended() as log:
+        made = distil(case.name, tiny, "cuda", "bf16")
+    assert torch.isfinite(made.images).all()
+    if case.name != "random":
+        assert any("bfloat16" in product for product in log.products)
+    gap = made.stored.float() - case.made.stored.float()
+    assert gap.norm() <= 0.05 * case.made.stored.float().norm()
+
+
+@pytest.mark.parametrize("name", ["dm", "idc", "datm", "sre2l"])
+def test_killed_on_the_device_and_resumed(name, tiny, tmp_path, monkeypatch):
+    """There with the same bits; and the rest of it on a CPU without the device."""
+    monkeypatch.setenv("CONDENSE_CHECKPOINT_SECONDS", "0")
+    save_npz(tiny, tmp_path / "data.npz")
+    task = condense.task(str(tmp_path / "data.npz"))
+    with pretended():
+        whole = distil(name, task, "cuda")
+        for part in ("there", "here"):
+            with pytest.raises(Killed), killed_after(2):
+                distil(name, task, "cuda", run_dir=tmp_path / part, out=tmp_path / f"{part}.h5")
+        assert resume(tmp_path / "there").sha256() == whole.sha256()
+    with pytest.raises(CondenseError, match=r"here: --device cuda: not available here; use --device cpu"):
+        resume(tmp_path / "here")
+    made = resume(tmp_path / "here", device="cpu")
+    torch.testing.assert_close(made.stored, whole.stored, rtol=1e-4, atol=1e-4)
+    assert made.manifest["cost"]["device"].startswith("pretended, then ")
+    assert made.manifest["repeatable"] == "rounding"
+
+
+# -- students, experts, teachers, labels ------------------------------------------------------------------------------
+
+NETWORK = "convnet-d2-w8-in"
+AUGMENTATION = make_augmentation("color_crop_cutout_scale_rotate")
+PLAIN = TrainConfig(steps=6, batch=4, lr=0.05, momentum=0.9, weight_decay=0.0, augment=AUGMENTATION)
+
+
+@pytest.fixture
+def small(tiny):
+    return condense.distill("random", tiny, 2, network=NETWORK, device="cpu")
+
+
+def students(small, device):
+    made = []
+    for k in range(3):
+        with rng.seeded("student", k):
+            net = networks.build_network(NETWORK, small.shape, 3)
+        made.append(Student(net, own_source(small, device), k))
+    return made
+
+
+def flat(net):
+    return torch.cat([weight.detach().flatten().cpu() for weight in net.state_dict().values()])
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_students_equal_those_of_the_cpu_and_do_not_wait(small, together):
+    reference, waits = students(small, torch.device("cpu")), []
+    train(reference, PLAIN, device=torch.device("cpu"))
+    with pretended() as log:
+        there = students(small, CUDA)
+        train(there, PLAIN, device=CUDA, together=together, report=lambda done: waits.append(sum(log.waits.values())))
+        for ours, theirs in zip(there, reference):
+            torch.testing.assert_close(flat(ours.network), flat(theirs.network), rtol=1e-4, atol=1e-5)
+    per_network = PLAIN.steps if not together else len(waits)
+    assert waits[per_network - 1] == waits[0]
+
+
+def test_evaluate_and_fit(small, tiny, three_steps):
+    """Records of the device, whose students are stacked, have the accuracies of the CPU."""
+    options = {"networks": NETWORK, "runs": 3, "controls": ["random", "full"], "precision": "fp32", "cache": False}
+    record = condense.evaluate(small, tiny, device="cpu", **options)
+    net = condense.fit(small, NETWORK, device="cpu")
+    with pretended(capability=(7, 0)):  # no bf16
+        there = condense.evaluate(small, tiny, device="cuda", **options)
+        fitted = condense.fit(small, NETWORK, device="cuda")
+    accuracies = [[result["accuracies"] for result in each["results"]] for each in (record, there)]
+    assert accuracies[0] == accuracies[1]
+    torch.testing.assert_close(flat(fitted), flat(net), rtol=1e-4, atol=1e-5)
+    assert not any(isinstance(weight, DeviceTensor) for weight in fitted.parameters())
+
+
+def arrays(path):
+    """All arrays of floats in an HDF5 file, by name."""
+    found = {}
+    with h5py.File(path) as file:
+        file.visititems(lambda name, item: found.update({name: item[()]} if isinstance(item, h5py.Dataset) else {}))
+    return {name: torch.from_numpy(array) for name, array in found.items() if array.dtype.kind == "f"}
+
+
+@pytest.mark.parametrize("train_file", ["experts", "teachers"])
+def test_pretrained_networks_equal_those_of_the_cpu(train_file, tiny, tmp_path):
+    few = {"count": 2, "epochs": 3, "precision": "fp32", "seed": 1}
+    if train_file == "experts":
+        few |= {"network": NETWORK, "method": "mtt", "dtype": "float32"}
+    else:
+        few |= {"networks": "convnet-d2-w8-bn"}
+    make = getattr(condense.api, train_file)
+    make(tiny, device="cpu", out=tmp_path / "here.h5", **few)
+    with pretended():
+        make(tiny, device="cuda", out=tmp_path / "there.h5", **few)
+    here, there = arrays(tmp_path / "here.h5"), arrays(tmp_path / "there.h5")
+    assert here and here.keys() == there.keys()
+    for name, array in here.items():
+        torch.testing.assert_close(there[name], array, rtol=1e-4, atol=1e-4)
+
+
+# -- the check of CUDA machines ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [
+        check_labels,  # of every kind of lighten
+        check_augmentation,
+        check_draws,
+        pytest.param(check_networks, marks=pytest.mark.slow),
+        pytest.param(check_methods, marks=pytest.mark.slow),
+        pytest.param(check_determinism, marks=pytest.mark.slow),
+        pytest.param(check_resume, marks=pytest.mark.slow),
+    ],
+)
+def test_a_stage_of_the_gpu_check(stage, tmp_path):
+    with pretended():
+        check = Check(torch.device("cuda"), 10, tmp_path, True, None)
+        run_stage(check, CheckStage("stage", 1, stage))
+    assert check.record["stages"]["stage"]["status"] == "passed", check.record["failures"]
+    assert all(skipped["why"] == "makes no steps" for skipped in check.record["skipped"])
+
+
+# -- what has to hold on CUDA in parts --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("factor", [2, 3])
+def test_tiles_are_enlarged_as_on_the_cpu_and_their_gradient_repeats(factor):
+    stored, weights = torch.rand(4, 3, 8, 8), torch.rand(4 * factor**2, 3, 8, 8)
+
+    def outputs(device):
+        images = stored.to(device).requires_grad_()
+        decoded, ids = Formation(factor)(images, torch.arange(4, device=device))
+        (gradient,) = torch.autograd.grad((decoded.square() * weights.to(device)).sum(), images, create_graph=True)
+        (second,) = torch.autograd.grad(gradient.square().sum(), images)
+        return [x.detach().cpu() for x in (decoded, gradient, second, ids)]
+
+    here = outputs("cpu")
+    with pretended() as log:
+        there = outputs("cuda")
+        assert not log.unrepeatable
+    torch.testing.assert_close(there, here, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_are_added_in_a_fixed_order():
+    rows, values = torch.tensor([0, 2, 0, 0]), torch.rand(4, 3)
+    here = torch.ones(3, 3)
+    add_rows(here, rows, values)
+    with pretended() as log:
+        there = torch.ones(3, 3, device="cuda")
+        add_rows(there, rows.cuda(), values.cuda())
+        assert not log.unrepeatable
+        torch.testing.assert_close(there.cpu(), here)
+    torch.testing.assert_close(here, torch.ones(3, 3).index_add(0, rows, values))
+
+
+@pytest.mark.parametrize("norm", ["in", "gn", "ln", "bn"])
+def test_norms_and_pools_keep_bf16(norm):
+    """Their results are as near to float32 as those of a CPU under autocast."""
+    images = torch.randn(16, 3, 8, 8)
+    with rng.seeded("net"):
+        net = networks.build_network(f"convnet-d2-w16-{norm}", (3, 8, 8), 4)
+        torch.manual_seed(0)
+        for module in net.norms:
+            torch.nn.init.normal_(module.weight, 1, 0.2), torch.nn.init.normal_(module.bias, 0, 0.2)
+
+    def outputs(device, precision):
+        there, kinds, images_there = copy.deepcopy(net).to(device), {}, images.to(device)
+        for name, module in there.named_modules():
+            if not name.startswith("classify") and not list(module.children()) and name:
+                module.register_forward_hook(lambda module, _, made, name=name: kinds.update({name: made.dtype}))
+        with torch.no_grad(), autocast(torch.device(device), precision):
+            return there.embed(images_there).float().cpu(), set(kinds.values())
+
+    exact, _ = outputs("cpu", "fp32")
+    here, _ = outputs("cpu", "bf16")
+    with pretended():
+        there, kinds = outputs("cuda", "bf16")
+    assert kinds == {torch.bfloat16}
+    assert (there - exact).norm() <= 1.5 * (here - exact).norm() <= 0.03 * exact.norm()
+
+
+def test_peak_memory_is_that_of_the_run(tiny, monkeypatch):
+    resets = []
+    with pretended():
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: resets.append(device.type))
+        made = distil("dm", tiny, "cuda")
+        monkeypatch.undo()
+    assert resets == ["cuda"] and made.manifest["cost"]["peak_memory"]["device"] == 1 << 20
+
+
+def test_stacked_students_keep_the_precision_of_a_cpu(small):
+    """vmap would leave autocast out there."""
+    cpu, trained = torch.device("cpu"), []
+    for together in (True, False):
+        trained.append(students(small, cpu))
+        train(trained[-1], PLAIN, device=cpu, precision="bf16", together=together)
+    for stacked, alone in zip(*trained):
+        assert torch.equal(flat(stacked.network), flat(alone.network))
+
+
+def test_infer_keeps_what_it_has_learned_on_the_device(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(_StepMonitor, "_check_saturation", fail_with(Diverged("diverged here")))
+    with pretended(), pytest.raises(CondenseError, match="diverged here, written to"):
+        distil("infer", tiny, "cuda", out=tmp_path / "a.h5")
+    assert len(condense.load(tmp_path / "a.h5").stored) == STORED["infer"]
+
+
+def fail_with(fault):
+    def fail(*_):
+        raise fault
+
+    return fail
+
+
+# -- several processes ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def second_of_two(monkeypatch):
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize("word", ["auto", "cuda"])
+def test_a_process_of_torchrun_opens_no_context_but_on_its_own_gpu(word, second_of_two, monkeypatch):
+    chosen = []
+    with pretended() as log:
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        monkeypatch.setattr(
+            torch.cuda, "set_device", lambda number: chosen.append((number, sum(log.launches.values())))
+        )
+        device = pick_device(word)
+        monkeypatch.undo()
+    assert device == torch.device("cuda") and chosen == [(1, 0)]  # before anything was launched
+
+
+def test_torchrun_takes_no_numbered_gpu_and_no_more_processes_than_gpus(second_of_two):
+    with pretended():
+        with pytest.raises(CondenseError, match="--device cuda:1: torchrun gives each process a GPU of its own"):
+            pick_device("cuda:1")
+        with pytest.raises(CondenseError, match="process 2 on this machine, which has 1 GPUs; use --nproc-per-node 1"):
+            pick_device("cuda")
+
+
+def test_ranks_agree_once_in_a_step_and_wait_for_no_device(tiny, monkeypatch):
+    """On when to stop, save and log; by a number of the host."""
+    sent = []
+
+    def broadcast(tensor, source):
+        sent.append(tensor.device.type)
+
+    with pretended():
+        monkeypatch.setattr(torch.distributed, "broadcast", broadcast)
+        monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_: None)
+        run = Run(tiny, 2, NETWORK, device=torch.device("cuda"), quiet=True, minutes=10)
+        run.ranks.world_size = 2
+        synthetic = SyntheticSet.create(tiny, 2, SyntheticOptions(), seed=0, device=run.device)
+        for step in run.optimise(synthetic, 5, images=ParamGroup(lr=0.1)):
+            step.minimise(synthetic.images.square().sum())
+        monkeypatch.undo()
+    assert sent == ["cpu"] * 6  # one before the first step

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
@@ -328,10 +328,21 @@ def difference(benchmark: StepBenchmark, case: Case, precision: str) -> dict[str
         run = Run(case.task, case.ipc, case.network, seed=case.seed, device=case.device)
         published.step(benchmark.draws(case, config, run, 0))
         synthetic = drive(benchmark.method, config, case)
-    images = synthetic.images if synthetic.space == "training" else case.task.transform(synthetic.images)
+    images = synthetic.images if synthetic.space == "training" else run.task.transform(synthetic.images)
     ours, theirs = images - start, published.images - start
     each = [distance(a, b) for a, b in zip(ours, theirs)]
     return {"all": distance(ours, theirs), "median_image": statistics.median(each)}
+
+
+def differences(benchmark: StepBenchmark, case: Case, kinds: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """:func:`difference` in each precision, or why it could not be measured: no times that were taken are lost."""
+    found: dict[str, dict[str, Any]] = {}
+    for kind in kinds:
+        try:
+            found[kind] = dict(difference(benchmark, case, kind))
+        except Exception as fault:
+            found[kind] = {"failed": f"{type(fault).__name__}: {fault}"}
+    return found
 
 
 def distance(value: Tensor, reference: Tensor) -> float:
@@ -515,7 +526,6 @@ def _compare(benchmark: StepBenchmark, arguments: Sequence[str]) -> int:
     share = others.share()
     flops = count_step_flops(benchmark, case)
     kinds = dict.fromkeys(("fp32", case.precision))
-    differences = {kind: difference(benchmark, case, kind) for kind in kinds}
     record = {
         "schema": SCHEMA,
         "method": benchmark.method,
@@ -528,7 +538,7 @@ def _compare(benchmark: StepBenchmark, arguments: Sequence[str]) -> int:
         "step_flops": flops,
         "convolution_flops_per_second": limit,
         "share_of_convolution_limit": flops / limit / statistics.median(pairs.b),
-        "update_difference": differences,
+        "update_difference": differences(benchmark, case, kinds),
         "others_share": share,
         "allocator": options.allocator,
         "compute": case.compute.to_dict() if case.compute else {},
@@ -592,11 +602,18 @@ def format_report(record: dict[str, Any]) -> str:
             f"convolutions, {record['convolution_flops_per_second'] / 1e9:.0f} GFLOP/s; {record['processor']}, "
             + (", ".join(f"{name}={value}" for name, value in record["compute"].items() if value) or "default formats"),
             "update of the pixels after one step with the same draws differs from the published one by "
-            + ", ".join(f"{gap['all']:.1e} in {kind}" for kind, gap in record["update_difference"].items())
+            + _gaps(record, "all")
             + "; that of the median image by "
-            + ", ".join(f"{gap['median_image']:.1e} in {kind}" for kind, gap in record["update_difference"].items()),
+            + _gaps(record, "median_image"),
             *disturbance(record["others_share"]),
         ]
+    )
+
+
+def _gaps(record: dict[str, Any], key: str) -> str:
+    gaps = record["update_difference"].items()
+    return ", ".join(
+        f"{gap[key]:.1e} in {kind}" if key in gap else f"? in {kind}: {gap['failed']}" for kind, gap in gaps
     )
 
 

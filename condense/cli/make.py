@@ -95,13 +95,16 @@ def resume(
         number_option("--minutes", float, "new time limit of a run with --minutes, including the time already spent"),
     ] = None,
     steps: Annotated[int | None, number_option("--steps", int, "new number of steps, more than before")] = None,
+    device: Annotated[
+        str | None, typer.Option("--device", help="auto, cpu, cuda, ..., if not the one that the run began with")
+    ] = None,
 ) -> None:
     """Resumes a killed or interrupted run. The result is the same as without the stop. --steps adds steps to a run."""
     from condense import jobs
 
     if minutes is None and steps is None and jobs.is_finished(run_dir) and is_main_process():
         print(f"{run_dir} has ended; its set is:")
-    distilled = jobs.resume(run_dir, minutes=minutes, steps=steps, quiet=False)
+    distilled = jobs.resume(run_dir, minutes=minutes, steps=steps, device=device, quiet=False)
     job = jobs.read_job(run_dir)
     _report(distilled, Path(job.out or "-"), run_dir, job.data["source"])
 
@@ -115,7 +118,8 @@ def _report(distilled: DistilledSet, out: Path, run_dir: Path, data: str) -> Non
     images += f" with {kind} labels of {size(bytes_['labels'])}" * (kind != "hard")
     total = manifest["settings"].get("steps")
     steps = f", {manifest['steps_done']} of {total} steps" if total else ""
-    print(f"made {distilled.name}: {images}{steps} in {duration(manifest['cost']['seconds'])}")
+    cost = manifest["cost"]
+    print(f"made {distilled.name}: {images}{steps} in {duration(cost['seconds'])} on {cost['device']}")
     if manifest.get("preparation"):
         print(f"  before it: {_format_preparation(manifest['preparation'])}")
     if manifest["stopped_early"]:

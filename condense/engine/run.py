@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from condense import networks, rng
 from condense.data import Task
-from condense.device import autocast, upload
+from condense.device import autocast, device_name, total_memory, upload
 from condense.engine.checkpoint import (
     CHECKPOINT_FILE,
     PREVIOUS_CHECKPOINT_FILE,
@@ -48,6 +48,9 @@ MAX_SATURATED = 0.999
 
 CLASS_CHUNK_PIXELS = 1024 * 1024
 """Real pixels (height x width x images) that a class-separable method handles at once: 1,024 images of 32x32."""
+
+GROUP_MEMORY = 2**34
+"""Bytes of device memory for which a group of classes has ``CLASS_CHUNK_PIXELS`` real pixels; more memory, more classes."""
 
 FORWARD_PIXELS = 32 * 1024
 """Pixels in one forward pass without gradients on a CPU: 32 images of 32x32, whose maps stay in its cache."""
@@ -117,6 +120,7 @@ class Run:
         minutes: time limit; the run stops cleanly. The time of resumed runs adds up.
         resume: continue from the checkpoint of the directory, if there is one.
         config_key: digest of the resolved configuration; a checkpoint of another one is refused.
+        earlier_key: digest of the same configuration by earlier versions, whose checkpoints are continued too.
         shorter_keys: digests of the same configuration with fewer steps, whose checkpoints are continued.
         name: what progress lines call the run.
         quiet: no progress.
@@ -125,6 +129,7 @@ class Run:
         resume_call: the command or call that continues the run, for messages; `condense resume` by default.
 
     Attributes:
+        devices: names of the devices that it has run on, in order; several if it was resumed on another one.
         resumes: whether it continues an earlier run.
         notes: what :meth:`note` recorded for the manifest, by name.
         estimates: seconds that :meth:`estimate` predicted, by stage; only a dry run fills it.
@@ -146,6 +151,7 @@ class Run:
         minutes: float | None = None,
         resume: bool = False,
         config_key: str = "",
+        earlier_key: str = "",
         shorter_keys: Sequence[str] = (),
         name: str = "distill",
         quiet: bool = False,
@@ -168,9 +174,13 @@ class Run:
         self._stop = False
         self._net: networks.Network | None = None
         self._device_net: networks.Network | None = None
-        self._saved = load_checkpoint(directory, (config_key, *shorter_keys)) if resume and directory else None
+        self._saved = (
+            load_checkpoint(directory, (config_key, earlier_key, *shorter_keys)) if resume and directory else None
+        )
         self.is_extended = bool(shorter_keys)
         self.resumed = self._saved is not None
+        used = self._saved.get("devices", []) if self._saved else []
+        self.devices: list[str] = list(dict.fromkeys([*used, device_name(self.device)]))
         self.resumes = resume
         self.notes: dict[str, dict[str, Any]] = {}
         self.estimates: dict[str, float] = {}
@@ -256,6 +266,21 @@ class Run:
         # The images of the set count five times: their maps are kept for the backward pass.
         images_per_class = max(images_per_class, 5 * self.ipc)
         size = max(1, scale_chunk(CLASS_CHUNK_PIXELS) // (images_per_class * height * width))
+        for start in range(0, len(self.classes), size):
+            yield self.classes[start : start + size]
+
+    def class_groups(self, images_per_class: int) -> Iterator[list[int]]:
+        """This rank's classes in groups whose gradients are computed in one pass: one class on a CPU; elsewhere, where
+        launches take longer than arithmetic, as many equal classes as fit into memory.
+
+        ``images_per_class`` are the real images of a step; where a class has fewer, each class is a group.
+        """
+        height, width = self.task.shape[1:]
+        # The whole memory of the device decides, not what is free: the size of a group changes the rounding.
+        pixels = scale_chunk(CLASS_CHUNK_PIXELS) * max(1, total_memory(self.device) // GROUP_MEMORY)
+        size = max(1, pixels // (max(images_per_class, 5 * self.ipc) * height * width))
+        if self.device.type == "cpu" or int(self.task.counts.min()) < images_per_class:
+            size = 1
         for start in range(0, len(self.classes), size):
             yield self.classes[start : start + size]
 
@@ -348,15 +373,16 @@ class Run:
         monitor = _StepMonitor(self, synthetic, optimizer, start, steps)
         self.steps_done = start
         try:
+            time_is_up = start < steps and bool(self.ranks.broadcast(self.time_is_up()))
             for index in range(start, steps):
-                if self.ranks.broadcast(self._time_is_up()):
+                if time_is_up:
                     self.stopped_early = True
                     break
                 optimizer.progress = index / steps
                 with self.seeded_forward(index):
                     yield Step(self, index, optimizer)
                 self.steps_done = index + 1
-                monitor.after_step(index + 1, stop=self._stop)
+                time_is_up = monitor.after_step(index + 1, stop=self._stop)
             monitor.finish()
             optimizer.load_averages()
             self._finished.append({name: tensor.detach().clone() for name, tensor in optimizer.tensors.items()})
@@ -364,7 +390,8 @@ class Run:
         finally:
             monitor.close()
 
-    def _time_is_up(self) -> bool:
+    def time_is_up(self) -> bool:
+        """Whether the time limit is reached."""
         return self.minutes is not None and self.elapsed >= self.minutes * 60
 
     @contextlib.contextmanager
@@ -403,6 +430,7 @@ class Run:
             "config_key": self.config_key,
             "step": step,
             "elapsed": self.elapsed,
+            "devices": self.devices,
             "optimizer": optimizer.state_dict(),
             "finished": self._finished,
             "kept": {name: dict(kept.state_dict()) for name, kept in self._kept.items()},
@@ -437,7 +465,8 @@ class _StepMonitor:
         self.save_seconds = 0.0
         self.text = ""
 
-    def after_step(self, step: int, stop: bool) -> None:
+    def after_step(self, step: int, stop: bool) -> bool:
+        """Returns whether the time is up. All ranks agree by one broadcast."""
         self.step = step
         now = time.monotonic()
         last = step == self.steps
@@ -449,9 +478,10 @@ class _StepMonitor:
             saving,
             now - self.previewed >= read_seconds("PREVIEW", PREVIEW_SECONDS),
             stop,
+            self.run.time_is_up(),
         )
         bits = self.run.ranks.broadcast(sum(bit << i for i, bit in enumerate(due)))
-        logging, saving, previewing, stop = (bool(bits >> i & 1) for i in range(4))
+        logging, saving, previewing, stop, time_is_up = (bool(bits >> i & 1) for i in range(5))
         if step - self.checked >= self.check_every or logging or saving or last or stop:
             self.checked = step
             self._check(step)
@@ -469,6 +499,7 @@ class _StepMonitor:
         self.progress.update(step, self.text)
         if stop:
             raise Interrupted(f"stopped at step {step} of {self.steps}; continue with: {self.run.resume_call}")
+        return time_is_up
 
     def finish(self) -> None:
         """Writes the last checkpoint and preview, so that a kill while the set is written loses nothing."""

@@ -13,7 +13,13 @@ from torch import nn
 
 from condense import networks
 from condense.data import DataOptions, Task, load_task
-from condense.device import deterministic_kernels, differentiable_attention, out_of_memory_advice, pick_device
+from condense.device import (
+    deterministic_kernels,
+    differentiable_attention,
+    out_of_memory_advice,
+    pick_device,
+    reset_peak_memory,
+)
 from condense.engine import VIEW_LABELS_FILE, VIEW_LABELS_STATE_FILE, Diverged, Run
 from condense.errors import CondenseError
 from condense.files import as_path, write_json
@@ -42,6 +48,7 @@ def resume(
     task: Task | None = None,
     minutes: float | None = None,
     steps: int | None = None,
+    device: str | None = None,
     quiet: bool = True,
 ) -> DistilledSet:
     """Resumes a run that was killed, interrupted or stopped. The set is the same as without the stop, bit for bit.
@@ -54,6 +61,8 @@ def resume(
         task: the real data, if the run began with data that were given in Python.
         minutes: new limit for a run with a time limit; it includes the time already spent.
         steps: new number of steps, more than before; the set is that of one run with so many steps.
+        device: auto, cpu, cuda, ..., if not the one that the run began with. The steps before and after the change
+            round differently, so the set is no longer that of one device bit for bit.
         quiet: no progress on stderr.
 
     Raises:
@@ -62,6 +71,8 @@ def resume(
     """
     directory = as_path(run_dir, "--run-dir")
     job = read_job(directory)
+    if device is not None:
+        job = dataclasses.replace(job, device=device)
     if steps is not None:
         job = _with_steps(job, METHODS.get(job.method), steps, directory)
     elif minutes is None and job.out is not None and is_finished(directory):
@@ -153,17 +164,20 @@ def run_job(
             (directory / RESULT_FILE).unlink(missing_ok=True)
 
     task = real.repeat_small(job.ipc)
+    device = pick_device(job.device)
+    reset_peak_memory(device)
     run = Run(
         task,
         job.ipc,
         network,
         seed=job.seed,
-        device=pick_device(job.device),
+        device=device,
         compute=job.compute_config,
         directory=directory,
         minutes=job.minutes,
         resume=resume,
         config_key=job.key(),
+        earlier_key=job.earlier_key(),
         shorter_keys=shorter_keys(job),
         name=job.method,
         quiet=quiet,

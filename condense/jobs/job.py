@@ -101,20 +101,29 @@ class Job:
         return networks.ComputeConfig.from_dict(self.precision, self.compute)
 
     def key(self) -> str:
-        """Digest of everything that decides the result: not the files, the time limit or the trackers."""
-        parts = dataclasses.asdict(self)
+        """Digest of everything that decides the result: not the files, the device, the time limit or the trackers."""
+        return self._digest()
+
+    def earlier_key(self) -> str:
+        """The key as versions up to 0.1 made it: with the device."""
+        return self._digest(device=self.device)
+
+    def _digest(self, **more: str) -> str:
+        parts = {**dataclasses.asdict(self)}
+        del parts["device"]
         parts["data"] = self.data["options"]  # the fingerprint identifies the pixels
         for name in ("out", "tag", "protocol", "track", "minutes", "force", "version", "shorter", "compute"):
             del parts[name]
         if not parts["architecture"]:
             del parts["architecture"]  # keys of earlier versions do not have it
+        parts |= more
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def shorter_keys(job: Job) -> list[str]:
     """Digests of the job with the numbers of steps that it had before."""
     jobs = (dataclasses.replace(job, settings={**job.settings, "steps": steps}) for steps in job.shorter)
-    return [shorter.key() for shorter in jobs]
+    return [key for shorter in jobs for key in (shorter.key(), shorter.earlier_key())]
 
 
 def resolve_settings(entry: Method, settings: Mapping[str, Any], ipc: int | None = None) -> Any:
@@ -161,7 +170,7 @@ def resolve_job(
         ipc=ipc,
         network=networks.network_name(used),
         seed=seed,
-        device=str(pick_device(device)),
+        device=device,
         precision=compute.precision,
         compute=compute.to_dict(),
         settings=dataclasses.asdict(config),

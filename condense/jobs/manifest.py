@@ -9,7 +9,7 @@ from typing import Any
 
 from condense import commands, rng
 from condense.data import DataOptions, Task
-from condense.device import device_name, peak_memory
+from condense.device import peak_memory
 from condense.engine import Run
 from condense.jobs.job import Job, resolve_job, resolve_settings
 from condense.networks import pretrained
@@ -96,16 +96,23 @@ def to_distilled(job: Job, entry: Method, real: Task, run: Run, synthetic: Synth
         "data": {"fingerprint": real.fingerprint, "options": job.data["options"]},
         "precision": job.precision,
         "compute": job.compute,
+        "repeatable": _repeatable(job, run),
         "random_hash_version": rng.HASH_VERSION,
         "code_version": __version__,
         "cost": {
             "seconds": round(run.elapsed - preparation.get("seconds", 0.0), 2),
             "preparation_seconds": seconds,
-            "device": device_name(run.device),
+            "device": ", then ".join(run.devices),
             "peak_memory": peak_memory(run.device),
         },
     }
     return DistilledSet(stored, synthetic.labels.to(stored.device), real.transform.to(stored.device), manifest)
+
+
+def _repeatable(job: Job, run: Run) -> str:
+    """What was promised of a second run, and of a resumed one: the same ``bits``, or the same up to ``rounding``."""
+    same_device = len(run.devices) == 1
+    return "bits" if same_device and (run.device.type == "cpu" or job.deterministic) else "rounding"
 
 
 def _learned_lr(synthetic: SyntheticSet) -> dict[str, float]:

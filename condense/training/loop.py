@@ -52,8 +52,8 @@ def train(
         recipe: Training configuration.
         device: Device of the training.
         precision: ``fp32`` or ``bf16``.
-        together: Whether the students are stacked, which needs equal architectures and sources of equal size. Default:
-            depends on the device.
+        together: Whether the students are stacked, which needs equal architectures and sources of equal size, and on a
+            CPU fp32. Default: depends on the device.
         report: Called with the number of completed student steps, out of ``len(students) * recipe.steps``.
         checkpoint: File for the state during training, written every ``CHECKPOINT_SECONDS`` and removed at the end;
             students that are trained one by one have one numbered file each. After a kill the same call resumes from it
@@ -71,7 +71,9 @@ def train(
     if together is None:
         together = prefers_stacked(device)
     equal = len({student.source.size for student in students}) == 1
-    if together and equal and len(students) > 1:
+    # On a CPU, vmap leaves autocast out: bf16 would be fp32.
+    keeps_precision = precision == "fp32" or device.type == "cuda"
+    if together and equal and keeps_precision and len(students) > 1:
         keeper = TrainingCheckpoint(checkpoint, students, recipe, device, precision, update)
         try:
             _train_stacked(students, recipe, device, precision, report, keeper, watch, watch_every, update)
