@@ -96,7 +96,8 @@ def class_gradients(
     matched = {name: weight for name, weight in net.named_parameters() if id(weight) in chosen}
 
     def loss(values: dict[str, Tensor], images: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(torch.func.functional_call(net, values, (images,)).float(), labels)
+        logits = torch.func.functional_call(net, values, (images,))
+        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
 
     each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0), randomness="different")
     gradients = each(matched, images.unflatten(0, (classes, -1)), labels.unflatten(0, (classes, -1)))

@@ -84,6 +84,20 @@ def test_the_slope_in_the_pixels_equals_finite_differences(operation):
         assert float(slope[place]) == pytest.approx(expected, rel=1e-6, abs=1e-8)
 
 
+def test_gradients_of_classes_in_one_pass_equal_those_one_by_one():
+    net, weights = net_and_weights()
+    images, labels = normal(6, 1, 8, 8, key="three").requires_grad_(), torch.tensor([0, 0, 1, 1, 2, 2])
+    target = [normal(3 * len(weight), *weight.shape[1:], key=f"target{i}") for i, weight in enumerate(weights)]
+    whole = gm.synthetic_gradients(net, images, labels, weights, 3)
+    single = [gm.synthetic_gradients(net, images[c : c + 2], labels[c : c + 2], weights) for c in (0, 2, 4)]
+    for together, apart in zip(whole, zip(*single), strict=True):
+        torch.testing.assert_close(together, torch.cat(apart), rtol=1e-10, atol=1e-12)
+    (slope,) = torch.autograd.grad(gm.row_cosine(target, whole), images)
+    parts = [[t.unflatten(0, (3, -1))[c] for t in target] for c in range(3)]
+    loss = sum(gm.row_cosine(part, gradients) for part, gradients in zip(parts, single))
+    torch.testing.assert_close(slope, torch.autograd.grad(loss, images)[0], rtol=1e-8, atol=1e-12)
+
+
 def test_real_gradients_in_chunks_equal_one_pass(tiny, monkeypatch):
     run = Run(tiny, 1, NETWORK)
     net = run.random_network(0).requires_grad_(True)

@@ -20,8 +20,9 @@ def shift_images(x: Tensor, shift: Tensor, fill: Tensor | None = None) -> Tensor
     n, c, h, w = x.shape
     ys = torch.arange(h, device=x.device) + shift[:, :1]
     xs = torch.arange(w, device=x.device) + shift[:, 1:]
-    inside = ((ys >= 0) & (ys < h))[:, :, None] & ((xs >= 0) & (xs < w))[:, None, :]
-    source = ys.clamp(0, h - 1)[:, :, None] * w + xs.clamp(0, w - 1)[:, None, :]
+    rows, columns = ys.clamp(0, h - 1), xs.clamp(0, w - 1)
+    inside = (rows == ys)[:, :, None] & (columns == xs)[:, None, :]
+    source = rows[:, :, None] * w + columns[:, None, :]
     moved = x.flatten(2).gather(2, source.reshape(n, 1, h * w).expand(n, c, h * w)).reshape(x.shape)
     if fill is not None:
         return torch.where(inside[:, None], moved, fill[:, None, None])

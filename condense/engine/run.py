@@ -50,13 +50,24 @@ CLASS_CHUNK_PIXELS = 1024 * 1024
 """Real pixels (height x width x images) that a class-separable method handles at once: 1,024 images of 32x32."""
 
 GROUP_MEMORY = 2**34
-"""Bytes of device memory for which a group of classes has ``CLASS_CHUNK_PIXELS`` real pixels; more memory, more classes."""
+"""Bytes of device memory for which a group of classes has ``CLASS_CHUNK_PIXELS`` real pixels; more with more."""
 
 FORWARD_PIXELS = 32 * 1024
 """Pixels in one forward pass without gradients on a CPU: 32 images of 32x32, whose maps stay in its cache."""
 
 GRADIENT_PIXELS = 128 * 1024
 """The same with gradients of the weights: 128 images of 32x32."""
+
+
+def copy_state(source: nn.Module, target: nn.Module) -> None:
+    """Copies the weights and buffers of a network on the CPU to one on a device: one upload for each dtype."""
+    by_dtype: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = {}
+    for here, there in zip(source.state_dict().values(), target.state_dict().values(), strict=True):
+        by_dtype.setdefault(here.dtype, []).append((here, there))
+    for pairs in by_dtype.values():
+        sent = upload(torch.cat([here.flatten() for here, _ in pairs]), pairs[0][1].device)
+        for part, (here, there) in zip(sent.split([here.numel() for here, _ in pairs]), pairs):
+            there.copy_(part.view(here.shape))
 
 
 class Stage:
@@ -324,8 +335,7 @@ class Run:
             with self.seeded("scratch"):
                 self._device_net = networks.build_network(self.network, self.task.shape, self.task.num_classes)
             self._device_net.to(self.device).requires_grad_(False)
-        for there, here in zip(self._device_net.state_dict().values(), self._net.state_dict().values()):
-            there.copy_(upload(here, self.device))
+        copy_state(self._net, self._device_net)
         return self._device_net
 
     def register_state(self, name: str, state: Stateful) -> None:
