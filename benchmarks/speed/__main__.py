@@ -16,10 +16,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from condense.benchmarks.speed.measure import ALLOCATORS, QUIET, Parser, aligned, guarded, positive
+from condense.benchmarks.speed.measure import PLAIN, QUIET, TUNED, Parser, aligned, guarded, positive
 from condense.errors import CondenseError
-
-TUNED, PLAIN = ALLOCATORS
 
 STEPS = ("dm", "dc", "dsa", "dcc", "datadam", "mtt", "sre2l")
 """Pairs of steps."""

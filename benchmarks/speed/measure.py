@@ -47,7 +47,7 @@ SCHEMA = "condense.speed/1"
 PRODUCT, PUBLISHED = "condense", "published"
 TINY_DATA = (3, 4, (3, 8, 8), 1)
 """Classes, images of each, their shape and test images, to try a script."""
-ALLOCATORS = ("tuned", "plain")
+TUNED, PLAIN = ALLOCATORS = ("tuned", "plain")
 """With or without :func:`condense.keep_freed_memory`, which the command line calls."""
 QUIET = 0.05
 """Largest share of the processors that others may use while steps are timed, without a warning."""
@@ -473,6 +473,11 @@ def main(benchmark: StepBenchmark, arguments: Sequence[str] | None = None) -> No
     guarded(lambda line: _compare(benchmark, line), arguments)
 
 
+def add_allocator(parser: Parser) -> None:
+    """Adds the option for the allocator of both sides."""
+    parser.add_argument("--allocator", choices=ALLOCATORS, default=TUNED, help="as on the command line, or plain")
+
+
 def _parser(benchmark: StepBenchmark) -> Parser:
     name = benchmark.method
     parser = Parser(
@@ -492,9 +497,7 @@ def _parser(benchmark: StepBenchmark) -> Parser:
     )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", default="auto", help="of the product: auto, fp32 or bf16")
-    parser.add_argument(
-        "--allocator", choices=ALLOCATORS, default=ALLOCATORS[0], help="of both sides: as on the command line, or plain"
-    )
+    add_allocator(parser)
     parser.add_argument("--json", type=Path, help="file to write the numbers to")
     if benchmark.tiny:
         parser.add_argument(
@@ -507,7 +510,7 @@ def _parser(benchmark: StepBenchmark) -> Parser:
 def _compare(benchmark: StepBenchmark, arguments: Sequence[str]) -> int:
     options = _parser(benchmark).parse_args(arguments)
     device = pick_device(options.device)
-    if options.allocator == ALLOCATORS[0]:
+    if options.allocator == TUNED:
         keep_freed_memory()
     if benchmark.tiny and options.tiny:
         options.ipc, options.width, options.depth, options.steps = 2, 8, 2, 1
@@ -520,12 +523,6 @@ def _compare(benchmark: StepBenchmark, arguments: Sequence[str]) -> int:
     # The children first: later this process would hold memory that they do not need.
     peaks = {variant: run_in_child(benchmark, arguments, variant) for variant in (PUBLISHED, PRODUCT)}
     case = _case(benchmark, options, device)
-    limit = convolution_limit(device, case.precision)
-    others = Others()
-    pairs = time_steps(benchmark, case, options.steps)
-    share = others.share()
-    flops = count_step_flops(benchmark, case)
-    kinds = dict.fromkeys(("fp32", case.precision))
     record = {
         "schema": SCHEMA,
         "method": benchmark.method,
@@ -533,22 +530,34 @@ def _compare(benchmark: StepBenchmark, arguments: Sequence[str]) -> int:
         "ipc": case.ipc,
         "network": case.network,
         **({"batch_real": options.batch_real} if benchmark.batch_real else {}),
-        **pairs.summary(PUBLISHED, PRODUCT),
         "peak_memory": peaks,
-        "step_flops": flops,
-        "convolution_flops_per_second": limit,
-        "share_of_convolution_limit": flops / limit / statistics.median(pairs.b),
-        "update_difference": differences(benchmark, case, kinds),
-        "others_share": share,
         "allocator": options.allocator,
-        "compute": case.compute.to_dict() if case.compute else {},
-        "processor": processor_name(),
-        "environment": environment(device, case.precision),
+        **measure_steps(benchmark, case, options.steps),
     }
     print(format_report(record))
     if options.json:
         write(options.json, json.dumps(record, indent=1) + "\n")
     return 0
+
+
+def measure_steps(benchmark: StepBenchmark, case: Case, steps: int) -> dict[str, Any]:
+    """Times pairs of steps; how far they are from the rate of convolutions here; the difference of their updates."""
+    limit = convolution_limit(case.device, case.precision)
+    others = Others()
+    pairs = time_steps(benchmark, case, steps)
+    share = others.share()
+    flops = count_step_flops(benchmark, case)
+    return {
+        **pairs.summary(PUBLISHED, PRODUCT),
+        "step_flops": flops,
+        "convolution_flops_per_second": limit,
+        "share_of_convolution_limit": flops / limit / statistics.median(pairs.b),
+        "update_difference": differences(benchmark, case, dict.fromkeys(("fp32", case.precision))),
+        "others_share": share,
+        "compute": case.compute.to_dict() if case.compute else {},
+        "processor": processor_name(),
+        "environment": environment(case.device, case.precision),
+    }
 
 
 def _case(benchmark: StepBenchmark, options: argparse.Namespace, device: torch.device) -> Case:

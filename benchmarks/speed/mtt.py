@@ -7,6 +7,7 @@ one graph of all steps, ours by the adjoint, which makes each step a second time
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,27 +26,28 @@ from condense.benchmarks.speed.measure import (
     PUBLISHED,
     SCHEMA,
     TINY_DATA,
+    TUNED,
     Case,
-    Others,
     Parser,
     StepBenchmark,
+    add_allocator,
     describe_data,
-    difference,
     format_report,
     guarded,
+    measure_steps,
     positive,
     random_task,
     run_alone,
     run_in_child,
     scratch,
-    time_steps,
     write,
 )
 from condense.data import task as task_module
 from condense.device import pick_device
 from condense.engine import Run
+from condense.environment import keep_freed_memory
 from condense.errors import CondenseError
-from condense.judge import environment
+from condense.networks import calibrate
 from condense.pretraining import ExpertTraining, read_trajectory_file, train_trajectory_file
 from condense.training import TrainConfig
 
@@ -157,6 +159,8 @@ def _parser() -> Parser:
     parser.add_argument("--syn-steps", type=positive, default=20, help="training steps of the student in a step")
     parser.add_argument("--steps", type=positive, default=3, help="pairs of steps that count, after one that does not")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", default="fp32", choices=("auto", "fp32"), help="all second order is in fp32")
+    add_allocator(parser)
     parser.add_argument("--json", type=Path, help="file to write the numbers to")
     parser.add_argument(
         "--tiny", action="store_true", help="a few steps on small images, to try the script; sizes are ignored"
@@ -170,6 +174,8 @@ def _compare(arguments: Sequence[str]) -> int:
     if options.tiny:
         options.ipc, options.width, options.depth, options.syn_steps, options.steps = 2, 8, 2, 3, 1
     device = pick_device(options.device)
+    if options.allocator == TUNED:
+        keep_freed_memory()
     if options.alone:
         # A tiny step goes first, or the peak would count what torch loads when it is first used.
         run_alone(BENCHMARK, Case(random_task(*TINY_DATA), 1, 8, device, 2, {"syn_steps": 2}), options.alone, 1)
@@ -178,9 +184,6 @@ def _compare(arguments: Sequence[str]) -> int:
     # The children first: later this process would hold memory that they do not need.
     peaks = {variant: run_in_child(BENCHMARK, arguments, variant) for variant in (PUBLISHED, PRODUCT)}
     case = _case(options, device)
-    others = Others()
-    pairs = time_steps(BENCHMARK, case, options.steps)
-    share = others.share()
     record = {
         "schema": SCHEMA,
         "method": METHOD,
@@ -188,11 +191,9 @@ def _compare(arguments: Sequence[str]) -> int:
         "ipc": case.ipc,
         "network": case.network,
         "syn_steps": case.settings["syn_steps"],
-        **pairs.summary(PUBLISHED, PRODUCT),
         "peak_memory": peaks,
-        "update_difference": {"fp32": difference(BENCHMARK, case, "fp32")},  # all second order is
-        "others_share": share,
-        "environment": environment(device, "fp32"),
+        "allocator": options.allocator,
+        **measure_steps(BENCHMARK, case, options.steps),
     }
     print(_table(record))
     if options.json:
@@ -206,9 +207,8 @@ def _case(options: argparse.Namespace, device: torch.device) -> Case:
     else:
         task = random_task(*TINY_DATA) if options.tiny else random_task()
     case = Case(task, options.ipc, options.width, device, options.depth, {"syn_steps": options.syn_steps})
-    with rng.seeded("check"):  # refuses a network that does not fit the images
-        networks.build_network(case.network, task.shape, task.num_classes)
-    return case
+    compute = calibrate("fp32", device, case.network, task.shape, task.num_classes)
+    return dataclasses.replace(case, compute=compute)
 
 
 def _table(record: dict[str, Any]) -> str:
