@@ -91,8 +91,8 @@ def test_the_pretended_device_casts_as_autocast_for_cuda_does():
 
 # -- methods ----------------------------------------------------------------------------------------------------------
 
-STEPS = 4
-SLOW_IN_BF16 = ("dsac", "dcc", "ast", "ftd", "tesla", "cda", "lpqld")
+STEPS = 3
+SLOW_IN_BF16 = ("dsa", "dcc", "dsac", "ftd", "ast", "tesla", "cda", "lpqld")
 """Methods that compute in bf16 what another one does."""
 
 
@@ -146,18 +146,21 @@ def test_a_method_gives_the_set_of_the_cpu_and_its_steps_do_not_wait(case, tiny,
 
 
 def test_a_method_in_bf16(case, tiny, request):
-    if case.name in SLOW_IN_BF16 and "slow" not in request.config.option.markexpr.replace("not slow", ""):
+    """The set is about as far from that in fp32 as a CPU's in bf16 is."""
+    if case.name in SLOW_IN_BF16 and request.config.option.markexpr.startswith("not slow"):
         pytest.skip("slow: another method of its family computes the same in bf16")
+    here = distil(case.name, tiny, "cpu", "bf16").stored.float()
     with pretended() as log:
-        made = distil(case.name, tiny, "cuda", "bf16")
-    assert torch.isfinite(made.images).all()
-    if case.name != "random":
-        assert any("bfloat16" in product for product in log.products)
-    gap = made.stored.float() - case.made.stored.float()
-    assert gap.norm() <= 0.05 * case.made.stored.float().norm()
+        there = distil(case.name, tiny, "cuda", "bf16").stored.float()
+    assert torch.isfinite(there).all()
+    assert case.name == "random" or any("bfloat16" in product for product in log.products)
+    exact = case.made.stored.float()
+    assert (there - exact).norm() <= 1.5 * (here - exact).norm() + 2e-3 * exact.norm()
 
 
-@pytest.mark.parametrize("name", ["dm", "idc", "datm", "sre2l"])
+@pytest.mark.parametrize(
+    "name", ["dm", "idc", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dc", "datm", "sre2l"))]
+)
 def test_killed_on_the_device_and_resumed(name, tiny, tmp_path, monkeypatch):
     """There with the same bits; and the rest of it on a CPU without the device."""
     monkeypatch.setenv("CONDENSE_CHECKPOINT_SECONDS", "0")
@@ -217,7 +220,7 @@ def test_students_equal_those_of_the_cpu_and_do_not_wait(small, together):
 
 def test_evaluate_and_fit(small, tiny, three_steps):
     """Records of the device, whose students are stacked, have the accuracies of the CPU."""
-    options = {"networks": NETWORK, "runs": 3, "controls": ["random", "full"], "precision": "fp32", "cache": False}
+    options = {"networks": NETWORK, "runs": 3, "controls": ["random"], "precision": "fp32", "cache": False}
     record = condense.evaluate(small, tiny, device="cpu", **options)
     net = condense.fit(small, NETWORK, device="cpu")
     with pretended(capability=(7, 0)):  # no bf16
