@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import pickle
 from types import SimpleNamespace
 
 import h5py
@@ -381,6 +382,16 @@ def test_norms_and_pools_keep_bf16(norm):
         there, kinds = outputs("cuda", "bf16")
     assert kinds == {torch.bfloat16}
     assert (there - exact).norm() <= 1.5 * (here - exact).norm() <= 0.03 * exact.norm()
+
+
+def test_a_transform_is_uploaded_once_and_stays_out_of_other_processes(tiny):
+    with pretended() as log:
+        there = tiny.transform.to("cuda")
+        log.clear()
+        assert tiny.transform.to("cuda") is there and not log.waits
+        assert there.to("cuda:0") is there
+        copied = pickle.loads(pickle.dumps(tiny.transform))
+    assert not copied._elsewhere and torch.equal(copied.mean, tiny.transform.mean)
 
 
 def test_peak_memory_is_that_of_the_run(tiny, monkeypatch):

@@ -156,9 +156,9 @@ class MixedViews:
 
     def to(self, device: torch.device) -> MixedViews:
         """Returns the same views on ``device``."""
-        parts = (x if x is None else upload(x, device) for x in (self.partner, self.share, self.patch))
+        partner, share, patch = (x if x is None else upload(x, device) for x in (self.partner, self.share, self.patch))
         partner_views = None if self.partner_views is None else self.partner_views.to(device)
-        return MixedViews(self.views.to(device), *parts, partner_views)
+        return MixedViews(self.views.to(device), partner, share, patch, partner_views)
 
 
 @dataclass(frozen=True)
