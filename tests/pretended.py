@@ -493,6 +493,18 @@ def _to(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return _tensor_to(self, *map(numbered, args), **{name: numbered(value) for name, value in kwargs.items()})
 
 
+_to_empty = torch.nn.Module.to_empty
+
+
+def _to_empty_without_swaps(self: torch.nn.Module, **options: Any) -> torch.nn.Module:
+    """``Module.to_empty``, which replaces the parameters of a module without memory as it does elsewhere."""
+    torch.__future__.set_swap_module_params_on_conversion(False)
+    try:
+        return _to_empty(self, **options)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(True)
+
+
 def _pin_memory(self: Tensor, *_: Any) -> Tensor:
     if isinstance(self, DeviceTensor):
         raise DeviceError(f"only tensors on the CPU can be pinned, at {_here()}")
@@ -528,6 +540,7 @@ def pretended(capability: tuple[int, int] = (9, 0)) -> Iterator[Log]:
         stack.callback(_saved.clear)
         patches: list[tuple[Any, dict[str, Any]]] = [
             (torch.cuda, _torch_cuda(capability)),
+            (torch.nn.Module, {"to_empty": _to_empty_without_swaps}),
             (torch.accelerator, {"current_stream": lambda *_, **__: _Stream()}),
             (torch, {"tensor": _on_cpu_first(torch.tensor), "as_tensor": _on_cpu_first(torch.as_tensor)}),
             (Tensor, {"to": _to, "cuda": lambda self, *_, **__: self.to(CUDA), "pin_memory": _pin_memory}),

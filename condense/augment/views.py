@@ -12,6 +12,7 @@ from torch import Tensor
 
 from condense.augment.resample import bilinear_neighbours, shift_images, stretch_axis
 from condense.data import working_dtype
+from condense.device import upload
 from condense.errors import CondenseError, did_you_mean
 from condense.rng import Draws
 
@@ -43,8 +44,8 @@ class ViewBoxes:
 
     def to(self, device: torch.device) -> ViewBoxes:
         """Returns the same views on ``device``."""
-        tiles = None if self.tiles is None else self.tiles.to(device)
-        return ViewBoxes(self.image_size, self.box.to(device), self.mirrored.to(device), tiles)
+        tiles = None if self.tiles is None else upload(self.tiles, device)
+        return ViewBoxes(self.image_size, upload(self.box, device), upload(self.mirrored, device), tiles)
 
 
 @dataclass(frozen=True)
@@ -155,8 +156,9 @@ class MixedViews:
 
     def to(self, device: torch.device) -> MixedViews:
         """Returns the same views on ``device``."""
-        parts = (self.partner, self.share, self.patch, self.partner_views)
-        return MixedViews(self.views.to(device), *(x if x is None else x.to(device) for x in parts))  # type: ignore[arg-type]
+        partner, share, patch = (x if x is None else upload(x, device) for x in (self.partner, self.share, self.patch))
+        partner_views = None if self.partner_views is None else self.partner_views.to(device)
+        return MixedViews(self.views.to(device), partner, share, patch, partner_views)
 
 
 @dataclass(frozen=True)

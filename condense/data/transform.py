@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 import torch
@@ -71,6 +71,9 @@ class Standardise:
         if device not in self._elsewhere:  # its check of the values waits for the device
             self._elsewhere[device] = Standardise(self.mean.to(device), self.std.to(device))
         return self._elsewhere[device]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_elsewhere": {}}  # processes of a loader need no copies of other devices
 
 
 def black_pixel(transform: Standardise | ZCA) -> tuple[float, ...]:
@@ -146,9 +149,12 @@ class ZCA:
         if device == self.mean.device:
             return self
         if device not in self._elsewhere:
-            arrays = (array.to(device) for array in (self.mean, self.matrix, self.inverse_matrix))
-            self._elsewhere[device] = ZCA(*arrays, self.shape)
+            mean, matrix, inverse = (array.to(device) for array in (self.mean, self.matrix, self.inverse_matrix))
+            self._elsewhere[device] = ZCA(mean, matrix, inverse, self.shape)
         return self._elsewhere[device]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_elsewhere": {}}
 
 
 Transform: TypeAlias = Standardise | ZCA

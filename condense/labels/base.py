@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from condense.augment import MixedViews, ViewRule, float32_decimal
+from condense.device import upload_indices
 from condense.errors import CondenseError, did_you_mean
 from condense.labels.teacher_logits import draw_epoch_views, grouping_version, mixed_batches
 from condense.registry import Registry
@@ -267,7 +268,9 @@ def copy_to(labels: Any, device: torch.device, *names: str) -> Any:
     moved = copy.copy(labels)
     for name in names:
         tensor = getattr(labels, name)
-        setattr(moved, name, tensor if tensor is None else tensor.to(device))
+        if tensor is not None:
+            # The host needs the classes in each epoch, to choose its views.
+            setattr(moved, name, upload_indices(tensor, device) if name == "hard" else tensor.to(device))
     return moved
 
 

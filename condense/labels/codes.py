@@ -269,7 +269,7 @@ class TopKCode:
         if classes > 1 << 16:
             raise CondenseError(f"topk: {classes} classes exceed the 65536 that 16 bits can index; use lowrank")
         values, numbers = zip(*(epoch.float().topk(k) for epoch in logits))
-        least = torch.stack([epoch.amin(-1).half() for epoch in logits]) if fill == "mrs" else None
+        least = torch.stack([epoch.float().amin(-1) for epoch in logits]).half() if fill == "mrs" else None
         # torch cannot index with uint16; int16 has the same bits.
         dtype = torch.uint8 if classes <= 256 else torch.int16
         return cls(torch.stack(values).half(), torch.stack(numbers).to(dtype), least, classes)

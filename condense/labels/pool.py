@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from condense import rng
 from condense.augment import MixedViews, ViewBoxes, ViewRule, float32_decimal
 from condense.config import require_one_of, require_range
+from condense.device import on_host, upload
 from condense.errors import CondenseError
 from condense.labels.arrays import checked_array
 from condense.labels.base import LABEL_KINDS, Fidelity, check_image_count, kl_loss
@@ -185,10 +186,10 @@ class PoolLabels(CodedLabels):
         assert self.hard is not None
         key = (epoch, images.shape, images.device)
         if self._latest is None or self._latest[0] != key:
-            slots, classes = self.slots(epoch), self.hard.cpu()
+            slots, classes = self.slots(epoch), on_host(self.hard)
             source = self.kept.gather(1, slots[:, None])[:, 0][classes]
             drawn = _joined(self.views, self.seed, source, (images.shape[2], images.shape[3]))
-            self._latest = key, drawn.to(images.device), slots[classes].to(images.device)
+            self._latest = key, drawn.to(images.device), upload(slots[classes], images.device)
         return self._latest[1:]
 
     def arrays(self) -> dict[str, np.ndarray]:

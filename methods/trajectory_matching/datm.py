@@ -135,7 +135,7 @@ def datm(task: Task, config: DATM, run: Run) -> SyntheticSet:
 
     Guo, Wang, Cazenavette, Li, Zhang & You, ICLR 2024. Labels are initialised with the mean logits of the experts that
     classify an image correctly, and learned together with pixels and step size. A step with a matching loss above
-    ``gate`` is skipped before its gradients are computed. The published experts have 100 epochs, the last of which
+    ``gate`` changes nothing; a CPU leaves out its gradients. The published experts have 100 epochs, the last of which
     selects images and labels (buffer_epochs=100; by default experts end with the last epoch that is matched). If no
     expert classifies an image correctly, the released program divides by 0; here all are averaged.
     """
