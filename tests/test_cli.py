@@ -45,6 +45,7 @@ VERBS = (
     "plan",
     "experts",
     "teachers",
+    "scores",
     "lighten",
     "labels",
 )
