@@ -54,7 +54,10 @@ def task(data: Any, *, name: str | None = None, download: bool = False, **option
     Raises:
         CondenseError: the data do not exist or are invalid.
     """
-    return data_module.load_task(data, build_config(DataOptions, options, "the data"), download=download, name=name)
+    checked = build_config(DataOptions, options, "the data")
+    if checked.prune is not None:  # a run may be resumed from another folder
+        checked = dataclasses.replace(checked, prune=str(as_path(checked.prune, "prune=").resolve()))
+    return data_module.load_task(data, checked, download=download, name=name)
 
 
 def load(source: str | Path) -> DistilledSet:
@@ -150,7 +153,7 @@ def distill(
         protocol=protocol or entry.protocol,
         deterministic=deterministic,
     )
-    jobs.check_fit(real, ipc, network or entry.network)
+    jobs.check_fit(jobs.prune_task(real), ipc, network or entry.network)
     continues = directory is not None and not force and jobs.is_unfinished(directory, job)
     if not continues:
         jobs.check_outputs(real, ipc, out, directory, force=force)
@@ -361,7 +364,7 @@ def _pretraining_run(name: str, real: Task, network: str, seed: int, device: str
     torch_device = pick_device(device)
     precision = pick_precision(precision, torch_device)
     options: dict[str, Any] = {"seed": seed, "device": torch_device, "precision": precision}
-    return Run(real, 1, network, name=name, quiet=quiet, track="none", **options)
+    return Run(jobs.prune_task(real), 1, network, name=name, quiet=quiet, track="none", **options)
 
 
 @contextlib.contextmanager

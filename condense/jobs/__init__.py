@@ -13,6 +13,7 @@ from condense.jobs.execute import resume, run_job
 from condense.jobs.job import is_finished, is_resumable, is_unfinished, read_job, resolve_job, resolve_settings
 from condense.jobs.manifest import distill_command
 from condense.jobs.plan import estimate_cost
+from condense.jobs.pruning import prune_task
 
 __all__ = [
     "check_experts",
@@ -26,6 +27,7 @@ __all__ = [
     "is_finished",
     "is_resumable",
     "is_unfinished",
+    "prune_task",
     "read_job",
     "resolve_job",
     "resolve_settings",

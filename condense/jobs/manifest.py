@@ -46,7 +46,7 @@ def _command(job: Job, entry: Method, real: Task) -> str:
     words += ["--tag", job.tag, "--out", f"{_set_name(job, real).replace('/', '-')}.h5"] if job.tag else []
     for values, config in ((job.settings, entry.config), (job.data["options"], DataOptions)):
         defaults = {field.name: field.default for field in dataclasses.fields(config)}
-        for name in ("experts", "scores"):
+        for name in ("experts", "scores", "prune"):
             values = {**values, name: "PATH"} if values.get(name) else values
         if str(values.get("init", "")).endswith(".h5"):
             values = {**values, "init": "PATH.h5"}

@@ -21,7 +21,7 @@ from condense.pretraining.experts import (
 from condense.pretraining.pipeline import Architecture, iter_training_groups, make_student
 from condense.pretraining.scoring import ScoreOptions, load_or_train_scores
 from condense.pretraining.snapshots import SnapshotOptions, Snapshots, load_or_train_snapshots
-from condense.pretraining.store import TrainedFile, parts_folder, transform_digests
+from condense.pretraining.store import ContentGuard, TrainedFile, parts_folder, transform_digests
 from condense.pretraining.teachers import (
     DEFAULT_TEACHER_NETWORK,
     TeacherOptions,
@@ -51,6 +51,7 @@ __all__ = [
     "TRAJECTORY_FORMAT",
     "Architecture",
     "Committee",
+    "ContentGuard",
     "ExpertOptions",
     "ExpertTraining",
     "Experts",

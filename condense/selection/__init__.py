@@ -19,7 +19,6 @@ from condense.selection.kernels import (
 )
 from condense.selection.sampling import (
     BALANCES,
-    ORDERS,
     beta_parameters,
     even_shares,
     graph_of_neighbours,
@@ -38,7 +37,6 @@ from condense.selection.table import SCORES_FORMAT, ScoreTable, make_table, read
 __all__ = [
     "BALANCES",
     "COLUMNS",
-    "ORDERS",
     "SCORES_FORMAT",
     "CosineKernel",
     "GradientCosineKernel",

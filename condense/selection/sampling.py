@@ -10,8 +10,6 @@ from torch import Tensor
 
 from condense import rng
 
-ORDERS = ("hardest", "easiest", "middle")
-
 BALANCES = ("class", "free")
 """Budgets: as many images of every class, or of all images together."""
 
@@ -58,7 +56,7 @@ def take_in_order(difficulty: Tensor, count: int, order: str, draws: rng.Draws) 
     Args:
         difficulty: (n,), larger is harder.
         count: at most n.
-        order: one of :data:`ORDERS`.
+        order: one of :data:`condense.data.ORDERS`.
         draws: put images of equal difficulty in a random order.
     """
     shuffled = draws.permutation(len(difficulty))

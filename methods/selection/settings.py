@@ -11,12 +11,12 @@ from torch import Tensor
 
 from condense import networks, selection
 from condense.config import require_one_of
+from condense.data import ORDERS
 from condense.engine import Run
 from condense.errors import CondenseError
 from condense.pretraining import ScoreOptions, TeacherOptions, load_or_train_teachers
 from condense.selection import (
     BALANCES,
-    ORDERS,
     CosineKernel,
     GradientCosineKernel,
     Kernel,
