@@ -12,8 +12,13 @@ from scipy.stats import beta as beta_distribution
 
 import condense
 from condense import api, rng, selection
+from condense.augment import CropViews
 from condense.engine import Run
 from condense.errors import CondenseError
+from condense.judge import get_protocol
+from condense.labels import SoftLabels
+from condense.methods.selection import kdprune as kdprune_module
+from condense.methods.selection import pca as pca_module
 from condense.methods.selection import settings
 from condense.registry import METHODS
 from condense.selection import (
@@ -346,8 +351,11 @@ def ids_of(made, task):
 
 
 SELECTIONS = [
-    name for name in METHODS.names() if METHODS.get(name).function.__module__.startswith(settings.__package__)
+    name
+    for name in METHODS.names()
+    if METHODS.get(name).function.__module__.startswith(settings.__package__) and name != "pca"
 ]
+"""Selections that store unchanged images."""
 
 
 @pytest.mark.parametrize("name", SELECTIONS)
@@ -428,6 +436,81 @@ def test_wrong_settings(name, wrong, message, tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CondenseError, match=message):
         condense.distill(name, tiny, 1, network=NETWORK, **wrong)
+
+
+# -- combined and labelled images -------------------------------------------------------------------------------------
+
+
+def test_pca_combines_whole_images():
+    """Images of one grey value become the tiles of one image, row by row; a uniform area keeps its value."""
+    images = torch.arange(8.0).view(8, 1, 1, 1).expand(8, 1, 4, 6)
+    combined = pca_module.combine_images(images, 2)
+    assert combined.shape == (2, 1, 4, 6)
+    assert combined[1, 0, ::2, ::3].tolist() == [[4.0, 5.0], [6.0, 7.0]]
+
+
+def test_pca_stores_the_easiest_images_of_each_class(tiny, tmp_path):
+    table = api.scores(tiny, network=NETWORK, out=tmp_path / "s.h5", score_epochs=2, score_batch=8)
+    made = condense.distill("pca", tiny, 2, network=NETWORK, scores=str(tmp_path / "s.h5"), protocol="quick-v1")
+    assert made.manifest["decode"] == [{"stage": "formation", "factor": 2, "pad": 0.5}] and len(made) == 24
+    for c in range(3):
+        easiest = 12 * c + table.columns["el2n"][12 * c : 12 * c + 12].argsort()[:8]
+        expected = pca_module.combine_images(tiny.pixels(easiest), 2)
+        torch.testing.assert_close(made.stored[2 * c : 2 * c + 2] / 255, expected, rtol=0, atol=0.51 / 255)
+    plain = condense.distill("pca", tiny, 2, network=NETWORK, scores=str(tmp_path / "s.h5"), factor=1)
+    assert set(ids_of(plain, tiny)) == {int(12 * c + i) for c in range(3) for i in easiest_two(table, c)}
+    for settings_, message in (
+        ({"factor": 3}, "factor=3: does not divide the 8x8 pixels"),
+        ({"factor": 4}, "factor=4: 32 images of each class are needed"),
+    ):
+        with pytest.raises(CondenseError, match=message):
+            condense.distill("pca", tiny, 2, network=NETWORK, **settings_)
+
+
+def easiest_two(table, c):
+    return table.columns["el2n"][12 * c : 12 * c + 12].argsort()[:2]
+
+
+def test_the_hard_label_protocol_crops_each_tile():
+    augmentation = get_protocol("rethink-hard-v1").augmentation(mirror=True)
+    assert isinstance(augmentation, CropViews) and augmentation.flip and augmentation.min_scale == pytest.approx(0.08)
+    assert not get_protocol("rethink-hard-v1").augmentation(mirror=False).flip
+    recipe = get_protocol("rethink-hard-v1").recipe(1000, mirror=False)
+    assert recipe.steps == 300 * 8 and recipe.optimizer == "adamw" and recipe.cutmix == 0
+
+
+def test_the_weight_of_the_teacher_falls_with_the_share():
+    weights = [kdprune_module.weight_of_teacher(share) for share in (0.01, 0.05, 0.05**0.5, 1.0)]
+    assert weights == pytest.approx([1, 1, 0.75, 0.5])
+
+
+def test_mixed_labels_give_the_mixed_loss():
+    """(1 - alpha) CE(class) + alpha CE(teacher), for any student."""
+    teacher, student = torch.randn(6, 4), torch.randn(6, 4)
+    classes = torch.tensor([0, 1, 2, 3, 0, 1])
+    cross_entropy = torch.nn.functional.cross_entropy
+    for alpha in (0.0, 0.3, 1.0):
+        labels = SoftLabels(kdprune_module.mixed_logits(teacher, classes, alpha))
+        expected = (1 - alpha) * cross_entropy(student, classes) + alpha * cross_entropy(student, teacher.softmax(1))
+        torch.testing.assert_close(labels.loss(student, labels.targets(torch.arange(6))), expected)
+
+
+def test_kdprune_labels_what_it_selects(tiny, tmp_path, three_steps):
+    options = {"teacher_epochs": 2, "teacher_batch": 8, "alpha": 0.5, "protocol": "quick-soft-v1"}
+    made = condense.distill("kdprune", tiny, 2, network=NETWORK, precision="fp32", **options)
+    run = run_of(tiny)
+    config = settings.MatchingOptions(teacher_epochs=2, teacher_batch=8, teacher_lr=0.1)
+    found = settings.last_layer_gradients(config, run)
+    ids = torch.tensor(ids_of(made, tiny))
+    onehot = torch.nn.functional.one_hot(torch.as_tensor(tiny.train.labels), 3)
+    probabilities = (found.errors + onehot)[ids]
+    torch.testing.assert_close(made.labels.targets(torch.arange(6)), (probabilities + onehot[ids]) / 2)
+    record = condense.evaluate(made, tiny, runs=1, controls=["random", "full"])
+    assert {entry["arm"] for entry in record["results"]} == {"distilled", "random", "full"}
+    scores = {"score_epochs": 2, "score_batch": 8}
+    scored = condense.distill("kdprune", tiny, 2, network=NETWORK, choose="el2n", **scores, **options)
+    plain = condense.distill("el2n", tiny, 2, network=NETWORK, **scores)
+    assert torch.equal(scored.stored, plain.stored)
 
 
 # -- initial images ---------------------------------------------------------------------------------------------------
