@@ -17,6 +17,7 @@ from condense.engine import Run
 from condense.errors import CondenseError
 from condense.judge import get_protocol
 from condense.labels import SoftLabels
+from condense.methods.selection import dq as dq_module
 from condense.methods.selection import kdprune as kdprune_module
 from condense.methods.selection import pca as pca_module
 from condense.methods.selection import settings
@@ -436,6 +437,28 @@ def test_wrong_settings(name, wrong, message, tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CondenseError, match=message):
         condense.distill(name, tiny, 1, network=NETWORK, **wrong)
+
+
+def test_bins_are_graph_cuts_of_what_is_left():
+    features = points(13)
+    kernel = lambda ids: CosineKernel(features[ids])  # noqa: E731
+    bins = dq_module.split_into_bins(kernel, torch.arange(13), 3)
+    assert [len(rows) for rows in bins] == [4, 4, 5]
+    assert sorted(torch.cat(bins).tolist()) == list(range(13))
+    assert bins[0].tolist() == graph_cut(CosineKernel(features), 4).tolist()
+    left = torch.tensor([i for i in range(13) if i not in bins[0].tolist()])
+    assert bins[1].tolist() == left[graph_cut(CosineKernel(features[left]), 4)].tolist()
+    assert len(dq_module.split_into_bins(kernel, torch.arange(2), 5)) == 2
+
+
+def test_dq_samples_every_bin_evenly(tiny):
+    made = condense.distill("dq", tiny, 6, network=NETWORK, embedding="pixels", bins=3)
+    pixels = tiny.pixels(torch.arange(36)).flatten(1)
+    for c in range(3):
+        members = torch.arange(12 * c, 12 * c + 12)
+        bins = dq_module.split_into_bins(lambda ids: CosineKernel(pixels[ids]), members, 3)
+        chosen = set(ids_of(made, tiny)[6 * c : 6 * c + 6])
+        assert [len(chosen & set(members[rows].tolist())) for rows in bins] == [2, 2, 2]
 
 
 # -- combined and labelled images -------------------------------------------------------------------------------------
