@@ -20,6 +20,7 @@ from condense.labels import SoftLabels
 from condense.methods.selection import dq as dq_module
 from condense.methods.selection import kdprune as kdprune_module
 from condense.methods.selection import pca as pca_module
+from condense.methods.selection import rad as rad_module
 from condense.methods.selection import settings
 from condense.registry import METHODS
 from condense.selection import (
@@ -534,6 +535,36 @@ def test_kdprune_labels_what_it_selects(tiny, tmp_path, three_steps):
     scored = condense.distill("kdprune", tiny, 2, network=NETWORK, choose="el2n", **scores, **options)
     plain = condense.distill("el2n", tiny, 2, network=NETWORK, **scores)
     assert torch.equal(scored.stored, plain.stored)
+
+
+def test_rad_draws_with_the_robust_weights():
+    probabilities = torch.tensor(
+        [[0.5, 0.5, 0.0], [0.6, 0.4, 0.0], [0.5, 0.3, 0.2], [0.95, 0.05, 0.0], [0.4, 0.4, 0.2]]
+    )
+    weights = rad_module.query_log_weights(probabilities, "rad")
+    share, _ = robust_distribution(torch.tensor([1.0, 0.8, 0.8, 0.1, 1.0]))
+    assert float(share[3]) == 0 and torch.allclose(weights.exp()[share > 0], share[share > 0], rtol=1e-5)
+    firsts = [int(sample_weighted(weights, 1, rng.Draws("rad", k))) for k in range(4000)]
+    assert np.bincount(firsts, minlength=5) / 4000 == pytest.approx(share.numpy(), abs=0.03)
+    assert sample_weighted(weights, 5, rng.Draws("rad", 0)).tolist()[-1] == 3
+    drawn = {
+        query: sample_weighted(rad_module.query_log_weights(probabilities, query), 5, rng.Draws("q", 1)).tolist()
+        for query in ("margin", "entropy")
+    }
+    assert set(drawn["margin"][:2]) == {0, 4} and drawn["margin"][-1] == 3
+    entropies = [-sum(p * math.log(p) for p in row if p) for row in probabilities.tolist()]
+    assert drawn["entropy"] == sorted(range(5), key=lambda i: entropies[i])[::-1]
+    assert len(set(map(float, rad_module.query_log_weights(probabilities, "random")))) == 1
+
+
+def test_rad_begins_at_random_and_asks_for_new_images(tiny):
+    small = {"teacher_epochs": 1, "teacher_batch": 8, "student_steps": 3, "protocol": "quick-soft-v1"}
+    first = condense.distill("rad", tiny, 1, network=NETWORK, rounds=1, **small)
+    for query in ("rad", "margin", "entropy", "random"):
+        made = condense.distill("rad", tiny, 3, network=NETWORK, rounds=3, query=query, **small)
+        ids = ids_of(made, tiny)
+        assert len(set(ids)) == 9 and set(ids_of(first, tiny)) <= set(ids)  # the first round is the same
+        assert made.labels.kind == "soft" and made.manifest["label_source"]["teachers"]["networks"] == [NETWORK]
 
 
 # -- initial images ---------------------------------------------------------------------------------------------------
