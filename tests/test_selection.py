@@ -33,6 +33,7 @@ from condense.selection import (
     facility_location,
     gradient_match,
     graph_cut,
+    greedy,
     herding,
     k_center,
     moderate,
@@ -140,6 +141,16 @@ def test_k_means_finds_the_middle_of_each_cluster():
     offsets = torch.tensor([[0.1, 0.0], [3.0, 0.0], [-3.0, 0.0], [0.0, 4.0], [0.0, -4.0]])
     features = (centre[:, None] + offsets).reshape(-1, 2)
     assert sorted(nearest_to_centroids(features, 3, key=1).tolist()) == [0, 5, 10]
+
+
+def test_k_means_of_many_points_finds_the_clusters_too(monkeypatch):
+    monkeypatch.setattr(greedy, "LLOYD_POINTS", 100)
+    centre = 100 * torch.eye(4)
+    features = (centre[:, None] + torch.randn(4, 60, 4, generator=torch.Generator().manual_seed(0))).reshape(-1, 4)
+    chosen = nearest_to_centroids(features, 4, key=1)
+    assert sorted((chosen // 60).tolist()) == [0, 1, 2, 3]
+    assert torch.equal(chosen, nearest_to_centroids(features, 4, key=1))
+    assert float((features[chosen] - centre[chosen // 60]).norm(dim=1).max()) < 2
 
 
 # -- submodular functions ---------------------------------------------------------------------------------------------
@@ -412,6 +423,18 @@ def test_selections_by_a_named_table(tiny, tmp_path):
         assert made.manifest["scores"]["content"] == table.manifest["content"]
         assert "scores=PATH" in made.manifest["command"] and str(tmp_path) not in made.manifest["command"]
     assert made.manifest["cost"]["preparation_seconds"] == table.manifest["seconds"]
+
+
+def test_a_free_selection_is_no_start_and_has_no_classes_by_position(tiny, tmp_path):
+    """Its classes are those of its labels; where these are gone, nothing guesses them."""
+    made = condense.distill("aum", tiny, 3, network=NETWORK, balance="free", out=tmp_path / "a.h5", **short("aum"))
+    counts = torch.bincount(made.hard_labels(), minlength=3)
+    assert int(counts.sum()) == 9 and counts.tolist() != [3, 3, 3]
+    with pytest.raises(CondenseError, match="the set has not 3 stored images of every class"):
+        condense.distill("dm", tiny, 3, network=NETWORK, init=str(tmp_path / "a.h5"), steps=1)
+    made.labels = SoftLabels(torch.zeros(9, 3))
+    with pytest.raises(CondenseError, match="9 images are not 3 of each of 3 classes"):
+        made.hard_labels()
 
 
 def test_d2_with_a_small_budget_takes_its_own_class(tiny):

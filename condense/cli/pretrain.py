@@ -154,7 +154,7 @@ def scores(
     download: Download = False,
     force: Force = False,
 ) -> None:
-    """Scores the train images of real data by networks in training: el2n, grand, forgetting, aum, dual and others."""
+    """Scores the train images of real data. Run it again: networks are kept."""
     from condense import api, config, jobs
     from condense.data import DataOptions
     from condense.files import check_writable

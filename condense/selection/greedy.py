@@ -15,6 +15,12 @@ from torch import Tensor
 
 from condense.selection.kernels import Kernel, LastLayerGradients
 
+LLOYD_POINTS = 20_000
+"""Maximum number of points that k-means passes over in each iteration."""
+
+MINI_BATCH = 4096
+"""Minimum number of points in a step of k-means with mini-batches."""
+
 
 def herding(features: Tensor, count: int) -> Tensor:
     """Adds, one by one, the point that brings the mean of the chosen ones nearest to the mean of all (Welling, 2009).
@@ -107,18 +113,23 @@ def moderate(features: Tensor, count: int) -> Tensor:
 def nearest_to_centroids(points: Tensor, count: int, key: int) -> Tensor:
     """Returns the points nearest to ``count`` k-means centroids, of each the nearest one that is not yet taken.
 
+    Centroids are those of Lloyd's algorithm, of more than ``LLOYD_POINTS`` points those of mini-batches.
+
     Args:
         points: float32 (n, D).
         count: number of centroids, at most n.
         key: of the random initialisation.
     """
-    from sklearn.cluster import KMeans
+    from sklearn.cluster import KMeans, MiniBatchKMeans
     from sklearn.exceptions import ConvergenceWarning
 
     points = points.cpu()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer different points than centroids: some are equal
-        kmeans = KMeans(count, n_init=1, random_state=key % 2**31).fit(points.numpy())
+        options = {"n_clusters": count, "n_init": 1, "random_state": key % 2**31}
+        few = len(points) <= LLOYD_POINTS
+        kmeans = KMeans(**options) if few else MiniBatchKMeans(**options, batch_size=max(MINI_BATCH, 4 * count))
+        kmeans.fit(points.numpy())
     distances = torch.cdist(torch.from_numpy(kmeans.cluster_centers_).float(), points)
     chosen: list[int] = []
     for row in distances:

@@ -108,7 +108,8 @@ def _images_of_file(task: Task, ipc: int, options: SyntheticOptions) -> Tensor:
             raise CondenseError(f"init={options.init}: the set has another {what} ({stored}, not {expected})")
     if distilled.classes != task.classes:
         raise CondenseError(f"init={options.init}: the set has other classes than {task.name}, or in another order")
-    if distilled.compensated or len(distilled.stored) != ipc * task.num_classes:
+    counts = torch.bincount(distilled.hard_labels(), minlength=task.num_classes)
+    if distilled.compensated or counts.tolist() != [ipc] * task.num_classes:
         raise CondenseError(f"init={options.init}: the set has not {ipc} stored images of every class")
     return distilled.pictures()[0][distilled.hard_labels().argsort(stable=True)]
 

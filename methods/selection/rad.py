@@ -16,7 +16,6 @@ from condense.config import require_one_of, require_range
 from condense.data import Task
 from condense.engine import Run
 from condense.labels import SoftLabels, compute_logits
-from condense.methods.selection.settings import Budget
 from condense.pretraining import TeacherOptions, load_or_train_teachers, make_student
 from condense.registry import method
 from condense.sets import SyntheticSet
@@ -29,7 +28,7 @@ QUERIES = ("rad", "margin", "entropy", "random")
 
 
 @dataclass(frozen=True)
-class RAD(TeacherOptions, Budget):
+class RAD(TeacherOptions):
     """Hyper-parameters of robust active distillation."""
 
     query: str = "rad"
@@ -45,7 +44,6 @@ class RAD(TeacherOptions, Budget):
     """Images per step of the student."""
 
     def __post_init__(self) -> None:
-        self.check_budget()
         self.check_teachers()
         require_one_of(self, query=QUERIES)
         counts = dict.fromkeys(("rounds", "student_steps", "student_batch"), (1, math.inf))
@@ -112,8 +110,8 @@ def rad(task: Task, config: RAD, run: Run) -> SyntheticSet:
     Baykal, Trinh, Iliopoulos, Menghani and Vee, ICLR 2023. No program is published; the weights are the solution of the
     game of a learner and an adversary who makes one label wrong (tests compare it with a linear program), and the
     rounds and the training of the student are ours. The gain of an image is 1 less the margin of the student. The
-    method does not know classes before it asks, which is balance=free; by default each class has its own draws. A
-    control arm random is labelled by the same teacher.
+    method does not know classes before it asks; here each class has its own game, because a set with soft labels has
+    equally many images of each class. A control arm random is labelled by the same teacher.
     """
     committee = load_or_train_teachers(
         run,
@@ -139,7 +137,7 @@ def rad(task: Task, config: RAD, run: Run) -> SyntheticSet:
 
         query = functools.partial(_query, config, run, number, chosen, probabilities)
 
-        new = selection.select_by_class(task.train.labels, task.num_classes, share, config.balance, query)
+        new = selection.select_by_class(task.train.labels, task.num_classes, share, "class", query)
         chosen = torch.cat([chosen, new])
     chosen = chosen[torch.from_numpy(task.train.labels)[chosen].argsort(stable=True)]
     synthetic = SyntheticSet.select(task, chosen)
