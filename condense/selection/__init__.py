@@ -1,7 +1,6 @@
 """Selection of real images: selectors on features and scores, and the table of scores. No networks are trained here."""
 
 from condense.selection.greedy import (
-    cluster_sizes,
     facility_location,
     gradient_match,
     graph_cut,
@@ -45,7 +44,6 @@ __all__ = [
     "LastLayerGradients",
     "ScoreTable",
     "beta_parameters",
-    "cluster_sizes",
     "dual_scores",
     "even_shares",
     "facility_location",

@@ -173,9 +173,3 @@ def gradient_match(gradients: LastLayerGradients, count: int, ridge: float) -> t
         aim = solve_triangular(lower, target[chosen].cpu().numpy(), lower=True)
         weights = nnls(lower.T, aim)[0]
     return torch.tensor(chosen, dtype=torch.int64), weights
-
-
-def cluster_sizes(kernel: Kernel, chosen: Tensor) -> Tensor:
-    """Returns how many points each chosen one is the most similar of, int64 (len(chosen),): the weights of CRAIG."""
-    rows = torch.stack([kernel.row(int(i)) for i in chosen])
-    return torch.bincount(rows.argmax(0), minlength=len(chosen)).cpu()
