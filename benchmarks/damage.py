@@ -61,6 +61,7 @@ from condense.labels import (
 )
 from condense.networks import build_network, read_teacher_file
 from condense.pretraining import read_trajectory_file
+from condense.selection import read_score_table
 from condense.sets import DistilledSet
 from condense.tracking import Progress
 
@@ -183,6 +184,18 @@ def read_teachers(path: Path) -> str:
     """Digest of teachers, all of which are verified."""
     file = read_teacher_file(path)
     return digest(file.manifest, *(tensors_sha256(file.load_state(k)) for k in range(len(file.entries))))
+
+
+def make_scores(folder: Path) -> Path:
+    """A table of scores."""
+    api.scores(small_task(), network="convnet-d1-w4-in", out=folder / "scores.h5", score_epochs=2)
+    return folder / "scores.h5"
+
+
+def read_scores(path: Path) -> str:
+    """Digest of a table of scores."""
+    table = read_score_table(path)
+    return digest(table.manifest, tensors_sha256({**table.columns, "neighbours": table.neighbours}))
 
 
 def small_task() -> Task:
@@ -342,6 +355,7 @@ KINDS: dict[str, Kind] = {
     "set-earlier": Kind(make_earlier_set, read_set),
     "experts": Kind(make_experts, read_experts),
     "teachers": Kind(make_teachers, read_teachers),
+    "scores": Kind(make_scores, read_scores),
     "checkpoint": Kind(make_checkpoint, read_checkpoint),
     "imported-pt": Kind(make_pt, read_pt),
     "cached-images": _cache_kind("train.npy"),

@@ -98,6 +98,10 @@ LINES: dict[str, Sequence[str]] = {
         "teachers --data tiny.npz --networks convnet-d1-w4-bn --count 1 --epochs 1 --for sre2l --out teachers.h5 "
         "--held-out 0.1 --seed 0",
     ),
+    "scores": (
+        "scores --data tiny.npz --network convnet-d1-w4-in --out scores.h5 --seed 0 score_epochs=2 score_networks=1 "
+        "score_neighbours=3",
+    ),
     "evaluate": (
         "evaluate set.h5 --data tiny.npz --networks mlp,own --runs 1 --protocol quick-v1 --controls random,noise "
         "--classes 0,1 --seed 1 --json new.json",
@@ -122,6 +126,7 @@ LIMITS: dict[str, Sequence[str]] = {
     "distill": ("--minutes", "0.02"),
     "experts": ("--count", "1", "--epochs", "2"),
     "teachers": ("--count", "1", "--epochs", "1"),
+    "scores": ("score_epochs=2", "score_networks=1"),
     "evaluate": ("--runs", "1"),
     "suite": ("--methods", "random", "--datasets", "tiny"),
     "labels": ("--runs", "1", "--kinds", "own"),

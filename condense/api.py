@@ -17,7 +17,7 @@ from condense.data import DataOptions, Task
 from condense.device import differentiable_attention, out_of_memory_advice, pick_device
 from condense.engine import Run
 from condense.errors import CondenseError, did_you_mean
-from condense.files import as_path
+from condense.files import as_path, check_writable
 from condense.formatting import shorten
 from condense.jobs import resume
 from condense.networks import MemberKey, TeacherFile, calibrate, memory_format
@@ -26,14 +26,20 @@ from condense.pretraining import (
     TrainedFile,
     TrajectoryFile,
     expert_cache_file,
+    load_or_train_scores,
     teacher_cache_file,
     train_teacher_file,
     train_trajectory_file,
 )
 from condense.registry import METHODS
+from condense.selection import ScoreTable, write_score_table
 from condense.sets import DistilledSet, packaged_sets
 
-__all__ = ["distill", "distill_or_resume", "experts", "load", "resume", "task", "teachers"]
+__all__ = ["distill", "distill_or_resume", "experts", "load", "resume", "scores", "task", "teachers"]
+
+
+DEFAULT_SCORE_NETWORK = "convnet-d3-w128-in"
+"""Architecture of the networks that score images, where none is named."""
 
 
 def task(data: Any, *, name: str | None = None, download: bool = False, **options: Any) -> Task:
@@ -48,7 +54,10 @@ def task(data: Any, *, name: str | None = None, download: bool = False, **option
     Raises:
         CondenseError: the data do not exist or are invalid.
     """
-    return data_module.load_task(data, build_config(DataOptions, options, "the data"), download=download, name=name)
+    checked = build_config(DataOptions, options, "the data")
+    if checked.prune is not None:  # a run may be resumed from another folder
+        checked = dataclasses.replace(checked, prune=str(as_path(checked.prune, "prune=").resolve()))
+    return data_module.load_task(data, checked, download=download, name=name)
 
 
 def load(source: str | Path) -> DistilledSet:
@@ -144,7 +153,7 @@ def distill(
         protocol=protocol or entry.protocol,
         deterministic=deterministic,
     )
-    jobs.check_fit(real, ipc, network or entry.network)
+    jobs.check_fit(jobs.prune_task(real), ipc, network or entry.network)
     continues = directory is not None and not force and jobs.is_unfinished(directory, job)
     if not continues:
         jobs.check_outputs(real, ipc, out, directory, force=force)
@@ -302,12 +311,60 @@ def teachers(
         )
 
 
+def scores(
+    data: Task | Any,
+    *,
+    network: str | None = None,
+    out: str | Path | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    precision: str = "auto",
+    force: bool = False,
+    quiet: bool = True,
+    **settings: Any,
+) -> ScoreTable:
+    """Scores the train images of real data: trains networks, and computes all scores from their training.
+
+    Networks are kept in the cache; a repeated call, and methods with the same settings, train none.
+
+    Args:
+        data: a :class:`Task`, or the ``data`` argument of ``condense.task``.
+        network: architecture of the networks, by default ``DEFAULT_SCORE_NETWORK``.
+        out: file of the table; None writes none.
+        seed: random seed; the same seed gives the same scores.
+        device: auto, cpu, cuda, ...
+        precision: auto, fp32 or bf16.
+        force: replace ``out``.
+        quiet: no progress on stderr.
+        settings: see :class:`~condense.pretraining.ScoreOptions`.
+
+    Returns:
+        The table of scores.
+
+    Raises:
+        CondenseError: invalid arguments, found before the work; or a network diverged.
+    """
+    seed, network = whole_number(seed, "--seed"), network or DEFAULT_SCORE_NETWORK
+    options = jobs.check_scores(settings, network=network, device=device, precision=precision)
+    path = None if out is None else as_path(out, "--out")
+    if path is not None:
+        check_writable(path, force=force)
+    real = data if isinstance(data, Task) else task(data)
+    jobs.check_fit(real, 1, network)
+    run = _pretraining_run("scores", real, network, seed, device, precision, quiet)
+    with _interruptible(run, "a smaller --network or score_batch"):
+        table = load_or_train_scores(run, options)
+    if path is not None and run.ranks.is_main_process:
+        write_score_table(path, table)
+    return table
+
+
 def _pretraining_run(name: str, real: Task, network: str, seed: int, device: str, precision: str, quiet: bool) -> Run:
     """The run that trains networks on real data."""
     torch_device = pick_device(device)
     compute = calibrate(precision, torch_device, network, real.shape, real.num_classes)
     options: dict[str, Any] = {"seed": seed, "device": torch_device, "compute": compute}
-    return Run(real, 1, network, name=name, quiet=quiet, track="none", **options)
+    return Run(jobs.prune_task(real), 1, network, name=name, quiet=quiet, track="none", **options)
 
 
 @contextlib.contextmanager

@@ -84,7 +84,7 @@ class Method:
     network: str
     """Default network, e.g. ``convnet-d3-w128-in``."""
     pretrains: str | None = None
-    """Networks that it trains on the real data first: experts, teachers or snapshots; None: none."""
+    """Networks that it trains on the real data first: experts, teachers, snapshots or scores; None: none."""
 
     @property
     def summary(self) -> str:

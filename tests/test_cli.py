@@ -45,6 +45,7 @@ VERBS = (
     "plan",
     "experts",
     "teachers",
+    "scores",
     "lighten",
     "labels",
 )
@@ -268,7 +269,7 @@ MISTAKES = {
     "labels with and without data": ("plan dm --classes 9 --ipc 1", "--classes 9", "leave out"),
     "epochs of what": (f"plan{DM[7:]} --label-epochs 5", "--label-epochs 5", "label_epochs=5"),
     "experts of a method without any": ("experts --data digits --for dm", "--for dm", "has no experts", "mtt"),
-    "experts of an unknown method": ("experts --data digits --for zzz", "'zzz'", "known: ast,"),
+    "experts of an unknown method": ("experts --data digits --for zzz", "'zzz'", "the nearest are"),
     "no experts": (f"{EXPERTS} --count 0", "--count 0", "at least 1"),
     "experts of no epochs": (f"{EXPERTS} --epochs 0", "--epochs 0", "at least 1"),
     "experts in words": (f"{EXPERTS} --count ten", "--count ten", "whole number"),

@@ -44,10 +44,10 @@ def test_importing_the_folder_by_its_own_name_is_refused():
 def test_a_users_own_methods_folder_does_not_shadow_ours(tmp_path):
     (tmp_path / "methods").mkdir()
     (tmp_path / "methods" / "__init__.py").write_text("mine = 1\n")
-    code = "import methods, condense.methods.selection as s; print(methods.mine, s.random.__name__)"
+    code = "import methods, condense.methods.distribution_matching as s; print(methods.mine, s.dm.__name__)"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=environment)
-    assert result.stdout.split() == ["1", "random"], result.stderr
+    assert result.stdout.split() == ["1", "dm"], result.stderr
 
 
 def test_importing_condense_is_light():
@@ -161,7 +161,7 @@ FLOORS = (
     ("registry",),
     ("data",),
     ("augment", "networks"),
-    ("commands", "labels"),
+    ("commands", "labels", "selection"),
     ("sets", "training"),
     ("engine",),
     ("pretraining",),

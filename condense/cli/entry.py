@@ -29,6 +29,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "plan": plan.plan,
     "experts": pretrain.experts,
     "teachers": pretrain.teachers,
+    "scores": pretrain.scores,
     "evaluate": judge.evaluate,
     "suite": judge.suite,
     "leaderboard": judge.leaderboard,

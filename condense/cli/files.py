@@ -47,7 +47,8 @@ def preview(
     check_writable(out, force=force)
     images, per_class = distilled.pictures(decoded)
     save_grid(images, out, columns=per_class)
-    print(f"wrote {out}: {len(distilled.classes)} classes, one a row")
+    is_free = distilled.manifest.get("settings", {}).get("balance") == "free"
+    print(f"wrote {out}: {len(distilled.classes)} classes, " + ("one after the other" if is_free else "one a row"))
 
 
 def join(

@@ -1,8 +1,9 @@
-"""Verbs that train networks on real data before a method runs: `experts` and `teachers`."""
+"""Verbs that train networks on real data before a method runs: `experts`, `teachers` and `scores`."""
 
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -137,4 +138,47 @@ def teachers(
     words += [f"teachers={file.path}", f"committee={','.join(members)}"]
     smallest = min(map(len, members.values()))
     words += [f"num_teachers={smallest}"] if smallest > 1 else []
+    print(f"  next: {shlex.join(words)}")
+
+
+def scores(
+    data: Data,
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="settings of the scores and of the data")
+    ] = None,
+    network: Annotated[str | None, typer.Option(help="architecture of the networks that score the images")] = None,
+    out: Annotated[Path | None, typer.Option(help="file to write; by default DATASET-scores.h5 here")] = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    download: Download = False,
+    force: Force = False,
+) -> None:
+    """Scores the train images of real data. Run it again: networks are kept."""
+    from condense import api, config, jobs
+    from condense.data import DataOptions
+    from condense.files import check_writable
+    from condense.pretraining import ScoreOptions
+    from condense.selection import COLUMNS
+
+    keys: dict[str, Any] = config.parse_overrides(settings or [])
+    options, values = sort_settings(keys, DataOptions, ScoreOptions)
+    where: dict[str, Any] = {"device": device, "precision": precision}
+    jobs.check_scores(values, options, network=network or "", **where)
+    if out is not None:
+        check_writable(out, force=force)
+    real = api.task(data, download=download, **options)
+    out = out or Path(f"{real.name}-scores.h5")
+    table = api.scores(real, network=network, out=out, seed=seed, force=force, quiet=False, **where, **values)
+    if not is_main_process():
+        return
+    about = table.manifest
+    trained = f"{about['networks']} {about['network']}, {about['epochs']} epochs, {duration(about['seconds'])}"
+    print(f"scores of the {len(table)} train images of {real.name}: {trained}")
+    print(f"  file: {out} ({size(out.stat().st_size)})")
+    for name, values_of in table.columns.items():
+        low, middle, high = (float(values_of.quantile(share)) for share in (0.0, 0.5, 1.0))
+        print(f"  {name:<10} {low:9.4g} {middle:9.4g} {high:9.4g}  {COLUMNS[name].meaning}")
+    print("  (least, median and largest value)")
+    words = ["condense", "distill", "forgetting", "--data", data, "--ipc", "10", f"scores={out}"]
     print(f"  next: {shlex.join(words)}")

@@ -1,7 +1,15 @@
 """Real data: reads, caches and serves the images that methods distil and that students are tested on."""
 
 from condense.data.folders import read_images
-from condense.data.loaded import DataOptions, Split, cache_dir, class_numbers, selected_fingerprint
+from condense.data.loaded import (
+    ORDERS,
+    PRUNING_OPTIONS,
+    DataOptions,
+    Split,
+    cache_dir,
+    class_numbers,
+    selected_fingerprint,
+)
 from condense.data.registered import DATASETS, datasets
 from condense.data.task import Task, load_task, to_unit_range
 from condense.data.transform import (
@@ -16,6 +24,8 @@ from condense.data.transform import (
 
 __all__ = [
     "DATASETS",
+    "ORDERS",
+    "PRUNING_OPTIONS",
     "ZCA",
     "DataOptions",
     "Split",

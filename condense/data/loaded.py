@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch.nn.functional import interpolate
 
+from condense.config import require_one_of
 from condense.device import check_host_memory
 from condense.errors import CondenseError, did_you_mean
 from condense.formatting import by, shorten
@@ -62,6 +63,10 @@ def parse_channels(name: str, text: str) -> tuple[float, ...]:
     return values
 
 
+ORDERS = ("hardest", "easiest", "middle")
+"""Ways to take a share of images by a score."""
+
+
 @dataclass(frozen=True)
 class DataOptions:
     """Options for reading images; the same for every kind of data."""
@@ -98,6 +103,15 @@ class DataOptions:
     """Mean in [0,1] of each channel, e.g. 0.4914,0.4822,0.4465, instead; goes with std."""
     std: str | None = None
     """Std of each channel, e.g. 0.2023,0.1994,0.2010; goes with mean."""
+    prune: str | None = None
+    """A file of `condense scores`: methods distil from a share of each class of the train images, chosen by a score.
+    Students and control arms of an evaluation have all images."""
+    prune_keep: float | None = None
+    """The share of each class that is kept, e.g. 0.2; goes with prune."""
+    prune_order: str = "easiest"
+    """Images that are kept: easiest, hardest or middle (around the median)."""
+    prune_score: str = "el2n"
+    """Score by which images are easy or hard."""
 
     def __post_init__(self) -> None:
         for name in ("resize", "crop", "test_resize"):
@@ -110,6 +124,7 @@ class DataOptions:
             if side > shorter:
                 raise CondenseError(f"crop={side}: must be at most the {shorter} pixels to which images are scaled")
         self._check_normalisation()
+        self._check_pruning()
         if self.bits is not None and not 1 <= self.bits <= 16:
             raise CondenseError(f"bits={self.bits}: must be 1 to 16")
         if self.split is not None:
@@ -127,6 +142,13 @@ class DataOptions:
             if len(mean) != len(std) or min(std) <= 0:
                 raise CondenseError(f"std={self.std}: give one number above 0 for each of the {len(mean)} of mean=")
 
+    def _check_pruning(self) -> None:
+        if (self.prune is None) != (self.prune_keep is None):
+            raise CondenseError("prune= and prune_keep= go together; give both, e.g. prune=scores.h5 prune_keep=0.2")
+        if self.prune_keep is not None and not 0 < self.prune_keep <= 1:
+            raise CondenseError(f"prune_keep={self.prune_keep:g}: must be more than 0 and at most 1")
+        require_one_of(self, prune_order=ORDERS)
+
     def resizing(self, part: str) -> Resizing | None:
         """How the images of ``train`` or ``test`` are scaled and cropped; None if they are not."""
         shorter = (self.test_resize if part == "test" else None) or self.resize or self.crop
@@ -136,9 +158,13 @@ class DataOptions:
     def to_dict(self) -> dict[str, Any]:
         """The options as stored in files. Those that old versions do not have are omitted at their default."""
         added: dict[str, Any] = {"drop_empty": False, "repeat_small": False}
-        added |= dict.fromkeys(("split", "bits", "crop", "test_resize", "normalise", "mean", "std"))
+        added |= dict.fromkeys(("split", "bits", "crop", "test_resize", "normalise", "mean", "std", "prune"))
+        added |= {"prune_keep": None, "prune_order": "easiest", "prune_score": "el2n"}
         return {key: value for key, value in asdict(self).items() if key not in added or value != added[key]}
 
+
+PRUNING_OPTIONS = ("prune", "prune_keep", "prune_order", "prune_score")
+"""Options that choose the train images of a method, and nothing of its evaluation."""
 
 CLASS_WORD = "CLASS"
 """Stands for the class folders in the option ``split``."""

@@ -268,6 +268,18 @@ class Task:
         repeated.fingerprint = hashlib.sha256(f"{self.fingerprint} repeated to {count}".encode()).hexdigest()
         return repeated
 
+    def keep(self, ids: np.ndarray, reason: str) -> Task:
+        """Returns a task with only some of the train images, which are not copied. Its fingerprint is another one.
+
+        Args:
+            ids: of the train images to keep, ascending.
+            reason: part of the fingerprint.
+        """
+        kept = self._with(self.train.at(ids), self.test)
+        digest = hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()
+        kept.fingerprint = hashlib.sha256(f"{self.fingerprint} {reason} {digest}".encode()).hexdigest()
+        return kept
+
     def hold_out(self, share: float, parts: tuple[int | str, ...]) -> Task:
         """Returns a task that tests on a random ``share`` of the train images of each class and trains on the others.
 

@@ -218,7 +218,7 @@ class Run:
             self._elapsed_before += seconds
 
     def note(self, name: str, facts: Mapping[str, Any]) -> None:
-        """Records ``facts`` for the manifest: ``preparation``, ``trajectories`` or ``teachers``."""
+        """Records ``facts`` for the manifest: ``preparation``, ``trajectories``, ``teachers`` or ``scores``."""
         self.notes[name] = dict(facts)
 
     def estimate(self, stage: str, seconds: float) -> None:

@@ -18,7 +18,7 @@ from condense.errors import CondenseError, did_you_mean
 from condense.files import check_name, check_writable
 from condense.jobs.job import CONFIG_FILE, RESULT_FILE, read_job, resolve_settings, resume_call
 from condense.judge import get_protocol
-from condense.pretraining import TRAJECTORY_DTYPES, TeacherOptions
+from condense.pretraining import TRAJECTORY_DTYPES, ScoreOptions, TeacherOptions
 from condense.registry import METHODS
 from condense.tracking import check_tracker
 
@@ -145,6 +145,39 @@ def check_teachers(
     *_, config = run_checks(
         functools.partial(_raise, faults),
         lambda: build_config(DataOptions, options or {}, "the data"),
+        lambda: pick_precision(precision, pick_device(device)),
+        resolve_options,
+    )
+    return config
+
+
+def check_scores(
+    settings: Mapping[str, Any],
+    options: Mapping[str, Any] | None = None,
+    *,
+    network: str = "",
+    device: str = "auto",
+    precision: str = "auto",
+) -> ScoreOptions:
+    """Checks the arguments of :func:`condense.api.scores` that do not depend on the real data.
+
+    Returns:
+        The settings.
+
+    Raises:
+        CondenseError: all mistakes, in one line.
+    """
+
+    def resolve_options() -> ScoreOptions:
+        config = build_config(ScoreOptions, settings, "scores")
+        config.check_scores()
+        if config.scores:
+            raise CondenseError(f"scores={config.scores}: are there already; leave it out to make others")
+        return config
+
+    *_, config = run_checks(
+        lambda: build_config(DataOptions, options or {}, "the data"),
+        lambda: networks.check_network(network) if network else None,
         lambda: pick_precision(precision, pick_device(device)),
         resolve_options,
     )

@@ -37,6 +37,8 @@ from condense.jobs.job import (
     write_job,
 )
 from condense.jobs.manifest import to_distilled
+from condense.jobs.pruning import prune_task
+from condense.pretraining import ContentGuard
 from condense.registry import METHODS, Method
 from condense.sets import DistilledSet
 
@@ -104,7 +106,7 @@ def resume(
         raise CondenseError(f"{directory}: {where} changed since the run began; restore them or start over")
     if job.architecture and architecture_digest(network, real) != job.architecture:
         raise CondenseError(f"{directory}: network={job.network}: has other layers than when the run began")
-    check_fit(real, job.ipc, network or job.network)
+    check_fit(prune_task(real), job.ipc, network or job.network)
     if minutes is not None or steps is not None:
         job = dataclasses.replace(job, minutes=limit, force=job.force or is_finished(directory))
     return run_job(job, entry, config, real, network or job.network, directory, quiet=quiet, resume=True)
@@ -163,7 +165,8 @@ def run_job(
             write_job(directory, job)
             (directory / RESULT_FILE).unlink(missing_ok=True)
 
-    task = real.repeat_small(job.ipc)
+    pruned = prune_task(real)
+    task = pruned.repeat_small(job.ipc)
     device = pick_device(job.device)
     reset_peak_memory(device)
     run = Run(
@@ -185,6 +188,8 @@ def run_job(
         begin=begin,
         resume_call=resume_call(job, directory),
     )
+    if pruned is not real:
+        run.register_state("pruned", ContentGuard(pruned.fingerprint, real.options.prune or "", "scores"))
     try:
         advice = "lower --ipc or batch_real, or take a smaller --network"
         with (

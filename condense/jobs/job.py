@@ -127,7 +127,7 @@ def shorter_keys(job: Job) -> list[str]:
 
 
 def resolve_settings(entry: Method, settings: Mapping[str, Any], ipc: int | None = None) -> Any:
-    """Builds the config of a method from ``settings``, with absolute paths of experts and teachers.
+    """Builds the config of a method from ``settings``, with absolute paths of its files.
 
     With ``ipc``, a number of steps that depends on the images per class is resolved too.
 
@@ -139,6 +139,8 @@ def resolve_settings(entry: Method, settings: Mapping[str, Any], ipc: int | None
         config = dataclasses.replace(config, experts=str(Path(config.experts).resolve()))
     if getattr(config, "init", "").endswith(".h5"):
         config = dataclasses.replace(config, init=str(Path(config.init).resolve()))
+    if getattr(config, "scores", ""):
+        config = dataclasses.replace(config, scores=str(Path(config.scores).resolve()))
     if getattr(config, "teachers", "") and not pretrained.is_public(config.teachers):
         config = dataclasses.replace(config, teachers=str(Path(config.teachers).resolve()))
     steps = getattr(config, "steps", 1)

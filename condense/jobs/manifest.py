@@ -46,7 +46,8 @@ def _command(job: Job, entry: Method, real: Task) -> str:
     words += ["--tag", job.tag, "--out", f"{_set_name(job, real).replace('/', '-')}.h5"] if job.tag else []
     for values, config in ((job.settings, entry.config), (job.data["options"], DataOptions)):
         defaults = {field.name: field.default for field in dataclasses.fields(config)}
-        values = {**values, "experts": "PATH"} if values.get("experts") else values
+        for name in ("experts", "scores", "prune"):
+            values = {**values, name: "PATH"} if values.get(name) else values
         if str(values.get("init", "")).endswith(".h5"):
             values = {**values, "init": "PATH.h5"}
         if values.get("teachers") and not pretrained.is_public(values["teachers"]):
@@ -68,7 +69,8 @@ def to_distilled(job: Job, entry: Method, real: Task, run: Run, synthetic: Synth
     stored = synthetic.images.detach().cpu()
     preparation = run.notes.get("preparation", {})
     # Experts and teachers in a file of the user do not count towards the time limit, but they are part of the cost.
-    pretraining = {name: facts for name, facts in run.notes.items() if name in ("trajectories", "teachers") and facts}
+    kinds = ("trajectories", "teachers", "scores")
+    pretraining = {name: facts for name, facts in run.notes.items() if name in kinds and facts}
     seconds = preparation.get("seconds", sum(facts.get("seconds", 0.0) for facts in pretraining.values()))
     manifest = {
         "name": _set_name(job, real),

@@ -20,6 +20,7 @@ from condense.engine import Run, Step
 from condense.environment import read_seconds
 from condense.jobs.checks import check_fit, check_request
 from condense.jobs.job import resolve_settings
+from condense.jobs.pruning import prune_task
 from condense.networks import calibrate, fastest_rate, flat, memory_format
 from condense.pretraining import choose_placement, read_trajectory_file, trajectory_nbytes
 from condense.registry import METHODS
@@ -97,11 +98,12 @@ def estimate_cost(
     entry = METHODS.get(method)
     config = resolve_settings(entry, settings, ipc)
     config = dataclasses.replace(config, **getattr(config, "dry_run_settings", {}))
-    check_fit(real, ipc, network or entry.network)
+    pruned = prune_task(real)
+    check_fit(pruned, ipc, network or entry.network)
     where = pick_device(device)
     began = time.monotonic()
     compute = calibrate(precision, where, network or entry.network, real.shape, real.num_classes)
-    task = real.repeat_small(ipc)
+    task = pruned.repeat_small(ipc)
     trial = DryRun(task, ipc, network or entry.network, device=where, compute=compute, quiet=True)
     with differentiable_attention(entry.order == 2), memory_format(compute.format):
         synthetic = entry.function(task, config, trial)

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from condense.errors import CondenseError, did_you_mean
 from condense.files import tensors_sha256
 from condense.judge.protocol import Protocol
 from condense.labels import HardLabels
+from condense.selection import even_shares
 from condense.sets import DistilledSet
 from condense.training import FixedSource, Source, TaskSource
 
@@ -257,16 +258,3 @@ def random_bytes_source(seed: int, count: int, task: Task, run: int) -> FixedSou
     ids = torch.cat([task.sample_ids(share, parts, [number]) for number, share in share_of_class])
     labels = torch.from_numpy(task.train.labels[ids.numpy()]).to(task.device)
     return FixedSource(task.batch(ids), HardLabels(labels, task.num_classes))
-
-
-def even_shares(total: int, limits: Sequence[int]) -> list[int]:
-    """Splits ``total`` evenly, with no share above its limit; the first shares below their limit get the remainder."""
-    shares = [0] * len(limits)
-    while total:
-        open_ = [index for index, limit in enumerate(limits) if shares[index] < limit]
-        share = max(1, total // len(open_))
-        for index in open_:
-            added = min(share, limits[index] - shares[index], total)
-            shares[index] += added
-            total -= added
-    return shares

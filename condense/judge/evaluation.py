@@ -14,7 +14,7 @@ from torch import nn
 from condense import networks, rng
 from condense.commands import data_argument
 from condense.config import build_config, whole_number
-from condense.data import DataOptions, Task, load_task
+from condense.data import PRUNING_OPTIONS, DataOptions, Task, load_task
 from condense.device import out_of_memory_advice, pick_device, pick_precision
 from condense.errors import CondenseError
 from condense.formatting import by
@@ -206,7 +206,7 @@ def evaluate_command(
     words += [
         f"{key}={value if isinstance(value, str) else json.dumps(value)}"
         for key, value in options.items()
-        if value != own[key] and key != "zca"
+        if value != own[key] and key not in ("zca", *PRUNING_OPTIONS)
     ]
     return shlex.join(words)
 
@@ -262,8 +262,10 @@ def _default_protocol(distilled: DistilledSet) -> str:
 
 
 def data_options(distilled: DistilledSet) -> dict[str, Any]:
-    """Options that the set's data were loaded with, without zca, because the set has its own transform."""
-    return {**distilled.manifest.get("data", {}).get("options", {}), "zca": False}
+    """Options that the set's data were loaded with, without zca, because the set has its own transform, and without the
+    pruning before it was distilled, because students and controls have all images."""
+    options = {**distilled.manifest.get("data", {}).get("options", {}), "zca": False}
+    return {name: value for name, value in options.items() if name not in PRUNING_OPTIONS}
 
 
 def _check(

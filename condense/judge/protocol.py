@@ -11,7 +11,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from condense.augment import make_augmentation
+from condense.augment import Augmentation, CropViews, make_augmentation
 from condense.config import (
     MAX_FLOAT,
     MAX_INTEGER,
@@ -66,7 +66,8 @@ class Protocol:
     drop_factor: float
     """Factor of the learning rate at each milestone."""
     augment: str
-    """DSA operations joined by _, or none."""
+    """DSA operations joined by _, or none; or rrc or rrc_flip: a crop of 8 to 100 % of the area of each image, resized,
+    as torchvision's RandomResizedCrop, and a flip."""
     full_epochs: int
     """Epochs of the `full` arm, which makes at least the steps of the distilled arm."""
     runs: int
@@ -112,11 +113,17 @@ class Protocol:
                 raise CondenseError(f"{key}={values}: must be a list of at least one, each valid")
         if not all(0 < share < 1 for share in self.drops):
             raise CondenseError(f"drops={self.drops}: must be fractions of the steps, between 0 and 1")
-        make_augmentation(self.augment, variant=self.augment_variant)
+        self.augmentation(mirror=True)
 
     def budget(self, size: int) -> int:
         """Number of optimizer steps for a set of ``size`` images."""
         return self.steps * math.ceil(size / self.per_images)
+
+    def augmentation(self, mirror: bool) -> Augmentation | CropViews:
+        """The augmentation of students; without flips unless ``mirror``."""
+        if self.augment in ("rrc", "rrc_flip"):
+            return CropViews(flip=mirror and self.augment == "rrc_flip")
+        return make_augmentation(self.augment, variant=self.augment_variant, mirror=mirror)
 
     def recipe(self, size: int, *, mirror: bool, steps: int | None = None, lr: float | None = None) -> TrainConfig:
         """Training of students on a set of ``size`` images; ``steps`` and ``lr`` replace those of the protocol."""
@@ -128,7 +135,7 @@ class Protocol:
             weight_decay=self.weight_decay,
             lr_milestones=tuple(self.drops),
             lr_gamma=self.drop_factor,
-            augment=make_augmentation(self.augment, variant=self.augment_variant, mirror=mirror),
+            augment=self.augmentation(mirror),
             cutmix=self.cutmix,
             optimizer=self.optimizer,
             schedule=self.schedule,

@@ -1,4 +1,4 @@
-"""Networks trained on the real data before a method distils: snapshots, experts and teachers."""
+"""Networks trained on the real data before a method distils: snapshots, experts, teachers, and scores of images."""
 
 from condense.pretraining.budget import PLAN_FILE, TrainingPlan, measure_step_seconds, plan_training
 from condense.pretraining.committee import (
@@ -19,8 +19,9 @@ from condense.pretraining.experts import (
     load_or_train_experts,
 )
 from condense.pretraining.pipeline import Architecture, iter_training_groups, make_student
+from condense.pretraining.scoring import ScoreOptions, load_or_train_scores
 from condense.pretraining.snapshots import SnapshotOptions, Snapshots, load_or_train_snapshots
-from condense.pretraining.store import TrainedFile, parts_folder, transform_digests
+from condense.pretraining.store import ContentGuard, TrainedFile, parts_folder, transform_digests
 from condense.pretraining.teachers import (
     DEFAULT_TEACHER_NETWORK,
     TeacherOptions,
@@ -50,9 +51,11 @@ __all__ = [
     "TRAJECTORY_FORMAT",
     "Architecture",
     "Committee",
+    "ContentGuard",
     "ExpertOptions",
     "ExpertTraining",
     "Experts",
+    "ScoreOptions",
     "SnapshotOptions",
     "Snapshots",
     "TeacherOptions",
@@ -70,6 +73,7 @@ __all__ = [
     "load_expert_ensemble",
     "load_experts",
     "load_or_train_experts",
+    "load_or_train_scores",
     "load_or_train_snapshots",
     "load_or_train_teachers",
     "load_teacher_ensemble",

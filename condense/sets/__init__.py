@@ -2,7 +2,7 @@
 for it, and pictures of it."""
 
 from condense.sets.distilled import DISTILLED_FORMAT, DistilledSet, check_set, checksums, packaged_sets
-from condense.sets.initial import INITS, SyntheticOptions, nearest_to_centroids
+from condense.sets.initial import INITS, SyntheticOptions
 from condense.sets.joining import join
 from condense.sets.preview import save_grid
 from condense.sets.relabelling import add_preparation_seconds, add_tag, relabel, replace_labels
@@ -24,7 +24,6 @@ __all__ = [
     "checksums",
     "decode",
     "join",
-    "nearest_to_centroids",
     "packaged_sets",
     "relabel",
     "replace_labels",

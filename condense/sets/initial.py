@@ -1,10 +1,9 @@
-"""Initial images of a synthetic set: random real images, noise, k-means representatives or collages."""
+"""Initial images of a synthetic set: random real images, noise, selected real images or collages."""
 
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,10 +16,29 @@ from condense.config import require_one_of, require_range
 from condense.data import Task
 from condense.errors import CondenseError
 from condense.formatting import by
+from condense.selection import (
+    CosineKernel,
+    facility_location,
+    graph_cut,
+    herding,
+    k_center,
+    moderate,
+    nearest_to_centroids,
+)
 from condense.sets.distilled import DistilledSet
 from condense.sets.stages import Formation
 
-INITS: tuple[str, ...] = ("real", "noise", "kmeans", "collage")
+SELECTORS: dict[str, Callable[[Tensor, int, int], Tensor]] = {
+    "kmeans": nearest_to_centroids,
+    "herding": lambda points, count, key: herding(points, count),
+    "kcenter": lambda points, count, key: k_center(points, count, key % len(points)),
+    "graphcut": lambda points, count, key: graph_cut(CosineKernel(points), count),
+    "facility": lambda points, count, key: facility_location(CosineKernel(points), count),
+    "moderate": lambda points, count, key: moderate(points, count),
+}
+"""Values of ``init`` that select real images of a class: rows of its pixels (N, D), from a number of rows and a key."""
+
+INITS: tuple[str, ...] = ("real", "noise", *SELECTORS, "collage")
 
 
 @dataclass(frozen=True)
@@ -29,8 +47,10 @@ class SyntheticOptions:
 
     init: str = "real"
     """Initial images: real (random real images), noise (N(0,1); N(1/2,1/16) for methods that learn pixels in [0,1]),
-    kmeans (the real image nearest to each of ipc centroids of its class), collage (factor x factor shrunken real images
-    per image; like real if factor is 1), or the file of a distilled set with as many images of the same classes."""
+    kmeans (the real image nearest to each of ipc centroids of its class), herding, kcenter, graphcut, facility or
+    moderate (selected among the pixels of each class, as the methods of these names select among features), collage
+    (factor x factor shrunken real images per image; like real if factor is 1), or the file of a distilled set with as
+    many images of the same classes, e.g. a selection by features."""
     factor: int = 1
     """Multi-formation: each stored image is decoded into factor x factor training images, also when the set is used."""
     fyi: bool = False
@@ -66,7 +86,8 @@ def initial_images(task: Task, ipc: int, options: SyntheticOptions, seed: int) -
         return task.pixels(_sample_per_class(task, ipc, seed)), classes
     if options.init == "collage":
         return _collages(task, ipc, options.factor, seed), classes
-    return task.pixels(torch.cat([_representatives(task, c, ipc, seed) for c in range(task.num_classes)])), classes
+    ids = torch.cat([_selected(task, c, ipc, options.init, seed) for c in range(task.num_classes)])
+    return task.pixels(ids), classes
 
 
 def _images_of_file(task: Task, ipc: int, options: SyntheticOptions) -> Tensor:
@@ -87,7 +108,8 @@ def _images_of_file(task: Task, ipc: int, options: SyntheticOptions) -> Tensor:
             raise CondenseError(f"init={options.init}: the set has another {what} ({stored}, not {expected})")
     if distilled.classes != task.classes:
         raise CondenseError(f"init={options.init}: the set has other classes than {task.name}, or in another order")
-    if distilled.compensated or len(distilled.stored) != ipc * task.num_classes:
+    counts = torch.bincount(distilled.hard_labels(), minlength=task.num_classes)
+    if distilled.compensated or counts.tolist() != [ipc] * task.num_classes:
         raise CondenseError(f"init={options.init}: the set has not {ipc} stored images of every class")
     return distilled.pictures()[0][distilled.hard_labels().argsort(stable=True)]
 
@@ -111,25 +133,8 @@ def _collages(task: Task, ipc: int, factor: int, seed: int) -> Tensor:
     return grid.reshape(-1, task.shape[0], factor * h, factor * w)[..., :height, :width].contiguous()
 
 
-def _representatives(task: Task, c: int, ipc: int, seed: int) -> Tensor:
-    """Returns the ids of the training images of class ``c`` nearest to its ``ipc`` k-means centroids in pixel space."""
+def _selected(task: Task, c: int, ipc: int, init: str, seed: int) -> Tensor:
+    """Returns the ids of the ``ipc`` training images of class ``c`` that a selector chooses in pixel space."""
     members = torch.from_numpy(task.class_ids(c))
-    return members[nearest_to_centroids(task.pixels(members).flatten(1), ipc, rng.key(seed, "init", "kmeans", c))]
-
-
-def nearest_to_centroids(points: Tensor, count: int, key: int) -> Tensor:
-    """Returns the rows of float32 ``points`` (N, D) nearest to ``count`` k-means centroids, int64 (count,),
-    distinct."""
-    from sklearn.cluster import KMeans
-    from sklearn.exceptions import ConvergenceWarning
-
-    points = points.cpu()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer different points than centroids: some are equal
-        kmeans = KMeans(count, n_init=1, random_state=key % 2**31).fit(points.numpy())
-    distances = torch.cdist(torch.from_numpy(kmeans.cluster_centers_).float(), points)
-    chosen: list[int] = []
-    for row in distances:
-        row[chosen] = torch.inf
-        chosen.append(int(row.argmin()))
-    return torch.tensor(chosen)
+    points = task.pixels(members).flatten(1)
+    return members[SELECTORS[init](points, ipc, rng.key(seed, "init", init, c))]

@@ -31,7 +31,8 @@ from condense.methods.trajectory_matching.matching import (
 from condense.methods.trajectory_matching.settings import MTT
 from condense.pretraining import Experts, ExpertTraining
 from condense.registry import method
-from condense.sets import INITS, SyntheticSet, nearest_to_centroids
+from condense.selection import nearest_to_centroids
+from condense.sets import INITS, SyntheticSet
 
 INTERMEDIATE_WEIGHTS: dict[str, Callable[[int, int], float]] = {
     "none": lambda k, count: 0.0,

@@ -1,4 +1,4 @@
-"""Selection of real images, the control of every learned set."""
+"""Random real images, the control of every learned set."""
 
 from __future__ import annotations
 

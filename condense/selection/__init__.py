@@ -1,0 +1,71 @@
+"""Selection of real images: selectors on features and scores, and the table of scores. No networks are trained here."""
+
+from condense.selection.greedy import (
+    facility_location,
+    gradient_match,
+    graph_cut,
+    herding,
+    k_center,
+    moderate,
+    nearest_to_centroids,
+)
+from condense.selection.kernels import (
+    CosineKernel,
+    GradientCosineKernel,
+    GradientDistanceKernel,
+    Kernel,
+    LastLayerGradients,
+)
+from condense.selection.sampling import (
+    BALANCES,
+    beta_parameters,
+    even_shares,
+    graph_of_neighbours,
+    pass_messages,
+    robust_distribution,
+    sample_beta,
+    sample_strata,
+    sample_weighted,
+    select_by_class,
+    select_by_messages,
+    take_in_order,
+)
+from condense.selection.scores import COLUMNS, dual_scores, forgetting_counts, image_scores, summarise
+from condense.selection.table import SCORES_FORMAT, ScoreTable, make_table, read_score_table, write_score_table
+
+__all__ = [
+    "BALANCES",
+    "COLUMNS",
+    "SCORES_FORMAT",
+    "CosineKernel",
+    "GradientCosineKernel",
+    "GradientDistanceKernel",
+    "Kernel",
+    "LastLayerGradients",
+    "ScoreTable",
+    "beta_parameters",
+    "dual_scores",
+    "even_shares",
+    "facility_location",
+    "forgetting_counts",
+    "gradient_match",
+    "graph_cut",
+    "graph_of_neighbours",
+    "herding",
+    "image_scores",
+    "k_center",
+    "make_table",
+    "moderate",
+    "nearest_to_centroids",
+    "pass_messages",
+    "read_score_table",
+    "robust_distribution",
+    "sample_beta",
+    "sample_strata",
+    "sample_weighted",
+    "select_by_class",
+    "select_by_messages",
+    "summarise",
+    "take_in_order",
+    "write_score_table",
+]

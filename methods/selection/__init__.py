@@ -1,0 +1,1 @@
+"""Selections: real images of the data, unchanged, chosen at random, by features or by scores."""
