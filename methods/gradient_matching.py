@@ -93,7 +93,7 @@ def class_gradients(
     """Gradients of the mean cross-entropy of each of K equal classes, (K * rows, ...) for each of ``weights``, in one
     vectorised pass; differentiable in the pixels if these require gradients."""
     chosen = {id(weight) for weight in weights}
-    matched = {name: weight for name, weight in net.named_parameters() if id(weight) in chosen}
+    matched: dict[str, Tensor] = {name: weight for name, weight in net.named_parameters() if id(weight) in chosen}
 
     def loss(values: dict[str, Tensor], images: Tensor, labels: Tensor) -> Tensor:
         logits = torch.func.functional_call(net, values, (images,))

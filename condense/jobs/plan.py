@@ -108,7 +108,7 @@ def estimate_cost(
     with differentiable_attention(entry.order == 2), memory_format(compute.format):
         synthetic = entry.function(task, config, trial)
     seconds, per_step, steps = time.monotonic() - began, None, getattr(config, "steps", None)
-    possible = None
+    least = None
     if steps is not None and trial.ends:
         fastest, per_step = trial.step_seconds()
         steps *= trial.loops
@@ -116,14 +116,17 @@ def estimate_cost(
         # Other work on the machine may have slowed the steps: they can take as little as their operations need.
         rate = fastest_rate(network or entry.network, real.shape, real.num_classes) if where.type == "cpu" else None
         possible = min(fastest, trial.step_flops / rate) if rate and trial.step_flops else fastest
-    seconds += sum(trial.estimates.values())
+        least = seconds - (per_step - possible) * (steps - 1)
+    other_seconds = sum(trial.estimates.values())
+    least = other_seconds + (seconds if least is None else least)
+    seconds += other_seconds
     made = DistilledSet(synthetic.images.detach(), synthetic.labels, real.transform.to(synthetic.images.device), {})
     return {
         "seconds_per_step": per_step,
         "steps": steps,
         "steps_per_network": config.steps_per_network(ipc) if hasattr(config, "steps_per_network") else 1,
         "seconds": seconds,
-        "least_seconds": seconds if possible is None else seconds - (per_step - possible) * (steps - 1),
+        "least_seconds": least,
         "step_flops": trial.step_flops,
         "preparation_seconds": trial.estimates.get("preparation", 0.0),
         "labelling_seconds": trial.estimates.get("labelling", 0.0),
