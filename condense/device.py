@@ -101,7 +101,7 @@ def upload(x: Tensor, device: torch.device) -> Tensor:
 def upload_indices(x: Tensor, device: torch.device) -> Tensor:
     """As :func:`upload`, for indices or labels that nobody changes: :func:`on_host` returns ``x`` without waiting."""
     there = upload(x, device)
-    if there is not x:
+    if x.device.type == "cpu" and there is not x:
         there.host = x  # type: ignore[attr-defined]
     return there
 

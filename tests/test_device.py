@@ -30,7 +30,7 @@ from condense.benchmarks.gpu_check.correctness import (
 )
 from condense.benchmarks.gpu_check.timing import time_benchmarks
 from condense.benchmarks.speed import dm, measure
-from condense.device import add_rows, autocast, pick_device
+from condense.device import add_rows, autocast, on_host, pick_device, upload_indices
 from condense.engine import CHECKPOINT_FILE, Diverged, ParamGroup, Run
 from condense.engine.run import _StepMonitor
 from condense.errors import CondenseError
@@ -356,6 +356,16 @@ def test_rows_are_added_in_a_fixed_order():
         assert not log.unrepeatable
         torch.testing.assert_close(there.cpu(), here)
     torch.testing.assert_close(here, torch.ones(3, 3).index_add(0, rows, values))
+
+
+def test_uploaded_indices_remember_their_copy_on_the_host():
+    numbers = torch.arange(4)
+    with pretended() as log:
+        there = upload_indices(numbers, CUDA)
+        assert on_host(there) is numbers and not log.waits
+        back = upload_indices(there, torch.device("cpu"))
+        assert on_host(back).device.type == "cpu" and torch.equal(back, numbers)
+        assert torch.equal(on_host(there + 1), numbers + 1) and len(log.waits) == 2
 
 
 @pytest.mark.parametrize("norm", ["in", "gn", "ln", "bn"])

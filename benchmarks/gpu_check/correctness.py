@@ -111,6 +111,8 @@ def distil_images(
         case = dataclasses.replace(case, norm="bn")
         settings |= {**UNLABELLED, "teachers": str(sre2l.teacher_file(case)), "num_teachers": 1}
         settings |= {"voters": 1} if hasattr(entry.config, "voters") else {}
+    if entry.pretrains == "experts":  # two images may be equally near to a centroid of logits: rounding would choose
+        settings |= {"init": "real"}
     config = entry.config(**settings)
     start: list[Tensor] = []
 
