@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from condense import augment, networks, rng
 from condense.config import require_one_of, require_range
 from condense.data import Task
+from condense.device import on_host, upload_indices
 from condense.engine import ParamGroup, Run, Step
 from condense.errors import CondenseError
 from condense.labels import HardLabels
@@ -114,6 +115,14 @@ def synthetic_gradients(
     if classes > 1:
         return class_gradients(net, images, labels, weights, classes)
     return torch.autograd.grad(F.cross_entropy(net(images), labels), weights, create_graph=True, materialize_grads=True)
+
+
+def by_class(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Decoded images and labels, class after class: decode stages order those of several classes differently."""
+    order = on_host(labels).argsort(stable=True)
+    if torch.equal(order, torch.arange(len(order))):
+        return images, labels
+    return images[upload_indices(order, images.device)], upload_indices(on_host(labels)[order], images.device)
 
 
 # -- the network between two matching steps ----------------------------------------------------------------------------
@@ -242,7 +251,7 @@ def dc(task: Task, config: DC, run: Run) -> SyntheticSet:
         for group in run.class_groups(config.batch_real):
             real, truth = run.task.per_class(config.batch_real, step.key("real"), group)
             target = real_gradients(net, augmentation.apply(real, views, truth), truth, weights, run, len(group))
-            fake, labels = synthetic.decode(group)
+            fake, labels = by_class(*synthetic.decode(group))
             fake = augmentation.apply(fake, views, labels)
             step.accumulate(row_cosine(target, synthetic_gradients(net, fake, labels, weights, len(group))))
         step.update()
@@ -479,7 +488,7 @@ def idc(task: Task, config: IDC, run: Run) -> SyntheticSet:
         for group in run.class_groups(config.batch_real):
             real, truth = run.task.per_class(config.batch_real, step.key("real"), group)
             target = real_gradients(net, augmentation.apply(real, views, truth), truth, weights, run, len(group))
-            fake, labels = synthetic.decode_sample(group, config.batch_syn_max, step.key("matched"))
+            fake, labels = by_class(*synthetic.decode_sample(group, config.batch_syn_max, step.key("matched")))
             fake = augmentation.apply(fake, views, labels)
             step.accumulate(distance(target, synthetic_gradients(net, fake, labels, weights, len(group))))
         step.update()

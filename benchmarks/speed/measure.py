@@ -28,7 +28,6 @@ from typing import Protocol as Interface
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import condense
 from condense import networks, rng
@@ -39,7 +38,7 @@ from condense.engine import ParamGroup, Run, Step
 from condense.environment import keep_freed_memory
 from condense.errors import CondenseError
 from condense.judge import environment
-from condense.networks import ComputeConfig, Network, calibrate, processor_name
+from condense.networks import ComputeConfig, FlopCounter, Network, calibrate, processor_name
 from condense.registry import METHODS
 from condense.sets import SyntheticOptions, SyntheticSet
 
@@ -379,7 +378,7 @@ def run_alone(benchmark: StepBenchmark, case: Case, variant: str, steps: int) ->
 
 def count_step_flops(benchmark: StepBenchmark, case: Case) -> int:
     """Floating-point operations of the convolutions and matrix products in one step of the product."""
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounter()
 
     def between(run: Run, index: int) -> None:
         if index == 1:  # the first step may prepare something
@@ -388,7 +387,7 @@ def count_step_flops(benchmark: StepBenchmark, case: Case) -> int:
             counter.__exit__(None, None, None)
 
     drive(benchmark.method, benchmark.config(case, steps=2), case, between)
-    return int(counter.get_total_flops())
+    return counter.flops
 
 
 def convolution_limit(device: torch.device, precision: str) -> float:

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from condense.data import Task
 from condense.device import device_name, differentiable_attention, peak_memory, pick_device
@@ -21,7 +20,7 @@ from condense.environment import read_seconds
 from condense.jobs.checks import check_fit, check_request
 from condense.jobs.job import resolve_settings
 from condense.jobs.pruning import prune_task
-from condense.networks import calibrate, fastest_rate, flat, memory_format
+from condense.networks import FlopCounter, calibrate, fastest_rate, flat, memory_format
 from condense.pretraining import choose_placement, read_trajectory_file, trajectory_nbytes
 from condense.registry import METHODS
 from condense.sets import DistilledSet, SyntheticSet
@@ -52,9 +51,9 @@ class DryRun(Run):
                 return
             if not self.ends:
                 self.first_began = time.monotonic()
-                with FlopCounterMode(display=False) as counter:
+                with FlopCounter() as counter:
                     yield step
-                self.step_flops = int(counter.get_total_flops())
+                self.step_flops = counter.flops
             else:
                 yield step
             if self.device.type == "cuda":

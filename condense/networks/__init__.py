@@ -17,7 +17,7 @@ from condense.networks.architectures import (
     reset_parameters,
     uses_batch_statistics,
 )
-from condense.networks.calibration import ComputeConfig, calibrate, fastest_rate, processor_name
+from condense.networks.calibration import ComputeConfig, FlopCounter, calibrate, fastest_rate, processor_name
 from condense.networks.ensemble import MeanLogits, device_of, mean_of_flat_networks
 from condense.networks.flat import Layout, layout_of
 from condense.networks.memory_format import MemoryFormat, memory_format
@@ -60,6 +60,7 @@ __all__ = [
     "ComputeConfig",
     "ConvNet",
     "Encoder",
+    "FlopCounter",
     "Layout",
     "MeanLogits",
     "Member",

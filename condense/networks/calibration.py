@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from condense import rng
 from condense.data import cache_dir
@@ -175,13 +176,33 @@ def measure(network: str | Callable[..., nn.Module], shape: Shape, classes: int,
     return timings
 
 
+class FlopCounter(TorchDispatchMode):
+    """Counts the floating-point operations of convolutions and matrix products in a block, by torch's formulas.
+
+    Torch's own counter also hooks modules, which some gradients through gradients do not allow.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func.overloadpacket)
+        if formula is not None:
+            self.flops += int(formula(*args, **(kwargs or {}), out_val=result))
+        return result
+
+
 def count_flops(net: Network, shape: Shape) -> int:
     """Floating-point operations of convolutions and matrix products in a forward pass of one image."""
     was_training = net.training
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), FlopCounter() as counter:
         net.eval()(torch.zeros(1, *shape))
     net.train(was_training)
-    return int(counter.get_total_flops())
+    return counter.flops
 
 
 def fastest_rate(network: str | Callable[..., nn.Module], shape: Shape, classes: int) -> float | None:

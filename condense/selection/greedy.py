@@ -105,9 +105,9 @@ def facility_location(kernel: Kernel, count: int) -> Tensor:
 
 def moderate(features: Tensor, count: int) -> Tensor:
     """Returns the points whose distance to the mean is nearest to the median of these distances (Xia et al., 2023)."""
-    distances = (features - features.mean(0)).norm(dim=1)
+    distances = (features - features.mean(0)).norm(dim=1).cpu()
     median = distances.double().quantile(0.5).to(distances.dtype)
-    return (distances - median).abs().argsort(stable=True)[:count].cpu()
+    return (distances - median).abs().argsort(stable=True)[:count]
 
 
 def nearest_to_centroids(points: Tensor, count: int, key: int) -> Tensor:

@@ -91,7 +91,7 @@ def kdprune(task: Task, config: KDPrune, run: Run) -> SyntheticSet:
         ids = selection.select_by_class(task.train.labels, task.num_classes, run.ipc, "class", choose)
     synthetic = SyntheticSet.select(task, ids)
     with run.autocast():
-        logits = compute_logits(committee.ensemble(), task.batch(ids)).cpu()
+        logits = compute_logits(committee.ensemble(), run.task.batch(ids)).cpu()
     share = len(ids) / len(task.train)
     alpha = weight_of_teacher(share) if config.alpha is None else config.alpha
     synthetic.labels = SoftLabels(mixed_logits(logits, synthetic.classes, alpha))

@@ -126,13 +126,13 @@ def rad(task: Task, config: RAD, run: Run) -> SyntheticSet:
         probabilities = torch.ones(len(task.train), task.num_classes)  # before the first training, all images are alike
         if len(chosen):
             with run.autocast():
-                labels = SoftLabels(compute_logits(teacher, task.batch(chosen)))
+                labels = SoftLabels(compute_logits(teacher, run.task.batch(chosen)))
             student = make_student(run, task, run.network, "student", number)
-            source = FixedSource(task.batch(chosen), labels)
+            source = FixedSource(run.task.batch(chosen), labels)
             train([Student(student.network, source, student.seed)], recipe, device=run.device, precision=run.precision)
             everything = torch.arange(len(task.train)).split(run.forward_chunk_size() or 1024)
             with run.autocast():
-                parts = [compute_logits(student.network, task.batch(ids)).cpu() for ids in everything]
+                parts = [compute_logits(student.network, run.task.batch(ids)).cpu() for ids in everything]
             probabilities = torch.cat(parts).softmax(1)
 
         query = functools.partial(_query, config, run, number, chosen, probabilities)
@@ -142,6 +142,6 @@ def rad(task: Task, config: RAD, run: Run) -> SyntheticSet:
     chosen = chosen[torch.from_numpy(task.train.labels)[chosen].argsort(stable=True)]
     synthetic = SyntheticSet.select(task, chosen)
     with run.autocast():
-        synthetic.labels = SoftLabels(compute_logits(teacher, task.batch(chosen)).cpu())
+        synthetic.labels = SoftLabels(compute_logits(teacher, run.task.batch(chosen)).cpu())
     synthetic.label_source = {"teachers": committee.describe(), "weights": None}
     return synthetic
