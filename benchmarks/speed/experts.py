@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from condense import networks, rng
+from condense import networks
 from condense.augment import Augmentation
 from condense.benchmarks.speed import published
 from condense.benchmarks.speed.measure import (
@@ -45,7 +45,7 @@ from condense.benchmarks.speed.measure import (
 from condense.benchmarks.speed.unroll import Alone
 from condense.data import Task
 from condense.data import task as task_module
-from condense.device import pick_device, pick_precision
+from condense.device import pick_device
 from condense.engine import Run
 from condense.formatting import duration
 from condense.judge import environment
@@ -257,11 +257,9 @@ def _case(options: argparse.Namespace, device: torch.device) -> Case:
     else:
         task = random_task(*TINY_DATA) if options.tiny else random_task()
     settings = {"expert_batch": 16} if options.tiny else {}
-    precision = pick_precision(options.precision, device)
-    case = Case(task, 1, options.width, device, options.depth, settings, precision)
-    with rng.seeded("check"):  # refuses a network that does not fit the images
-        networks.build_network(case.network, task.shape, task.num_classes)
-    return case
+    case = Case(task, 1, options.width, device, options.depth, settings)
+    compute = networks.calibrate(options.precision, device, case.network, task.shape, task.num_classes)
+    return dataclasses.replace(case, precision=compute.precision, compute=compute)
 
 
 def format_report(record: Mapping[str, Any]) -> str:

@@ -25,7 +25,7 @@ from condense.benchmarks.speed.measure import (
     random_images,
     write,
 )
-from condense.device import pick_device, pick_precision
+from condense.device import pick_device
 from condense.judge import environment
 from condense.labels import HardLabels
 from condense.training import FixedSource, Student, TrainConfig, prefers_stacked, train
@@ -108,8 +108,8 @@ def _compare(arguments: Sequence[str]) -> int:
     parser.add_argument("--json", type=Path, help="file to write the numbers to")
     options: argparse.Namespace = parser.parse_args(arguments)
     device = pick_device(options.device)
-    precision = pick_precision(options.precision, device)
     shape = (options.channels, options.size, options.size)
+    precision = networks.calibrate(options.precision, device, options.network, shape, options.classes).precision
     result = compare(
         options.network,
         options.count,
