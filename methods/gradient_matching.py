@@ -248,7 +248,7 @@ def dc(task: Task, config: DC, run: Run) -> SyntheticSet:
         update_statistics(net, run.task, step)
         views = augmentation.draw(step.draws("augment"), task.num_classes, task.shape[1:])  # a row per class: siamese
         weights = matched_weights(net)
-        for group in run.class_groups(config.batch_real):
+        for group in run.stacked_classes(config.batch_real):
             real, truth = run.task.per_class(config.batch_real, step.key("real"), group)
             target = real_gradients(net, augmentation.apply(real, views, truth), truth, weights, run, len(group))
             fake, labels = by_class(*synthetic.decode(group))
@@ -485,7 +485,7 @@ def idc(task: Task, config: IDC, run: Run) -> SyntheticSet:
         number = int(rng.Draws(run.seed, "training", training).integers(snapshots.networks, 1))
         snapshots.load(net, number, position)
         views = augmentation.draw(step.draws("augment"), task.num_classes, task.shape[1:])  # a row per class: siamese
-        for group in run.class_groups(config.batch_real):
+        for group in run.stacked_classes(config.batch_real):
             real, truth = run.task.per_class(config.batch_real, step.key("real"), group)
             target = real_gradients(net, augmentation.apply(real, views, truth), truth, weights, run, len(group))
             fake, labels = by_class(*synthetic.decode_sample(group, config.batch_syn_max, step.key("matched")))

@@ -58,6 +58,9 @@ FORWARD_PIXELS = 32 * 1024
 GRADIENT_PIXELS = 128 * 1024
 """The same with gradients of the weights: 128 images of 32x32."""
 
+ACCELERATOR_CHUNK = 1024
+"""Train images in one forward pass without gradients where the device is no CPU."""
+
 
 def copy_state(source: nn.Module, target: nn.Module) -> None:
     """Copies the weights and buffers of a network on the CPU to one on a device: one upload for each dtype."""
@@ -273,25 +276,28 @@ class Run:
 
         Only for methods whose classes do not couple; the sum over chunks equals one pass to rounding.
         """
-        height, width = self.task.shape[1:]
-        # The images of the set count five times: their maps are kept for the backward pass.
-        images_per_class = max(images_per_class, 5 * self.ipc)
-        size = max(1, scale_chunk(CLASS_CHUNK_PIXELS) // (images_per_class * height * width))
-        for start in range(0, len(self.classes), size):
-            yield self.classes[start : start + size]
+        return self._split_classes(self._classes_within(CLASS_CHUNK_PIXELS, images_per_class))
 
-    def class_groups(self, images_per_class: int) -> Iterator[list[int]]:
+    def stacked_classes(self, images_per_class: int) -> Iterator[list[int]]:
         """This rank's classes in groups whose gradients are computed in one pass: one class on a CPU; elsewhere, where
         launches take longer than arithmetic, as many equal classes as fit into memory.
 
         ``images_per_class`` are the real images of a step; where a class has fewer, each class is a group.
         """
-        height, width = self.task.shape[1:]
-        # The whole memory of the device decides, not what is free: the size of a group changes the rounding.
-        pixels = scale_chunk(CLASS_CHUNK_PIXELS) * max(1, total_memory(self.device) // GROUP_MEMORY)
-        size = max(1, pixels // (max(images_per_class, 5 * self.ipc) * height * width))
         if self.device.type == "cpu" or int(self.task.counts.min()) < images_per_class:
-            size = 1
+            return self._split_classes(1)
+        # The whole memory of the device decides, not what is free: the size of a group changes the rounding.
+        pixels = CLASS_CHUNK_PIXELS * max(1, total_memory(self.device) // GROUP_MEMORY)
+        return self._split_classes(self._classes_within(pixels, images_per_class))
+
+    def _classes_within(self, pixels: int, images_per_class: int) -> int:
+        """Number of classes, at least one, whose images have at most ``pixels`` pixels."""
+        height, width = self.task.shape[1:]
+        # The images of the set count five times: their maps are kept for the backward pass.
+        images_per_class = max(images_per_class, 5 * self.ipc)
+        return max(1, scale_chunk(pixels) // (images_per_class * height * width))
+
+    def _split_classes(self, size: int) -> Iterator[list[int]]:
         for start in range(0, len(self.classes), size):
             yield self.classes[start : start + size]
 
@@ -306,6 +312,10 @@ class Run:
         if self.compute.forward_images is not None and not gradients:
             return scale_chunk(self.compute.forward_images)
         return max(1, scale_chunk(GRADIENT_PIXELS if gradients else FORWARD_PIXELS) // (height * width))
+
+    def train_id_chunks(self) -> Sequence[Tensor]:
+        """Ids of all train images, int64 on the CPU, in chunks for forward passes without gradients."""
+        return torch.arange(len(self.task.train)).split(self.forward_chunk_size() or ACCELERATOR_CHUNK)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Autocast to the run's precision, for work that needs no second derivative."""

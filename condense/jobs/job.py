@@ -109,7 +109,7 @@ class Job:
         return self._digest(device=self.device)
 
     def _digest(self, **more: str) -> str:
-        parts = {**dataclasses.asdict(self)}
+        parts = dataclasses.asdict(self)
         del parts["device"]
         parts["data"] = self.data["options"]  # the fingerprint identifies the pixels
         for name in ("out", "tag", "protocol", "track", "minutes", "force", "version", "shorter", "compute"):

@@ -39,6 +39,7 @@ from condense.pretraining.pipeline import Architecture, MemoryStore, NetworkKey,
 from condense.pretraining.store import ContentGuard, FileStore, check_same, transform_digests
 from condense.pretraining.teachers import (
     DEFAULT_TEACHER_NETWORK,
+    TeacherOptions,
     TeacherRecord,
     TeacherTraining,
     accuracy_source,
@@ -129,6 +130,18 @@ def _check_batch_norm(net: nn.Module, name: str) -> None:
             f"teacher {name} has no BatchNorm, whose statistics this method matches; take a network such as "
             f"{DEFAULT_TEACHER_NETWORK}"
         )
+
+
+def get_committee(options: TeacherOptions, run: Run, *, batch_norm: bool = False) -> Committee:
+    """The teachers that a method's settings name or describe; see :func:`load_or_train_teachers`."""
+    return load_or_train_teachers(
+        run,
+        options.teacher_training(run.task),
+        file=options.teachers,
+        architectures=options.architectures(run.network),
+        count=options.num_teachers,
+        batch_norm=batch_norm,
+    )
 
 
 def load_or_train_teachers(

@@ -48,9 +48,6 @@ from condense.selection import (
 )
 from condense.training import TrainConfig, epoch_steps
 
-SCORE_CHUNK = 1024
-"""Images in one forward pass on a GPU."""
-
 History = dict[str, Tensor]
 """The values of :func:`condense.selection.image_scores` after each epoch, float32 (E, n)."""
 
@@ -181,7 +178,7 @@ def _recorded_training(run: Run, recipe: TrainConfig, neighbours: int) -> Record
         net = snapshot_of(run.network)
         net.load_state_dict(state)
         parts: list[History] = []
-        for ids in _chunks(run):
+        for ids in run.train_id_chunks():
             labels = torch.from_numpy(task.train.labels[ids.numpy()]).to(run.device)
             parts.append(image_scores(*_forward(run, net, ids), labels))
         return {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
@@ -194,7 +191,7 @@ def _recorded_training(run: Run, recipe: TrainConfig, neighbours: int) -> Record
         nearest, distances = torch.zeros(0, 0, dtype=torch.int32), torch.zeros(0, 0)
         if number == 0:
             net.eval()
-            features = torch.cat([_forward(run, net, ids)[1] for ids in _chunks(run)])
+            features = torch.cat([_forward(run, net, ids)[1] for ids in run.train_id_chunks()])
             nearest, distances = graph_of_neighbours(F.normalize(features), neighbours)
         return {
             "history": history,
@@ -213,10 +210,6 @@ def _recorded_training(run: Run, recipe: TrainConfig, neighbours: int) -> Record
         is_finite=lambda scores: bool(scores["loss"].isfinite().all()),
         remedy=f"(its predictions are not finite); lower score_lr, now {recipe.lr:g}",
     )
-
-
-def _chunks(run: Run) -> Sequence[Tensor]:
-    return torch.arange(len(run.task.train)).split(run.forward_chunk_size() or SCORE_CHUNK)
 
 
 @torch.no_grad()

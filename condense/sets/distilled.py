@@ -171,7 +171,7 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor | int]]):
         ipc, classes = self.manifest["ipc"], len(self.classes)
         if self.compensated:
             return torch.arange(classes).repeat_interleave(self.compensated.decoded)
-        is_free = self.manifest.get("settings", {}).get("balance") == "free"  # of a selection that was labelled anew
+        is_free = self.manifest.get("settings", {}).get("balance") == "free"  # a selection with new labels
         if len(self.stored) != ipc * classes or is_free:
             raise CondenseError(f"{self.name}: {len(self.stored)} images are not {ipc} of each of {classes} classes")
         return torch.arange(classes).repeat_interleave(ipc)

@@ -33,7 +33,7 @@ from condense.labels import (
 )
 from condense.methods.curriculum_synthesis.patches import get_crop_size
 from condense.methods.curriculum_synthesis.settings import STORAGE_DTYPES, RelabelOptions
-from condense.pretraining import Committee, TeacherOptions, load_or_train_teachers
+from condense.pretraining import Committee, TeacherOptions, get_committee
 from condense.sets import SyntheticSet
 
 
@@ -53,14 +53,7 @@ def get_teachers(config: TeacherOptions, run: Run, batch_norm: bool = True) -> C
     init = getattr(config, "init", "")
     if init in ("patches", "critical"):
         get_crop_size(run.task, 1, f"init={init}")
-    return load_or_train_teachers(
-        run,
-        config.teacher_training(run.task),
-        file=config.teachers,
-        architectures=config.architectures(run.network),
-        count=config.num_teachers,
-        batch_norm=batch_norm,
-    )
+    return get_committee(config, run, batch_norm=batch_norm)
 
 
 def finish_set(

@@ -14,7 +14,7 @@ from condense.config import require_one_of, require_range
 from condense.data import ORDERS, Task
 from condense.engine import Run
 from condense.labels import SoftLabels, compute_logits
-from condense.pretraining import ScoreOptions, TeacherOptions, load_or_train_scores, load_or_train_teachers
+from condense.pretraining import ScoreOptions, TeacherOptions, get_committee, load_or_train_scores
 from condense.registry import method
 from condense.sets import SyntheticSet
 
@@ -73,13 +73,7 @@ def kdprune(task: Task, config: KDPrune, run: Run) -> SyntheticSet:
     the mixed label at temperature 1. Stored is one label per image; the paper asks the teacher about each augmented
     view, for which labels=teacher of rded serves. The control arm random has the teacher's labels alone (alpha=1).
     """
-    committee = load_or_train_teachers(
-        run,
-        config.teacher_training(task),
-        file=config.teachers,
-        architectures=config.architectures(run.network),
-        count=config.num_teachers,
-    )
+    committee = get_committee(config, run)
     if config.choose == "random":
         ids = torch.cat([task.sample_ids(run.ipc, (run.seed, "random"), [c]) for c in range(task.num_classes)])
     else:

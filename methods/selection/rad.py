@@ -16,7 +16,7 @@ from condense.config import require_one_of, require_range
 from condense.data import Task
 from condense.engine import Run
 from condense.labels import SoftLabels, compute_logits
-from condense.pretraining import TeacherOptions, load_or_train_teachers, make_student
+from condense.pretraining import TeacherOptions, get_committee, make_student
 from condense.registry import method
 from condense.sets import SyntheticSet
 from condense.training import FixedSource, Student, TrainConfig, train
@@ -35,7 +35,7 @@ class RAD(TeacherOptions):
     """How images are chosen after the first round, which is random: rad, or margin, entropy (the least certain) or
     random, to compare."""
     rounds: int = 5
-    """Rounds, each of an equal share of the images; the student is trained anew before each but the first."""
+    """Rounds, each of an equal share of the images; a new student is trained before each but the first."""
     student_steps: int = 500
     """Training steps of the student in each round."""
     student_lr: float = 0.01
@@ -113,13 +113,7 @@ def rad(task: Task, config: RAD, run: Run) -> SyntheticSet:
     method does not know classes before it asks; here each class has its own game, because a set with soft labels has
     equally many images of each class. A control arm random is labelled by the same teacher.
     """
-    committee = load_or_train_teachers(
-        run,
-        config.teacher_training(task),
-        file=config.teachers,
-        architectures=config.architectures(run.network),
-        count=config.num_teachers,
-    )
+    committee = get_committee(config, run)
     teacher, recipe = committee.ensemble(), config.student_recipe(task)
     chosen = torch.zeros(0, dtype=torch.int64)
     for number, share in enumerate(selection.even_shares(run.ipc, [run.ipc] * min(config.rounds, run.ipc))):
@@ -130,9 +124,8 @@ def rad(task: Task, config: RAD, run: Run) -> SyntheticSet:
             student = make_student(run, task, run.network, "student", number)
             source = FixedSource(run.task.batch(chosen), labels)
             train([Student(student.network, source, student.seed)], recipe, device=run.device, precision=run.precision)
-            everything = torch.arange(len(task.train)).split(run.forward_chunk_size() or 1024)
             with run.autocast():
-                parts = [compute_logits(student.network, run.task.batch(ids)).cpu() for ids in everything]
+                parts = [compute_logits(student.network, run.task.batch(ids)).cpu() for ids in run.train_id_chunks()]
             probabilities = torch.cat(parts).softmax(1)
 
         query = functools.partial(_query, config, run, number, chosen, probabilities)

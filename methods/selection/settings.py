@@ -14,7 +14,7 @@ from condense.config import require_one_of
 from condense.data import ORDERS
 from condense.engine import Run
 from condense.errors import CondenseError
-from condense.pretraining import ScoreOptions, TeacherOptions, load_or_train_teachers
+from condense.pretraining import ScoreOptions, TeacherOptions, get_committee
 from condense.selection import (
     BALANCES,
     CosineKernel,
@@ -23,9 +23,6 @@ from condense.selection import (
     LastLayerGradients,
 )
 from condense.sets import SyntheticSet
-
-FORWARD_CHUNK = 1024
-"""Images in one forward pass on a GPU."""
 
 EMBEDDINGS = ("trained", "random", "pixels")
 
@@ -102,15 +99,15 @@ class ScoredBudget(ScoreOptions, Budget):
 def embed_images(config: EmbeddingOptions, run: Run) -> Tensor:
     """Features of all train images, float32 (n, D), on the run's device."""
     if config.embedding == "pixels":
-        return torch.cat([run.task.pixels(ids).flatten(1) for ids in _chunks(run)])
+        return torch.cat([run.task.pixels(ids).flatten(1) for ids in run.train_id_chunks()])
     net = run.random_network(0) if config.embedding == "random" else _teacher(config, run)
-    return torch.cat([_forward(run, net, ids) for ids in _chunks(run)])
+    return torch.cat([_forward(run, net, ids) for ids in run.train_id_chunks()])
 
 
 def last_layer_gradients(config: TeacherOptions, run: Run) -> LastLayerGradients:
     """Gradients of the cross-entropy of all train images with respect to the last layer of a teacher."""
     net, features, errors = _teacher(config, run), [], []
-    for ids in _chunks(run):
+    for ids in run.train_id_chunks():
         features.append(_forward(run, net, ids))
         labels = torch.from_numpy(run.task.train.labels[ids.numpy()]).to(run.device)
         with torch.no_grad():
@@ -137,20 +134,9 @@ def select_images(config: Budget, run: Run, choose: Callable[[Tensor, int, int],
 
 
 def _teacher(config: TeacherOptions, run: Run) -> networks.Network:
-    committee = load_or_train_teachers(
-        run,
-        config.teacher_training(run.task),
-        file=config.teachers,
-        architectures=config.architectures(run.network),
-        count=config.num_teachers,
-    )
-    member = committee.members[0]
+    member = get_committee(config, run).members[0]
     networks.require_embedding(member.network, member.name, run.name)
     return member.network
-
-
-def _chunks(run: Run) -> list[Tensor]:
-    return list(torch.arange(len(run.task.train)).split(run.forward_chunk_size() or FORWARD_CHUNK))
 
 
 @torch.no_grad()
