@@ -267,3 +267,32 @@ def test_ranks_fill_a_table_together(place):
         for a, b in zip(alone["results"], shared["results"]):
             assert a["accuracies"] == pytest.approx(b["accuracies"], abs=0.06)  # sums over ranks round otherwise
     assert (place / "ranks/page/index.html").is_file()
+
+
+LATE_RANK = """
+import sys, time, torch
+from pathlib import Path
+torch.set_num_threads(1)
+from condense import api
+from condense.ranks import Ranks
+folder, real = Path(sys.argv[1]), api.task(sys.argv[2])
+ranks = Ranks(torch.device("cpu"))
+ranks.barrier()  # making the group would wait for the late process
+time.sleep(5 * ranks.rank)  # the first process has long made the set by itself
+made = api.distill_or_resume("random", real, 1, out=folder / "set.h5", run_dir=folder / "run", device="cpu")
+assert len(made) == 3 and ranks.all_true(torch.ones(()))
+"""
+
+
+def test_a_late_rank_takes_part_in_a_run_that_needs_no_communication(place):
+    """It once found the finished set, loaded it, and went on to another collective than the one that waited."""
+    import os
+    import subprocess
+    import sys
+
+    (place / "late.py").write_text(LATE_RANK)
+    words = [place / "late.py", place / "late", place / "tiny.npz"]
+    (place / "late").mkdir()
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run([*start, *map(str, words)], env=dict(os.environ), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

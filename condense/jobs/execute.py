@@ -188,6 +188,8 @@ def run_job(
         begin=begin,
         resume_call=resume_call(job, directory),
     )
+    # Ranks decide by the files of the run whether to begin, continue or load it: none may write before all have.
+    run.ranks.barrier()
     if pruned is not real:
         run.register_state("pruned", ContentGuard(pruned.fingerprint, real.options.prune or "", "scores"))
     try:
