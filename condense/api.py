@@ -14,7 +14,7 @@ from condense import data as data_module
 from condense import jobs
 from condense.config import build_config, whole_number
 from condense.data import DataOptions, Task
-from condense.device import differentiable_attention, out_of_memory_advice, pick_device
+from condense.device import out_of_memory_advice, pick_device, second_derivatives
 from condense.engine import Run
 from condense.errors import CondenseError, did_you_mean
 from condense.files import as_path, check_writable
@@ -245,7 +245,7 @@ def experts(
         training = dataclasses.replace(training, held_out=held_out)
     run = _pretraining_run("experts", real, network, seed, device, precision, quiet)
     path = Path(out) if out else expert_cache_file(run, training, epochs, dtype)
-    with _interruptible(run, "a smaller --network or batch"), differentiable_attention():
+    with _interruptible(run, "a smaller --network or batch"), second_derivatives():
         return train_trajectory_file(
             run, training, path, count=config.num_experts, epochs=epochs, dtype=dtype, force=force
         )

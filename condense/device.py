@@ -7,6 +7,7 @@ import functools
 import os
 import platform
 from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -171,16 +172,31 @@ def _peak_resident() -> int:
     return 0
 
 
+_second_derivatives: ContextVar[bool] = ContextVar("second_derivatives", default=False)
+
+
 @contextlib.contextmanager
-def differentiable_attention(enabled: bool = True) -> Iterator[None]:
-    """Computes attention with matrix products in the block, if ``enabled``: fused kernels have no second derivative."""
+def second_derivatives(enabled: bool = True) -> Iterator[None]:
+    """Computes networks by operations with a second derivative in the block, if ``enabled``.
+
+    Attention is computed with matrix products, because fused kernels have none; group norm has one in closed form.
+    """
     if not enabled:
         yield
         return
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    with sdpa_kernel(SDPBackend.MATH):
-        yield
+    token = _second_derivatives.set(True)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        _second_derivatives.reset(token)
+
+
+def prefers_second_derivatives() -> bool:
+    """Whether this is a block of :func:`second_derivatives`."""
+    return _second_derivatives.get()
 
 
 @contextlib.contextmanager

@@ -33,7 +33,7 @@ import condense
 from condense import networks, rng
 from condense.data import Split, Standardise, Task
 from condense.data import task as task_module
-from condense.device import autocast, peak_memory, pick_device
+from condense.device import autocast, peak_memory, pick_device, second_derivatives
 from condense.engine import ParamGroup, Run, Step
 from condense.environment import keep_freed_memory
 from condense.errors import CondenseError
@@ -176,8 +176,9 @@ def drive(
         change=change,
         **options,
     )
-    with networks.memory_format(compute.format):
-        return METHODS.get(method).function(case.task, config, run)
+    entry = METHODS.get(method)
+    with second_derivatives(entry.order == 2), networks.memory_format(compute.format):
+        return entry.function(case.task, config, run)
 
 
 def random_task(

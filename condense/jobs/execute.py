@@ -15,10 +15,10 @@ from condense import networks
 from condense.data import DataOptions, Task, load_task
 from condense.device import (
     deterministic_kernels,
-    differentiable_attention,
     out_of_memory_advice,
     pick_device,
     reset_peak_memory,
+    second_derivatives,
 )
 from condense.engine import VIEW_LABELS_FILE, VIEW_LABELS_STATE_FILE, Diverged, Run
 from condense.errors import CondenseError
@@ -197,7 +197,7 @@ def run_job(
         with (
             out_of_memory_advice(run.device, advice),
             deterministic_kernels(job.deterministic),
-            differentiable_attention(entry.order == 2),
+            second_derivatives(entry.order == 2),
             networks.memory_format(run.compute.format),
             run.stop_on_signal(),
         ):

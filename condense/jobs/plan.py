@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from condense.data import Task
-from condense.device import device_name, differentiable_attention, peak_memory, pick_device
+from condense.device import device_name, peak_memory, pick_device, second_derivatives
 from condense.engine import Run, Step
 from condense.environment import read_seconds
 from condense.jobs.checks import check_fit, check_request
@@ -104,7 +104,7 @@ def estimate_cost(
     compute = calibrate(precision, where, network or entry.network, real.shape, real.num_classes)
     task = pruned.repeat_small(ipc)
     trial = DryRun(task, ipc, network or entry.network, device=where, compute=compute, quiet=True)
-    with differentiable_attention(entry.order == 2), memory_format(compute.format):
+    with second_derivatives(entry.order == 2), memory_format(compute.format):
         synthetic = entry.function(task, config, trial)
     seconds, per_step, steps = time.monotonic() - began, None, getattr(config, "steps", None)
     least = None

@@ -20,6 +20,7 @@ from condense.networks.architectures import (
 from condense.networks.calibration import ComputeConfig, FlopCounter, calibrate, fastest_rate, processor_name
 from condense.networks.ensemble import MeanLogits, device_of, mean_of_flat_networks
 from condense.networks.flat import Layout, layout_of
+from condense.networks.group_norm import GroupNorm
 from condense.networks.memory_format import MemoryFormat, memory_format
 from condense.networks.outline import build_outline, check_network_memory
 from condense.networks.pretrained import (
@@ -61,6 +62,7 @@ __all__ = [
     "ConvNet",
     "Encoder",
     "FlopCounter",
+    "GroupNorm",
     "Layout",
     "MeanLogits",
     "Member",

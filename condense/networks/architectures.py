@@ -37,6 +37,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from condense.errors import CondenseError, did_you_mean, missing_package
 from condense.formatting import by, shorten
+from condense.networks.group_norm import GroupNorm
 from condense.networks.memory_format import CHANNELS_LAST, arrange, is_channels_last
 
 Shape = tuple[int, int, int]
@@ -128,19 +129,6 @@ class Network(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Maps (N, C, H, W) to logits (N, classes)."""
         return self.classify(self.embed(x))
-
-
-class GroupNorm(nn.GroupNorm):
-    """Group norm that keeps bf16 under autocast on CUDA, where torch's returns float32, as on CPUs.
-
-    The maps after it then take half the memory. Sums are accumulated in float32 in both.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.dtype != torch.bfloat16 or not torch.is_autocast_enabled("cuda"):
-            return super().forward(x)
-        with torch.autocast("cuda", enabled=False):
-            return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
 class LayerNorm(nn.LayerNorm):
