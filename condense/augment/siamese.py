@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypeAlias
 
@@ -74,6 +74,13 @@ class AugmentationParameters:
     def __getitem__(self, rows: Tensor | slice) -> AugmentationParameters:
         selected = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name != "image_size"}
         return AugmentationParameters(self.image_size, **selected)
+
+    @staticmethod
+    def concatenate(parts: Sequence[AugmentationParameters]) -> AugmentationParameters:
+        """Returns the rows of all parts, which are for images of one size."""
+        names = [f.name for f in fields(AugmentationParameters) if f.name != "image_size"]
+        joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+        return AugmentationParameters(parts[0].image_size, **joined)
 
 
 @dataclass(frozen=True)

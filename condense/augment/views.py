@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -41,6 +42,12 @@ class ViewBoxes:
     def __getitem__(self, rows: Tensor | slice) -> ViewBoxes:
         tiles = None if self.tiles is None else self.tiles[rows]
         return ViewBoxes(self.image_size, self.box[rows], self.mirrored[rows], tiles)
+
+    @staticmethod
+    def concatenate(parts: Sequence[ViewBoxes]) -> ViewBoxes:
+        """Returns the views of all parts, which are for images of one size, without tiles."""
+        box, mirrored = (torch.cat([getattr(part, name) for part in parts]) for name in ("box", "mirrored"))
+        return ViewBoxes(parts[0].image_size, box, mirrored)
 
     def to(self, device: torch.device) -> ViewBoxes:
         """Returns the same views on ``device``."""

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from condense import rng
-from condense.augment import CropViews, cutmix
 from condense.data import Task
-from condense.device import autocast, upload
+from condense.device import autocast
 from condense.networks import Network
+from condense.training.batch import SharedSource, make_batch, mean_loss
 from condense.training.checkpoint import TrainingCheckpoint, random_state, set_random_state
-from condense.training.config import TrainConfig, batch_groups, batch_ids, epoch_steps, make_optimizer
-from condense.training.student import GradientRule, Source, StepCallback, Student, TrainingStep, WeightedTargets
+from condense.training.config import TrainConfig, epoch_steps, make_optimizer
+from condense.training.student import GradientRule, StepCallback, Student, TrainingStep, WeightedTargets
 
 _log = logging.getLogger(__name__)
 
@@ -112,52 +112,6 @@ def _shift(report: Callable[[int], None], offset: int, done: int) -> None:
     report(offset + done)
 
 
-def _batch(
-    student: Student, recipe: TrainConfig, step: int, device: torch.device, precision: str
-) -> tuple[Tensor, WeightedTargets, Tensor, list[int]]:
-    """Returns images and targets of ``step``, augmented and mixed by the recipe or by the labels, the unaugmented
-    images, and the sizes of the groups of images that share batch statistics."""
-    source = student.source
-    epoch, part = divmod(step, epoch_steps(source.size, recipe.batch))
-    if recipe.batch_norm_group:
-        labelled = source.labelled_groups(epoch, recipe.batch_norm_group)
-        groups = batch_groups(student.seed, source.size, recipe.batch, step, recipe.batch_norm_group, labelled)
-    else:
-        mixed = source.mixed_batches(epoch, recipe.batch)
-        groups = [batch_ids(student.seed, source.size, recipe.batch, step) if mixed is None else mixed[part]]
-    with autocast(
-        device, precision if source.per_view else "fp32"
-    ):  # the precision of teachers that label in each step, one group at a time
-        batches = [source.batch(ids, epoch) for ids in groups]
-    clean, targets = batches[0] if len(batches) == 1 else map(torch.cat, zip(*batches))
-    images, sizes = clean, [len(ids) for ids in groups]
-    if source.per_view:
-        return images, [(1.0, targets)], clean, sizes
-    if recipe.augment is not None:
-        height, width = images.shape[-2:]
-        draws = rng.Draws(student.seed, "augment", step)
-        if isinstance(recipe.augment, CropViews):
-            crops = recipe.augment.draw(draws, len(images), (height, width))
-            images = recipe.augment.apply(images, crops.to(images.device))
-        else:
-            images = recipe.augment.apply(images, recipe.augment.draw(draws, len(images), (height, width), groups=1))
-    if recipe.cutmix:
-        draws = rng.Draws(student.seed, "cutmix", step)
-        if float(draws.uniform(1)) < recipe.cutmix:
-            images, partners, share = cutmix(images, draws)
-            return images, [(share, targets), (1 - share, targets[upload(partners, targets.device)])], clean, sizes
-    return images, [(1.0, targets)], clean, sizes
-
-
-def _loss(source: Source, logits: Tensor, targets: WeightedTargets) -> Tensor:
-    """Returns the mean loss of a batch; mixed targets are weighted."""
-    parts = [
-        weight * source.loss(logits, target) if weight != 1 else source.loss(logits, target)
-        for weight, target in targets
-    ]
-    return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
-
-
 def _step(optimizer: torch.optim.Optimizer, rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -195,7 +149,7 @@ def _train_one(
             set_random_state(saved["random"], device)
             start = saved["step"]
         for step in range(start, recipe.steps):
-            images, targets, clean, sizes = _batch(student, recipe, step, device, precision)
+            images, targets, clean, sizes = make_batch(student, recipe, step, device, precision)
             forward_batch = functools.partial(forward, sizes=sizes)
 
             def loss(
@@ -203,7 +157,7 @@ def _train_one(
                 targets: WeightedTargets = targets,
                 forward: Callable[[Tensor], Tensor] = forward_batch,
             ) -> Tensor:
-                return _loss(student.source, forward(images), targets)
+                return mean_loss(student.source, forward(images), targets)
 
             if update is None:
                 optimizer.zero_grad()
@@ -228,7 +182,7 @@ def _by_group(network: Callable[[Tensor], Tensor], images: Tensor, sizes: list[i
 
 def _set_gradients(weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
     for weight, gradient in zip(weights, gradients, strict=True):
-        weight.grad = gradient.detach()
+        weight.grad = gradient.detach().contiguous()  # fused optimisers read gradients as if they were
 
 
 def _train_stacked(
@@ -258,6 +212,7 @@ def _train_stacked(
         return {"weights": weights, "buffers": buffers, "optimizer": optimizer.state_dict()}
 
     stacked = torch.func.vmap(call)
+    shared = SharedSource.of(students, recipe)
 
     def forward(images: Tensor, sizes: list[int]) -> Tensor:
         with autocast(device, precision):
@@ -272,24 +227,32 @@ def _train_stacked(
         optimizer.load_state_dict(saved["optimizer"])
         start = saved["step"]
     for step in range(start, recipe.steps):
-        batches = [_batch(student, recipe, step, device, precision) for student in students]
-        images = torch.stack([batch[0] for batch in batches])
-        forward_batch = functools.partial(forward, sizes=batches[0][3])
+        if shared is not None:
+            together = shared.batch(students, recipe, step)
+            images, clean = (part.unflatten(0, (len(students), -1)) for part in (together.images, together.clean))
+            targets, sizes = [together.targets], together.sizes
+        else:
+            batches = [make_batch(student, recipe, step, device, precision) for student in students]
+            images, clean = torch.stack([b.images for b in batches]), torch.stack([b.clean for b in batches])
+            targets, sizes = [batch.targets for batch in batches], batches[0].sizes
+        forward_batch = functools.partial(forward, sizes=sizes)
 
         def loss(
             images: Tensor = images,
-            targets: Sequence[WeightedTargets] = [batch[1] for batch in batches],
+            targets: Sequence[WeightedTargets] = targets,
             forward: Callable[[Tensor], Tensor] = forward_batch,
         ) -> Tensor:
             logits = forward(images)
-            return torch.stack([_loss(s.source, logits[k], targets[k]) for k, s in enumerate(students)]).sum()
+            if shared is not None:  # batches are equally large: the sum of their means is K times the mean of all
+                return len(students) * mean_loss(shared.source, logits.flatten(0, 1), targets[0])
+            return torch.stack([mean_loss(s.source, logits[k], targets[k]) for k, s in enumerate(students)]).sum()
 
         if update is None:
             optimizer.zero_grad()
             loss().backward()
         else:
             epoch = step // epoch_steps(students[0].source.size, recipe.batch)
-            clean, weights = torch.stack([batch[2] for batch in batches]), list(leaves.values())
+            weights = list(leaves.values())
             _set_gradients(weights, update(TrainingStep(weights, True, step, epoch, clean, loss, forward_batch)))
         _step(optimizer, recipe.lr_at(step))
         if watch is not None and (step + 1) % watch_every == 0:
