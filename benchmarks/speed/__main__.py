@@ -20,23 +20,29 @@ from condense.benchmarks.speed.measure import PLAIN, QUIET, TUNED, Parser, align
 from condense.errors import CondenseError
 
 STEPS = ("dm", "dc", "dsa", "dcc", "datadam", "mtt", "sre2l")
-"""Pairs of steps."""
+"""Pairs of outer steps."""
+EXPERTS = "experts"
+"""The pair of steps of the training of a network on the real data: MTT's experts, and by the same loop students."""
 
 
 def _measure(method: str, allocator: str, options: argparse.Namespace) -> dict[str, Any]:
     """The record of one pair, from its file or measured now."""
     path = options.out / f"{method}-ipc{options.ipc}-w{options.width}-{allocator}.json"
     if not path.exists():
-        words = ["--ipc", str(options.ipc), "--width", str(options.width), "--precision", options.precision]
-        words += ["--steps", str(options.steps), "--device", options.device, "--allocator", allocator]
-        words += ["--json", str(path)] + (["--data", options.data] if options.data else [])
+        words = ["--width", str(options.width), "--precision", options.precision, "--device", options.device]
+        words += ["--allocator", allocator, *(["--data", options.data] if options.data else [])]
+        if method == EXPERTS:
+            words += ["--methods", "mtt", "--pairs", str(options.steps), "--out", str(path)]
+        else:
+            words += ["--ipc", str(options.ipc), "--steps", str(options.steps), "--json", str(path)]
         command = [sys.executable, "-m", f"condense.benchmarks.speed.{method}", *words]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1].removeprefix("condense: ")
             raise CondenseError(f"{method}: {last}")
         print(done.stdout, flush=True)
-    return json.loads(path.read_text())
+    record = json.loads(path.read_text())
+    return {**record, **record["methods"]["mtt"]} if method == EXPERTS else record
 
 
 def row(method: str, tuned: Mapping[str, Any], plain: Mapping[str, Any]) -> list[str]:
@@ -49,6 +55,7 @@ def row(method: str, tuned: Mapping[str, Any], plain: Mapping[str, Any]) -> list
     """
     published, ours = (tuned["median_seconds"][side] for side in ("published", "condense"))
     shipped = plain["median_seconds"]["published"] / ours
+    reached = tuned.get("share_of_convolution_limit")
     memory = [tuned["peak_memory"][side]["host"] / 2**30 for side in ("published", "condense")]
     shares = [record["others_share"] for record in (tuned, plain) if record["others_share"] is not None]
     return [
@@ -57,7 +64,7 @@ def row(method: str, tuned: Mapping[str, Any], plain: Mapping[str, Any]) -> list
         f"{ours:.3f}",
         f"{shipped:.2f}",
         f"{tuned['ratio']:.2f}",
-        f"{100 * tuned['share_of_convolution_limit']:.0f} %",
+        "" if reached is None else f"{100 * reached:.0f} %",
         f"{memory[0]:.2f} / {memory[1]:.2f}",
         tuned["environment"]["precision"] + " " + (tuned["compute"].get("training") or "default formats"),
         "yes" if shares and max(shares) <= QUIET else "no",
@@ -78,9 +85,10 @@ HEAD = [
 
 
 def _compare(arguments: Sequence[str]) -> int:
+    pairs = (*STEPS, EXPERTS)
     parser = Parser(prog="python -m condense.benchmarks.speed", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the JSON files")
-    parser.add_argument("--methods", default=",".join(STEPS), help=f"some of {','.join(STEPS)}")
+    parser.add_argument("--methods", default=",".join(pairs), help=f"some of {','.join(pairs)}")
     parser.add_argument("--data", help="a name, folder, .npz or .h5; random images shaped like CIFAR-10 when left out")
     parser.add_argument("--ipc", type=positive, default=10)
     parser.add_argument("--width", type=positive, default=128, help="channels of the ConvNet")
@@ -90,8 +98,8 @@ def _compare(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     methods = options.methods.split(",")
     for method in methods:
-        if method not in STEPS:
-            raise CondenseError(f"--methods {method}: unknown; some of {','.join(STEPS)}")
+        if method not in pairs:
+            raise CondenseError(f"--methods {method}: unknown; some of {','.join(pairs)}")
     options.out.mkdir(parents=True, exist_ok=True)
     rows = [HEAD]
     for method in methods:

@@ -26,10 +26,12 @@ from condense.benchmarks.speed.measure import (
     PRODUCT,
     PUBLISHED,
     SCHEMA,
+    TUNED,
     Case,
     Others,
     Pairs,
     Parser,
+    add_allocator,
     aligned,
     alternate,
     describe_data,
@@ -47,6 +49,7 @@ from condense.data import Task
 from condense.data import task as task_module
 from condense.device import pick_device
 from condense.engine import Run
+from condense.environment import keep_freed_memory
 from condense.formatting import duration
 from condense.judge import environment
 from condense.methods.trajectory_matching.expert_updates import GSAM
@@ -81,13 +84,15 @@ class Ours:
         numbers = range(self.begun, self.begun + self.count)
         self.begun += self.count
         recipe = dataclasses.replace(self.training.recipe, steps=steps)
-        train(
-            [make_student(self.run, self.run.task, self.run.network, "expert", k) for k in numbers],
-            recipe,
-            device=self.case.device,
-            precision=self.precision,
-            update=self.training.update,
-        )
+        compute = self.case.compute or networks.ComputeConfig(self.case.precision)
+        with networks.memory_format(compute.format):
+            train(
+                [make_student(self.run, self.run.task, self.run.network, "expert", k) for k in numbers],
+                recipe,
+                device=self.case.device,
+                precision=self.precision,
+                update=self.training.update,
+            )
 
 
 def training_of(method: str, case: Case) -> ExpertTraining:
@@ -202,6 +207,7 @@ def _parser() -> Parser:
     parser.add_argument("--methods", default="mtt,ftd", help="whose experts: mtt (SGD), ftd (GSAM), or both")
     parser.add_argument("--out", type=Path, required=True, help="file to write the numbers to")
     parser.add_argument("--device", default="auto")
+    add_allocator(parser)
     parser.add_argument("--precision", default="auto", help="of ours, where the method does not need fp32")
     parser.add_argument(
         "--tiny", action="store_true", help="a few steps on small images, to try the script; sizes are ignored"
@@ -219,6 +225,8 @@ def _measure(arguments: Sequence[str]) -> int:
     if options.tiny:
         options.width, options.depth, options.count, options.steps, options.pairs = TINY_WIDTH, TINY_DEPTH, 2, 2, 1
     device = pick_device(options.device)
+    if options.allocator == TUNED:
+        keep_freed_memory()
     cuda = device.type == "cuda"
     count, steps = options.count or (MAX_EXPERT_GROUP if cuda else 1), options.steps or (200 if cuda else 20)
     case = _case(options, device)
@@ -243,6 +251,9 @@ def _measure(arguments: Sequence[str]) -> int:
         "count": count,
         "steps": steps,
         "methods": results,
+        "allocator": options.allocator,
+        "compute": case.compute.to_dict() if case.compute else {},
+        "processor": networks.processor_name(),
         "environment": environment(device, case.precision),
     }
     write(options.out, json.dumps(record, indent=1) + "\n")

@@ -109,18 +109,20 @@ def _compare(arguments: Sequence[str]) -> int:
     options: argparse.Namespace = parser.parse_args(arguments)
     device = pick_device(options.device)
     shape = (options.channels, options.size, options.size)
-    precision = networks.calibrate(options.precision, device, options.network, shape, options.classes).precision
-    result = compare(
-        options.network,
-        options.count,
-        options.ipc,
-        shape,
-        options.classes,
-        device,
-        precision,
-        options.steps,
-        options.pairs,
-    )
+    compute = networks.calibrate(options.precision, device, options.network, shape, options.classes)
+    precision = compute.precision
+    with networks.memory_format(compute.format):
+        result = compare(
+            options.network,
+            options.count,
+            options.ipc,
+            shape,
+            options.classes,
+            device,
+            precision,
+            options.steps,
+            options.pairs,
+        )
     record = {
         "schema": SCHEMA,
         "benchmark": "students",
