@@ -249,23 +249,59 @@ def test_the_students_script(tmp_path, capsys):
 # -- gpu_check --------------------------------------------------------------------------------------------------------
 
 
-def test_gpu_check_on_a_cpu(npz, tmp_path, capsys):
+def test_gpu_check_on_a_cpu(tmp_path, capsys):
     from condense.benchmarks.gpu_check.__main__ import STAGES, main
 
     out = tmp_path / "out"
-    assert ended(main, "--device", "cpu", "--tiny", "--out", out, "--data", npz) == 0, capsys.readouterr()
+    assert ended(main, "--device", "cpu", "--tiny", "--out", out) == 0, capsys.readouterr()
     record = json.loads((out / "gpu_check.json").read_text())
     assert record["schema"] == "condense.gpu-check/1" and record["finished"] and not record["failures"]
     assert {name: entry["status"] for name, entry in record["stages"].items()} == {s.name: "passed" for s in STAGES}
     assert all(entry["why"] for entry in record["skipped"])
     table = (out / "gpu_check.txt").read_text()
     assert all(stage.name in table for stage in STAGES)
+    cell = record["stages"]["published cells"]["results"]["gpu-dm-digits-ipc1-seed0"]
+    assert 0 < cell["distilled"] <= 1 and (out / "cells" / "records" / cell["record"]).exists()
+
+    record["stages"]["draws: device = CPU"]["status"] = "stopped"
+    (out / "gpu_check.json").write_text(json.dumps(record))
+    capsys.readouterr()
+    assert ended(main, "--device", "cpu", "--tiny", "--out", out) == 0
+    again = json.loads((out / "gpu_check.json").read_text())
+    lines = capsys.readouterr().out.split("\n\n")[0].strip().splitlines()
+    assert len(lines) == 1 and "draws: device = CPU" in lines[0]
+    assert again["finished"] and again["earlier"] == [record["began"]]
+    assert all(entry["status"] == "passed" for entry in again["stages"].values())
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [("cifar10", "--data cifar10: must be NAME=PATH"), ("cifar1=.", "--data cifar1=.: no data of the suite 'gpu'")],
+)
+def test_gpu_check_names_data_that_it_cannot_use(data, message, tmp_path, capsys):
+    from condense.benchmarks.gpu_check.__main__ import main
+
+    assert ended(main, "--device", "cpu", "--tiny", "--out", tmp_path, "--data", data) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_cells_of_the_gpu_check_go_on_where_they_stopped(tmp_path, monkeypatch):
+    from condense.benchmarks.gpu_check import cells
+    from condense.benchmarks.gpu_check.__main__ import CheckStage, run_stage
+
+    stage = CheckStage("published cells", 1, cells.make_cells)
+    check = check_on(tmp_path, minutes=0.5 / 60)
+    run_stage(check, stage)
+    assert saved(tmp_path)["stages"]["published cells"]["status"] == "stopped"
+    check = check_on(tmp_path)
+    run_stage(check, stage)
+    assert saved(tmp_path)["stages"]["published cells"]["status"] == "passed"
 
 
 def check_on(tmp_path, minutes=5.0):
     from condense.benchmarks.gpu_check.check import Check
 
-    return Check(CPU, minutes, tmp_path, True, None)
+    return Check(CPU, minutes, tmp_path, True)
 
 
 def saved(tmp_path):

@@ -326,7 +326,7 @@ def test_pretrained_networks_equal_those_of_the_cpu(train_file, tiny, tmp_path):
 )
 def test_a_stage_of_the_gpu_check(stage, tmp_path):
     with pretended():
-        check = Check(torch.device("cuda"), 10, tmp_path, True, None)
+        check = Check(torch.device("cuda"), 10, tmp_path, True)
         run_stage(check, CheckStage("stage", 1, stage))
     assert check.record["stages"]["stage"]["status"] == "passed", check.record["failures"]
     assert all(skipped["why"] == "makes no steps" for skipped in check.record["skipped"])

@@ -118,7 +118,7 @@ from condense.benchmarks.method_cards import cards
 from condense.benchmarks.suite import cells, get_suite
 print(cards()["pixel-means.md"])
 print([(cell.data, cell.ipc, cell.settings) for cell in cells(get_suite("small"), ["pixel-means"])][0])
-check = Check(torch.device("cpu"), 5, Path("."), True, None)
+check = Check(torch.device("cpu"), 5, Path("."), True)
 images, change = distil_images(check, "pixel-means", 1, check.device)
 print("pixel-means" in methods_with_steps(check), len(images), bool(change.abs().max() > 0))
 """

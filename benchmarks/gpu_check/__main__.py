@@ -1,8 +1,10 @@
 """Checks the toolkit on a CUDA machine: correctness, determinism, speed, and faster variants.
 
-``python -m condense.benchmarks.gpu_check --minutes 8 --out DIR`` works through stages in order of value and stops in
+``python -m condense.benchmarks.gpu_check --minutes 25 --out DIR`` works through stages in order of value and stops in
 time. ``DIR/gpu_check.json`` is rewritten after every stage, so a kill loses at most the stage that was running;
-``DIR/gpu_check.txt`` is one table of it. A failed stage or part is recorded with its message and the
+``DIR/gpu_check.txt`` is one table of it. The same command again goes on with the stages that have not passed. With
+``--data cifar10=FOLDER`` the last stage makes published cells (suite ``gpu``) in the time that is left, whose records
+are in ``DIR/cells``. A failed stage or part is recorded with its message and the
 others follow. Exit codes: 0 nothing failed, 1 something did, 2 wrong arguments, 130 interrupted.
 
 Needs torch, torchvision and numpy, and with ``--data`` what reads those data; timm only for timm's networks.
@@ -23,6 +25,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from condense.benchmarks.gpu_check.cells import make_cells, read_data
 from condense.benchmarks.gpu_check.check import Check, TimeUp, error_summary, table
 from condense.benchmarks.gpu_check.correctness import (
     check_augmentation,
@@ -33,7 +36,6 @@ from condense.benchmarks.gpu_check.correctness import (
     check_networks,
     check_resume,
 )
-from condense.benchmarks.gpu_check.quality import distil_data
 from condense.benchmarks.gpu_check.timing import (
     COMPILE,
     GRAPH,
@@ -77,7 +79,7 @@ STAGES = [
     CheckStage("variants: precision", 15, functools.partial(time_variants, variants=PRECISIONS)),
     CheckStage("variants: CUDA graph", 15, functools.partial(time_variants, variants=GRAPH)),
     CheckStage("variants: torch.compile", 60, functools.partial(time_variants, variants=COMPILE)),
-    CheckStage("data", 60, distil_data),
+    CheckStage("published cells", 60, make_cells),
 ]
 
 
@@ -135,12 +137,19 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 def _main(arguments: Sequence[str]) -> int:
     parser = Parser(prog="python -m condense.benchmarks.gpu_check", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--minutes", type=float, default=8.0, help="the script ends within so many minutes")
+    parser.add_argument("--minutes", type=float, default=25.0, help="the script ends within so many minutes")
     parser.add_argument("--out", type=Path, required=True, help="folder for gpu_check.json and gpu_check.txt")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--data", help="real images (folder, .npz, ...) to distil in what time is left")
+    parser.add_argument(
+        "--data",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="cifar10 or cifar100 as a folder, .npz, ..., for published cells; may be repeated",
+    )
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, to try the script itself")
     options = parser.parse_args(arguments)
+    data = read_data(options.data)
     if not 0 < options.minutes <= 24 * 60:
         raise CondenseError(f"--minutes {options.minutes}: must be above 0 and at most a day")
     if options.device.startswith("cuda") and not torch.cuda.is_available():
@@ -153,9 +162,11 @@ def _main(arguments: Sequence[str]) -> int:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as fault:
         raise CondenseError(f"--out {options.out}: cannot be made ({fault.strerror})") from fault
-    check = Check(device, options.minutes, options.out, options.tiny, options.data)
+    check = Check(device, options.minutes, options.out, options.tiny, data)
+    check.continue_record()
     for stage in STAGES:
-        run_stage(check, stage)
+        if stage.name not in check.record["stages"]:
+            run_stage(check, stage)
     check.record["finished"] = True
     check.record["peak_memory"] = peak_memory(device)
     check.save()

@@ -31,8 +31,10 @@ class TimeUp(BaseException):
 class Check:
     """One run of the script: what it was given, how much time is left, and the record that grows with every stage."""
 
-    def __init__(self, device: torch.device, minutes: float, out: Path, tiny: bool, data: str | None) -> None:
-        self.device, self.out, self.tiny, self.data = device, out, tiny, data
+    def __init__(
+        self, device: torch.device, minutes: float, out: Path, tiny: bool, data: Mapping[str, str] | None = None
+    ) -> None:
+        self.device, self.out, self.tiny, self.data = device, out, tiny, dict(data or {})
         self.deadline = time.monotonic() + 60 * minutes
         self.stage = ""
         self.parts: dict[str, Any] = {}
@@ -50,6 +52,19 @@ class Check:
             "failures": [],
             "finished": False,
         }
+
+    def continue_record(self) -> None:
+        """Takes over the stages that an earlier call with the same folder, machine and versions has passed."""
+        try:
+            earlier = json.loads((self.out / "gpu_check.json").read_text())
+            same = all(earlier[name] == self.record[name] for name in ("schema", "machine", "versions", "tiny"))
+            stages = earlier["stages"] if same else {}
+        except (OSError, ValueError, KeyError, TypeError):
+            return
+        self.record["stages"] = {name: entry for name, entry in stages.items() if entry["status"] == "passed"}
+        if self.record["stages"]:
+            self.record["earlier"] = [*earlier.get("earlier", []), earlier["began"]]
+            self.record["skipped"] = [part for part in earlier["skipped"] if part["stage"] in self.record["stages"]]
 
     @property
     def cuda(self) -> bool:
@@ -89,13 +104,15 @@ class Check:
 
         A result whose ``passed`` is False is recorded as a failure. A :class:`CondenseError` (a package is missing, a
         network does not take such images) skips the part.
+
+        Raises:
+            TimeUp: no time is left for a part; the results so far are in :attr:`parts`.
         """
         results: dict[str, dict[str, Any]] = {}
         self.parts = results
         for name, call in parts.items():
             if self.left() < 1:
-                self.skip(name, "no time left")
-                continue
+                raise TimeUp
             try:
                 results[name] = call()
             except CondenseError as fault:
