@@ -267,6 +267,32 @@ def _values(x: Any) -> Any:
     return torch.device("cpu") if isinstance(x, torch.device) else x
 
 
+class Graph:
+    """In place of ``torch.cuda.CUDAGraph``: the operations of a block, made again on the same memory by a replay."""
+
+    recording: Graph | None = None
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, Any, Any, Any]] = []
+
+    @contextlib.contextmanager
+    def record(self) -> Iterator[None]:
+        Graph.recording = self
+        try:
+            yield
+        finally:
+            Graph.recording = None
+
+    def replay(self) -> None:
+        """Makes the recorded operations again. Their results, and only these, have new values."""
+        _log.launches["replay"] += 1
+        with torch._C._DisableTorchDispatch(), torch.no_grad():
+            for func, args, kwargs, made in self.calls:
+                for old, new in zip(_leaves(made), _leaves(func(*args, **kwargs)), strict=True):
+                    if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
+                        old.copy_(new)
+
+
 def _dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Refuses what CUDA refuses, counts, and computes on the values."""
     tensors, generators = [], []
@@ -298,6 +324,10 @@ def _dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             made = func(*plain_args, **plain_kwargs)
     else:
         made = func(*plain_args, **plain_kwargs)
+    if Graph.recording is not None:
+        if facts.draws:
+            raise DeviceError(f"{facts.name}: a graph that draws random numbers is not pretended, at {_here()}")
+        Graph.recording.calls.append((func, plain_args, plain_kwargs, made))
     written = [x for position, name in facts.written for x in _leaves(_argument(args, kwargs, position, name))]
     for x in written:
         if isinstance(x, DeviceTensor) and x.shape != x.values.shape:
@@ -332,7 +362,16 @@ def _refuse(facts: _Facts, tensors: list[Tensor], args: Any, generators: list[to
 def _count(facts: _Facts, args: Any, kwargs: dict[str, Any], on_device: bool, result_on_device: bool) -> None:
     name = facts.name
     here = f"{name} @ {_here()}"
-    if facts.launches:
+    waits, uploads = _log.waits.total(), _log.uploads.total()
+    _count_operation(facts, name, here, args, kwargs, on_device, result_on_device)
+    if Graph.recording is not None and (_log.waits.total(), _log.uploads.total()) != (waits, uploads):
+        raise DeviceError(f"operation not permitted when stream is capturing: {here}")
+
+
+def _count_operation(
+    facts: _Facts, name: str, here: str, args: Any, kwargs: dict[str, Any], on_device: bool, result_on_device: bool
+) -> None:
+    if facts.launches and Graph.recording is None:
         _log.launches[here] += 1
     if name in WAITS or (name == "repeat_interleave" and kwargs.get("output_size") is None):
         _log.waits[here] += 1
@@ -463,7 +502,9 @@ def _torch_cuda(capability: tuple[int, int]) -> dict[str, Any]:
         "Stream": _Stream,
         "current_stream": lambda device=None: _Stream(),
         "stream": lambda stream: contextlib.nullcontext(),
-        "is_current_stream_capturing": lambda: False,
+        "is_current_stream_capturing": lambda: Graph.recording is not None,
+        "CUDAGraph": Graph,
+        "graph": lambda graph, *_, **__: graph.record(),
     }
 
 

@@ -15,20 +15,21 @@ pytestmark = pytest.mark.skipif(bool(reason_to_skip()), reason=reason_to_skip())
 
 SHORT = {
     "idc": {"networks": 1, "snapshots": 2, "net_steps": 1, "batch_real": 8},
-    "mtt": {"num_experts": 1, "expert_epochs": 1, "max_start_epoch": 1, "buffer_epochs": 2, "syn_steps": 2},
+    "mtt": {"num_experts": 1, "expert_epochs": 1, "max_start_epoch": 1, "buffer_epochs": 2, "syn_steps": 4},
 }
 
 
-@pytest.mark.parametrize(("name", "budget"), [("dm", 300), ("dc", 900), ("dsa", 900), ("idc", 900), ("mtt", 800)])
+@pytest.mark.parametrize(("name", "budget"), [("dm", 300), ("dc", 900), ("dsa", 900), ("idc", 900), ("mtt", 100)])
 def test_a_step_on_ten_classes_stays_within_its_budget_of_launches(name, budget, monkeypatch):
+    """The budget of mtt is that of one training step of the student and its way back, of which it makes four."""
     monkeypatch.setenv("CONDENSE_LOG_SECONDS", "1000")
     counts = []
     with pretended() as log:
         case = Case(random_task(10, 20, (3, 32, 32), 1), 1, 8, torch.device("cuda", 0))
-        config = METHODS.get(name).config(steps=3, **SHORT.get(name, {"batch_real": 8}))
+        config = METHODS.get(name).config(steps=4, **SHORT.get(name, {"batch_real": 8}))
         drive(name, config, case, lambda run, index: counts.append(sum(log.launches.values())))
-    launches = counts[2] - counts[1]  # the first step prepares, the last one ends the run
-    assert 0 < launches <= budget
+    launches = counts[3] - counts[2]  # earlier steps prepare and record graphs, the last one ends the run
+    assert 0 < launches / SHORT.get(name, {}).get("syn_steps", 1) <= budget
 
 
 def launches_of_students(count: int, has_own_images: bool) -> int:
@@ -55,4 +56,4 @@ def launches_of_students(count: int, has_own_images: bool) -> int:
 def test_a_step_of_stacked_students_has_as_many_launches_for_six_as_for_two(has_own_images):
     """Images are gathered, augmented and compared with their labels at once."""
     two, six = (launches_of_students(count, has_own_images) for count in (2, 6))
-    assert six <= two <= 130
+    assert six <= two <= 60

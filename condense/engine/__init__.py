@@ -10,7 +10,16 @@ from condense.engine.checkpoint import (
 )
 from condense.engine.optimizer import ParamGroup, SyntheticOptimizer
 from condense.engine.run import Run, Step
-from condense.engine.unrolling import GRAD_MODES, StepLoss, Target, UnrollResult, check_unroll_options, unroll
+from condense.engine.unrolling import (
+    GRAD_MODES,
+    BatchLoss,
+    NetworkLoss,
+    StepLoss,
+    Target,
+    UnrollResult,
+    check_unroll_options,
+    unroll,
+)
 
 __all__ = [
     "CHECKPOINT_FILE",
@@ -18,8 +27,10 @@ __all__ = [
     "PREVIOUS_CHECKPOINT_FILE",
     "VIEW_LABELS_FILE",
     "VIEW_LABELS_STATE_FILE",
+    "BatchLoss",
     "Diverged",
     "Interrupted",
+    "NetworkLoss",
     "ParamGroup",
     "Run",
     "Step",

@@ -11,18 +11,66 @@ One loss, the distance of those weights from given ones, and three ways to its g
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
+from condense.cuda_graphs import GraphedFunction
 from condense.errors import CondenseError, did_you_mean
 
 GRAD_MODES = ("adjoint", "graph", "tesla")
 
 StepLoss: TypeAlias = Callable[[Tensor, int], Tensor]
 """``step_loss(theta, i)``: weights (P,) and the number of a step to the scalar that the step descends."""
+
+
+class NetworkLoss:
+    """A loss of weights and a batch, whose derivatives are CUDA graphs where that is possible.
+
+    Args:
+        function: weights (P,) and the tensors of a batch to a scalar. It draws no random numbers.
+        state: tensors that it changes in place, e.g. running statistics.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], state: Sequence[Tensor] = ()) -> None:
+        self.function = function
+        self.gradient = GraphedFunction(self._gradient, state)
+        self.adjoint = GraphedFunction(self._adjoint, state)
+        self.biased_adjoint = GraphedFunction(functools.partial(self._adjoint, hessian=False), state)
+
+    def _gradient(self, theta: Tensor, *batch: Tensor) -> tuple[Tensor, ...]:
+        theta = theta.detach().requires_grad_()
+        return torch.autograd.grad(self.function(theta, *(x.detach() for x in batch)), theta)
+
+    def _adjoint(self, theta: Tensor, kappa: Tensor, *batch: Tensor, hessian: bool = True) -> tuple[Tensor, ...]:
+        """The gradient at ``theta``; the derivatives of <kappa, it> for the tensors of the batch that require grad and,
+        if ``hessian``, for ``theta``."""
+        theta = theta.detach().requires_grad_()
+        own = [x.detach().requires_grad_(x.requires_grad) for x in batch]
+        (gradient,) = torch.autograd.grad(self.function(theta, *own), theta, create_graph=True)
+        inputs = [x for x in own if x.requires_grad] + [theta] * hessian
+        if not inputs:
+            return (gradient.detach(),)
+        return (gradient.detach(), *torch.autograd.grad(gradient, inputs, kappa, materialize_grads=True))
+
+
+class BatchLoss:
+    """A :data:`StepLoss` in two parts: the batch of a step, and a loss of it.
+
+    Args:
+        batch: the number of a step to its tensors, which may depend on the leaves.
+        loss: is given the weights and these tensors.
+    """
+
+    def __init__(self, batch: Callable[[int], tuple[Tensor, ...]], loss: NetworkLoss) -> None:
+        self.batch, self.loss = batch, loss
+
+    def __call__(self, theta: Tensor, i: int) -> Tensor:
+        return self.loss.function(theta, *self.batch(i))
+
 
 _Advance: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """Weights and their loss to the weights after a step, with a graph."""
@@ -166,8 +214,7 @@ def _by_recursion(
     """
     thetas, buffer = [start], torch.zeros_like(start)
     for i in range(steps):
-        theta = thetas[-1].detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(step_loss(theta, i), theta)
+        gradient = _gradient(step_loss, thetas[-1], i)
         buffer = momentum * buffer + gradient if momentum else gradient
         thetas.append(thetas[-1] - rate * buffer)
     end = thetas[-1]
@@ -185,10 +232,11 @@ def _by_recursion(
             if target.step == i + 1:
                 lambda_ = lambda_ + _slope(theta, start, target)
         nu = lambda_ + momentum * nu if momentum else lambda_
-        hessian = exact and i > 0  # nobody asks for dLoss / dstart
+        # The first step has no use for it, but on CUDA one graph is recorded for all.
+        hessian = exact and (i > 0 or (start.is_cuda and isinstance(step_loss, BatchLoss)))
         gradient, slopes = _step_back(step_loss, thetas[-1], i, leaves, -rate * nu, hessian)
         rate_sum -= torch.dot(nu, gradient)
-        if hessian and (slope := slopes.pop()) is not None:
+        if hessian and (slope := slopes.pop()) is not None and i > 0:
             lambda_ = lambda_ + slope
         for total, slope in zip(sums.values(), slopes, strict=True):
             if slope is not None:  # a leaf may sit a step out
@@ -199,6 +247,16 @@ def _by_recursion(
     return UnrollResult(loss, {**sums, "step_size": rate_sum}, end, is_open)
 
 
+def _gradient(step_loss: StepLoss, theta: Tensor, i: int) -> Tensor:
+    """Step i's gradient at ``theta``."""
+    if isinstance(step_loss, BatchLoss):
+        with torch.no_grad():
+            batch = step_loss.batch(i)
+        return step_loss.loss.gradient(theta, *batch)[0]
+    theta = theta.detach().requires_grad_()
+    return torch.autograd.grad(step_loss(theta, i), theta)[0]
+
+
 def _step_back(
     step_loss: StepLoss, theta: Tensor, i: int, leaves: Mapping[str, Tensor], kappa: Tensor, hessian: bool
 ) -> tuple[Tensor, list[Tensor | None]]:
@@ -206,6 +264,13 @@ def _step_back(
 
     A function of its own, so that its graph is gone before the next one is made.
     """
+    if isinstance(step_loss, BatchLoss):
+        batch = step_loss.batch(i)
+        adjoint = step_loss.loss.adjoint if hessian else step_loss.loss.biased_adjoint
+        gradient, *slopes = adjoint(theta, kappa, *batch)
+        depends = [x for x in batch if x.requires_grad]
+        of_leaves = torch.autograd.grad(depends, list(leaves.values()), slopes[: len(depends)], allow_unused=True)
+        return gradient, [*of_leaves, *slopes[len(depends) :]]
     theta = theta.detach().requires_grad_()
     (gradient,) = torch.autograd.grad(step_loss(theta, i), theta, create_graph=True)
     inputs = [*leaves.values(), theta] if hessian else list(leaves.values())

@@ -115,6 +115,9 @@ class Network(nn.Module):
     rebuild: Callable[[], nn.Module] | None = None
     """Builds the network again, for third-party code; None: every layer has PyTorch's default initialisation."""
 
+    draws_nothing = False
+    """Whether a pass in train mode certainly draws no random numbers."""
+
     def embed(self, x: Tensor, maps: list[Tensor] | None = None) -> Tensor:
         """Maps (N, C, H, W) to (N, D), the flat input of ``classify``; appends the maps of :meth:`features` to
         ``maps``."""
@@ -168,6 +171,8 @@ class ConvNet(Network):
     Raises:
         CondenseError: The image is too small for the blocks; the message states the largest depth that fits.
     """
+
+    draws_nothing = True
 
     def __init__(
         self,
@@ -231,6 +236,8 @@ class PlainNet(Network):
         stages: Convolutions of each stage as (filters, kernel, padding).
         hidden: Widths of the linear layers, each with ReLU, between the flattened maps and ``classify``.
     """
+
+    draws_nothing = True
 
     def __init__(
         self,
@@ -315,6 +322,8 @@ class ResNet18(Network):
     ``embed`` is the mean over the last map. With ``average`` (the "AP" variant) average pooling does the halving and
     ``embed`` is the whole last map, flattened.
     """
+
+    draws_nothing = True
 
     def __init__(self, shape: Shape, classes: int, *, norm: str = "in", average: bool = False) -> None:
         super().__init__()

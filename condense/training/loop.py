@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from condense import rng
+from condense.cuda_graphs import GraphedFunction
 from condense.data import Task
 from condense.device import autocast
 from condense.networks import Network
@@ -219,6 +220,13 @@ def _train_stacked(
             logits = _by_group(functools.partial(stacked, leaves, buffers), images, sizes, 1)
         return logits.float()
 
+    def compute_gradients(images: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+        assert shared is not None
+        logits = forward(images, [images.shape[1]])
+        # Batches are equally large: the sum of their means is K times the mean of all.
+        return torch.autograd.grad(len(students) * shared.source.loss(logits.flatten(0, 1), targets), leaves.values())
+
+    gradients = GraphedFunction(compute_gradients, list(buffers.values()))
     saved = keeper.read()
     if saved is not None:
         with torch.no_grad():
@@ -243,16 +251,18 @@ def _train_stacked(
             forward: Callable[[Tensor], Tensor] = forward_batch,
         ) -> Tensor:
             logits = forward(images)
-            if shared is not None:  # batches are equally large: the sum of their means is K times the mean of all
+            if shared is not None:
                 return len(students) * mean_loss(shared.source, logits.flatten(0, 1), targets[0])
             return torch.stack([mean_loss(s.source, logits[k], targets[k]) for k, s in enumerate(students)]).sum()
 
-        if update is None:
+        weights = list(leaves.values())
+        if update is None and shared is not None:
+            _set_gradients(weights, gradients(images, targets[0][0][1]))
+        elif update is None:
             optimizer.zero_grad()
             loss().backward()
         else:
             epoch = step // epoch_steps(students[0].source.size, recipe.batch)
-            weights = list(leaves.values())
             _set_gradients(weights, update(TrainingStep(weights, True, step, epoch, clean, loss, forward_batch)))
         _step(optimizer, recipe.lr_at(step))
         if watch is not None and (step + 1) % watch_every == 0:

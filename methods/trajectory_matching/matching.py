@@ -13,7 +13,7 @@ from torch import Tensor
 from condense import networks, rng
 from condense.augment import AugmentationParameters, make_augmentation
 from condense.device import add_rows, upload
-from condense.engine import ParamGroup, Run, Step, StepLoss, Target, UnrollResult, unroll
+from condense.engine import BatchLoss, NetworkLoss, ParamGroup, Run, Step, StepLoss, Target, UnrollResult, unroll
 from condense.errors import CondenseError
 from condense.methods.trajectory_matching.settings import MTT
 from condense.pretraining import Experts, load_or_train_experts
@@ -115,6 +115,7 @@ class UnrolledStudent:
         self.net = run.random_network(0)
         self.size = len(decode(synthetic.images.detach(), synthetic.stages)[1])
         self.augmentation = make_augmentation(config.augment, mirror=run.task.mirror)
+        self.network_loss = NetworkLoss(self.batch_loss, list(self.net.buffers()))
 
     def loss(self, step: Step, *, weight: float = 1.0, targets: Tensor | None = None) -> StepLoss:
         """Returns the training loss of an outer step: the cross-entropy of augmented batches of the set.
@@ -139,20 +140,28 @@ class UnrolledStudent:
                 drawn[i] = rows, self.augmentation.draw(draws, count, self.run.task.shape[1:], groups=1)
             return drawn[i]
 
-        def forward(theta: Tensor, images: Tensor, i: int) -> Tensor:
-            weights = self.layout.unflatten(theta)
-            with rng.seeded(*step.key("dropout"), i, device=self.run.device):  # the same draws in both passes
-                return torch.func.functional_call(self.net, weights, (images,))
+        factor = torch.full((), weight, device=self.run.device)
 
-        def loss(theta: Tensor, i: int) -> Tensor:
+        def make_batch(i: int) -> tuple[Tensor, ...]:
             rows, parameters = draw(i)
             images, ids = decode(self.synthetic.images, self.synthetic.stages)
             images, ids = (images, ids) if rows is None else (images[rows], ids[rows])
-            logits = forward(theta, self.augmentation.apply(images, parameters), i)
             labels = self.synthetic.labels.targets(ids) if targets is None else targets[ids]
-            return weight * F.cross_entropy(logits, labels)
+            return self.augmentation.apply(images, parameters), labels, factor
+
+        if self.net.draws_nothing:
+            return BatchLoss(make_batch, self.network_loss)
+
+        def loss(theta: Tensor, i: int) -> Tensor:
+            with rng.seeded(*step.key("dropout"), i, device=self.run.device):  # the same draws in both passes
+                return self.batch_loss(theta, *make_batch(i))
 
         return loss
+
+    def batch_loss(self, theta: Tensor, images: Tensor, labels: Tensor, factor: Tensor) -> Tensor:
+        """The cross-entropy, times ``factor``, of the network with weights ``theta`` on training images."""
+        logits = torch.func.functional_call(self.net, self.layout.unflatten(theta), (images,))
+        return factor * F.cross_entropy(logits, labels)
 
     def unroll(
         self, loss: StepLoss, start: Tensor, targets: Sequence[Target], gate: float | None = None
