@@ -156,7 +156,7 @@ def test_ready_made_sets_come_with_the_wheel(wheel, tmp_path):
 
 FLOORS = (
     ("errors", "formatting", "rng", "version"),
-    ("environment", "ranks"),
+    ("cuda_graphs", "environment", "ranks"),
     ("config", "device", "files", "hdf5", "tracking"),
     ("registry",),
     ("data",),

@@ -85,7 +85,8 @@ class _Gradients(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, to_x: Tensor, to_weight: Tensor, to_bias: Tensor) -> tuple[Tensor | None, ...]:
-        derivatives = second_derivative(*ctx.saved_tensors, ctx.groups, to_x, to_weight, to_bias)
+        gradient, x, weight, mean, rstd = ctx.saved_tensors
+        derivatives = second_derivative(gradient, x, weight, mean, rstd, ctx.groups, to_x, to_weight, to_bias)
         return *derivatives, None, None, None
 
 

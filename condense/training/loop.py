@@ -224,7 +224,9 @@ def _train_stacked(
         assert shared is not None
         logits = forward(images, [images.shape[1]])
         # Batches are equally large: the sum of their means is K times the mean of all.
-        return torch.autograd.grad(len(students) * shared.source.loss(logits.flatten(0, 1), targets), leaves.values())
+        return torch.autograd.grad(
+            len(students) * shared.source.loss(logits.flatten(0, 1), targets), [*leaves.values()]
+        )
 
     gradients = GraphedFunction(compute_gradients, list(buffers.values()))
     saved = keeper.read()
