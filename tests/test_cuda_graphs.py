@@ -10,6 +10,8 @@ from torch import Tensor
 from condense import networks, rng
 from condense.cuda_graphs import MAX_SHAPES, GraphedFunction
 from condense.engine import BatchLoss, NetworkLoss, Target, unroll
+from condense.labels import HardLabels
+from condense.training import FixedSource, Student, TrainConfig, train
 
 pytestmark = pytest.mark.skipif(bool(reason_to_skip()), reason=reason_to_skip())
 
@@ -121,3 +123,34 @@ def test_an_unrolled_training_is_replayed(name, grad_mode):
         assert replays(log) >= 12
     for value, reference in zip(there, expected, strict=True):
         torch.testing.assert_close(value, reference, rtol=1e-4, atol=1e-5)
+
+
+class WithSpare(networks.Network):
+    """A network with a weight that no output depends on."""
+
+    def __init__(self):
+        super().__init__()
+        self.spare, self.classify = torch.nn.Parameter(torch.ones(3)), torch.nn.Linear(3 * 8 * 8, 4)
+
+    def embed(self, x, maps=None):
+        return x.flatten(1)
+
+
+def test_stacked_students_leave_unused_weights_alone():
+    config = TrainConfig(steps=4, batch=4, lr=0.1, momentum=0.9, weight_decay=0.1)
+
+    def trained(device):
+        labels, students = HardLabels(torch.arange(4).to(device), 4), []
+        for k in range(2):
+            with rng.seeded(k, "network"):
+                students.append(Student(WithSpare(), FixedSource(images(0).to(device), labels), k))
+        train(students, config, device=device)
+        return [{name: value.cpu() for name, value in each.network.state_dict().items()} for each in students]
+
+    expected = trained(torch.device("cpu"))
+    with pretended() as log:
+        there = trained(CUDA)
+        assert replays(log)
+    for ours, reference in zip(there, expected):
+        assert ours["spare"].tolist() == [1.0] * 3
+        torch.testing.assert_close(ours, reference)

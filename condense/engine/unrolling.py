@@ -269,7 +269,9 @@ def _step_back(
         adjoint = step_loss.loss.adjoint if hessian else step_loss.loss.biased_adjoint
         gradient, *slopes = adjoint(theta, kappa, *batch)
         depends = [x for x in batch if x.requires_grad]
-        of_leaves = torch.autograd.grad(depends, list(leaves.values()), slopes[: len(depends)], allow_unused=True)
+        of_leaves: Sequence[Tensor | None] = [None] * len(leaves)
+        if depends:
+            of_leaves = torch.autograd.grad(depends, list(leaves.values()), slopes[: len(depends)], allow_unused=True)
         return gradient, [*of_leaves, *slopes[len(depends) :]]
     theta = theta.detach().requires_grad_()
     (gradient,) = torch.autograd.grad(step_loss(theta, i), theta, create_graph=True)

@@ -220,13 +220,17 @@ def _train_stacked(
             logits = _by_group(functools.partial(stacked, leaves, buffers), images, sizes, 1)
         return logits.float()
 
+    used: list[Tensor] = []  # weights that the loss depends on
+
     def compute_gradients(images: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
         assert shared is not None
         logits = forward(images, [images.shape[1]])
         # Batches are equally large: the sum of their means is K times the mean of all.
-        return torch.autograd.grad(
-            len(students) * shared.source.loss(logits.flatten(0, 1), targets), [*leaves.values()]
-        )
+        loss = len(students) * shared.source.loss(logits.flatten(0, 1), targets)
+        weights = list(leaves.values())
+        found = torch.autograd.grad(loss, weights, allow_unused=True)
+        used[:] = [weight for weight, gradient in zip(weights, found) if gradient is not None]
+        return tuple(gradient for gradient in found if gradient is not None)
 
     gradients = GraphedFunction(compute_gradients, list(buffers.values()))
     saved = keeper.read()
@@ -259,7 +263,8 @@ def _train_stacked(
 
         weights = list(leaves.values())
         if update is None and shared is not None:
-            _set_gradients(weights, gradients(images, targets[0][0][1]))
+            computed = gradients(images, targets[0][0][1])
+            _set_gradients(used, computed)
         elif update is None:
             optimizer.zero_grad()
             loss().backward()
