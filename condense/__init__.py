@@ -23,12 +23,13 @@ if not os.path.isdir(os.path.join(os.path.dirname(__file__), "methods")) and os.
 if TYPE_CHECKING:
     from condense.api import distill, load, resume, task
     from condense.environment import keep_freed_memory
-    from condense.judge import evaluate, fit
+    from condense.judge import downstream, evaluate, fit
     from condense.sets import DistilledSet, join, relabel
 
 _PUBLIC = {
     "task": "condense.api",
     "distill": "condense.api",
+    "downstream": "condense.judge",
     "evaluate": "condense.judge",
     "load": "condense.api",
     "fit": "condense.judge",
@@ -44,6 +45,7 @@ __all__ = [
     "DistilledSet",
     "__version__",
     "distill",
+    "downstream",
     "evaluate",
     "fit",
     "join",

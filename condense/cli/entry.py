@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from condense.cli import files, judge, labels, listing, make, plan, pretrain
+from condense.cli import downstream, files, judge, labels, listing, make, plan, pretrain
 from condense.cli.parameters import EXIT_CODES, app
 from condense.cli.streams import printable_streams
 from condense.environment import keep_freed_memory
@@ -31,6 +31,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "teachers": pretrain.teachers,
     "scores": pretrain.scores,
     "evaluate": judge.evaluate,
+    "downstream": downstream.downstream,
     "suite": judge.suite,
     "leaderboard": judge.leaderboard,
     "lighten": labels.lighten,

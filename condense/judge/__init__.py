@@ -1,5 +1,6 @@
 """Evaluation: students trained on a set and on control arms under one protocol, and the record of the results."""
 
+from condense.judge.downstream_checks import downstream, format_downstream
 from condense.judge.evaluation import evaluate, fit
 from condense.judge.protocol import MAX_RUNS, OWN, Protocol, get_protocol, protocols
 from condense.judge.records import arm_name, environment, read_record
@@ -20,9 +21,11 @@ __all__ = [
     "arm_name",
     "compute_scores",
     "cross_architecture",
+    "downstream",
     "environment",
     "evaluate",
     "fit",
+    "format_downstream",
     "get_protocol",
     "main_entries",
     "protocols",

@@ -87,7 +87,7 @@ def evaluate(
         CondenseError: the data do not fit the set, an unknown network, protocol or control, or out of memory.
     """
     check_set(distilled)
-    rules = get_protocol(protocol or _default_protocol(distilled))
+    rules = get_protocol(protocol or default_protocol(distilled))
     torch_device = pick_device(device)
     pick_precision(precision, torch_device)  # checks the name
     seed = whole_number(seed, "--seed")
@@ -98,7 +98,7 @@ def evaluate(
         task = load_task(task, build_config(DataOptions, data_options(distilled), "the data"))
     if classes is not None:
         distilled, task = distilled.select_classes(classes), task.select_classes(classes)
-    _check(distilled, task, architectures, runs, controls)
+    check_data(distilled, task, architectures, runs, controls)
     precision = calibrate(precision, torch_device, architectures[0], task.shape, task.num_classes).precision
     # Ranks selects this rank's GPU, so it comes before the first tensor on the device.
     ranks = Ranks(torch_device, "run the same command again: trained students are kept")
@@ -239,7 +239,7 @@ def fit(
     """
     check_set(distilled)
     seed = whole_number(seed, "--seed")
-    rules = get_protocol(protocol or _default_protocol(distilled))
+    rules = get_protocol(protocol or default_protocol(distilled))
     torch_device = pick_device(device)
     if isinstance(network, nn.Module):
         net, compute = networks.as_network(network, distilled.shape, len(distilled.classes)), networks.ComputeConfig()
@@ -256,7 +256,7 @@ def fit(
     return network if isinstance(network, nn.Module) else net
 
 
-def _default_protocol(distilled: DistilledSet) -> str:
+def default_protocol(distilled: DistilledSet) -> str:
     """The protocol of the manifest, or the usual one of the label track."""
     return distilled.manifest.get("protocol") or ("dc-v1" if distilled.labels.is_hard else "dc-soft-v1")
 
@@ -268,7 +268,7 @@ def data_options(distilled: DistilledSet) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name not in PRUNING_OPTIONS}
 
 
-def _check(
+def check_data(
     distilled: DistilledSet,
     task: Task,
     architectures: Sequence[str | NetworkFactory],

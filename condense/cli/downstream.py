@@ -1,0 +1,81 @@
+"""The verb `downstream`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from condense.cli.parameters import Data, Device, Download, Force, Precision, Seed, SetFile, load_set, number_option
+from condense.errors import CondenseError
+
+
+def downstream(
+    file: SetFile,
+    data: Data,
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="settings of the data; by default those of the set")
+    ] = None,
+    checks: Annotated[
+        str, typer.Option(help="some of robustness,privacy,continual,ranking; the last one trains many networks")
+    ] = "robustness,privacy,continual",
+    network: Annotated[str | None, typer.Option(help="architecture; by default that of the set")] = None,
+    runs: Annotated[
+        int | None,
+        number_option("--runs", int, "students per arm; by default the number of the protocol", maximum=10_000),
+    ] = None,
+    protocol: Annotated[
+        str | None, typer.Option(help="a name of `condense ls protocols`; by default that of the set")
+    ] = None,
+    class_steps: Annotated[
+        int, number_option("--class-steps", int, "groups of classes of the check `continual`", maximum=10_000)
+    ] = 5,
+    widths: Annotated[str, typer.Option(help="A,B,...: widths of the ConvNets that `ranking` trains")] = "16,32",
+    seed: Seed = 0,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    out: Annotated[Path | None, typer.Option("--json", help="file to write the record to")] = None,
+    download: Download = False,
+    force: Force = False,
+) -> None:
+    """Measures what a set is good for besides accuracy, beside random images of the same bytes."""
+    from condense import api, config, judge
+    from condense.files import check_writable, write_json
+    from condense.judge import evaluation
+
+    distilled = load_set(file)
+    if out is not None:
+        check_writable(out, force=force)
+    real = api.task(
+        data, download=download, **evaluation.data_options(distilled) | config.parse_overrides(settings or [])
+    )
+    record = judge.downstream(
+        distilled,
+        real,
+        checks=checks.split(","),
+        network=network,
+        runs=runs,
+        protocol=protocol,
+        steps=class_steps,
+        widths=_numbers("--widths", widths),
+        seed=seed,
+        device=device,
+        precision=precision,
+        quiet=False,
+    )
+    print(
+        f"{distilled.name} on {real.name}, {record['protocol']['name']}, {record['network']}; mean ± std of "
+        f"{record['runs']} students; {record['random_images']:,} random images have the bytes of the set"
+    )
+    print(judge.format_downstream(record))
+    if out is not None:
+        write_json(out, record)
+        print(f"record: {out}")
+
+
+def _numbers(flag: str, text: str) -> list[int]:
+    words = text.split(",")
+    if not all(word.isascii() and word.isdigit() and 0 < int(word) < 10_000 for word in words):
+        raise CondenseError(f"{flag} {text}: must be whole numbers from 1 to 9,999, joined by commas")
+    return [int(word) for word in words]
