@@ -107,6 +107,10 @@ LINES: dict[str, Sequence[str]] = {
         "--classes 0,1 --seed 1 --json new.json",
         "evaluate set.h5 --data tiny.npz --runs 1 --no-cache --without-augmentation --device cpu --precision fp32",
     ),
+    "downstream": (
+        "downstream set.h5 --data tiny.npz --checks privacy,continual --network mlp --runs 1 --protocol quick-v1 "
+        "--class-steps 1 --widths 2 --seed 0 --json new.json --device cpu",
+    ),
     "suite": ("suite mini.yaml --out new --data tiny=tiny.npz --methods random --datasets tiny --device cpu",),
     "leaderboard": ("leaderboard --out page --results records",),
     "lighten": ("lighten set.h5 --labels hard --out new.h5 smoothing=0.1 --data tiny.npz --device cpu",),
@@ -128,6 +132,7 @@ LIMITS: dict[str, Sequence[str]] = {
     "teachers": ("--count", "1", "--epochs", "1"),
     "scores": ("score_epochs=2", "score_networks=1"),
     "evaluate": ("--runs", "1"),
+    "downstream": ("--runs", "1", "--checks", "privacy"),
     "suite": ("--methods", "random", "--datasets", "tiny"),
     "labels": ("--runs", "1", "--kinds", "own"),
 }

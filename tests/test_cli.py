@@ -35,6 +35,7 @@ VERBS = (
     "distill",
     "resume",
     "evaluate",
+    "downstream",
     "suite",
     "verify",
     "preview",
