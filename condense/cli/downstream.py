@@ -39,7 +39,7 @@ def downstream(
     download: Download = False,
     force: Force = False,
 ) -> None:
-    """Measures what a set is good for besides accuracy, beside random images of the same bytes."""
+    """Measures robustness, privacy and further uses of a set."""
     from condense import api, config, judge
     from condense.files import check_writable, write_json
     from condense.judge import evaluation
