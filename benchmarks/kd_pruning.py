@@ -1,4 +1,4 @@
-"""Subsets of real images with and without a teacher's labels: ``python -m condense.benchmarks.kd_pruning --data NAME=PATH``.
+"""Subsets of real images with and without a teacher's labels: ``python -m condense.benchmarks.kd_pruning --data DATA``.
 
 The table of "Distilling the Knowledge in Data Pruning": subsets at random and by scores, labels of the class or of a
 strong or a weak teacher, several sizes. Every student makes the same steps. Teachers and the scores are trained once.
@@ -49,7 +49,7 @@ def table(found: dict[tuple[int, str, str], list[float]]) -> str:
 def _main(arguments: Sequence[str]) -> int:
     parser = Parser(prog="python -m condense.benchmarks.kd_pruning", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--data", required=True, help="real images, as for `condense distill`")
-    parser.add_argument("--out", type=Path, required=True, help="folder for teachers, scores, sets, records and the table")
+    parser.add_argument("--out", type=Path, required=True, help="folder for all files and the table")
     parser.add_argument("--ipc", default="50,250", help="images per class of the subsets, A,B,...")
     parser.add_argument("--network", default="convnet-d3-w32-in", help="of students and of the strong teacher")
     parser.add_argument("--weak", default="convnet-d3-w8-in", help="network of the weak teacher and of the scores")
@@ -69,8 +69,9 @@ def _main(arguments: Sequence[str]) -> int:
     train_teacher(teachers["weak"], data, options.weak, options.weak_epochs, of_data)
     scores = out / "scores.h5"
     if not scores.exists():
+        early = max(1, options.score_epochs // 2)
         line = ["scores", "--data", data, "--network", options.weak, "--out", str(scores)]
-        run_condense(*line, f"score_epochs={options.score_epochs}", f"score_early={max(1, options.score_epochs // 2)}", *of_data)
+        run_condense(*line, f"score_epochs={options.score_epochs}", f"score_early={early}", *of_data)
     found: dict[tuple[int, str, str], list[float]] = {}
     for seed in range(options.seeds):
         for ipc in map(int, options.ipc.split(",")):

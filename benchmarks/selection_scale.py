@@ -1,4 +1,4 @@
-"""Time and memory of selectors on random features, and growth per doubling: ``python -m condense.benchmarks.selection_scale``.
+"""Time, memory and growth of selectors on random features: ``python -m condense.benchmarks.selection_scale``.
 
 Each measurement is a process of its own. Times are those of the processor, so that other processes hardly change them.
 """
@@ -47,6 +47,8 @@ def clustered_features(points: int, dimensions: int) -> Tensor:
 
 def measure(name: str, points: int, count: int, dimensions: int, classes: int, answer: Any) -> None:
     """Sends what one selection took: seconds of the processor and of the clock, and peak memory in bytes."""
+    import sklearn.cluster  # noqa: F401  # seconds that are no part of a selection
+
     torch.set_num_threads(1)
     features = clustered_features(points, dimensions)
     labels = np.arange(points) * classes // points

@@ -9,12 +9,13 @@ from condense.engine.checkpoint import (
     Interrupted,
 )
 from condense.engine.optimizer import ParamGroup, SyntheticOptimizer
-from condense.engine.real_batches import BATCHES, RealBatches, RealBatchOptions
+from condense.engine.real_batches import BATCH_DEFAULTS, BATCHES, RealBatches, RealBatchOptions
 from condense.engine.run import Run, Step
 from condense.engine.unrolling import GRAD_MODES, StepLoss, Target, UnrollResult, check_unroll_options, unroll
 
 __all__ = [
     "BATCHES",
+    "BATCH_DEFAULTS",
     "CHECKPOINT_FILE",
     "GRAD_MODES",
     "PREVIOUS_CHECKPOINT_FILE",

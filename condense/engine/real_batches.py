@@ -21,6 +21,9 @@ from condense.sets import SyntheticOptions
 BATCHES = ("random", "cluster")
 """Values of ``batch``."""
 
+BATCH_DEFAULTS = {"batch": "random", "cluster_steps": 10, "cluster_pool": None}
+"""Settings that the keys of earlier runs do not have, and their defaults."""
+
 
 @dataclass(frozen=True)
 class RealBatchOptions(SyntheticOptions):
