@@ -9,6 +9,7 @@ import torch
 from conftest import command_line, tiny_archive, tiny_arrays
 from scipy.optimize import linprog
 from scipy.stats import beta as beta_distribution
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import condense
 from condense import api, rng, selection
@@ -682,3 +683,48 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
     assert done.code == 0, done.err
     assert condense.load(tmp_path / "tiny-kmeans-ipc2.h5").stored.dtype == torch.uint8
     assert tiny_arrays()[0].dtype == np.uint8 and selection.BALANCES == ("class", "free")
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the number of values of the largest tensor that an operation returns."""
+
+    values = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.values = max(self.values, tensor.numel())
+        return result
+
+
+def errors_and_features(features):
+    return LastLayerGradients(features[:, :4].softmax(1) - 0.25, features)
+
+
+SELECTORS = {
+    "herding": lambda features: herding(features, 8),
+    "kcenter": lambda features: k_center(features, 8, 0),
+    "kmeans": lambda features: nearest_to_centroids(features, 8, 0),
+    "moderate": lambda features: moderate(features, 8),
+    "graphcut": lambda features: graph_cut(CosineKernel(features), 8),
+    "graphcut of gradients": lambda features: graph_cut(GradientCosineKernel(errors_and_features(features)), 8),
+    "facility": lambda features: facility_location(CosineKernel(features), 8),
+    "craig": lambda features: facility_location(GradientDistanceKernel(errors_and_features(features)), 8),
+    "gradmatch": lambda features: gradient_match(errors_and_features(features), 8, 1.0)[0],
+    "d2": lambda features: selection.graph_of_neighbours(features, 8)[0][:8, 0],
+}
+
+
+@pytest.mark.parametrize("name", SELECTORS)
+def test_no_selector_holds_a_matrix_of_all_pairs(name):
+    """All classes together: the largest tensor is the input or a block of rows."""
+    count, dimensions = 2500, 8
+    features = points(count, dimensions).float()
+    with LargestTensor() as largest:
+        chosen = SELECTORS[name](features)
+    assert len(chosen) == 8
+    assert 8 * count <= largest.values <= 1024 * count < count * count / 2
