@@ -65,8 +65,8 @@ class PatchDecoder(nn.Module):
         inputs = {1: channels + 1, 2: WIDTH, 4: WIDTH}
         self.hidden = nn.ModuleList(nn.Conv2d(c, WIDTH, 3, padding=d, dilation=d) for d, c in inputs.items())
         self.last = nn.Conv2d(WIDTH, channels, 3, padding=1)
-        nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias)
+        for parameter in self.last.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, images: Tensor, dropped: Tensor) -> Tensor:
         """Rebuilds the pixels ``dropped``, bool (N,1,H,W), of images (N,C,H,W) in [0,1] without reading them."""
