@@ -15,11 +15,11 @@ from condense import networks
 from condense.augment import make_augmentation
 from condense.config import require_one_of, require_range
 from condense.data import Task
-from condense.engine import ParamGroup, Run
+from condense.engine import ParamGroup, RealBatches, RealBatchOptions, Run
 from condense.errors import CondenseError
 from condense.methods.distribution_matching import class_means, distribution_loss
 from condense.registry import method
-from condense.sets import SyntheticOptions, SyntheticSet
+from condense.sets import SyntheticSet
 
 
 def attention(maps: Tensor, power: float) -> Tensor:
@@ -82,7 +82,7 @@ PRESETS = {
 
 
 @dataclass(frozen=True)
-class DataDAM(SyntheticOptions):
+class DataDAM(RealBatchOptions):
     """Hyper-parameters of DataDAM, with the defaults of the released program."""
 
     preset: str = "code"
@@ -157,11 +157,12 @@ def datadam(task: Task, config: DataDAM, run: Run) -> SyntheticSet:
             )
     coupled = networks.uses_batch_statistics(net)
     chunk = None if coupled else run.forward_chunk_size()
+    batches = RealBatches(run, net, config, config.batch_real)
     for step in run.optimise(synthetic, config.total_steps(run.ipc), sharded=not coupled, images=images):
         net = step.network()
         views = augment.draw(step.draws("augment"), task.num_classes, task.shape[1:])  # one row per class: siamese
         for classes in [list(range(task.num_classes))] if coupled else run.class_chunks(config.batch_real):
-            real, truth = run.task.per_class(config.batch_real, step.key("real"), classes)
+            real, truth = batches.draw(step, net, classes)
             with torch.no_grad(), run.autocast():
                 target = layer_means(net, augment.apply(real, views, truth), truth, classes, power, chunk)
             fake, labels = synthetic.decode(classes)

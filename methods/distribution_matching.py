@@ -20,10 +20,10 @@ from condense.augment import make_augmentation
 from condense.config import require_range
 from condense.data import Task
 from condense.device import upload
-from condense.engine import ParamGroup, Run, Step
+from condense.engine import ParamGroup, RealBatches, RealBatchOptions, Run, Step
 from condense.pretraining import SnapshotOptions, load_or_train_snapshots
 from condense.registry import method
-from condense.sets import SyntheticOptions, SyntheticSet
+from condense.sets import SyntheticSet
 
 
 def class_means(features: Tensor, labels: Tensor, classes: list[int]) -> Tensor:
@@ -59,7 +59,7 @@ def real_class_means(
 
 
 @dataclass(frozen=True)
-class DM(SyntheticOptions):
+class DM(RealBatchOptions):
     """Hyper-parameters of DM, with the defaults of the paper's CIFAR-10 table."""
 
     steps: int = 20000
@@ -98,12 +98,14 @@ def dm(task: Task, config: DM, run: Run) -> SyntheticSet:
     synthetic = SyntheticSet.create(task, run.ipc, config, seed=run.seed, device=run.device)
     augment = make_augmentation(config.augment, variant=config.augment_variant, mirror=task.mirror)
     images = ParamGroup(lr=config.lr_img, momentum=config.momentum)
-    coupled = networks.uses_batch_statistics(run.random_network(0))
+    net = run.random_network(0)
+    coupled = networks.uses_batch_statistics(net)
+    batches = RealBatches(run, net, config, config.batch_real)
     for step in run.optimise(synthetic, config.steps, sharded=not coupled, images=images):
         net = step.network()
         views = augment.draw(step.draws("augment"), task.num_classes, task.shape[1:])  # one row per class: siamese
         for classes in [list(range(task.num_classes))] if coupled else run.class_chunks(config.batch_real):
-            real, real_labels = run.task.per_class(config.batch_real, step.key("real"), classes)
+            real, real_labels = batches.draw(step, net, classes)
             real = augment.apply(real, views, real_labels)
             target = real_class_means(
                 net, real, real_labels, classes, run, None if coupled else run.forward_chunk_size()
@@ -131,7 +133,7 @@ def class_groups(net: networks.Network, run: Run, batch_real: int) -> Iterator[l
 
 
 @dataclass(frozen=True)
-class IDM(SyntheticOptions, SnapshotOptions):
+class IDM(RealBatchOptions, SnapshotOptions):
     """Hyper-parameters of IDM, with the released CIFAR-10 settings."""
 
     init: str = "collage"
@@ -251,6 +253,7 @@ def idm(task: Task, config: IDM, run: Run) -> SyntheticSet:
     net = run.random_network(0).eval()
     queue = simulate_queue(config.steps, config.queue_interval, rng.Draws(run.seed, "queue")) if config.queue else []
     images = ParamGroup(lr=config.lr_img / (1 - config.momentum))
+    batches = RealBatches(run, net, config, config.batch_real)
     for step in run.optimise(synthetic, config.steps, sharded=True, images=images):
         if queue:
             number, turns, has_weight = queue[step.index]
@@ -263,7 +266,7 @@ def idm(task: Task, config: IDM, run: Run) -> SyntheticSet:
         weight = config.ce_weight * 100 * training_accuracy(net, run, step) if has_weight else 0.0
         views = augment.draw(step.draws("augment"), task.num_classes, task.shape[1:])  # one row per class: siamese
         for classes in class_groups(net, run, config.batch_real):
-            real, truth = run.task.per_class(config.batch_real, step.key("real"), classes)
+            real, truth = batches.draw(step, net, classes)
             real = augment.apply(real, views, truth)
             target = real_class_means(net, real, truth, classes, run, run.forward_chunk_size())
             fake, labels = synthetic.decode(classes)
@@ -275,7 +278,7 @@ def idm(task: Task, config: IDM, run: Run) -> SyntheticSet:
 
 
 @dataclass(frozen=True)
-class DANCE(SyntheticOptions, SnapshotOptions):
+class DANCE(RealBatchOptions, SnapshotOptions):
     """Hyper-parameters of DANCE, with the released CIFAR settings."""
 
     init: str = "collage"
@@ -343,6 +346,7 @@ def dance(task: Task, config: DANCE, run: Run) -> SyntheticSet:
     coupled = networks.uses_batch_statistics(middle)
     rate = 0.01 * run.ipc if config.lr_img is None else config.lr_img
     images = ParamGroup(lr=rate / (1 - config.momentum), clamp=(0.0, 1.0))
+    batches = RealBatches(run, middle, config, config.batch_real)
     for step in run.optimise(synthetic, config.steps, sharded=True, images=images):
         draws = step.draws("expert")
         number, share = int(draws.integers(experts.networks, 1)), float(draws.uniform(1))
@@ -356,7 +360,7 @@ def dance(task: Task, config: DANCE, run: Run) -> SyntheticSet:
         )
         views = augment.draw(step.draws("augment"), task.num_classes, task.shape[1:])  # one row per class: siamese
         for classes in class_groups(middle, run, config.batch_real):
-            real, truth = run.task.per_class(config.batch_real, step.key("real"), classes)
+            real, truth = batches.draw(step, middle, classes)
             real = augment.apply(real, views, truth)
             target = real_class_means(middle, real, truth, classes, run, None if coupled else run.forward_chunk_size())
             fake, labels = synthetic.decode_sample(classes, config.batch_syn_max, step.key("matched"))

@@ -20,12 +20,12 @@ from condense import augment, networks, rng
 from condense.config import require_one_of, require_range
 from condense.data import Task
 from condense.device import on_host, upload_indices
-from condense.engine import ParamGroup, Run, Step
+from condense.engine import ParamGroup, RealBatches, RealBatchOptions, Run, Step
 from condense.errors import CondenseError
 from condense.labels import HardLabels
 from condense.pretraining import SnapshotOptions, load_or_train_snapshots
 from condense.registry import method
-from condense.sets import SyntheticOptions, SyntheticSet
+from condense.sets import SyntheticSet
 from condense.training import FixedSource, Student, TrainConfig, train
 
 COSINE_EPS = 1e-6
@@ -177,7 +177,7 @@ def train_on_synthetic(
 
 
 @dataclass(frozen=True)
-class DC(SyntheticOptions):
+class DC(RealBatchOptions):
     """Hyper-parameters of DC, with the defaults of the paper's tables."""
 
     init: str = "noise"
@@ -241,6 +241,7 @@ def dc(task: Task, config: DC, run: Run) -> SyntheticSet:
     net = run.random_network(0).requires_grad_(True)
     run.register_state("network", net)
     images = ParamGroup(lr=config.lr_img, momentum=config.momentum)
+    batches = RealBatches(run, net, config, config.batch_real)
     for step in run.optimise(synthetic, config.total_steps(run.ipc), sharded=True, images=images):
         number, position = divmod(step.index, outer)
         if position == 0:
@@ -249,7 +250,7 @@ def dc(task: Task, config: DC, run: Run) -> SyntheticSet:
         views = augmentation.draw(step.draws("augment"), task.num_classes, task.shape[1:])  # a row per class: siamese
         weights = matched_weights(net)
         for group in run.stacked_classes(config.batch_real):
-            real, truth = run.task.per_class(config.batch_real, step.key("real"), group)
+            real, truth = batches.draw(step, net, group)
             target = real_gradients(net, augmentation.apply(real, views, truth), truth, weights, run, len(group))
             fake, labels = by_class(*synthetic.decode(group))
             fake = augmentation.apply(fake, views, labels)
@@ -329,6 +330,7 @@ def dcc(task: Task, config: DCC, run: Run) -> SyntheticSet:
     net = run.random_network(0).requires_grad_(True)
     run.register_state("network", net)
     images, steps = ParamGroup(lr=config.lr_img, momentum=config.momentum), config.total_steps(run.ipc)
+    batches = RealBatches(run, net, config, config.batch_real)
     for step in run.optimise(synthetic, steps, sharded=False, images=images):
         number, position = divmod(step.index, outer)
         if position == 0:
@@ -339,7 +341,7 @@ def dcc(task: Task, config: DCC, run: Run) -> SyntheticSet:
         make_class_batches = number < config.warm_share * math.ceil(steps / outer) and position < config.warm_steps
         targets = []
         for c in range(task.num_classes):
-            real, truth = run.task.per_class(config.batch_real, step.key("real"), [c])
+            real, truth = batches.draw(step, net, [c])
             targets.append(real_gradients(net, augmentation.apply(real, views, truth), truth, weights, run))
             if make_class_batches:
                 fake, labels = synthetic.decode([c])
@@ -396,7 +398,7 @@ DISTANCES: dict[str, Callable[[Iterable[Tensor], Iterable[Tensor]], Tensor]] = {
 
 
 @dataclass(frozen=True)
-class IDC(SyntheticOptions, SnapshotOptions):
+class IDC(RealBatchOptions, SnapshotOptions):
     """Hyper-parameters of IDC, with the released CIFAR settings."""
 
     init: str = "collage"
@@ -480,13 +482,14 @@ def idc(task: Task, config: IDC, run: Run) -> SyntheticSet:
         run, config.recipe(task), count=config.networks, units=config.snapshots - 1, unit_steps=config.net_steps
     )
     images = ParamGroup(lr=config.rate(run.ipc, task.shape) / (1 - config.momentum), clamp=(0.0, 1.0))
+    batches = RealBatches(run, net, config, config.batch_real)
     for step in run.optimise(synthetic, config.steps, sharded=True, images=images):
         training, position = divmod(step.index, snapshots.snapshots)
         number = int(rng.Draws(run.seed, "training", training).integers(snapshots.networks, 1))
         snapshots.load(net, number, position)
         views = augmentation.draw(step.draws("augment"), task.num_classes, task.shape[1:])  # a row per class: siamese
         for group in run.stacked_classes(config.batch_real):
-            real, truth = run.task.per_class(config.batch_real, step.key("real"), group)
+            real, truth = batches.draw(step, net, group)
             target = real_gradients(net, augmentation.apply(real, views, truth), truth, weights, run, len(group))
             fake, labels = by_class(*synthetic.decode_sample(group, config.batch_syn_max, step.key("matched")))
             fake = augmentation.apply(fake, views, labels)

@@ -9,6 +9,7 @@ import torch
 from conftest import command_line, tiny_archive, tiny_arrays
 from scipy.optimize import linprog
 from scipy.stats import beta as beta_distribution
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import condense
 from condense import api, rng, selection
@@ -19,9 +20,9 @@ from condense.judge import get_protocol
 from condense.labels import SoftLabels
 from condense.methods.selection import dq as dq_module
 from condense.methods.selection import kdprune as kdprune_module
+from condense.methods.selection import patches, settings
 from condense.methods.selection import pca as pca_module
 from condense.methods.selection import rad as rad_module
-from condense.methods.selection import settings
 from condense.registry import METHODS
 from condense.selection import (
     CosineKernel,
@@ -484,6 +485,74 @@ def test_dq_samples_every_bin_evenly(tiny):
         assert [len(chosen & set(members[rows].tolist())) for rows in bins] == [2, 2, 2]
 
 
+class ChannelMeans(torch.nn.Module):
+    """Logit k is the mean of channel k, whose map is the image itself: Grad-CAM of class k is channel k / (H W)."""
+
+    def embed(self, images, maps=None):
+        maps.append(images * 1.0)
+        return maps[-1].flatten(2).mean(2)
+
+    def classify(self, embedding):
+        return embedding
+
+
+def test_grad_cam_of_a_network_that_averages_channels_is_the_mean_of_the_channel_in_each_patch():
+    images = torch.zeros(2, 3, 4, 4)
+    images[0, 1, :2, :2], images[0, 1, 2:, 2:], images[0, 2] = 1.0, -5.0, 9.0
+    images[1, 0, :2, 2:] = 2.0
+    found = patches.grad_cam(ChannelMeans(), images, torch.tensor([1, 0]), 2)
+    assert (16 * found).tolist() == [[[1, 0], [0, 0]], [[0, 2], [0, 0]]]
+
+
+def test_the_least_important_patches_are_dropped_pixel_by_pixel():
+    importance = torch.tensor([[[0.3, 0.1], [0.2, 0.9]], [[0.0, 0.0], [0.0, 0.0]]])
+    assert patches.least_important(importance, 2, 1)[:, 0].tolist() == [
+        [[False, True], [True, False]],
+        [[True, True], [False, False]],
+    ]
+    whole = patches.least_important(importance, 2, 2)
+    assert whole.shape == (2, 1, 4, 4) and whole[0, 0, :2, 2:].all() and whole[0, 0, 2:, :2].all()
+    assert int(whole[0].sum()) == 8
+    filled = patches.fill_with_mean(torch.arange(16.0).view(1, 1, 4, 4), whole[:1])
+    assert filled[0, 0, 0].tolist() == [0.0, 1.0, 7.5, 7.5]
+
+
+def test_the_patch_decoder_keeps_visible_pixels_and_learns_to_rebuild_the_others():
+    """Images are slopes, which neighbours tell and the mean does not."""
+    ramp = torch.linspace(0, 255, 8)
+    shifts = torch.arange(40)[:, None, None]
+    images = (0.5 * (ramp[:, None] * (shifts % 2) + ramp[None] * (1 - shifts % 2)) + 3 * shifts).clamp(0, 255)
+    images = images.round().to(torch.uint8)[:, None].numpy()
+    labels = np.arange(40) % 2
+    task = condense.task((images, labels, images, labels), name="slopes")
+    decoder = patches.train_decoder(run_of(task), 2, 4, 60)
+    pixels = task.pixels(torch.arange(40))
+    missing = patches.least_important(rng.Draws(*DRAWS).uniform(40 * 16).view(40, 4, 4), 4, 2)
+    rebuilt = decoder(pixels, missing)
+    assert torch.equal(rebuilt[~missing], pixels[~missing])
+    assert torch.equal(rebuilt, decoder(torch.where(missing, 7.0, pixels), missing))  # dropped pixels are not read
+    plain = patches.fill_with_mean(pixels, missing)
+    assert (rebuilt - pixels)[missing].square().mean() < 0.5 * (plain - pixels)[missing].square().mean()
+
+
+@pytest.mark.parametrize("rebuild", ["mean", "decoder"])
+def test_dq_changes_the_dropped_patches_only_and_states_the_bytes(rebuild, tiny):
+    options = {"network": NETWORK, "teacher_epochs": 1, "teacher_batch": 12, "bins": 2}
+    whole = condense.distill("dq", tiny, 4, **options)
+    made = condense.distill("dq", tiny, 4, **options, drop=0.25, patch=2, rebuild=rebuild, decoder_steps=3)
+    changed = (made.stored != whole.stored).view(12, 4, 2, 4, 2).any(4).any(2).flatten(1)
+    assert made.stored.dtype == torch.uint8 and int(changed.sum()) > 0 and int(changed.sum(1).max()) <= 4
+    facts = made.manifest["patches"]
+    assert (facts["dropped"], facts["of"], facts["visible_bytes"], facts["mark_bytes"]) == (4, 16, 12 * 48, 24)
+    weights = 9 * (2 * 32 + 2 * 32 * 32 + 32) + 3 * 32 + 1
+    assert facts["decoder_bytes"] == (4 * weights if rebuild == "decoder" else 0)
+
+
+def test_patches_that_do_not_cover_the_image_are_refused(tiny):
+    with pytest.raises(CondenseError, match="patch=3: does not divide the 8x8 pixels"):
+        condense.distill("dq", tiny, 2, network=NETWORK, teacher_epochs=1, teacher_batch=12, drop=0.2, patch=3)
+
+
 # -- combined and labelled images -------------------------------------------------------------------------------------
 
 
@@ -614,3 +683,48 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
     assert done.code == 0, done.err
     assert condense.load(tmp_path / "tiny-kmeans-ipc2.h5").stored.dtype == torch.uint8
     assert tiny_arrays()[0].dtype == np.uint8 and selection.BALANCES == ("class", "free")
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the number of values of the largest tensor that an operation returns."""
+
+    values = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.values = max(self.values, tensor.numel())
+        return result
+
+
+def errors_and_features(features):
+    return LastLayerGradients(features[:, :4].softmax(1) - 0.25, features)
+
+
+SELECTORS = {
+    "herding": lambda features: herding(features, 8),
+    "kcenter": lambda features: k_center(features, 8, 0),
+    "kmeans": lambda features: nearest_to_centroids(features, 8, 0),
+    "moderate": lambda features: moderate(features, 8),
+    "graphcut": lambda features: graph_cut(CosineKernel(features), 8),
+    "graphcut of gradients": lambda features: graph_cut(GradientCosineKernel(errors_and_features(features)), 8),
+    "facility": lambda features: facility_location(CosineKernel(features), 8),
+    "craig": lambda features: facility_location(GradientDistanceKernel(errors_and_features(features)), 8),
+    "gradmatch": lambda features: gradient_match(errors_and_features(features), 8, 1.0)[0],
+    "d2": lambda features: selection.graph_of_neighbours(features, 8)[0][:8, 0],
+}
+
+
+@pytest.mark.parametrize("name", SELECTORS)
+def test_no_selector_holds_a_matrix_of_all_pairs(name):
+    """All classes together: the largest tensor is the input or a block of rows."""
+    count, dimensions = 2500, 8
+    features = points(count, dimensions).float()
+    with LargestTensor() as largest:
+        chosen = SELECTORS[name](features)
+    assert len(chosen) == 8
+    assert 8 * count <= largest.values <= 1024 * count < count * count / 2

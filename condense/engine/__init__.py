@@ -9,6 +9,7 @@ from condense.engine.checkpoint import (
     Interrupted,
 )
 from condense.engine.optimizer import ParamGroup, SyntheticOptimizer
+from condense.engine.real_batches import BATCH_DEFAULTS, BATCHES, RealBatches, RealBatchOptions
 from condense.engine.run import Run, Step
 from condense.engine.unrolling import (
     GRAD_MODES,
@@ -22,6 +23,8 @@ from condense.engine.unrolling import (
 )
 
 __all__ = [
+    "BATCHES",
+    "BATCH_DEFAULTS",
     "CHECKPOINT_FILE",
     "GRAD_MODES",
     "PREVIOUS_CHECKPOINT_FILE",
@@ -32,6 +35,8 @@ __all__ = [
     "Interrupted",
     "NetworkLoss",
     "ParamGroup",
+    "RealBatchOptions",
+    "RealBatches",
     "Run",
     "Step",
     "StepLoss",

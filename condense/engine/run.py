@@ -221,7 +221,8 @@ class Run:
             self._elapsed_before += seconds
 
     def note(self, name: str, facts: Mapping[str, Any]) -> None:
-        """Records ``facts`` for the manifest: ``preparation``, ``trajectories``, ``teachers`` or ``scores``."""
+        """Records ``facts`` for the manifest: ``preparation``, ``trajectories``, ``teachers``,
+        ``scores`` or ``patches``."""
         self.notes[name] = dict(facts)
 
     def estimate(self, stage: str, seconds: float) -> None:

@@ -16,7 +16,13 @@ from condense import networks
 from condense.config import build_config
 from condense.data import Task
 from condense.device import pick_device
-from condense.engine import CHECKPOINT_FILE, PREVIOUS_CHECKPOINT_FILE, VIEW_LABELS_FILE, VIEW_LABELS_STATE_FILE
+from condense.engine import (
+    BATCH_DEFAULTS,
+    CHECKPOINT_FILE,
+    PREVIOUS_CHECKPOINT_FILE,
+    VIEW_LABELS_FILE,
+    VIEW_LABELS_STATE_FILE,
+)
 from condense.errors import CondenseError
 from condense.files import write_json
 from condense.hdf5 import schema_mistake
@@ -116,6 +122,8 @@ class Job:
             del parts[name]
         if not parts["architecture"]:
             del parts["architecture"]  # keys of earlier versions do not have it
+        settings = parts["settings"]  # keys of earlier versions do not have those of real batches
+        parts["settings"] = {k: v for k, v in settings.items() if k not in BATCH_DEFAULTS or v != BATCH_DEFAULTS[k]}
         parts |= more
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

@@ -69,7 +69,7 @@ def to_distilled(job: Job, entry: Method, real: Task, run: Run, synthetic: Synth
     stored = synthetic.images.detach().cpu()
     preparation = run.notes.get("preparation", {})
     # Experts and teachers in a file of the user do not count towards the time limit, but they are part of the cost.
-    kinds = ("trajectories", "teachers", "scores")
+    kinds = ("trajectories", "teachers", "scores", "patches")
     pretraining = {name: facts for name, facts in run.notes.items() if name in kinds and facts}
     seconds = preparation.get("seconds", sum(facts.get("seconds", 0.0) for facts in pretraining.values()))
     manifest = {

@@ -122,9 +122,11 @@ def nearest_to_centroids(points: Tensor, count: int, key: int) -> Tensor:
     """
     from sklearn.cluster import KMeans, MiniBatchKMeans
     from sklearn.exceptions import ConvergenceWarning
+    from threadpoolctl import threadpool_limits
 
     points = points.cpu()
-    with warnings.catch_warnings():
+    # One thread: threads meet after every few points, and where other processes run, each meeting costs a time slice.
+    with warnings.catch_warnings(), threadpool_limits(1):
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer different points than centroids: some are equal
         options = {"n_clusters": count, "n_init": 1, "random_state": key % 2**31}
         few = len(points) <= LLOYD_POINTS

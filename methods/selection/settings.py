@@ -100,13 +100,13 @@ def embed_images(config: EmbeddingOptions, run: Run) -> Tensor:
     """Features of all train images, float32 (n, D), on the run's device."""
     if config.embedding == "pixels":
         return torch.cat([run.task.pixels(ids).flatten(1) for ids in run.train_id_chunks()])
-    net = run.random_network(0) if config.embedding == "random" else _teacher(config, run)
+    net = run.random_network(0) if config.embedding == "random" else teacher_network(config, run)
     return torch.cat([_forward(run, net, ids) for ids in run.train_id_chunks()])
 
 
 def last_layer_gradients(config: TeacherOptions, run: Run) -> LastLayerGradients:
     """Gradients of the cross-entropy of all train images with respect to the last layer of a teacher."""
-    net, features, errors = _teacher(config, run), [], []
+    net, features, errors = teacher_network(config, run), [], []
     for ids in run.train_id_chunks():
         features.append(_forward(run, net, ids))
         labels = torch.from_numpy(run.task.train.labels[ids.numpy()]).to(run.device)
@@ -133,7 +133,8 @@ def select_images(config: Budget, run: Run, choose: Callable[[Tensor, int, int],
     return SyntheticSet.select(task, ids)
 
 
-def _teacher(config: TeacherOptions, run: Run) -> networks.Network:
+def teacher_network(config: TeacherOptions, run: Run) -> networks.Network:
+    """The network that features and gradients are taken from: the first of the run's teachers, in eval mode."""
     member = get_committee(config, run).members[0]
     networks.require_embedding(member.network, member.name, run.name)
     return member.network
