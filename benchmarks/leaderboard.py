@@ -430,7 +430,7 @@ def _bytes_chart(id: str, rows: list[Row], looks: Looks) -> Chart | None:
     for row in rows:
         at = {"1": row.set["bytes"]["total"]}
         points.append(_point(row, at, looks, size(row.set["bytes"]["total"])))
-        for arm in ("random", "random-bytes", "full-equal"):
+        for arm in ("random", "random-bytes", "full-equal", "rs2"):
             control = row.control(arm)
             if control:
                 points.append(_control_point(row, control, at, "beside a set of " + size(at["1"])))
@@ -445,7 +445,7 @@ def _time_chart(id: str, rows: list[Row], looks: Looks) -> Chart | None:
     for row in timed:
         points.append(_point(row, row.time["total"], looks, f"{duration(row.time['total']['1'])} for one network"))
     for row in rows:
-        for arm in ("random", "random-bytes", "full", "full-equal"):
+        for arm in ("random", "random-bytes", "full", "full-equal", "rs2"):
             control = row.control(arm)
             times = _time(row.record, control) if control else {}
             if control and all(times["total"].values()):

@@ -30,7 +30,7 @@ def evaluate(
         str | None, typer.Option(help="a name of `condense ls protocols`; by default that of the set")
     ] = None,
     controls: Annotated[
-        str, typer.Option(help="control arms: random,random-hard,random-bytes,noise,full,full-equal, or none")
+        str, typer.Option(help="control arms: random,random-hard,random-bytes,noise,full,full-equal,rs2, or none")
     ] = "random",
     without_augmentation: Annotated[
         bool,

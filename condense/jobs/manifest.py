@@ -93,6 +93,7 @@ def to_distilled(job: Job, entry: Method, real: Task, run: Run, synthetic: Synth
         "preparation": preparation,
         **_learned_lr(synthetic),
         **pretraining,
+        **({"resampling": dataclasses.asdict(synthetic.resampling)} if synthetic.resampling else {}),
         **({"label_source": synthetic.label_source} if synthetic.label_source else {}),
         "protocol": job.protocol,
         "data": {"fingerprint": real.fingerprint, "options": job.data["options"]},

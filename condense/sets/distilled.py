@@ -7,6 +7,7 @@ import json
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,20 @@ IMAGE_TYPES = (np.uint8, np.float16, np.float32)
 ARRAY_TYPES = (*IMAGE_TYPES, np.int8, np.uint16, np.int64)
 
 DISTILLED_FORMAT = hdf5.Format("condense.distilled", 1, SET_SCHEMA, "condense distill")
+
+
+@dataclass(frozen=True)
+class Resampling:
+    """Drawing of real images anew in each epoch of an evaluation (RS2)."""
+
+    share: float
+    """Share of the real training images that an epoch draws."""
+    counts: list[int]
+    """Real training images of each class."""
+
+    def size(self, images: int) -> int:
+        """Returns the number of images that an epoch draws from ``images``."""
+        return max(1, round(self.share * images))
 
 
 class DistilledSet(Dataset[tuple[Tensor, Tensor | int]]):
@@ -104,6 +119,13 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor | int]]):
         """The INFER decode stage, if there is one; labels then belong to decoded images instead of stored ones."""
         return next((stage for stage in self.stages if isinstance(stage, Compensated)), None)
 
+    @property
+    def resampling(self) -> Resampling | None:
+        """How an evaluation draws real images in each epoch instead of the stored ones; None for a fixed set, and for
+        one that was given other labels since."""
+        facts = self.manifest.get("resampling")
+        return Resampling(**facts) if facts and self.labels.kind == "hard" else None
+
     def nbytes(self) -> dict[str, int]:
         """Returns the bytes of ``images``, ``labels``, ``auxiliary`` (the transform), ``external`` (needed for training
         in addition to the file) and their ``total``."""
@@ -113,11 +135,15 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor | int]]):
             "auxiliary": sum(array.nbytes for array in self.transform.arrays().values()),
             "external": self.labels.external_nbytes(),
         }
+        if self.resampling:  # all real images, with labels of whole bits
+            images, bits = sum(self.resampling.counts), math.ceil(math.log2(len(self.classes)))
+            parts["external"] += images * self.stored[0].nbytes + math.ceil(images * bits / 8)
         return {**parts, "total": sum(parts.values())}
 
     def sha256(self) -> str:
         """Returns a digest of all arrays and of the fields that define their meaning (decode, space, classes ...)."""
         meaning = {key: self.manifest.get(key) for key in ("classes", "decode", "space", "transform", "label_kind")}
+        meaning |= {"resampling": self.manifest["resampling"]} if self.resampling else {}
         text = json.dumps([sorted(checksums(self.arrays()).items()), meaning], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -191,6 +217,9 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor | int]]):
         data = self.manifest.get("data", {})
         fingerprint = selected_fingerprint(str(data.get("fingerprint", "")), names)
         manifest = {**self.manifest, "classes": list(names), "data": {**data, "fingerprint": fingerprint}}
+        if self.resampling:
+            counts = [self.resampling.counts[number] for number in numbers]
+            manifest["resampling"] = {"share": self.resampling.share, "counts": counts}
         return DistilledSet(self.stored[rows], HardLabels(labels, len(names)), self.transform, manifest)
 
     def __len__(self) -> int:
@@ -277,6 +306,9 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor | int]]):
             shape = tuple(arrays["images"].shape[1:])
             if stated_image_shape(labels) not in (None, shape):
                 raise CondenseError(f"its images are {by(shape)}, but its labels belong to images of another shape")
+            counts = manifest.get("resampling", {}).get("counts", manifest["classes"])
+            if len(counts) != len(manifest["classes"]):
+                raise CondenseError(f"{len(manifest['classes'])} classes, but resampling counts of {len(counts)}")
             provider = LABEL_KINDS.get(manifest["label_kind"]).from_arrays(labels, len(manifest["classes"]))
             restored = transform_from_arrays(manifest["transform"], transform, shape)
             loaded = cls(torch.from_numpy(arrays["images"]), provider, restored, manifest)

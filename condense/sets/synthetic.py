@@ -13,6 +13,7 @@ from condense.data import Task
 from condense.device import on_host, upload, upload_indices
 from condense.errors import CondenseError
 from condense.labels import HardLabels, Labels, SoftLabels
+from condense.sets.distilled import Resampling
 from condense.sets.initial import SyntheticOptions, initial_images
 from condense.sets.stages import FlipUnion, Formation, Stage, decode
 
@@ -31,6 +32,7 @@ class SyntheticSet:
             real images).
         stages: Decode stages, in order.
         label_source: Origin of soft labels, for the manifest.
+        resampling: How an evaluation draws real images again in each epoch; None for a fixed set.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class SyntheticSet:
         self.labels = labels or HardLabels(self.classes, task.num_classes)
         self.tensors = {"images": images.requires_grad_(images.is_floating_point())}
         self.label_source: dict[str, Any] = {}
+        self.resampling: Resampling | None = None
         self._rows = [(self.classes == c).nonzero().squeeze(1) for c in range(task.num_classes)]
         self._decoded: dict[tuple[int, ...] | None, tuple[Tensor | None, Tensor]] = {}  # rows and labels of classes
 
