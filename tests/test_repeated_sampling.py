@@ -17,8 +17,9 @@ NETWORK = "convnet-d2-w8-in"
 
 @pytest.fixture(autouse=True)
 def short_protocols(monkeypatch, tmp_path_factory):
-    """Every protocol with 6 steps and two runs."""
-    change_protocols(monkeypatch, tmp_path_factory.mktemp("short") / "protocols", steps=6, full_epochs=2, runs=2)
+    """quick-v1 with 6 steps and two runs."""
+    folder = tmp_path_factory.mktemp("short") / "protocols"
+    change_protocols(monkeypatch, folder, {"quick-v1"}, steps=6, full_epochs=2, runs=2)
 
 
 def epoch_rows(source, epoch):
@@ -86,7 +87,7 @@ def test_a_set_of_rs2_is_judged_by_new_images_in_each_epoch_and_used_alone_is_a_
 
 
 def test_a_fraction_draws_more_images_than_the_file_holds(tiny):
-    made = condense.distill("rs2", tiny, 2, network=NETWORK, fraction=0.5)
+    made = condense.distill("rs2", tiny, 2, network=NETWORK, protocol="quick-v1", fraction=0.5)
     assert len(made.stored) == 6 and made.resampling.size(len(tiny.train)) == 18
     half = made.select_classes(["0", "2"])
     assert half.resampling.counts == [12, 12] and half.nbytes()["external"] == 24 * 64 + 3

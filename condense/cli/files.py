@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from condense.cli.parameters import Data, Download, Force, SetFile, load_set, number_option
+from condense.cli.parameters import Data, Download, Force, SetFile, load_set, number_option, parse_numbers
 from condense.errors import CondenseError
 from condense.formatting import by
 
@@ -134,8 +134,8 @@ def import_(
         label_values=label_values,
         lr=lr,
         index=index,
-        mean=_parse_numbers("--mean", mean),
-        std=_parse_numbers("--std", std),
+        mean=parse_numbers("--mean", mean, "one per channel"),
+        std=parse_numbers("--std", std, "one per channel"),
         **names,
     )
     distilled.save(out, force=force)
@@ -148,13 +148,6 @@ def import_(
     if "learned_lr" in distilled.manifest:
         print(f"  learned lr: {distilled.manifest['learned_lr']:g}")
     print(f"  set:  {out}\n  next: condense evaluate {shlex.quote(str(out))} --data {shlex.quote(data)}")
-
-
-def _parse_numbers(flag: str, text: str | None) -> list[float] | None:
-    try:
-        return None if text is None else [float(part) for part in text.split(",")]
-    except ValueError:
-        raise CondenseError(f"{flag} {text}: must be numbers joined by commas, one per channel") from None
 
 
 def export(

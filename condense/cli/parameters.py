@@ -115,3 +115,15 @@ def load_set(name: str) -> DistilledSet:
     from condense import api
 
     return api.load(name)
+
+
+def parse_numbers(flag: str, text: str | None, what: str) -> list[float] | None:
+    """Parses numbers that are joined by commas.
+
+    Raises:
+        CondenseError: not numbers.
+    """
+    try:
+        return None if text is None else [float(part) for part in text.split(",")]
+    except ValueError:
+        raise CondenseError(f"{flag} {text}: must be numbers joined by commas, {what}") from None
