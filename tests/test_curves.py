@@ -2,12 +2,16 @@
 
 import copy
 import json
+import re
 
 import pytest
 from conftest import change_protocols
+from leaderboard_records import record, write
 
 import condense
+from condense.benchmarks import leaderboard
 from condense.errors import CondenseError
+from condense.formatting import duration
 from condense.judge import records
 from condense.judge import students as students_module
 from condense.training import loop
@@ -105,3 +109,26 @@ def test_shares_are_checked(made, tiny, call):
     assert "--curve a,b: must be numbers joined by commas" in call("evaluate set.h5 --data tiny.npz --curve a,b").err
     out = call("evaluate set.h5 --data tiny.npz --curve 0.5,1 --runs 1 --controls none --json r.json").out
     assert "after 30 images" in out and records.read_record("r.json")["results"][0]["curve"]["steps"] == [5, 10]
+
+
+def test_the_leaderboard_draws_curves_where_records_have_them(tmp_path):
+    content = record("dm", ipc=10, accuracy=0.49, random=0.26)
+    write(tmp_path / "results", "plain", content)
+    page = leaderboard.build_page(tmp_path / "results", tmp_path / "site", None)
+    assert "Accuracy during training" not in page.index.read_text()
+    for entry in content["results"]:
+        rows = [[0.1, 0.2, accuracy] for accuracy in entry["accuracies"]]
+        seconds = [entry["seconds"] / 3 * share for share in (0.1, 0.5, 1)]
+        entry["curve"] = {"steps": [100, 500, 1000], "images": [10000, 50000, 100000], "accuracies": rows}
+        entry["curve"]["seconds"] = seconds
+    write(tmp_path / "results", "curved", content)
+    page = leaderboard.build_page(tmp_path / "results", tmp_path / "site", None)
+    text = page.index.read_text()
+    assert not page.rejected and text.count("Accuracy during training") == 2  # heading and title of one drawing
+    assert f"dm, IPC 10, convnet-d3-w128-in: 20.0 % after 50,000 images, {duration(30)}" in text
+    (low, middle, high), (control, *_) = (
+        [tuple(map(float, place.split(" "))) for place in path.split("L")]
+        for path in re.findall(r'class="trace [^"]*" d="M([^"]+)"', text)
+    )
+    assert low[0] < middle[0] < high[0] and low[1] > middle[1] > high[1]
+    assert control == low  # both begin at 10 %

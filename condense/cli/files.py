@@ -8,23 +8,28 @@ from typing import Annotated, Any
 
 import typer
 
-from condense.cli.parameters import Data, Download, Force, SetFile, load_set, number_option, parse_numbers
+from condense.cli.parameters import Data, Download, Force, IndexedData, SetFile, load_set, number_option, parse_numbers
 from condense.errors import CondenseError
 from condense.formatting import by
 
 
-def verify(file: SetFile) -> None:
+def verify(file: SetFile, data: IndexedData = None) -> None:
     """Checks a file: checksums, shapes and manifest. Exits with 2 if anything is wrong."""
     from condense.sets import checksums
 
-    distilled = load_set(file)
+    distilled = load_set(file, data)
     expected = distilled.manifest["ipc"] * len(distilled.classes)
     if distilled.compensated:
         expected = distilled.compensated.stored
-    count = len(distilled.stored)
+    is_indexed = distilled.indices is not None
+    count = len(distilled.indices if distilled.indices is not None else distilled.stored)
     if count != expected and not distilled.labels.is_hard:  # hard labels state the classes themselves
         raise CondenseError(f"{file}: holds {count} images, but its manifest says {expected}")
-    if not bool(distilled.training_images()[0].isfinite().all()):
+    if is_indexed and data is None:
+        print(
+            f"{file}: holds indices into '{distilled.manifest['dataset']}'; --data DATA checks that they fit the data"
+        )
+    elif not bool(distilled.training_images()[0].isfinite().all()):
         raise CondenseError(f"{file}: some pixels are not finite")
     print(f"{file}: good; {distilled.name}, {count} images {by(distilled.shape)}, {distilled.labels.kind} labels")
     for name, digest in checksums(distilled.arrays()).items():
@@ -37,13 +42,14 @@ def preview(
     decoded: Annotated[
         bool, typer.Option("--decoded", help="show decoded images if the set stores several in one")
     ] = False,
+    data: IndexedData = None,
     force: Force = False,
 ) -> None:
     """Draws the images of a set as a PNG: one row per class."""
     from condense.files import check_writable
     from condense.sets import save_grid
 
-    distilled = load_set(file)
+    distilled = load_set(file, data)
     check_writable(out, force=force)
     images, per_class = distilled.pictures(decoded)
     save_grid(images, out, columns=per_class)
@@ -156,7 +162,10 @@ def export(
     form: Annotated[str, typer.Option("--to", help="imagefolder, pt, safetensors or hf")],
     data: Annotated[
         str | None,
-        typer.Option("--data", help="real data; students then measure the accuracy lost by the 8 bits of imagefolder"),
+        typer.Option(
+            "--data",
+            help="real data; students then measure the accuracy lost by the 8 bits of imagefolder. Needed by a set of indices",
+        ),
     ] = None,
     force: Force = False,
 ) -> None:
@@ -165,13 +174,14 @@ def export(
     from condense.data import DATASETS
     from condense.judge import evaluation
 
-    distilled = load_set(file)
-    if data is not None and form != "imagefolder":
+    distilled = load_set(file, data)
+    if data is not None and distilled.indices is None and form != "imagefolder":
         raise CondenseError(f"--data {data}: only --to imagefolder rounds pixels; leave it out")
-    real = api.task(data, **evaluation.data_options(distilled)) if data is not None else None
+    is_measured = data is not None and distilled.indices is None
+    real = api.task(data, **evaluation.data_options(distilled)) if is_measured else None
     rounding = exchange.export_set(distilled, destination, form, force=force)
     print(f"wrote {destination}: {len(distilled)} images, {distilled.labels.kind} labels")
-    if rounding is None:
+    if rounding is None or distilled.indices is not None:
         return
     error = f"error {rounding.mean:.2g}/255 on average, {rounding.largest:.3g}/255 at most"
     print(f"  8 bits: {100 * rounding.clipped:.2g} % of pixel values clipped; {error}")

@@ -105,6 +105,7 @@ def evaluate(
     runs = rules.runs if runs is None else whole_number(runs, "--runs")
     if not isinstance(task, Task):
         task = load_task(task, build_config(DataOptions, data_options(distilled), "the data"))
+    distilled = distilled.with_data(task)
     if classes is not None:
         distilled, task = distilled.select_classes(classes), task.select_classes(classes)
     _check(distilled, task, architectures, runs, controls)
