@@ -66,7 +66,7 @@ def load(source: str | Path, *, data: Task | Any = None) -> DistilledSet:
     Args:
         source: the file or the name.
         data: the real data of a selection whose file holds indices into them (``store=indices``): a :class:`Task`, or
-            the ``data`` argument of ``condense.task``. Without them such a set has labels and a manifest, but no images.
+            the ``data`` argument of ``condense.task``. Without them such a set has labels and a manifest only.
 
     Raises:
         CondenseError: no such file or name, or the file is damaged or has a different format; or its indices refer to

@@ -79,7 +79,7 @@ def test_with_its_data_it_is_drawn_exported_and_judged_as_the_images(both, call,
 def test_other_data_are_refused(both, tmp_path):
     images, labels, *rest = tiny_arrays()
     other = condense.task((255 - images, labels, *rest), name="tiny")
-    with pytest.raises(CondenseError, match="--data tiny: has the fingerprint .* give the data that it was made from"):
+    with pytest.raises(CondenseError, match=r"--data tiny: has the fingerprint .* give the data that it was made from"):
         condense.load(both[1], data=other)
     with pytest.raises(CondenseError, match="--data tiny: has the fingerprint"):
         condense.evaluate(condense.load(both[1]), other)

@@ -21,14 +21,12 @@ def verify(file: SetFile, data: IndexedData = None) -> None:
     expected = distilled.manifest["ipc"] * len(distilled.classes)
     if distilled.compensated:
         expected = distilled.compensated.stored
-    is_indexed = distilled.indices is not None
-    count = len(distilled.indices if distilled.indices is not None else distilled.stored)
+    count = distilled.num_stored
     if count != expected and not distilled.labels.is_hard:  # hard labels state the classes themselves
         raise CondenseError(f"{file}: holds {count} images, but its manifest says {expected}")
-    if is_indexed and data is None:
-        print(
-            f"{file}: holds indices into '{distilled.manifest['dataset']}'; --data DATA checks that they fit the data"
-        )
+    if distilled.indices is not None and data is None:
+        dataset = distilled.manifest["dataset"]
+        print(f"{file}: holds indices into '{dataset}'; --data DATA checks that they fit the data")
     elif not bool(distilled.training_images()[0].isfinite().all()):
         raise CondenseError(f"{file}: some pixels are not finite")
     print(f"{file}: good; {distilled.name}, {count} images {by(distilled.shape)}, {distilled.labels.kind} labels")
@@ -164,7 +162,8 @@ def export(
         str | None,
         typer.Option(
             "--data",
-            help="real data; students then measure the accuracy lost by the 8 bits of imagefolder. Needed by a set of indices",
+            help="real data; students then measure the accuracy lost by the 8 bits of imagefolder. A set of indices "
+            "needs it for its images",
         ),
     ] = None,
     force: Force = False,
