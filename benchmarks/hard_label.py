@@ -1,4 +1,4 @@
-"""The hard-label track as a table and a figure: ``python -m condense.benchmarks.hard_label --results FOLDER --out PNG``.
+"""Table and figure of the hard-label track: ``python -m condense.benchmarks.hard_label --results DIR --out PNG``.
 
 Reads the records ``hard-track-*.json`` of a folder, which are all of the same data, protocol and network, and whose
 students learn from classes only. Sets stand beside the control arms that any of the records has.
