@@ -39,6 +39,8 @@ class ChartPoint:
     interval: tuple[float, float] | None = None
     hollow: bool = False
     label: str = ""
+    trace: str = ""
+    """Points with the same text here are joined by a line."""
 
 
 @dataclass
@@ -64,6 +66,16 @@ class Mark:
 
 
 @dataclass
+class Trace:
+    """The line that joins points."""
+
+    path: str
+    """As in the attribute ``d`` of an SVG path."""
+    colour: str
+    rows: list[str]
+
+
+@dataclass
 class Chart:
     """A drawing; places in user units from the upper left."""
 
@@ -76,6 +88,7 @@ class Chart:
     marks: list[Mark]
     lines: list[tuple[float, float, Line]]
     """Height of the line, of its label, and the line."""
+    traces: list[Trace] = field(default_factory=list)
     shapes: set[str] = field(default_factory=set)
     """Shapes that occur, for the legend."""
 
@@ -124,6 +137,7 @@ def layout_chart(
         y_ticks=[(down(bottom + i * step), f"{100 * (bottom + i * step):.3g}") for i in range(count + 1)],
         marks=_thin(_merged(marks)),
         lines=_placed([(down(line.accuracy), line) for line in lines]),
+        traces=_joined(marks),
         shapes={mark.point.shape for mark in marks},
     )
 
@@ -137,6 +151,21 @@ def _merged(marks: list[Mark]) -> list[Mark]:
             merged = controls.setdefault((mark.point.shape, mark.point.tip, places, round(mark.y / ALIKE)), mark)
             merged.point.rows = list(dict.fromkeys([*merged.point.rows, *mark.point.rows]))
     return [*controls.values(), *(mark for mark in marks if mark.point.colour != "control")]
+
+
+def _joined(marks: list[Mark]) -> list[Trace]:
+    """The lines through the points of each trace, from left to right; equal lines of several rows are one."""
+    by_trace: dict[str, list[Mark]] = {}
+    for mark in marks:
+        if mark.point.trace:
+            by_trace.setdefault(mark.point.trace, []).append(mark)
+    traces: dict[tuple[str, str], Trace] = {}
+    for group in by_trace.values():
+        places = sorted((next(iter(mark.x.values())), mark.y) for mark in group)
+        path, point = "M" + "L".join(f"{x} {y}" for x, y in places), group[0].point
+        trace = traces.setdefault((path, point.colour), Trace(path, point.colour, []))
+        trace.rows = list(dict.fromkeys([*trace.rows, *point.rows]))
+    return list(traces.values())
 
 
 def _placed(lines: list[tuple[float, Line]]) -> list[tuple[float, float, Line]]:
@@ -186,6 +215,12 @@ def byte_ticks(low: float, high: float) -> list[tuple[float, str]]:
         for power in range(19)
         for lead in (1, 2, 5)
     ]
+    return _chosen([tick for tick in every if low <= tick[0] <= high], lambda tick: tick[1].startswith("1"))
+
+
+def count_ticks(low: float, high: float) -> list[tuple[float, str]]:
+    """Powers of ten between two bounds; halves and fifths where these are too few."""
+    every = [(lead * 10.0**power, f"{lead * 10**power:,}") for power in range(16) for lead in (1, 2, 5)]
     return _chosen([tick for tick in every if low <= tick[0] <= high], lambda tick: tick[1].startswith("1"))
 
 

@@ -393,7 +393,8 @@ def _sections(entries: list[Entry]) -> list[Section]:
         rows.sort(key=lambda row: (row.set["ipc"], -row.main["mean"], row.id))
         protocol = protocols().get(name)
         id = _slug(f"on {dataset} {name} {version}", ids)
-        drawn = [drawing for drawing in (_bytes_chart(id, rows, looks), _time_chart(id, rows, looks)) if drawing]
+        drawings = (_bytes_chart(id, rows, looks), _time_chart(id, rows, looks), _curve_chart(id, rows, looks))
+        drawn = [drawing for drawing in drawings if drawing]
         sections.append(
             Section(
                 id=id,
@@ -430,7 +431,7 @@ def _bytes_chart(id: str, rows: list[Row], looks: Looks) -> Chart | None:
     for row in rows:
         at = {"1": row.set["bytes"]["total"]}
         points.append(_point(row, at, looks, size(row.set["bytes"]["total"])))
-        for arm in ("random", "random-bytes", "full-equal"):
+        for arm in ("random", "random-bytes", "full-equal", "rs2"):
             control = row.control(arm)
             if control:
                 points.append(_control_point(row, control, at, "beside a set of " + size(at["1"])))
@@ -445,7 +446,7 @@ def _time_chart(id: str, rows: list[Row], looks: Looks) -> Chart | None:
     for row in timed:
         points.append(_point(row, row.time["total"], looks, f"{duration(row.time['total']['1'])} for one network"))
     for row in rows:
-        for arm in ("random", "random-bytes", "full", "full-equal"):
+        for arm in ("random", "random-bytes", "full", "full-equal", "rs2"):
             control = row.control(arm)
             times = _time(row.record, control) if control else {}
             if control and all(times["total"].values()):
@@ -456,6 +457,35 @@ def _time_chart(id: str, rows: list[Row], looks: Looks) -> Chart | None:
     )
     title = "Accuracy against time to reach it"
     return charts.layout_chart(f"{id}-time", title, about, "time to make and train", points, lines, charts.second_ticks)
+
+
+def _curve_chart(id: str, rows: list[Row], looks: Looks) -> Chart | None:
+    """Accuracy during training, of the sets and control arms whose records have curves."""
+    points = []
+    for row in rows:
+        controls = [row.control(arm) for arm in ("random", "random-bytes", "full", "full-equal", "rs2")]
+        for entry in [row.main, *(control for control in controls if control)]:
+            points += _curve_points(row, entry, looks)
+    count = sum("curve" in row.main for row in rows)
+    about = f"{count} rows of the table below; marks joined by a line are one training, tested at several times."
+    title = "Accuracy during training"
+    return charts.layout_chart(f"{id}-curve", title, about, "images seen", points, [], charts.count_ticks)
+
+
+def _curve_points(row: Row, entry: dict[str, Any], looks: Looks) -> list[ChartPoint]:
+    """The points of one arm's curve."""
+    if "curve" not in entry:
+        return []
+    is_set = entry is row.main
+    colour, shape = looks[row.set["method"]] if is_set else ("control", entry["arm"])
+    curve, points = entry["curve"], []
+    for images, seconds, *accuracies in zip(curve["images"], curve["seconds"], *curve["accuracies"]):
+        mean = sum(accuracies) / len(accuracies)
+        name = f"{row.set['method']}, IPC {row.set['ipc']}" if is_set else entry["arm"]
+        tip = f"{name}, {row.network}: {100 * mean:.1f} % after {images:,} images, {duration(seconds)}"
+        trace = f"{row.id} {entry['arm']}"
+        points.append(ChartPoint({"1": images}, mean, [row.id], tip, shape, colour, trace=trace))
+    return points
 
 
 def _point(row: Row, at: dict[str, float], looks: Looks, where: str) -> ChartPoint:

@@ -60,11 +60,17 @@ def task(data: Any, *, name: str | None = None, download: bool = False, **option
     return data_module.load_task(data, checked, download=download, name=name)
 
 
-def load(source: str | Path) -> DistilledSet:
+def load(source: str | Path, *, data: Task | Any = None) -> DistilledSet:
     """Loads and verifies a distilled set: a file, or the name of a ready-made set (``condense ls sets``).
 
+    Args:
+        source: the file or the name.
+        data: the real data of a selection whose file holds indices into them (``store=indices``): a :class:`Task`, or
+            the ``data`` argument of ``condense.task``. Without them such a set has labels and a manifest only.
+
     Raises:
-        CondenseError: no such file or name, or the file is damaged or has a different format.
+        CondenseError: no such file or name, or the file is damaged or has a different format; or its indices refer to
+            other data.
     """
     if str(source) in packaged_sets():
         source = packaged_sets()[str(source)]
@@ -75,7 +81,12 @@ def load(source: str | Path) -> DistilledSet:
     if not exists and not (isinstance(source, (str, Path)) and str(source).endswith(".h5")):
         hint = did_you_mean(source, packaged_sets()) or "; give the .h5 that `condense distill` writes"
         raise CondenseError(f"'{shorten(str(source), 200)}' is no file and no ready-made set{hint}")
-    return DistilledSet.load(source)
+    loaded = DistilledSet.load(source)
+    if data is None or loaded.indices is None:
+        return loaded
+    options = loaded.manifest["data"].get("options", {})
+    options = {name: value for name, value in options.items() if name not in data_module.PRUNING_OPTIONS}
+    return loaded.with_data(data if isinstance(data, Task) else task(data, **options))
 
 
 def distill(

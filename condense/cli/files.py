@@ -8,23 +8,26 @@ from typing import Annotated, Any
 
 import typer
 
-from condense.cli.parameters import Data, Download, Force, SetFile, load_set, number_option
+from condense.cli.parameters import Data, Download, Force, IndexedData, SetFile, load_set, number_option, parse_numbers
 from condense.errors import CondenseError
 from condense.formatting import by
 
 
-def verify(file: SetFile) -> None:
+def verify(file: SetFile, data: IndexedData = None) -> None:
     """Checks a file: checksums, shapes and manifest. Exits with 2 if anything is wrong."""
     from condense.sets import checksums
 
-    distilled = load_set(file)
+    distilled = load_set(file, data)
     expected = distilled.manifest["ipc"] * len(distilled.classes)
     if distilled.compensated:
         expected = distilled.compensated.stored
-    count = len(distilled.stored)
+    count = distilled.num_stored
     if count != expected and not distilled.labels.is_hard:  # hard labels state the classes themselves
         raise CondenseError(f"{file}: holds {count} images, but its manifest says {expected}")
-    if not bool(distilled.training_images()[0].isfinite().all()):
+    if distilled.indices is not None and data is None:
+        dataset = distilled.manifest["dataset"]
+        print(f"{file}: holds indices into '{dataset}'; --data DATA checks that they fit the data")
+    elif not bool(distilled.training_images()[0].isfinite().all()):
         raise CondenseError(f"{file}: some pixels are not finite")
     print(f"{file}: good; {distilled.name}, {count} images {by(distilled.shape)}, {distilled.labels.kind} labels")
     for name, digest in checksums(distilled.arrays()).items():
@@ -37,13 +40,14 @@ def preview(
     decoded: Annotated[
         bool, typer.Option("--decoded", help="show decoded images if the set stores several in one")
     ] = False,
+    data: IndexedData = None,
     force: Force = False,
 ) -> None:
     """Draws the images of a set as a PNG: one row per class."""
     from condense.files import check_writable
     from condense.sets import save_grid
 
-    distilled = load_set(file)
+    distilled = load_set(file, data)
     check_writable(out, force=force)
     images, per_class = distilled.pictures(decoded)
     save_grid(images, out, columns=per_class)
@@ -134,8 +138,8 @@ def import_(
         label_values=label_values,
         lr=lr,
         index=index,
-        mean=_parse_numbers("--mean", mean),
-        std=_parse_numbers("--std", std),
+        mean=parse_numbers("--mean", mean, "one per channel"),
+        std=parse_numbers("--std", std, "one per channel"),
         **names,
     )
     distilled.save(out, force=force)
@@ -150,20 +154,17 @@ def import_(
     print(f"  set:  {out}\n  next: condense evaluate {shlex.quote(str(out))} --data {shlex.quote(data)}")
 
 
-def _parse_numbers(flag: str, text: str | None) -> list[float] | None:
-    try:
-        return None if text is None else [float(part) for part in text.split(",")]
-    except ValueError:
-        raise CondenseError(f"{flag} {text}: must be numbers joined by commas, one per channel") from None
-
-
 def export(
     file: SetFile,
     destination: Annotated[Path, typer.Argument(metavar="DEST", help="file (pt, safetensors) or folder to write")],
     form: Annotated[str, typer.Option("--to", help="imagefolder, pt, safetensors or hf")],
     data: Annotated[
         str | None,
-        typer.Option("--data", help="real data; students then measure the accuracy lost by the 8 bits of imagefolder"),
+        typer.Option(
+            "--data",
+            help="real data; students then measure the accuracy lost by the 8 bits of imagefolder. A set of indices "
+            "needs it for its images",
+        ),
     ] = None,
     force: Force = False,
 ) -> None:
@@ -172,13 +173,14 @@ def export(
     from condense.data import DATASETS
     from condense.judge import evaluation
 
-    distilled = load_set(file)
-    if data is not None and form != "imagefolder":
+    distilled = load_set(file, data)
+    if data is not None and distilled.indices is None and form != "imagefolder":
         raise CondenseError(f"--data {data}: only --to imagefolder rounds pixels; leave it out")
-    real = api.task(data, **evaluation.data_options(distilled)) if data is not None else None
+    is_measured = data is not None and distilled.indices is None
+    real = api.task(data, **evaluation.data_options(distilled)) if is_measured else None
     rounding = exchange.export_set(distilled, destination, form, force=force)
     print(f"wrote {destination}: {len(distilled)} images, {distilled.labels.kind} labels")
-    if rounding is None:
+    if rounding is None or distilled.indices is not None:
         return
     error = f"error {rounding.mean:.2g}/255 on average, {rounding.largest:.3g}/255 at most"
     print(f"  8 bits: {100 * rounding.clipped:.2g} % of pixel values clipped; {error}")

@@ -8,7 +8,18 @@ from typing import Annotated
 
 import typer
 
-from condense.cli.parameters import Data, Device, Download, Force, Precision, Seed, SetFile, load_set, number_option
+from condense.cli.parameters import (
+    Data,
+    Device,
+    Download,
+    Force,
+    Precision,
+    Seed,
+    SetFile,
+    load_set,
+    number_option,
+    parse_numbers,
+)
 from condense.errors import CondenseError, did_you_mean
 from condense.tracking import is_main_process
 
@@ -30,7 +41,7 @@ def evaluate(
         str | None, typer.Option(help="a name of `condense ls protocols`; by default that of the set")
     ] = None,
     controls: Annotated[
-        str, typer.Option(help="control arms: random,random-hard,random-bytes,noise,full,full-equal, or none")
+        str, typer.Option(help="control arms: random,random-hard,random-bytes,noise,full,full-equal,rs2, or none")
     ] = "random",
     without_augmentation: Annotated[
         bool,
@@ -47,6 +58,10 @@ def evaluate(
     ] = None,
     classes: Annotated[
         str | None, typer.Option(help="A,B,...: train and test on these classes only; by default on all")
+    ] = None,
+    curve: Annotated[
+        str | None,
+        typer.Option(help="A,B,...: also test students after these shares of the training, e.g. 0.1,0.5,1"),
     ] = None,
     seed: Seed = 0,
     device: Device = "auto",
@@ -76,6 +91,7 @@ def evaluate(
         without_augmentation=without_augmentation,
         teachers=teachers,
         classes=None if classes is None else classes.split(","),
+        curve=parse_numbers("--curve", curve, "shares of the training") or (),
         seed=seed,
         device=device,
         precision=precision,

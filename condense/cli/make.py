@@ -114,7 +114,7 @@ def _report(distilled: DistilledSet, out: Path, run_dir: Path, data: str) -> Non
     if not is_main_process():
         return
     manifest, bytes_, kind = distilled.manifest, distilled.nbytes(), distilled.labels.kind
-    images = f"{len(distilled.stored)} images of {size(bytes_['images'])}"
+    images = f"{distilled.num_stored} images of {size(bytes_['images'])}"
     images += f" with {kind} labels of {size(bytes_['labels'])}" * (kind != "hard")
     total = manifest["settings"].get("steps")
     steps = f", {manifest['steps_done']} of {total} steps" if total else ""

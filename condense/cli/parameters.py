@@ -110,8 +110,25 @@ def sort_settings(settings: dict[str, Any], *groups: type) -> list[dict[str, Any
     return split
 
 
-def load_set(name: str) -> DistilledSet:
-    """Loads a set from its file, or a ready-made set by name."""
+def load_set(name: str, data: str | None = None) -> DistilledSet:
+    """Loads a set from its file, or a ready-made set by name, with the images of ``data`` if it holds indices."""
     from condense import api
 
-    return api.load(name)
+    return api.load(name, data=data)
+
+
+IndexedData = Annotated[
+    str | None, typer.Option("--data", help="real data of a set that holds indices into them (store=indices)")
+]
+
+
+def parse_numbers(flag: str, text: str | None, what: str) -> list[float] | None:
+    """Parses numbers that are joined by commas.
+
+    Raises:
+        CondenseError: not numbers.
+    """
+    try:
+        return None if text is None else [float(part) for part in text.split(",")]
+    except ValueError:
+        raise CondenseError(f"{flag} {text}: must be numbers joined by commas, {what}") from None

@@ -111,7 +111,9 @@ def eight_bits(distilled: DistilledSet) -> Rounding:
     stored = (pixels.clamp(0, 1) * 255).round()
     error = (stored - pixels * 255).abs()
     classes = distilled.labels.targets(distilled.training_images()[1])
-    entries = {key: value for key, value in distilled.manifest.items() if key not in ("bytes", "checksums")}
+    entries = {
+        key: value for key, value in distilled.manifest.items() if key not in ("bytes", "checksums", "resampling")
+    }
     manifest = {**entries, "space": "pixel", "decode": [], "ipc": len(pixels) // len(distilled.classes)}
     labels = HardLabels(classes, len(distilled.classes))
     rounded = DistilledSet(stored.byte(), labels, distilled.transform, manifest)

@@ -7,6 +7,8 @@ import math
 import shlex
 from typing import Any
 
+import numpy as np
+
 from condense import commands, rng
 from condense.data import DataOptions, Task
 from condense.device import peak_memory
@@ -93,6 +95,7 @@ def to_distilled(job: Job, entry: Method, real: Task, run: Run, synthetic: Synth
         "preparation": preparation,
         **_learned_lr(synthetic),
         **pretraining,
+        **({"resampling": dataclasses.asdict(synthetic.resampling)} if synthetic.resampling else {}),
         **({"label_source": synthetic.label_source} if synthetic.label_source else {}),
         "protocol": job.protocol,
         "data": {"fingerprint": real.fingerprint, "options": job.data["options"]},
@@ -108,7 +111,18 @@ def to_distilled(job: Job, entry: Method, real: Task, run: Run, synthetic: Synth
             "peak_memory": peak_memory(run.device),
         },
     }
-    return DistilledSet(stored, synthetic.labels.to(stored.device), real.transform.to(stored.device), manifest)
+    indices = _indices(real, synthetic) if job.settings.get("store") == "indices" else None
+    return DistilledSet(stored, synthetic.labels.to(stored.device), real.transform.to(stored.device), manifest, indices)
+
+
+def _indices(real: Task, synthetic: SyntheticSet) -> np.ndarray:
+    """Rows of a selection among the train images of ``real``, which the method may have seen only in part."""
+    assert synthetic.ids is not None and not synthetic.stages
+    ids, seen = synthetic.ids.numpy(), synthetic.task.train.rows
+    images = ids if seen is None else seen[ids]
+    if real.train.rows is not None:
+        images = np.argsort(real.train.rows)[np.searchsorted(np.sort(real.train.rows), images)]
+    return images.astype(np.uint32)
 
 
 def _repeatable(job: Job, run: Run) -> str:

@@ -21,11 +21,11 @@ from condense.judge.protocol import Protocol
 from condense.labels import HardLabels
 from condense.selection import even_shares
 from condense.sets import DistilledSet
-from condense.training import FixedSource, Source, TaskSource
+from condense.training import FixedSource, ResampledSource, Source, TaskSource
 
 NetworkFactory = Callable[..., nn.Module]
 
-CONTROLS = ("random", "random-hard", "random-bytes", "noise", "full", "full-equal")
+CONTROLS = ("random", "random-hard", "random-bytes", "noise", "full", "full-equal", "rs2")
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def make_arms(
         The arms, those of the set first, and the unavailable arms with the reason.
     """
     controls, kind = list(controls), distilled.labels.kind
-    arms, missing = _distilled_arms(distilled, protocol, device, with_hard="full" in controls)
+    arms, missing = _distilled_arms(distilled, task, protocol, seed, device, with_hard="full" in controls)
     track = arms[0].labels
     is_soft = track == "own" and not distilled.labels.is_hard
     teacher = distilled.labels.relabelling_teacher(teacher)
@@ -99,6 +99,10 @@ def make_arms(
             arms.append(_soft_control(control, distilled, protocol, seed, teacher))
         elif control in ("full", "full-equal"):
             arms.append(_full_control(control, distilled, protocol, task, device))
+        elif control == "rs2":
+            arms.append(
+                _resampled_arm(control, "hard", len(distilled), protocol.budget(len(distilled)), protocol, seed)
+            )
         else:
             arms.append(_hard_control(control, track, distilled, protocol, seed))
     if without_augmentation and is_soft and distilled.labels.per_view:
@@ -113,12 +117,15 @@ def make_arms(
 
 
 def _distilled_arms(
-    distilled: DistilledSet, protocol: Protocol, device: torch.device, with_hard: bool
+    distilled: DistilledSet, task: Task, protocol: Protocol, seed: int, device: torch.device, with_hard: bool
 ) -> tuple[list[Arm], list[dict[str, str]]]:
     """The set with its own labels on the soft track, with the classes of its images on the hard track.
 
     HLR compares hard labels with hard labels, so ``with_hard`` adds the latter on the soft track.
     """
+    if distilled.resampling:
+        size = distilled.resampling.size(len(task.train))
+        return [_resampled_arm("distilled", "own", size, protocol.budget(len(distilled)), protocol, seed)], []
     kind, lr = distilled.labels.kind, learned_lr(distilled)
     rates = tuple(protocol.lr) if lr is None else (lr,)
     own_images = own_source(distilled, device)
@@ -189,6 +196,12 @@ def _full_control(control: str, distilled: DistilledSet, protocol: Protocol, tas
     return Arm(control, "hard", "full", steps, tuple(protocol.lr), lambda task, run: TaskSource(task, device))
 
 
+def _resampled_arm(name: str, labels: str, size: int, steps: int, protocol: Protocol, seed: int) -> Arm:
+    """``size`` real images with their classes in each epoch, other ones each time."""
+    source = functools.partial(resampled_source, seed, size)
+    return Arm(name, labels, f"rs2-{size}", steps, tuple(protocol.lr), source)
+
+
 # -- sources ----------------------------------------------------------------------------------------------------------
 
 
@@ -214,6 +227,11 @@ def random_source(seed: int, ipc: int, smoothing: float, task: Task, run: int) -
     """``ipc`` random real images of each class with their classes."""
     images, classes = task.per_class(ipc, (seed, "random-arm", run))
     return FixedSource(images, HardLabels(classes, task.num_classes, smoothing))
+
+
+def resampled_source(seed: int, size: int, task: Task, run: int) -> ResampledSource:
+    """``size`` random real images with their classes in each epoch."""
+    return ResampledSource(task, size, (seed, "rs2-arm", run), task.device)
 
 
 def noise_source(seed: int, ipc: int, smoothing: float, task: Task, run: int) -> FixedSource:

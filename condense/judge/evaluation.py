@@ -29,6 +29,9 @@ from condense.ranks import Ranks
 from condense.sets import DistilledSet, check_set
 from condense.training import Student, train
 
+MAX_CURVE_POINTS = 100
+"""Maximum number of tests during the training of a student."""
+
 
 def evaluate(
     distilled: DistilledSet,
@@ -42,6 +45,7 @@ def evaluate(
     teacher: nn.Module | None = None,
     teachers: str | Path | None = None,
     classes: Sequence[str] | None = None,
+    curve: Sequence[float] = (),
     seed: int = 0,
     device: str = "auto",
     precision: str = "auto",
@@ -65,8 +69,9 @@ def evaluate(
         runs: students per arm; by default the number of the protocol.
         protocol: name; by default that of the manifest, or dc-v1 (dc-soft-v1 for labels that are not hard).
         controls: any of random (the same number of real images per class), random-hard (these with their classes, on
-            the soft track), random-bytes (hard-labelled 8-bit real images with the bytes of the set), noise, full, and
-            full-equal (all real images for the steps of the distilled arm). On the soft track noise has the labels of
+            the soft track), random-bytes (hard-labelled 8-bit real images with the bytes of the set), noise, full,
+            full-equal (all real images for the steps of the distilled arm), and rs2 (as many real images as the set
+            has, drawn anew in each epoch, for these steps: equal compute). On the soft track noise has the labels of
             the set, and random needs the ``teacher`` of the labels.
         without_augmentation: also train the distilled and random arms without augmentation, for ARS.
         teacher: network in the training space of the set that gave its soft or per-view labels; it labels the random
@@ -74,6 +79,9 @@ def evaluate(
         teachers: file of the experts or teachers that gave the labels, instead of ``teacher``; by default the file
             named by the manifest is searched in the cache and at its path.
         classes: names of some classes: students are trained on the images of these only, and tested on these only.
+        curve: shares of the training, in (0, 1], after which students are also tested on the real test images, for
+            curves of accuracy over images and time. Nothing is chosen by them, and the students are the same without.
+            The learning rate follows the whole training, so a point is not the result of a training of its length.
         seed: seed of the students' weights, shuffles and augmentation, and of the random images.
         device: auto, cpu, cuda, ...
         precision: auto, fp32 or bf16.
@@ -93,9 +101,11 @@ def evaluate(
     seed = whole_number(seed, "--seed")
     controls = [controls] if isinstance(controls, str) else controls or []
     architectures = _architectures(networks, distilled, rules)
+    shares = _curve_shares(curve)
     runs = rules.runs if runs is None else whole_number(runs, "--runs")
     if not isinstance(task, Task):
         task = load_task(task, build_config(DataOptions, data_options(distilled), "the data"))
+    distilled = distilled.with_data(task)
     if classes is not None:
         distilled, task = distilled.select_classes(classes), task.select_classes(classes)
     check_data(distilled, task, architectures, runs, controls)
@@ -106,7 +116,7 @@ def evaluate(
     reason = ""
     if teacher is None and (teachers is not None or ("random" in controls and rules.labels == "soft")):
         teacher, reason = find_label_teacher(distilled, teachers, torch_device)
-    evaluator = Evaluator(task, rules, runs, seed, torch_device, precision, cache, quiet, ranks)
+    evaluator = Evaluator(task, rules, runs, seed, torch_device, precision, cache, quiet, ranks, shares)
     arms, missing = make_arms(
         distilled,
         dict.fromkeys(controls),
@@ -135,6 +145,20 @@ def _architectures(
     names: Any = [networks] if is_one and networks is not None else networks
     own = distilled.manifest["network"]
     return list(dict.fromkeys(own if name == OWN else name for name in names or protocol.networks))
+
+
+def _curve_shares(curve: Sequence[float]) -> tuple[float, ...]:
+    """The shares of the training after which students are tested, ascending.
+
+    Raises:
+        CondenseError: more than 100, or one that is not in (0, 1].
+    """
+    for share in curve:
+        if not isinstance(share, (int, float)) or not 0 < share <= 1:
+            raise CondenseError(f"--curve {share}: must be shares of the training, above 0 and at most 1")
+    if len(curve) > MAX_CURVE_POINTS:
+        raise CondenseError(f"--curve: {len(curve)} shares; give at most {MAX_CURVE_POINTS}")
+    return tuple(sorted(set(map(float, curve))))
 
 
 def _record(
@@ -200,6 +224,7 @@ def evaluate_command(
     words += ["--controls", ",".join(controls) or "none"] + ["--without-augmentation"] * without_augmentation
     words += ["--teachers", "PATH"] * teachers
     words += ["--classes", ",".join(classes)] if classes is not None else []
+    words += ["--curve", ",".join(f"{share:g}" for share in evaluator.shares)] if evaluator.shares else []
     words += ["--seed", str(evaluator.seed)] * (evaluator.seed != 0) + ["--precision", evaluator.precision]
     own = {**dataclasses.asdict(DataOptions()), **distilled.manifest.get("data", {}).get("options", {})}
     options = dataclasses.asdict(evaluator.task.options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.resources
+import itertools
 import json
 import math
 import platform
@@ -18,7 +19,7 @@ from jsonschema import Draft202012Validator
 from condense.device import device_name, peak_memory
 from condense.errors import CondenseError
 from condense.files import write_json
-from condense.formatting import size
+from condense.formatting import duration, size
 from condense.judge.scoring import (
     compute_scores,
     cross_architecture,
@@ -93,6 +94,9 @@ def format_record(record: dict[str, Any]) -> str:
         if "balanced_accuracies" in entry:
             balanced = statistics.fmean(entry["balanced_accuracies"])
             lines.append(f"{arm_name(entry, record)} on {entry['network']}: balanced accuracy {100 * balanced:.1f} %")
+    for entry in record["results"]:
+        if "curve" in entry:
+            lines.append(f"{arm_name(entry, record)} on {entry['network']}: {_format_curve(entry['curve'])}")
     total, external = (record["set"]["bytes"][part] for part in ("total", "external"))
     if external:
         lines.append(f"bytes: {size(total - external)} stored, {size(external)} external, {size(total)} together")
@@ -115,6 +119,15 @@ def arm_name(entry: dict[str, Any], record: dict[str, Any]) -> str:
     if not entry["augment"] and is_augmented(record["results"]):
         marks.append("not augmented")
     return entry["arm"] + (f" ({', '.join(marks)})" if marks else "")
+
+
+def _format_curve(curve: dict[str, Any]) -> str:
+    """Mean accuracies with the images seen and the seconds until then."""
+    means = [statistics.fmean(column) for column in zip(*curve["accuracies"])]
+    return "; ".join(
+        f"{100 * mean:.1f} % after {images:,} images, {duration(seconds)}"
+        for mean, images, seconds in zip(means, curve["images"], curve["seconds"])
+    )
 
 
 def _format_score(name: str, score: dict[str, Any]) -> str:
@@ -172,7 +185,23 @@ def check_record(record: Any) -> list[str]:
             faults.append(f"{where}: 'mean' is not that of its accuracies")
         elif not _json_close({key: entry[key] for key in ("mean", "std", "ci95")}, summary(accuracies)):
             faults.append(f"{where}: 'ci95' is not that of its accuracies")
+        faults += _curve_faults(entry, where)
     return faults or list(_inconsistent(record))
+
+
+def _curve_faults(entry: dict[str, Any], where: str) -> list[str]:
+    """Mistakes in the curve of an entry of ``results``, if it has one."""
+    if "curve" not in entry:
+        return []
+    curve, accuracies = entry["curve"], entry["accuracies"]
+    steps, rows = curve["steps"], curve["accuracies"]
+    if len(rows) != len(accuracies) or {len(steps)} != {len(curve["images"]), len(curve["seconds"]), *map(len, rows)}:
+        return [f"{where}: 'curve' has not one value for each of its steps and runs"]
+    if any(later <= before for before, later in itertools.pairwise(steps)) or steps[-1] > entry["steps"]:
+        return [f"{where}: the steps of 'curve' do not ascend to those of the training"]
+    if steps[-1] == entry["steps"] and [row[-1] for row in rows] != accuracies:
+        return [f"{where}: 'curve' does not end at the accuracies"]
+    return []
 
 
 def _inconsistent(record: dict[str, Any]) -> Iterator[str]:

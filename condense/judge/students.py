@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -9,7 +10,8 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +27,15 @@ from condense.judge.protocol import Protocol
 from condense.judge.scoring import summary
 from condense.ranks import Ranks
 from condense.tracking import Progress
-from condense.training import STUDENT_VERSION, Student, TrainConfig, correct_by_class, prefers_stacked, train
+from condense.training import (
+    STUDENT_VERSION,
+    Student,
+    TrainConfig,
+    correct_by_class,
+    epoch_steps,
+    prefers_stacked,
+    train,
+)
 
 SEARCH_RUN = -1
 """Replaces the number of the run in the keys of the student that tries a learning rate."""
@@ -41,6 +51,16 @@ def is_imbalanced(task: Task) -> bool:
     return bool(counts.max() >= IMBALANCE * counts[counts > 0].min())
 
 
+class CurvePoint(NamedTuple):
+    """Accuracy of a student during its training."""
+
+    step: float
+    """Completed steps."""
+    images: float
+    """Training images seen until then, with repetitions."""
+    accuracy: float
+
+
 class Score(NamedTuple):
     """Result of one student."""
 
@@ -49,6 +69,17 @@ class Score(NamedTuple):
     """Mean over the classes of the share of their test images that is classified correctly."""
     seconds: float
     """Time of training."""
+    curve: tuple[CurvePoint, ...] = ()
+    """Accuracies during the training; no decision uses them."""
+
+    def row(self) -> list[float]:
+        """All values in one list, of which the curve is the end."""
+        return [*self[:3], *(float(value) for point in self.curve for value in point)]
+
+    @classmethod
+    def from_row(cls, row: Sequence[float]) -> Score:
+        """Inverse of :meth:`row`."""
+        return cls(*row[:3], tuple(CurvePoint(*row[at : at + 3]) for at in range(3, len(row), 3)))
 
 
 @dataclass(frozen=True)
@@ -76,6 +107,8 @@ class Evaluator:
     cache: bool
     quiet: bool
     ranks: Ranks
+    shares: tuple[float, ...] = ()
+    """Shares of the training after which students are tested for a curve, ascending."""
 
     @functools.cached_property
     def transform_digest(self) -> str:
@@ -94,7 +127,8 @@ class Evaluator:
         scored = self.scored(jobs)
         entries = []
         for number, ((arm, network), rate) in enumerate(zip(cells, rates)):
-            accuracies, balanced, seconds = zip(*scored[number * self.runs : (number + 1) * self.runs])
+            scores = scored[number * self.runs : (number + 1) * self.runs]
+            accuracies, balanced, seconds, curves = zip(*scores)
             by_class = {"balanced_accuracies": list(balanced)} if is_imbalanced(self.task) else {}
             entries.append(
                 {
@@ -109,6 +143,7 @@ class Evaluator:
                     **summary(accuracies),
                     **by_class,
                     "seconds": round(sum(seconds), 2),
+                    **({"curve": _curve_entry(curves, arm.steps, sum(seconds))} if self.shares else {}),
                 }
             )
         return entries
@@ -139,25 +174,32 @@ class Evaluator:
         recipe = self.protocol.recipe(0, mirror=self.task.mirror, steps=arm.steps, lr=rate)
         return recipe if arm.augment else dataclasses.replace(recipe, augment=None)
 
+    def curve_steps(self, job: StudentJob) -> list[int]:
+        """Steps after which a student is tested for the curve; none in a search for the learning rate."""
+        return [] if job.run == SEARCH_RUN else curve_steps(self.shares, job.arm.steps)
+
     def scored(self, jobs: Sequence[StudentJob]) -> list[Score]:
         """Score of each job, from the cache or trained by one of the ranks."""
-        cached = torch.zeros(len(jobs), 4, dtype=torch.float64)  # the fields of Score, 1 if the score exists
+        widths = [3 + len(CurvePoint._fields) * len(self.curve_steps(job)) for job in jobs]
+        cached = torch.zeros(len(jobs), max(widths) + 1, dtype=torch.float64)  # 1 if the score exists, and the score
         if self.ranks.is_main_process:  # only one rank reads the cache, so that all ranks train the same jobs
             for row, job in zip(cached, jobs):
-                entry = _read_score(self._path(job), is_imbalanced(job.task)) if self._cached(job) else None
+                is_cached, balanced, steps = self._cached(job), is_imbalanced(job.task), self.curve_steps(job)
+                entry = _read_score(self._path(job), balanced, steps) if is_cached else None
                 if entry is not None:
-                    row[:] = torch.tensor([*entry, 1.0], dtype=torch.float64)
+                    _fill(row, entry)
         cached = self._all_ranks(cached)
         trained = torch.zeros_like(cached)
-        pending = [number for number in range(len(jobs)) if not cached[number, 3]]
+        pending = [number for number in range(len(jobs)) if not cached[number, 0]]
         for index, batch in enumerate(self._batches(jobs, pending)):
             if index % self.ranks.world_size != self.ranks.rank:
                 continue
             for number, entry in zip(batch, self._train([jobs[number] for number in batch])):
-                trained[number] = torch.tensor([*entry, 1.0], dtype=torch.float64)
+                _fill(trained[number], entry)
                 if self._cached(jobs[number]):
                     _write_score(self._path(jobs[number]), entry)
-        return [Score(*row[:3]) for row in (cached + self._all_ranks(trained)).tolist()]
+        table = (cached + self._all_ranks(trained)).tolist()
+        return [Score.from_row(row[1 : width + 1]) for row, width in zip(table, widths)]
 
     def _all_ranks(self, table: torch.Tensor) -> torch.Tensor:
         """Sums the tables of all ranks."""
@@ -196,21 +238,27 @@ class Evaluator:
             len(students) * recipe.steps,
             quiet=self.quiet or not self.ranks.is_main_process,
         )
-        checkpoint = self._path(first).with_suffix(".part") if self._cached(first) else None
+        steps = self.curve_steps(first)
+        # The points of a curve are not part of a checkpoint, so a training with a curve begins again.
+        checkpoint = self._path(first).with_suffix(".part") if self._cached(first) and not steps else None
         where: dict[str, Any] = {"device": self.device, "precision": self.precision}
         shape, classes = self.task.shape, self.task.num_classes
         compute = networks.calibrate(self.precision, self.device, first.network, shape, classes)
         with networks.memory_format(compute.format):
-            seconds = train(students, recipe, checkpoint=checkpoint, report=progress.update, **where)
+            watch = CurveWatch(students, [job.task for job in jobs], steps, recipe, where)
+            watching = {"watch": watch, "watch_every": math.gcd(*steps)} if watch.steps else {}
+            seconds = train(students, recipe, checkpoint=checkpoint, report=progress.update, **watching, **where)
+        seconds -= watch.test_seconds
         progress.close()
         scores = []
-        for student, job in zip(students, jobs):
+        for student, job, points in zip(students, jobs, watch.points):
             correct = np.array(correct_by_class(student.network, job.task, **where))
             counts = np.bincount(job.task.test.labels, minlength=job.task.num_classes)
             recalls = correct[counts > 0] / counts[counts > 0]
-            scores.append(
-                Score(int(correct.sum()) / len(job.task.test), float(recalls.mean()), round(seconds / len(jobs), 3))
-            )
+            accuracy, each = int(correct.sum()) / len(job.task.test), round(seconds / len(jobs), 3)
+            if recipe.steps in steps:
+                points.append(watch.point(student, recipe.steps, accuracy))
+            scores.append(Score(accuracy, float(recalls.mean()), each, tuple(points)))
         return scores
 
     def _cached(self, job: StudentJob) -> bool:
@@ -241,22 +289,85 @@ class Evaluator:
         return cache_dir() / "students" / digest[:2] / f"{digest}.json"
 
 
-def _read_score(path: Path, needs_balanced: bool) -> Score | None:
-    """Reads a score; None if there is none, it is damaged, or it lacks a balanced accuracy that is needed."""
+def curve_steps(shares: Sequence[float], steps: int) -> list[int]:
+    """Different numbers of steps at these shares of ``steps``, at least 1, ascending."""
+    return sorted({max(1, round(share * steps)) for share in shares})
+
+
+class CurveWatch:
+    """Tests students during their training; a ``watch`` of :func:`condense.training.train`.
+
+    Args:
+        students: Students that are trained.
+        tasks: Task that each one is tested on.
+        steps: Numbers of completed steps after which to test, except the last one of the training.
+        recipe: Training configuration.
+        where: Device and precision.
+    """
+
+    def __init__(
+        self, students: Sequence[Student], tasks: Sequence[Task], steps: Sequence[int], recipe: TrainConfig, where: Any
+    ) -> None:
+        self.students, self.tasks, self.batch, self.where = students, tasks, recipe.batch, where
+        self.steps = {*steps} - {recipe.steps}
+        self.points: list[list[CurvePoint]] = [[] for _ in students]
+        self.test_seconds = 0.0
+        """Time of all tests so far."""
+
+    def __call__(self, k: int, step: int, state: Mapping[str, torch.Tensor]) -> None:
+        if step not in self.steps:
+            return
+        began = time.monotonic()
+        network = copy.deepcopy(self.students[k].network)
+        network.load_state_dict(state)
+        correct = correct_by_class(network, self.tasks[k], **self.where)
+        self.points[k].append(self.point(self.students[k], step, sum(correct) / len(self.tasks[k].test)))
+        self.test_seconds += time.monotonic() - began
+
+    def point(self, student: Student, step: int, accuracy: float) -> CurvePoint:
+        """Returns the point of a student after ``step`` steps."""
+        epochs, part = divmod(step, epoch_steps(student.source.size, self.batch))
+        return CurvePoint(step, epochs * student.source.size + part * self.batch, accuracy)
+
+
+def _fill(row: torch.Tensor, entry: Score) -> None:
+    """Writes 1 and the values of a score to the beginning of a row."""
+    values = [1.0, *entry.row()]
+    row[: len(values)] = torch.tensor(values, dtype=torch.float64)
+
+
+def _curve_entry(curves: Sequence[Sequence[CurvePoint]], steps: int, seconds: float) -> dict[str, Any]:
+    """The curves of an arm's students for the record: accuracies by run, and the time of one training by steps."""
+    return {
+        "steps": [int(point.step) for point in curves[0]],
+        "images": [int(point.images) for point in curves[0]],
+        "accuracies": [[point.accuracy for point in curve] for curve in curves],
+        "seconds": [round(seconds / len(curves) * point.step / steps, 3) for point in curves[0]],
+    }
+
+
+def _read_score(path: Path, needs_balanced: bool, steps: Sequence[int] = ()) -> Score | None:
+    """Reads a score; None if there is none, it is damaged, or it lacks a balanced accuracy or points of a curve that
+    are needed. Of a curve, only the points at ``steps`` are returned."""
     try:
         entry = json.loads(path.read_text())
         balanced = entry["balanced"] if needs_balanced else entry.get("balanced", 0.0)
-        score = Score(float(entry["accuracy"]), float(balanced), float(entry["seconds"]))
+        curve = tuple(CurvePoint(*map(float, point)) for point in entry.get("curve", ()))
+        score = Score(float(entry["accuracy"]), float(balanced), float(entry["seconds"]), curve)
         # Earlier versions stored no digest.
         is_intact = entry.get("sha256", _score_digest(path, score)) == _score_digest(path, score)
-        return score if is_intact and 0 <= score.accuracy <= 1 and 0 <= score.seconds < math.inf else None
+        points = tuple(point for point in curve if point.step in steps)
+        if len(points) < len(steps):
+            return None
+        is_valid = 0 <= score.accuracy <= 1 and 0 <= score.seconds < math.inf
+        return score._replace(curve=points) if is_intact and is_valid else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 
 def _score_digest(path: Path, score: Score) -> str:
     """SHA-256 of a score and of the name of its file."""
-    return hashlib.sha256(" ".join([path.name, *map(repr, score)]).encode()).hexdigest()
+    return hashlib.sha256(" ".join([path.name, *map(repr, score.row())]).encode()).hexdigest()
 
 
 def _write_score(path: Path, entry: Score) -> None:
@@ -264,7 +375,9 @@ def _write_score(path: Path, entry: Score) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps({**entry._asdict(), "sha256": _score_digest(path, entry)}))
+        temporary.write_text(
+            json.dumps({**entry._asdict(), "curve": entry.curve, "sha256": _score_digest(path, entry)})
+        )
         os.replace(temporary, path)
     except OSError as fault:
         print(f"condense: the score cache cannot be written ({fault}); continuing without it", file=sys.stderr)

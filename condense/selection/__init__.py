@@ -18,6 +18,7 @@ from condense.selection.kernels import (
 )
 from condense.selection.sampling import (
     BALANCES,
+    alternating_permutation,
     beta_parameters,
     even_shares,
     graph_of_neighbours,
@@ -43,6 +44,7 @@ __all__ = [
     "Kernel",
     "LastLayerGradients",
     "ScoreTable",
+    "alternating_permutation",
     "beta_parameters",
     "dual_scores",
     "even_shares",

@@ -50,6 +50,23 @@ def select_by_class(
     return torch.cat(parts)
 
 
+def alternating_permutation(labels: np.ndarray, draws: rng.Draws) -> Tensor:
+    """Returns a random order of all rows in which the classes alternate: each consecutive part has the class shares of
+    the whole, up to rounding.
+
+    Args:
+        labels: class of each row, int64 (n,).
+        draws: of the order.
+    """
+    order = draws.permutation(len(labels)).numpy()
+    shuffled = labels[order]
+    counts = np.bincount(shuffled)
+    grouped = np.argsort(shuffled, kind="stable")
+    rank = np.empty(len(labels))
+    rank[grouped] = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return torch.from_numpy(order[np.argsort((rank + 0.5) / counts[shuffled], kind="stable")])
+
+
 def take_in_order(difficulty: Tensor, count: int, order: str, draws: rng.Draws) -> Tensor:
     """Returns the rows of the ``count`` hardest or easiest images, or of those around the median.
 

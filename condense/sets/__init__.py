@@ -1,7 +1,7 @@
 """The distilled set: its file, its decode stages and initial images, its form while it is being optimised, new labels
 for it, and pictures of it."""
 
-from condense.sets.distilled import DISTILLED_FORMAT, DistilledSet, check_set, checksums, packaged_sets
+from condense.sets.distilled import DISTILLED_FORMAT, DistilledSet, Resampling, check_set, checksums, packaged_sets
 from condense.sets.initial import INITS, SyntheticOptions
 from condense.sets.joining import join
 from condense.sets.preview import save_grid
@@ -16,6 +16,7 @@ __all__ = [
     "DistilledSet",
     "FlipUnion",
     "Formation",
+    "Resampling",
     "SyntheticOptions",
     "SyntheticSet",
     "add_preparation_seconds",

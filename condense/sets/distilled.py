@@ -7,6 +7,7 @@ import json
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from condense import hdf5, rng
 from condense.data import (
     ZCA,
     Standardise,
+    Task,
     class_numbers,
     selected_fingerprint,
     to_unit_range,
@@ -34,9 +36,23 @@ from condense.sets.stages import Compensated, Stage, check_stages, decode, stage
 
 IMAGE_TYPES = (np.uint8, np.float16, np.float32)
 
-ARRAY_TYPES = (*IMAGE_TYPES, np.int8, np.uint16, np.int64)
+ARRAY_TYPES = (*IMAGE_TYPES, np.int8, np.uint16, np.uint32, np.int64)
 
 DISTILLED_FORMAT = hdf5.Format("condense.distilled", 1, SET_SCHEMA, "condense distill")
+
+
+@dataclass(frozen=True)
+class Resampling:
+    """Drawing of real images anew in each epoch of an evaluation (RS2)."""
+
+    share: float
+    """Share of the real training images that an epoch draws."""
+    counts: list[int]
+    """Real training images of each class."""
+
+    def size(self, images: int) -> int:
+        """Returns the number of images that an epoch draws from ``images``."""
+        return max(1, round(self.share * images))
 
 
 class DistilledSet(Dataset[tuple[Tensor, Tensor | int]]):
@@ -52,23 +68,71 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor | int]]):
 
     Attributes:
         stored: Images as in the file, (N,C,H,W) uint8, float16 or float32, in the space ``manifest["space"]``.
+        indices: Rows of the real training images that the file holds instead of images, uint32 (N,); usually None.
         labels: Label provider, indexed by stored image.
         transform: Map from pixel space to training space.
         manifest: Name, origin, settings and cost of the set.
     """
 
     def __init__(
-        self, stored: Tensor, labels: Labels, transform: Standardise | ZCA, manifest: Mapping[str, Any]
+        self,
+        stored: Tensor | None,
+        labels: Labels,
+        transform: Standardise | ZCA,
+        manifest: Mapping[str, Any],
+        indices: np.ndarray | None = None,
     ) -> None:
-        self.stored, self.labels, self.transform = stored, labels, transform
+        self._stored, self.labels, self.transform, self.indices = stored, labels, transform, indices
         self.manifest: dict[str, Any] = {
             **manifest,
             "label_kind": labels.kind,
             "transform": transform.kind,
-            "image_shape": list(stored.shape[1:]),
+            "image_shape": list(manifest["image_shape"] if stored is None else stored.shape[1:]),
         }
         self._decoded: tuple[Tensor, Tensor] | None = None
         self._pixels: Tensor | None = None
+
+    # -- images by index --------------------------------------------------------------------------------------------
+
+    @property
+    def stored(self) -> Tensor:
+        """Images as in the file.
+
+        Raises:
+            CondenseError: The file holds indices into real data, which were not given.
+        """
+        if self._stored is None:
+            raise CondenseError(
+                f"{self.name} holds indices into '{self.manifest['dataset']}' instead of images; give this data: "
+                "--data DATA, or condense.load(FILE, data=DATA)"
+            )
+        return self._stored
+
+    @property
+    def num_stored(self) -> int:
+        """Number of stored images, or of the indices in their place."""
+        return len(self.stored) if self.indices is None else len(self.indices)
+
+    def with_data(self, task: Task) -> DistilledSet:
+        """Returns the set with the images that its indices refer to; a set that stores images is returned unchanged.
+
+        Raises:
+            CondenseError: The data are not those that the indices refer to.
+        """
+        if self.indices is None or self._stored is not None:
+            return self
+        own = str(self.manifest["data"]["fingerprint"])
+        if task.fingerprint != own:
+            raise CondenseError(
+                f"--data {task.name}: has the fingerprint {task.fingerprint[:12]}, but {self.name} holds indices into "
+                f"'{self.manifest['dataset']}' of {own[:12]}; give the data that it was made from"
+            )
+        if self.indices.max() >= len(task.train):
+            raise CondenseError(
+                f"{self.name}: index {self.indices.max()}, but {task.name} has {len(task.train)} training images"
+            )
+        images = task.raw(torch.from_numpy(self.indices.astype(np.int64)))
+        return DistilledSet(images, self.labels, self.transform, self.manifest, self.indices)
 
     # -- properties -------------------------------------------------------------------------------------------------
 
@@ -91,7 +155,7 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor | int]]):
     @property
     def shape(self) -> tuple[int, int, int]:
         """(C,H,W) of a decoded image."""
-        channels, height, width = self.stored.shape[1:]
+        channels, height, width = self.manifest["image_shape"]
         return channels, height, width
 
     @property
@@ -104,20 +168,34 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor | int]]):
         """The INFER decode stage, if there is one; labels then belong to decoded images instead of stored ones."""
         return next((stage for stage in self.stages if isinstance(stage, Compensated)), None)
 
+    @property
+    def resampling(self) -> Resampling | None:
+        """How an evaluation draws real images in each epoch instead of the stored ones; None for a fixed set, and for
+        one that was given other labels since."""
+        facts = self.manifest.get("resampling")
+        return Resampling(**facts) if facts and self.labels.kind == "hard" else None
+
     def nbytes(self) -> dict[str, int]:
         """Returns the bytes of ``images``, ``labels``, ``auxiliary`` (the transform), ``external`` (needed for training
         in addition to the file) and their ``total``."""
         parts = {
-            "images": self.stored.numel() * self.stored.element_size(),
+            "images": self.stored.nbytes if self.indices is None else self.indices.nbytes,
             "labels": self.labels.nbytes(),
             "auxiliary": sum(array.nbytes for array in self.transform.arrays().values()),
             "external": self.labels.external_nbytes(),
         }
+        if self.indices is not None:  # the images, of 8 bits a value
+            parts["external"] += len(self.indices) * math.prod(self.shape)
+        if self.resampling:  # all real images, with labels of whole bits
+            images, bits = sum(self.resampling.counts), math.ceil(math.log2(len(self.classes)))
+            parts["external"] += images * math.prod(self.shape) + math.ceil(images * bits / 8)
         return {**parts, "total": sum(parts.values())}
 
     def sha256(self) -> str:
         """Returns a digest of all arrays and of the fields that define their meaning (decode, space, classes ...)."""
         meaning = {key: self.manifest.get(key) for key in ("classes", "decode", "space", "transform", "label_kind")}
+        meaning |= {} if self.indices is None else {"fingerprint": self.manifest["data"]["fingerprint"]}
+        meaning |= {"resampling": self.manifest["resampling"]} if self.resampling else {}
         text = json.dumps([sorted(checksums(self.arrays()).items()), meaning], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -191,6 +269,9 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor | int]]):
         data = self.manifest.get("data", {})
         fingerprint = selected_fingerprint(str(data.get("fingerprint", "")), names)
         manifest = {**self.manifest, "classes": list(names), "data": {**data, "fingerprint": fingerprint}}
+        if self.resampling:
+            counts = [self.resampling.counts[number] for number in numbers]
+            manifest["resampling"] = {"share": self.resampling.share, "counts": counts}
         return DistilledSet(self.stored[rows], HardLabels(labels, len(names)), self.transform, manifest)
 
     def __len__(self) -> int:
@@ -235,7 +316,7 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor | int]]):
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Returns the arrays of the file by path."""
-        arrays = {"images": self.stored.detach().cpu().numpy()}
+        arrays = {"images": self.stored.detach().cpu().numpy()} if self.indices is None else {"indices": self.indices}
         arrays |= {f"labels/{name}": array for name, array in self.labels.arrays().items()}
         arrays |= {f"transform/{name}": array for name, array in self.transform.arrays().items()}
         return arrays
@@ -274,21 +355,29 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor | int]]):
         labels = {name[7:]: array for name, array in arrays.items() if name.startswith("labels/")}
         transform = {name[10:]: array for name, array in arrays.items() if name.startswith("transform/")}
         try:
-            shape = tuple(arrays["images"].shape[1:])
+            indices = arrays.get("indices")
+            shape = tuple(manifest["image_shape"] if indices is not None else arrays["images"].shape[1:])
             if stated_image_shape(labels) not in (None, shape):
                 raise CondenseError(f"its images are {by(shape)}, but its labels belong to images of another shape")
+            counts = manifest.get("resampling", {}).get("counts", manifest["classes"])
+            if len(counts) != len(manifest["classes"]):
+                raise CondenseError(f"{len(manifest['classes'])} classes, but resampling counts of {len(counts)}")
             provider = LABEL_KINDS.get(manifest["label_kind"]).from_arrays(labels, len(manifest["classes"]))
             restored = transform_from_arrays(manifest["transform"], transform, shape)
-            loaded = cls(torch.from_numpy(arrays["images"]), provider, restored, manifest)
-            check_stages(loaded.stages, loaded.stored.shape)
+            stored = torch.from_numpy(arrays["images"]) if indices is None else None
+            loaded = cls(stored, provider, restored, manifest, indices)
+            images = len(arrays["images"] if indices is None else indices)
+            if indices is not None and (loaded.stages or manifest["data"].get("fingerprint") is None):
+                raise CondenseError("holds indices, but also decode stages, or no fingerprint of the data")
+            check_stages(loaded.stages, (images, *shape))
             stage = loaded.compensated
             if provider.per_view and loaded.stages and not stage:
                 raise CondenseError(f"{provider.kind} labels belong to stored images, which its decode stages cut up")
             if stage and stage.classes != len(loaded.classes):
                 raise CondenseError(f"{len(loaded.classes)} classes, but its decode stage has {stage.classes}")
-            if stage and len(loaded.stored) != stage.stored:
-                raise CondenseError(f"{len(loaded.stored)} images, but its decode stage needs {stage.stored}")
-            count = stage.decoded * len(loaded.classes) if stage else len(loaded.stored)
+            if stage and images != stage.stored:
+                raise CondenseError(f"{images} images, but its decode stage needs {stage.stored}")
+            count = stage.decoded * len(loaded.classes) if stage else images
             if len(provider) != count:
                 raise CondenseError(f"{count} images but {len(provider)} labels")
             views = getattr(provider, "views", None)
@@ -351,6 +440,10 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
             if _digest(arrays[name]) != manifest["checksums"][name]:
                 raise CondenseError(f"{path}: the array '{name}' is damaged (its checksum differs); {RESTORE_HINT}")
             arrays[name] = arrays[name].astype(arrays[name].dtype.newbyteorder("="), copy=False)
+    if "indices" in arrays and "images" not in arrays:
+        if arrays["indices"].dtype != np.uint32 or arrays["indices"].ndim != 1 or not arrays["indices"].size:
+            raise CondenseError(f"{path}: the array 'indices' is not a list of numbers of images")
+        return arrays, manifest
     if "images" not in arrays or arrays["images"].ndim != 4 or arrays["images"].dtype.type not in IMAGE_TYPES:
         raise CondenseError(f"{path}: no array 'images' of uint8, float16 or float32 with four dimensions")
     if not arrays["images"].size:

@@ -164,6 +164,15 @@ SET_SCHEMA: dict[str, Any] = {
             "properties": {"bytes": {"type": "object", "additionalProperties": _AMOUNT}},
         },
         "claim": _CLAIM,
+        "resampling": {
+            "type": "object",
+            "required": ["share", "counts"],
+            "properties": {
+                "share": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
+                "counts": {"type": "array", "items": _COUNT},
+            },
+            "additionalProperties": False,
+        },
         "imported": {"type": "object"},
     },
 }

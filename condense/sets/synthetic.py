@@ -13,6 +13,7 @@ from condense.data import Task
 from condense.device import on_host, upload, upload_indices
 from condense.errors import CondenseError
 from condense.labels import HardLabels, Labels, SoftLabels
+from condense.sets.distilled import Resampling
 from condense.sets.initial import SyntheticOptions, initial_images
 from condense.sets.stages import FlipUnion, Formation, Stage, decode
 
@@ -31,6 +32,8 @@ class SyntheticSet:
             real images).
         stages: Decode stages, in order.
         label_source: Origin of soft labels, for the manifest.
+        ids: Real training images that the set consists of, int64 (N,); None unless it is a selection.
+        resampling: How an evaluation draws real images again in each epoch; None for a fixed set.
     """
 
     def __init__(
@@ -49,6 +52,8 @@ class SyntheticSet:
         self.labels = labels or HardLabels(self.classes, task.num_classes)
         self.tensors = {"images": images.requires_grad_(images.is_floating_point())}
         self.label_source: dict[str, Any] = {}
+        self.ids: Tensor | None = None
+        self.resampling: Resampling | None = None
         self._rows = [(self.classes == c).nonzero().squeeze(1) for c in range(task.num_classes)]
         self._decoded: dict[tuple[int, ...] | None, tuple[Tensor | None, Tensor]] = {}  # rows and labels of classes
 
@@ -128,7 +133,9 @@ class SyntheticSet:
         """Creates a set of unchanged real training images (uint8 if the data is), sorted by class."""
         classes = torch.as_tensor(task.train.labels[ids.numpy()])
         order = torch.argsort(classes, stable=True)
-        return cls(task, torch.as_tensor(task.raw(ids[order])), classes[order], space="pixel")
+        selected = cls(task, torch.as_tensor(task.raw(ids[order])), classes[order], space="pixel")
+        selected.ids = ids[order]
+        return selected
 
     def decode(self, classes: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         """Decodes the stored images, with gradients to the stored tensors.

@@ -9,13 +9,22 @@ from condense.training.config import (
     epoch_steps,
 )
 from condense.training.loop import TEST_CHUNK, accuracy, correct_by_class, prefers_stacked, train
-from condense.training.student import FixedSource, GradientRule, Source, Student, TaskSource, TrainingStep
+from condense.training.student import (
+    FixedSource,
+    GradientRule,
+    ResampledSource,
+    Source,
+    Student,
+    TaskSource,
+    TrainingStep,
+)
 
 __all__ = [
     "STUDENT_VERSION",
     "TEST_CHUNK",
     "FixedSource",
     "GradientRule",
+    "ResampledSource",
     "Source",
     "Student",
     "TaskSource",

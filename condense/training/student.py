@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -9,10 +10,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from condense import rng
 from condense.data import Task
 from condense.device import upload
 from condense.labels import HardLabels, Labels
 from condense.networks import Network
+from condense.selection import alternating_permutation
 
 
 class Source(Protocol):
@@ -87,6 +90,31 @@ class TaskSource:
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         return self.labels.loss(logits, targets)
+
+
+class ResampledSource(TaskSource):
+    """A new subset of the real training images with their classes in each epoch: RS2 without replacement.
+
+    The subsets are consecutive parts of a permutation in which classes alternate. When it has too few images left for
+    another subset, a new permutation begins.
+
+    Args:
+        task: The real data.
+        size: Images of an epoch; at most all.
+        parts: Key of the draws.
+        device: Device of the labels.
+    """
+
+    def __init__(self, task: Task, size: int, parts: tuple[int | str, ...], device: torch.device) -> None:
+        super().__init__(task, device)
+        self.size = min(size, self.size)
+        self._permutation = functools.lru_cache(maxsize=1)(
+            lambda number: alternating_permutation(task.train.labels, rng.Draws(*parts, number))
+        )
+
+    def batch(self, ids: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+        permutation, position = divmod(epoch, len(self.task.train) // self.size)
+        return super().batch(self._permutation(permutation)[position * self.size + ids], epoch)
 
 
 @dataclass

@@ -6,15 +6,23 @@ from dataclasses import dataclass
 
 import torch
 
+from condense.config import require_one_of
 from condense.data import Task
 from condense.engine import Run
+from condense.methods.selection.settings import STORES
 from condense.registry import method
 from condense.sets import SyntheticSet
 
 
 @dataclass(frozen=True)
 class Random:
-    """Random selection has no hyper-parameters."""
+    """Hyper-parameters of random selection."""
+
+    store: str = "images"
+    """images, or indices into the real data, which whoever uses the file then needs."""
+
+    def __post_init__(self) -> None:
+        require_one_of(self, store=STORES)
 
 
 @method(

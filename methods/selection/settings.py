@@ -24,6 +24,8 @@ from condense.selection import (
 )
 from condense.sets import SyntheticSet
 
+STORES = ("images", "indices")
+
 EMBEDDINGS = ("trained", "random", "pixels")
 
 
@@ -33,10 +35,12 @@ class Budget:
 
     balance: str = "class"
     """class: ipc images of every class. free: as many in total, whatever their classes."""
+    store: str = "images"
+    """images, or indices into the real data, which whoever uses the file then needs."""
 
     def check_budget(self) -> None:
         """For ``__post_init__``."""
-        require_one_of(self, balance=BALANCES)
+        require_one_of(self, balance=BALANCES, store=STORES)
 
 
 @dataclass(frozen=True)
