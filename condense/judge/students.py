@@ -79,7 +79,8 @@ class Score(NamedTuple):
     @classmethod
     def from_row(cls, row: Sequence[float]) -> Score:
         """Inverse of :meth:`row`."""
-        return cls(*row[:3], tuple(CurvePoint(*row[at : at + 3]) for at in range(3, len(row), 3)))
+        accuracy, balanced, seconds = row[:3]
+        return cls(accuracy, balanced, seconds, tuple(CurvePoint(*row[at : at + 3]) for at in range(3, len(row), 3)))
 
 
 @dataclass(frozen=True)
@@ -246,7 +247,7 @@ class Evaluator:
         compute = networks.calibrate(self.precision, self.device, first.network, shape, classes)
         with networks.memory_format(compute.format):
             watch = CurveWatch(students, [job.task for job in jobs], steps, recipe, where)
-            watching = {"watch": watch, "watch_every": math.gcd(*steps)} if watch.steps else {}
+            watching: dict[str, Any] = {"watch": watch, "watch_every": math.gcd(*steps)} if watch.steps else {}
             seconds = train(students, recipe, checkpoint=checkpoint, report=progress.update, **watching, **where)
         seconds -= watch.test_seconds
         progress.close()
