@@ -222,8 +222,8 @@ def robustness(net: Network, task: Task, seed: int) -> dict[str, float]:
             changes[f"{name} {radius}/255"] = functools.partial(
                 _attacked, logits, radius=radius / 255, steps=steps, seed=seed
             )
-    for name, change in CORRUPTIONS.items():
-        changes[name] = functools.partial(_corrupted, change, seed)
+    for name, corruption in CORRUPTIONS.items():
+        changes[name] = functools.partial(_corrupted, corruption, seed)
     correct = dict.fromkeys(changes, 0)
     chosen = rng.Draws(seed, "attacked").permutation(len(task.test))[:ATTACKED]
     for part, (pixels, labels) in enumerate(_test_pixels(task, chosen)):
