@@ -166,10 +166,10 @@ class _Bench:
         for arm, run in itertools.product(ARMS, range(self.runs)):
             net, members = self.student(arm, run)
             for check in checks:
-                values = (
+                measured = (
                     robustness(net, self.task, self.seed) if check == "robustness" else privacy(net, self.task, members)
                 )
-                for measure, value in values.items():
+                for measure, value in measured.items():
                     found.setdefault((check, measure, arm), []).append(value)
         rows: dict[str, list[dict[str, Any]]] = {check: [] for check in checks}
         for (check, measure, arm), values in found.items():
