@@ -64,12 +64,12 @@ def test_pgd_stays_within_its_radius_and_increases_the_loss():
 @pytest.mark.parametrize("name", checks.CORRUPTIONS)
 def test_corruptions_keep_shape_and_repeat(name):
     pixels = rng.Draws("pixels").uniform((2, 3, 5, 7))
-    first, again = (checks.CORRUPTIONS[name](pixels, rng.Draws("noise")) for _ in range(2))
+    first, again = (checks.CORRUPTIONS[name](pixels, rng.generator("noise")) for _ in range(2))
     assert first.shape == pixels.shape and first.equal(again) and not first.equal(pixels)
 
 
 def test_noise_has_its_standard_deviation():
-    noise = checks.CORRUPTIONS["noise 0.08"](torch.zeros(20, 3, 32, 32), rng.Draws("noise"))
+    noise = checks.CORRUPTIONS["noise 0.08"](torch.zeros(20, 3, 32, 32), rng.generator("noise"))
     assert float(noise.std()) == pytest.approx(0.08, rel=0.01) and abs(float(noise.mean())) < 1e-3
 
 

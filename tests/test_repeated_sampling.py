@@ -6,11 +6,11 @@ import torch
 from conftest import change_protocols, tiny_arrays
 
 import condense
-from condense import rng
+from condense import networks, rng
 from condense.errors import CondenseError
 from condense.judge import records
 from condense.selection import alternating_permutation
-from condense.training import ResampledSource
+from condense.training import ResampledSource, Student, TrainConfig, train
 
 NETWORK = "convnet-d2-w8-in"
 
@@ -55,6 +55,25 @@ def test_a_size_that_does_not_divide_the_data_repeats_nothing_within_an_epoch(ti
     source = ResampledSource(tiny, 25, ("rounds",), torch.device("cpu"))
     for epoch in range(4):
         assert len(set(epoch_rows(source, epoch).tolist())) == 25
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_students_that_are_trained_together_have_their_own_subsets(tiny, together):
+    def students():
+        made = []
+        for k in range(2):
+            with rng.seeded(k, "network"):
+                net = networks.build_network(NETWORK, tiny.shape, 3)
+            made.append(Student(net, ResampledSource(tiny, 9, ("rounds", k), torch.device("cpu")), k))
+        return made
+
+    config = TrainConfig(steps=4, batch=9, lr=0.01, momentum=0.9, weight_decay=0.0)
+    group, alone = students(), students()
+    train(group, config, device=torch.device("cpu"), together=together)
+    for student, other in zip(group, alone):
+        train([other], config, device=torch.device("cpu"))
+        for ours, theirs in zip(student.network.parameters(), other.network.parameters()):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_the_arm_has_the_images_and_steps_of_the_set(tiny):

@@ -140,7 +140,7 @@ def _distilled_arms(
     )
     if distilled.labels.is_hard:
         return [own], []
-    hard_images = _hard_source(distilled, device)
+    hard_images = hard_source(distilled, device)
     content_key = f"{distilled.sha256()}-hard"
     hard = dataclasses.replace(own, labels="hard", content_key=content_key, source=lambda *_: hard_images)
     if protocol.labels == "hard":
@@ -216,7 +216,7 @@ def own_source(distilled: DistilledSet, device: torch.device) -> FixedSource:
     return FixedSource(images.to(device), distilled.labels.to(device), ids)
 
 
-def _hard_source(distilled: DistilledSet, device: torch.device) -> FixedSource:
+def hard_source(distilled: DistilledSet, device: torch.device) -> FixedSource:
     """The images of the set with their classes as labels."""
     images, ids = distilled.training_images()
     labels = HardLabels(distilled.hard_labels(), len(distilled.classes)).to(device)

@@ -22,7 +22,7 @@ from condense.config import build_config, whole_number
 from condense.data import DataOptions, Task, load_task
 from condense.device import out_of_memory_advice, pick_device
 from condense.errors import CondenseError, did_you_mean
-from condense.judge.arms import equal_byte_count, learned_lr, own_source, random_bytes_source
+from condense.judge.arms import equal_byte_count, hard_source, learned_lr, own_source, random_bytes_source
 from condense.judge.evaluation import check_data, data_options, default_protocol, evaluate
 from condense.judge.protocol import OWN, Protocol, get_protocol
 from condense.judge.records import environment
@@ -110,6 +110,7 @@ def downstream(
     where = pick_device(device)
     if not isinstance(task, Task):
         task = load_task(task, build_config(DataOptions, data_options(distilled), "the data"))
+    distilled = distilled.with_data(task)
     check_data(distilled, task, [architecture], runs, [])
     if "continual" in checks and not 1 <= steps <= task.num_classes:
         raise CondenseError(f"--class-steps {steps}: must be 1 to {task.num_classes}, the number of classes")
@@ -180,7 +181,8 @@ class _Bench:
         """A trained network, and the images in training space with their classes that its training data came from."""
         task, device = self.task, self.task.device
         if arm == DISTILLED:
-            source = own_source(self.distilled, device)
+            has_own_labels = self.rules.labels == "soft" or self.distilled.labels.is_hard
+            source = (own_source if has_own_labels else hard_source)(self.distilled, device)
             ids = torch.arange(len(task.train))
             ids = ids[rng.Draws(self.seed, "members").permutation(len(ids))[: len(task.test)]]
             members = task.batch(ids), torch.from_numpy(task.train.labels[ids.numpy()]).to(device)
@@ -277,38 +279,36 @@ def attack(
     return attacked
 
 
-def _noise(pixels: Tensor, draws: rng.Draws) -> Tensor:
-    # Sum of twelve uniform numbers: standard normal to the accuracy that noise needs, on every device.
-    normal = draws.uniform((*pixels.shape, 12)).sum(-1) - 6
-    return pixels + 0.08 * normal.to(pixels)
+def _noise(pixels: Tensor, random: torch.Generator) -> Tensor:
+    return pixels + 0.08 * torch.randn(pixels.shape, generator=random).to(pixels)
 
 
-def _blurred(pixels: Tensor, draws: rng.Draws) -> Tensor:
+def _blurred(pixels: Tensor, random: torch.Generator) -> Tensor:
     channels = pixels.shape[1]
     row = torch.tensor([1.0, 2.0, 1.0], device=pixels.device) / 4
     kernel = (row[:, None] * row).expand(channels, 1, 3, 3)
     return F.conv2d(F.pad(pixels, (1, 1, 1, 1), mode="replicate"), kernel, groups=channels)
 
 
-def _pixelated(pixels: Tensor, draws: rng.Draws) -> Tensor:
+def _pixelated(pixels: Tensor, random: torch.Generator) -> Tensor:
     small = F.avg_pool2d(pixels, 2, ceil_mode=True)
     return F.interpolate(small, scale_factor=2, mode="nearest")[..., : pixels.shape[2], : pixels.shape[3]]
 
 
-CORRUPTIONS: Mapping[str, Callable[[Tensor, rng.Draws], Tensor]] = {
+CORRUPTIONS: Mapping[str, Callable[[Tensor, torch.Generator], Tensor]] = {
     "noise 0.08": _noise,
     "blur 3x3": _blurred,
-    "brightness +0.2": lambda pixels, draws: pixels + 0.2,
-    "contrast 0.4": lambda pixels, draws: pixels.mean((1, 2, 3), keepdim=True) * 0.6 + pixels * 0.4,
+    "brightness +0.2": lambda pixels, random: pixels + 0.2,
+    "contrast 0.4": lambda pixels, random: pixels.mean((1, 2, 3), keepdim=True) * 0.6 + pixels * 0.4,
     "pixelate 2x2": _pixelated,
 }
 """Corruptions of pixels in [0,1]; the result is clamped."""
 
 
 def _corrupted(
-    change: Callable[[Tensor, rng.Draws], Tensor], seed: int, pixels: Tensor, labels: Tensor, part: int
+    change: Callable[[Tensor, torch.Generator], Tensor], seed: int, pixels: Tensor, labels: Tensor, part: int
 ) -> Tensor:
-    return change(pixels, rng.Draws(seed, "corruption", part)).clamp(0, 1)
+    return change(pixels, rng.generator(seed, "corruption", part)).clamp(0, 1)
 
 
 # -- privacy ----------------------------------------------------------------------------------------------------------

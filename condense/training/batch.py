@@ -85,7 +85,8 @@ class SharedSource(NamedTuple):
         if recipe.batch_norm_group or recipe.cutmix or any(source.per_view for source in sources):
             return None
         is_same = all(source is first for source in sources)
-        if is_same or all(isinstance(s, TaskSource) and s.task is getattr(first, "task", None) for s in sources):
+        # Not of a derived class, whose images may differ between students.
+        if is_same or all(type(s) is TaskSource and s.task is getattr(first, "task", None) for s in sources):
             return cls(first, first.size, [0] * len(sources))
         fixed = [source for source in sources if isinstance(source, FixedSource)]
         labels = [source.labels for source in fixed if isinstance(source.labels, HardLabels)]
