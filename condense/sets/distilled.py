@@ -108,6 +108,10 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor | int]]):
             )
         return self._stored
 
+    @stored.setter
+    def stored(self, images: Tensor) -> None:
+        self._stored, self.indices = images, None
+
     @property
     def num_stored(self) -> int:
         """Number of stored images, or of the indices in their place."""

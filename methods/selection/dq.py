@@ -96,14 +96,7 @@ def rebuild_patches(synthetic: SyntheticSet, config: DQ, run: Run) -> None:
     run.note("patches", {"patch": config.patch, "dropped": count, "of": patches, **sizes})
 
 
-@method(
-    "dq",
-    config=DQ,
-    paper="Dataset Quantization",
-    year=2023,
-    order=0,
-    pretrains="teachers",
-)
+@method("dq", config=DQ, paper="Dataset Quantization", year=2023, order=0, pretrains="teachers")
 def dq(task: Task, config: DQ, run: Run) -> SyntheticSet:
     """Splits each class into bins by graph cut and samples every bin evenly.
 
