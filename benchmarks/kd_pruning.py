@@ -7,14 +7,14 @@ Existing files are kept: the same command continues a stopped one.
 
 from __future__ import annotations
 
-import json
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
 from condense.benchmarks.equal_time import data_name, distill_if_missing, run_condense
-from condense.benchmarks.speed.measure import Parser, aligned, guarded, positive
-from condense.errors import CondenseError
+from condense.benchmarks.speed.measure import Parser, aligned, guarded, positive, read_counts
+from condense.judge import means_by_arm, read_record
 
 CHOICES = ("random", "el2n", "forgetting")
 """How the images are chosen; scores take the hardest, as published."""
@@ -28,12 +28,6 @@ def train_teacher(path: Path, data: str, network: str, epochs: int, options: Seq
     if not path.exists():
         line = ["teachers", "--data", data, "--networks", network, "--epochs", str(epochs), "--out", str(path)]
         run_condense(*line, "--held-out", "0.1", "teacher_lr=0.02", *options)
-
-
-def accuracy(record: Path) -> float:
-    """Accuracy of the set in a record, in per cent."""
-    entries = json.loads(record.read_text())["results"]
-    return 100 * next(entry["mean"] for entry in entries if entry["arm"] == "distilled")
 
 
 def table(found: dict[tuple[int, str, str], list[float]]) -> str:
@@ -61,8 +55,7 @@ def _main(arguments: Sequence[str]) -> int:
     parser.add_argument("settings", nargs="*", help="of the data, e.g. resize=16")
     options = parser.parse_args(arguments)
     out, data, of_data = options.out, options.data, options.settings
-    if not all(text.isdecimal() and int(text) for text in options.ipc.split(",")):
-        raise CondenseError(f"--ipc {options.ipc}: must be integers above 0, joined by commas")
+    sizes = read_counts("--ipc", options.ipc)
     out.mkdir(parents=True, exist_ok=True)
     teachers = {"strong": out / "strong.h5", "weak": out / "weak.h5"}
     train_teacher(teachers["strong"], data, options.network, options.epochs, of_data)
@@ -73,24 +66,22 @@ def _main(arguments: Sequence[str]) -> int:
         line = ["scores", "--data", data, "--network", options.weak, "--out", str(scores)]
         run_condense(*line, f"score_epochs={options.score_epochs}", f"score_early={early}", *of_data)
     found: dict[tuple[int, str, str], list[float]] = {}
-    for seed in range(options.seeds):
-        for ipc in map(int, options.ipc.split(",")):
-            for choice in CHOICES:
-                for label in LABELS:
-                    stem = f"kdprune-{data_name(data).partition('=')[0]}-ipc{ipc}-{choice}-{label}-seed{seed}"
-                    path, record = out / "sets" / f"{stem}.h5", out / "records" / f"{stem}.json"
-                    settings = [f"teachers={teachers['strong' if label == 'class' else label]}", f"choose={choice}"]
-                    settings += [f"scores={scores}"] if choice != "random" else []
-                    settings += ["alpha=0"] if label == "class" else []
-                    flags = ["--seed", str(seed), "--tag", f"{choice}-{label}", *settings, *of_data]
-                    distill_if_missing(path, "kdprune", data, ipc, options.network, out / "runs" / stem, *flags)
-                    if not record.exists():
-                        record.parent.mkdir(parents=True, exist_ok=True)
-                        line = ["evaluate", str(path), "--data", data, "--protocol", options.protocol, "--runs", "1"]
-                        run_condense(*line, "--controls", "none", "--seed", str(seed), "--json", str(record))
-                    found.setdefault((ipc, choice, label), []).append(accuracy(record))
-                    text = table(found)
-                    (out / "table.txt").write_text(text + "\n")
+    for seed, ipc, choice, label in itertools.product(range(options.seeds), sizes, CHOICES, LABELS):
+        stem = f"kdprune-{data_name(data).partition('=')[0]}-ipc{ipc}-{choice}-{label}-seed{seed}"
+        path, record = out / "sets" / f"{stem}.h5", out / "records" / f"{stem}.json"
+        settings = [f"teachers={teachers['strong' if label == 'class' else label]}", f"choose={choice}"]
+        settings += [f"scores={scores}"] if choice != "random" else []
+        settings += ["alpha=0"] if label == "class" else []
+        flags = ["--seed", str(seed), "--tag", f"{choice}-{label}", *settings, *of_data]
+        distill_if_missing(path, "kdprune", data, ipc, options.network, out / "runs" / stem, *flags)
+        if not record.exists():
+            record.parent.mkdir(parents=True, exist_ok=True)
+            line = ["evaluate", str(path), "--data", data, "--protocol", options.protocol, "--runs", "1"]
+            run_condense(*line, "--controls", "none", "--seed", str(seed), "--json", str(record))
+        accuracy = 100 * means_by_arm(read_record(record))["distilled"]
+        found.setdefault((ipc, choice, label), []).append(accuracy)
+        text = table(found)
+        (out / "table.txt").write_text(text + "\n")
     print(text)
     return 0
 

@@ -37,6 +37,8 @@ RESULTS = HERE / "results"
 PUBLISHED_CSV = HERE / "published.csv"
 MARKER = '<meta name="generator" content="condense leaderboard">'
 """In every page of ours; a folder without it is not replaced."""
+REAL_ARMS = ("random", "random-bytes", "full", "full-equal", "rs2")
+"""Control arms of real images, which charts of time and of training show beside the sets."""
 RECORDS = "records"
 """Folder of the site with copies of records and pictures."""
 PICTURE_LIMIT = 32 * 1024 * 1024
@@ -446,7 +448,7 @@ def _time_chart(id: str, rows: list[Row], looks: Looks) -> Chart | None:
     for row in timed:
         points.append(_point(row, row.time["total"], looks, f"{duration(row.time['total']['1'])} for one network"))
     for row in rows:
-        for arm in ("random", "random-bytes", "full", "full-equal", "rs2"):
+        for arm in REAL_ARMS:
             control = row.control(arm)
             times = _time(row.record, control) if control else {}
             if control and all(times["total"].values()):
@@ -463,7 +465,7 @@ def _curve_chart(id: str, rows: list[Row], looks: Looks) -> Chart | None:
     """Accuracy during training, of the sets and control arms whose records have curves."""
     points = []
     for row in rows:
-        controls = [row.control(arm) for arm in ("random", "random-bytes", "full", "full-equal", "rs2")]
+        controls = [row.control(arm) for arm in REAL_ARMS]
         for entry in [row.main, *(control for control in controls if control)]:
             points += _curve_points(row, entry, looks)
     count = sum("curve" in row.main for row in rows)

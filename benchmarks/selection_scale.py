@@ -5,6 +5,7 @@ Each measurement is a process of its own. Times are those of the processor, so t
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import platform
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from condense import selection
-from condense.benchmarks.speed.measure import Parser, aligned, guarded, positive, write
+from condense.benchmarks.speed.measure import Parser, aligned, guarded, positive, read_counts, write
 from condense.errors import CondenseError
 from condense.networks import processor_name
 from condense.selection import CosineKernel
@@ -105,21 +106,21 @@ def _main(arguments: Sequence[str]) -> int:
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     options = parser.parse_args(arguments)
     rows: list[dict[str, Any]] = []
+    classes = read_counts("--classes", options.classes)
     for name in options.selectors.split(","):
         if name not in SELECTORS:
             raise CondenseError(f"--selectors {name}: must be of {', '.join(SELECTORS)}")
     machine = {"processor": processor_name(), "system": platform.platform(), "torch": torch.__version__}
-    for name in options.selectors.split(","):
-        for classes in map(positive, options.classes.split(",")):
-            for points, count in (
-                (options.points // 2, options.count),
-                (options.points, options.count // 2),
-                (options.points, options.count),
-            ):
-                rows.append(measure_apart(name, points, count, options.dimensions, classes, options.limit))
-                print(rows[-1], file=sys.stderr, flush=True)
-                if options.json:
-                    write(options.json, json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+    shapes = (
+        (options.points // 2, options.count),
+        (options.points, options.count // 2),
+        (options.points, options.count),
+    )
+    for name, number, (points, count) in itertools.product(options.selectors.split(","), classes, shapes):
+        rows.append(measure_apart(name, points, count, options.dimensions, number, options.limit))
+        print(rows[-1], file=sys.stderr, flush=True)
+        if options.json:
+            write(options.json, json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
     print(table(rows))
     return 0
 

@@ -30,7 +30,7 @@ from condense.files import check_name
 from condense.formatting import shorten
 from condense.jobs import checks as checks_module
 from condense.jobs import distill_command
-from condense.judge import MAX_RUNS, OWN, evaluation, get_protocol, records
+from condense.judge import MAX_RUNS, OWN, evaluation, get_protocol, means_by_arm, records
 from condense.judge import arms as arms_module
 from condense.ranks import Ranks
 from condense.registry import METHODS
@@ -403,7 +403,7 @@ def _fill(suite: Suite, cell: Cell, real: Task, out: Path, device: str, precisio
         images, per_class = distilled.pictures()
         save_grid(images, path.with_suffix(".png"), columns=per_class)
         records.write_record(record, path)
-    means = {entry["arm"]: entry["mean"] for entry in reversed(record["results"])}
+    means = means_by_arm(record)
     compared = f" (random {100 * means['random']:.1f} %)" if "random" in means else ""
     return f"{100 * means['distilled']:.1f} %{compared} in {(time.monotonic() - began) / 60:.1f} min"
 

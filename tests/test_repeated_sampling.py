@@ -1,4 +1,4 @@
-"""RS2: real images drawn anew in each epoch, as a control arm and as a method."""
+"""RS2: other real images in each epoch, as a control arm and as a method."""
 
 import numpy as np
 import pytest

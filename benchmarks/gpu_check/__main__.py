@@ -2,7 +2,7 @@
 
 ``python -m condense.benchmarks.gpu_check --minutes 25 --out DIR`` works through stages in order of value and stops in
 time. ``DIR/gpu_check.json`` is rewritten after every stage, so a kill loses at most the stage that was running;
-``DIR/gpu_check.txt`` is one table of it. The same command again goes on with the stages that have not passed. With
+``DIR/gpu_check.txt`` is one table of it. The same command again runs the stages that have not passed. With
 ``--data cifar10=FOLDER`` the last stage makes published cells (suite ``gpu``) in the time that is left, whose records
 are in ``DIR/cells``. A failed stage or part is recorded with its message and the
 others follow. Exit codes: 0 nothing failed, 1 something did, 2 wrong arguments, 130 interrupted.

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import signal
 import subprocess
 import sys
@@ -12,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import condense
 from condense.benchmarks.gpu_check.check import Check, TimeUp
+from condense.benchmarks.speed.measure import child_environment
 from condense.benchmarks.suite import RECORDS, cells, datasets_of, get_suite
 from condense.errors import CondenseError
+from condense.judge import means_by_arm, read_record
 
 SUITE = "gpu"
 """The packaged suite of published cells, in the order in which they are made."""
@@ -97,9 +96,7 @@ def describe_cells(parts: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _run(words: list[str], seconds: float, log: Any) -> bool:
     """Runs a command for at most so many seconds and returns whether it ended by itself. SIGTERM saves its state."""
-    paths = [str(Path(condense.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    process = subprocess.Popen(words, stdout=log, stderr=log, env=environ)
+    process = subprocess.Popen(words, stdout=log, stderr=log, env=child_environment())
     try:
         process.wait(timeout=max(seconds, 1))
         return True
@@ -116,10 +113,8 @@ def _run(words: list[str], seconds: float, log: Any) -> bool:
 
 
 def _result(path: Path) -> dict[str, Any] | None:
-    """The accuracies in a record; None if it is not there."""
+    """The accuracies in a record; None if there is no valid one."""
     try:
-        record = json.loads(path.read_text())
-    except (OSError, ValueError):
+        return {**means_by_arm(read_record(path)), "record": path.name}
+    except CondenseError:
         return None
-    means = {entry["arm"]: entry["mean"] for entry in reversed(record["results"])}
-    return {**means, "record": str(path.name)}

@@ -448,6 +448,17 @@ def positive(text: str) -> int:
     return value
 
 
+def read_counts(flag: str, text: str) -> list[int]:
+    """Integers above 0 that are joined by commas.
+
+    Raises:
+        CondenseError: something else.
+    """
+    if not all(part.isdecimal() and int(part) for part in text.split(",")):
+        raise CondenseError(f"{flag} {text}: must be integers above 0, joined by commas")
+    return [int(part) for part in text.split(",")]
+
+
 def write(path: Path, text: str) -> None:
     """Writes a file whole or not at all."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -575,12 +586,16 @@ def describe_data(task: Task) -> str:
     return f"{what}, {len(task.train):,} of {shape} in {task.num_classes} classes"
 
 
+def child_environment() -> dict[str, str]:
+    """Environment in which another process imports this package."""
+    paths = [str(Path(condense.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
 def run_in_child(benchmark: StepBenchmark, arguments: Sequence[str], variant: str) -> dict[str, int]:
     """:func:`run_alone` in a process of its own."""
     command = [sys.executable, "-m", f"condense.benchmarks.speed.{benchmark.method}", *arguments, "--alone", variant]
-    paths = [str(Path(condense.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    done = subprocess.run(command, capture_output=True, text=True, env=environ)
+    done = subprocess.run(command, capture_output=True, text=True, env=child_environment())
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise CondenseError(

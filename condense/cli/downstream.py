@@ -2,32 +2,39 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from condense.cli.parameters import Data, Device, Download, Force, Precision, Seed, SetFile, load_set, number_option
+from condense.cli.parameters import (
+    Data,
+    DataSettings,
+    Device,
+    Download,
+    Force,
+    Precision,
+    ProtocolOption,
+    RecordFile,
+    Runs,
+    Seed,
+    SetFile,
+    load_set_and_data,
+    number_option,
+)
 from condense.errors import CondenseError
+from condense.tracking import is_main_process
 
 
 def downstream(
     file: SetFile,
     data: Data,
-    settings: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="settings of the data; by default those of the set")
-    ] = None,
+    settings: DataSettings = None,
     checks: Annotated[
         str, typer.Option(help="some of robustness,privacy,continual,ranking; the last one trains many networks")
     ] = "robustness,privacy,continual",
     network: Annotated[str | None, typer.Option(help="architecture; by default that of the set")] = None,
-    runs: Annotated[
-        int | None,
-        number_option("--runs", int, "students per arm; by default the number of the protocol", maximum=10_000),
-    ] = None,
-    protocol: Annotated[
-        str | None, typer.Option(help="a name of `condense ls protocols`; by default that of the set")
-    ] = None,
+    runs: Runs = None,
+    protocol: ProtocolOption = None,
     class_steps: Annotated[
         int, number_option("--class-steps", int, "groups of classes of the check `continual`", maximum=10_000)
     ] = 5,
@@ -35,21 +42,15 @@ def downstream(
     seed: Seed = 0,
     device: Device = "auto",
     precision: Precision = "auto",
-    out: Annotated[Path | None, typer.Option("--json", help="file to write the record to")] = None,
+    out: RecordFile = None,
     download: Download = False,
     force: Force = False,
 ) -> None:
     """Measures robustness, privacy and further uses of a set."""
-    from condense import api, config, judge
-    from condense.files import check_writable, write_json
-    from condense.judge import evaluation
+    from condense import judge
+    from condense.files import write_json
 
-    distilled = load_set(file)
-    if out is not None:
-        check_writable(out, force=force)
-    real = api.task(
-        data, download=download, **evaluation.data_options(distilled) | config.parse_overrides(settings or [])
-    )
+    distilled, real = load_set_and_data(file, data, settings, download=download, record=out, force=force)
     record = judge.downstream(
         distilled,
         real,
@@ -64,6 +65,8 @@ def downstream(
         precision=precision,
         quiet=False,
     )
+    if not is_main_process():
+        return
     print(
         f"{distilled.name} on {real.name}, {record['protocol']['name']}, {record['network']}; mean ± std of "
         f"{record['runs']} students; {record['random_images']:,} random images have the bytes of the set"

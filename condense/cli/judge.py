@@ -10,14 +10,17 @@ import typer
 
 from condense.cli.parameters import (
     Data,
+    DataSettings,
     Device,
     Download,
     Force,
     Precision,
+    ProtocolOption,
+    RecordFile,
+    Runs,
     Seed,
     SetFile,
-    load_set,
-    number_option,
+    load_set_and_data,
     parse_numbers,
 )
 from condense.errors import CondenseError, did_you_mean
@@ -27,19 +30,12 @@ from condense.tracking import is_main_process
 def evaluate(
     file: SetFile,
     data: Data,
-    settings: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="settings of the data; by default those of the set")
-    ] = None,
+    settings: DataSettings = None,
     networks: Annotated[
         str | None, typer.Option(help="architectures A,B,...; own is that of the set; by default those of the protocol")
     ] = None,
-    runs: Annotated[
-        int | None,
-        number_option("--runs", int, "students per arm; by default the number of the protocol", maximum=10_000),
-    ] = None,
-    protocol: Annotated[
-        str | None, typer.Option(help="a name of `condense ls protocols`; by default that of the set")
-    ] = None,
+    runs: Runs = None,
+    protocol: ProtocolOption = None,
     controls: Annotated[
         str, typer.Option(help="control arms: random,random-hard,random-bytes,noise,full,full-equal,rs2, or none")
     ] = "random",
@@ -66,21 +62,15 @@ def evaluate(
     seed: Seed = 0,
     device: Device = "auto",
     precision: Precision = "auto",
-    out: Annotated[Path | None, typer.Option("--json", help="file to write the record to")] = None,
+    out: RecordFile = None,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="train every arm again")] = False,
     download: Download = False,
     force: Force = False,
 ) -> None:
     """Evaluates a set against control arms under a protocol."""
-    from condense import api, config
-    from condense.files import check_writable
     from condense.judge import evaluation, records
 
-    distilled = load_set(file)
-    if out is not None:
-        check_writable(out, force=force)
-    options = evaluation.data_options(distilled) | config.parse_overrides(settings or [])
-    real = api.task(data, download=download, **options)
+    distilled, real = load_set_and_data(file, data, settings, download=download, record=out, force=force)
     record = evaluation.evaluate(
         distilled,
         real,

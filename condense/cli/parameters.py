@@ -15,6 +15,7 @@ from condense.errors import CondenseError
 from condense.formatting import shorten
 
 if TYPE_CHECKING:
+    from condense.data import Task
     from condense.sets import DistilledSet
 
 EXIT_CODES = "Exit codes: 0 done, 1 internal error, 2 invalid input, 130 interrupted (a run saves its state)."
@@ -79,6 +80,20 @@ Seed = Annotated[
     int, number_option("--seed", int, "random seed; the same seed gives the same result", maximum=2**63 - 1)
 ]
 
+DataSettings = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="settings of the data; by default those of the set")
+]
+
+Runs = Annotated[
+    int | None, number_option("--runs", int, "students per arm; by default the number of the protocol", maximum=10_000)
+]
+
+ProtocolOption = Annotated[
+    str | None, typer.Option("--protocol", help="a name of `condense ls protocols`; by default that of the set")
+]
+
+RecordFile = Annotated[Path | None, typer.Option("--json", help="file to write the record to")]
+
 Force = Annotated[bool, typer.Option("--force", help="overwrite existing files")]
 
 Download = Annotated[bool, typer.Option("--download", help="fetch a registered dataset that is not on disk")]
@@ -115,6 +130,25 @@ def load_set(name: str, data: str | None = None) -> DistilledSet:
     from condense import api
 
     return api.load(name, data=data)
+
+
+def load_set_and_data(
+    name: str, data: str, settings: list[str] | None, *, download: bool, record: Path | None, force: bool
+) -> tuple[DistilledSet, Task]:
+    """Loads a set and its real data, with the options of the set where ``settings`` do not replace them.
+
+    Raises:
+        CondenseError: one of them cannot be loaded, or the file of the ``record`` cannot be written.
+    """
+    from condense import api, config
+    from condense.files import check_writable
+    from condense.judge import evaluation
+
+    distilled = load_set(name)
+    if record is not None:
+        check_writable(record, force=force)
+    options = evaluation.data_options(distilled) | config.parse_overrides(settings or [])
+    return distilled, api.task(data, download=download, **options)
 
 
 IndexedData = Annotated[

@@ -46,7 +46,7 @@ class RealBatchOptions(SyntheticOptions):
 class RealBatches:
     """Draws the real images of each step.
 
-    The representatives join the checkpoint, so that a run that is resumed between two clusterings goes on with them.
+    The representatives join the checkpoint, so that a run that is resumed between two clusterings continues with them.
     All ranks cluster all classes: a checkpoint has the state of one rank.
 
     Args:

@@ -39,7 +39,7 @@ class NetworkLoss:
         self.function = function
         self.gradient = GraphedFunction(self._gradient, state)
         self.adjoint = GraphedFunction(self._adjoint, state)
-        self.biased_adjoint = GraphedFunction(functools.partial(self._adjoint, hessian=False), state)
+        self.adjoint_without_hessian = GraphedFunction(functools.partial(self._adjoint, hessian=False), state)
 
     def _gradient(self, theta: Tensor, *batch: Tensor) -> tuple[Tensor, ...]:
         theta = theta.detach().requires_grad_()
@@ -232,11 +232,10 @@ def _by_recursion(
             if target.step == i + 1:
                 lambda_ = lambda_ + _slope(theta, start, target)
         nu = lambda_ + momentum * nu if momentum else lambda_
-        # The first step has no use for it, but on CUDA one graph is recorded for all.
-        hessian = exact and (i > 0 or (start.is_cuda and isinstance(step_loss, BatchLoss)))
+        hessian = exact and i > 0  # nobody asks for dLoss / dstart
         gradient, slopes = _step_back(step_loss, thetas[-1], i, leaves, -rate * nu, hessian)
         rate_sum -= torch.dot(nu, gradient)
-        if hessian and (slope := slopes.pop()) is not None and i > 0:
+        if hessian and (slope := slopes.pop()) is not None:
             lambda_ = lambda_ + slope
         for total, slope in zip(sums.values(), slopes, strict=True):
             if slope is not None:  # a leaf may sit a step out
@@ -266,7 +265,7 @@ def _step_back(
     """
     if isinstance(step_loss, BatchLoss):
         batch = step_loss.batch(i)
-        adjoint = step_loss.loss.adjoint if hessian else step_loss.loss.biased_adjoint
+        adjoint = step_loss.loss.adjoint if hessian else step_loss.loss.adjoint_without_hessian
         gradient, *slopes = adjoint(theta, kappa, *batch)
         depends = [x for x in batch if x.requires_grad]
         of_leaves: Sequence[Tensor | None] = [None] * len(leaves)

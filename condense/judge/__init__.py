@@ -9,6 +9,7 @@ from condense.judge.scoring import (
     compute_scores,
     cross_architecture,
     main_entries,
+    means_by_arm,
     summary,
     time_to_accuracy,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "format_downstream",
     "get_protocol",
     "main_entries",
+    "means_by_arm",
     "protocols",
     "read_record",
     "summary",

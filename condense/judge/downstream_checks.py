@@ -5,7 +5,6 @@ Every measure is taken on the set and on random real images of the same bytes, w
 
 from __future__ import annotations
 
-import functools
 import itertools
 import shlex
 import statistics
@@ -26,10 +25,11 @@ from condense.judge.arms import equal_byte_count, hard_source, learned_lr, own_s
 from condense.judge.evaluation import check_data, data_options, default_protocol, evaluate
 from condense.judge.protocol import OWN, Protocol, get_protocol
 from condense.judge.records import environment
+from condense.judge.students import make_student
 from condense.networks import ComputeConfig, Network, calibrate
 from condense.sets import DistilledSet, check_set
 from condense.tracking import Progress
-from condense.training import Student, train
+from condense.training import train
 
 SCHEMA = "condense.downstream/1"
 
@@ -50,7 +50,7 @@ RADII = (2, 8)
 """Largest changes of a pixel, in 1/255."""
 
 RANKED = ("-in", "-bn")
-"""Norms of the architectures that are ranked, each at two widths and up to three depths."""
+"""Norms of the architectures that are ranked, each at every width and up to three depths."""
 
 
 def downstream(
@@ -192,14 +192,12 @@ class _Bench:
         rate = learned_lr(self.distilled) if arm == DISTILLED else None
         budget = self.rules.budget(len(self.distilled))
         recipe = self.rules.recipe(source.size, mirror=task.mirror, steps=budget, lr=rate)
-        with rng.seeded(self.seed, "student", run):
-            net = networks.build_network(self.network, task.shape, task.num_classes)
+        student = make_student(self.network, task, source, self.seed, run)
         progress = Progress(f"{arm}, run {run + 1} of {self.runs}", recipe.steps, quiet=self.quiet)
-        student = Student(net, source, rng.key(self.seed, "run", run))
         with networks.memory_format(self.compute.format):
             train([student], recipe, device=device, precision=self.compute.precision, report=progress.update)
         progress.close()
-        return net.eval(), members
+        return student.network.eval(), members
 
 
 def summary_row(measure: str, arm: str, values: Sequence[float]) -> dict[str, Any]:
@@ -218,21 +216,18 @@ def robustness(net: Network, task: Task, seed: int) -> dict[str, float]:
     def logits(pixels: Tensor) -> Tensor:
         return net(task.transform(pixels))
 
-    changes: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {"clean": lambda pixels, labels, part: pixels}
-    for name, steps in ATTACKS.items():
-        for radius in RADII:
-            changes[f"{name} {radius}/255"] = functools.partial(
-                _attacked, logits, radius=radius / 255, steps=steps, seed=seed
-            )
-    for name, corruption in CORRUPTIONS.items():
-        changes[name] = functools.partial(_corrupted, corruption, seed)
-    correct = dict.fromkeys(changes, 0)
+    correct: dict[str, int] = {}
     chosen = rng.Draws(seed, "attacked").permutation(len(task.test))[:ATTACKED]
     for part, (pixels, labels) in enumerate(_test_pixels(task, chosen)):
-        for name, change in changes.items():
-            changed = change(pixels, labels, part)
+        changed = {"clean": pixels}
+        for (name, steps), radius in itertools.product(ATTACKS.items(), RADII):
+            draws = rng.Draws(seed, "attack", part)
+            changed[f"{name} {radius}/255"] = attack(logits, pixels, labels, radius / 255, steps, draws)
+        for name, corrupt in CORRUPTIONS.items():
+            changed[name] = corrupt(pixels, rng.generator(seed, "corruption", part)).clamp(0, 1)
+        for name, images in changed.items():
             with torch.no_grad():
-                correct[name] += int((logits(changed).argmax(1) == labels).sum())
+                correct[name] = correct.get(name, 0) + int((logits(images).argmax(1) == labels).sum())
     return {name: count / len(chosen) for name, count in correct.items()}
 
 
@@ -240,20 +235,6 @@ def _test_pixels(task: Task, chosen: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     labels = torch.as_tensor(task.test.labels)
     for ids in chosen.split(CHUNK):
         yield task.test_pixels(ids), labels[ids].to(task.device)
-
-
-def _attacked(
-    logits: Callable[[Tensor], Tensor],
-    pixels: Tensor,
-    labels: Tensor,
-    part: int,
-    *,
-    radius: float,
-    steps: int,
-    seed: int,
-) -> Tensor:
-    """FGSM for one step; PGD with a random start and steps of a quarter of the radius for more."""
-    return attack(logits, pixels, labels, radius, steps, rng.Draws(seed, "attack", part))
 
 
 def attack(
@@ -305,12 +286,6 @@ CORRUPTIONS: Mapping[str, Callable[[Tensor, torch.Generator], Tensor]] = {
 """Corruptions of pixels in [0,1]; the result is clamped."""
 
 
-def _corrupted(
-    change: Callable[[Tensor, torch.Generator], Tensor], seed: int, pixels: Tensor, labels: Tensor, part: int
-) -> Tensor:
-    return change(pixels, rng.generator(seed, "corruption", part)).clamp(0, 1)
-
-
 # -- privacy ----------------------------------------------------------------------------------------------------------
 
 
@@ -349,7 +324,7 @@ def _continual(distilled: DistilledSet, task: Task, steps: int, options: dict[st
             continue
         names = [task.classes[number] for number in sorted(seen)]
         record = evaluate(distilled, task, classes=names, **options)
-        for arm, accuracies in _accuracies(record).items():
+        for arm, accuracies in _accuracies(record, options["networks"]).items():
             found[arm].append(accuracies)
             rows.append(summary_row(f"accuracy on {len(seen)} classes", arm, accuracies))
     for arm, accuracies_by_step in found.items():
@@ -357,12 +332,12 @@ def _continual(distilled: DistilledSet, task: Task, steps: int, options: dict[st
     return rows
 
 
-def _accuracies(record: Mapping[str, Any], network: str | None = None) -> dict[str, list[float]]:
-    """Accuracies by arm; of an arm that is there with two kinds of labels, those of the first."""
-    names = {"distilled": DISTILLED, "random-bytes": RANDOM}
+def _accuracies(record: Mapping[str, Any], network: str) -> dict[str, list[float]]:
+    """Accuracies of a network by arm; of an arm that is there with two kinds of labels, those of the first."""
+    names = {"distilled": DISTILLED, "random-bytes": RANDOM, "full": "full"}
     found: dict[str, list[float]] = {}
     for entry in record["results"]:
-        if entry["arm"] in names and network in (None, entry["network"]):
+        if entry["network"] == network:
             found.setdefault(names[entry["arm"]], list(entry["accuracies"]))
     return found
 
@@ -381,16 +356,13 @@ def _ranking(
 
     names = ranked_networks(task, widths)
     record = evaluate(distilled, task, networks=names, **{**options, "controls": ["random-bytes", "full"]})
-    means = {
-        (entry["arm"], entry["network"]): entry["mean"] for entry in reversed(record["results"])
-    }  # reversed, so that the set's own labels come before hard ones
-    full = [means["full", name] for name in names]
+    means = [{arm: statistics.fmean(values) for arm, values in _accuracies(record, name).items()} for name in names]
     rows = []
-    for arm, title in (("distilled", DISTILLED), ("random-bytes", RANDOM)):
-        accuracies = [means[arm, name] for name in names]
+    for arm in ARMS:
+        accuracies, full = [each[arm] for each in means], [each["full"] for each in means]
         is_defined = len(set(accuracies)) > 1 and len(set(full)) > 1
         correlations = [float(spearmanr(accuracies, full).statistic)] if is_defined else []
-        rows.append(summary_row(f"Spearman over {len(names)} ConvNets", title, correlations))
+        rows.append(summary_row(f"Spearman over {len(names)} ConvNets", arm, correlations))
     return rows
 
 

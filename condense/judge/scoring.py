@@ -136,6 +136,11 @@ def _is_main(entry: dict[str, Any], results: Sequence[dict[str, Any]]) -> bool:
     )
 
 
+def means_by_arm(record: dict[str, Any]) -> dict[str, float]:
+    """Mean accuracy of each arm in ``results``; of an arm that is there several times, that of its first entry."""
+    return {entry["arm"]: entry["mean"] for entry in reversed(record["results"])}
+
+
 def main_entries(record: dict[str, Any]) -> list[dict[str, Any]]:
     """Entries of the distilled set in ``results``, one per network."""
     return [entry for entry in record["results"] if _is_main(entry, record["results"])]

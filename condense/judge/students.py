@@ -29,6 +29,7 @@ from condense.ranks import Ranks
 from condense.tracking import Progress
 from condense.training import (
     STUDENT_VERSION,
+    Source,
     Student,
     TrainConfig,
     correct_by_class,
@@ -229,9 +230,8 @@ class Evaluator:
         recipe = self.recipe(first.arm, first.rate)
         students = []
         for job in jobs:
-            with rng.seeded(self.seed, "student", job.run):
-                net = networks.build_network(job.network, self.task.shape, self.task.num_classes)
-            students.append(Student(net, job.arm.source(job.task, job.run), rng.key(self.seed, "run", job.run)))
+            source = job.arm.source(job.task, job.run)
+            students.append(make_student(job.network, self.task, source, self.seed, job.run))
         title = f"run {first.run + 1} of {self.runs}" if len(jobs) == 1 else f"{len(jobs)} runs"
         title = f"trying lr {first.rate:g}" if first.run == SEARCH_RUN else title
         progress = Progress(
@@ -288,6 +288,13 @@ class Evaluator:
         ]
         digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
         return cache_dir() / "students" / digest[:2] / f"{digest}.json"
+
+
+def make_student(network: str | NetworkFactory, task: Task, source: Source, seed: int, run: int) -> Student:
+    """Makes the student of a run with its initial weights, which are the same for all arms."""
+    with rng.seeded(seed, "student", run):
+        net = networks.build_network(network, task.shape, task.num_classes)
+    return Student(net, source, rng.key(seed, "run", run))
 
 
 def curve_steps(shares: Sequence[float], steps: int) -> list[int]:

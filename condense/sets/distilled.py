@@ -43,7 +43,7 @@ DISTILLED_FORMAT = hdf5.Format("condense.distilled", 1, SET_SCHEMA, "condense di
 
 @dataclass(frozen=True)
 class Resampling:
-    """Drawing of real images anew in each epoch of an evaluation (RS2)."""
+    """Sampling of new real images in each epoch of an evaluation (RS2)."""
 
     share: float
     """Share of the real training images that an epoch draws."""

@@ -97,15 +97,19 @@ class SharedSource(NamedTuple):
         images = torch.cat([source.images for source in fixed])
         return cls(FixedSource(images, merged), first.size, [first.size * k for k in range(len(sources))])
 
-    def batch(self, students: Sequence[Student], recipe: TrainConfig, step: int) -> Batch:
-        """Returns the batches of ``step`` of all K students, one after the other, with K * B images."""
+    def batch(
+        self, students: Sequence[Student], recipe: TrainConfig, step: int
+    ) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+        """Returns the batches of ``step`` of all K students: images (K,B,C,H,W), targets (K * B, ...), the images
+        before augmentation, and the sizes of the groups of a batch."""
         ids = [
             batch_ids(student.seed, self.size, recipe.batch, step) + offset
             for student, offset in zip(students, self.offsets)
         ]
         clean, targets = self.source.batch(torch.cat(ids), step // epoch_steps(self.size, recipe.batch))
         images = _augment(clean, recipe, [student.seed for student in students], step)
-        return Batch(images, [(1.0, targets)], clean, [len(ids[0])])
+        stacked = len(students), len(ids[0])
+        return images.unflatten(0, stacked), targets, clean.unflatten(0, stacked), [len(ids[0])]
 
 
 def _augment(images: Tensor, recipe: TrainConfig, seeds: Sequence[int], step: int) -> Tensor:

@@ -203,7 +203,8 @@ def _train_stacked(
     parameters, buffers = torch.func.stack_module_state(nets)
     shell = copy.deepcopy(nets[0])
     leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
-    optimizer = make_optimizer(list(leaves.values()), recipe, stacked=True)
+    weights: list[Tensor] = list(leaves.values())
+    optimizer = make_optimizer(weights, recipe, stacked=True)
 
     def call(weights: dict[str, Tensor], state: dict[str, Tensor], images: Tensor) -> Tensor:
         return torch.func.functional_call(shell, (weights, state), (images,))
@@ -220,14 +221,18 @@ def _train_stacked(
             logits = _by_group(functools.partial(stacked, leaves, buffers), images, sizes, 1)
         return logits.float()
 
+    def sum_of_losses(logits: Tensor, targets: list[WeightedTargets] | Tensor) -> Tensor:
+        """The sum of the mean losses of all students, whose targets are a list or, of a shared source, one tensor."""
+        if isinstance(targets, Tensor):
+            assert shared is not None
+            # Batches are equally large: the sum of their means is K times the mean of all.
+            return len(students) * shared.source.loss(logits.flatten(0, 1), targets)
+        return torch.stack([mean_loss(s.source, logits[k], targets[k]) for k, s in enumerate(students)]).sum()
+
     used: list[Tensor] = []  # weights that the loss depends on
 
     def compute_gradients(images: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-        assert shared is not None
-        logits = forward(images, [images.shape[1]])
-        # Batches are equally large: the sum of their means is K times the mean of all.
-        loss = len(students) * shared.source.loss(logits.flatten(0, 1), targets)
-        weights = list(leaves.values())
+        loss = sum_of_losses(forward(images, [images.shape[1]]), targets)
         found = torch.autograd.grad(loss, weights, allow_unused=True)
         used[:] = [weight for weight, gradient in zip(weights, found) if gradient is not None]
         return tuple(gradient for gradient in found if gradient is not None)
@@ -241,10 +246,9 @@ def _train_stacked(
         optimizer.load_state_dict(saved["optimizer"])
         start = saved["step"]
     for step in range(start, recipe.steps):
+        targets: list[WeightedTargets] | Tensor
         if shared is not None:
-            together = shared.batch(students, recipe, step)
-            images, clean = (part.unflatten(0, (len(students), -1)) for part in (together.images, together.clean))
-            targets, sizes = [together.targets], together.sizes
+            images, targets, clean, sizes = shared.batch(students, recipe, step)
         else:
             batches = [make_batch(student, recipe, step, device, precision) for student in students]
             images, clean = torch.stack([b.images for b in batches]), torch.stack([b.clean for b in batches])
@@ -253,17 +257,13 @@ def _train_stacked(
 
         def loss(
             images: Tensor = images,
-            targets: Sequence[WeightedTargets] = targets,
+            targets: list[WeightedTargets] | Tensor = targets,
             forward: Callable[[Tensor], Tensor] = forward_batch,
         ) -> Tensor:
-            logits = forward(images)
-            if shared is not None:
-                return len(students) * mean_loss(shared.source, logits.flatten(0, 1), targets[0])
-            return torch.stack([mean_loss(s.source, logits[k], targets[k]) for k, s in enumerate(students)]).sum()
+            return sum_of_losses(forward(images), targets)
 
-        weights = list(leaves.values())
-        if update is None and shared is not None:
-            computed = gradients(images, targets[0][0][1])
+        if update is None and isinstance(targets, Tensor):
+            computed = gradients(images, targets)
             _set_gradients(used, computed)
         elif update is None:
             optimizer.zero_grad()
