@@ -13,9 +13,9 @@ import condense
 from condense import rng
 from condense.data import Task
 from condense.engine import BATCH_DEFAULTS, BATCHES, RealBatches, RealBatchOptions, Run
-from condense.engine.real_batches import _evaluating
 from condense.errors import CondenseError
 from condense.jobs import resolve_job, resolve_settings, resume
+from condense.networks import evaluating
 from condense.registry import METHODS
 from condense.selection import nearest_to_centroids
 
@@ -109,7 +109,7 @@ def test_clustering_leaves_no_trace_in_the_network(tiny):
     assert net.training and net.norm.training
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     net.norm.eval()
-    with _evaluating(net):
+    with evaluating(net):
         assert not net.training
     assert net.training and not net.norm.training  # as update_statistics leaves it
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,7 +85,7 @@ class RealBatches:
         pool = int(task.counts[c]) if options.cluster_pool is None else max(options.cluster_pool, self.count)
         ids = task.sample_ids(pool, step.key("clustered"), [c])
         chunks = ids.split(self.run.forward_chunk_size() or len(ids))
-        with torch.no_grad(), _evaluating(net), self.run.autocast():
+        with torch.no_grad(), networks.evaluating(net), self.run.autocast():
             features = torch.cat([net.embed(task.batch(part)).float().cpu() for part in chunks])
         key = rng.key(*step.key("clusters"), c)
         return ids[nearest_to_centroids(features, min(self.count, len(ids)), key)]
@@ -96,15 +95,3 @@ class RealBatches:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._ids, self._clustered = list(state["ids"]), int(state["clustered"])
-
-
-@contextmanager
-def _evaluating(net: networks.Network) -> Iterator[None]:
-    """Puts ``net`` into eval mode, and each of its modules back into its own: passes leave no trace in statistics."""
-    modes = [(module, module.training) for module in net.modules()]
-    net.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -183,8 +183,7 @@ class _Bench:
         if arm == DISTILLED:
             has_own_labels = self.rules.labels == "soft" or self.distilled.labels.is_hard
             source = (own_source if has_own_labels else hard_source)(self.distilled, device)
-            ids = torch.arange(len(task.train))
-            ids = ids[rng.Draws(self.seed, "members").permutation(len(ids))[: len(task.test)]]
+            ids = rng.Draws(self.seed, "members").permutation(len(task.train))[: len(task.test)]
             members = task.batch(ids), torch.from_numpy(task.train.labels[ids.numpy()]).to(device)
         else:
             source = random_bytes_source(self.seed, equal_byte_count(self.distilled), task, run)

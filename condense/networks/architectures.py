@@ -26,7 +26,7 @@ import importlib.metadata
 import inspect
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
@@ -132,6 +132,18 @@ class Network(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Maps (N, C, H, W) to logits (N, classes)."""
         return self.classify(self.embed(x))
+
+
+@contextlib.contextmanager
+def evaluating(net: nn.Module) -> Iterator[None]:
+    """Puts a network into eval mode in the block, and afterwards each of its modules back into its own mode."""
+    modes = [(module, module.training) for module in net.modules()]
+    net.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 class LayerNorm(nn.LayerNorm):
@@ -381,10 +393,10 @@ class Wrapped(Network):
         self.repeat_grey = repeat_grey
         size = by(shape)
         calls: list[tuple[str, Tensor, Tensor]] = []
-        modes = {module: module.training for module in model.modules()}
         try:
             with contextlib.ExitStack() as hooks:
                 hooks.enter_context(torch.no_grad())
+                hooks.enter_context(evaluating(model))
                 hooks.enter_context(torch.random.fork_rng(devices=[]))
                 for path, module in model.named_modules():
                     if isinstance(module, nn.Linear):
@@ -393,13 +405,10 @@ class Wrapped(Network):
                                 lambda _, inputs, output, path=path: calls.append((path, inputs[0], output))
                             )
                         )
-                logits = model.eval()(self._channels(torch.zeros(2, *shape)))
+                logits = model(self._channels(torch.zeros(2, *shape)))
         except Exception as error:
             reason = (str(error) or type(error).__name__).strip().split("\n")[0]
             raise CondenseError(f"network '{name}' does not take images of size {size}: {reason}") from error
-        finally:
-            for module, training in modes.items():
-                module.training = training
         if not isinstance(logits, Tensor) or logits.shape != (2, classes):
             returned = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise CondenseError(

@@ -29,7 +29,7 @@ from condense import rng
 from condense.data import cache_dir
 from condense.device import autocast, pick_precision
 from condense.files import write_json
-from condense.networks.architectures import Network, Shape, build_network, network_name
+from condense.networks.architectures import Network, Shape, build_network, evaluating, network_name
 from condense.networks.flat import Layout
 from condense.networks.memory_format import (
     CHANNELS_LAST,
@@ -198,10 +198,8 @@ class FlopCounter(TorchDispatchMode):
 
 def count_flops(net: Network, shape: Shape) -> int:
     """Floating-point operations of convolutions and matrix products in a forward pass of one image."""
-    was_training = net.training
-    with torch.no_grad(), FlopCounter() as counter:
-        net.eval()(torch.zeros(1, *shape))
-    net.train(was_training)
+    with torch.no_grad(), evaluating(net), FlopCounter() as counter:
+        net(torch.zeros(1, *shape))
     return counter.flops
 
 
