@@ -140,7 +140,7 @@ def counts_after_steps(log, monkeypatch):
 
 
 def test_a_method_gives_the_set_of_the_cpu_and_its_steps_do_not_wait(case, tiny, monkeypatch):
-    """In fp32, pretraining included. The first step may fill caches, the second record graphs, and the last one writes."""
+    """In fp32, pretraining included. The first step may fill caches, the second record graphs; the last one writes."""
     with pretended() as log, counts_after_steps(log, monkeypatch) as counts:
         made = distil(case.name, tiny, "cuda")
     assert log.launches
