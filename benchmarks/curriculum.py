@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from condense.benchmarks import equal_time
-from condense.benchmarks.speed.measure import Parser, aligned, guarded, positive
+from condense.benchmarks.speed.measure import Parser, guarded, positive
 from condense.errors import CondenseError
-from condense.formatting import duration, size
+from condense.formatting import aligned, duration, percent, size
 from condense.networks import read_teacher_file
 
 COMPARED_METHODS = ("sre2l", "cda", "dwa", "cvdd", "infer", "nrr", "rded")
@@ -82,11 +82,11 @@ def run_cell(
 
 
 def table(methods: Sequence[str], records: Sequence[dict[str, Any]]) -> str:
-    """One row for each record: labels, bytes, seconds, and accuracies ± half the 95 % interval."""
+    """One row for each record: labels, bytes, seconds, and accuracies ± std of students."""
     arms = ("distilled", "random", "random-hard", "noise")
     rows = [["method", "labels", "label bytes", "image bytes", "seconds", "peak memory", *arms]]
     for method, record in zip(methods, records):
-        accuracies = {entry["arm"]: equal_time.format_accuracy(entry) for entry in record["results"]}
+        accuracies = {entry["arm"]: percent(entry["mean"], entry["std"]) for entry in record["results"]}
         distilled, cost = record["set"], record["cost"]
         rows.append(
             [

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from condense.benchmarks.speed.measure import Parser, aligned, guarded, positive
+from condense.benchmarks.speed.measure import Parser, guarded, positive
 from condense.errors import CondenseError
-from condense.formatting import duration, size
+from condense.formatting import aligned, duration, percent, size
 from condense.registry import METHODS
 from condense.sets import DistilledSet
 
@@ -91,17 +91,12 @@ def make_cell(
     return path, record
 
 
-def format_accuracy(entry: dict[str, Any]) -> str:
-    """Mean ± half the 95 % interval of a record's entry, in per cent."""
-    return f"{100 * entry['mean']:.1f} ± {50 * (entry['ci95'][1] - entry['ci95'][0]):.1f}"
-
-
 def table(names: Sequence[str], records: Sequence[dict[str, Any]], steps: Sequence[int]) -> str:
-    """One row for each record: accuracies ± half the 95 % interval, seconds, peak memory."""
+    """One row for each record: accuracies ± std of students, seconds, peak memory."""
     rows = [["method", "steps", "seconds", "of it preparing", "peak memory", "distilled", "random", "noise"]]
     for name, record, steps_done in zip(names, records, steps):
         cost = record["cost"]
-        arms = {entry["arm"]: format_accuracy(entry) for entry in record["results"]}
+        arms = {entry["arm"]: percent(entry["mean"], entry["std"]) for entry in record["results"]}
         cells = [arms.get(arm, "-") for arm in ("distilled", "random", "noise")]
         prepared = duration(cost["preparation_seconds"]) if cost.get("preparation_seconds") else "-"
         rows.append(

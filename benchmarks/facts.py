@@ -53,7 +53,7 @@ def measured(
                     "network": main["network"],
                     "protocol": record["protocol"]["name"],
                     "mean": 100 * main["mean"],
-                    "ci95": main["ci95"] and [100 * bound for bound in main["ci95"]],
+                    "std": None if main["std"] is None else 100 * main["std"],
                     "runs": record["runs"],
                     "random": 100 * random[0]["mean"] if random else None,
                     "cost": record["cost"],
@@ -75,8 +75,8 @@ def published_line(row: dict[str, Any]) -> str:
 
 def measured_line(entry: dict[str, Any]) -> str:
     """A measured accuracy as one line of text, with the name of its data."""
-    half = f" ± {(entry['ci95'][1] - entry['ci95'][0]) / 2:.1f}" if entry["ci95"] else ""
+    std = "" if entry["std"] is None else f" ± {entry['std']:.1f}"
     random = f", random images {entry['random']:.1f} %" if entry["random"] is not None else ""
     seconds = entry["cost"].get("seconds", 0) + entry["cost"].get("preparation_seconds", 0)
     cost = f"made in {duration(seconds)}" if seconds else "time unknown"
-    return f"{entry['mean']:.1f}{half} % on {entry['network']}, {entry['protocol']}, {entry['dataset']}{random}; {cost}"
+    return f"{entry['mean']:.1f}{std} % on {entry['network']}, {entry['protocol']}, {entry['dataset']}{random}; {cost}"

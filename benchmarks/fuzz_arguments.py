@@ -78,6 +78,7 @@ SETUP = (
 LINES: dict[str, Sequence[str]] = {
     "ls": ("ls methods", "ls recipes --json"),
     "show": ("show dm", "show dm/tiny --json", "show set.h5"),
+    "advise": ("advise --data tiny.npz --ipc 1 --minutes 0.5 --labels hard --network convnet-d1-w4-in --device cpu",),
     "distill": (
         "distill random --data tiny.npz --ipc 1 --network mlp --seed 3 --tag a --out new.h5 --run-dir new --force",
         "distill dm --data x=tiny.npz --ipc 1 --network convnet-d1-w4-in steps=2 lr_img=0.1 augment=color zca=false "

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from condense.benchmarks.leaderboard import RESULTS
-from condense.benchmarks.speed.measure import Parser, aligned, guarded
+from condense.benchmarks.speed.measure import Parser, guarded
 from condense.errors import CondenseError, missing_package
 from condense.files import atomic_write
-from condense.formatting import duration, size
+from condense.formatting import aligned, duration, size
 from condense.judge import main_entries, read_record
 
 PATTERN = "hard-track-*.json"

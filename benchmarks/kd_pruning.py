@@ -13,7 +13,8 @@ from pathlib import Path
 from statistics import mean
 
 from condense.benchmarks.equal_time import data_name, distill_if_missing, run_condense
-from condense.benchmarks.speed.measure import Parser, aligned, guarded, positive, read_counts
+from condense.benchmarks.speed.measure import Parser, guarded, positive, read_counts
+from condense.formatting import aligned
 from condense.judge import means_by_arm, read_record
 
 CHOICES = ("random", "el2n", "forgetting")

@@ -27,7 +27,7 @@ from condense.benchmarks import charts
 from condense.benchmarks.charts import Chart, ChartPoint, Line
 from condense.errors import CondenseError
 from condense.files import atomic_folder
-from condense.formatting import duration, size
+from condense.formatting import duration, percent, size
 from condense.judge import REUSE_COUNTS, arm_name, main_entries, protocols, read_record
 from condense.registry import METHODS
 from condense.version import __version__
@@ -142,11 +142,6 @@ class Row:
     def track(self) -> str:
         """Which labels students learn from: the kind that the set brings, or classes alone."""
         return self.set["label_kind"] if self.main["labels"] == "own" else "hard"
-
-    @property
-    def half(self) -> float | None:
-        """Half the 95 % interval."""
-        return None if self.main["ci95"] is None else abs(self.main["ci95"][1] - self.main["ci95"][0]) / 2
 
     @property
     def scores(self) -> dict[str, Any]:
@@ -492,16 +487,15 @@ def _curve_points(row: Row, entry: dict[str, Any], looks: Looks) -> list[ChartPo
 
 def _point(row: Row, at: dict[str, float], looks: Looks, where: str) -> ChartPoint:
     colour, shape = looks[row.set["method"]]
-    half = "" if row.half is None else f" ± {100 * row.half:.1f}"
     return ChartPoint(
         at=at,
         accuracy=row.main["mean"],
         rows=[row.id],
         tip=f"{row.set['method']}, IPC {row.set['ipc']}, {row.network}, {row.track} labels: "
-        f"{100 * row.main['mean']:.1f}{half} %, {where}",
+        f"{percent(row.main['mean'], row.main['std'])} %, {where}",
         shape=shape,
         colour=colour,
-        interval=None if row.main["ci95"] is None else (row.main["ci95"][0], row.main["ci95"][1]),
+        interval=None if row.main["ci95"] is None else tuple(min(max(bound, 0), 1) for bound in row.main["ci95"]),
         hollow=row.own is False,
         label=str(row.set["ipc"]),
     )
@@ -582,11 +576,6 @@ def _page(sections: list[Section], published: list[PublishedResult], rejected: l
 def _csp_hash(text: str) -> str:
     """Names the one inline text that the page's security policy lets through."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-
-def percent(fraction: float) -> str:
-    """0.4614 as ``46.1``."""
-    return f"{100 * fraction:.1f}"
 
 
 def points(difference: float) -> str:

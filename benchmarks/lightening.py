@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from condense.benchmarks import curriculum, equal_time
-from condense.benchmarks.speed.measure import Parser, aligned, guarded, positive
-from condense.formatting import duration, size
+from condense.benchmarks.speed.measure import Parser, guarded, positive
+from condense.formatting import aligned, duration, size
 from condense.judge import get_protocol
 from condense.lighten import LabelComparison, plot_comparison
 from condense.sets import DistilledSet

@@ -15,7 +15,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from condense.benchmarks.speed.measure import Parser, aligned, guarded
+from condense.benchmarks.speed.measure import Parser, guarded
+from condense.formatting import aligned
 from condense.registry import METHODS
 
 PACKAGE = "condense.methods"

@@ -14,7 +14,7 @@ from typing import Any
 from condense import api
 from condense.benchmarks import suite as suites
 from condense.errors import CondenseError
-from condense.formatting import by, size
+from condense.formatting import by, machine, size
 from condense.judge import records, scoring
 from condense.sets import DistilledSet, save_grid
 
@@ -78,7 +78,7 @@ def set_card(distilled: DistilledSet, record: dict[str, Any], suite: str) -> str
         "```",
         "",
         f"Made from {manifest['dataset']} by {manifest['method']} ({manifest['paper']}) in "
-        f"{manifest['cost']['seconds']:.0f} s on {manifest['cost']['device']}:",
+        f"{manifest['cost']['seconds']:.0f} s on {machine(manifest['cost']['device'], manifest['precision'])}:",
         "",
         f"    {manifest['command']}",
         "",

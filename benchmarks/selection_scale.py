@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from condense import selection
-from condense.benchmarks.speed.measure import Parser, aligned, guarded, positive, read_counts, write
+from condense.benchmarks.speed.measure import Parser, guarded, positive, read_counts, write
 from condense.errors import CondenseError
+from condense.formatting import aligned
 from condense.networks import processor_name
 from condense.selection import CosineKernel
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import re
 import shlex
+import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,10 +30,10 @@ from condense.data import DATASETS, DataOptions, Task
 from condense.device import pick_device
 from condense.errors import CondenseError, did_you_mean
 from condense.files import check_name
-from condense.formatting import shorten
+from condense.formatting import aligned, percent, shorten
 from condense.jobs import checks as checks_module
 from condense.jobs import distill_command
-from condense.judge import MAX_RUNS, OWN, evaluation, get_protocol, means_by_arm, records
+from condense.judge import MAX_RUNS, OWN, evaluation, get_protocol, main_entries, means_by_arm, records, summary
 from condense.judge import arms as arms_module
 from condense.ranks import Ranks
 from condense.registry import METHODS
@@ -273,6 +276,39 @@ def cells(suite: Suite, methods: Sequence[str] = (), datasets: Sequence[str] = (
         if suite.methods[method].get(f"{data}-ipc{ipc}", {}) is not None
         for seed in suite.seeds
     ]
+
+
+def with_seeds(suite: Suite, seeds: Sequence[int]) -> Suite:
+    """The suite with other seeds of distillation, a set for each.
+
+    Raises:
+        CondenseError: no seed, or one out of range.
+    """
+    _check_numbers("--seeds", seeds, 2**63 - 1, minimum=0)
+    return replace(suite, seeds=list(seeds))
+
+
+def table(paths: Sequence[Path]) -> str:
+    """Accuracies of records, those of sets that differ only in their seed as one row; the best rows of some data first.
+
+    ± is the standard deviation over all students of a row, and ``std of sets`` that of the means of its sets.
+    """
+    groups: dict[tuple[Any, ...], list[list[float]]] = {}
+    for path in paths:
+        record = records.read_record(path)
+        described, cell = record["set"], re.sub(r"-seed\d+$", "", path.stem)
+        for entry in main_entries(record):
+            key = described["dataset"], described["ipc"], cell, entry["network"], record["protocol"]["name"]
+            groups.setdefault(key, []).append(entry["accuracies"])
+    rows = []
+    for (data, ipc, cell, network, protocol), sets in groups.items():
+        students, of_sets = summary(list(itertools.chain(*sets))), summary([statistics.fmean(one) for one in sets])
+        std = "" if of_sets["std"] is None else f"{100 * of_sets['std']:.1f}"
+        counts = str(len(sets)), str(sum(map(len, sets)))
+        accuracy = percent(students["mean"], students["std"])
+        rows.append((data, ipc, -students["mean"], [cell, network, protocol, *counts, accuracy, std]))
+    head = ["cell", "network", "protocol", "sets", "students", "accuracy, % (± std)", "std of sets"]
+    return aligned([head, *(cells for *_, cells in sorted(rows))], ruled=True)
 
 
 def datasets_of(suite: Suite) -> list[str]:

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from condense.benchmarks import equal_time
-from condense.benchmarks.speed.measure import Parser, aligned, guarded, positive
+from condense.benchmarks.speed.measure import Parser, guarded, positive
 from condense.errors import CondenseError
-from condense.formatting import duration, size
+from condense.formatting import aligned, duration, percent, size
 from condense.pretraining import read_trajectory_file
 from condense.registry import METHODS
 from condense.sets import DistilledSet
@@ -61,12 +61,12 @@ def experts(kind: str, data: str, out: Path, *, network: str, count: int, epochs
 
 
 def table(rows: Sequence[tuple[dict[str, Any], DistilledSet, Path]]) -> str:
-    """One row for each record: what experts and set took, and accuracies ± half the 95 % interval."""
+    """One row for each record: what experts and set took, and accuracies ± std of students."""
     lines = [["method", "ipc", "experts", "their disk", "steps", "seconds", "peak memory", "distilled", "random"]]
     for record, distilled, path in rows:
         file, cost = read_trajectory_file(path), record["cost"]
         main = [entry for entry in record["results"] if entry["labels"] == record["results"][0]["labels"]]
-        arms = {entry["arm"]: equal_time.format_accuracy(entry) for entry in main}
+        arms = {entry["arm"]: percent(entry["mean"], entry["std"]) for entry in main}
         lines.append(
             [
                 record["set"]["method"],

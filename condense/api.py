@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from condense.pretraining import (
 from condense.registry import METHODS
 from condense.selection import ScoreTable, write_score_table
 from condense.sets import DistilledSet, packaged_sets
+from condense.tracking import is_main_process
 
 __all__ = ["distill", "distill_or_resume", "experts", "load", "resume", "scores", "task", "teachers"]
 
@@ -145,6 +147,9 @@ def distill(
     directory = None if run_dir is None else as_path(run_dir, "--run-dir")
     jobs.check_request(method, settings, minutes=minutes, track=track, tag=tag, **checked)
     entry = METHODS.get(method)
+    settings, network, taken = jobs.fill_from_files(entry, settings, network)
+    if taken and not quiet and is_main_process():
+        print(f"condense: {taken}", file=sys.stderr)
     config = jobs.resolve_settings(entry, settings, ipc)
     real = data if isinstance(data, Task) else task(data)
     job = jobs.resolve_job(
@@ -193,6 +198,7 @@ def distill_or_resume(
     checked: dict[str, Any] = {"device": device, "precision": precision, "track": "none"}
     jobs.check_request(method, settings, network=network, protocol=protocol, **checked)
     entry = METHODS.get(method)
+    settings, network, _ = jobs.fill_from_files(entry, settings, network)
     fields: dict[str, Any] = {"minutes": None, "tag": None, "track": "none", "protocol": protocol or entry.protocol}
     config = jobs.resolve_settings(entry, settings, ipc)
     job = jobs.resolve_job(entry, config, real, ipc, network, seed, device, precision, out=str(out.resolve()), **fields)

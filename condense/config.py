@@ -230,6 +230,10 @@ METHOD_FOLDERS = "CONDENSE_METHODS"
 """Environment variable: folders of further methods, separated as in PATH. Each method is ``NAME.yaml`` and a module."""
 
 
+PLUGINS = "CONDENSE_PLUGINS"
+"""Environment variable: Python files that :mod:`condense.plugins` imports, separated as in PATH."""
+
+
 @dataclasses.dataclass(frozen=True)
 class MethodFile:
     """What ``NAME.yaml`` says of the method NAME."""

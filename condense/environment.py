@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib.metadata
 import math
 import os
 
@@ -30,6 +31,21 @@ def read_number(name: str, default: float, *, minimum: float = 0.0) -> float:
     if not value >= minimum:
         raise CondenseError(f"{name}={text}: must be a number of at least {minimum:g}")
     return value
+
+
+def foreign_distribution() -> str:
+    """A warning if the distribution ``condense`` is installed, which belongs to another project; else empty.
+
+    It installs its modules into the folder of ours, so that either may have replaced files of the other.
+    """
+    try:
+        other = importlib.metadata.version("condense")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+    return (
+        f"condense: the package 'condense' {other} of another project is installed here and uses the same import name; "
+        "run: pip uninstall condense condense-toolkit, then install condense-toolkit again"
+    )
 
 
 def read_seconds(event: str, default: float) -> float:

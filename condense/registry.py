@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import importlib.metadata
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -92,19 +94,30 @@ class Method:
         return " ".join((self.function.__doc__ or "").strip().split("\n\n")[0].split())
 
 
+METHODS_GROUP = "condense.methods"
+"""Entry points of installed packages: the name of a method, and the module that registers it."""
+
+
+@functools.cache
+def _entry_points() -> dict[str, str]:
+    return {point.name: point.module for point in importlib.metadata.entry_points(group=METHODS_GROUP)}
+
+
 class _MethodModules(Mapping[str, str]):
-    """The module of each method that has a YAML file. Listing the names reads no file."""
+    """The module of each method that has a YAML file or an entry point. Listing the names reads no file."""
 
     def __iter__(self) -> Iterator[str]:
-        return iter(config.method_paths())
+        return iter(dict.fromkeys([*config.method_paths(), *_entry_points()]))
 
     def __len__(self) -> int:
-        return len(config.method_paths())
+        return len(list(iter(self)))
 
     def __contains__(self, name: object) -> bool:
-        return name in config.method_paths()
+        return name in config.method_paths() or name in _entry_points()
 
     def __getitem__(self, name: str) -> str:
+        if name not in config.method_paths():
+            return _entry_points()[name]
         for folder in map(str, config.method_folders()):
             if folder not in sys.path:
                 sys.path.append(folder)  # last, so that a file there cannot shadow another module

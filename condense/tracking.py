@@ -146,8 +146,8 @@ def _position(line: str) -> tuple[float, float]:
 class Progress:
     """Shows step, loss and time left: a tqdm bar on a terminal, otherwise a plain line every ``LINE_SECONDS``."""
 
-    def __init__(self, name: str, total: int, start: int = 0, quiet: bool = False) -> None:
-        self.name, self.total, self.start, self.quiet = name, total, start, quiet
+    def __init__(self, name: str, total: int, start: int = 0, quiet: bool = False, unit: str = "step") -> None:
+        self.name, self.total, self.start, self.quiet, self.unit = name, total, start, quiet, unit
         self.bar: Any = None
         self.began = self.last = time.monotonic()
         if not quiet and sys.stderr.isatty():
@@ -155,7 +155,7 @@ class Progress:
 
             # The bar moves the cursor; the command line's own stream would escape these characters.
             stream, name = getattr(sys.stderr, "unescaped", sys.stderr), printable(name)
-            self.bar = tqdm(total=total, initial=start, desc=name, unit="step", file=stream, dynamic_ncols=True)
+            self.bar = tqdm(total=total, initial=start, desc=name, unit=unit, file=stream, dynamic_ncols=True)
 
     def update(self, done: int, text: str = "") -> None:
         """Shows that ``done`` steps of the total are finished, followed by ``text``."""
@@ -168,7 +168,7 @@ class Progress:
             return
         self.last = now
         left = datetime.timedelta(seconds=round((now - self.began) / (done - self.start) * (self.total - done)))
-        line = ", ".join(filter(None, [f"{self.name}: step {done} of {self.total}", text, f"about {left} left"]))
+        line = ", ".join(filter(None, [f"{self.name}: {self.unit} {done} of {self.total}", text, f"about {left} left"]))
         with contextlib.suppress(OSError):  # the reader of stderr has closed it; the work continues
             print(line, file=sys.stderr, flush=True)
 

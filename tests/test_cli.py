@@ -32,6 +32,7 @@ DM = f"distill dm --data digits --ipc 1 --network {NETWORK} steps=2 batch_real=8
 VERBS = (
     "ls",
     "show",
+    "advise",
     "distill",
     "resume",
     "evaluate",
@@ -192,7 +193,7 @@ MISTAKES = {
     "unknown protocol to distill": (f"{DM} protocol=quick-v2", "'quick-v2'", "did you mean 'quick-v1'?"),
     "unknown control": (f"{EVALUATE} --controls rendom", "--controls rendom", "did you mean 'random'?"),
     "unknown kind": ("ls method", "'method'", "did you mean 'methods'?"),
-    "unknown thing to show": ("show dmm", "'dmm'", "did you mean 'dm'?"),
+    "unknown thing to show": ("show dmm", "'dmm'", "the nearest are dm (method)"),
     "unknown set": ("verify {m}/sett.h5", "{m}/sett.h5: no such file", "did you mean 'set.h5'?"),
     "unknown ready-made set": ("verify zzz/none", "'zzz/none'", "digits/dm-ipc10"),
     "misspelt ready-made set": ("verify digits/md-ipc10", "'digits/md-ipc10'", "did you mean 'digits/dm-ipc10'"),
@@ -399,7 +400,43 @@ def test_ls(kind, done):
 
 def test_ls_everything(done):
     assert list(json.loads(done("ls --json"))) == list(cli.LISTINGS)
-    assert all(f"{kind}:" in done("ls") for kind in cli.LISTINGS)
+    lines = done("ls").splitlines()
+    assert [line.split()[1:] for line in lines[: len(cli.LISTINGS)]] == [[k, "condense", "ls", k] for k in cli.LISTINGS]
+
+
+def test_ls_of_names_with_words(done):
+    lines = done("ls recipes dm digits").splitlines()
+    assert lines and all(line.startswith("dm/digits-ipc") and "digits, " in line for line in lines)
+    assert "published 48.9 ± 0.6 %" in done("ls recipes dm cifar10-ipc10")
+    assert "lr_img=" in done("ls recipes dm digits -v") and "lr_img=" not in done("ls recipes dm digits")
+
+
+def test_show_of_every_kind(done, call):
+    assert "summary: " in done("show dc-v1") and "runs: " in done("show small")
+    assert "classes: 10" in done("show digits")
+    assert "320,010 parameters" in done("show convnet-d3-w128-in")
+    wrong = call("show convnet-d3-w128-xx").err
+    assert "the nearest are" in wrong and wrong.count("(network)") >= 1 and wrong.count(",") == 3
+
+
+def test_advise_plans_candidates_and_names_a_command(done, call, monkeypatch):
+    monkeypatch.setenv("CONDENSE_PLAN_SECONDS", "0.1")
+    words = f"advise --data digits --images 10 --network {NETWORK} --labels hard"
+    text = done(f"{words} --minutes 600")
+    assert [line.split()[0] for line in text.splitlines()[4:7]] == ["idm", "dm", "kmeans"]
+    command = text.splitlines()[-1]
+    assert command.startswith(f"run: condense distill idm --data digits --images 10 --network {NETWORK}")
+    short = json.loads(done(f"{words} --minutes 0.0001 --json"))
+    assert short["command"] is None and not any(plan["fits"] for plan in short["candidates"])
+    assert "--labels soft: must be any or hard" in call("advise --data digits --ipc 1 --labels soft").err
+
+
+def test_images_in_total_instead_of_images_per_class(done, call):
+    done(f"{DM.replace('--ipc 1', '--images 20')} steps=1 --out a.h5")
+    assert condense.load("a.h5").manifest["ipc"] == 2
+    wrong = call(f"{DM.replace('--ipc 1', '--images 25')} steps=1 --out b.h5").err
+    assert "--images 25: must be a multiple of the 10 classes of digits: 20 or 30" in wrong
+    assert "give one of them" in call(f"{DM} --images 20").err
 
 
 def test_show_a_method(done):
@@ -429,7 +466,8 @@ def test_a_recipe_is_joined_with_published_and_measured_numbers(done):
 
 def test_show_a_set(done, material):
     text = done(f"show {material}/set.h5")
-    assert "classes: 0, 1, 2, 3" in text and "bytes: auxiliary=8, external=0, images=1280" in text
+    assert text.startswith("digits/random-ipc2: 20 images of 1x8x8, 2 for each of 10 classes, hard labels\n")
+    assert "classes: 0, 1, 2, 3" in text and "images 1.3 kB" in text and "next: condense evaluate" in text
     assert json.loads(done(f"show {material}/set.h5 --json"))["name"] == "digits/random-ipc2"
 
 
@@ -439,7 +477,7 @@ def test_verify(done, material):
 
 def test_preview(done, material):
     assert "wrote new/a.png: 10 classes" in done(f"preview {material}/set.h5 --out new/a.png")
-    assert Image.open("new/a.png").size == (2 * 34 + 2, 10 * 34 + 2)
+    assert Image.open("new/a.png").size == (2 * 66 + 2, 10 * 66 + 2)
     done(f"preview {material}/set.h5 --out new/a.png --force")
 
 
@@ -473,12 +511,20 @@ def test_force_replaces_a_run_and_all_that_it_left(done):
 
 def test_minutes_stop_cleanly_and_resume_goes_on(done):
     text = done(f"{DM} steps=100000 --minutes 0.01 --out a.h5 --run-dir run")
-    assert "of 100000 steps" in text and "stopped by --minutes; resume with: condense resume run --minutes" in text
+    assert "of 100000 steps" in text and "stopped by --minutes; go on to the end: condense resume run, for" in text
     first = condense.load("a.h5").manifest
     assert first["stopped_early"] and 0 < first["steps_done"] < 100000
-    assert "run has ended" in done("resume run")
-    assert "stopped by --minutes" in done("resume run --minutes 0.02")
+    assert "stopped by --minutes" in done("resume run --minutes 0.01")
     assert first["steps_done"] < condense.load("a.h5").manifest["steps_done"] < 100000
+
+
+def test_a_run_that_its_limit_stopped_goes_on_to_its_end(done):
+    done(f"{DM} steps=30 --minutes 0.00001 --out a.h5 --run-dir run")
+    assert condense.load("a.h5").manifest["steps_done"] < 30
+    done("resume run")
+    ended = condense.load("a.h5").manifest
+    assert ended["steps_done"] == 30 and not ended["stopped_early"] and "--minutes" not in ended["command"]
+    assert "run has ended" in done("resume run")
 
 
 def test_evaluate_writes_a_record(done, material):

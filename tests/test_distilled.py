@@ -367,4 +367,4 @@ def test_preview_is_a_picture(tmp_path):
     from PIL import Image
 
     path = save_grid(make().images, tmp_path / "grid.png", columns=2)
-    assert Image.open(path).size == (2 * 34 + 2, 3 * 34 + 2)
+    assert Image.open(path).size == (2 * 66 + 2, 3 * 66 + 2)

@@ -86,6 +86,61 @@ def test_a_pt_export_is_what_other_loaders_take(tmp_path):
     assert json.loads(content["manifest"])["name"] == "tiny/dm-ipc2"
 
 
+@pytest.mark.parametrize("kind", ["hard", "zca", "uint8", "decoded"])
+def test_constants_of_the_program_that_reads_an_export(kind, tmp_path):
+    original = KINDS[kind]()
+    export_set(original, tmp_path / "a.pt", "pt", mean=[0.25], std=[0.5])
+    content = torch.load(tmp_path / "a.pt", weights_only=True)
+    order = torch.argsort(original.training_images()[1], stable=True)
+    torch.testing.assert_close(content["images"] * 0.5 + 0.25, original.images[order])
+    assert content["mean"].tolist() == [0.25] and content["std"].tolist() == [0.5] and "matrix" not in content
+    for wrong, words in ((([0.1, 0.2], [1, 1]), "2 numbers for images of 1 channels"), (([0.1], None), "give both")):
+        with pytest.raises(CondenseError, match=words):
+            export_set(original, tmp_path / "b.pt", "pt", mean=wrong[0], std=wrong[1])
+    with pytest.raises(CondenseError, match="--to imagefolder holds pixels"):
+        export_set(original, tmp_path / "folder", "imagefolder", mean=[0.25], std=[0.5])
+
+
+def plain_evaluation(path, seed, test_images, test_labels):
+    """Accuracy of a student as the released programs of DC and its followers train it, on an exported file."""
+    [[images, labels]] = torch.load(path, weights_only=True)["data"]
+    torch.manual_seed(seed)
+    layers, channels = [], 1
+    for _ in range(2):
+        norm = torch.nn.GroupNorm(32, 32, affine=True)
+        layers += [torch.nn.Conv2d(channels, 32, 3, padding=1), norm, torch.nn.ReLU(), torch.nn.AvgPool2d(2)]
+        channels = 32
+    net = torch.nn.Sequential(*layers, torch.nn.Flatten(), torch.nn.Linear(32 * 2 * 2, 10))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, weight_decay=0.0005)
+    for epoch in range(300):
+        if epoch == 150:
+            optimizer.param_groups[0]["lr"] = 0.001
+        order = torch.randperm(len(images))
+        for part in order.split(256):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(net(images[part]), labels[part]).backward()
+            optimizer.step()
+    with torch.no_grad():
+        return float((net(test_images).argmax(1) == test_labels).float().mean())
+
+
+def test_an_export_gives_the_accuracy_of_the_judge_in_a_plain_program(tmp_path):
+    """With the constants of that program: the means of five students differ by less than their 95 % interval."""
+    from scipy.stats import ttest_ind
+
+    distilled, digits = condense.load("digits/dm-ipc10"), condense.task("digits")
+    network = "convnet-d2-w32-in"
+    judged = condense.evaluate(
+        distilled, digits, networks=[network], runs=5, protocol="dc-plain-v1", controls=[], precision="fp32"
+    )
+    export_set(distilled, tmp_path / "a.pt", "pt", mean=[0.5], std=[0.25])
+    images = (torch.from_numpy(digits.test.images).float() / 255 - 0.5) / 0.25
+    labels = torch.from_numpy(digits.test.labels)
+    plain = [plain_evaluation(tmp_path / "a.pt", seed, images, labels) for seed in range(5)]
+    difference = ttest_ind(judged["results"][0]["accuracies"], plain, equal_var=False).confidence_interval(0.95)
+    assert difference.low <= 0 <= difference.high and min(plain) > 0.9
+
+
 def test_a_manifest_of_an_imported_set(task, tmp_path):
     torch.save(pixels(), tmp_path / "a.pt")
     made = bring(tmp_path / "a.pt", "tensors", task, method="them", protocol="quick-v1")

@@ -252,7 +252,7 @@ def test_what_is_unknown_is_said_and_not_drawn(results, built):
     write(results, "known", record("dm"))
     _, text = built()
     row = " ".join(re.sub(r"<[^>]+>", " ", re.search(r'<tbody id="imported.*?</tbody>\n<', text, re.S)[0]).split())
-    for expected in ("no picture", "seed unknown", "1 run, no interval", "not run", "unknown train", "not recorded"):
+    for expected in ("no picture", "seed unknown", "1 student", "not run", "unknown train", "not recorded"):
         assert expected in row
     size_chart, time_chart = re.findall(r'<svg class="chart".*?</svg>', text, re.S)
     assert "mtt" in size_chart and "mtt" not in time_chart and "1 not drawn" in time_chart

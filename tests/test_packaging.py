@@ -161,7 +161,7 @@ FLOORS = (
     ("registry",),
     ("data",),
     ("augment", "networks"),
-    ("commands", "labels", "selection"),
+    ("commands", "labels", "plugins", "selection"),
     ("sets", "training"),
     ("engine",),
     ("pretraining",),

@@ -159,3 +159,71 @@ def test_folders_and_names_that_cannot_be(folder, tmp_path, monkeypatch):
     monkeypatch.setenv(config.METHOD_FOLDERS, str(tmp_path / "missing"))
     with pytest.raises(CondenseError, match="missing: no such folder"):
         METHODS.names()
+
+
+PLUGIN = (
+    MODULE
+    + """
+
+from torch import nn
+
+from condense.networks import register_network
+
+
+def small(shape, classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(shape[0] * shape[1] * shape[2], 8), nn.ReLU(), nn.Linear(8, classes))
+
+
+register_network("small-mlp", small)
+"""
+)
+
+
+@pytest.fixture
+def plugin(tmp_path, monkeypatch):
+    path = tmp_path / "toy.py"
+    path.write_text(PLUGIN)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("CONDENSE_CACHE", str(tmp_path / "cache"))
+    return path
+
+
+def condense_command(*words, cwd):
+    return subprocess.run([sys.executable, "-m", "condense", *words], cwd=cwd, capture_output=True, text=True)
+
+
+def test_a_plugin_is_named_once_and_found_again(plugin, tmp_path, monkeypatch):
+    words = "distill pixel-means --plugin toy.py --data digits --ipc 1 --network small-mlp --minutes 0.00001 --out a.h5"
+    begun = condense_command(*words.split(), "--run-dir", "run", "steps=40", cwd=tmp_path)
+    assert begun.returncode == 0 and "condense resume run" in begun.stdout, begun.stderr
+    resumed = condense_command("resume", "run", cwd=tmp_path)
+    assert resumed.returncode == 0 and "40 of 40 steps" in resumed.stdout, resumed.stderr
+    shown = json.loads(condense_command("show", "a.h5", "--json", cwd=tmp_path).stdout)
+    assert list(shown["plugins"]) == ["toy.py"] and "--plugin PATH" in shown["command"]
+    assert "pixel-means" in condense_command("--plugin", "toy.py", "ls", "methods", cwd=tmp_path).stdout
+
+    monkeypatch.setenv("CONDENSE_CACHE", str(tmp_path / "of-someone-else"))
+    refused = condense_command("resume", "run", "--steps", "50", cwd=tmp_path)
+    assert refused.returncode == 2 and f"if you trust it: --plugin {plugin}" in refused.stderr
+    plugin.write_text(PLUGIN + "# another version\n")
+    assert "has changed since the run began" in condense_command("resume", "run", "--steps", "50", cwd=tmp_path).stderr
+
+
+def test_plugins_that_cannot_be(plugin, tmp_path):
+    missing = condense_command("ls", "--plugin", "no.py", cwd=tmp_path)
+    assert "--plugin no.py: must be an existing .py file" in missing.stderr
+    plugin.write_text("import nowhere")
+    assert "toy.py: ModuleNotFoundError" in condense_command("ls", "--plugin", "toy.py", cwd=tmp_path).stderr
+
+
+def test_an_installed_package_offers_a_method(tmp_path, monkeypatch):
+    """By an entry point, which is read from the package's metadata without an import."""
+    info = tmp_path / "toy-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: toy\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[condense.methods]\npixel-means = toy_package\n")
+    (tmp_path / "toy_package.py").write_text(MODULE)
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{tmp_path}")
+    shown = condense_command("show", "pixel-means", cwd=tmp_path)
+    assert shown.returncode == 0 and "Matches the mean pixels of each class." in shown.stdout, shown.stderr

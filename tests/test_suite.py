@@ -296,3 +296,21 @@ def test_a_late_rank_takes_part_in_a_run_that_needs_no_communication(place):
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run([*start, *map(str, words)], env=dict(os.environ), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_set_for_each_seed(place, monkeypatch, capsys):
+    """The table has one row for the sets of a cell, and says how far their students and their means lie apart."""
+    monkeypatch.chdir(place)
+    words = "suite mini.yaml --data tiny=tiny.npz --methods random --out out"
+    result = command_line(f"{words} --seeds 3,5", capsys)
+    assert result.code == 0
+    paths = sorted((place / "out/records").glob("mini-tiny-random-ipc1-seed*.json"))
+    assert [path.stem[-5:] for path in paths] == ["seed3", "seed5"]
+    sets = [scoring.main_entries(records.read_record(path)) for path in paths]
+    first, second = (next(entry for entry in entries if entry["network"] == "mlp") for entries in sets)
+    pooled = scoring.summary(first["accuracies"] + second["accuracies"])
+    std = scoring.summary([first["mean"], second["mean"]])["std"]
+    row = next(line for line in result.out.splitlines() if "random-ipc1 " in line and " mlp " in line)
+    expected = f"2 4 {100 * pooled['mean']:.1f} ± {100 * pooled['std']:.1f} {100 * std:.1f}"
+    assert row.split()[-6:] == expected.split()
+    assert "--seeds 3,x: must be" in command_line(f"{words} --seeds 3,x", capsys).err

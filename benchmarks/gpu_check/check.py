@@ -16,10 +16,11 @@ from typing import Any
 import torch
 
 import condense
-from condense.benchmarks.speed.measure import Case, aligned, random_task, write
+from condense.benchmarks.speed.measure import Case, random_task, write
 from condense.data import Task
 from condense.device import device_name
 from condense.errors import CondenseError
+from condense.formatting import aligned
 
 SCHEMA = "condense.gpu-check/1"
 

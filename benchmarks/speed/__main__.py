@@ -16,8 +16,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from condense.benchmarks.speed.measure import PLAIN, QUIET, TUNED, Parser, aligned, guarded, positive
+from condense.benchmarks.speed.measure import PLAIN, QUIET, TUNED, Parser, guarded, positive
 from condense.errors import CondenseError
+from condense.formatting import aligned
 
 STEPS = ("dm", "dc", "dsa", "dcc", "datadam", "mtt", "sre2l")
 """Pairs of outer steps."""

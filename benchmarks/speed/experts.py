@@ -32,7 +32,6 @@ from condense.benchmarks.speed.measure import (
     Pairs,
     Parser,
     add_allocator,
-    aligned,
     alternate,
     describe_data,
     disturbance,
@@ -50,7 +49,7 @@ from condense.data import task as task_module
 from condense.device import pick_device
 from condense.engine import Run
 from condense.environment import keep_freed_memory
-from condense.formatting import duration
+from condense.formatting import aligned, duration
 from condense.judge import environment
 from condense.methods.trajectory_matching.expert_updates import GSAM
 from condense.pretraining import MAX_EXPERT_GROUP, ExpertTraining, make_student

@@ -37,6 +37,7 @@ from condense.device import autocast, peak_memory, pick_device, second_derivativ
 from condense.engine import ParamGroup, Run, Step
 from condense.environment import keep_freed_memory
 from condense.errors import CondenseError
+from condense.formatting import aligned
 from condense.judge import environment
 from condense.networks import ComputeConfig, FlopCounter, Network, calibrate, processor_name
 from condense.registry import METHODS
@@ -467,12 +468,6 @@ def write(path: Path, text: str) -> None:
         os.replace(temporary, path)
     except OSError as fault:
         raise CondenseError(f"{path}: cannot be written ({fault.strerror})") from fault
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as lines with columns as wide as their widest cell."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
 
 
 def gibibytes(size: int | None) -> str:

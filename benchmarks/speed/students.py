@@ -16,7 +16,6 @@ from condense.benchmarks.speed.measure import (
     SCHEMA,
     Others,
     Parser,
-    aligned,
     alternate,
     disturbance,
     gibibytes,
@@ -26,6 +25,7 @@ from condense.benchmarks.speed.measure import (
     write,
 )
 from condense.device import pick_device
+from condense.formatting import aligned
 from condense.judge import environment
 from condense.labels import HardLabels
 from condense.training import FixedSource, Student, TrainConfig, prefers_stacked, train

@@ -27,7 +27,6 @@ from condense.benchmarks.speed.measure import (
     Others,
     Parser,
     StepBenchmark,
-    aligned,
     describe_data,
     disturbance,
     guarded,
@@ -42,6 +41,7 @@ from condense.benchmarks.speed.measure import (
 from condense.data import task as task_module
 from condense.device import pick_device
 from condense.engine import StepLoss, Target, unroll
+from condense.formatting import aligned
 from condense.judge import environment
 from condense.networks import Network
 from condense.training import Student, TaskSource, TrainConfig, train

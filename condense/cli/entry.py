@@ -6,6 +6,7 @@ An error is one line on stderr that begins with ``condense:``. The exit codes ar
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -13,10 +14,11 @@ from typing import Annotated, Any
 
 import typer
 
-from condense.cli import downstream, files, judge, labels, listing, make, plan, pretrain
+from condense.cli import advise, downstream, files, judge, labels, listing, make, plan, pretrain
 from condense.cli.parameters import EXIT_CODES, app
 from condense.cli.streams import printable_streams
-from condense.environment import keep_freed_memory
+from condense.config import PLUGINS
+from condense.environment import foreign_distribution, keep_freed_memory
 from condense.errors import CondenseError, is_out_of_memory
 from condense.formatting import shorten, size
 from condense.version import __version__
@@ -24,6 +26,7 @@ from condense.version import __version__
 COMMANDS: dict[str, Callable[..., Any]] = {
     "ls": listing.ls,
     "show": listing.show,
+    "advise": advise.advise,
     "distill": make.distill,
     "resume": make.resume,
     "plan": plan.plan,
@@ -60,8 +63,16 @@ def options(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
     ] = False,
+    plugin: Annotated[
+        list[str] | None,
+        typer.Option("--plugin", metavar="FILE.py", help="import a file with your own methods"),
+    ] = None,
 ) -> None:
     """Options before the verb."""
+    if plugin or os.environ.get(PLUGINS):
+        from condense.plugins import load_plugins
+
+        load_plugins(plugin or ())
 
 
 ADDRESS_SPACE = 3900 * 10**6
@@ -88,6 +99,8 @@ def _check_address_space() -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line and exits with the documented code."""
     keep_freed_memory()
+    if warning := foreign_distribution():
+        print(warning, file=sys.stderr)
     with printable_streams():
         code = _run(arguments)
     sys.exit(code)
@@ -97,7 +110,7 @@ def _run(arguments: list[str] | None) -> int:
     """Runs the command line and returns its exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     debug = "--debug" in arguments
-    arguments = [argument for argument in arguments if argument != "--debug"]  # accepted anywhere
+    arguments = _plugins_first([argument for argument in arguments if argument != "--debug"])  # accepted anywhere
     code = 0
     try:
         command = typer.main.get_command(app)
@@ -116,6 +129,18 @@ def _run(arguments: list[str] | None) -> int:
         with contextlib.suppress(OSError):  # stderr may be closed or full too
             print(f"condense: {shorten(' '.join(line.split()))}", file=sys.stderr)
     return code
+
+
+def _plugins_first(arguments: list[str]) -> list[str]:
+    """``--plugin FILE.py`` is accepted after the verb too."""
+    plugins, rest = [], []
+    words = iter(arguments)
+    for word in words:
+        if word == "--plugin":
+            plugins += [word, *([value] if (value := next(words, None)) is not None else [])]
+        else:
+            (plugins if word.startswith("--plugin=") else rest).append(word)
+    return plugins + rest
 
 
 def _exit_code_and_message(fault: BaseException) -> tuple[int, str]:

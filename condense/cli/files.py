@@ -166,6 +166,11 @@ def export(
             "needs it for its images",
         ),
     ] = None,
+    mean: Annotated[
+        str | None,
+        typer.Option(help=f"normalise the images of pt by the constants of your program; {CIFAR} 0.4914,0.4822,0.4465"),
+    ] = None,
+    std: Annotated[str | None, typer.Option(help=f"see --mean; {CIFAR} 0.2023,0.1994,0.2010")] = None,
     force: Force = False,
 ) -> None:
     """Writes a set in a third-party format."""
@@ -178,7 +183,11 @@ def export(
         raise CondenseError(f"--data {data}: only --to imagefolder rounds pixels; leave it out")
     is_measured = data is not None and distilled.indices is None
     real = api.task(data, **evaluation.data_options(distilled)) if is_measured else None
-    rounding = exchange.export_set(distilled, destination, form, force=force)
+    constants = {
+        "mean": parse_numbers("--mean", mean, "one per channel"),
+        "std": parse_numbers("--std", std, "one per channel"),
+    }
+    rounding = exchange.export_set(distilled, destination, form, force=force, **constants)
     print(f"wrote {destination}: {len(distilled)} images, {distilled.labels.kind} labels")
     if rounding is None or distilled.indices is not None:
         return

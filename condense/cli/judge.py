@@ -22,8 +22,10 @@ from condense.cli.parameters import (
     SetFile,
     load_set_and_data,
     parse_numbers,
+    parse_seeds,
 )
 from condense.errors import CondenseError, did_you_mean
+from condense.formatting import machine
 from condense.tracking import is_main_process
 
 
@@ -90,7 +92,8 @@ def evaluate(
     )
     if not is_main_process():
         return
-    print(f"{distilled.name} on {real.name}, {record['protocol']['name']}, {record['environment']['device']}")
+    used = machine(record["environment"]["device"], record["environment"]["precision"])
+    print(f"{distilled.name} on {real.name}, {record['protocol']['name']}, {used}")
     print(records.format_record(record))
     if out is not None:
         records.write_record(record, out)
@@ -108,6 +111,9 @@ def suite(
     ] = None,
     methods: Annotated[str | None, typer.Option(help="A,B,...: only these methods of the suite")] = None,
     datasets: Annotated[str | None, typer.Option(help="A,B,...: only these data of the suite")] = None,
+    seeds: Annotated[
+        str | None, typer.Option(help="A,B,...: seeds of distillation, a set for each; by default those of the suite")
+    ] = None,
     device: Device = "auto",
     precision: Precision = "auto",
     download: Download = False,
@@ -116,6 +122,8 @@ def suite(
     from condense.benchmarks import suite as suite_module
 
     chosen = suite_module.get_suite(name)
+    if seeds is not None:
+        chosen = suite_module.with_seeds(chosen, parse_seeds("--seeds", seeds))
     known = suite_module.datasets_of(chosen)
     paths = dict(entry.partition("=")[::2] for entry in data or [])
     for dataset, path in paths.items():
@@ -138,6 +146,8 @@ def suite(
     )
     if not is_main_process():
         return
+    if outcome.made or outcome.kept:
+        print(suite_module.table([*outcome.kept, *outcome.made]) + "\n")
     print(f"{chosen.name}: {len(outcome.made)} records made, {len(outcome.kept)} were there")
     print(f"  records and pictures: {out / suite_module.RECORDS}\n  sets: {out / suite_module.SETS}")
     if outcome.page is not None:

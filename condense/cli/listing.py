@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import json
+import re
 import shlex
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,31 +16,54 @@ import typer
 from condense.cli.parameters import AsJson, load_set
 from condense.cli.request import parse_request
 from condense.errors import CondenseError, did_you_mean
-from condense.formatting import size
+from condense.formatting import aligned, by, duration, machine, percent, shorten, size
 
 if TYPE_CHECKING:
     from condense.sets import DistilledSet
+
+HASH = re.compile(r"\b[0-9a-f]{64}\b")
+NETWORK_SHAPE, NETWORK_CLASSES = (3, 32, 32), 10
+"""Images and classes for which `show NETWORK` counts parameters."""
 
 LISTINGS = ("methods", "datasets", "networks", "recipes", "protocols", "suites", "sets")
 
 
 def ls(
     kind: Annotated[str | None, typer.Argument(metavar="[KIND]", help=", ".join(LISTINGS))] = None,
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="[WORD]", help="only names with these parts, e.g. dm cifar10")
+    ] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="the settings of recipes")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Lists everything that has a name."""
+    """Lists everything that has a name: without KIND, how much there is of each kind."""
     if kind is not None and kind not in LISTINGS:
         raise CondenseError(f"'{kind}' cannot be listed{did_you_mean(kind, LISTINGS)}")
-    listings = {name: _list(name) for name in ([kind] if kind else LISTINGS)}
+    listings = {name: _matching(_list(name), words or ()) for name in ([kind] if kind else LISTINGS)}
     if as_json:
         print(json.dumps(listings, indent=1))
-        return
-    for name, rows in listings.items():
-        if kind is None:
-            print(f"{name}:" if rows else f"{name}: none")
-        width = max((len(row["name"]) for row in rows), default=0)
-        for row in rows:
-            print(("  " if kind is None else "") + f"{row['name']:<{width}}  {row['about']}".rstrip())
+    elif kind is None:
+        print(aligned([(str(len(rows)), name, f"condense ls {name}") for name, rows in listings.items()]))
+        print("\nexplain one: condense show NAME")
+    elif words and not listings[kind]:
+        raise CondenseError(f"{' '.join(words)}: no {kind} with this in the name; `condense ls {kind}` lists all")
+    else:
+        rows = [(row["name"], row["about"]) for row in listings[kind]]
+        print(aligned(rows) if rows else f"no {kind}")
+        if verbose and kind == "recipes":
+            print()
+            for name, _ in rows:
+                print(f"{name}: {_format_recipe(name)}")
+
+
+def _matching(rows: list[dict[str, Any]], words: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows whose name has all words; a word that is one of its parts between slashes must be that part."""
+    parts = {part for row in rows for part in row["name"].split("/")}
+
+    def has(name: str, word: str) -> bool:
+        return word in name.split("/") if word in parts else word in name
+
+    return [row for row in rows if all(has(row["name"], word) for word in words)]
 
 
 def _list(kind: str) -> list[dict[str, Any]]:
@@ -79,7 +106,17 @@ def _list(kind: str) -> list[dict[str, Any]]:
         ]
     from condense import config
 
-    return [{"name": name, "about": _format_recipe(config.load_recipe(name))} for name in config.recipe_names()]
+    return [{"name": name, "about": _describe_recipe(config.load_recipe(name))} for name in config.recipe_names()]
+
+
+def _describe_recipe(recipe: dict[str, Any]) -> str:
+    """The cell of a recipe, its steps, and the published accuracy of the cell."""
+    from condense.benchmarks import facts
+
+    published = facts.published(recipe["method"], recipe["data"], int(recipe["ipc"]))
+    steps = f", {recipe['steps']:,} steps" if isinstance(recipe.get("steps"), int) else ""
+    accuracy = f", published {facts.accuracy(published[0]['mean'], published[0]['std'])} %" if published else ""
+    return f"{recipe['data']}, {recipe['ipc']} per class{steps}{accuracy}"
 
 
 def _format_claim(distilled: DistilledSet) -> str:
@@ -89,16 +126,19 @@ def _format_claim(distilled: DistilledSet) -> str:
     return f"{len(distilled.stored)} images, {size(distilled.nbytes()['total'])}{accuracy}"
 
 
-def _format_recipe(recipe: dict[str, Any]) -> str:
-    return ", ".join(f"{key}={value}" for key, value in recipe.items() if key != "method")
+def _format_recipe(name: str) -> str:
+    from condense import config
+
+    return ", ".join(f"{key}={value}" for key, value in config.load_recipe(name).items() if key != "method")
 
 
 def show(
-    name: Annotated[str, typer.Argument(metavar="METHOD|RECIPE|SET.h5", help="a method, a recipe or a set")],
+    name: Annotated[str, typer.Argument(metavar="NAME|SET.h5", help="whatever `condense ls KIND` lists, or a file")],
     as_json: AsJson = False,
 ) -> None:
-    """Shows a method, a recipe, or a set's manifest."""
+    """Shows a method, recipe, set, protocol, suite, dataset or network."""
     from condense import config
+    from condense.data import datasets
     from condense.registry import METHODS
     from condense.sets import packaged_sets
 
@@ -107,14 +147,101 @@ def show(
     elif name in config.recipe_names() or name.endswith((".yaml", ".yml")):
         _show_recipe(name, as_json)
     elif name in packaged_sets() or name.endswith(".h5") or Path(name).exists():
-        manifest = load_set(name).manifest
+        distilled = load_set(name)
         if as_json:
-            print(json.dumps(manifest, indent=1))
+            print(json.dumps(distilled.manifest, indent=1))
         else:
-            _print_keys({key: value for key, value in manifest.items() if key != "checksums"})
+            _print_set(distilled, name)
+    elif name in datasets():
+        _show_dataset(name, as_json)
     else:
-        known = [*METHODS.names(), *config.recipe_names(), *packaged_sets()]
-        raise CondenseError(f"'{name}' is no method, recipe or .h5 file{did_you_mean(name, known)}")
+        _show_other(name, as_json)
+
+
+def _show_other(name: str, as_json: bool) -> None:
+    """Shows a protocol, a suite or a network.
+
+    Raises:
+        CondenseError: nothing has this name.
+    """
+    from condense import networks
+    from condense.benchmarks import suite
+    from condense.judge import protocols
+
+    found: Any = protocols().get(name) or suite.suites().get(name)
+    if found is not None:
+        content = asdict(found)
+        print(json.dumps(content, indent=1, default=str)) if as_json else _print_keys(content)
+        return
+    try:
+        networks.check_network(name)
+        net = networks.build_network(name, NETWORK_SHAPE, NETWORK_CLASSES)
+    except CondenseError as fault:
+        names = {row["name"]: kind for kind in LISTINGS for row in _list(kind)}
+        nearest = difflib.get_close_matches(name[:100], names, n=3, cutoff=0.0)
+        hint = ", ".join(f"{near} ({names[near].removesuffix('s')})" for near in nearest)
+        raise CondenseError(f"'{shorten(name, 100)}' is no file, and no name; the nearest are {hint}") from fault
+    parameters = sum(p.numel() for p in net.parameters())
+    flops = networks.count_flops(net, NETWORK_SHAPE)
+    facts = {"network": name, "parameters": parameters, "operations": flops}
+    if as_json:
+        print(json.dumps(facts, indent=1))
+        return
+    print(f"{name}, for {by(NETWORK_SHAPE)} images and {NETWORK_CLASSES} classes:")
+    print(f"  {parameters:,} parameters, {size(4 * parameters)} in float32")
+    print(f"  {flops / 1e6:,.1f} million floating-point operations in a forward pass of one image")
+
+
+def _show_dataset(name: str, as_json: bool) -> None:
+    from condense.data import DATASETS
+
+    entry = DATASETS.get(name)
+    facts = {
+        "dataset": name,
+        "about": entry.description,
+        "images": by(entry.shape),
+        "classes": entry.num_classes,
+        "mean": list(entry.mean or ()),
+        "std": list(entry.std or ()),
+        "mirror": entry.mirror,
+    }
+    print(json.dumps(facts, indent=1)) if as_json else _print_keys(facts)
+
+
+def _print_set(distilled: DistilledSet, name: str) -> None:
+    """The card of a set: its content, bytes and origin, then the rest of its manifest with short hashes."""
+    rest = {key: value for key, value in distilled.manifest.items() if key not in ("checksums", "name", "image_shape")}
+    parts = {part: count for part, count in rest.pop("bytes").items() if part != "total" and count}
+    kind, classes = distilled.labels.kind, rest.pop("classes")
+    print(
+        f"{distilled.name}: {distilled.num_stored:,} images of {by(distilled.shape)}, {rest.pop('ipc')} for each of "
+        f"{len(classes)} classes, {kind} labels"
+    )
+    print(
+        f"  bytes: {size(distilled.nbytes()['total'])} ("
+        + ", ".join(f"{part} {size(count)}" for part, count in parts.items())
+        + ")"
+    )
+    cost = rest.pop("cost", {})
+    if cost:
+        peaks = ", ".join(f"{size(count)} of {where} memory" for where, count in cost.get("peak_memory", {}).items())
+        where = machine(cost.get("device", "an unknown machine"), rest.get("precision"))
+        print(f"  cost: {duration(cost.get('seconds', 0))} on {where}" + (f", {peaks}" if peaks else ""))
+        if cost.get("preparation_seconds"):
+            print(f"  before it: {duration(cost['preparation_seconds'])} of training on real data")
+    claim = rest.pop("claim", None)
+    if claim:
+        students = f"{claim.get('runs', '?')} students"
+        accuracy = percent(claim["mean"], claim.get("std"))
+        print(f"  accuracy: {accuracy} % on {claim['network']} under {claim['protocol']} (± std of {students})")
+    shown = ", ".join(map(str, classes[:20])) + (f", and {len(classes) - 20} more" if len(classes) > 20 else "")
+    print(f"  classes: {shown}")
+    for key in ("label_kind", "code_version", "random_hash_version"):
+        rest.pop(key, None)
+    for key, value in rest.items():
+        if value not in (None, "", [], {}):
+            print(f"  {key}: {HASH.sub(lambda found: found[0][:12], _plain(value))}")
+    print(f"next: condense evaluate {shlex.quote(name)} --data {distilled.manifest['dataset']}")
 
 
 def _show_recipe(name: str, as_json: bool) -> None:

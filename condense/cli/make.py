@@ -13,6 +13,7 @@ from condense.cli.parameters import (
     Device,
     Download,
     Force,
+    Images,
     Ipc,
     MethodArgument,
     NetworkOption,
@@ -23,7 +24,7 @@ from condense.cli.parameters import (
     number_option,
 )
 from condense.cli.request import parse_request
-from condense.formatting import duration, size
+from condense.formatting import duration, machine, size
 from condense.tracking import is_main_process
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def distill(
     settings: SettingsArgument = None,
     data: DataOrRecipe = None,
     ipc: Ipc = None,
+    images: Images = None,
     network: NetworkOption = None,
     recipe: RecipeOption = None,
     out: Annotated[Path | None, typer.Option(help="file to write; by default DATASET-METHOD-ipcN.h5 here")] = None,
@@ -63,17 +65,18 @@ def distill(
         "track": track,
         "tag": tag,
     }
-    request, options, values = parse_request(method, settings, data, ipc, network, recipe, **run_options)
+    request, options, values = parse_request(method, settings, data, ipc, network, recipe, images=images, **run_options)
     if out is not None:
         check_writable(out, force=force)
     real = api.task(request.data, download=download, **options)
-    name = f"{real.name}-{request.method}-ipc{request.ipc}" + (f"-{tag}" if tag else "")
+    ipc = request.images_per_class(real)
+    name = f"{real.name}-{request.method}-ipc{ipc}" + (f"-{tag}" if tag else "")
     out = out or Path(name + (f"-seed{seed}" if seed else "") + ".h5")
     run_dir = run_dir or Path("runs") / f"{name}-seed{seed}"
     distilled = api.distill(
         request.method,
         real,
-        request.ipc,
+        ipc,
         network=request.network,
         protocol=request.protocol,
         deterministic=request.deterministic,
@@ -92,7 +95,7 @@ def resume(
     run_dir: Annotated[Path, typer.Argument(help="the run's directory")],
     minutes: Annotated[
         float | None,
-        number_option("--minutes", float, "new time limit of a run with --minutes, including the time already spent"),
+        number_option("--minutes", float, "time limit from now on; by default a run that --minutes stopped has none"),
     ] = None,
     steps: Annotated[int | None, number_option("--steps", int, "new number of steps, more than before")] = None,
     device: Annotated[
@@ -102,7 +105,8 @@ def resume(
     """Resumes a killed or interrupted run. The result is the same as without the stop. --steps adds steps to a run."""
     from condense import jobs
 
-    if minutes is None and steps is None and jobs.is_finished(run_dir) and is_main_process():
+    goes_on = minutes is not None or steps is not None or jobs.was_stopped(run_dir)
+    if not goes_on and jobs.is_finished(run_dir) and is_main_process():
         print(f"{run_dir} has ended; its set is:")
     distilled = jobs.resume(run_dir, minutes=minutes, steps=steps, device=device, quiet=False)
     job = jobs.read_job(run_dir)
@@ -119,11 +123,13 @@ def _report(distilled: DistilledSet, out: Path, run_dir: Path, data: str) -> Non
     total = manifest["settings"].get("steps")
     steps = f", {manifest['steps_done']} of {total} steps" if total else ""
     cost = manifest["cost"]
-    print(f"made {distilled.name}: {images}{steps} in {duration(cost['seconds'])} on {cost['device']}")
+    used = machine(cost["device"], manifest["precision"])
+    print(f"made {distilled.name}: {images}{steps} in {duration(cost['seconds'])} on {used}")
     if manifest.get("preparation"):
         print(f"  before it: {_format_preparation(manifest['preparation'])}")
     if manifest["stopped_early"]:
-        print(f"  stopped by --minutes; resume with: condense resume {shlex.quote(str(run_dir))} --minutes M")
+        command = f"condense resume {shlex.quote(str(run_dir))}"
+        print(f"  stopped by --minutes; go on to the end: {command}, for M minutes: {command} --minutes M")
     file = shlex.quote(str(out))
     print(f"  set:  {out}\n  run:  {run_dir} (config, log, previews)")
     print(f"  next: condense evaluate {file} --data {shlex.quote(data)}")

@@ -68,6 +68,8 @@ DataOrRecipe = Annotated[str | None, typer.Option("--data", help=DATA_HELP)]
 
 Ipc = Annotated[int | None, number_option("--ipc", int, "stored images per class")]
 
+Images = Annotated[int | None, number_option("--images", int, "stored images in total, instead of --ipc")]
+
 NetworkOption = Annotated[str | None, typer.Option(help="architecture to distil with; by default that of the method")]
 
 RecipeOption = Annotated[str | None, typer.Option(help="a name of `condense ls recipes`, or a YAML file")]
@@ -166,3 +168,15 @@ def parse_numbers(flag: str, text: str | None, what: str) -> list[float] | None:
         return None if text is None else [float(part) for part in text.split(",")]
     except ValueError:
         raise CondenseError(f"{flag} {text}: must be numbers joined by commas, {what}") from None
+
+
+def parse_seeds(flag: str, text: str) -> list[int]:
+    """Parses whole numbers that are joined by commas.
+
+    Raises:
+        CondenseError: not such numbers, or one is there twice.
+    """
+    seeds = [int(part) for part in text.split(",") if part.isascii() and part.isdigit()]
+    if len(set(seeds)) != len(text.split(",")):
+        raise CondenseError(f"{flag} {text}: must be different whole numbers joined by commas, e.g. {flag} 0,1,2")
+    return seeds

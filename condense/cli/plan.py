@@ -11,6 +11,7 @@ from condense.cli.parameters import (
     DataOrRecipe,
     Device,
     Download,
+    Images,
     Ipc,
     MethodArgument,
     NetworkOption,
@@ -21,7 +22,7 @@ from condense.cli.parameters import (
 )
 from condense.cli.request import parse_request
 from condense.errors import CondenseError
-from condense.formatting import by, duration, size
+from condense.formatting import by, duration, machine, size
 
 if TYPE_CHECKING:
     from condense.lighten import LabelComparison
@@ -43,6 +44,7 @@ def plan(
     settings: SettingsArgument = None,
     data: DataOrRecipe = None,
     ipc: Ipc = None,
+    images: Images = None,
     network: NetworkOption = None,
     recipe: RecipeOption = None,
     device: Device = "auto",
@@ -81,11 +83,12 @@ def plan(
     if label_epochs is not None:
         raise CondenseError(f"--label-epochs {label_epochs}: goes with --classes; write label_epochs={label_epochs}")
     request, options, values = parse_request(
-        method, settings, data, ipc, network, recipe, device=device, precision=precision, minutes=minutes
+        method, settings, data, ipc, network, recipe, images=images, device=device, precision=precision, minutes=minutes
     )
     real = api.task(request.data, download=download, **options)
+    ipc = request.images_per_class(real)
     estimate = jobs.estimate_cost(
-        request.method, real, request.ipc, network=request.network, device=device, precision=precision, **values
+        request.method, real, ipc, network=request.network, device=device, precision=precision, **values
     )
     views, kinds = estimate["views"], []
     if views:
@@ -96,7 +99,7 @@ def plan(
     if as_json:
         print(json.dumps({**estimate, "labels": _rows(kinds)}, indent=1))
         return
-    print(f"{request.method} on {real.name}, ipc {request.ipc}, {estimate['device']}")
+    print(f"{request.method} on {real.name}, ipc {ipc}, {machine(estimate['device'], estimate['precision'])}")
     _print_estimate(estimate)
     if minutes is not None and estimate["steps"]:
         steps = estimate["steps_in_minutes"]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from condense.cli.parameters import sort_settings
 from condense.errors import CondenseError
+
+if TYPE_CHECKING:
+    from condense.data import Task
 
 
 @dataclass(frozen=True)
@@ -15,10 +18,30 @@ class RunRequest:
 
     method: str
     data: str
-    ipc: int
+    ipc: int | None = None
     network: str | None = None
     protocol: str | None = None
     deterministic: bool = False
+    images: int | None = None
+    """Stored images of all classes together, instead of ``ipc``."""
+
+    def images_per_class(self, real: Task) -> int:
+        """``ipc``, or what follows from ``images``.
+
+        Raises:
+            CondenseError: ``images`` is no multiple of the number of classes.
+        """
+        if self.images is None:
+            assert self.ipc is not None
+            return self.ipc
+        count, rest = divmod(self.images, real.num_classes)
+        if count < 1 or rest:
+            lower, upper = (k * real.num_classes for k in (max(count, 1), count + 1))
+            fix = f"{lower:,}" if lower == upper else f"{lower:,} or {upper:,}"
+            raise CondenseError(
+                f"--images {self.images}: must be a multiple of the {real.num_classes:,} classes of {real.name}: {fix}"
+            )
+        return count
 
 
 def parse_request(
@@ -28,6 +51,8 @@ def parse_request(
     ipc: int | None,
     network: str | None,
     recipe: str | None,
+    *,
+    images: int | None = None,
     **run_options: Any,
 ) -> tuple[RunRequest, dict[str, Any], dict[str, Any]]:
     """Merges a recipe with the flags and settings of the command line, and checks the result.
@@ -55,9 +80,15 @@ def parse_request(
         raise CondenseError(
             f"--recipe {recipe} is for the method '{recipe_method}', not '{method}'; leave one of them out"
         )
-    flags = {"method": method, "data": data, "ipc": ipc, "network": network}
+    flags = {"method": method, "data": data, "ipc": ipc, "images": images, "network": network}
+    if images is not None:
+        if ipc is not None:
+            raise CondenseError(f"--images {images} and --ipc {ipc}: give one of them")
+        keys.pop("ipc", None)
     keys |= {key: value for key, value in flags.items() if value is not None} | config.parse_overrides(overrides)
     missing = [flag for key, flag in (("method", "METHOD"), ("data", "--data"), ("ipc", "--ipc")) if key not in keys]
+    if "images" in keys:
+        missing = [flag for flag in missing if flag != "--ipc"]
     if missing:
         raise CondenseError(f"{', '.join(missing)} missing; give METHOD --data DATA --ipc N, or --recipe NAME")
     entry = METHODS.get(str(keys["method"]))

@@ -15,7 +15,6 @@ import logging
 import math
 import os
 import shutil
-import sys
 import time
 import uuid
 import zlib
@@ -25,13 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from condense.data.decoding import decode_images, image_to_array, read_image
 from condense.data.folders import DecodedFormat, FolderListing, ImageFile, decoded_format, labels_of, sampled_files
 from condense.data.loaded import DataOptions, LoadedData, Split, cache_dir, measure_splits
 from condense.device import check_host_memory
 from condense.formatting import by
+from condense.tracking import Progress
 
 _log = logging.getLogger(__name__)
 
@@ -252,8 +251,10 @@ def _sync(file: Any) -> None:
 
 
 def _progress(chunks: Iterable[np.ndarray], total: int, description: str) -> Iterator[np.ndarray]:
-    """Yields the chunks and shows a bar on stderr if that is a terminal."""
-    with tqdm(total=total, desc=description, unit=" images", file=sys.stderr, disable=None, leave=False) as bar:
-        for chunk in chunks:
-            yield chunk
-            bar.update(len(chunk))
+    """Yields the chunks and shows the progress on stderr."""
+    progress, done = Progress(description, total, unit="image"), 0
+    for chunk in chunks:
+        yield chunk
+        done += len(chunk)
+        progress.update(done)
+    progress.close()

@@ -220,6 +220,11 @@ class Run:
         if not self.resumed:
             self._elapsed_before += seconds
 
+    def add_minutes(self, minutes: float) -> float:
+        """Sets the time limit to ``minutes`` from now on; returns it counted from the beginning of the run."""
+        self.minutes = round(minutes + self.elapsed / 60, 4)
+        return self.minutes
+
     def note(self, name: str, facts: Mapping[str, Any]) -> None:
         """Records ``facts`` for the manifest: ``preparation``, ``trajectories``, ``teachers``,
         ``scores`` or ``patches``."""

@@ -7,7 +7,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from condense.data import to_unit_range
+from condense.data import Standardise, to_unit_range
 from condense.errors import CondenseError, did_you_mean
-from condense.exchange.shared import folder_name, library
+from condense.exchange.shared import folder_name, given_standardise, library
 from condense.files import atomic_folder, atomic_write, check_writable
 from condense.formatting import by
 from condense.labels import HardLabels
@@ -48,7 +48,15 @@ class Rounding:
     """Largest error of a pixel value."""
 
 
-def export_set(distilled: DistilledSet, destination: str | Path, form: str, *, force: bool = False) -> Rounding | None:
+def export_set(
+    distilled: DistilledSet,
+    destination: str | Path,
+    form: str,
+    *,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    force: bool = False,
+) -> Rounding | None:
     """Writes the decoded images and their labels in a third-party format, atomically.
 
     * ``pt``: a dict for ``torch.load(..., weights_only=True)``: ``data`` ([[images, labels]], which the DC scripts
@@ -60,6 +68,11 @@ def export_set(distilled: DistilledSet, destination: str | Path, form: str, *, f
     * ``hf``: a folder for ``datasets.load_dataset``: ``data/*.parquet`` with ``image`` (PNG), ``label`` and, unless the
       set stores uint8 images, ``array`` (float32, training space), a dataset card, and the set itself as ``set.h5``.
 
+    Args:
+        mean: per channel; with ``std``, images of ``pt`` and ``safetensors`` are normalised by these constants of the
+            program that will read them, instead of those of the set.
+        std: see ``mean``.
+
     Returns:
         The rounding to 8 bits for ``imagefolder``, otherwise None.
 
@@ -70,6 +83,11 @@ def export_set(distilled: DistilledSet, destination: str | Path, form: str, *, f
     path = Path(destination)
     if form not in FORMS:
         raise CondenseError(f"--to {form}: unknown{did_you_mean(form, FORMS)}")
+    transform = given_standardise(mean, std)
+    if transform is not None and form not in ("pt", "safetensors"):
+        raise CondenseError(f"--mean and --std go with --to pt and safetensors; --to {form} holds pixels")
+    if transform is not None and len(transform.mean) != distilled.shape[0]:
+        raise CondenseError(f"--mean, --std: {len(transform.mean)} numbers for images of {distilled.shape[0]} channels")
     if distilled.labels.per_view:
         raise CondenseError(
             f"{distilled.name} has {distilled.labels.kind} labels, which belong to augmented views, not to images; "
@@ -79,7 +97,7 @@ def export_set(distilled: DistilledSet, destination: str | Path, form: str, *, f
     if form in ("pt", "safetensors"):
         check_writable(path, force=force, size=size)
         safetensors = library("safetensors.torch", "--to safetensors") if form == "safetensors" else None
-        tensors, classes = _tensors(distilled), list(distilled.classes)
+        tensors, classes = _tensors(distilled, transform), list(distilled.classes)
         manifest = json.dumps(distilled.manifest, sort_keys=True)
         with atomic_write(path) as temporary:
             if safetensors is not None:
@@ -130,14 +148,16 @@ def _sort_by_class(distilled: DistilledSet) -> tuple[Tensor, Tensor, Tensor]:
     return images, ids, order
 
 
-def _tensors(distilled: DistilledSet) -> dict[str, Tensor]:
-    """Images, labels, learned rate and transform, by name."""
+def _tensors(distilled: DistilledSet, transform: Standardise | None) -> dict[str, Tensor]:
+    """Images, labels, learned rate and transform, by name; ``transform`` replaces that of the set."""
     images, ids, order = _sort_by_class(distilled)
+    if transform is not None:
+        images = transform(_pixels(distilled))
     tensors = {"images": images[order].detach().float().cpu(), "labels": distilled.labels.targets(ids[order]).cpu()}
     tensors |= distilled.labels.export_tensors(ids[order])
     if distilled.manifest.get("learned_lr") is not None:
         tensors["lr"] = torch.tensor(distilled.manifest["learned_lr"], dtype=torch.float64)
-    arrays = {name: torch.from_numpy(array) for name, array in distilled.transform.arrays().items()}
+    arrays = {name: torch.from_numpy(array) for name, array in (transform or distilled.transform).arrays().items()}
     return {name: tensor.contiguous() for name, tensor in {**tensors, **arrays}.items()}
 
 

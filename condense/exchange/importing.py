@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from condense.exchange.reading import (
     read_step_size,
     read_tensors,
 )
-from condense.exchange.shared import folder_name
+from condense.exchange.shared import folder_name, given_standardise
 from condense.files import check_name
 from condense.formatting import by
 from condense.judge import get_protocol
@@ -98,7 +97,9 @@ def import_set(
         raise CondenseError(f"--factor {factor}: must be 1 to 16")
     if label_values not in ("", "logits", "regression"):
         raise CondenseError(f"--label-values {label_values}: must be logits or regression")
-    standardise = _standardise(mean, std, options)
+    standardise = given_standardise(mean, std)
+    if standardise is not None and options.zca:
+        raise CondenseError("zca=true: whitened images have no --mean and --std; leave either out")
     for flag, value, forms in (("--labels", labels, ("mtt", "tensors")), ("--index", index, ("dc",))):
         if value is not None and form not in forms:
             raise CondenseError(f"{flag} {value}: does not go with --from {form}; leave it out")
@@ -126,23 +127,6 @@ def import_set(
         label_values=label_values,
         factor=factor,
     )
-
-
-def _standardise(mean: Sequence[float] | None, std: Sequence[float] | None, options: DataOptions) -> Standardise | None:
-    """The transform of ``--mean`` and ``--std``, if given."""
-    if mean is None and std is None:
-        return None
-    if mean is None or std is None:
-        raise CondenseError(f"--{'std' if mean is None else 'mean'}: --mean and --std go together; give both")
-    if options.zca:
-        raise CondenseError("zca=true: whitened images have no --mean and --std; leave either out")
-    try:
-        if not all(math.isfinite(value) for value in (*mean, *std)):
-            raise ValueError("not finite")
-        return Standardise(torch.tensor(mean), torch.tensor(std))
-    except (TypeError, ValueError) as fault:
-        words = f"--mean {','.join(map(str, mean))} --std {','.join(map(str, std))}"
-        raise CondenseError(f"{words}: give one number per channel each, joined by commas, std above 0") from fault
 
 
 def _to_distilled(

@@ -10,7 +10,16 @@ from condense.jobs.checks import (
     run_checks,
 )
 from condense.jobs.execute import resume, run_job
-from condense.jobs.job import is_finished, is_resumable, is_unfinished, read_job, resolve_job, resolve_settings
+from condense.jobs.given_files import fill_from_files
+from condense.jobs.job import (
+    is_finished,
+    is_resumable,
+    is_unfinished,
+    read_job,
+    resolve_job,
+    resolve_settings,
+    was_stopped,
+)
 from condense.jobs.manifest import distill_command
 from condense.jobs.plan import estimate_cost
 from condense.jobs.pruning import prune_task
@@ -24,6 +33,7 @@ __all__ = [
     "check_teachers",
     "distill_command",
     "estimate_cost",
+    "fill_from_files",
     "is_finished",
     "is_resumable",
     "is_unfinished",
@@ -34,4 +44,5 @@ __all__ = [
     "resume",
     "run_checks",
     "run_job",
+    "was_stopped",
 ]

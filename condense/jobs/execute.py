@@ -34,10 +34,12 @@ from condense.jobs.job import (
     resolve_settings,
     resume_call,
     shorter_keys,
+    was_stopped,
     write_job,
 )
 from condense.jobs.manifest import to_distilled
 from condense.jobs.pruning import prune_task
+from condense.plugins import load_recorded_plugins
 from condense.pretraining import ContentGuard
 from condense.registry import METHODS, Method
 from condense.sets import DistilledSet
@@ -61,7 +63,8 @@ def resume(
         run_dir: directory of the run.
         network: the function that makes the network, if the run began with one.
         task: the real data, if the run began with data that were given in Python.
-        minutes: new limit for a run with a time limit; it includes the time already spent.
+        minutes: time limit from now on. Without it, a run that its limit stopped goes on to its end, and one that was
+            killed keeps its limit.
         steps: new number of steps, more than before; the set is that of one run with so many steps.
         device: auto, cpu, cuda, ..., if not the one that the run began with. The steps before and after the change
             round differently, so the set is no longer that of one device bit for bit.
@@ -73,11 +76,13 @@ def resume(
     """
     directory = as_path(run_dir, "--run-dir")
     job = read_job(directory)
+    load_recorded_plugins(job.plugins, str(directory))
     if device is not None:
         job = dataclasses.replace(job, device=device)
     if steps is not None:
         job = _with_steps(job, METHODS.get(job.method), steps, directory)
-    elif minutes is None and job.out is not None and is_finished(directory):
+    stopped = was_stopped(directory)
+    if steps is None and minutes is None and not stopped and job.out is not None and is_finished(directory):
         return DistilledSet.load(job.out)
     is_own_network = job.network.startswith(networks.FACTORY_PREFIX)
     if (is_own_network and network is None) or (job.data["source"] is None and task is None):
@@ -85,7 +90,7 @@ def resume(
         raise CondenseError(f"{directory}: its {what} given in Python; call {resume_call(job, directory)}")
     if network is not None and (isinstance(network, str) or networks.network_name(network) != job.network):
         raise CondenseError(f"{directory}: network={networks.network_name(network)}: the run began with {job.network}")
-    limit = job.minutes if minutes is None else minutes
+    limit = minutes if minutes is not None or stopped else job.minutes
     names: dict[str, Any] = {
         "network": network or job.network,
         "protocol": job.protocol,
@@ -107,9 +112,19 @@ def resume(
     if job.architecture and architecture_digest(network, real) != job.architecture:
         raise CondenseError(f"{directory}: network={job.network}: has other layers than when the run began")
     check_fit(prune_task(real), job.ipc, network or job.network)
-    if minutes is not None or steps is not None:
+    if limit != job.minutes or steps is not None:
         job = dataclasses.replace(job, minutes=limit, force=job.force or is_finished(directory))
-    return run_job(job, entry, config, real, network or job.network, directory, quiet=quiet, resume=True)
+    return run_job(
+        job,
+        entry,
+        config,
+        real,
+        network or job.network,
+        directory,
+        quiet=quiet,
+        resume=True,
+        is_new_limit=minutes is not None,
+    )
 
 
 def _with_steps(job: Job, entry: Method, steps: int, directory: Path) -> Job:
@@ -139,6 +154,7 @@ def run_job(
     *,
     quiet: bool,
     resume: bool,
+    is_new_limit: bool = False,
 ) -> DistilledSet:
     """Runs the method, then writes the set and the result of the run.
 
@@ -151,6 +167,7 @@ def run_job(
         directory: run directory; None keeps no checkpoint.
         quiet: no progress on stderr.
         resume: continue from the checkpoint in ``directory``.
+        is_new_limit: ``job.minutes`` are minutes from now on.
 
     Raises:
         CondenseError: the run diverged (the last finite set is written to ``job.out`` first), a file cannot be written,
@@ -188,6 +205,8 @@ def run_job(
         begin=begin,
         resume_call=resume_call(job, directory),
     )
+    if is_new_limit and job.minutes is not None:  # that of a run counts from its beginning
+        job = dataclasses.replace(job, minutes=run.add_minutes(job.minutes))
     # Ranks decide by the files of the run whether to begin, continue or load it: none may write before all have.
     run.ranks.barrier()
     if pruned is not real:
@@ -235,6 +254,7 @@ def _write_outputs(job: Job, directory: Path | None, run: Run, distilled: Distil
         "steps": run.steps_done,
         "seconds": round(run.elapsed, 2),
         "sha256": distilled.sha256(),
+        "stopped_early": distilled.manifest["stopped_early"],
     }
     write_json(directory / RESULT_FILE, result)
     if job.out is not None:  # the file of the set holds the labels

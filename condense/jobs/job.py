@@ -27,6 +27,7 @@ from condense.errors import CondenseError
 from condense.files import write_json
 from condense.hdf5 import schema_mistake
 from condense.networks import pretrained
+from condense.plugins import loaded_plugins
 from condense.pretraining import PLAN_FILE
 from condense.registry import Method
 from condense.sets import DistilledSet
@@ -67,6 +68,7 @@ JOB_SCHEMA: dict[str, Any] = {
             },
         },
         "shorter": {"type": "array", "items": {"type": "integer"}},
+        "plugins": {"type": "object", "additionalProperties": {"type": "string", "pattern": "^[0-9a-f]{64}$"}},
     },
     "required": ["method", "data", "settings"],
 }
@@ -99,6 +101,8 @@ class Job:
     """Digest of the layout of a network that was given in Python; empty for named networks."""
     compute: dict[str, Any] = dataclasses.field(default_factory=dict)
     """How networks are computed, besides the precision: :meth:`condense.networks.ComputeConfig.to_dict`."""
+    plugins: dict[str, str] = dataclasses.field(default_factory=dict)
+    """SHA-256 by path of the plug-ins that were imported."""
     version: str = __version__
 
     @property
@@ -118,7 +122,7 @@ class Job:
         parts = dataclasses.asdict(self)
         del parts["device"]
         parts["data"] = self.data["options"]  # the fingerprint identifies the pixels
-        for name in ("out", "tag", "protocol", "track", "minutes", "force", "version", "shorter", "compute"):
+        for name in ("out", "tag", "protocol", "track", "minutes", "force", "version", "shorter", "compute", "plugins"):
             del parts[name]
         if not parts["architecture"]:
             del parts["architecture"]  # keys of earlier versions do not have it
@@ -185,6 +189,7 @@ def resolve_job(
         compute=compute.to_dict(),
         settings=dataclasses.asdict(config),
         architecture=architecture_digest(network, real),
+        plugins=loaded_plugins(),
         **fields,
     )
 
@@ -256,6 +261,14 @@ def is_finished(run_dir: str | Path) -> bool:
         result = json.loads((Path(run_dir) / RESULT_FILE).read_text())
         return result["out"] is not None and DistilledSet.load(result["out"]).sha256() == result["sha256"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError, CondenseError):
+        return False
+
+
+def was_stopped(run_dir: str | Path) -> bool:
+    """Whether the run's time limit ended it before its last step."""
+    try:
+        return bool(json.loads((Path(run_dir) / RESULT_FILE).read_text())["stopped_early"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 

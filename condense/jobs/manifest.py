@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import shlex
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,8 @@ def distill_command(
 
 def _command(job: Job, entry: Method, real: Task) -> str:
     """The command line that makes this set. Defaults are omitted; paths of the user's files become PATH."""
-    words = ["condense", "distill", job.method, "--data", commands.data_argument(real), "--ipc", str(job.ipc)]
+    words = ["condense", "distill", job.method, *["--plugin", "PATH"] * len(job.plugins)]
+    words += ["--data", commands.data_argument(real), "--ipc", str(job.ipc)]
     words += ["--network", job.network] * (job.network != entry.network)
     words += ["--seed", str(job.seed)] * (job.seed != 0) + ["--precision", job.precision]
     words += ["--minutes", f"{job.minutes:g}"] if job.minutes is not None else []
@@ -101,6 +103,7 @@ def to_distilled(job: Job, entry: Method, real: Task, run: Run, synthetic: Synth
         "data": {"fingerprint": real.fingerprint, "options": job.data["options"]},
         "precision": job.precision,
         "compute": job.compute,
+        **({"plugins": {Path(path).name: digest for path, digest in job.plugins.items()}} if job.plugins else {}),
         "repeatable": _repeatable(job, run),
         "random_hash_version": rng.HASH_VERSION,
         "code_version": __version__,

@@ -18,6 +18,7 @@ from condense.device import device_name, peak_memory, pick_device, second_deriva
 from condense.engine import Run, Step
 from condense.environment import read_seconds
 from condense.jobs.checks import check_fit, check_request
+from condense.jobs.given_files import fill_from_files
 from condense.jobs.job import resolve_settings
 from condense.jobs.pruning import prune_task
 from condense.networks import FlopCounter, calibrate, fastest_rate, flat, memory_format
@@ -95,6 +96,7 @@ def estimate_cost(
     """
     check_request(method, settings, network=network, device=device, precision=precision)
     entry = METHODS.get(method)
+    settings, network, _ = fill_from_files(entry, settings, network)
     config = resolve_settings(entry, settings, ipc)
     config = dataclasses.replace(config, **getattr(config, "dry_run_settings", {}))
     pruned = prune_task(real)
@@ -138,6 +140,7 @@ def estimate_cost(
         else None,
         "real_bytes": int(real.train.images.nbytes + real.test.images.nbytes),
         "device": device_name(where),
+        "precision": compute.precision,
     }
 
 

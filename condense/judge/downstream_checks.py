@@ -21,6 +21,7 @@ from condense.config import build_config, whole_number
 from condense.data import DataOptions, Task, load_task
 from condense.device import out_of_memory_advice, pick_device
 from condense.errors import CondenseError, did_you_mean
+from condense.formatting import aligned
 from condense.judge.arms import equal_byte_count, hard_source, learned_lr, own_source, random_bytes_source
 from condense.judge.evaluation import check_data, data_options, default_protocol, evaluate
 from condense.judge.protocol import OWN, Protocol, get_protocol
@@ -367,15 +368,12 @@ def _ranking(
 
 def format_downstream(record: Mapping[str, Any]) -> str:
     """The record as one table, a line for each measure and a column for each arm; mean ± std of students."""
-    lines = [("check", "measure", *ARMS)]
+    lines: list[Sequence[str]] = [("check", "measure", *ARMS)]
     for check, rows in record["checks"].items():
         for measure in dict.fromkeys(row["measure"] for row in rows):
             cells = {row["arm"]: _cell(check, row) for row in rows if row["measure"] == measure}
             lines.append((check, measure, *(cells.get(arm, "") for arm in ARMS)))
-    widths = [max(len(line[i]) for line in lines) for i in range(4)]
-    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines]
-    text.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(text)
+    return aligned(lines, ruled=True)
 
 
 def _cell(check: str, row: Mapping[str, Any]) -> str:

@@ -19,7 +19,7 @@ from jsonschema import Draft202012Validator
 from condense.device import device_name, peak_memory
 from condense.errors import CondenseError
 from condense.files import write_json
-from condense.formatting import duration, size
+from condense.formatting import aligned, duration, interval, percent, size
 from condense.judge.scoring import (
     compute_scores,
     cross_architecture,
@@ -71,25 +71,21 @@ def environment(device: torch.device, precision: str) -> dict[str, Any]:
 
 def format_record(record: dict[str, Any]) -> str:
     """Formats the results of a record as lines for a terminal."""
-    rows = [("network", "arm", "runs", "accuracy", "95 % interval", "steps", "lr", "seconds")]
+    rows = [("network", "arm", "students", "accuracy, % (± std)", "95 % interval", "steps", "lr", "seconds")]
     for entry in record["results"]:
-        std = "" if entry["std"] is None else f" ± {100 * entry['std']:.1f}"
-        interval = "" if entry["ci95"] is None else "{:.1f} to {:.1f}".format(*(100 * bound for bound in entry["ci95"]))
         rows.append(
             (
                 entry["network"],
                 arm_name(entry, record),
                 str(len(entry["accuracies"])),
-                f"{100 * entry['mean']:.1f} %{std}",
-                interval,
+                percent(entry["mean"], entry["std"]),
+                interval(entry["ci95"]),
                 str(entry["steps"]),
                 f"{entry['lr']:g}" + (" (chosen)" if entry["lr_from"] == "held-out" else ""),
                 f"{entry['seconds']:.1f}",
             )
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-    lines.insert(1, "  ".join("-" * width for width in widths))
+    lines = [aligned(rows, ruled=True)]
     for entry in record["results"]:
         if "balanced_accuracies" in entry:
             balanced = statistics.fmean(entry["balanced_accuracies"])
@@ -131,8 +127,8 @@ def _format_curve(curve: dict[str, Any]) -> str:
 
 
 def _format_score(name: str, score: dict[str, Any]) -> str:
-    interval = "" if score["ci95"] is None else " ({:+.3f} to {:+.3f})".format(*score["ci95"])
-    return f"{name} {score['value']:+.3f}{interval}"
+    bounds = "" if score["ci95"] is None else " ({:+.3f} to {:+.3f})".format(*score["ci95"])
+    return f"{name} {score['value']:+.3f}{bounds}"
 
 
 @functools.cache

@@ -57,6 +57,9 @@ class Labels(Protocol):
     target_version: str = ""
     """Part of the keys of cached scores; another text than in an earlier version that computed other targets."""
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.kind} labels of {len(self)} images)"
+
     @property
     def exactness(self) -> str:
         """``exact``: the teacher's logits on exactly these views, to float16; ``lossy``: the same, coded within an

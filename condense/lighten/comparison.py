@@ -13,7 +13,7 @@ from condense.config import build_config, parse_overrides
 from condense.data import Task
 from condense.errors import CondenseError, did_you_mean, missing_package
 from condense.files import atomic_write
-from condense.formatting import binary, size
+from condense.formatting import aligned, binary, interval, size
 from condense.judge import evaluation, get_protocol
 from condense.lighten.kinds import LIGHTEN_KINDS
 from condense.lighten.lightening import check_same_data, lighten
@@ -145,15 +145,11 @@ def format_comparison(points: Sequence[LabelComparison], whole: str = "own") -> 
     ]
     for p in complete:
         share = f"{100 * (p.bytes + p.external) / full:.3g} %" if full else ""
-        bounds = "" if p.ci95 is None else "{:.1f} to {:.1f}".format(*(100 * bound for bound in p.ci95))
-        reached = ("" if p.mean is None else f"{100 * p.mean:.1f} %", bounds) if judged else ()
+        reached = ("" if p.mean is None else f"{100 * p.mean:.1f} %", interval(p.ci95)) if judged else ()
         named = p.words + f" ({p.kind})" * (p.words == "own")
         needs = (_size(p.bytes), _size(p.external), share)
         rows.append((named, *needs, p.exactness, *reached, *((p.step_cost,) if costs else ())))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join([*lines, *(f"{p.words} is missing: {p.missing}" for p in points if p.missing)])
+    return "\n".join([aligned(rows, ruled=True), *(f"{p.words} is missing: {p.missing}" for p in points if p.missing)])
 
 
 def _size(count: int) -> str:
@@ -192,7 +188,7 @@ def plot_comparison(points: Sequence[LabelComparison], path: Path, title: str) -
     axes = figure.add_subplot()
     for number, point in enumerate(shown, 1):
         assert point.mean is not None
-        low, high = point.ci95 or (point.mean, point.mean)
+        low, high = (min(max(bound, 0), 1) for bound in point.ci95 or (point.mean, point.mean))
         where, mean = point.bytes + point.external, 100 * point.mean
         bars = [[mean - 100 * low], [100 * high - mean]]
         # 10 colours and 7 markers: each of 70 looks different.

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from condense.errors import CondenseError, did_you_mean, missing_package
+from condense.files import check_name
 from condense.formatting import by, shorten
 from condense.networks.group_norm import GroupNorm
 from condense.networks.memory_format import CHANNELS_LAST, arrange, is_channels_last
@@ -619,6 +620,23 @@ NAMED: dict[str, Callable[[Shape, int], Network]] = {
     "resnet18-bn-ap": functools.partial(ResNet18, norm="bn", average=True),
 }
 """Constructors of the networks that are not ConvNets by name; `small_images` adds its own."""
+
+
+def register_network(name: str, factory: Callable[..., nn.Module]) -> None:
+    """Gives the network of a factory a name, which all commands then understand.
+
+    Args:
+        name: of letters, digits, hyphens and dots.
+        factory: a function as for ``network=`` of :func:`condense.distill`.
+
+    Raises:
+        CondenseError: the name is not of this form or means another network.
+    """
+    check_name(name, "network")
+    known = NAMED.get(name)
+    if name.startswith("conv") or (known is not None and getattr(known, "args", None) != (factory,)):
+        raise CondenseError(f"network '{name}': this name means another network; choose another one")
+    NAMED[name] = functools.partial(_from_factory, factory)
 
 
 def network_names() -> list[str]:

@@ -92,6 +92,10 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor | int]]):
         self._decoded: tuple[Tensor, Tensor] | None = None
         self._pixels: Tensor | None = None
 
+    def __repr__(self) -> str:
+        about = f"{self.num_stored} images {by(self.shape)}, {len(self.classes)} classes, {self.labels.kind} labels"
+        return f"DistilledSet({self.name}: {about})"
+
     # -- images by index --------------------------------------------------------------------------------------------
 
     @property

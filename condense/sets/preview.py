@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -9,9 +10,12 @@ from torch import Tensor
 
 from condense.files import atomic_write
 
+MIN_TILE = 64
+"""Pixels of the width to which small images are enlarged, by a whole factor."""
+
 
 def save_grid(images: Tensor, path: Path, columns: int, limit: int = 50) -> Path:
-    """Writes a PNG with one row of images per class.
+    """Writes a PNG with one row of images per class, or a grid of them if there is one image per class.
 
     Args:
         images: (N,C,H,W) in pixel space, sorted by class; clipped to [0,1]. Of more than three channels the first
@@ -23,11 +27,14 @@ def save_grid(images: Tensor, path: Path, columns: int, limit: int = 50) -> Path
     from PIL import Image
 
     count, channels, height, width = images.shape
-    rows = count // columns
+    if columns == 1 and count > 1:
+        columns = math.ceil(math.sqrt(2 * count))  # twice as wide as high
+    rows = math.ceil(count / columns)
     width_in_images = min(columns, limit)
-    scale = max(1, 32 // width)  # small images are enlarged to at least 32 pixels
+    scale = max(1, MIN_TILE // width)
     values = (images.detach().float().cpu().clamp(0, 1) * 255).round().byte()
-    values = values[: rows * columns].view(rows, columns, channels, height, width)[:, :width_in_images]
+    values = torch.cat([values, values.new_full((rows * columns - count, channels, height, width), 255)])
+    values = values.view(rows, columns, channels, height, width)[:, :width_in_images]
     values = values.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
     height, width = height * scale, width * scale
     canvas = torch.full((rows * (height + 2) + 2, width_in_images * (width + 2) + 2, 3), 255, dtype=torch.uint8)
