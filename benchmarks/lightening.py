@@ -13,7 +13,7 @@ from typing import Any
 
 from condense.benchmarks import curriculum, equal_time
 from condense.benchmarks.speed.measure import Parser, guarded, positive
-from condense.formatting import aligned, duration, size
+from condense.formatting import aligned, duration, percent, size
 from condense.judge import get_protocol
 from condense.lighten import LabelComparison, plot_comparison
 from condense.sets import DistilledSet
@@ -85,7 +85,7 @@ def row(specification: str, stored: int, path: Path, record: dict[str, Any]) -> 
         f"{100 * (inside + outside) / stored:.3g} %",
         duration(lightened["seconds"]) if lightened else "-",
         duration(entry["seconds"] / len(entry["accuracies"]) / passes),
-        equal_time.format_accuracy(entry),
+        percent(entry["mean"], entry["std"]),
     ]
 
 

@@ -183,7 +183,7 @@ def distill_or_resume(
     *,
     out: Path,
     run_dir: Path,
-    network: str | None = None,
+    network: str | Callable[..., nn.Module] | None = None,
     seed: int = 0,
     device: str = "auto",
     precision: str = "auto",

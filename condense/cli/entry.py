@@ -133,7 +133,8 @@ def _run(arguments: list[str] | None) -> int:
 
 def _plugins_first(arguments: list[str]) -> list[str]:
     """``--plugin FILE.py`` is accepted after the verb too."""
-    plugins, rest = [], []
+    plugins: list[str] = []
+    rest: list[str] = []
     words = iter(arguments)
     for word in words:
         if word == "--plugin":

@@ -76,9 +76,7 @@ def experts(
         mean, spread = sum(accuracies) / len(accuracies), f"{min(accuracies):.1f} to {max(accuracies):.1f}"
         print(f"  right on held-out images: {mean:.1f} % ({spread})")
     words = ["condense", "distill", method, "--data", data, "--ipc", "10"]
-    words += ["--network", network] if network else []
     words += [*(settings or []), f"experts={file.path}"]
-    words += [f"buffer_epochs={epochs}"] if epochs is not None else []
     print(f"  next: {shlex.join(words)}")
 
 
@@ -132,10 +130,10 @@ def teachers(
         mean, judged_on = sum(accuracies) / len(accuracies), file.manifest["judged_on"]
         seconds = sum(entry["seconds"] for entry in entries) / len(entries)
         print(f"  {len(entries)} {name}: {mean:.1f} %{spread} of the {judged_on} right, {duration(seconds)} each")
-    # The file determines the networks, so the settings that choose them are replaced.
-    words = ["condense", "distill", method or "METHOD", "--data", data, "--ipc", "10"]
+    # The file determines the networks, so the settings that choose them are left out.
+    words = ["condense", "distill", method or "rded", "--data", data, "--ipc", "10"]
     words += [word for word in settings or [] if word.partition("=")[0] not in ("committee", "num_teachers")]
-    words += [f"teachers={file.path}", f"committee={','.join(members)}"]
+    words += [f"teachers={file.path}"]
     smallest = min(map(len, members.values()))
     words += [f"num_teachers={smallest}"] if smallest > 1 else []
     print(f"  next: {shlex.join(words)}")

@@ -63,7 +63,8 @@ def _of_teachers(entry: Method, settings: Mapping[str, Any], network: Network | 
     if is_public(name) or Path(name).suffix in CHECKPOINT_SUFFIXES:
         return {}
     counts = Counter(architecture for architecture, _ in read_teacher_file(Path(name)).keys)
-    default, taken = entry.config(), {}
+    default: Any = entry.config()
+    taken: dict[str, Any] = {}
     committee = settings.get("committee") or default.committee
     if not committee:
         own = networks.network_name(network or entry.network)

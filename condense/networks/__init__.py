@@ -19,7 +19,14 @@ from condense.networks.architectures import (
     reset_parameters,
     uses_batch_statistics,
 )
-from condense.networks.calibration import ComputeConfig, FlopCounter, calibrate, fastest_rate, processor_name
+from condense.networks.calibration import (
+    ComputeConfig,
+    FlopCounter,
+    calibrate,
+    count_flops,
+    fastest_rate,
+    processor_name,
+)
 from condense.networks.ensemble import MeanLogits, device_of, mean_of_flat_networks
 from condense.networks.flat import Layout, layout_of
 from condense.networks.group_norm import GroupNorm

@@ -1,0 +1,40 @@
+"""docs/your-method.md runs as it stands."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from conftest import change_protocols
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "docs/your-method.md").read_text()
+RUN = """
+import shlex, sys
+from condense.cli import main
+for words in sys.argv[1:]:
+    try:
+        main(shlex.split(words))
+    except SystemExit as end:
+        assert not end.code, words
+"""
+
+
+def test_the_page_runs(tmp_path, monkeypatch):
+    for name in ("pixel_means.py", "comparison.yaml"):
+        (tmp_path / name).write_text(re.search(rf"`{name}`:\n\n```\w+\n(.*?)```", TEXT, re.DOTALL)[1])
+    change_protocols(monkeypatch, tmp_path / "protocols", steps=2)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("CONDENSE_CACHE", str(tmp_path / "cache"))
+    commands = [line.removeprefix("condense ") for line in TEXT.splitlines() if line.startswith("condense ")]
+    assert [command.split()[0] for command in commands] == ["distill", "evaluate", "resume", "suite"]
+    done = subprocess.run([sys.executable, "-c", RUN, *commands], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [line.split() for line in done.stdout.splitlines() if line.startswith("comparison-digits-")]
+    assert {row[0].split("-")[2] for row in rows} == {"pixel", "random", "dm", "idm"}
+    assert all(row[3:5] == ["2", "4"] for row in rows)  # sets and students
+    records = sorted((tmp_path / "comparison/records").glob("*.json"))
+    assert len(records) == 8 and json.loads(records[0].read_text())["runs"] == 2
+    assert (tmp_path / "comparison/page/index.html").is_file()
