@@ -1,7 +1,8 @@
 """Environment variables and the allocator: what suits a machine or a user, and changes no result beyond rounding.
 
 Variables that name folders are read where the folders are used: ``CONDENSE_CACHE``, ``CONDENSE_DATA``,
-``CONDENSE_METHODS``, ``CONDENSE_PLUGINS`` and ``CONDENSE_PROTOCOLS``. ``CONDENSE_CUDA_GRAPHS=0`` turns :mod:`condense.cuda_graphs` off.
+``CONDENSE_METHODS``, ``CONDENSE_PLUGINS`` and ``CONDENSE_PROTOCOLS``. ``CONDENSE_CUDA_GRAPHS=0`` turns
+:mod:`condense.cuda_graphs` off.
 """
 
 from __future__ import annotations

@@ -69,7 +69,10 @@ def advise(
     download: Download = False,
     as_json: AsJson = False,
 ) -> None:
-    """Plans the methods that suit some data and a time, and prints the command to run."""
+    """Plans methods that suit your data and time.
+
+    Prints the estimates of the candidates and the command to run.
+    """
     from condense import api
 
     if labels not in LABELS:

@@ -170,7 +170,7 @@ def export(
         str | None,
         typer.Option(help=f"normalise the images of pt by the constants of your program; {CIFAR} 0.4914,0.4822,0.4465"),
     ] = None,
-    std: Annotated[str | None, typer.Option(help=f"see --mean; {CIFAR} 0.2023,0.1994,0.2010")] = None,
+    std: Annotated[str | None, typer.Option(help=f"std that goes with --mean; {CIFAR} 0.2023,0.1994,0.2010")] = None,
     force: Force = False,
 ) -> None:
     """Writes a set in a third-party format."""

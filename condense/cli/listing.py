@@ -36,7 +36,7 @@ def ls(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="the settings of recipes")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Lists everything that has a name: without KIND, how much there is of each kind."""
+    """Lists what has a name. Without KIND, it counts what there is of each kind."""
     if kind is not None and kind not in LISTINGS:
         raise CondenseError(f"'{kind}' cannot be listed{did_you_mean(kind, LISTINGS)}")
     listings = {name: _matching(_list(name), words or ()) for name in ([kind] if kind else LISTINGS)}
@@ -136,7 +136,7 @@ def show(
     name: Annotated[str, typer.Argument(metavar="NAME|SET.h5", help="whatever `condense ls KIND` lists, or a file")],
     as_json: AsJson = False,
 ) -> None:
-    """Shows a method, recipe, set, protocol, suite, dataset or network."""
+    """Explains whatever has a name, or a file of a set."""
     from condense import config
     from condense.data import datasets
     from condense.registry import METHODS

@@ -112,7 +112,7 @@ def resume(
     if job.architecture and architecture_digest(network, real) != job.architecture:
         raise CondenseError(f"{directory}: network={job.network}: has other layers than when the run began")
     check_fit(prune_task(real), job.ipc, network or job.network)
-    if limit != job.minutes or steps is not None:
+    if minutes is not None or stopped or steps is not None:
         job = dataclasses.replace(job, minutes=limit, force=job.force or is_finished(directory))
     return run_job(
         job,
