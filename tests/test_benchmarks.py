@@ -516,6 +516,7 @@ def test_a_published_expert_trains_over_epochs(tiny_colour):
     assert sizes == (epoch * 4)[:4]
 
 
+@pytest.mark.slow
 def test_the_mtt_script(tmp_path, capsys):
     from condense.benchmarks.speed.mtt import main
 
@@ -528,6 +529,7 @@ def test_the_mtt_script(tmp_path, capsys):
     assert all(0 < peak["baseline"] <= peak["host"] for peak in record["peak_memory"].values())
 
 
+@pytest.mark.slow
 def test_the_sre2l_script(tmp_path, capsys):
     from condense.benchmarks.speed.measure import main
     from condense.benchmarks.speed.sre2l import BENCHMARK

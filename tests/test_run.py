@@ -178,7 +178,7 @@ OTHER_METHODS = {
 }
 
 
-@pytest.mark.parametrize("name", OTHER_METHODS)
+@pytest.mark.parametrize("name", ["dsa", pytest.param("dance", marks=pytest.mark.slow)])
 def test_two_ranks_make_the_set_of_one_by_other_methods(tmp_path, name):
     """Between steps every rank trains the same network (DSA), or trains a share of the bank and reads the rest."""
     words = f"distill {name} --data digits --ipc 2 --network convnet-d2-w8-in --seed 3 --track none"

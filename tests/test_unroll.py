@@ -342,6 +342,7 @@ def test_what_makes_no_sense():
 # -- the benchmark ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_speed_script(tmp_path, capsys):
     from condense.benchmarks.speed.unroll import main
 
