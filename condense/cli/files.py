@@ -43,7 +43,7 @@ def preview(
     data: IndexedData = None,
     force: Force = False,
 ) -> None:
-    """Draws the images of a set as a PNG: one row per class."""
+    """Draws the images of a set as a PNG: one row per class, or a grid of single images."""
     from condense.files import check_writable
     from condense.sets import save_grid
 
@@ -52,7 +52,10 @@ def preview(
     images, per_class = distilled.pictures(decoded)
     save_grid(images, out, columns=per_class)
     is_free = distilled.manifest.get("settings", {}).get("balance") == "free"
-    print(f"wrote {out}: {len(distilled.classes)} classes, " + ("one after the other" if is_free else "one a row"))
+    print(
+        f"wrote {out}: {len(distilled.classes)} classes, "
+        + ("one a row" if per_class > 1 and not is_free else "one after the other")
+    )
 
 
 def join(
