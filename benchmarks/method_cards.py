@@ -12,6 +12,7 @@ from pathlib import Path
 
 from condense import config
 from condense.benchmarks import facts
+from condense.benchmarks.families import method_facts
 from condense.benchmarks.speed.measure import Parser, guarded
 from condense.registry import METHODS, Method
 
@@ -20,12 +21,6 @@ PARTS = ("When to use", "Cost", "Known failure")
 
 BEGIN, END = "<!-- methods: begin -->", "<!-- methods: end -->"
 """Lines of a README between which the table of methods is written."""
-
-FAMILIES = {
-    "curriculum_synthesis": "decoupled (squeeze, recover, relabel)",
-    "label_lightening": "label compression",
-}
-"""Module or folder of a family to the family's name, where it is not the module's name with spaces."""
 
 
 def cards() -> dict[str, str]:
@@ -45,13 +40,12 @@ def methods_table() -> str:
     rows = []
     for entry in sorted((METHODS.get(name) for name in METHODS.names()), key=_age):
         file = config.method_file(entry.name)
-        family = file.module.removeprefix("condense.methods.").partition(".")[0]
         paper = f"[{entry.paper}]({file.link})" if file.link else entry.paper
         rows.append(
             [
                 f"[`{entry.name}`](docs/methods/{entry.name}.md)",
                 f"{paper} ({entry.year})",
-                FAMILIES.get(family, family.replace("_", " ")),
+                method_facts(entry.name).family,
                 entry.labels,
                 file.cost,
                 entry.summary,
