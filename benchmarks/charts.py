@@ -211,9 +211,7 @@ def _thin(marks: list[Mark]) -> list[Mark]:
     texts: set[str] = set()
     for mark in sorted(marks, key=lambda mark: mark.y):
         x = next(iter(mark.x.values()))
-        free = all(
-            abs(m.y - mark.y) >= LABEL[1] or abs(next(iter(m.x.values())) - x) >= LABEL[0] for m in labelled
-        )
+        free = all(abs(m.y - mark.y) >= LABEL[1] or abs(next(iter(m.x.values())) - x) >= LABEL[0] for m in labelled)
         if mark.point.label and mark.point.label not in texts and free:
             texts.add(mark.point.label)
             labelled.append(mark)

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Sequence
 
 IGNORED = {"--data", "--ipc", "--out", "--precision", "--recipe", "--run-dir", "--device", "--json", "protocol"}
-"""Words of a command that no group of sets is told apart by: cell, places of files, and what has a column of its own."""
+"""Words of a command that tell no sets apart: the cell, places of files, and what has a column of its own."""
 SETTING = re.compile(r"[A-Za-z_]\w*=.*", re.DOTALL)
 LIMIT = 160
 """Characters of the longest text."""

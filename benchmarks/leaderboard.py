@@ -1,10 +1,10 @@
 """The leaderboard: records and published numbers as one static page that opens from disk, without a server or network.
 
-``condense leaderboard --out DIR`` writes ``DIR/index.html``, a card of each method in ``DIR/cards/``, and ``DIR/records/``:
-every accepted record, and beside it the picture of its images where a ``STEM.png`` lies next to the ``STEM.json``, and the
-set itself where a ``STEM.h5`` does or the toolkit comes with it. Records come from anywhere: their text is escaped, files
-get names chosen here, and one that is not as it should be is listed by name and left out. The same input gives the same
-bytes.
+``condense leaderboard --out DIR`` writes ``DIR/index.html``, a card of each method in ``DIR/cards/``, and in
+``DIR/records/`` every accepted record, with the picture of its images where a ``STEM.png`` lies next to the
+``STEM.json``, and with the set itself where a ``STEM.h5`` does or the toolkit comes with it. Records come from anywhere:
+their text is escaped, files get names chosen here, and one that is not as it should be is listed by name and left out.
+The same input gives the same bytes.
 """
 
 from __future__ import annotations
@@ -348,8 +348,7 @@ def _entries(files: list[Path], folder: Path) -> tuple[list[Entry], list[Rejecte
         try:
             record = _read(path)
         except CondenseError as fault:
-            reason = str(fault).removeprefix(f"{path}: ").replace(str(path), path.name)  # the page names no folders
-            rejected.append(Rejected(_printable(path.name), _printable(reason)))
+            rejected.append(_rejected(path, fault))
             continue
         entry = Entry(record, _printable(path.name), _slug(path.stem, taken))
         text = json.dumps(record, indent=1) + "\n"  # what was checked, whatever became of the file since
@@ -361,13 +360,18 @@ def _entries(files: list[Path], folder: Path) -> tuple[list[Entry], list[Rejecte
                 (folder / f"{entry.slug}.png").write_bytes(data)
                 entry.picture = Picture(f"{RECORDS}/{entry.slug}.png", width, height)
             except CondenseError as fault:
-                rejected.append(Rejected(_printable(source.name), str(fault)))
+                rejected.append(_rejected(source, fault))
         try:
             entry.set_file = _set_file(path, entry, folder)
         except CondenseError as fault:
-            rejected.append(Rejected(_printable(path.with_suffix(".h5").name), _printable(str(fault))))
+            rejected.append(_rejected(path.with_suffix(".h5"), fault))
         entries.append(entry)
     return entries, rejected
+
+
+def _rejected(path: Path, fault: CondenseError) -> Rejected:
+    reason = str(fault).removeprefix(f"{path}: ").replace(str(path), path.name)  # the page names no folders
+    return Rejected(_printable(path.name), _printable(reason))
 
 
 def _set_file(record: Path, entry: Entry, folder: Path) -> SetFile | None:
@@ -701,27 +705,31 @@ def _page(sections: list[Section], published: list[PublishedResult], rejected: l
     }
     style, script = _asset("page.css"), _asset("page.js")
     ranked = [(section, cell) for section in sections for cell in section.cells if len(cell.rows) > 1]
-    return _templates().get_template("index.html").render(
-        marker=Markup(MARKER),
-        version=__version__,
-        style=Markup(style),
-        script=Markup(script),
-        style_hash=_csp_hash(style),
-        script_hash=_csp_hash(script),
-        sections=sections,
-        published=published,
-        rejected=rejected,
-        records=records,
-        choices=choices,
-        looks=_looks(row.set["method"] for row in rows),
-        ranked=sorted(ranked, key=lambda pair: -len(pair[1].rows)),
-        facts={row.id: json.dumps(_facts(section, row)) for section in sections for row in section.rows},
-        cell_of={row.id: cell.id for section in sections for cell in section.cells for row in cell.rows},
-        families={p.method: method_facts(p.method).family for p in published},
-        cards=f"{CARDS}/",
-        known=METHODS,
-        uses=[str(uses) for uses in REUSE_COUNTS],
-        rows=len(rows),
+    return (
+        _templates()
+        .get_template("index.html")
+        .render(
+            marker=Markup(MARKER),
+            version=__version__,
+            style=Markup(style),
+            script=Markup(script),
+            style_hash=_csp_hash(style),
+            script_hash=_csp_hash(script),
+            sections=sections,
+            published=published,
+            rejected=rejected,
+            records=records,
+            choices=choices,
+            looks=_looks(row.set["method"] for row in rows),
+            ranked=sorted(ranked, key=lambda pair: -len(pair[1].rows)),
+            facts={row.id: json.dumps(_facts(section, row)) for section in sections for row in section.rows},
+            cell_of={row.id: cell.id for section in sections for cell in section.cells for row in cell.rows},
+            families={p.method: method_facts(p.method).family for p in published},
+            cards=f"{CARDS}/",
+            known=METHODS,
+            uses=[str(uses) for uses in REUSE_COUNTS],
+            rows=len(rows),
+        )
     )
 
 
