@@ -2,9 +2,9 @@
 
 ``condense leaderboard --out DIR`` writes ``DIR/index.html``, a card of each method in ``DIR/cards/``, and in
 ``DIR/records/`` every accepted record, with the picture of its images where a ``STEM.png`` lies next to the
-``STEM.json``, and with the set itself where a ``STEM.h5`` does or the toolkit comes with it. Records come from anywhere:
-their text is escaped, files get names chosen here, and one that is not as it should be is listed by name and left out.
-The same input gives the same bytes.
+``STEM.json``, and with the set itself where a ``STEM.h5`` does or the toolkit comes with it. Records come from
+anywhere: their text is escaped, files get names chosen here, and one that is not as it should be is listed by name and
+left out. The same input gives the same bytes.
 """
 
 from __future__ import annotations
