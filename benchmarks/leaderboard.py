@@ -26,7 +26,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from condense import config, distilled_sets
+from condense import config
 from condense.benchmarks import charts
 from condense.benchmarks.charts import Chart, ChartPoint, Line
 from condense.benchmarks.command_settings import differing_settings
@@ -36,7 +36,7 @@ from condense.files import atomic_folder
 from condense.formatting import duration, size
 from condense.judge import REUSE_COUNTS, arm_name, main_entries, protocols, read_record
 from condense.registry import METHODS
-from condense.sets import DistilledSet
+from condense.sets import DistilledSet, packaged_sets
 from condense.version import __version__
 
 HERE = Path(__file__).parent
@@ -382,8 +382,7 @@ def _set_file(record: Path, entry: Entry, folder: Path) -> SetFile | None:
     """
     described, beside = entry.record["set"], record.with_suffix(".h5")
     name = f"{described['dataset']}/{described['method']}-ipc{described['ipc']}"
-    known = {f"{path.parent.name}/{path.stem}": path for path in Path(distilled_sets.__file__).parent.glob("*/*.h5")}
-    source = beside if beside.is_file() else known.get(name)
+    source = beside if beside.is_file() else packaged_sets().get(name)
     if source is None:
         return None
     count = source.stat().st_size
