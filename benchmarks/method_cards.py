@@ -31,8 +31,9 @@ def cards() -> dict[str, str]:
     rows = [[f"[{e.name}]({e.name}.md)", e.year, e.order, e.summary] for e in sorted(entries, key=_age)]
     table = _table(["method", "year", "order", "what it does"], rows)
     about = (
-        "# Methods\n\nOrder is the highest derivative that a step takes through a network. These cards are made by `python -m "
-        "condense.benchmarks.method_cards --out docs/methods --readme README.md --families docs/families`.\n\n"
+        "# Methods\n\nOrder is the highest derivative that a step takes through a network. These cards are made by\n"
+        "`python -m condense.benchmarks.method_cards --out docs/methods --readme README.md --families docs/families`."
+        "\n\n"
     )
     return {"README.md": f"{about}{table}\n", **{f"{e.name}.md": method_card(e) for e in entries}}
 

@@ -13,7 +13,7 @@ FOLDER = ROOT / "docs" / "methods"
 
 
 def test_the_committed_cards_are_current():
-    """Fix with: python -m condense.benchmarks.method_cards --out docs/methods --readme README.md --families docs/families"""
+    """Fix with: python -m condense.benchmarks.method_cards --out docs/methods --readme README.md"""
     made = cards()
     assert {path.name for path in FOLDER.iterdir()} == set(made)
     for name, text in made.items():
@@ -21,7 +21,7 @@ def test_the_committed_cards_are_current():
 
 
 def test_the_methods_table_of_the_readme_is_current():
-    """Fix with: python -m condense.benchmarks.method_cards --out docs/methods --readme README.md --families docs/families"""
+    """Fix with: python -m condense.benchmarks.method_cards --out docs/methods --readme README.md"""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert with_methods_table(readme) == readme
     for name in METHODS.names():
