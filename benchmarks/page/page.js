@@ -203,7 +203,7 @@ document.addEventListener("DOMContentLoaded", () => {
   }
 
   function table(heads, rows) {
-    const made = element("table", "", { class: "sides" });
+    const made = element("table", "", { class: heads.length > 4 ? "sides many" : "sides" });
     const head = made.createTHead().insertRow();
     for (const text of heads) head.append(element("th", text, { scope: "col" }));
     const body = made.createTBody();
@@ -212,6 +212,11 @@ document.addEventListener("DOMContentLoaded", () => {
       const name = element("th", typeof first === "string" ? first : "", { scope: "row" });
       if (typeof first !== "string") name.append(first);
       row.append(name);
+      if (others.length === 0) {
+        name.colSpan = heads.length; // a heading of the rows below
+        name.scope = "rowgroup";
+        row.className = "group";
+      }
       others.forEach((text, i) => row.append(element("td", text, { "data-label": heads[i + 1] })));
     }
     const box = element("div", "", { class: "box", tabindex: "0", role: "region", "aria-label": "Comparison" });
@@ -245,16 +250,20 @@ document.addEventListener("DOMContentLoaded", () => {
     const [left, right] = [facts.get(a[0]), facts.get(b[0])];
     const rows = [];
     const key = (row) => row.dataset.network;
+    const total = `shared by ${chosen()}`;
     for (const network of new Set([...a, ...b].map(key))) {
       const [one, two] = [a, b].map((side) => side.find((row) => key(row) === network));
+      rows.push([`on ${network}`]);
       for (const name of Object.keys(left.row)) {
-        const values = [one, two].map((row) => (row ? facts.get(row).row[name] : "not judged on it"));
+        if (name.includes("shared by") && !name.endsWith(total)) continue;
+        const values = [one, two].map((row) => (row ? facts.get(row).row[name] : "not judged"));
         let gap = "";
         if (one && two && name === "accuracy, %") gap = signed(facts.get(two).csv.accuracy - facts.get(one).csv.accuracy);
-        if (one && two && name.endsWith(`shared by ${chosen()}`)) gap = ratio(seconds(one), seconds(two));
-        rows.push([`${name}, ${network}`, ...values, gap]);
+        if (one && two && name.endsWith(total)) gap = ratio(seconds(one), seconds(two));
+        rows.push([name, ...values, gap]);
       }
     }
+    rows.push(["the set"]);
     for (const name of Object.keys(left.set)) {
       let gap = "";
       if (name === "bytes") gap = ratio(left.csv.bytes_total, right.csv.bytes_total);
