@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import typer
 
 import condense
+from condense import cli
 from condense.benchmarks.method_cards import family_table, with_methods_table
 from condense.data import ZCA
 
@@ -101,6 +104,20 @@ def test_notebooks_run(path, tmp_path):
     client = nbclient.NotebookClient(notebook, timeout=900, kernel_name="python3", resources=place)
     client.execute()  # an error in a cell is raised here
     assert sum("image/png" in o.get("data", {}) for c in notebook.cells for o in c.get("outputs", [])) >= 2
+
+
+def commands():
+    """Those of the pages without measurements: lines of code blocks, and code within the text."""
+    pages = [DOCS / f"{name}.md" for name in ("index", "concepts", "faq", "file-format")]
+    text = "\n".join(page.read_text(encoding="utf-8") for page in [*pages, *DOCS.glob("families/*.md")])
+    lines = re.findall(r"^(condense [a-z]+ .*?)(?:  +#.*)?$", text, re.M)
+    return sorted({*lines, *re.findall(r"`(condense [a-z]+ [^`]+)`", text)})
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands_of_the_pages_parse(command):
+    verb, *words = shlex.split(command)[1:]
+    typer.main.get_command(cli.app).commands[verb].make_context(verb, words)
 
 
 # -- the file format --------------------------------------------------------------------------------------------------
