@@ -3,25 +3,45 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 WIDTH, HEIGHT = 480, 280
 LEFT, RIGHT, TOP, BOTTOM = 42, 470, 12, 234
 """Edges of the plot; the axes' labels lie outside."""
 COLOURS = 7
-SHAPES = ("circle", "square", "triangle", "diamond", "drop")
-"""Colour and shape both tell a method, so that either is enough; 7 and 5 have no common factor: 35 looks."""
+SHAPES = {
+    "selection": "circle",
+    "gradient matching": "triangle",
+    "trajectory matching": "square",
+    "distribution matching": "diamond",
+    "attention matching": "drop",
+    "decoupled (squeeze, recover, relabel)": "pentagon",
+    "label compression": "hexagon",
+}
+"""The shape tells the family, the colour the method within it."""
+OTHER_SHAPE = "star"
+"""Of methods of other families."""
 LINE_HEIGHT = 18
-LABEL = (18, 12)
+LABEL = (44, 13)
 """Width and height that a point's label takes."""
 ALIKE = 0.5
 """Control marks nearer than this in the drawing are one mark."""
 
 
-def look(index: int) -> tuple[str, str]:
-    """The colour class and the shape of the method with that number."""
-    return f"c{index % COLOURS}", SHAPES[index % len(SHAPES)]
+def looks(families: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    """Method to its colour class and its shape.
+
+    Args:
+        families: method to family. Methods of a family have different colours as long as there are some.
+    """
+    found, used = {}, Counter[str]()
+    for method in sorted(families):
+        shape = SHAPES.get(families[method], OTHER_SHAPE)
+        found[method] = (f"c{used[shape] % COLOURS}", shape)
+        used[shape] += 1
+    return found
 
 
 @dataclass
@@ -38,7 +58,11 @@ class ChartPoint:
     colour: str = "control"
     interval: tuple[float, float] | None = None
     hollow: bool = False
+    """Its students learn from other labels than classes."""
+    small: bool = False
+    """On a network that the set was not made with."""
     label: str = ""
+    """Shown only beside the highest of the points with this label."""
     trace: str = ""
     """Points with the same text here are joined by a line."""
 
@@ -86,8 +110,8 @@ class Chart:
     x_ticks: list[tuple[float, str]]
     y_ticks: list[tuple[float, str]]
     marks: list[Mark]
-    lines: list[tuple[float, float, Line]]
-    """Height of the line, of its label, and the line."""
+    lines: list[tuple[float, float | None, Line]]
+    """Height of the line, of its label (None: there is no room for one), and the line."""
     traces: list[Trace] = field(default_factory=list)
     shapes: set[str] = field(default_factory=set)
     """Shapes that occur, for the legend."""
@@ -102,13 +126,13 @@ def layout_chart(
     lines: Sequence[Line],
     ticks: Callable[[float, float], list[tuple[float, str]]],
 ) -> Chart | None:
-    """Accuracy against something with a logarithmic axis; None without a point.
+    """Accuracy against something with a logarithmic axis; None without the point of a set.
 
     Args:
         ticks: labelled values within two bounds.
     """
     points = [p for p in points if p.at and all(0 < x < math.inf for x in p.at.values())]
-    if not points:
+    if all(p.colour == "control" for p in points):
         return None
     low, high = _room([x for p in points for x in p.at.values()])
     accuracies = [p.accuracy for p in points] + [line.accuracy for line in lines]
@@ -168,26 +192,31 @@ def _joined(marks: list[Mark]) -> list[Trace]:
     return list(traces.values())
 
 
-def _placed(lines: list[tuple[float, Line]]) -> list[tuple[float, float, Line]]:
-    """The lines from the top, each label above its line, or below where the one before is in the way."""
-    placed: list[tuple[float, float, Line]] = []
-    for y, line in sorted(lines, key=lambda pair: (pair[0], pair[1].label)):
-        taken = max(placed[-1][0], placed[-1][1]) if placed else 0.0
-        above = y - LINE_HEIGHT > taken
-        placed.append((y, y - 4 if above else max(y, taken) + LINE_HEIGHT - 4, line))
+def _placed(lines: list[tuple[float, Line]]) -> list[tuple[float, float | None, Line]]:
+    """The lines from the top, each label above its line, or below, or left out where other lines are in the way."""
+    ordered = sorted(lines, key=lambda pair: (pair[0], pair[1].label))
+    placed: list[tuple[float, float | None, Line]] = []
+    taken = 0.0
+    for i, (y, line) in enumerate(ordered):
+        below = ordered[i + 1][0] if i + 1 < len(ordered) else BOTTOM
+        text = y - 4 if y - LINE_HEIGHT > taken else y + LINE_HEIGHT - 4 if y + LINE_HEIGHT < below else None
+        placed.append((y, text, line))
+        taken = max(y, text or y)
     return placed
 
 
 def _thin(marks: list[Mark]) -> list[Mark]:
-    """The marks, without the label of one that lies beside another with the same label."""
+    """The marks with one label of each text, beside the highest mark, where no other label is."""
     labelled: list[Mark] = []
+    texts: set[str] = set()
     for mark in sorted(marks, key=lambda mark: mark.y):
         x = next(iter(mark.x.values()))
-        beside = [m for m in labelled if m.point.label == mark.point.label and abs(m.y - mark.y) < LABEL[1]]
-        if any(abs(next(iter(m.x.values())) - x) < LABEL[0] for m in beside):
-            mark.point.label = ""
-        elif mark.point.label:
+        free = all(abs(m.y - mark.y) >= LABEL[1] or abs(next(iter(m.x.values())) - x) >= LABEL[0] for m in labelled)
+        if mark.point.label and mark.point.label not in texts and free:
+            texts.add(mark.point.label)
             labelled.append(mark)
+        else:
+            mark.point.label = ""
     return marks
 
 

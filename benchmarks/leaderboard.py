@@ -1,35 +1,42 @@
 """The leaderboard: records and published numbers as one static page that opens from disk, without a server or network.
 
-``condense leaderboard --out DIR`` writes ``DIR/index.html`` and ``DIR/records/``: every accepted record, and beside it
-the picture of its images where a ``STEM.png`` lies next to the ``STEM.json``. Records come from anywhere: their text is
-escaped, files get names chosen here, and one that is not as it should be is listed by name and left out. The same input
-gives the same bytes.
+``condense leaderboard --out DIR`` writes ``DIR/index.html``, a card of each method in ``DIR/cards/``, and in
+``DIR/records/`` every accepted record, with the picture of its images where a ``STEM.png`` lies next to the
+``STEM.json``, and with the set itself where a ``STEM.h5`` does or the toolkit comes with it. Records come from
+anywhere: their text is escaped, files get names chosen here, and one that is not as it should be is listed by name and
+left out. The same input gives the same bytes.
 """
 
 from __future__ import annotations
 
 import base64
 import csv
-import functools
 import hashlib
+import inspect
 import io
 import json
 import re
+import shutil
 import struct
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
+from condense import config
 from condense.benchmarks import charts
 from condense.benchmarks.charts import Chart, ChartPoint, Line
+from condense.benchmarks.command_settings import differing_settings
+from condense.benchmarks.families import Facts, method_facts
 from condense.errors import CondenseError
 from condense.files import atomic_folder
 from condense.formatting import duration, percent, size
 from condense.judge import REUSE_COUNTS, arm_name, main_entries, protocols, read_record
 from condense.registry import METHODS
+from condense.sets import DistilledSet, packaged_sets
 from condense.version import __version__
 
 HERE = Path(__file__).parent
@@ -41,6 +48,10 @@ REAL_ARMS = ("random", "random-bytes", "full", "full-equal", "rs2")
 """Control arms of real images, which charts of time and of training show beside the sets."""
 RECORDS = "records"
 """Folder of the site with copies of records and pictures."""
+CARDS = "cards"
+"""Folder of the site with a page about each method."""
+SET_LIMIT = 64 * 1024 * 1024
+"""Bytes of the largest set that is copied."""
 PICTURE_LIMIT = 32 * 1024 * 1024
 """Bytes of the largest picture that is copied."""
 SIDE_LIMIT = 16_384
@@ -80,6 +91,14 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class SetFile:
+    """The file of a set."""
+
+    href: str
+    bytes: int
+
+
+@dataclass(frozen=True)
 class PublishedResult:
     """A number from a paper, in per cent, as it was reported."""
 
@@ -104,6 +123,7 @@ class Entry:
     """Of the file it came from."""
     slug: str
     picture: Picture | None = None
+    set_file: SetFile | None = None
 
     @property
     def href(self) -> str:
@@ -120,6 +140,8 @@ class Row:
     """The record's entry of the distilled arm."""
     time: dict[str, Any]
     """Its times: ``train``, ``made`` and, by number of uses, ``total``; seconds, None where unknown."""
+    settings: str = ""
+    """Settings that tell it from the other rows of its method in the same cell."""
 
     @property
     def record(self) -> dict[str, Any]:
@@ -163,9 +185,53 @@ class Row:
         return next(iter(same or ([] if arm == "random" else entries)), None)
 
     @property
-    def paper(self) -> tuple[str, int] | None:
-        """Title and year of the method's paper, where the toolkit knows it."""
-        return _paper(self.set["method"])
+    def method(self) -> Facts:
+        """What the toolkit knows of the method."""
+        return method_facts(self.set["method"])
+
+    @property
+    def accuracy_text(self) -> str:
+        """In per cent, e.g. ``48.9 ± 2.5``."""
+        return percent(self.main["mean"], self.main["std"])
+
+    def control_text(self, arm: str) -> str:
+        """The accuracy of a control arm in per cent, or that it was not run."""
+        control = self.control(arm)
+        return percent(control["mean"]) if control else "not run"
+
+    @property
+    def title(self) -> str:
+        """The set in a line of a list."""
+        made = self.set
+        own = "its authors' set" if "origin" in made else ""
+        parts = [made["method"], f"IPC {made['ipc']}", f"{self.track} labels", own, self.settings]
+        return ", ".join(part for part in parts if part)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Rows that one network was trained on under the same conditions and with as many images per class."""
+
+    id: str
+    ipc: int
+    network: str
+    rows: list[Row]
+    """From the highest accuracy."""
+
+    @property
+    def near(self) -> set[str]:
+        """Rows whose 95 % interval overlaps with that of the first row, without it."""
+        first, *others = ((row.id, row.main["ci95"]) for row in self.rows)
+        return {id for id, ci95 in others if ci95 and first[1] and ci95[1] >= first[1][0]}
+
+    @property
+    def reference(self) -> list[tuple[str, str]]:
+        """Control arms beside the first row that has them, with their accuracies in per cent."""
+        found = []
+        for arm in ("random", "full"):
+            row = next((row for row in self.rows if row.control(arm)), None)
+            found += [(arm, row.control_text(arm))] if row else []
+        return found
 
 
 @dataclass
@@ -184,6 +250,7 @@ class Section:
     charts: list[Chart]
     shapes: set[str]
     """Control arms in the charts."""
+    cells: list[Cell] = field(default_factory=list)
 
     @property
     def machines(self) -> int:
@@ -191,21 +258,27 @@ class Section:
         return len({row.record["environment"]["device"] for row in self.rows})
 
     @property
-    def methods(self) -> list[str]:
-        return sorted({row.set["method"] for row in self.rows})
+    def families(self) -> list[tuple[str, list[str]]]:
+        """The methods of each family."""
+        found: dict[str, set[str]] = {}
+        for row in self.rows:
+            found.setdefault(row.method.family, set()).add(row.set["method"])
+        return [(family, sorted(methods)) for family, methods in sorted(found.items())]
+
+    @property
+    def hollow(self) -> bool:
+        """Whether some rows have other labels than classes."""
+        return any(row.track != "hard" for row in self.rows)
+
+    @property
+    def small(self) -> bool:
+        """Whether some networks are others than that of the set."""
+        return any(row.own is False for row in self.rows)
 
     @property
     def title(self) -> str:
         """The protocol with its version, once."""
         return self.protocol if self.protocol.endswith(f"-v{self.version}") else f"{self.protocol} v{self.version}"
-
-
-@functools.cache
-def _paper(method: str) -> tuple[str, int] | None:
-    if method not in METHODS:
-        return None
-    entry = METHODS.get(method)
-    return entry.paper, entry.year
 
 
 # -- the site ---------------------------------------------------------------------------------------------------------
@@ -235,6 +308,7 @@ def build_page(results: Path, out: Path, published: Path | None = PUBLISHED_CSV,
         quoted, faults = read_published(published) if published else ([], [])
         rejected += faults
         sections = _sections(entries)
+        _write_cards({entry.record["set"]["method"] for entry in entries}, temporary / CARDS)
         page = _page(sections, quoted, rejected, records=len(entries))
         (temporary / "index.html").write_text(page, encoding="utf-8", newline="\n")
     rows = sum(len(section.rows) for section in sections)
@@ -252,7 +326,7 @@ def _check_place(out: Path, results: Path, force: bool) -> None:
     index = out / "index.html"
     if not index.is_file() or MARKER not in index.read_text(encoding="utf-8", errors="replace"):
         raise CondenseError(f"--out {out} is not empty and not a leaderboard; name another folder or give --force")
-    foreign = sorted(entry.name for entry in out.iterdir() if entry.name not in ("index.html", RECORDS))
+    foreign = sorted(entry.name for entry in out.iterdir() if entry.name not in ("index.html", RECORDS, CARDS))
     if foreign:
         raise CondenseError(
             f"--out {out} is replaced as a whole, but also holds {', '.join(foreign[:5])}; "
@@ -269,8 +343,7 @@ def _entries(files: list[Path], folder: Path) -> tuple[list[Entry], list[Rejecte
         try:
             record = _read(path)
         except CondenseError as fault:
-            reason = str(fault).removeprefix(f"{path}: ").replace(str(path), path.name)  # the page names no folders
-            rejected.append(Rejected(_printable(path.name), _printable(reason)))
+            rejected.append(_rejected(path, fault))
             continue
         entry = Entry(record, _printable(path.name), _slug(path.stem, taken))
         text = json.dumps(record, indent=1) + "\n"  # what was checked, whatever became of the file since
@@ -282,9 +355,63 @@ def _entries(files: list[Path], folder: Path) -> tuple[list[Entry], list[Rejecte
                 (folder / f"{entry.slug}.png").write_bytes(data)
                 entry.picture = Picture(f"{RECORDS}/{entry.slug}.png", width, height)
             except CondenseError as fault:
-                rejected.append(Rejected(_printable(source.name), str(fault)))
+                rejected.append(_rejected(source, fault))
+        try:
+            entry.set_file = _set_file(path, entry, folder)
+        except CondenseError as fault:
+            rejected.append(_rejected(path.with_suffix(".h5"), fault))
         entries.append(entry)
     return entries, rejected
+
+
+def _rejected(path: Path, fault: CondenseError) -> Rejected:
+    reason = str(fault).removeprefix(f"{path}: ").replace(str(path), path.name)  # the page names no folders
+    return Rejected(_printable(path.name), _printable(reason))
+
+
+def _set_file(record: Path, entry: Entry, folder: Path) -> SetFile | None:
+    """A copy of the record's set: the file beside it, or the one that comes with the toolkit; None where there is none.
+
+    Raises:
+        CondenseError: the file beside the record is not its set.
+    """
+    described, beside = entry.record["set"], record.with_suffix(".h5")
+    name = f"{described['dataset']}/{described['method']}-ipc{described['ipc']}"
+    source = beside if beside.is_file() else packaged_sets().get(name)
+    if source is None:
+        return None
+    count = source.stat().st_size
+    if count > SET_LIMIT:
+        raise CondenseError(f"larger than {size(SET_LIMIT)}; left out")
+    if DistilledSet.load(source).sha256() != described["sha256"]:
+        if source == beside:
+            raise CondenseError("not the set of the record beside it (its SHA-256 differs); left out")
+        return None  # another version of it, e.g. with float16 pixels
+    shutil.copyfile(source, folder / f"{entry.slug}.h5")
+    return SetFile(f"{RECORDS}/{entry.slug}.h5", count)
+
+
+def _write_cards(methods: set[str], folder: Path) -> None:
+    """A page about each of the methods that the toolkit knows."""
+    template, style = _templates().get_template("card.html"), _asset("page.css")
+    folder.mkdir()
+    for name in sorted(methods):
+        if name not in METHODS:
+            continue
+        entry = METHODS.get(name)
+        summary, *notes = inspect.cleandoc(entry.function.__doc__ or "").split("\n\n")
+        recipes = [recipe for recipe in config.recipe_names() if recipe.startswith(f"{name}/")]
+        page = template.render(
+            entry=entry,
+            facts=method_facts(name),
+            summary=summary,
+            notes=notes,
+            settings=config.describe(entry.config),
+            recipes=recipes,
+            style=Markup(style),
+            style_hash=_csp_hash(style),
+        )
+        (folder / f"{name}.html").write_text(page, encoding="utf-8", newline="\n")
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -381,13 +508,13 @@ def _sections(entries: list[Entry]) -> list[Section]:
         for main in main_entries(record):
             row = Row(_slug(f"{entry.slug}-on-{main['network']}", ids), entry, main, _time(record, main))
             groups.setdefault(key, []).append(row)
-    looks = {m: charts.look(i) for i, m in enumerate(sorted({e.record["set"]["method"] for e in entries}))}
+    looks = _looks(entry.record["set"]["method"] for entry in entries)
     fingerprints: dict[str, set[str]] = {}
     for dataset, _, _, fingerprint in groups:
         fingerprints.setdefault(dataset, set()).add(fingerprint)
     sections = []
     for (dataset, name, version, fingerprint), rows in sorted(groups.items()):
-        rows.sort(key=lambda row: (row.set["ipc"], -row.main["mean"], row.id))
+        rows = sorted(_told_apart(rows), key=lambda row: (row.set["ipc"], -row.main["mean"], row.id))
         protocol = protocols().get(name)
         id = _slug(f"on {dataset} {name} {version}", ids)
         drawings = (_bytes_chart(id, rows, looks), _time_chart(id, rows, looks), _curve_chart(id, rows, looks))
@@ -403,9 +530,38 @@ def _sections(entries: list[Entry]) -> list[Section]:
                 rows=rows,
                 charts=drawn,
                 shapes=set().union(*(drawing.shapes for drawing in drawn)),
+                cells=_cells(rows, ids),
             )
         )
     return sections
+
+
+def _looks(methods: Iterable[str]) -> dict[str, tuple[str, str]]:
+    return charts.looks({method: method_facts(method).family for method in methods})
+
+
+def _told_apart(rows: list[Row]) -> list[Row]:
+    """The rows with the settings in which sets of one method differ in the same cell."""
+    groups: dict[tuple[str, int, str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.set["method"], row.set["ipc"], row.network, row.track), []).append(row)
+    told = []
+    for group in groups.values():
+        texts = differing_settings([row.set["command"] for row in group])
+        told += [replace(row, settings=_printable(text)) for row, text in zip(group, texts)]
+    return told
+
+
+def _cells(rows: list[Row], ids: set[str]) -> list[Cell]:
+    """The rows by images per class and network, the largest groups first."""
+    groups: dict[tuple[int, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.set["ipc"], row.network), []).append(row)
+    cells = []
+    for (ipc, network), group in groups.items():
+        group.sort(key=lambda row: (-row.main["mean"], row.id))
+        cells.append(Cell(_slug(f"cell {ipc} {network}", ids), ipc, network, group))
+    return cells
 
 
 def _time(record: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
@@ -496,8 +652,9 @@ def _point(row: Row, at: dict[str, float], looks: Looks, where: str) -> ChartPoi
         shape=shape,
         colour=colour,
         interval=None if row.main["ci95"] is None else tuple(min(max(bound, 0), 1) for bound in row.main["ci95"]),
-        hollow=row.own is False,
-        label=str(row.set["ipc"]),
+        hollow=row.track != "hard",
+        small=row.own is False,
+        label=f"IPC {row.set['ipc']}",
     )
 
 
@@ -529,6 +686,112 @@ def _full_lines(rows: list[Row]) -> list[Line]:
 
 
 def _page(sections: list[Section], published: list[PublishedResult], rejected: list[Rejected], records: int) -> str:
+    rows = [row for section in sections for row in section.rows]
+    choices = {
+        "dataset": sorted({s.dataset for s in sections} | {p.dataset for p in published}),
+        "ipc": sorted({row.set["ipc"] for row in rows} | {p.ipc for p in published}),
+        "method": sorted({row.set["method"] for row in rows} | {p.method for p in published}),
+        "network": sorted({row.network for row in rows} | {p.network for p in published if p.network}),
+        "track": sorted({row.track for row in rows}),
+        "family": sorted({row.method.family for row in rows} | {method_facts(p.method).family for p in published}),
+        "protocol": sorted({s.title for s in sections}),
+    }
+    style, script = _asset("page.css"), _asset("page.js")
+    ranked = [(section, cell) for section in sections for cell in section.cells if len(cell.rows) > 1]
+    return (
+        _templates()
+        .get_template("index.html")
+        .render(
+            marker=Markup(MARKER),
+            version=__version__,
+            style=Markup(style),
+            script=Markup(script),
+            style_hash=_csp_hash(style),
+            script_hash=_csp_hash(script),
+            sections=sections,
+            published=published,
+            rejected=rejected,
+            records=records,
+            choices=choices,
+            looks=_looks(row.set["method"] for row in rows),
+            ranked=sorted(ranked, key=lambda pair: -len(pair[1].rows)),
+            facts={row.id: json.dumps(_facts(section, row)) for section in sections for row in section.rows},
+            cell_of={row.id: cell.id for section in sections for cell in section.cells for row in cell.rows},
+            families={p.method: method_facts(p.method).family for p in published},
+            cards=f"{CARDS}/",
+            known=METHODS,
+            uses=[str(uses) for uses in REUSE_COUNTS],
+            rows=len(rows),
+        )
+    )
+
+
+def _facts(section: Section, row: Row) -> dict[str, Any]:
+    """A row's part of the compared sets (``set``, ``row``: lines of name and text) and of the CSV file (``csv``)."""
+    made, main, times, entry = row.set, row.main, row.time, row.entry
+    cost = row.record["cost"]
+    unknown = "unknown"
+    of_set = {
+        "method": f"{made['method']}, {row.method.family}",
+        "images per class": str(made["ipc"]),
+        "labels": made["label_kind"],
+        "made with": made["network"],
+        "seed": unknown if made["seed"] is None else str(made["seed"]),
+        "judged on": section.dataset + (f", data {section.fingerprint[:8]}" if section.fingerprint else ""),
+        "protocol": section.title,
+        "bytes": size(made["bytes"]["total"]),
+        **{f"bytes of {part}": size(made["bytes"][part]) for part in ("images", "labels", "auxiliary", "external")},
+        "time to make": unknown if times["made"] is None else duration(times["made"]),
+        "made on": cost.get("device", unknown),
+        "made by": made["command"] or "not recorded",
+    }
+    ior = row.score("IOR")
+    of_row = {
+        "accuracy, %": row.accuracy_text,
+        "random, %": row.control_text("random"),
+        "full data, %": row.control_text("full"),
+        "gain over random, points": "–" if ior is None else points(ior),
+        "time to train": duration(times["train"]),
+        **{
+            f"time to make and train, shared by {uses}": unknown if seconds is None else duration(seconds)
+            for uses, seconds in times["total"].items()
+        },
+    }
+    ci95 = main["ci95"] or (None, None)
+    controls = {arm: row.control(arm) for arm in ("random", "full")}
+    table = {
+        "dataset": section.dataset,
+        "data_fingerprint": row.record["data"]["fingerprint"],
+        "protocol": section.protocol,
+        "protocol_version": section.version,
+        "ipc": made["ipc"],
+        "method": made["method"],
+        "family": row.method.family,
+        "settings": row.settings,
+        "seed": made["seed"],
+        "labels": row.track,
+        "network": row.network,
+        "own_network": row.own,
+        "accuracy": main["mean"],
+        "ci95_low": ci95[0],
+        "ci95_high": ci95[1],
+        "runs": row.record["runs"],
+        **{arm: control and control["mean"] for arm, control in controls.items()},
+        **{name: row.score(name) for name in ("IOR", "HLR", "LRS")},
+        **{f"bytes_{part}": made["bytes"][part] for part in ("total", "images", "labels")},
+        "seconds_made": times["made"],
+        "seconds_train": times["train"],
+        **{f"seconds_total_{uses}": seconds for uses, seconds in times["total"].items()},
+        "set": made["name"],
+        "sha256": made["sha256"],
+        "record": entry.href,
+    }
+    picture = entry.picture and [entry.picture.href, entry.picture.width, entry.picture.height]
+    name = row.title
+    return {"name": name, "picture": picture, "set": of_set, "row": of_row, "csv": table, "href": entry.href}
+
+
+def _templates() -> Environment:
     page = Environment(
         loader=FileSystemLoader(HERE / "page"),
         autoescape=True,
@@ -536,7 +799,14 @@ def _page(sections: list[Section], published: list[PublishedResult], rejected: l
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page.filters |= {"size": size, "duration": duration, "percent": percent, "points": points, "signed": signed}
+    page.filters |= {
+        "size": size,
+        "duration": duration,
+        "percent": percent,
+        "points": points,
+        "signed": signed,
+        "coded": coded,
+    }
     page.globals |= {
         "width": charts.WIDTH,
         "height": charts.HEIGHT,
@@ -544,33 +814,16 @@ def _page(sections: list[Section], published: list[PublishedResult], rejected: l
         "right": charts.RIGHT,
         "bottom": charts.BOTTOM,
     }
-    rows = [row for section in sections for row in section.rows]
-    looks = {m: charts.look(i) for i, m in enumerate(sorted({row.set["method"] for row in rows}))}
-    choices = {
-        "dataset": sorted({s.dataset for s in sections} | {p.dataset for p in published}),
-        "ipc": sorted({row.set["ipc"] for row in rows} | {p.ipc for p in published}),
-        "method": sorted({row.set["method"] for row in rows} | {p.method for p in published}),
-        "network": sorted({row.network for row in rows} | {p.network for p in published if p.network}),
-        "track": sorted({row.track for row in rows}),
-        "protocol": sorted({s.title for s in sections}),
-    }
-    style, script = ((HERE / "page" / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
-    return page.get_template("index.html").render(
-        marker=Markup(MARKER),
-        version=__version__,
-        style=Markup(style),
-        script=Markup(script),
-        style_hash=_csp_hash(style),
-        script_hash=_csp_hash(script),
-        sections=sections,
-        published=published,
-        rejected=rejected,
-        records=records,
-        choices=choices,
-        looks=looks,
-        uses=[str(uses) for uses in REUSE_COUNTS],
-        rows=len(rows),
-    )
+    return page
+
+
+def _asset(name: str) -> str:
+    return (HERE / "page" / name).read_text(encoding="utf-8")
+
+
+def coded(text: str) -> Markup:
+    """Plain text as HTML with what stands in backticks as code."""
+    return Markup(re.sub(r"`+([^`]+)`+", r"<code>\1</code>", str(escape(text))))
 
 
 def _csp_hash(text: str) -> str:

@@ -1,6 +1,8 @@
-"""Writes a card for each method, and the table of methods in a README, from the registry and the recipe files.
+"""Writes a card for each method, and tables of methods in a README and in pages of families, from the registry and the
+recipe files.
 
-The cards of this repository are in ``docs/methods``; a test compares cards and table with the output of this module.
+The cards of this repository are in ``docs/methods``, the pages in ``docs/families``; a test compares cards and tables
+with the output of this module.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from pathlib import Path
 
 from condense import config
 from condense.benchmarks import facts
+from condense.benchmarks.families import method_facts
 from condense.benchmarks.speed.measure import Parser, guarded
 from condense.registry import METHODS, Method
 
@@ -21,12 +24,6 @@ PARTS = ("When to use", "Cost", "Known failure")
 BEGIN, END = "<!-- methods: begin -->", "<!-- methods: end -->"
 """Lines of a README between which the table of methods is written."""
 
-FAMILIES = {
-    "curriculum_synthesis": "decoupled (squeeze, recover, relabel)",
-    "label_lightening": "label compression",
-}
-"""Module or folder of a family to the family's name, where it is not the module's name with spaces."""
-
 
 def cards() -> dict[str, str]:
     """File name to Markdown: one card for each method, and ``README.md``, their table."""
@@ -34,34 +31,57 @@ def cards() -> dict[str, str]:
     rows = [[f"[{e.name}]({e.name}.md)", e.year, e.order, e.summary] for e in sorted(entries, key=_age)]
     table = _table(["method", "year", "order", "what it does"], rows)
     about = (
-        "# Methods\n\nOrder is the highest derivative that a step takes through a network. These cards are made by "
-        "`python -m condense.benchmarks.method_cards --out docs/methods --readme README.md`.\n\n"
+        "# Methods\n\nOrder is the highest derivative that a step takes through a network. These cards are made by\n"
+        "`python -m condense.benchmarks.method_cards --out docs/methods --readme README.md --families docs/families`."
+        "\n\n"
     )
     return {"README.md": f"{about}{table}\n", **{f"{e.name}.md": method_card(e) for e in entries}}
 
 
 def methods_table() -> str:
     """The Markdown table of all methods by year: paper, family, labels, cost and summary."""
+    head = ["method", "paper", "family", "labels", "cost", "summary"]
+    return _table(head, _rows("docs/methods/"))
+
+
+def family_table(page: str) -> str:
+    """The Markdown table of the methods of one family, for its page ``docs/families/PAGE.md``.
+
+    Raises:
+        ValueError: there is no such family.
+    """
+    rows = [row[:2] + row[3:] for row in _rows("../methods/") if page_name(row[2]) == page]
+    if not rows:
+        raise ValueError(f"no family has the page {page}.md")
+    return _table(["method", "paper", "labels", "cost", "summary"], rows)
+
+
+def page_name(family: str) -> str:
+    """The page of a family: ``gradient-matching``."""
+    return family.partition(" (")[0].replace(" ", "-")
+
+
+def _rows(cards: str) -> list[list[str]]:
+    """A row for each method by year, with links to the cards in the folder ``cards``."""
     rows = []
     for entry in sorted((METHODS.get(name) for name in METHODS.names()), key=_age):
         file = config.method_file(entry.name)
-        family = file.module.removeprefix("condense.methods.").partition(".")[0]
         paper = f"[{entry.paper}]({file.link})" if file.link else entry.paper
         rows.append(
             [
-                f"[`{entry.name}`](docs/methods/{entry.name}.md)",
+                f"[`{entry.name}`]({cards}{entry.name}.md)",
                 f"{paper} ({entry.year})",
-                FAMILIES.get(family, family.replace("_", " ")),
+                method_facts(entry.name).family,
                 entry.labels,
                 file.cost,
                 entry.summary,
             ]
         )
-    return _table(["method", "paper", "family", "labels", "cost", "summary"], rows)
+    return rows
 
 
-def with_methods_table(text: str) -> str:
-    """``text`` of a README with the current table of methods between the lines ``BEGIN`` and ``END``.
+def with_methods_table(text: str, table: str | None = None) -> str:
+    """``text`` with a table of methods, by default that of all, between the lines ``BEGIN`` and ``END``.
 
     Raises:
         ValueError: there is no pair of such lines.
@@ -69,8 +89,8 @@ def with_methods_table(text: str) -> str:
     head, begin, rest = text.partition(f"{BEGIN}\n")
     _, end, tail = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"the README must have the lines {BEGIN} and {END}")
-    return f"{head}{begin}{methods_table()}\n{end}{tail}"
+        raise ValueError(f"the text must have the lines {BEGIN} and {END}")
+    return f"{head}{begin}{methods_table() if table is None else table}\n{end}{tail}"
 
 
 def _age(entry: Method) -> tuple[int, str]:
@@ -134,6 +154,7 @@ def _main(arguments: Sequence[str]) -> int:
     parser = Parser(prog="python -m condense.benchmarks.method_cards", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder to write the cards to")
     parser.add_argument("--readme", type=Path, help="README whose table of methods is updated")
+    parser.add_argument("--families", type=Path, help="folder with a page for each family, whose tables are updated")
     options = parser.parse_args(arguments)
     out, readme = options.out, options.readme
     out.mkdir(parents=True, exist_ok=True)
@@ -141,6 +162,8 @@ def _main(arguments: Sequence[str]) -> int:
         (out / name).write_text(text, encoding="utf-8")
     if readme:
         readme.write_text(with_methods_table(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in options.families.glob("*.md") if options.families else ():
+        page.write_text(with_methods_table(page.read_text(encoding="utf-8"), family_table(page.stem)), encoding="utf-8")
     return 0
 
 

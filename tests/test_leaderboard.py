@@ -1,20 +1,27 @@
 """The leaderboard: bad records are named and left out, good ones are shown right, and the page works in a browser."""
 
+import csv
 import html
 import json
 import re
 import shutil
 import time
 from html.parser import HTMLParser
+from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 import pytest
 from conftest import command_line
 from leaderboard_records import OWN, png, record, sample, write
 
+import condense
+from condense import distilled_sets
 from condense.benchmarks import charts, leaderboard
+from condense.benchmarks.command_settings import differing_settings
+from condense.benchmarks.families import method_facts
 from condense.errors import CondenseError
 from condense.judge import compute_scores, time_to_accuracy
+from condense.registry import METHODS
 
 
 @pytest.fixture
@@ -162,26 +169,26 @@ def test_pictures_are_copied_only_where_they_are_pngs_of_a_sane_size(results, bu
     assert found.records == 4
     assert [entry.file for entry in found.rejected] == ["bomb.png", "fake.png"]
     assert [path.name for path in (found.index.parent / "records").glob("*.png")] == ["good.png"]
-    assert text.count("no picture") == 3
+    assert len(re.findall(r'<td class="thumb"><span class="none">no picture', text)) == 3
 
 
 def test_faults_of_the_published_numbers_are_named_by_line(results, built, tmp_path):
     write(results, "good", record())
-    csv = tmp_path / "published.csv"
+    table = tmp_path / "published.csv"
     head = ",".join(leaderboard.COLUMNS)
     row = "dm,cifar10,{},net,{},0.6,plainly,paper,quoted"
     lines = [row.format(10, 48.9), row.format("x", 48.9), row.format(10, 480), "dm,cifar10,10"]
     lines.append("dm,cifar10,1,,26,,,,quoted")
-    csv.write_text("\n".join([head, *lines]) + "\n")
-    found, text = built(published=csv)
+    table.write_text("\n".join([head, *lines]) + "\n")
+    found, text = built(published=table)
     assert found.published == 1 and text.count("<b>published.csv, line") == 4
     reasons = {entry.file: entry.reason for entry in found.rejected}
     assert "must be numbers" in reasons["published.csv, line 3"]
     assert "per cent" in reasons["published.csv, line 4"]
     assert "9 fields" in reasons["published.csv, line 5"]
     assert "lacks source" in reasons["published.csv, line 6"]
-    csv.write_text("method,stars\ndm,5\n")
-    found, _ = built(published=csv)
+    table.write_text("method,stars\ndm,5\n")
+    found, _ = built(published=table)
     assert found.published == 0 and "its columns are not" in found.rejected[0].reason
     found, text = built(published=tmp_path / "none.csv")
     assert found.published == 0 and found.rejected[0].reason == "not readable (No such file or directory)"
@@ -220,10 +227,10 @@ def test_versions_and_data_never_share_a_table(results, built):
 
 
 def test_published_numbers_stand_apart(results, built, tmp_path):
-    csv = tmp_path / "published.csv"
-    csv.write_text(f"{','.join(leaderboard.COLUMNS)}\npaperonly,cifar10,10,net,77.7,0.6,plainly,A paper,quoted\n")
+    table = tmp_path / "published.csv"
+    table.write_text(f"{','.join(leaderboard.COLUMNS)}\npaperonly,cifar10,10,net,77.7,0.6,plainly,A paper,quoted\n")
     write(results, "dm", record("dm"))
-    _, text = built(published=csv)
+    _, text = built(published=table)
     (section,) = re.findall(r'<section id="published">.*?</section>', text, re.S)
     assert "77.7" in section and "A paper" in section and "svg" not in section and "48." not in section
     rest = text.replace(section, "")
@@ -294,13 +301,81 @@ def test_the_same_input_gives_the_same_bytes_and_every_link_leads_somewhere(resu
     for link in page.links:
         if link.startswith("#"):
             assert link[1:] in page.ids
-        elif not link.startswith("data:"):
+        elif not link.startswith("data:") and link not in PAPERS:
             assert link in one
-    assert b"http://" not in one["index.html"] and b"https://" not in one["index.html"]
+    assert b"http://" not in one["index.html"]
+    assert one["index.html"].count(b"https://") == sum(link in PAPERS for link in page.links) > 0
+    for name in ("cards/dm.html", "cards/mtt.html"):
+        assert all(link in (*PAPERS, "data:,", "../index.html") for link in Parsed(one[name].decode()).links)
 
 
-def test_unlike_methods_look_unlike():
-    assert len({charts.look(i) for i in range(35)}) == 35
+PAPERS = {method_facts(name).link for name in METHODS.names()} - {""}
+
+
+def test_methods_of_a_family_share_a_shape_and_differ_in_colour():
+    families = {name: method_facts(name).family for name in METHODS.names()}
+    assert set(families.values()) == set(charts.SHAPES), "every family of the repository has a shape of its own"
+    assert len(set(charts.SHAPES.values()) | {charts.OTHER_SHAPE}) == len(charts.SHAPES) + 1
+    looks = charts.looks(families | {"mine": "other"})
+    assert looks["mine"][1] == charts.OTHER_SHAPE
+    for family in charts.SHAPES:
+        shown = [looks[name] for name in families if families[name] == family]
+        assert len({shape for _, shape in shown}) == 1
+        assert len(set(shown)) == min(len(shown), charts.COLOURS)
+
+
+def test_settings_tell_sets_of_a_method_apart():
+    quick = "condense distill ftd --data x=PATH --ipc 1 --network a steps=100 lr=1 protocol=quick-v1"
+    long = "condense distill ftd --data y=PATH --ipc 1 --network a --minutes 4 lr=1 ema=0.98"
+    lightened = "condense distill dm && condense lighten a --labels topk k=2"
+    assert differing_settings([quick, None]) == ["network=a, steps=100, lr=1", ""]
+    assert differing_settings([quick, long]) == ["steps=100", "minutes=4, ema=0.98"]
+    assert differing_settings([quick, quick]) == ["", ""]
+    assert differing_settings(["condense distill dm", lightened]) == ["default settings", "labels=topk, k=2"]
+    assert differing_settings(["an 'open quote a=1", "a=" + "x" * 1000])[1].endswith("…")
+
+
+def test_differing_settings_stand_under_the_name_of_the_method(results, built):
+    for steps in (10, 20):
+        write(results, f"dm-{steps}", record(command=f"condense distill dm --ipc 10 lr=1 steps={steps}"))
+    write(results, "dsa", record("dsa", command="condense distill dsa steps=99"))
+    text = built()[1]
+    assert re.findall(r'<small class="settings">([^<]*)', text) == ["steps=10", "steps=20"]
+
+
+def test_rankings_are_of_one_cell_by_accuracy(results, built):
+    for method, accuracy in (("dm", 0.40), ("dsa", 0.49), ("mtt", 0.48)):
+        write(results, method, record(method, accuracy=accuracy, full=0.85))
+    write(results, "other-ipc", record("dm", ipc=1))
+    write(results, "other-protocol", record("dm", protocol="quick-v1"))
+    text = built()[1]
+    (cell,) = re.findall(r'<article class="cell".*?</article>', text, re.S)
+    plain = " ".join(re.sub(r"<[^>]+>", " ", html.unescape(cell)).split())
+    assert "cifar10, IPC 10" in plain and "random real images 26.0, full data 85.0" in plain
+    assert [plain.index(name) for name in ("dsa 49.0", "mtt 48.0", "dm 40.0")] == sorted(
+        plain.index(name) for name in ("dsa 49.0", "mtt 48.0", "dm 40.0")
+    )
+    assert re.findall(r'class="near"[^>]*>([^<]*)', cell) == ["", "≈", ""]  # 49.0 and 48.0 ± 2.5, but 40.0
+
+
+def test_a_set_beside_its_record_is_offered_and_another_one_is_not(results, built, tmp_path):
+    ready = Path(distilled_sets.__file__).parent / "digits" / "dm-ipc1.h5"
+    mine = record("mine", "digits", 1)
+    mine["set"]["sha256"] = condense.load(ready).sha256()
+    write(results, "mine", mine)
+    shutil.copy(ready, results / "mine.h5")
+    write(results, "ready", mine | {"set": {**mine["set"], "method": "dm"}})
+    write(results, "wrong", record("wrong"))
+    shutil.copy(ready, results / "wrong.h5")
+    write(results, "no-set", record("no-set"))
+    (results / "no-set.h5").write_bytes(b"nothing")
+    found, text = built()
+    folder = found.index.parent / "records"
+    assert sorted(path.name for path in folder.glob("*.h5")) == ["mine.h5", "ready.h5"]
+    assert (folder / "mine.h5").read_bytes() == ready.read_bytes()
+    assert [entry.file for entry in found.rejected] == ["no-set.h5", "wrong.h5"]
+    assert "SHA-256 differs" in found.rejected[1].reason and str(results) not in text
+    assert text.count('href="records/mine.h5"') == 2 and "records/wrong.h5" not in text
 
 
 def test_ticks_are_few_round_and_inside():
@@ -331,7 +406,7 @@ def test_only_a_site_of_ours_is_replaced(results, built, tmp_path):
         built()
     assert (site / "CNAME").exists()
     built(force=True)
-    assert sorted(path.name for path in site.iterdir()) == ["index.html", "records"]
+    assert sorted(path.name for path in site.iterdir()) == ["cards", "index.html", "records"]
     (site / "index.html").write_text("<h1>mine</h1>")
     with pytest.raises(CondenseError, match="not a leaderboard"):
         built()
@@ -426,10 +501,22 @@ def visible(browser, selector, value="e => e"):
     return browser.execute_script(f"return {VISIBLE.format(selector)}.map({value})")
 
 
-def choose(browser, name, value):
-    from selenium.webdriver.support.ui import Select
+def choose(browser, name, *values):
+    """Ticks options of a filter; ``order`` is a plain list."""
+    if name == "order":
+        from selenium.webdriver.support.ui import Select
 
-    Select(browser.find_element("css selector", f"select[name={name}]")).select_by_visible_text(value)
+        Select(browser.find_element("css selector", f"select[name={name}]")).select_by_visible_text(values[0])
+        return
+    choice = browser.find_element("css selector", f".choice[data-name={name}]")
+    choice.find_element("tag name", "summary").click()
+    for value in values:
+        choice.find_element("css selector", f"input[value='{value}']").click()
+
+
+def everything(browser):
+    """Opens folded lists, so that all rows that the filters leave are shown."""
+    browser.execute_script("document.querySelectorAll('button.all:not([hidden])').forEach((b) => b.click())")
 
 
 ROWS = "#sections tbody[id]"
@@ -457,7 +544,8 @@ def test_headers_sort_by_number_both_ways(page, key):
 
 def test_filters_hide_rows_sections_and_marks(page):
     browser = page()
-    everything = len(visible(browser, ROWS)), len(visible(browser, ".mark[data-rows]"))
+    everything(browser)
+    whole = len(visible(browser, ROWS)), len(visible(browser, ".mark[data-rows]"))
     choose(browser, "dataset", "cifar10")
     choose(browser, "ipc", "10")
     choose(browser, "method", "dm")
@@ -466,17 +554,21 @@ def test_filters_hide_rows_sections_and_marks(page):
     assert len(visible(browser, "#sections > section")) == 1
     shown_ids = set(visible(browser, ROWS, "e => e.id"))
     marks = visible(browser, ".mark[data-rows]", "e => e.dataset.rows.split(' ')")
-    assert 0 < len(marks) < everything[1] and all(shown_ids & set(rows) for rows in marks)
+    assert 0 < len(marks) < whole[1] and all(shown_ids & set(rows) for rows in marks)
     assert visible(browser, ".legend [data-method]", "e => e.dataset.method") == ["dm"]
+    folded = "return [...document.querySelectorAll('.published tbody')].some((body) => body.checkVisibility())"
+    assert not browser.execute_script(folded)  # until asked
+    browser.find_element("css selector", "#quoted > summary").click()
     published = visible(browser, ".published tbody", "e => [e.dataset.dataset, e.dataset.ipc, e.dataset.method]")
     quoted, _ = leaderboard.read_published(leaderboard.PUBLISHED_CSV)
     known = [row for row in quoted if (row.dataset, row.ipc, row.method) == ("cifar10", 10, "dm")]
     assert published == [["cifar10", "10", "dm"]] * len(known)
-    assert browser.find_element("id", "count").text == f"2 of {everything[0]} rows"
-    choose(browser, "track", "per-view")
+    assert browser.find_element("id", "count").text == f"2 of {whole[0]} rows"
+    assert "published" not in browser.find_element("id", "count").text
+    browser.find_element("css selector", "input[name=q]").send_keys("no such word")
     assert visible(browser, ROWS) == [] and browser.find_element("id", "nothing").is_displayed()
     browser.find_element("css selector", "button[type=reset]").click()
-    assert (len(visible(browser, ROWS)), len(visible(browser, ".mark[data-rows]"))) == everything
+    assert (len(visible(browser, ROWS)), len(visible(browser, ".mark[data-rows]"))) == whole
     assert "#" not in browser.current_url
 
 
@@ -487,12 +579,15 @@ def test_the_hash_brings_a_view_back(page):
     choose(browser, "order", "protocol")
     browser.find_element("css selector", "input[name=uses][value='10']").click()
     browser.find_element("css selector", f"{BOARD} button[data-key=accuracy]").click()
+    everything(browser)
     ids, hash = visible(browser, ROWS, "e => e.id"), "#" + browser.current_url.split("#")[1]
     assert len(ids) > 5
     browser = page(hash)
+    everything(browser)
     assert visible(browser, ROWS, "e => e.id") == ids
     assert browser.execute_script("return document.documentElement.dataset.uses") == "10"
-    browser = page("#dataset=nonsense&uses=7&sort=stars:up&foo=bar&ipc=")
+    browser = page("#dataset=nonsense&uses=7&sort=stars:up&foo=bar&ipc=&a=s:none&b=m:")
+    everything(browser)
     assert len(visible(browser, ROWS)) > len(ids)
 
 
@@ -525,6 +620,8 @@ def test_every_link_and_picture_is_there(page, site):
     assert len(links) > 50
     for link in links:
         url = urlparse(link)
+        if link in PAPERS:
+            continue
         if url.path and not link.startswith("#"):
             assert (site.parent / unquote(url.path)).exists()
         if url.fragment:
@@ -540,7 +637,7 @@ def test_every_link_and_picture_is_there(page, site):
 def test_charts_are_drawn_inside_their_frame(page):
     browser = page()
     boxes = browser.execute_script(f"""return {VISIBLE.format(".chart .mark")}.map((mark) => {{
-        const box = mark.querySelector("circle, a path, path:not(.interval)").getBoundingClientRect();
+        const box = mark.querySelector(".shape > *, path:not(.interval)").getBoundingClientRect();
         const frame = mark.ownerSVGElement.getBoundingClientRect();
         const inside = box.left >= frame.left && box.right <= frame.right
             && box.top >= frame.top && box.bottom <= frame.bottom;
@@ -548,7 +645,7 @@ def test_charts_are_drawn_inside_their_frame(page):
     }})""")
     assert len(boxes) > 30
     assert all(width > 3 and height > 2 and inside for width, height, inside in boxes)
-    assert len(visible(browser, ".chart circle")) > 2 and len(visible(browser, ".chart .line path")) > 2
+    assert len(visible(browser, ".chart circle")) > 1 and len(visible(browser, ".chart .line path")) > 2
 
 
 @pytest.mark.parametrize("width", [360, 390, 700, 1000, 1280])
@@ -557,7 +654,9 @@ def test_nothing_scrolls_sideways(page, width):
     browser.execute_script("document.querySelectorAll('details').forEach((part) => (part.open = true))")
     wide, inner = browser.execute_script("return [document.documentElement.scrollWidth, innerWidth]")
     assert inner == width and wide <= width
-    over = visible(browser, "main *, header *, #filters *", "e => [e.tagName, e.getBoundingClientRect().right]")
+    outside = ":not(.cells *, .box *)"  # these boxes scroll by themselves
+    parts = f"main {outside}, header *, #filters *"
+    over = visible(browser, parts, "e => [e.tagName, e.getBoundingClientRect().right]")
     assert [entry for entry in over if entry[1] > width + 1] == []
 
 
@@ -566,6 +665,8 @@ def test_without_javascript_everything_is_a_plain_table(page, width):
     browser = page("#dataset=cifar100", width=width, javascript=False)
     assert "js" not in browser.find_element("tag name", "html").get_attribute("class").split()
     assert not browser.find_element("id", "filters").is_displayed()
+    assert not any(part.is_displayed() for part in browser.find_elements("css selector", ".script"))
+    assert browser.find_element("css selector", "#ranking li").is_displayed()
     rows = browser.find_elements("css selector", ROWS)
     assert len(rows) > 15 and all(row.is_displayed() for row in rows)
     assert browser.find_element("css selector", ".chart circle").is_displayed()
@@ -585,3 +686,158 @@ def test_a_mark_leads_to_its_row(page):
         time.sleep(0.05)
     assert browser.execute_script("return document.querySelector(':target').id") == row
     assert set(visible(browser, ROWS, "e => e.dataset.dataset")) == {"cifar10"}  # the filter stays
+
+
+def test_a_filter_takes_several_values_and_marks_what_would_leave_nothing(page):
+    browser = page()
+    choose(browser, "dataset", "cifar100")
+    options = browser.execute_script("""
+        const wanted = [...document.querySelectorAll(".choice[data-name=method] label")];
+        return Object.fromEntries(wanted.map((l) => {
+            const input = l.querySelector("input");
+            return [input.value, [input.disabled, l.querySelector("small").textContent]];
+        }))""")
+    assert options["dm"] == [False, "3"] and options["m" * 200] == [True, "0"]
+    published = leaderboard.read_published(leaderboard.PUBLISHED_CSV)[0]
+    quoted = sum((row.method, row.dataset) == ("ftd", "cifar100") for row in published)
+    assert options["ftd"] == [False, f"{quoted} published"]
+    choose(browser, "method", "dm", "dsa")
+    assert set(visible(browser, ROWS, "e => e.dataset.method")) == {"dm", "dsa"}
+    assert browser.current_url.count("method=") == 2
+    browser.find_element("css selector", "input[name=q]").send_keys("siamese ipc10")
+    assert visible(browser, ROWS, "e => e.dataset.method") == ["dsa"]  # a word of the paper, and of the set's name
+    hash = "#" + browser.current_url.split("#")[1]
+    browser = page(hash)
+    assert visible(browser, ROWS, "e => [e.dataset.method, e.dataset.ipc]") == [["dsa", "10"]]
+
+
+def test_the_csv_has_the_rows_of_the_view(page, tmp_path):
+    browser = page("#dataset=cifar10&protocol=dc-v1&sort=accuracy:desc")
+    behaviour = {"behavior": "allow", "downloadPath": str(tmp_path)}
+    browser.execute_cdp_cmd("Browser.setDownloadBehavior", behaviour)
+    browser.find_element("id", "download").click()
+    file, deadline = tmp_path / "condense-leaderboard.csv", time.monotonic() + 10
+    while not file.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    with file.open(encoding="utf-8", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    everything(browser)
+    wanted = visible(browser, f"{BOARD} tbody[id]", "e => e.dataset")
+    assert [(row["method"], row["ipc"]) for row in rows] == [(data["method"], data["ipc"]) for data in wanted]
+    values = [float(row["accuracy"]) for row in rows]
+    assert len(rows) > 8 and values == sorted(values, reverse=True) and values[0] <= 1
+
+
+def test_text_of_a_record_is_no_formula_in_the_csv(page):
+    browser = page("#q=hostile")
+    field = browser.execute_script("return document.querySelector('tbody[id^=hostile]').dataset.facts")
+    assert json.loads(field)["csv"]["method"] == "<script>throw 1</script>"
+    source = (leaderboard.HERE / "page" / "page.js").read_text()
+    (function,) = re.findall(r"  (function field\(value\) \{.*?\n  \})", source, re.S)
+    answers = browser.execute_script(f"{function}; return ['=1+1', '-2', 'a,\"b', 3, null, -0.5].map(field)")
+    assert answers == ["'=1+1", "'-2", '"a,""b"', "3", "", "-0.5"]
+
+
+def test_rankings_follow_the_filters_and_lists_are_short_until_asked(page):
+    browser = page(width=390)
+    height = browser.execute_script("return document.documentElement.scrollHeight")
+    counts = [len(browser.find_elements("css selector", BOARD + rows)) for rows in (" tbody:not(.beyond)", " tbody")]
+    assert 2 < counts[0] < counts[1]
+    names = """return [...document.querySelectorAll('#ranking .cell')]
+        .find((cell) => cell.innerText.includes("cifar10, IPC 10") && cell.innerText.includes(arguments[0]))
+        .innerText.match(/\\b(mtt|dsa|dm|random)\\b(?! real)/g)"""
+    assert browser.execute_script(names, f"{OWN}, dc-v1") == ["mtt", "dsa", "dm", "random"]
+    everything(browser)
+    browser.execute_script("document.querySelectorAll('.fold, .tools').forEach((part) => (part.open = true))")
+    assert height < browser.execute_script("return document.documentElement.scrollHeight") / 3
+    assert not browser.find_elements("css selector", "tbody.beyond")
+    choose(browser, "method", "dm", "dsa")
+    assert browser.execute_script(names, f"{OWN}, dc-v1") == ["dsa", "dm"]
+
+
+def test_no_target_of_a_link_lies_under_the_bar(page):
+    browser = page()
+    bar = "document.getElementById('filters').getBoundingClientRect().bottom"
+    names = "return [...document.querySelectorAll('#ranking li a')].map((a) => a.hash.slice(1))"
+    for target in [*browser.execute_script(names)[:3], "published"]:
+        browser.execute_script("location.hash = arguments[0]", target)
+        deadline = time.monotonic() + 10
+        where = f"return [document.getElementById(arguments[0]).getBoundingClientRect().top, {bar}, innerHeight]"
+        while True:
+            top, below, height = browser.execute_script(where, target)
+            if below <= top < height or time.monotonic() > deadline:
+                break
+            time.sleep(0.05)
+        assert below <= top < height and below > 40
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_two_sets_are_compared(page, width):
+    browser = page("#dataset=cifar10&protocol=dc-v1", width=width)
+    picks = {name: browser.find_element("css selector", f"tbody[id^={name}] .pick") for name in (FIRST, SECOND)}
+    for button in picks.values():
+        browser.execute_script("arguments[0].click()", button)
+    assert [button.get_attribute("aria-pressed") for button in picks.values()] == ["true", "true"]
+    pair = browser.find_element("id", "pair")
+    assert len(pair.find_elements("css selector", ".pictures img")) == 2
+    rows = "return [...arguments[0].querySelectorAll('tbody tr')].map((r) => [...r.cells].map((c) => c.textContent))"
+    groups, lines = {}, {}
+    for name, *values in browser.execute_script(rows, pair):
+        lines = lines if values else groups.setdefault(name, {})
+        lines |= {name: values} if values else {}
+    assert list(groups) == [f"on {OWN}", "on resnet18-bn", "the set"]
+    *accuracies, gap = groups[f"on {OWN}"]["accuracy, %"]
+    cells = [f"tbody[id^={name}][data-network='{OWN}'] .accuracy" for name in (FIRST, SECOND)]
+    texts = [browser.find_element("css selector", cell).get_attribute("textContent") for cell in cells]
+    assert all(text.startswith(accuracy) for text, accuracy in zip(texts, accuracies))
+    assert ([accuracy[:4] for accuracy in accuracies], gap) == (["48.9", "65.3"], "+16.4")
+    assert groups["on resnet18-bn"]["accuracy, %"][1:] == ["not judged", ""]
+    assert groups["the set"]["bytes"] == ["1.2 MB", "1.2 MB", "× 1"]
+    assert groups["the set"]["time to make"] == ["7.67 min", "16.7 h", "× 130"]
+    assert "a=s" in browser.current_url and "b=s" in browser.current_url
+    browser.execute_script("document.getElementById('swap').click()")
+    assert "−16.4" in pair.text
+    if width < 600:
+        return
+    browser = page("#" + browser.current_url.split("#")[1], width=width)
+    assert "−16.4" in browser.find_element("id", "pair").text
+    browser.execute_script("document.querySelector('#compare [type=reset]').click()")
+    deadline = time.monotonic() + 10
+    while browser.find_element("id", "pair").text and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert browser.find_element("id", "pair").text == "" and "a=s" not in browser.current_url
+
+
+FIRST, SECOND = "cifar10-dm-ipc10", "cifar10-mtt-ipc10"
+
+
+def test_two_methods_are_compared_where_both_have_a_cell(page):
+    browser = page("#a=m:dm&b=m:dsa")
+    pair = browser.find_element("id", "pair")
+    rows = [row.text for row in pair.find_elements("css selector", "tbody tr")]
+    assert len(rows) == 5  # IPC 1, 10, 50 of CIFAR-10 and 1, 10 of CIFAR-100
+    assert "ahead of A (dm) in 4 of 5 cells" in pair.text
+    gaps = [gap for row in rows for gap in re.findall(r" ([+−]\d\.\d) ", row)]
+    assert gaps == ["+3.0", "+3.0", "−2.0", "+3.0", "+3.0"]
+    browser = page("#a=m:sre2l&b=m:dsa")
+    assert "No cell has both" in browser.find_element("id", "pair").text
+    browser = page("#a=s:hostile&b=m:dm")
+    assert "<script>throw 1</script>" in browser.find_element("id", "pair").text
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_accessibility_rules_hold(browser, tmp_path, width):
+    axe = pytest.importorskip("axe_core_python", reason="axe-core-python is not installed")
+    for stem, content in (("dm", record("dm", full=0.85)), ("rded", record("rded", label_kind="teacher"))):
+        write(tmp_path / "results", stem, content)
+    small = leaderboard.build_page(tmp_path / "results", tmp_path / "site", None)
+    metrics = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 600}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    addresses = [f"{small.index.as_uri()}#a=m:dm&b=m:rded", (small.index.parent / "cards" / "dm.html").as_uri()]
+    for address in addresses if width < 600 else addresses[:1]:
+        browser.get(address)
+        browser.execute_script("document.querySelectorAll('details').forEach((part) => (part.open = true))")
+        browser.execute_script((Path(axe.__file__).parent / "axe.min.js").read_text())
+        found = browser.execute_async_script("axe.run({resultTypes: ['violations']}).then(arguments[0])")
+        faults = [(rule["id"], [node["html"][:200] for node in rule["nodes"][:3]]) for rule in found["violations"]]
+        assert faults == [] and len(found["passes"]) > 10
