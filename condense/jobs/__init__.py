@@ -8,6 +8,7 @@ from condense.jobs.checks import (
     check_scores,
     check_teachers,
     run_checks,
+    teacher_options,
 )
 from condense.jobs.execute import resume, run_job
 from condense.jobs.job import is_finished, is_resumable, is_unfinished, read_job, resolve_job, resolve_settings
@@ -34,4 +35,5 @@ __all__ = [
     "resume",
     "run_checks",
     "run_job",
+    "teacher_options",
 ]

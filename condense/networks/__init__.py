@@ -22,6 +22,7 @@ from condense.networks.calibration import ComputeConfig, FlopCounter, calibrate,
 from condense.networks.ensemble import MeanLogits, device_of, mean_of_flat_networks
 from condense.networks.flat import Layout, layout_of
 from condense.networks.group_norm import GroupNorm
+from condense.networks.head import WithHead, embedding_size, last_linear
 from condense.networks.memory_format import MemoryFormat, memory_format
 from condense.networks.outline import build_outline, check_network_memory
 from condense.networks.pretrained import (
@@ -75,6 +76,7 @@ __all__ = [
     "StagedNet",
     "State",
     "TeacherFile",
+    "WithHead",
     "Wrapped",
     "architecture_of",
     "as_network",
@@ -87,12 +89,14 @@ __all__ = [
     "check_public_weights",
     "combined_sha256",
     "device_of",
+    "embedding_size",
     "evaluating",
     "fastest_rate",
     "find_backbone",
     "freeze",
     "is_normalisation",
     "is_public",
+    "last_linear",
     "layout_of",
     "library_version",
     "load_public_weights",

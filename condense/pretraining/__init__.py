@@ -25,6 +25,8 @@ from condense.pretraining.snapshots import SnapshotOptions, Snapshots, load_or_t
 from condense.pretraining.store import ContentGuard, TrainedFile, parts_folder, transform_digests
 from condense.pretraining.teachers import (
     DEFAULT_TEACHER_NETWORK,
+    OBJECTIVES,
+    BarlowOptions,
     TeacherOptions,
     TeacherTraining,
     teacher_cache_file,
@@ -47,10 +49,12 @@ from condense.pretraining.trajectories import (
 __all__ = [
     "DEFAULT_TEACHER_NETWORK",
     "MAX_EXPERT_GROUP",
+    "OBJECTIVES",
     "PLAN_FILE",
     "TRAJECTORY_DTYPES",
     "TRAJECTORY_FORMAT",
     "Architecture",
+    "BarlowOptions",
     "Committee",
     "ContentGuard",
     "ExpertOptions",
