@@ -57,14 +57,14 @@ class FeatureLabels(Labels):
 
     @torch.no_grad()
     def label_images(self, images: Tensor, teacher: nn.Module, seed: int, hard: Tensor | None = None) -> FeatureLabels:
-        """Labels other images with the features of ``teacher``, a :class:`condense.networks.Network` in eval mode.
+        """Labels other images with the features of ``teacher``, the ``embed`` of a network in eval mode.
 
         Raises:
             CondenseError: ``teacher`` has no features, or not as many as these labels.
         """
         if not hasattr(teacher, "embed"):
-            raise CondenseError("features labels need one network with features, not an ensemble")
-        features = torch.cat([teacher.embed(part).float() for part in images.split(256)])
+            raise CondenseError(f"features labels need a network with features, not {type(teacher).__name__}")
+        features = torch.cat([teacher.embed(part).float() for part in images.split(256)])  # type: ignore[operator]
         if features.shape[1] != self.outputs:
             raise CondenseError(f"the teacher has {features.shape[1]} features, the labels have {self.outputs}")
         return FeatureLabels(features)

@@ -19,6 +19,7 @@ from condense.pretraining.experts import (
     load_experts,
     load_or_train_experts,
 )
+from condense.pretraining.features import load_or_compute_features
 from condense.pretraining.pipeline import Architecture, iter_training_groups, make_student
 from condense.pretraining.scoring import ScoreOptions, load_or_train_scores
 from condense.pretraining.snapshots import SnapshotOptions, Snapshots, load_or_train_snapshots
@@ -78,6 +79,7 @@ __all__ = [
     "iter_training_groups",
     "load_expert_ensemble",
     "load_experts",
+    "load_or_compute_features",
     "load_or_train_experts",
     "load_or_train_scores",
     "load_or_train_snapshots",
