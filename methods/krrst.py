@@ -1,4 +1,4 @@
-"""KRR-ST: self-supervised distillation for transfer, by kernel ridge regression on features of networks trained on the set."""
+"""KRR-ST: self-supervised dataset distillation for transfer, by kernel ridge regression on features of networks."""
 
 from __future__ import annotations
 
@@ -235,7 +235,7 @@ def krrst(task: Task, config: KRRST, run: Run) -> SyntheticSet:
         with run.autocast():
             with torch.no_grad():
                 real = torch.cat(
-                    [net.embed(task.batch(part)) for part in ids.split(run.forward_chunk_size() or len(ids))]
+                    [net.embed(run.task.batch(part)) for part in ids.split(run.forward_chunk_size() or len(ids))]
                 )
             fake = net.embed(synthetic.images)
         real, fake = with_bias(real.float()), with_bias(fake.float())
