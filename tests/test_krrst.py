@@ -118,11 +118,11 @@ def test_the_pool_learns_the_targets_of_the_set(tiny):
 
 
 def test_learned_sets_predict_real_features_better(tiny):
-    """The outer loss falls well below that of the initial set, under networks that the pool never had."""
-    settings = {**QUICK, "pool_steps": 20, "lr_img": 0.02, "lr_label": 0.02, "batch_real": 36, "network": NETWORK}
+    """The outer loss is below that of the initial set, under networks that the pool never had."""
+    settings = {**QUICK, "pool_steps": 20, "batch_real": 36, "network": NETWORK}
     losses = []
-    for steps in (1, 40):
-        made = condense.distill("krrst", tiny, 1, seed=3, **{**settings, "steps": steps})
+    for steps, rate in ((1, 0.0), (120, 0.02)):
+        made = condense.distill("krrst", tiny, 1, **{**settings, "steps": steps, "lr_img": rate, "lr_label": rate})
         (path,) = (cache_dir() / "features").glob("*.npy")
         features, loss = torch.from_numpy(np.load(path)).float(), 0.0
         for number in range(3):
@@ -282,15 +282,16 @@ def small_set(tmp_path_factory):
     return folder / "set.h5", teachers
 
 
-@pytest.fixture
-def few_steps(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def few_steps(tmp_path_factory):
     """Every protocol of transfer takes three steps."""
-    folder = tmp_path / "protocols"
-    folder.mkdir()
+    folder = tmp_path_factory.mktemp("protocols")
     for name in ("transfer-v1", "finetune-v1", "dc-v1"):
         content = {**dataclasses.asdict(get_protocol(name)), "steps": 3, "batch": 16, "runs": 2}
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
-    monkeypatch.setenv("CONDENSE_PROTOCOLS", str(folder))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CONDENSE_PROTOCOLS", str(folder))
+        yield
 
 
 def test_a_set_counts_its_targets_and_loads_without_its_method(small_set, monkeypatch):
@@ -360,7 +361,7 @@ def test_a_network_that_is_fitted_has_an_output_for_each_feature(small_set, few_
     assert distilled.loss(outputs, targets) < distilled.loss(untrained(images), targets)
 
 
-def test_protocols_that_do_not_fit_are_refused(small_set, tiny):
+def test_protocols_that_do_not_fit_are_refused(small_set, few_steps, tiny):
     distilled = DistilledSet.load(small_set[0])
     for arguments, message in (
         ({"protocol": "dc-v1"}, "--protocol dc-v1: tests students on classes, but the labels .* are features; take"),
