@@ -23,6 +23,7 @@ BEGIN, END = "<!-- methods: begin -->", "<!-- methods: end -->"
 
 FAMILIES = {
     "curriculum_synthesis": "decoupled (squeeze, recover, relabel)",
+    "krrst": "kernel regression on features",
     "label_lightening": "label compression",
 }
 """Module or folder of a family to the family's name, where it is not the module's name with spaces."""

@@ -93,8 +93,7 @@ class KRRST(BarlowOptions):
     init: str = "real"
     """Initial images: real (random real images), noise, or one of the other ways of `condense show dm`."""
     committee: str = ""
-    """Architecture of the target model, whose features are learned; the run's network by default, published
-    resnet18-bn."""
+    """Architecture of the target model, the run's network by default. Published: resnet18-bn."""
 
     steps_change_schedule: ClassVar[bool] = True  # a finished run cannot be given more steps
 
