@@ -52,7 +52,7 @@ class KernelRidge(torch.autograd.Function):
         return cross @ weights
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, Tensor, None]:
         real, fake, cross, factor, weights = ctx.saved_tensors
         solved = torch.cholesky_solve(cross.T @ gradient, factor)
         # Through k: weights (gradient^T R). Through A, whose gradient is -solved weights^T: both of its sides are S.

@@ -35,25 +35,35 @@ def fit_linear_probe(net: Network, task: Task, *, device: torch.device, precisio
         The layer (features to classes), on the device.
     """
     net.to(device).eval()
-    labels = torch.as_tensor(task.train.labels).to(device)
-    fitted, held = [0, 0], []
-    for ids in torch.arange(len(task.train)).split(TEST_CHUNK):
+
+    def embed(ids: Tensor) -> tuple[Tensor, Tensor]:
         with autocast(device, precision):
             features = net.embed(task.batch(ids)).double()
-        features = F.pad(features, (0, 1), value=1.0)
-        classes = labels[ids.to(device)]
-        targets = F.one_hot(classes, task.num_classes).double()
-        is_held = (ids % HELD_OUT == 0).to(device)
-        for k, rows in enumerate((~is_held, is_held)):
-            fitted[k] = fitted[k] + features[rows].T @ torch.cat([features[rows], targets[rows]], 1)
-        held.append((features[is_held], classes[is_held]))
-    rest, whole = fitted[0], fitted[0] + fitted[1]
-    points, classes = (torch.cat(parts) for parts in zip(*held))
-    correct = [int(((points @ _solve(rest, ridge)).argmax(1) == classes).sum()) for ridge in RIDGES]
-    weights = _solve(whole, RIDGES[correct.index(max(correct))]).float()
-    probe = nn.Linear(len(weights) - 1, task.num_classes, device=device)
-    probe.weight.copy_(weights[:-1].T)
-    probe.bias.copy_(weights[-1])
+        return F.pad(features, (0, 1), value=1.0), torch.from_numpy(task.train.labels[ids.numpy()]).to(device)
+
+    def sums_over(ids: Tensor) -> Tensor:
+        total: Tensor | None = None
+        for part in ids.split(TEST_CHUNK):
+            features, classes = embed(part)
+            products = features.T @ torch.cat([features, F.one_hot(classes, task.num_classes)], 1)
+            total = products if total is None else total + products
+        assert total is not None
+        return total
+
+    everything = torch.arange(len(task.train))
+    held = everything % HELD_OUT == 0
+    fitted, rest = sums_over(everything[~held]), sums_over(everything[held])
+    weights = [_solve(fitted, ridge) for ridge in RIDGES]
+    correct = [0] * len(RIDGES)
+    for part in everything[held].split(TEST_CHUNK):
+        features, classes = embed(part)
+        correct = [
+            count + int(((features @ weight).argmax(1) == classes).sum()) for count, weight in zip(correct, weights)
+        ]
+    chosen = _solve(fitted + rest, RIDGES[correct.index(max(correct))]).float()
+    probe = nn.Linear(len(chosen) - 1, task.num_classes, device=device)
+    probe.weight.copy_(chosen[:-1].T)
+    probe.bias.copy_(chosen[-1])
     return probe
 
 
