@@ -214,7 +214,7 @@ def krrst(task: Task, config: KRRST, run: Run) -> SyntheticSet:
     normalised and the set unnormalised, here both are in training space. It computes the target features of the real
     images in every step, here once, in float16. Its widths of the stages of the ConvNet differ (128, 256, 512).
     """
-    target = get_committee(config, run)
+    target = get_committee(config, run, features_only=True)
     features = load_or_compute_features(run, target.members[0])
     options = SyntheticOptions(init=config.init)
     synthetic = SyntheticSet.create(task, run.ipc, options, seed=run.seed, device=run.device)

@@ -1,5 +1,6 @@
 """KRR-ST: kernel ridge regression, the pool, teachers without classes, feature labels, and transfer."""
 
+import copy
 import dataclasses
 import json
 import sys
@@ -249,6 +250,24 @@ def test_methods_find_teachers_of_the_command_line_and_features_of_other_runs(ti
     path.write_bytes(path.read_bytes()[:100])  # a damaged file is made again
     again = condense.distill("krrst", tiny, 1, network=NETWORK, **{**QUICK, "committee": NETWORK, "pool_steps": 2})
     assert again.sha256() == made.sha256() and np.array_equal(np.load(path), stored)
+
+
+def test_public_weights_of_other_classes_are_a_target_model(tiny, few_steps, monkeypatch):
+    """The accuracy of their classes is not measured; the evaluation finds them again."""
+    from condense.networks import pretrained
+
+    with rng.seeded("public"):
+        net = torch.nn.Sequential(
+            torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(144, 7)
+        )
+    weights = pretrained.PublicWeights(7, [0.5] * 3, [0.2] * 3, (8, 8), lambda: copy.deepcopy(net), "place", "origin")
+    monkeypatch.setattr(pretrained, "torchvision_weights", lambda name, named: weights)
+    made = condense.distill("krrst", tiny, 1, network=NETWORK, **{**QUICK, "teachers": "torchvision:net"})
+    assert made.labels.outputs == 144 and made.manifest["teachers"]["accuracies"] == [None]
+    record = condense.evaluate(made, tiny, runs=1)
+    assert {entry["arm"] for entry in record["results"]} == {"distilled", "random", "scratch"}
+    with pytest.raises(CondenseError, match="its weights distinguish 7 classes, the data have 3"):
+        condense.distill("sre2l", tiny, 1, network=NETWORK, steps=1, teachers="torchvision:net")
 
 
 # -- feature labels ---------------------------------------------------------------------------------------------------

@@ -76,10 +76,12 @@ def evaluate(
     force: Force = False,
 ) -> None:
     """Evaluates a set against control arms under a protocol."""
+    from condense.data import load_task
     from condense.judge import evaluation, records
     from condense.judge import transfer as transfers
 
     distilled, real = load_set_and_data(file, data, settings, download=download, record=out, force=force)
+    others = [load_task(name, real.options, download=download) for name in (transfer.split(",") if transfer else ())]
     record = evaluation.evaluate(
         distilled,
         real,
@@ -91,7 +93,7 @@ def evaluate(
         teachers=teachers,
         classes=None if classes is None else classes.split(","),
         curve=parse_numbers("--curve", curve, "shares of the training") or (),
-        transfer=transfer.split(",") if transfer else (),
+        transfer=others,
         seed=seed,
         device=device,
         precision=precision,
