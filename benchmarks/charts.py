@@ -19,6 +19,7 @@ SHAPES = {
     "attention matching": "drop",
     "decoupled (squeeze, recover, relabel)": "pentagon",
     "label compression": "hexagon",
+    "kernel regression on features": "house",
 }
 """The shape tells the family, the colour the method within it."""
 OTHER_SHAPE = "star"

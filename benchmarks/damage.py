@@ -47,6 +47,7 @@ from condense.files import read_state, tensors_sha256, write_json
 from condense.judge import records
 from condense.labels import (
     DistanceLabels,
+    FeatureLabels,
     HardLabels,
     Int8TeacherLabels,
     Labels,
@@ -108,6 +109,7 @@ def make_labels(kind: str) -> Labels:
     made: dict[str, Callable[[], Labels]] = {
         "hard": lambda: HardLabels(hard, CLASSES),
         "soft": lambda: SoftLabels(random_tensor(IMAGES, CLASSES)),
+        "features": lambda: FeatureLabels(random_tensor(IMAGES, 7)),
         "static": lambda: StaticLabels(random_tensor(IMAGES, CLASSES), 0),
         "per-view": lambda: per_view,
         "distances": lambda: DistanceLabels(random_tensor(EPOCHS, IMAGES, 2).abs(), hard, CLASSES, 0),
@@ -340,6 +342,7 @@ def _cache_kind(name: str) -> Kind:
 LABEL_KINDS = (
     "hard",
     "soft",
+    "features",
     "static",
     "per-view",
     "distances",

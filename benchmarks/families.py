@@ -10,6 +10,7 @@ from condense.registry import METHODS
 
 NAMES = {
     "curriculum_synthesis": "decoupled (squeeze, recover, relabel)",
+    "krrst": "kernel regression on features",
     "label_lightening": "label compression",
 }
 """Module or folder of a family to the family's name, where it is not the module's name with spaces."""
@@ -35,7 +36,10 @@ def method_facts(name: str) -> Facts:
     """Family, paper, year and link of a method; those of an unknown one are empty and its family is ``OTHER``."""
     if name not in METHODS:
         return Facts(OTHER)
-    entry, file = METHODS.get(name), config.method_file(name)
+    entry = METHODS.get(name)
+    if name not in config.method_paths():  # a plug-in, or an installed package
+        return Facts(OTHER, entry.paper, entry.year)
+    file = config.method_file(name)
     if not file.module.startswith(PACKAGE):
         return Facts(OTHER, entry.paper, entry.year, file.link)
     family = file.module.removeprefix(PACKAGE).partition(".")[0]

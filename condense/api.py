@@ -280,6 +280,7 @@ def teachers(
     device: str = "auto",
     precision: str = "auto",
     held_out: float | None = None,
+    objective: str | None = None,
     force: bool = False,
     quiet: bool = True,
     **settings: Any,
@@ -291,7 +292,7 @@ def teachers(
     Args:
         data: a :class:`Task`, or the ``data`` argument of ``condense.task``.
         networks: architectures, joined by commas or as a list; by default those of the method.
-        method: method that uses the teachers; its settings define their training. None: ``TeacherOptions``.
+        method: method that uses the teachers; its settings define their training. None: those of ``objective``.
         count: teachers of each architecture; by default ``num_teachers`` of the settings.
         epochs: epochs of training; by default ``teacher_epochs`` of the settings.
         out: file to write; by default the file in the cache in which methods look for such teachers.
@@ -300,6 +301,8 @@ def teachers(
         precision: auto, fp32 or bf16, unless the method requires one of them.
         held_out: share of each class that is not trained on but used to measure accuracy; by default the method's. If
             it is 0, accuracy is measured on the real test images.
+        objective: what the teachers are trained for if no method says it: classes (the default), or barlow (Barlow
+            Twins, without classes; their accuracy is that of a linear probe).
         force: replace ``out`` if it belongs to different data or training, or is damaged.
         quiet: no progress on stderr.
         settings: hyper-parameters of the method.
@@ -312,6 +315,7 @@ def teachers(
     """
     checked: dict[str, Any] = {"held_out": held_out, "device": device, "precision": precision}
     seed = whole_number(seed, "--seed")
+    checked["objective"] = objective
     config = jobs.check_teachers(method, settings, networks=networks, count=count, epochs=epochs, **checked)
     real = data if isinstance(data, Task) else task(data)
     architectures = config.architectures(METHODS.get(method).network if method else DEFAULT_TEACHER_NETWORK)

@@ -26,6 +26,8 @@ FROZEN = ("lr_lr", "lr_label")
 SMALL_STEP = {name: {"lr_img": 1.0} for name in ("mtt", "tesla", "ftd", "ast", "datm")}
 # Noise would be clamped to the range of pixels in the first step.
 SMALL_STEP |= {name: {"lr_img": 1e-3, "init": "real"} for name in ("sre2l", "cda", "lpld", "lpqld")}
+# The networks of the pool change in each step, unless their rate is 0 and they keep no running statistics.
+SMALL_STEP |= {"krrst": {"lr_img": 1e-3, "pool_lr": 0.0, "pool_steps": 50, "network": "convnet-d2-w8-in"}}
 STORED = {"infer": 4}
 """Images that a set of 2 images for each of 3 classes holds, where not 6."""
 NETWORK = "convnet-d2-w8-in"

@@ -39,8 +39,16 @@ def evaluate(
     runs: Runs = None,
     protocol: ProtocolOption = None,
     controls: Annotated[
-        str, typer.Option(help="control arms: random,random-hard,random-bytes,noise,full,full-equal,rs2, or none")
+        str,
+        typer.Option(
+            help="control arms: random,random-hard,random-bytes,noise,full,full-equal,rs2, or none; under transfer-v1 "
+            "random,full and files of other sets"
+        ),
     ] = "random",
+    transfer: Annotated[
+        str | None,
+        typer.Option(help="DATA,...: other real data that networks pretrained on the set are tested on (transfer-v1)"),
+    ] = None,
     without_augmentation: Annotated[
         bool,
         typer.Option(
@@ -70,9 +78,12 @@ def evaluate(
     force: Force = False,
 ) -> None:
     """Evaluates a set against control arms under a protocol."""
+    from condense.data import load_task
     from condense.judge import evaluation, records
+    from condense.judge import transfer as transfers
 
     distilled, real = load_set_and_data(file, data, settings, download=download, record=out, force=force)
+    others = [load_task(name, real.options, download=download) for name in (transfer.split(",") if transfer else ())]
     record = evaluation.evaluate(
         distilled,
         real,
@@ -84,6 +95,7 @@ def evaluate(
         teachers=teachers,
         classes=None if classes is None else classes.split(","),
         curve=parse_numbers("--curve", curve, "shares of the training") or (),
+        transfer=others,
         seed=seed,
         device=device,
         precision=precision,
@@ -92,9 +104,10 @@ def evaluate(
     )
     if not is_main_process():
         return
+    is_transfer = record["schema"] == transfers.TRANSFER_SCHEMA
     used = machine(record["environment"]["device"], record["environment"]["precision"])
     print(f"{distilled.name} on {real.name}, {record['protocol']['name']}, {used}")
-    print(records.format_record(record))
+    print((transfers.format_transfer if is_transfer else records.format_record)(record))
     if out is not None:
         records.write_record(record, out)
         print(f"record: {out}")

@@ -96,6 +96,10 @@ def teachers(
         str | None,
         typer.Option("--for", metavar="METHOD", help="method whose settings define the training; by default none"),
     ] = None,
+    objective: Annotated[
+        str | None,
+        typer.Option(help="what teachers are trained for: classes, or barlow (Barlow Twins, without classes)"),
+    ] = None,
     out: NetworksFile = None,
     held_out: HeldOut = None,
     seed: Seed = 0,
@@ -107,13 +111,11 @@ def teachers(
     """Trains teachers on real data and stores them. Run it again to resume, or to add teachers."""
     from condense import api, config, jobs
     from condense.data import DataOptions
-    from condense.pretraining import TeacherOptions
-    from condense.registry import METHODS
 
     keys: dict[str, Any] = config.parse_overrides(settings or [])
-    options, values = sort_settings(keys, DataOptions, METHODS.get(method).config if method else TeacherOptions)
+    options, values = sort_settings(keys, DataOptions, jobs.teacher_options(objective, method))
     training: dict[str, Any] = {"networks": networks, "count": count, "epochs": epochs}
-    training |= {"held_out": held_out, "device": device, "precision": precision}
+    training |= {"held_out": held_out, "objective": objective, "device": device, "precision": precision}
     jobs.check_teachers(method, values, options, **training)
     real = api.task(data, download=download, **options)
     result = api.teachers(real, method=method, out=out, seed=seed, force=force, quiet=False, **training, **values)

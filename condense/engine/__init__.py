@@ -10,7 +10,7 @@ from condense.engine.checkpoint import (
 )
 from condense.engine.optimizer import ParamGroup, SyntheticOptimizer
 from condense.engine.real_batches import BATCH_DEFAULTS, BATCHES, RealBatches, RealBatchOptions
-from condense.engine.run import Run, Step
+from condense.engine.run import Run, Step, copy_state
 from condense.engine.unrolling import (
     GRAD_MODES,
     BatchLoss,
@@ -44,5 +44,6 @@ __all__ = [
     "Target",
     "UnrollResult",
     "check_unroll_options",
+    "copy_state",
     "unroll",
 ]

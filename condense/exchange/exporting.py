@@ -206,7 +206,7 @@ def _write_hf(distilled: DistilledSet, folder: Path, datasets: Any) -> None:
         "image": datasets.Image(),
         "label": datasets.ClassLabel(names=list(distilled.classes))
         if hard
-        else datasets.Sequence(datasets.Value("float32"), length=len(distilled.classes)),
+        else datasets.Sequence(datasets.Value("float32"), length=targets.shape[1]),
     }
     if not exact:
         columns["array"] = list(images[order].float().cpu().numpy())
@@ -234,7 +234,7 @@ def _card(distilled: DistilledSet, exact: bool, hard: bool) -> str:
     }
     rows = [
         "| `image` | PNG of the pixels, " + ("exact |" if exact else "clipped to [0,1] and rounded to 8 bits |"),
-        f"| `label` | {'class' if hard else 'probability of each class'} |",
+        f"| `label` | {'class' if hard else 'features' if distilled.labels.outputs else 'probability of each class'} |",
     ]
     if not exact:
         shape = ", ".join(map(str, distilled.shape))

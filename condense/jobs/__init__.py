@@ -8,6 +8,7 @@ from condense.jobs.checks import (
     check_scores,
     check_teachers,
     run_checks,
+    teacher_options,
 )
 from condense.jobs.execute import resume, run_job
 from condense.jobs.given_files import fill_from_files
@@ -44,5 +45,6 @@ __all__ = [
     "resume",
     "run_checks",
     "run_job",
+    "teacher_options",
     "was_stopped",
 ]

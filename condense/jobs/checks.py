@@ -18,7 +18,7 @@ from condense.errors import CondenseError, did_you_mean
 from condense.files import check_name, check_writable
 from condense.jobs.job import CONFIG_FILE, RESULT_FILE, read_job, resolve_settings, resume_call
 from condense.judge import get_protocol
-from condense.pretraining import TRAJECTORY_DTYPES, ScoreOptions, TeacherOptions
+from condense.pretraining import OBJECTIVES, TRAJECTORY_DTYPES, ScoreOptions, TeacherOptions
 from condense.registry import METHODS
 from condense.tracking import check_tracker
 
@@ -114,6 +114,7 @@ def check_teachers(
     count: int | None = None,
     epochs: int | None = None,
     held_out: float | None = None,
+    objective: str | None = None,
     device: str = "auto",
     precision: str = "auto",
 ) -> Any:
@@ -137,8 +138,9 @@ def check_teachers(
 
     def resolve_options() -> Any:
         if method:
+            teacher_options(objective, method)
             return resolve_settings(METHODS.get(method), settings)
-        config = build_config(TeacherOptions, settings, "teachers")
+        config = build_config(teacher_options(objective, method), settings, "teachers")
         config.check_teachers()
         return config
 
@@ -149,6 +151,22 @@ def check_teachers(
         resolve_options,
     )
     return config
+
+
+def teacher_options(objective: str | None, method: str | None) -> type[TeacherOptions]:
+    """Returns the class of the settings of teachers, which for a method are part of its own.
+
+    Raises:
+        CondenseError: an unknown objective, or one beside a method.
+    """
+    if method:
+        if objective is not None:
+            raise CondenseError(f"--objective {objective}: --for {method} says what its teachers are trained for")
+        config: type[TeacherOptions] = METHODS.get(method).config
+        return config
+    if objective not in (None, *OBJECTIVES):
+        raise CondenseError(f"--objective {objective}: unknown{did_you_mean(objective, OBJECTIVES)}")
+    return OBJECTIVES[objective or "classes"]
 
 
 def check_scores(

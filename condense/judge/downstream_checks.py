@@ -27,6 +27,7 @@ from condense.judge.evaluation import check_data, data_options, default_protocol
 from condense.judge.protocol import OWN, Protocol, get_protocol
 from condense.judge.records import environment
 from condense.judge.students import make_student
+from condense.judge.transfer import pretraining_rules
 from condense.networks import ComputeConfig, Network, calibrate
 from condense.sets import DistilledSet, check_set
 from condense.tracking import Progress
@@ -106,6 +107,9 @@ def downstream(
         if name not in CHECKS:
             raise CondenseError(f"--checks {name}: unknown{did_you_mean(name, CHECKS)}")
     rules = get_protocol(protocol or default_protocol(distilled))
+    if rules.is_transfer:
+        raise CondenseError(f"--protocol {rules.name}: judges pretrained networks; take one of classes, e.g. dc-v1")
+    pretraining_rules(distilled, rules)  # checks that the protocol fits the labels
     runs = rules.runs if runs is None else whole_number(runs, "--runs")
     architecture = distilled.manifest["network"] if network in (None, OWN) else network
     where = pick_device(device)

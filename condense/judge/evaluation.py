@@ -21,9 +21,16 @@ from condense.formatting import by
 from condense.judge.arms import NetworkFactory, check_control, learned_lr, make_arms, own_source
 from condense.judge.label_source import find_label_teacher
 from condense.judge.protocol import OWN, Protocol, get_protocol
-from condense.judge.records import MAX_TEXT_LENGTH, PUBLISHED_SET, RECORD_SCHEMA, environment, valid_cost
+from condense.judge.records import RECORD_SCHEMA, describe_set, environment, valid_cost
 from condense.judge.scoring import compute_scores, cross_architecture, summary, time_to_accuracy
 from condense.judge.students import Evaluator
+from condense.judge.transfer import (
+    TransferJudge,
+    check_transfer,
+    judge_transfer,
+    pretraining_rules,
+    transfer_tasks,
+)
 from condense.networks import calibrate
 from condense.ranks import Ranks
 from condense.sets import DistilledSet, check_set
@@ -46,6 +53,7 @@ def evaluate(
     teachers: str | Path | None = None,
     classes: Sequence[str] | None = None,
     curve: Sequence[float] = (),
+    transfer: Sequence[Task | Any] = (),
     seed: int = 0,
     device: str = "auto",
     precision: str = "auto",
@@ -82,6 +90,7 @@ def evaluate(
         curve: shares of the training, in (0, 1], after which students are also tested on the real test images, for
             curves of accuracy over images and time. Nothing is chosen by them, and the students are the same without.
             The learning rate follows the whole training, so a point is not the result of a training of its length.
+        transfer: other real data that networks are tested on too, under a protocol of transfer such as transfer-v1.
         seed: seed of the students' weights, shuffles and augmentation, and of the random images.
         device: auto, cpu, cuda, ...
         precision: auto, fp32 or bf16.
@@ -89,17 +98,26 @@ def evaluate(
         quiet: no progress on stderr.
 
     Returns:
-        The record, schema ``condense.record/1``, JSON-ready.
+        The record, schema ``condense.record/1``, JSON-ready. Under a protocol of transfer, schema
+        ``condense.transfer/1``: networks are pretrained on the set and on the arms, then tested by a linear probe and
+        by fine-tuning; controls are random, full (the target model itself) and files of other sets.
 
     Raises:
         CondenseError: the data do not fit the set, an unknown network, protocol or control, or out of memory.
     """
     check_set(distilled)
     rules = get_protocol(protocol or default_protocol(distilled))
+    pretraining_rules(distilled, rules)  # checks that the protocol fits the labels
     torch_device = pick_device(device)
     pick_precision(precision, torch_device)  # checks the name
     seed = whole_number(seed, "--seed")
     controls = [controls] if isinstance(controls, str) else controls or []
+    if rules.is_transfer:
+        check_transfer(
+            controls, rules, curve=curve, classes=classes is not None, **{"without-augmentation": without_augmentation}
+        )
+    elif transfer:
+        raise CondenseError(f"--transfer: {rules.name} tests students on the data of the set; take transfer-v1")
     architectures = _architectures(networks, distilled, rules)
     shares = _curve_shares(curve)
     runs = rules.runs if runs is None else whole_number(runs, "--runs")
@@ -108,14 +126,20 @@ def evaluate(
     distilled = distilled.with_data(task)
     if classes is not None:
         distilled, task = distilled.select_classes(classes), task.select_classes(classes)
-    check_data(distilled, task, architectures, runs, controls)
+    check_data(distilled, task, architectures, runs, [] if rules.is_transfer else controls)
     precision = calibrate(precision, torch_device, architectures[0], task.shape, task.num_classes).precision
     # Ranks selects this rank's GPU, so it comes before the first tensor on the device.
     ranks = Ranks(torch_device, "run the same command again: trained students are kept")
-    task = task.to(torch_device, transform=distilled.transform)
+    others = [each if isinstance(each, Task) else load_task(each, task.options) for each in transfer]
+    task, *others = transfer_tasks(task, others, distilled, torch_device)
     reason = ""
-    if teacher is None and (teachers is not None or ("random" in controls and rules.labels == "soft")):
+    if teacher is None and (teachers is not None or ({"random", "full"} & {*controls} and rules.labels == "soft")):
         teacher, reason = find_label_teacher(distilled, teachers, torch_device)
+    if rules.is_transfer:
+        where = (torch_device, precision, cache, quiet, ranks)
+        judge = TransferJudge(rules, [task, *others], runs, seed, *where, _target_network(distilled))
+        with out_of_memory_advice(torch_device, "take smaller --networks, or another --device"):
+            return judge_transfer(distilled, judge, architectures, list(controls), teacher, reason)
     evaluator = Evaluator(task, rules, runs, seed, torch_device, precision, cache, quiet, ranks, shares)
     arms, missing = make_arms(
         distilled,
@@ -147,6 +171,12 @@ def _architectures(
     return list(dict.fromkeys(own if name == OWN else name for name in names or protocol.networks))
 
 
+def _target_network(distilled: DistilledSet) -> str | None:
+    """The architecture of the network that gave the labels, if the manifest names one."""
+    names = distilled.manifest.get("label_source", {}).get("teachers", {}).get("networks")
+    return str(names[0]) if isinstance(names, list) and names else None
+
+
 def _curve_shares(curve: Sequence[float]) -> tuple[float, ...]:
     """The shares of the training after which students are tested, ascending.
 
@@ -168,26 +198,12 @@ def _record(
     missing: list[dict[str, str]],
     line: str,
 ) -> dict[str, Any]:
-    """Creates the record. Unknown parts of the manifest, which is untrusted, are omitted."""
+    """Creates the record."""
     manifest, kind, data, rules = distilled.manifest, distilled.labels.kind, evaluator.task, evaluator.protocol
-    cost, set_command, own = valid_cost(manifest.get("cost")), manifest.get("command"), manifest["network"]
-    set_seed, nbytes = manifest.get("seed"), distilled.nbytes()
+    cost, own = valid_cost(manifest.get("cost")), manifest["network"]
     return {
         "schema": RECORD_SCHEMA,
-        "set": {
-            "name": distilled.name,
-            "sha256": distilled.sha256(),
-            "method": manifest["method"],
-            "dataset": manifest["dataset"],
-            "ipc": manifest["ipc"],
-            "seed": set_seed if isinstance(set_seed, int) else None,
-            **({"origin": PUBLISHED_SET} if "imported" in manifest else {}),
-            "label_kind": kind,
-            "network": own,
-            "bytes": {**nbytes, "stored": nbytes["total"] - nbytes["external"]},
-            "labelling": {"exactness": distilled.labels.exactness, "step_cost": distilled.labels.step_cost},
-            "command": set_command if isinstance(set_command, str) and len(set_command) <= MAX_TEXT_LENGTH else None,
-        },
+        "set": describe_set(distilled),
         "data": {
             "name": data.name,
             "fingerprint": data.fingerprint,
@@ -246,7 +262,8 @@ def fit(
 ) -> nn.Module:
     """Trains one network on the set under its protocol.
 
-    The network expects training space: call it with ``distilled.transform(images)`` for images in [0,1]. If the
+    The network expects training space: call it with ``distilled.transform(images)`` for images in [0,1]. If the labels
+    are features, it has one output for each of them, and is meant to be trained further on other data. If the
     protocol has several learning rates, the first one is used, because the choice needs real data.
 
     Args:
@@ -264,14 +281,14 @@ def fit(
     """
     check_set(distilled)
     seed = whole_number(seed, "--seed")
-    rules = get_protocol(protocol or default_protocol(distilled))
-    torch_device = pick_device(device)
+    rules = pretraining_rules(distilled, get_protocol(protocol or default_protocol(distilled)))
+    torch_device, outputs = pick_device(device), distilled.labels.outputs or len(distilled.classes)
     if isinstance(network, nn.Module):
-        net, compute = networks.as_network(network, distilled.shape, len(distilled.classes)), networks.ComputeConfig()
+        net, compute = networks.as_network(network, distilled.shape, outputs), networks.ComputeConfig()
     else:
-        compute = calibrate("auto", torch_device, network, distilled.shape, len(distilled.classes))
+        compute = calibrate("auto", torch_device, network, distilled.shape, outputs)
         with rng.seeded(seed, "student", 0):
-            net = networks.build_network(network, distilled.shape, len(distilled.classes))
+            net = networks.build_network(network, distilled.shape, outputs)
     source = own_source(distilled, torch_device)
     recipe = rules.recipe(source.size, mirror=distilled.manifest.get("mirror", True), lr=learned_lr(distilled))
     student = Student(net, source, rng.key(seed, "run", 0))

@@ -89,6 +89,12 @@ class Protocol:
     those in which labels with batch statistics were made. 0: the whole batch."""
     decay_all: bool = False
     """Whether adamw decays biases and the scales of norms too, and not only weights with two or more axes."""
+    finetuning: str = ""
+    """Name of the protocol by which all weights are trained on real data after the training on the set, of protocols
+    that judge a set by what networks that are pretrained on it are good for; empty: students are tested as they are."""
+    supervised: str = ""
+    """With ``finetuning``, name of the protocol of the training on sets whose labels are of classes; the rest of this
+    protocol is for labels that are features."""
 
     def __post_init__(self) -> None:
         try:
@@ -114,6 +120,13 @@ class Protocol:
         if not all(0 < share < 1 for share in self.drops):
             raise CondenseError(f"drops={self.drops}: must be fractions of the steps, between 0 and 1")
         self.augmentation(mirror=True)
+        if bool(self.finetuning) != bool(self.supervised):
+            raise CondenseError("finetuning and supervised: give both or neither")
+
+    @property
+    def is_transfer(self) -> bool:
+        """Whether networks that are pretrained on the set are judged, by a linear probe and by fine-tuning."""
+        return bool(self.finetuning)
 
     def budget(self, size: int) -> int:
         """Number of optimizer steps for a set of ``size`` images."""

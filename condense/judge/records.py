@@ -28,6 +28,7 @@ from condense.judge.scoring import (
     summary,
     time_to_accuracy,
 )
+from condense.sets import DistilledSet
 from condense.version import __version__
 
 RECORD_SCHEMA = "condense.record/1"
@@ -51,6 +52,26 @@ def valid_cost(cost: Any) -> dict[str, Any]:
     entries = cost.items() if isinstance(cost, dict) else ()
     return {
         key: value for key, value in entries if key in allowed and Draft202012Validator(allowed[key]).is_valid(value)
+    }
+
+
+def describe_set(distilled: DistilledSet) -> dict[str, Any]:
+    """The set, for the record. Unknown parts of its manifest, which is untrusted, are omitted."""
+    manifest, nbytes = distilled.manifest, distilled.nbytes()
+    command, seed = manifest.get("command"), manifest.get("seed")
+    return {
+        "name": distilled.name,
+        "sha256": distilled.sha256(),
+        "method": manifest["method"],
+        "dataset": manifest["dataset"],
+        "ipc": manifest["ipc"],
+        "seed": seed if isinstance(seed, int) else None,
+        **({"origin": PUBLISHED_SET} if "imported" in manifest else {}),
+        "label_kind": distilled.labels.kind,
+        "network": manifest["network"],
+        "bytes": {**nbytes, "stored": nbytes["total"] - nbytes["external"]},
+        "labelling": {"exactness": distilled.labels.exactness, "step_cost": distilled.labels.step_cost},
+        "command": command if isinstance(command, str) and len(command) <= MAX_TEXT_LENGTH else None,
     }
 
 

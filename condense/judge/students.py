@@ -187,7 +187,7 @@ class Evaluator:
         if self.ranks.is_main_process:  # only one rank reads the cache, so that all ranks train the same jobs
             for row, job in zip(cached, jobs):
                 is_cached, balanced, steps = self._cached(job), is_imbalanced(job.task), self.curve_steps(job)
-                entry = _read_score(self._path(job), balanced, steps) if is_cached else None
+                entry = read_score(self._path(job), balanced, steps) if is_cached else None
                 if entry is not None:
                     _fill(row, entry)
         cached = self._all_ranks(cached)
@@ -199,7 +199,7 @@ class Evaluator:
             for number, entry in zip(batch, self._train([jobs[number] for number in batch])):
                 _fill(trained[number], entry)
                 if self._cached(jobs[number]):
-                    _write_score(self._path(jobs[number]), entry)
+                    write_score(self._path(jobs[number]), entry)
         table = (cached + self._all_ranks(trained)).tolist()
         return [Score.from_row(row[1 : width + 1]) for row, width in zip(table, widths)]
 
@@ -354,7 +354,7 @@ def _curve_entry(curves: Sequence[Sequence[CurvePoint]], steps: int, seconds: fl
     }
 
 
-def _read_score(path: Path, needs_balanced: bool, steps: Sequence[int] = ()) -> Score | None:
+def read_score(path: Path, needs_balanced: bool, steps: Sequence[int] = ()) -> Score | None:
     """Reads a score; None if there is none, it is damaged, or it lacks a balanced accuracy or points of a curve that
     are needed. Of a curve, only the points at ``steps`` are returned."""
     try:
@@ -378,7 +378,7 @@ def _score_digest(path: Path, score: Score) -> str:
     return hashlib.sha256(" ".join([path.name, *map(repr, score.row())]).encode()).hexdigest()
 
 
-def _write_score(path: Path, entry: Score) -> None:
+def write_score(path: Path, entry: Score) -> None:
     """Writes a score atomically. If the cache cannot be written, the evaluation continues without it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -19,6 +19,7 @@ from condense.labels.codes import (
     fidelity,
 )
 from condense.labels.distances import DistanceLabels
+from condense.labels.features import FeatureLabels
 from condense.labels.per_image import HardLabels, RegressionLabels, SoftLabels
 from condense.labels.per_view import PerViewLabels
 from condense.labels.pool import PoolLabels, PruningOptions, compute_pool_logits, kept_pool_epochs
@@ -43,6 +44,7 @@ __all__ = [
     "STATISTICS",
     "CodedLabels",
     "DistanceLabels",
+    "FeatureLabels",
     "HalfCode",
     "HardLabels",
     "Int8Code",

@@ -50,6 +50,8 @@ class Labels(Protocol):
     """Whether the target is a class index."""
     smoothing: float = 0.0
     """Share of the target that is spread evenly over all classes."""
+    outputs: int | None = None
+    """Number of outputs of a network that is trained on the labels; None: one for each class."""
     stores_all_logits: bool = False
     """Whether the teacher's logits on each view of each epoch are stored, so that other kinds can be made from them."""
     error: Fidelity | None = None

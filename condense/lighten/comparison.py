@@ -83,6 +83,15 @@ def compare_label_kinds(
     chosen = protocol or distilled.manifest.get("protocol") or "dc-soft-v1"
     if task is not None:
         rules = get_protocol(chosen)
+        if distilled.labels.outputs is not None:
+            raise CondenseError(
+                f"--data {task.name}: labels are compared by students of classes, but {distilled.name} has "
+                f"{distilled.labels.kind} labels; leave it out to compare bytes"
+            )
+        if rules.is_transfer:
+            raise CondenseError(
+                f"--protocol {rules.name}: judges pretrained networks; take one of classes, e.g. dc-soft-v1"
+            )
         if rules.labels != "soft" and protocol is not None:
             raise CondenseError(
                 f"--protocol {protocol}: judges classes alone, whatever the labels; take one of the "

@@ -30,6 +30,7 @@ from condense.networks.calibration import (
 from condense.networks.ensemble import MeanLogits, device_of, mean_of_flat_networks
 from condense.networks.flat import Layout, layout_of
 from condense.networks.group_norm import GroupNorm
+from condense.networks.head import WithHead, embedding_size, last_linear
 from condense.networks.memory_format import MemoryFormat, memory_format
 from condense.networks.outline import build_outline, check_network_memory
 from condense.networks.pretrained import (
@@ -83,6 +84,7 @@ __all__ = [
     "StagedNet",
     "State",
     "TeacherFile",
+    "WithHead",
     "Wrapped",
     "architecture_of",
     "as_network",
@@ -96,12 +98,14 @@ __all__ = [
     "combined_sha256",
     "count_flops",
     "device_of",
+    "embedding_size",
     "evaluating",
     "fastest_rate",
     "find_backbone",
     "freeze",
     "is_normalisation",
     "is_public",
+    "last_linear",
     "layout_of",
     "library_version",
     "load_public_weights",

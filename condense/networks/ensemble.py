@@ -38,6 +38,17 @@ class MeanLogits(nn.Module):
         logits = torch.stack([member(images).float() for member in self.members])
         return (self.weights[:, None, None] * logits).sum(0)
 
+    def embed(self, images: Tensor) -> Tensor:
+        """Returns the features of the only network, (B, D).
+
+        Raises:
+            CondenseError: There are several networks, whose features are not comparable.
+        """
+        if len(self.members) > 1:
+            raise CondenseError(f"features are those of one network, not of {len(self.members)} together")
+        features: Tensor = self.members[0].embed(images)  # type: ignore[operator]
+        return features
+
 
 def device_of(module: nn.Module) -> torch.device:
     """Returns the device of a module's weights; the CPU if it has none."""

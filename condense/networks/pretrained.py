@@ -430,13 +430,15 @@ def check_public_weights(file: str) -> None:
         torchvision_weights(file.partition(":")[2], f"teachers={file}")
 
 
-def load_public_weights(file: str, shape: tuple[int, int, int], classes: int, transform: Transform) -> PublicNetwork:
+def load_public_weights(
+    file: str, shape: tuple[int, int, int], classes: int | None, transform: Transform
+) -> PublicNetwork:
     """Loads a network with public weights for images in the training space of ``transform``.
 
     Args:
         file: ``torchvision:NAME``, ``torchvision:NAME@WEIGHTS`` or ``timm:NAME``.
         shape: (C,H,W) of the images.
-        classes: Number of classes.
+        classes: Number of classes; None: any, of a network whose features are used.
         transform: Map from pixels to training space.
 
     Raises:
@@ -444,7 +446,7 @@ def load_public_weights(file: str, shape: tuple[int, int, int], classes: int, tr
     """
     library, _, name = file.partition(":")
     weights = {"torchvision": torchvision_weights, "timm": timm_weights}[library](name, f"teachers={file}")
-    if weights.classes != classes:
+    if classes not in (None, weights.classes):
         raise CondenseError(
             f"teachers={file}: its weights distinguish {weights.classes} classes, the data have "
             f"{classes}; give a checkpoint for these classes, or remove teachers= to train teachers"
@@ -460,5 +462,5 @@ def load_public_weights(file: str, shape: tuple[int, int, int], classes: int, tr
             f"teachers={file}: its weights are not here and cannot be fetched ({reason}); get "
             f"{weights.origin} elsewhere and put it at {weights.place}"
         ) from fault
-    net = architectures.Wrapped(model, (3, *shape[1:]), classes, name=architecture_of(file))
+    net = architectures.Wrapped(model, (3, *shape[1:]), weights.classes, name=architecture_of(file))
     return PublicNetwork(net, transform, weights.mean, weights.std)

@@ -19,12 +19,15 @@ from condense.pretraining.experts import (
     load_experts,
     load_or_train_experts,
 )
+from condense.pretraining.features import load_or_compute_features
 from condense.pretraining.pipeline import Architecture, iter_training_groups, make_student
 from condense.pretraining.scoring import ScoreOptions, load_or_train_scores
 from condense.pretraining.snapshots import SnapshotOptions, Snapshots, load_or_train_snapshots
 from condense.pretraining.store import ContentGuard, TrainedFile, parts_folder, transform_digests
 from condense.pretraining.teachers import (
     DEFAULT_TEACHER_NETWORK,
+    OBJECTIVES,
+    BarlowOptions,
     TeacherOptions,
     TeacherTraining,
     teacher_cache_file,
@@ -47,10 +50,12 @@ from condense.pretraining.trajectories import (
 __all__ = [
     "DEFAULT_TEACHER_NETWORK",
     "MAX_EXPERT_GROUP",
+    "OBJECTIVES",
     "PLAN_FILE",
     "TRAJECTORY_DTYPES",
     "TRAJECTORY_FORMAT",
     "Architecture",
+    "BarlowOptions",
     "Committee",
     "ContentGuard",
     "ExpertOptions",
@@ -74,6 +79,7 @@ __all__ = [
     "iter_training_groups",
     "load_expert_ensemble",
     "load_experts",
+    "load_or_compute_features",
     "load_or_train_experts",
     "load_or_train_scores",
     "load_or_train_snapshots",

@@ -97,7 +97,9 @@ class Committee:
             "networks": [member.name for member in self.members],
             "numbers": [member.number for member in self.members],
             "sha256": [member.sha256 for member in self.members],
-            "accuracies": [round(member.accuracy, 6) for member in self.members],
+            "accuracies": [
+                None if math.isnan(member.accuracy) else round(member.accuracy, 6) for member in self.members
+            ],
             "judged_on": self.judged_on,
             "bytes": self.nbytes(),
             "seconds": round(sum(member.seconds for member in self.members), 2),
@@ -132,7 +134,9 @@ def _check_batch_norm(net: nn.Module, name: str) -> None:
         )
 
 
-def get_committee(options: TeacherOptions, run: Run, *, batch_norm: bool = False) -> Committee:
+def get_committee(
+    options: TeacherOptions, run: Run, *, batch_norm: bool = False, features_only: bool = False
+) -> Committee:
     """The teachers that a method's settings name or describe; see :func:`load_or_train_teachers`."""
     return load_or_train_teachers(
         run,
@@ -141,6 +145,7 @@ def get_committee(options: TeacherOptions, run: Run, *, batch_norm: bool = False
         architectures=options.architectures(run.network),
         count=options.num_teachers,
         batch_norm=batch_norm,
+        features_only=features_only,
     )
 
 
@@ -152,6 +157,7 @@ def load_or_train_teachers(
     architectures: Sequence[Architecture],
     count: int = 1,
     batch_norm: bool = False,
+    features_only: bool = False,
 ) -> Committee:
     """Returns the teachers of a method's run: named ones, else those of the cache, where missing ones are trained.
 
@@ -165,13 +171,14 @@ def load_or_train_teachers(
         architectures: of the teachers.
         count: number of teachers of each architecture.
         batch_norm: refuse teachers without BatchNorm, before any is trained.
+        features_only: the method does not use logits, so public weights may be of other classes.
 
     Raises:
         Interrupted: SIGINT or SIGTERM; finished teachers stay in the cache.
         CondenseError: the run cannot use the named teachers, one diverged, or the cache cannot be written.
     """
     if file:
-        committee = _load_named_teachers(run, file, architectures, count)
+        committee = _load_named_teachers(run, file, architectures, count, features_only)
         if batch_norm:
             require_batch_norm(committee)
         run.register_state("teachers", ContentGuard(committee.content_key, file, "teachers"))
@@ -220,13 +227,14 @@ def _committee_in_memory(
     return Committee(tuple(members), "", judged_on)
 
 
-def _load_named_teachers(run: Run, file: str, architectures: Sequence[Architecture], count: int) -> Committee:
+def _load_named_teachers(
+    run: Run, file: str, architectures: Sequence[Architecture], count: int, features_only: bool
+) -> Committee:
     """Loads the teachers that the setting ``teachers`` names, and checks that the run can use them."""
     task = run.task
     if is_public(file):
-        nets = {
-            name: load_public_weights(name, task.shape, task.num_classes, task.transform) for name in file.split(",")
-        }
+        classes = None if features_only else task.num_classes
+        nets = {name: load_public_weights(name, task.shape, classes, task.transform) for name in file.split(",")}
         committees = [_with_accuracy(run, net, networks.architecture_of(name), name) for name, net in nets.items()]
         return Committee(tuple(committee.members[0] for committee in committees), file, committees[0].judged_on)
     path = Path(file)
@@ -286,7 +294,10 @@ def _with_accuracy(run: Run, net: networks.Network, name: str, source: str) -> C
     with torch.no_grad():
         for part in ids.split(TEST_CHUNK):
             labels = torch.from_numpy(task.test.labels[part.numpy()]).to(run.device)
-            correct += int((net(task.test_batch(part)).argmax(1) == labels).sum())
+            logits = net(task.test_batch(part))
+            if logits.shape[1] != task.num_classes:  # of other classes: only its features are used
+                return Committee((Member(net, name, math.nan, sha256=_network_sha256(net)),), source, "no images")
+            correct += int((logits.argmax(1) == labels).sum())
     share = correct / len(ids)
     if share < 2 / task.num_classes:
         _log.warning(
@@ -374,9 +385,8 @@ def load_teacher_ensemble(
     if is_public(file):
         if transform is None:
             raise CondenseError(f"{file}: public weights need the normalisation of their images")
-        nets: list[networks.Network] = [
-            load_public_weights(name, shape, classes, transform) for name in file.split(",")
-        ]
+        # Their digests are compared: the number of their classes is the right one.
+        nets: list[networks.Network] = [load_public_weights(name, shape, None, transform) for name in file.split(",")]
     else:
         networks.check_network(names[0])
         nets = [load_torch_checkpoint(path, names[0], shape, classes)]

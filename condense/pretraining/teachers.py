@@ -9,6 +9,7 @@ bit for bit; a GPU trains groups together, whose sizes change the rounding).
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -45,8 +46,9 @@ from condense.pretraining.pipeline import (
     split_training_data,
     train_missing,
 )
+from condense.pretraining.self_supervised import BarlowTwins
 from condense.pretraining.store import FileKind, FileStore, TrainedFile, data_fields, training_key_fields
-from condense.training import TrainConfig, accuracy, check_optimizer
+from condense.training import Student, TrainConfig, accuracy, check_optimizer
 
 DEFAULT_TEACHER_NETWORK = "convnet-d3-w128-bn"
 """Architecture of teachers where neither a network nor a method is named."""
@@ -70,6 +72,8 @@ class TeacherTraining:
     """fp32 or bf16; None: the run's."""
     held_out: float = 0.0
     """Share of each class's training images that measures the accuracy instead; 0: the real test images measure it."""
+    objective: BarlowTwins | None = None
+    """Training without classes; None: the cross-entropy of the classes."""
 
 
 @dataclass(frozen=True)
@@ -166,12 +170,55 @@ class TeacherOptions:
         return list(dict.fromkeys(self._committee_names())) or [own]
 
 
+@dataclass(frozen=True)
+class BarlowOptions(TeacherOptions):
+    """Settings of teachers that are trained without classes, by Barlow Twins."""
+
+    teacher_epochs: int = 200
+    """Passes over the real training images, whose classes are not used."""
+    teacher_lr: float = 1e-3
+    """{inherited}"""
+    teacher_optimizer: str = "adamw"
+    """{inherited}"""
+    teacher_decay: float = 1e-4
+    """{inherited}"""
+    teacher_batch: int = 256
+    """{inherited} Each has two views."""
+    teacher_augment: str = "rrc_flip"
+    """{inherited} The views of an image also differ in brightness, saturation and contrast."""
+    barlow_weight: float = 5e-3
+    """Weight of the redundancy of Barlow Twins (lambda)."""
+    projector: int = 1024
+    """Width of the three layers between features and outputs, which are dropped after the training."""
+
+    def check_teachers(self) -> None:
+        super().check_teachers()
+        require_range(self, barlow_weight=(0, sys.float_info.max), projector=(1, 65536))
+        if self.teacher_cutmix:
+            raise CondenseError(
+                f"teacher_cutmix={self.teacher_cutmix:g}: Barlow Twins compares views of one image; leave it 0"
+            )
+
+    def teacher_training(self, task: Task) -> TeacherTraining:
+        """Returns their training; see :class:`BarlowTwins`."""
+        training = super().teacher_training(task)
+        objective = BarlowTwins(self.augmentation(task.mirror), self.barlow_weight, self.projector)
+        recipe = dataclasses.replace(training.recipe, augment=None)
+        return dataclasses.replace(training, recipe=recipe, objective=objective)
+
+
+OBJECTIVES: dict[str, type[TeacherOptions]] = {"classes": TeacherOptions, "barlow": BarlowOptions}
+"""Settings of teachers by what they are trained for."""
+
+
 # -- the training -----------------------------------------------------------------------------------------------------
 
 
 def teacher_cache_key_fields(run: Run, training: TeacherTraining) -> dict[str, Any]:
     """Returns all that decides a teacher besides its network and number, as entries of the manifest."""
     fields = training_key_fields(run, training.recipe, training.precision, training.held_out)
+    if training.objective is not None:
+        fields["recipe"] += f" {training.objective}"
     return {**fields, "epochs": training.epochs}
 
 
@@ -231,11 +278,18 @@ def recorded_teacher_training(
     run: Run, training: TeacherTraining, source: Task
 ) -> RecordedTraining[bool, TeacherRecord]:
     """Returns the training whose snapshots say only whether the weights are finite; the last state is recorded."""
-    precision = training.precision or run.precision
+    precision, objective = training.precision or run.precision, training.objective
+
+    def student(architecture: Architecture, number: int) -> Student:
+        purpose = ("teacher", networks.network_name(architecture), number)
+        if objective is not None:
+            return objective.student(run, source, architecture, *purpose)
+        return make_student(run, source, architecture, *purpose)
 
     def record(
         architecture: Architecture, number: int, net: networks.Network, snapshots: list[bool], seconds: float
     ) -> TeacherRecord:
+        net = net if objective is None else objective.finish(net, source, run.device, precision)
         measured = accuracy(net, source, device=run.device, precision=precision)
         state = {name: value.detach().to("cpu", copy=True) for name, value in net.state_dict().items()}
         entry = {
@@ -252,9 +306,7 @@ def recorded_teacher_training(
         "teacher",
         training.recipe,
         precision,
-        student=lambda architecture, number: make_student(
-            run, source, architecture, "teacher", networks.network_name(architecture), number
-        ),
+        student=student,
         snapshot=_is_finite,
         record=record,
         is_finite=bool,
@@ -311,7 +363,8 @@ def teacher_store(
 
 def accuracy_source(training: TeacherTraining) -> str:
     """Returns the images that measure the teachers' accuracy, as the manifest states them."""
-    return "held-out images" if training.held_out else "test images"
+    images = "held-out images" if training.held_out else "test images"
+    return images if training.objective is None else f"{images} (linear probe)"
 
 
 def build_untrained(architecture: Architecture, source: Task) -> networks.Network:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -73,10 +73,10 @@ class SyntheticSet:
         leaf = self.tensors.get("step_size")
         return None if leaf is None else leaf.detach()
 
-    def learn_labels(self, logits: Tensor) -> None:
-        """Makes soft labels, logits (N, classes), a learned part of the set."""
-        self.tensors["labels"] = logits.detach().clone().requires_grad_()
-        self.labels = SoftLabels(self.tensors["labels"])
+    def learn_labels(self, values: Tensor, make: Callable[[Tensor], Labels] = SoftLabels) -> None:
+        """Makes labels a learned part of the set: ``make`` of a copy of ``values``, by default logits (N, classes)."""
+        self.tensors["labels"] = values.detach().clone().requires_grad_()
+        self.labels = make(self.tensors["labels"])
 
     @classmethod
     def create(

@@ -9,6 +9,7 @@ from condense.training.config import (
     epoch_steps,
 )
 from condense.training.loop import TEST_CHUNK, accuracy, correct_by_class, prefers_stacked, train
+from condense.training.probe import fit_linear_probe
 from condense.training.student import (
     FixedSource,
     GradientRule,
@@ -36,6 +37,7 @@ __all__ = [
     "check_optimizer",
     "correct_by_class",
     "epoch_steps",
+    "fit_linear_probe",
     "prefers_stacked",
     "train",
 ]
