@@ -41,7 +41,7 @@ class TreeTable:
         for depth, level in enumerate(self.levels):
             keys: list[Key] = []
             for label, neighbours in zip(labels, incoming):
-                children = sorted((edge, ids[node]) for edge, node in neighbours) if depth else []  # type: ignore[type-var]
+                children = sorted((edge, ids[node]) for edge, node in neighbours) if depth else []
                 keys.append((label, tuple(children)))
             ids = [level.setdefault(key, len(level)) for key in keys]
         return ids
