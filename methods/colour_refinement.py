@@ -1,47 +1,71 @@
-"""Exact colour refinement: ids of computation trees without building the trees (mirage, arXiv 2310.09486)."""
+"""Exact colour refinement: ids of computation trees without building the trees (Mirage, arXiv 2310.09486)."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import numpy as np
 
-Key = tuple[Hashable, tuple[tuple[Hashable, int], ...]]
-"""A tree of depth l: the label of its root, and for each child, sorted, the edge's label and the child's id at l-1."""
+MAX_CODE = 2**62
+"""Limit of codes that combine two numbers in one int64."""
 
 
-class TreeTable:
-    """Ids of computation trees, shared by all graphs that are refined with it.
-
-    Two nodes have equal ids at depth l exactly if their unrolled trees of depth l are isomorphic with all labels: an id
-    is the position of its key in a table, not a hash, so it cannot collide. The cost is O(depth * edges) apart from the
-    sorting of each node's neighbours, where explicit trees grow as degree^depth.
+def row_ids(table: np.ndarray) -> np.ndarray:
+    """Numbers the different rows of a table of non-negative integers.
 
     Args:
-        depth: number of message-passing layers, at least 0.
+        table: int64 (rows, columns).
+
+    Returns:
+        int64 (rows,) from 0 without gaps; equal exactly for equal rows.
     """
+    codes, size = np.zeros(len(table), np.int64), 1
+    for column in table.T:
+        if size * (int(column.max(initial=0)) + 1) > MAX_CODE:
+            codes, column = _dense(codes), _dense(column)
+            size = int(codes.max(initial=0)) + 1
+        span = int(column.max(initial=0)) + 1
+        codes, size = codes * span + column, size * span
+    return _dense(codes)
 
-    def __init__(self, depth: int) -> None:
-        if depth < 0:
-            raise ValueError(f"depth={depth}: must be at least 0")
-        self.levels: list[dict[Key, int]] = [{} for _ in range(depth + 1)]
 
-    def refine(
-        self, labels: Sequence[Hashable], edges: Sequence[tuple[int, int]], edge_labels: Sequence[Hashable]
-    ) -> list[int]:
-        """Returns the id of each node's tree of full depth.
+def refine(
+    labels: np.ndarray, sources: np.ndarray, targets: np.ndarray, edge_labels: np.ndarray, depth: int
+) -> list[np.ndarray]:
+    """Returns the ids of the computation trees of all nodes, at every depth from 0.
 
-        Args:
-            labels: label of each node.
-            edges: (source, target) of each directed edge; a node's children are the sources of its incoming edges.
-            edge_labels: label of each edge. Labels of one kind must be sortable.
-        """
-        incoming: list[list[tuple[Hashable, int]]] = [[] for _ in labels]
-        for (source, target), label in zip(edges, edge_labels, strict=True):
-            incoming[target].append((label, source))
-        ids: list[int] = []
-        for depth, level in enumerate(self.levels):
-            keys: list[Key] = []
-            for label, neighbours in zip(labels, incoming):
-                children = sorted((edge, ids[node]) for edge, node in neighbours) if depth else []
-                keys.append((label, tuple(children)))
-            ids = [level.setdefault(key, len(level)) for key in keys]
-        return ids
+    The tree of depth l has the node's label at its root and, for each incoming edge, the edge's label and the source's
+    tree of depth l-1 as a child. Two nodes have equal ids at depth l exactly if these trees are isomorphic with all
+    labels: ids number the different combinations of a label and sorted children, so they cannot collide as hashes may.
+    The cost is that of sorting the edges, ``depth`` times. Trees grow as degree^depth.
+
+    Args:
+        labels: number of each node's label, int64 (nodes,).
+        sources: source of each directed edge, int64 (edges,).
+        targets: target of each directed edge, int64 (edges,).
+        edge_labels: number of each edge's label, int64 (edges,).
+        depth: number of message-passing layers, at least 0.
+
+    Returns:
+        ``depth`` + 1 arrays int64 (nodes,), each numbered from 0 without gaps.
+    """
+    ids = [_dense(labels)]
+    order = np.argsort(targets, kind="stable")
+    degrees = np.bincount(targets, minlength=len(labels))
+    first = np.cumsum(degrees) - degrees
+    with_child = [np.flatnonzero(degrees > number) for number in range(int(degrees.max(initial=0)))]
+    for _ in range(depth):
+        children = _dense(edge_labels * (int(ids[-1].max(initial=0)) + 1) + ids[-1][sources])
+        span = int(children.max(initial=0)) + 1
+        children = np.sort(targets * span + children) - targets[order] * span  # those of each node ascend
+        codes = ids[0].copy()
+        size = int(codes.max(initial=0)) + 1
+        # Adds one child at a time. New codes are larger than all before, so nodes of different degree never agree.
+        for number, nodes in enumerate(with_child):
+            codes[nodes] = size + _dense(codes[nodes] * span + children[first[nodes] + number])
+            size = int(codes[nodes].max()) + 1
+        ids.append(_dense(codes))
+    return ids
+
+
+def _dense(codes: np.ndarray) -> np.ndarray:
+    """Numbers the different values of an array from 0."""
+    return np.unique(codes, return_inverse=True)[1].reshape(-1).astype(np.int64)

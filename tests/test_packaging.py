@@ -166,7 +166,7 @@ FLOORS = (
     ("engine",),
     ("pretraining",),
     ("judge",),
-    ("exchange", "jobs", "lighten"),
+    ("exchange", "graphs", "jobs", "lighten"),
     ("api",),
     ("",),  # the names that `import condense` gives
     ("methods",),
