@@ -166,7 +166,8 @@ FLOORS = (
     ("engine",),
     ("pretraining",),
     ("judge",),
-    ("exchange", "graphs", "jobs", "lighten"),
+    ("exchange", "jobs", "lighten"),
+    ("graphs",),
     ("api",),
     ("",),  # the names that `import condense` gives
     ("methods",),

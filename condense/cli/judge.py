@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -26,6 +26,9 @@ from condense.cli.parameters import (
 from condense.errors import CondenseError, did_you_mean
 from condense.tracking import is_main_process
 
+if TYPE_CHECKING:
+    from condense.graphs import GraphSet
+
 
 def evaluate(
     file: SetFile,
@@ -37,7 +40,11 @@ def evaluate(
     runs: Runs = None,
     protocol: ProtocolOption = None,
     controls: Annotated[
-        str, typer.Option(help="control arms: random,random-hard,random-bytes,noise,full,full-equal,rs2, or none")
+        str,
+        typer.Option(
+            help="control arms: random,random-hard,random-bytes,noise,full,full-equal,rs2, or none; "
+            "for graphs random,herding,full"
+        ),
     ] = "random",
     without_augmentation: Annotated[
         bool,
@@ -68,8 +75,18 @@ def evaluate(
     force: Force = False,
 ) -> None:
     """Evaluates a set against control arms under a protocol."""
+    from condense import api
+    from condense.graphs import GraphSet
     from condense.judge import evaluation, records
 
+    loaded = api.load(file)
+    if isinstance(loaded, GraphSet):
+        others = {"without_augmentation": without_augmentation, "teachers": teachers, "classes": classes}
+        others |= {"curve": curve, "precision": precision, "no_cache": no_cache}
+        options = {"networks": networks, "runs": runs, "protocol": protocol, "controls": controls}
+        options |= {"seed": seed, "device": device, **others}
+        _evaluate_graphs(loaded, data, settings, out, force, options)
+        return
     distilled, real = load_set_and_data(file, data, settings, download=download, record=out, force=force)
     record = evaluation.evaluate(
         distilled,
@@ -94,6 +111,34 @@ def evaluate(
     print(records.format_record(record))
     if out is not None:
         records.write_record(record, out)
+        print(f"record: {out}")
+
+
+def _evaluate_graphs(
+    distilled: GraphSet,
+    data: str,
+    settings: list[str] | None,
+    out: Path | None,
+    force: bool,
+    options: dict[str, Any],
+) -> None:
+    """Evaluates a set of graphs: prints the results and writes the record."""
+    from condense import config, graphs
+    from condense.files import check_writable, write_json
+
+    if out is not None:
+        check_writable(out, force=force)
+    for name in ("networks", "controls"):
+        options[name] = options[name].split(",") if options[name] else None
+    if options["controls"] == ["none"]:
+        options["controls"] = []
+    of_data = distilled.manifest.get("data", {}).get("options", {}) | config.parse_overrides(settings or [])
+    real = graphs.load_graph_task(data, config.build_config(graphs.GraphOptions, of_data, "graphs"))
+    record = graphs.evaluate_graphs(distilled, real, quiet=False, **options)
+    print(f"{distilled.name} on {real.name}, {record['protocol']['name']}, {record['environment']['device']}")
+    print(graphs.format_graph_record(record))
+    if out is not None:
+        write_json(out, record)
         print(f"record: {out}")
 
 

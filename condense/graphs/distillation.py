@@ -21,6 +21,7 @@ from condense.formatting import shorten
 from condense.graphs.graph_set import GraphSet, SyntheticGraphs
 from condense.graphs.protocol import get_graph_protocol
 from condense.graphs.task import TU_PREFIX, GraphOptions, GraphTask
+from condense.jobs import run_checks
 from condense.registry import Method
 from condense.version import __version__
 
@@ -49,14 +50,15 @@ def check_graph_request(
         others: arguments of methods that distil images, which are refused unless they have their defaults.
 
     Raises:
-        CondenseError: a setting or name is invalid.
+        CondenseError: all mistakes, in one line.
     """
-    build_config(entry.config, settings, f"the method '{entry.name}'")
-    build_config(GraphOptions, options or {}, "the data")
-    get_graph_protocol(protocol or entry.protocol)
-    if tag is not None:
-        check_name(tag, "--tag")
-    refuse_others(others, f"the method '{entry.name}' takes seconds and trains no network")
+    run_checks(
+        lambda: build_config(entry.config, settings, f"the method '{entry.name}'"),
+        lambda: build_config(GraphOptions, options or {}, "graphs"),
+        lambda: get_graph_protocol(protocol or entry.protocol),
+        lambda: None if tag is None else check_name(tag, "--tag"),
+        lambda: refuse_others(others, f"the method '{entry.name}' takes seconds and trains no network"),
+    )
 
 
 def refuse_others(others: Mapping[str, Any], why: str) -> None:
@@ -65,10 +67,10 @@ def refuse_others(others: Mapping[str, Any], why: str) -> None:
     Raises:
         CondenseError: one of them is not the default.
     """
-    for name, value in others.items():
-        if value not in (None, False, "auto", "none", (), []):
-            shown = shorten(str(value), 100)
-            raise CondenseError(f"--{name.replace('_', '-')} {shown}: {why}; leave it out")
+    given = {name: value for name, value in others.items() if value not in (None, False, "auto", "none", (), [])}
+    if given:
+        shown = ", ".join(f"--{name.replace('_', '-')} {shorten(str(value), 100)}" for name, value in given.items())
+        raise CondenseError(f"{shown}: {why}; leave it out")
 
 
 def distill_graphs(

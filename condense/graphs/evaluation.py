@@ -125,7 +125,7 @@ class GraphJudge:
 
     def embed(self, network: GraphNetwork, graphs: GraphArrays) -> Tensor:
         """Returns the embeddings of real graphs, (graphs, width) on the CPU."""
-        return _in_eval(network, lambda batch: network.embed(batch), self._batches(graphs))
+        return _in_eval(network, network.embed, self._batches(graphs))
 
     def _area(self, network: GraphNetwork, batches: Sequence[Any], labels: np.ndarray) -> float:
         from sklearn.metrics import roc_auc_score
@@ -237,10 +237,11 @@ def check_task(distilled: GraphSet, task: GraphTask) -> None:
             f"--data {task.name}: has the classes {', '.join(task.classes)}, but {distilled.name} has "
             f"{', '.join(distilled.classes)}"
         )
-    for what, own, real in zip(("nodes", "edges"), distilled.manifest["feature_sizes"].values(), task.feature_sizes()):
+    for what, real in zip(("nodes", "edges"), task.feature_sizes()):
+        own = distilled.manifest["feature_sizes"][what]
         if len(own) != len(real) or any(value > limit for value, limit in zip(real, own)):
             raise CondenseError(
-                f"--data {task.name}: the features of its {what} have {real} values, but those of {distilled.name} "
+                f"--data {task.name}: the features of its {what} have {real} values, those of {distilled.name} "
                 f"{own}; give the data that the set was made from"
             )
 
@@ -291,6 +292,7 @@ def _herded(task: GraphTask, embeddings: Tensor, counts: Sequence[int]) -> Graph
 
 
 def _in_eval(network: GraphNetwork, function: Callable[[Any], Tensor], batches: Sequence[Any]) -> Tensor:
+    """The outputs of ``function`` for all batches, on the CPU, with ``network`` in eval mode."""
     network.eval()
     with torch.no_grad():
         outputs = torch.cat([function(batch).cpu() for batch in batches])
