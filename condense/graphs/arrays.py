@@ -79,9 +79,13 @@ class GraphArrays:
         """Number of incoming edges of each node (N,)."""
         return np.bincount(self.joint_edges[1], minlength=len(self.nodes))
 
+    def node_rows(self, rows: np.ndarray) -> np.ndarray:
+        """Returns the positions of the nodes of the graphs at ``rows``, in this order."""
+        return _ranges(self.first_nodes[rows], self.node_counts[rows])
+
     def select(self, rows: np.ndarray) -> GraphArrays:
         """Returns the graphs at ``rows``, in this order."""
-        nodes = _ranges(self.first_nodes[rows], self.node_counts[rows])
+        nodes = self.node_rows(rows)
         edges = _ranges(self.first_edges[rows], self.edge_counts[rows])
         return GraphArrays(
             self.nodes[nodes],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import logging
 import shlex
 import time
@@ -22,7 +23,7 @@ from condense.errors import CondenseError, did_you_mean
 from condense.formatting import size
 from condense.graphs.arrays import GraphArrays, import_pyg, smallest
 from condense.graphs.distillation import data_argument, refuse_others
-from condense.graphs.graph_set import GraphSet
+from condense.graphs.graph_set import GraphSet, SyntheticGraphs
 from condense.graphs.networks import NETWORKS, GraphNetwork
 from condense.graphs.protocol import GraphProtocol, get_graph_protocol
 from condense.graphs.task import GraphTask
@@ -42,19 +43,6 @@ EMBEDDING_NETWORK = "gin"
 """Network, trained on all real graphs, in whose embeddings herding selects."""
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Examples:
-    """Graphs that a student is trained on."""
-
-    graphs: list[Any]
-    """``Data``."""
-    labels: np.ndarray
-    """Class of each graph."""
-    weights: np.ndarray
-    """Relative frequency of each graph among those of its class."""
-    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -101,17 +89,16 @@ class GraphJudge:
             )
         return network.to(self.device)
 
-    def train(self, name: str, examples: Examples, run: int, steps: int) -> tuple[GraphNetwork, Score]:
+    def train(self, name: str, examples: SyntheticGraphs, run: int, steps: int) -> tuple[GraphNetwork, Score]:
         """Trains a student and returns it with the weights that are best on the validation graphs, and its scores."""
         rules, best = self.protocol, Score(0.0, -1.0, 0)
         network, state = self.build(name, run), {}
         optimizer = torch.optim.Adam(network.parameters(), rules.lr, weight_decay=rules.weight_decay)
-        batch_class, draws = import_pyg("students of graphs").data.Batch, rng.Draws(self.seed, "graph-batches", run)
+        draws, labels = rng.Draws(self.seed, "graph-batches", run), examples.graphs.labels
         checks = {round(steps * (number + 1) / rules.checks) for number in range(rules.checks)} - {0}
         with rng.seeded(self.seed, "graph-dropout", run, device=self.device):
             for step in range(1, steps + 1):
-                rows = sample_balanced(examples.labels, examples.weights, rules.batch, draws)
-                batch = batch_class.from_data_list([examples.graphs[row] for row in rows]).to(self.device)
+                batch = make_batch(examples, sample_balanced(labels, examples.weights, rules.batch, draws), self.device)
                 loss = nn.functional.cross_entropy(network(batch), batch.y)
                 optimizer.zero_grad()
                 loss.backward()
@@ -136,12 +123,36 @@ class GraphJudge:
         return float(roc_auc_score(labels, scores, multi_class="ovr"))
 
     def _batches(self, graphs: GraphArrays) -> list[Any]:
-        batch_class, listed = import_pyg("students of graphs").data.Batch, graphs.to_graphs()
-        starts = range(0, len(listed), TEST_BATCH)
-        return [batch_class.from_data_list(listed[start : start + TEST_BATCH]).to(self.device) for start in starts]
+        examples, rows = real_examples(graphs), np.arange(len(graphs))
+        starts = range(0, len(graphs), TEST_BATCH)
+        return [make_batch(examples, rows[start : start + TEST_BATCH], self.device) for start in starts]
 
 
-def sample_balanced(labels: np.ndarray, weights: np.ndarray, count: int, draws: rng.Draws) -> list[int]:
+def real_examples(graphs: GraphArrays) -> SyntheticGraphs:
+    """Returns real graphs, all nodes and graphs of which count alike, in the form of distilled ones."""
+    ones = np.ones(len(graphs.nodes), np.float32)
+    return SyntheticGraphs(graphs, ones, graphs.degrees, np.ones(len(graphs), np.int64), "mean", 0)
+
+
+def make_batch(examples: SyntheticGraphs, rows: np.ndarray, device: torch.device) -> Any:
+    """Returns the graphs at ``rows``, which may repeat, as one ``Data`` with ``batch``, ``num_graphs``,
+    ``multiplicity`` and ``degree``; PyTorch Geometric's ``Batch`` takes several times as long to make it."""
+    chosen, nodes = examples.graphs.select(rows), examples.graphs.node_rows(rows)
+    arrays = {
+        "x": chosen.nodes,
+        "edge_index": chosen.joint_edges,
+        "edge_attr": chosen.edge_features,
+        "y": chosen.labels,
+        "batch": np.repeat(np.arange(len(rows)), chosen.node_counts),
+        "multiplicity": examples.multiplicities[nodes].astype(np.float32),
+        "degree": examples.degrees[nodes].astype(np.int64),
+    }
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    data_class = import_pyg("students of graphs").data.Data
+    return data_class(**tensors, num_graphs=len(rows)).to(device)
+
+
+def sample_balanced(labels: np.ndarray, weights: np.ndarray, count: int, draws: rng.Draws) -> np.ndarray:
     """Samples graphs with replacement: a class, all being equally likely, then one of its graphs by its weight.
 
     Args:
@@ -157,7 +168,7 @@ def sample_balanced(labels: np.ndarray, weights: np.ndarray, count: int, draws: 
         members, places = np.flatnonzero(labels == label), np.flatnonzero(chosen == label)
         bounds = np.cumsum(weights[members], dtype=np.float64)
         rows[places] = members[np.searchsorted(bounds, shares[places] * bounds[-1], side="right")]
-    return rows.tolist()
+    return rows
 
 
 def evaluate_graphs(
@@ -220,7 +231,7 @@ def evaluate_graphs(
             for run in range(runs):
                 made.append(source(run))
                 scores.append(judge.train(name, made[-1], run, steps)[1])
-            results.append(_entry(arm, name, steps, scores, made, time.monotonic() - began))
+            results.append(_entry(distilled, arm, name, steps, scores, made, time.monotonic() - began))
             if not quiet:
                 _log.warning("%s, %s: %s", name, arm, _format_entry(results[-1])[2])
     return _record(judge, results, runs, names, arms)
@@ -246,31 +257,26 @@ def check_task(distilled: GraphSet, task: GraphTask) -> None:
             )
 
 
-def _sources(judge: GraphJudge, controls: Sequence[str]) -> dict[str, tuple[int, Callable[[int], Examples]]]:
+def _sources(judge: GraphJudge, controls: Sequence[str]) -> dict[str, tuple[int, Callable[[int], SyntheticGraphs]]]:
     """Arm to its number of steps and the graphs of a run."""
-    distilled, task, rules = judge.distilled, judge.task, judge.protocol
-    made = distilled.synthetic
-    own = Examples(distilled.graphs, made.graphs.labels, made.weights, distilled.nbytes()["total"])
+    made, task, rules = judge.distilled.synthetic, judge.task, judge.protocol
     counts = np.bincount(made.graphs.labels, minlength=task.num_classes).tolist()
-    epochs = rules.full_epochs * len(task.train) // rules.batch
-    sources: dict[str, tuple[int, Callable[[int], Examples]]] = {"distilled": (rules.steps, lambda run: own)}
-    full = _examples(task.train) if {"full", "herding"} & set(controls) else None
+    full, full_steps = real_examples(task.train), max(rules.steps, rules.full_epochs * len(task.train) // rules.batch)
+    sources: dict[str, tuple[int, Callable[[int], SyntheticGraphs]]] = {"distilled": (rules.steps, lambda run: made)}
     for control in controls:
         if control == "random":
-            sources[control] = (rules.steps, lambda run: _examples(_random(task, counts, judge.seed, run)))
-        elif control == "full" and full is not None:
-            sources[control] = (max(rules.steps, epochs), lambda run, full=full: full)  # type: ignore[misc]
-        elif full is not None:
-            network = judge.train(EMBEDDING_NETWORK, full, 0, max(rules.steps, epochs))[0]
-            selected = _examples(_herded(task, judge.embed(network, task.train), counts))
-            sources[control] = (rules.steps, lambda run, selected=selected: selected)  # type: ignore[misc]
+            sources[control] = rules.steps, lambda run: real_examples(_random(task, counts, judge.seed, run))
+        elif control == "herding":
+            network = judge.train(EMBEDDING_NETWORK, full, 0, full_steps)[0]
+            selected = real_examples(_herded(task, judge.embed(network, task.train), counts))
+            sources[control] = rules.steps, functools.partial(_same, selected)
+        else:
+            sources[control] = full_steps, functools.partial(_same, full)
     return sources
 
 
-def _examples(graphs: GraphArrays) -> Examples:
-    """Real graphs, all equally frequent."""
-    nbytes = sum(array.nbytes for array in smallest(graphs.to_dict()).values())
-    return Examples(graphs.to_graphs(), graphs.labels, np.ones(len(graphs)), nbytes)
+def _same(examples: SyntheticGraphs, run: int) -> SyntheticGraphs:
+    return examples
 
 
 def _random(task: GraphTask, counts: Sequence[int], seed: int, run: int) -> GraphArrays:
@@ -301,15 +307,23 @@ def _in_eval(network: GraphNetwork, function: Callable[[Any], Tensor], batches: 
 
 
 def _entry(
-    arm: str, network: str, steps: int, scores: Sequence[Score], examples: Sequence[Examples], seconds: float
+    distilled: GraphSet,
+    arm: str,
+    network: str,
+    steps: int,
+    scores: Sequence[Score],
+    examples: Sequence[SyntheticGraphs],
+    seconds: float,
 ) -> dict[str, Any]:
+    real = [sum(array.nbytes for array in smallest(part.graphs.to_dict()).values()) for part in examples]
+    nbytes = distilled.nbytes()["total"] if arm == "distilled" else round(float(np.mean(real)))
     values = [score.test for score in scores]
     return {
         "arm": arm,
         "network": network,
         "steps": steps,
         "graphs": len(examples[0].graphs),
-        "bytes": round(float(np.mean([part.nbytes for part in examples]))),
+        "bytes": nbytes,
         METRIC: values,
         f"validation_{METRIC}": [score.valid for score in scores],
         "best_steps": [score.step for score in scores],

@@ -20,10 +20,10 @@ HEADS = 4
 class GraphNetwork(nn.Module):
     """A message-passing network without normalisation layers, a pool over the nodes, and a linear classifier.
 
-    ``forward`` takes a PyTorch Geometric ``Batch`` with ``x`` and ``edge_attr`` of categories. A batch may also have
-    ``multiplicity``, the weight of each node in the pool (1 without it), and ``degree``, the number of neighbours for
-    GCN's normalisation (the number of incoming edges without it). With both, the embedding of a root of a computation
-    tree equals that of its node in the real graph.
+    ``forward`` takes a PyTorch Geometric ``Batch`` with ``x`` and ``edge_attr`` of categories from 0. A batch may also
+    have ``multiplicity``, the weight of each node in the pool (1 without it), and ``degree``, the number of neighbours
+    for GCN's normalisation (the number of incoming edges without it). With both, the embedding of a root of a
+    computation tree equals that of its node in the real graph.
 
     Args:
         name: one of ``NETWORKS``.
@@ -56,16 +56,14 @@ class GraphNetwork(nn.Module):
             raise CondenseError(f"network '{name}': no such network of graphs{did_you_mean(name, NETWORKS)}")
         import_pyg(f"network '{name}'")
         self.name, self.pool, self.width = name, pool, width
-        self.node_embeddings = nn.ModuleList(nn.Embedding(size, width) for size in node_sizes)
-        self.edge_embeddings = nn.ModuleList(nn.Embedding(size, width) for size in edge_sizes)
+        self.node_embedding, self.edge_embedding = _Categories(node_sizes, width), _Categories(edge_sizes, width)
         self.layers = nn.ModuleList(_layer(name, width) for _ in range(depth))
         self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(width, classes)
 
     def node_features(self, batch: Any) -> Tensor:
         """Returns the embeddings of all nodes after the last layer, (nodes, width)."""
-        hidden = self._embed(self.node_embeddings, batch.x)
-        edges = self._embed(self.edge_embeddings, batch.edge_attr)
+        hidden, edges = self.node_embedding(batch.x), self.edge_embedding(batch.edge_attr)
         degree = batch.degree if "degree" in batch else torch.bincount(batch.edge_index[1], minlength=len(batch.x))
         for layer in self.layers:
             if self.name == "gcn":
@@ -89,11 +87,19 @@ class GraphNetwork(nn.Module):
         """Returns the logits (graphs, classes)."""
         return self.classifier(self.embed(batch))
 
-    def _embed(self, embeddings: nn.ModuleList, columns: Tensor) -> Tensor:
-        total = self.classifier.weight.new_zeros(len(columns), self.width)
-        for embedding, column in zip(embeddings, columns.T):
-            total = total + embedding(column)
-        return total
+
+class _Categories(nn.Module):
+    """The sum of an embedding of each column of categories: int64 (rows, columns) to (rows, width)."""
+
+    def __init__(self, sizes: Sequence[int], width: int) -> None:
+        super().__init__()
+        self.embedding = nn.EmbeddingBag(max(1, sum(sizes)), width, mode="sum")
+        self.register_buffer("first", torch.tensor([0, *sizes], dtype=torch.int64).cumsum(0)[: len(sizes)])
+
+    def forward(self, columns: Tensor) -> Tensor:
+        if not columns.shape[1]:
+            return self.embedding.weight.new_zeros(len(columns), self.embedding.embedding_dim)
+        return self.embedding(columns + self.first)
 
 
 def _layer(name: str, width: int) -> nn.Module:

@@ -20,21 +20,21 @@ class GraphProtocol:
     """One-line description."""
     networks: tuple[str, ...] = NETWORKS
     """Default architectures. They have as many layers, and the pool, for which the set was made."""
-    width: int = 128
+    width: int = 64
     """Channels of the networks."""
     dropout: float = 0.3
     """Probability of dropping a channel after each layer."""
-    steps: int = 500
+    steps: int = 300
     """Optimizer steps of all arms but ``full``."""
-    full_epochs: int = 20
+    full_epochs: int = 10
     """Epochs of the ``full`` arm, which makes at least ``steps`` steps."""
-    batch: int = 64
+    batch: int = 32
     """Graphs per step. Each is of a random class, all being equally likely, and then sampled by its weight."""
     lr: float = 1e-3
     """Learning rate of Adam."""
     weight_decay: float = 1e-4
     """L2 penalty of Adam."""
-    checks: int = 20
+    checks: int = 15
     """How often the AUC on the real validation graphs is measured, at equal intervals. The weights with the best one
     are tested, in all arms."""
     runs: int = 10
@@ -47,7 +47,7 @@ GRAPH_PROTOCOLS = {
         GraphProtocol(
             "graphs-v1",
             1,
-            "graph classification: 500 steps of Adam on balanced batches, best of 20 checks on validation graphs",
+            "graph classification: 300 steps of Adam on balanced batches, best of 15 checks on validation graphs",
         ),
     )
 }
