@@ -25,7 +25,7 @@ class Mirage:
     itemsets: str = "closed"
     """closed (only the largest of the sets of trees that occur in the same graphs) or all (as published)."""
     support: list[int] = field(default_factory=list)
-    """Least number of graphs in which a set of trees occurs, for each class; empty: 2."""
+    """Least number of graphs in which a set of trees occurs, for each class; empty: 1."""
     pool: str = "mean"
     """Pool of the networks over the roots, and over all nodes of real graphs: mean or sum."""
 
@@ -74,7 +74,7 @@ def mirage(task: GraphTask, config: Mirage, run: GraphRun) -> SyntheticGraphs:
     """
     if config.support and len(config.support) != task.num_classes:
         raise CondenseError(f"support={config.support}: must have one number for each of {task.num_classes} classes")
-    graphs, least = task.train, config.support or [2] * task.num_classes
+    graphs, least = task.train, config.support or [1] * task.num_classes
     labels = row_ids(np.column_stack([graphs.nodes, graphs.degrees]))
     levels = refine(labels, *graphs.joint_edges, row_ids(graphs.edge_features), config.depth)
     found, classes = [], []

@@ -167,7 +167,8 @@ def _categories(values: Any, rows: int, default_columns: int, where: str) -> np.
     """A tensor of categories as int64 (rows, columns); zeros if there is none."""
     if values is None:
         return np.zeros((rows, default_columns), np.int64)
-    array = values.detach().cpu().numpy().reshape(rows, -1)
+    array = values.detach().cpu().numpy()
+    array = array.reshape(rows, -1 if rows else array.shape[-1])
     whole = array.astype(np.int64)
     if (whole != array).any() or (whole.size and not 0 <= whole.min() <= whole.max() < MAX_FEATURE):
         raise CondenseError(f"{where}: must be categories, whole numbers from 0; divide continuous features into bins")

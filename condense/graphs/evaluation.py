@@ -357,7 +357,7 @@ def _record(
             "split": task.split,
             "graphs": {name: len(getattr(task, name)) for name in ("train", "valid", "test")},
         },
-        "protocol": dataclasses.asdict(judge.protocol),
+        "protocol": {**dataclasses.asdict(judge.protocol), "networks": list(judge.protocol.networks)},
         "runs": runs,
         "seed": judge.seed,
         "results": results,
