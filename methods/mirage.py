@@ -26,8 +26,8 @@ class Mirage:
     """closed (only the largest of the sets of trees that occur in the same graphs) or all (as published)."""
     support: list[int] = field(default_factory=list)
     """Least number of graphs in which a set of trees occurs, for each class; empty: 1."""
-    pool: str = "mean"
-    """Pool of the networks over the roots, and over all nodes of real graphs: mean or sum."""
+    pool: str = "sum"
+    """Pool of the networks over the roots, and over all nodes of real graphs: sum or mean."""
 
     def __post_init__(self) -> None:
         require_range(self, depth=(1, MAX_DEPTH))
