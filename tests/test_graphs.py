@@ -18,7 +18,9 @@ pytest.importorskip("rdkit", reason="needs the extra graph")
 from torch_geometric.data import Batch, Data
 
 import condense
-from condense import rng
+from condense import config, rng
+from condense.benchmarks.graph_trees import count_trees, count_trees_plainly
+from condense.cli.request import parse_request
 from condense.errors import CondenseError
 from condense.graphs import GRAPH_PROTOCOLS, NETWORKS, GraphArrays, GraphNetwork, GraphSet
 from condense.graphs.evaluation import make_batch, real_examples, sample_balanced
@@ -168,6 +170,13 @@ def test_a_forest_of_all_trees_has_the_output_of_its_graph(name, pool, tmp_path)
         torch.testing.assert_close(network(ours), network(batch))
 
 
+def test_the_benchmark_counts_the_same_trees():
+    draws = random.Random(4)
+    arrays = GraphArrays.from_graphs([random_graph(draws, 7, 0) for _ in range(20)], "data")
+    counts = [(count_trees(arrays, depth), count_trees_plainly(arrays, depth)) for depth in (1, 2, 3)]
+    assert all(one == other for one, other in counts) and counts[0][0] < counts[2][0]
+
+
 def test_every_root_has_the_embedding_of_its_nodes():
     draws = random.Random(1)
     graphs = [random_graph(draws, draws.randint(3, 8), y % 2) for y in range(20)]
@@ -180,6 +189,14 @@ def test_every_root_has_the_embedding_of_its_nodes():
         forest = Batch.from_data_list(made.graphs)
         roots = network.node_features(forest)[forest.multiplicity > 0]
         assert float(torch.cdist(roots, nodes).min(1).values.max()) < 1e-6
+
+
+def test_the_recipes_parse():
+    names = [name for name in config.recipe_names() if name.startswith("mirage/")]
+    assert names
+    for name in names:
+        request, options, values = parse_request(None, None, None, None, None, name)
+        assert (request.method, request.ipc, options) == ("mirage", 10, {}) and values["depth"] in (2, 3)
 
 
 def test_settings_that_cannot_be():
