@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
+from scipy.sparse import csc_matrix
 
 from condense.config import require_one_of, require_range
 from condense.errors import CondenseError
@@ -76,8 +77,9 @@ def mirage(task: GraphTask, config: Mirage, run: GraphRun) -> SyntheticGraphs:
         raise CondenseError(f"support={config.support}: must have one number for each of {task.num_classes} classes")
     graphs, least = task.train, config.support or [1] * task.num_classes
     labels = row_ids(np.column_stack([graphs.nodes, graphs.degrees]))
-    levels = refine(labels, *graphs.joint_edges, row_ids(graphs.edge_features), config.depth)
-    found, classes = [], []
+    sources, targets = graphs.joint_edges
+    levels = refine(labels, sources, targets, row_ids(graphs.edge_features), config.depth)
+    found, classes = list[Itemset](), list[int]()
     for label in range(task.num_classes):
         counts = tree_counts(graphs, levels[-1], label)
         itemsets = frequent_itemsets(counts, run.ipc, least[label], closed=config.itemsets == "closed")
@@ -88,90 +90,71 @@ def mirage(task: GraphTask, config: Mirage, run: GraphRun) -> SyntheticGraphs:
     return build_forests(graphs, levels, found, classes, config)
 
 
-class TreeCounts(NamedTuple):
-    """How often each tree occurs in each graph of a class: one entry for each pair that occurs."""
-
-    graphs: np.ndarray
-    trees: np.ndarray
-    counts: np.ndarray
-
-
-def tree_counts(graphs: GraphArrays, ids: np.ndarray, label: int) -> TreeCounts:
-    """Counts the trees of the nodes of a class, without those of nodes that have no neighbours."""
-    owner = np.repeat(np.where(graphs.labels == label, np.cumsum(graphs.labels == label) - 1, -1), graphs.node_counts)
-    used, size = (owner >= 0) & (graphs.degrees > 0), int(ids.max(initial=0)) + 1
-    pairs, counts = np.unique(owner[used] * size + ids[used], return_counts=True)
-    return TreeCounts(pairs // size, pairs % size, counts)
+def tree_counts(graphs: GraphArrays, ids: np.ndarray, label: int) -> csc_matrix:
+    """Number of nodes with each tree (columns) in each graph of a class (rows), without nodes that have no neighbours."""
+    chosen = graphs.labels == label
+    owner = np.repeat(np.cumsum(chosen) - 1, graphs.node_counts)
+    used = np.repeat(chosen, graphs.node_counts) & (graphs.degrees > 0)
+    shape = int(chosen.sum()), int(ids.max(initial=0)) + 1
+    counts = csc_matrix((np.ones(int(used.sum())), (owner[used], ids[used])), shape)
+    counts.sum_duplicates()
+    return counts
 
 
-def frequent_itemsets(table: TreeCounts, count: int, least: int, *, closed: bool) -> list[Itemset]:
-    """The most frequent sets of trees, in descending order of their support; of equal ones, in the order of the trees.
+def frequent_itemsets(counts: csc_matrix, count: int, least: int, *, closed: bool) -> list[Itemset]:
+    """The most frequent sets of trees, in descending order of their support.
 
     Best-first search: a set is extended by one less frequent tree at a time, which never raises its support, so the
-    first ``count`` sets of the queue are the result and no others need to be enumerated. A closed set is reached from
-    only one other one (the prefix-preserving extension of LCM, Uno et al., 2004).
+    first ``count`` sets of the queue are the result and no others need to be enumerated. A closed set, to which no tree
+    can be added without lowering its support, is reached from only one other (the prefix-preserving extension of LCM,
+    Uno et al., 2004).
 
     Args:
-        table: the occurrences of trees.
+        counts: number of nodes with each tree (columns) in each graph (rows).
         count: largest number of sets.
-        least: least support.
-        closed: whether to return only sets to which no tree can be added without lowering the support.
+        least: least support, at least 1.
+        closed: whether to return closed sets only.
     """
-    trees, rows = _bitsets(table, count, least)
-    supports = [bits.bit_count() for bits in rows]
+    trees = most_frequent_trees(counts, count, least)
+    table = counts[:, trees].toarray()
+    rows = (table > 0).T
 
-    def closure(shared: int) -> tuple[int, ...]:
-        return tuple(i for i, bits in enumerate(rows) if bits & shared == shared)
+    def closure(shared: np.ndarray) -> tuple[int, ...]:
+        return tuple(np.flatnonzero(rows[:, shared].all(1)).tolist())
 
-    everything = (1 << (int(table.graphs.max(initial=-1)) + 1)) - 1
-    start = closure(everything) if closed else ()
-    queue, found = [(-everything.bit_count(), start, -1, everything)], []
+    everything, found = np.ones(len(table), bool), list[Itemset]()
+    queue = [(-len(table), closure(everything) if closed else (), -1, everything)]
     while queue and len(found) < count:
-        _, members, core, shared = heapq.heappop(queue)
+        negative, members, core, shared = heapq.heappop(queue)
         if members:
-            found.append(_itemset(table, trees[list(members)], shared))
+            means = table[shared][:, members].mean(0).tolist()
+            found.append(Itemset(tuple(trees[list(members)].tolist()), -negative, means))
         missing = count - len(found)
         limit = max(least, -heapq.nsmallest(missing, queue)[-1][0] if 0 < missing <= len(queue) else 0)
         for item in range(core + 1, len(rows)):
-            if supports[item] < limit:
-                break
             extended = rows[item] & shared
-            if item in members or extended.bit_count() < limit:
+            support = int(extended.sum())
+            if item in members or support < limit:
                 continue
             larger = closure(extended) if closed else (*members, item)
             if all(other in members for other in larger if other < item):
-                heapq.heappush(queue, (-extended.bit_count(), larger, item, extended))
+                heapq.heappush(queue, (-support, larger, item, extended))
     return found
 
 
-def _bitsets(table: TreeCounts, count: int, least: int) -> tuple[np.ndarray, list[int]]:
-    """Trees in descending order of support, and their graphs as bits.
+def most_frequent_trees(counts: csc_matrix, count: int, least: int) -> np.ndarray:
+    """Columns in descending order of support, as far as sets of them may be among the ``count`` most frequent sets.
 
-    As soon as ``count`` trees have different graphs, that many sets have at least their support: rarer trees are in
-    none of the sets that are searched for.
+    As soon as ``count`` trees are in different graphs, so many sets have at least their support, and no rarer tree.
     """
-    order = np.argsort(table.trees, kind="stable")
-    names, first, supports = np.unique(table.trees[order], return_index=True, return_counts=True)
-    ranking = np.argsort(-supports, kind="stable")
-    rows: list[int] = []
-    different: set[int] = set()
-    for tree in ranking.tolist():
-        last = int(supports[ranking[len(rows) - 1]]) if rows else 0
-        if supports[tree] < least or (supports[tree] < last and len(different) >= count):
-            break
-        mask = np.zeros(int(table.graphs.max()) + 1, np.uint8)
-        mask[table.graphs[order[first[tree] : first[tree] + supports[tree]]]] = 1
-        rows.append(int.from_bytes(np.packbits(mask, bitorder="little").tobytes(), "little"))
-        different.add(rows[-1])
-    return names[ranking[: len(rows)]], rows
-
-
-def _itemset(table: TreeCounts, trees: np.ndarray, shared: int) -> Itemset:
-    size = int(table.graphs.max()) + 1
-    bits = np.frombuffer(shared.to_bytes((size + 7) // 8, "little"), np.uint8)
-    inside = np.unpackbits(bits, bitorder="little")[:size].astype(bool)[table.graphs]
-    means = [float(table.counts[inside & (table.trees == tree)].mean()) for tree in trees]
-    return Itemset(tuple(trees.tolist()), shared.bit_count(), means)
+    supports = counts.getnnz(0)
+    order, different = np.argsort(-supports, kind="stable"), set()
+    for place, tree in enumerate(order):
+        is_rarer = place > 0 and supports[tree] < supports[order[place - 1]]
+        if supports[tree] < least or (is_rarer and len(different) >= count):
+            return order[:place]
+        different.add(counts.indices[counts.indptr[tree] : counts.indptr[tree + 1]].tobytes())
+    return order
 
 
 def build_forests(
@@ -181,25 +164,19 @@ def build_forests(
     classes: Sequence[int],
     config: Mirage,
 ) -> SyntheticGraphs:
-    """Builds a graph for each set of trees, in which equal subtrees of one level are one node.
+    """Builds a graph for each set of trees of the last of ``levels``; equal subtrees of one level are one node.
 
     An edge leads from each child to its parent, as messages do; equal children of a node are several edges. Message
     passing gives each root what it gives the node that has this tree in a real graph.
-
-    Args:
-        graphs: the real graphs.
-        levels: ids of the trees of their nodes at each depth.
-        itemsets: sets of ids of the last level.
-        classes: class of each set.
-        config: ``pool`` and ``depth`` are copied to the result.
     """
     examples = [np.unique(ids, return_index=True)[1] for ids in levels]  # a node with each tree
     sources, targets = graphs.joint_edges
     incoming, first = np.argsort(targets, kind="stable"), np.cumsum(graphs.degrees) - graphs.degrees
-    nodes, edges, used_edges, weights, sizes = [], [], [], [], []
+    nodes, edges, multiplicities = list[int](), list[tuple[int, int, int]](), list[float]()
+    node_counts, edge_counts = [], []
     for itemset in itemsets:
         trees = [(len(levels) - 1, tree) for tree in itemset.trees]
-        number, made = {tree: place for place, tree in enumerate(trees)}, (len(nodes), len(edges))
+        number, edges_before = {tree: place for place, tree in enumerate(trees)}, len(edges)
         for level, tree in trees:  # grows: children are added at its end
             node = int(examples[level][tree])
             nodes.append(node)
@@ -208,19 +185,12 @@ def build_forests(
                 if child not in number:
                     number[child] = len(trees)
                     trees.append(child)
-                edges.append((number[child], number[level, tree]))
-                used_edges.append(edge)
-        weights += [*itemset.multiplicities, *[0.0] * (len(trees) - len(itemset.trees))]
-        sizes.append((len(nodes) - made[0], len(edges) - made[1]))
-    counts = np.array(sizes, np.int64).T
-    forests = GraphArrays(
-        graphs.nodes[nodes],
-        np.array(edges, np.int64).reshape(-1, 2).T.copy(),
-        graphs.edge_features[used_edges],
-        *counts.copy(),
-        np.array(classes, np.int64),
-    )
-    supports = np.array([itemset.support for itemset in itemsets], np.int64)
-    return SyntheticGraphs(
-        forests, np.array(weights, np.float32), graphs.degrees[nodes], supports, config.pool, config.depth
-    )
+                edges.append((number[child], number[level, tree], edge))
+        multiplicities += [*itemset.multiplicities, *[0.0] * (len(trees) - len(itemset.trees))]
+        node_counts.append(len(trees))
+        edge_counts.append(len(edges) - edges_before)
+    table = np.array(edges, np.int64).reshape(-1, 3)
+    counts = (np.array(values, np.int64) for values in (node_counts, edge_counts, classes))
+    forests = GraphArrays(graphs.nodes[nodes], table[:, :2].T.copy(), graphs.edge_features[table[:, 2]], *counts)
+    supports, weights = np.array([itemset.support for itemset in itemsets]), np.array(multiplicities, np.float32)
+    return SyntheticGraphs(forests, weights, graphs.degrees[nodes], supports, config.pool, config.depth)
