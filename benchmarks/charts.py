@@ -20,6 +20,7 @@ SHAPES = {
     "decoupled (squeeze, recover, relabel)": "pentagon",
     "label compression": "hexagon",
     "kernel regression on features": "house",
+    "graphs": "bowtie",
 }
 """The shape tells the family, the colour the method within it."""
 OTHER_SHAPE = "star"

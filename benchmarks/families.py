@@ -12,6 +12,7 @@ NAMES = {
     "curriculum_synthesis": "decoupled (squeeze, recover, relabel)",
     "krrst": "kernel regression on features",
     "label_lightening": "label compression",
+    "mirage": "graphs",
 }
 """Module or folder of a family to the family's name, where it is not the module's name with spaces."""
 PACKAGE = "condense.methods."

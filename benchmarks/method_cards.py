@@ -104,8 +104,9 @@ def method_card(entry: Method) -> str:
     usage, _, notes = rest.partition("\n\n")
     parts = [f"# {entry.name}", " ".join(summary.split())]
     parts.append(
-        f"*{entry.paper}* ({entry.year}). Labels: {entry.labels}. Default network: `{entry.network}`. "
-        f"Evaluated here under `{entry.protocol}` unless another protocol is named."
+        f"*{entry.paper}* ({entry.year}). Labels: {entry.labels}. "
+        + f"Default network: `{entry.network}`. " * bool(entry.network)
+        + f"Evaluated here under `{entry.protocol}` unless another protocol is named."
     )
     parts += [f"**{title}.** {text}" for title, text in _usage(usage)]
     parts += [" ".join(paragraph.split()) for paragraph in notes.split("\n\n") if paragraph]

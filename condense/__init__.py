@@ -21,16 +21,16 @@ if not os.path.isdir(os.path.join(os.path.dirname(__file__), "methods")) and os.
     __path__.append(_checkout)
 
 if TYPE_CHECKING:
-    from condense.api import distill, load, resume, task
+    from condense.api import distill, evaluate, load, resume, task
     from condense.environment import keep_freed_memory
-    from condense.judge import downstream, evaluate, fit
+    from condense.judge import downstream, fit
     from condense.sets import DistilledSet, join, relabel
 
 _PUBLIC = {
     "task": "condense.api",
     "distill": "condense.api",
     "downstream": "condense.judge",
-    "evaluate": "condense.judge",
+    "evaluate": "condense.api",
     "load": "condense.api",
     "fit": "condense.judge",
     "relabel": "condense.sets",

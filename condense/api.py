@@ -1,9 +1,11 @@
-"""The public functions ``condense.task``, ``load`` and ``distill``, and those that train experts and teachers."""
+"""The public functions ``condense.task``, ``load``, ``distill`` and ``evaluate``, and those that train experts and
+teachers. Here the kind of data, sets and methods (images or graphs) decides which room does the work."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from condense import data as data_module
-from condense import jobs
+from condense import graphs, jobs, judge
 from condense.config import build_config, whole_number
 from condense.data import DataOptions, Task
 from condense.device import out_of_memory_advice, pick_device, second_derivatives
@@ -20,6 +22,8 @@ from condense.engine import Run
 from condense.errors import CondenseError, did_you_mean
 from condense.files import as_path, check_writable
 from condense.formatting import shorten
+from condense.graphs import GraphOptions, GraphSet, GraphTask
+from condense.hdf5 import read_block_format
 from condense.jobs import resume
 from condense.networks import MemberKey, TeacherFile, calibrate, memory_format
 from condense.pretraining import (
@@ -32,38 +36,60 @@ from condense.pretraining import (
     train_teacher_file,
     train_trajectory_file,
 )
-from condense.registry import METHODS
+from condense.registry import METHODS, Method
 from condense.selection import ScoreTable, write_score_table
 from condense.sets import DistilledSet, packaged_sets
 from condense.tracking import is_main_process
 
-__all__ = ["distill", "distill_or_resume", "experts", "load", "resume", "scores", "task", "teachers"]
+__all__ = [
+    "distill",
+    "distill_or_resume",
+    "evaluate",
+    "experts",
+    "image_task",
+    "load",
+    "resume",
+    "scores",
+    "task",
+    "teachers",
+]
 
 
 DEFAULT_SCORE_NETWORK = "convnet-d3-w128-in"
 """Architecture of the networks that score images, where none is named."""
 
 
-def task(data: Any, *, name: str | None = None, download: bool = False, **options: Any) -> Task:
-    """Loads real data: a registered name, a folder, a ``.csv``, ``.npz`` or ``.h5`` file, tensors, or a Dataset.
+def task(data: Any, *, name: str | None = None, download: bool = False, **options: Any) -> Task | GraphTask:
+    """Loads real data: a registered name, a folder, a ``.csv``, ``.npz`` or ``.h5`` file, tensors, or a Dataset; or
+    graphs: a ``.csv`` of SMILES, ``tu:NAME``, or lists of PyTorch Geometric's ``Data``.
 
     Args:
-        data: see :func:`condense.data.load_task`.
+        data: see :func:`condense.data.load_task`, and for graphs :func:`condense.graphs.load_graph_task`.
         name: name in records.
         download: fetch a registered dataset that is not on disk.
-        options: resize, grey, mirror, zca, split, ... (see :class:`condense.data.DataOptions`).
+        options: resize, grey, mirror, zca, split, ... (see :class:`condense.data.DataOptions`); for graphs those of
+            :class:`condense.graphs.GraphOptions`.
 
     Raises:
         CondenseError: the data do not exist or are invalid.
     """
+    if graphs.is_graph_data(data):
+        return graphs.load_graph_task(data, build_config(GraphOptions, options, "graphs"), name=name)
+    return image_task(data, name=name, download=download, **options)
+
+
+def image_task(data: Any, *, name: str | None = None, download: bool = False, **options: Any) -> Task:
+    """Loads images, as :func:`task` does."""
     checked = build_config(DataOptions, options, "the data")
     if checked.prune is not None:  # a run may be resumed from another folder
         checked = dataclasses.replace(checked, prune=str(as_path(checked.prune, "prune=").resolve()))
     return data_module.load_task(data, checked, download=download, name=name)
 
 
-def load(source: str | Path, *, data: Task | Any = None) -> DistilledSet:
+def load(source: str | Path, *, data: Task | Any = None) -> DistilledSet | GraphSet:
     """Loads and verifies a distilled set: a file, or the name of a ready-made set (``condense ls sets``).
+
+    A set of graphs is a :class:`condense.graphs.GraphSet`, which has ``graphs`` in place of ``images``.
 
     Args:
         source: the file or the name.
@@ -83,18 +109,30 @@ def load(source: str | Path, *, data: Task | Any = None) -> DistilledSet:
     if not exists and not (isinstance(source, (str, Path)) and str(source).endswith(".h5")):
         hint = did_you_mean(source, packaged_sets()) or "; give the .h5 that `condense distill` writes"
         raise CondenseError(f"'{shorten(str(source), 200)}' is no file and no ready-made set{hint}")
+    if read_block_format(Path(source)) == graphs.GRAPHS_FORMAT.name:
+        return GraphSet.load(source)
     loaded = DistilledSet.load(source)
     if data is None or loaded.indices is None:
         return loaded
     options = loaded.manifest["data"].get("options", {})
     options = {name: value for name, value in options.items() if name not in data_module.PRUNING_OPTIONS}
-    return loaded.with_data(data if isinstance(data, Task) else task(data, **options))
+    return loaded.with_data(data if isinstance(data, Task) else image_task(data, **options))
+
+
+@functools.wraps(judge.evaluate)
+def evaluate(distilled: DistilledSet | GraphSet, task: Any, **options: Any) -> dict[str, Any]:
+    if isinstance(distilled, GraphSet):
+        if not isinstance(task, GraphTask):
+            names = distilled.manifest.get("data", {}).get("options", {})
+            task = graphs.load_graph_task(task, build_config(GraphOptions, names, "graphs"))
+        return graphs.evaluate_graphs(distilled, task, **options)
+    return judge.evaluate(distilled, task, **options)
 
 
 def distill(
     method: str,
-    data: Task | Any,
-    ipc: int,
+    data: Task | GraphTask | Any,
+    ipc: int | None = None,
     *,
     network: str | Callable[..., nn.Module] | None = None,
     seed: int = 0,
@@ -110,7 +148,7 @@ def distill(
     track: str = "auto",
     deterministic: bool = False,
     **settings: Any,
-) -> DistilledSet:
+) -> DistilledSet | GraphSet:
     """Distils real data to a small synthetic set.
 
     The same call continues an unfinished run in ``run_dir``, also with a network or data that were given in Python.
@@ -118,7 +156,7 @@ def distill(
     Args:
         method: a name of ``condense ls methods``.
         data: a :class:`Task`, or the ``data`` argument of ``condense.task``.
-        ipc: stored images per class.
+        ipc: stored images per class; methods that distil graphs have a default.
         network: architecture of the networks; by default that of the method.
         seed: random seed; the same seed gives the same set.
         device: auto, cpu, cuda, ...
@@ -142,16 +180,31 @@ def distill(
             is written to ``out`` first.
     """
     checked: dict[str, Any] = {"network": network, "protocol": protocol, "device": device, "precision": precision}
+    entry = METHODS.get(method)
+    if entry.task == "graphs":
+        graphs.check_graph_request(
+            entry,
+            settings,
+            tag=tag,
+            minutes=minutes,
+            run_dir=run_dir,
+            track=track,
+            deterministic=deterministic,
+            **checked,
+        )
+        real = _of_kind(entry, data if isinstance(data, GraphTask | Task) else task(data))
+        ipc = entry.ipc if ipc is None else ipc
+        files: dict[str, Any] = {"out": out, "tag": tag, "protocol": protocol, "force": force}
+        return graphs.distill_graphs(entry, real, ipc, seed=seed, settings=settings, **files)
     ipc, seed = whole_number(ipc, "--ipc"), whole_number(seed, "--seed")
     out = None if out is None else as_path(out, "--out")
     directory = None if run_dir is None else as_path(run_dir, "--run-dir")
     jobs.check_request(method, settings, minutes=minutes, track=track, tag=tag, **checked)
-    entry = METHODS.get(method)
     settings, network, taken = jobs.fill_from_files(entry, settings, network)
     if taken and not quiet and is_main_process():
         print(f"condense: {taken}", file=sys.stderr)
     config = jobs.resolve_settings(entry, settings, ipc)
-    real = data if isinstance(data, Task) else task(data)
+    real = _of_kind(entry, data if isinstance(data, GraphTask | Task) else task(data))
     job = jobs.resolve_job(
         entry,
         config,
@@ -174,6 +227,20 @@ def distill(
     if not continues:
         jobs.check_outputs(real, ipc, out, directory, force=force)
     return jobs.run_job(job, entry, config, real, network or entry.network, directory, quiet=quiet, resume=continues)
+
+
+def _of_kind(entry: Method, real: Task | GraphTask) -> Any:
+    """The real data, if they are of the kind that a method distils.
+
+    Raises:
+        CondenseError: they are not.
+    """
+    kind = "graphs" if isinstance(real, GraphTask) else "images"
+    if kind != entry.task:
+        names = [name for name in METHODS.names() if METHODS.get(name).task == kind]
+        few = f"; these distil {kind}: {', '.join(names[:5])}" + ", ..." * (len(names) > 5)
+        raise CondenseError(f"method '{entry.name}' distils {entry.task}, but {real.name} has {kind}{few}")
+    return real
 
 
 def distill_or_resume(
@@ -254,7 +321,7 @@ def experts(
     checked: dict[str, Any] = {"network": network, "held_out": held_out, "device": device, "precision": precision}
     seed = whole_number(seed, "--seed")
     config = jobs.check_experts(method, settings, count=count, epochs=epochs, dtype=dtype, **checked)
-    real = data if isinstance(data, Task) else task(data)
+    real = data if isinstance(data, Task) else image_task(data)
     network = network or METHODS.get(method).network
     jobs.check_fit(real, 1, network)
     training, epochs = config.expert_training(real), config.epochs_needed()
@@ -317,7 +384,7 @@ def teachers(
     seed = whole_number(seed, "--seed")
     checked["objective"] = objective
     config = jobs.check_teachers(method, settings, networks=networks, count=count, epochs=epochs, **checked)
-    real = data if isinstance(data, Task) else task(data)
+    real = data if isinstance(data, Task) else image_task(data)
     architectures = config.architectures(METHODS.get(method).network if method else DEFAULT_TEACHER_NETWORK)
     for architecture in architectures:
         jobs.check_fit(real, 1, architecture)
@@ -370,7 +437,7 @@ def scores(
     path = None if out is None else as_path(out, "--out")
     if path is not None:
         check_writable(path, force=force)
-    real = data if isinstance(data, Task) else task(data)
+    real = data if isinstance(data, Task) else image_task(data)
     jobs.check_fit(real, 1, network)
     run = _pretraining_run("scores", real, network, seed, device, precision, quiet)
     with _interruptible(run, "a smaller --network or score_batch"):

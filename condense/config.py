@@ -211,6 +211,8 @@ def describe(config: type) -> list[tuple[str, str, str, str]]:
     rows = []
     for field in dataclasses.fields(config):
         default = "required" if field.default is dataclasses.MISSING else str(field.default)
+        if field.default_factory is not dataclasses.MISSING:
+            default = str(field.default_factory())
         rows.append((field.name, _type_name(config, field.name), default, docs.get(field.name, "")))
     return rows
 

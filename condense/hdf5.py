@@ -321,6 +321,15 @@ def _is_text(checker: Any, value: Any) -> bool:
     return isinstance(value, str) and not any(0xD800 <= ord(c) < 0xE000 for c in value)
 
 
+def read_block_format(path: Path) -> str:
+    """Returns the format name in the user block of a file; an empty string if it has no valid one."""
+    try:
+        described = _read_user_block(path)
+    except OSError:
+        return ""
+    return described[0].format if described else ""
+
+
 def read_format(path: Path) -> str:
     """Returns the format name in an HDF5 file; an empty string if there is none or the file is not HDF5.
 
@@ -334,11 +343,10 @@ def read_format(path: Path) -> str:
     try:
         with path.open("rb") as raw:
             is_without_block = raw.read(len(_SIGNATURE)) == _SIGNATURE
-        if not is_without_block:
-            described = _read_user_block(path)
-            return described[0].format if described else ""
     except OSError:
         return ""
+    if not is_without_block:
+        return read_block_format(path)
     _check_structure(path)
     try:
         with h5py.File(path, "r") as file:

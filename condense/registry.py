@@ -87,6 +87,10 @@ class Method:
     """Default network, e.g. ``convnet-d3-w128-in``."""
     pretrains: str | None = None
     """Networks that it trains on the real data first: experts, teachers, snapshots or scores; None: none."""
+    task: str = "images"
+    """Kind of the data that it distils: images or graphs."""
+    ipc: int | None = None
+    """Stored examples per class if none are asked for; None: they must be."""
 
     @property
     def summary(self) -> str:
@@ -138,11 +142,14 @@ def method(
     protocol: str = "dc-v1",
     network: str = "convnet-d3-w128-in",
     pretrains: str | None = None,
+    task: str = "images",
+    ipc: int | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers ``function(task, config, run) -> SyntheticSet`` as a method; see :class:`Method` for the fields."""
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        METHODS.add(name, Method(name, function, config, paper, year, labels, order, protocol, network, pretrains))
+        facts = (paper, year, labels, order, protocol, network, pretrains, task, ipc)
+        METHODS.add(name, Method(name, function, config, *facts))
         return function
 
     return register

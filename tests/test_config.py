@@ -123,6 +123,8 @@ def test_a_field_inherits_the_docstring_of_the_nearest_base_class():
 def test_every_recipe_parses(name):
     recipe = config.load_recipe(name)
     entry = METHODS.get(recipe["method"])
+    if entry.task != "images":
+        pytest.skip("no recipe of images")
     from condense import networks
     from condense.data import DataOptions, datasets
     from condense.judge import get_protocol

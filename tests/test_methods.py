@@ -15,7 +15,7 @@ from condense.errors import CondenseError
 from condense.jobs import resume
 from condense.registry import METHODS
 
-METHOD_NAMES = METHODS.names()
+METHOD_NAMES = [name for name in METHODS.names() if METHODS.get(name).task == "images"]
 SETTINGS = {
     name: {"network": config.load_recipe(f"{name}/tiny")["network"], **config.tiny_settings(name)}
     for name in METHOD_NAMES

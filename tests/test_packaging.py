@@ -167,6 +167,7 @@ FLOORS = (
     ("pretraining",),
     ("judge",),
     ("exchange", "jobs", "lighten"),
+    ("graphs",),
     ("api",),
     ("",),  # the names that `import condense` gives
     ("methods",),

@@ -15,9 +15,16 @@ from condense.formatting import by
 
 def verify(file: SetFile, data: IndexedData = None) -> None:
     """Checks a file: checksums, shapes and manifest. Exits with 2 if anything is wrong."""
+    from condense import api
+    from condense.graphs import GraphSet
     from condense.sets import checksums
 
-    distilled = load_set(file, data)
+    loaded = api.load(file, data=data)
+    if isinstance(loaded, GraphSet):
+        print(f"{file}: good; {loaded.name}, {len(loaded)} graphs")
+        _print_checksums(loaded.manifest["checksums"])
+        return
+    distilled = loaded
     expected = distilled.manifest["ipc"] * len(distilled.classes)
     if distilled.compensated:
         expected = distilled.compensated.stored
@@ -30,7 +37,11 @@ def verify(file: SetFile, data: IndexedData = None) -> None:
     elif not bool(distilled.training_images()[0].isfinite().all()):
         raise CondenseError(f"{file}: some pixels are not finite")
     print(f"{file}: good; {distilled.name}, {count} images {by(distilled.shape)}, {distilled.labels.kind} labels")
-    for name, digest in checksums(distilled.arrays()).items():
+    _print_checksums(checksums(distilled.arrays()))
+
+
+def _print_checksums(digests: dict[str, str]) -> None:
+    for name, digest in digests.items():
         print(f"  {name}  sha256 {digest}")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -28,6 +28,9 @@ from condense.errors import CondenseError, did_you_mean
 from condense.formatting import machine
 from condense.tracking import is_main_process
 
+if TYPE_CHECKING:
+    from condense.graphs import GraphSet
+
 
 def evaluate(
     file: SetFile,
@@ -42,7 +45,7 @@ def evaluate(
         str,
         typer.Option(
             help="control arms: random,random-hard,random-bytes,noise,full,full-equal,rs2, or none; under transfer-v1 "
-            "random,full and files of other sets"
+            "random,full and files of other sets; for graphs random,herding,full"
         ),
     ] = "random",
     transfer: Annotated[
@@ -78,12 +81,22 @@ def evaluate(
     force: Force = False,
 ) -> None:
     """Evaluates a set against control arms under a protocol."""
+    from condense import api
     from condense.data import load_task
+    from condense.graphs import GraphSet
     from condense.judge import evaluation, records
     from condense.judge import transfer as transfers
 
+    loaded = api.load(file)
+    if isinstance(loaded, GraphSet):
+        others = {"without_augmentation": without_augmentation, "teachers": teachers, "classes": classes}
+        others |= {"curve": curve, "precision": precision, "no_cache": no_cache, "transfer": transfer}
+        options = {"networks": networks, "runs": runs, "protocol": protocol, "controls": controls}
+        options |= {"seed": seed, "device": device, **others}
+        _evaluate_graphs(loaded, data, settings, out, force, options)
+        return
     distilled, real = load_set_and_data(file, data, settings, download=download, record=out, force=force)
-    others = [load_task(name, real.options, download=download) for name in (transfer.split(",") if transfer else ())]
+    targets = [load_task(name, real.options, download=download) for name in (transfer.split(",") if transfer else ())]
     record = evaluation.evaluate(
         distilled,
         real,
@@ -95,7 +108,7 @@ def evaluate(
         teachers=teachers,
         classes=None if classes is None else classes.split(","),
         curve=parse_numbers("--curve", curve, "shares of the training") or (),
-        transfer=others,
+        transfer=targets,
         seed=seed,
         device=device,
         precision=precision,
@@ -110,6 +123,34 @@ def evaluate(
     print((transfers.format_transfer if is_transfer else records.format_record)(record))
     if out is not None:
         records.write_record(record, out)
+        print(f"record: {out}")
+
+
+def _evaluate_graphs(
+    distilled: GraphSet,
+    data: str,
+    settings: list[str] | None,
+    out: Path | None,
+    force: bool,
+    options: dict[str, Any],
+) -> None:
+    """Evaluates a set of graphs: prints the results and writes the record."""
+    from condense import config, graphs
+    from condense.files import check_writable, write_json
+
+    if out is not None:
+        check_writable(out, force=force)
+    for name in ("networks", "controls"):
+        options[name] = options[name].split(",") if options[name] else None
+    if options["controls"] == ["none"]:
+        options["controls"] = []
+    of_data = distilled.manifest.get("data", {}).get("options", {}) | config.parse_overrides(settings or [])
+    real = graphs.load_graph_task(data, config.build_config(graphs.GraphOptions, of_data, "graphs"))
+    record = graphs.evaluate_graphs(distilled, real, quiet=False, **options)
+    print(f"{distilled.name} on {real.name}, {record['protocol']['name']}, {record['environment']['device']}")
+    print(graphs.format_graph_record(record))
+    if out is not None:
+        write_json(out, record)
         print(f"record: {out}")
 
 

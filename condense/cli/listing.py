@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from condense.cli.parameters import AsJson, load_set
+from condense.cli.parameters import AsJson
 from condense.cli.request import parse_request
 from condense.errors import CondenseError, did_you_mean
 from condense.formatting import aligned, by, duration, machine, percent, shorten, size
 
 if TYPE_CHECKING:
+    from condense.graphs import GraphSet
     from condense.sets import DistilledSet
 
 HASH = re.compile(r"\b[0-9a-f]{64}\b")
@@ -90,18 +91,21 @@ def _list(kind: str) -> list[dict[str, Any]]:
 
         return [{"name": name, "about": ""} for name in (CONVNET_GRAMMAR, *network_names())]
     if kind == "protocols":
+        from condense.graphs import GRAPH_PROTOCOLS
         from condense.judge import protocols
 
-        return [{"name": name, "about": rules.summary, "version": rules.version} for name, rules in protocols().items()]
+        rows = [*protocols().items(), *GRAPH_PROTOCOLS.items()]
+        return [{"name": name, "about": rules.summary, "version": rules.version} for name, rules in rows]
     if kind == "suites":
         from condense.benchmarks import suite
 
         return [{"name": entry.name, "about": entry.summary} for entry in suite.suites().values()]
     if kind == "sets":
+        from condense import api
         from condense.sets import packaged_sets
 
         return [
-            {"name": name, "about": _format_claim(load_set(name)), "path": str(path)}
+            {"name": name, "about": _format_claim(api.load(name)), "path": str(path)}
             for name, path in packaged_sets().items()
         ]
     from condense import config
@@ -119,8 +123,10 @@ def _describe_recipe(recipe: dict[str, Any]) -> str:
     return f"{recipe['data']}, {recipe['ipc']} per class{steps}{accuracy}"
 
 
-def _format_claim(distilled: DistilledSet) -> str:
+def _format_claim(distilled: DistilledSet | GraphSet) -> str:
     """The size of a ready-made set and its measured accuracy."""
+    if not hasattr(distilled, "stored"):
+        return f"{len(distilled)} graphs, {size(distilled.nbytes()['total'])}"
     claim = distilled.manifest.get("claim")
     accuracy = f", {100 * claim['mean']:.1f} % on {claim['network']} under {claim['protocol']}" if claim else ""
     return f"{len(distilled.stored)} images, {size(distilled.nbytes()['total'])}{accuracy}"
@@ -147,11 +153,16 @@ def show(
     elif name in config.recipe_names() or name.endswith((".yaml", ".yml")):
         _show_recipe(name, as_json)
     elif name in packaged_sets() or name.endswith(".h5") or Path(name).exists():
-        distilled = load_set(name)
+        from condense import api
+        from condense.sets import DistilledSet
+
+        distilled: Any = api.load(name)
         if as_json:
             print(json.dumps(distilled.manifest, indent=1))
-        else:
+        elif isinstance(distilled, DistilledSet):
             _print_set(distilled, name)
+        else:
+            _print_keys({key: value for key, value in distilled.manifest.items() if key != "checksums"})
     elif name in datasets():
         _show_dataset(name, as_json)
     else:
@@ -287,19 +298,22 @@ def _show_method(name: str, as_json: bool) -> None:
 
     from condense import config
     from condense.data import DataOptions
+    from condense.graphs import GraphOptions
     from condense.registry import METHODS
 
     entry = METHODS.get(name)
+    of_data = GraphOptions if entry.task == "graphs" else DataOptions
     settings = config.describe(entry.config)
     if as_json:
         facts = {key: value for key, value in vars(entry).items() if key not in ("function", "config")}
         keys = ("name", "type", "default", "meaning")
         print(json.dumps({**facts, "settings": [dict(zip(keys, row)) for row in settings]}, indent=1))
         return
-    defaults = f"labels: {entry.labels}; network: {entry.network}; protocol: {entry.protocol}"
+    network = f"; network: {entry.network}" if entry.network else ""
+    defaults = f"labels: {entry.labels}{network}; protocol: {entry.protocol}"
     print(f"{entry.name}: {entry.paper} ({entry.year}); {defaults}\n")
     print(inspect.cleandoc(entry.function.__doc__ or ""))
-    for title, rows in (("settings", settings), ("settings of the data", config.describe(DataOptions))):
+    for title, rows in (("settings", settings), ("settings of the data", config.describe(of_data))):
         if rows:
             print(f"\n{title}:")
         for key, _, default, meaning in rows:

@@ -28,6 +28,7 @@ from condense.formatting import duration, machine, size
 from condense.tracking import is_main_process
 
 if TYPE_CHECKING:
+    from condense.graphs import GraphSet
     from condense.sets import DistilledSet
 
 
@@ -57,6 +58,7 @@ def distill(
     """Makes a distilled set from real data."""
     from condense import api
     from condense.files import check_writable
+    from condense.registry import METHODS
 
     run_options: dict[str, Any] = {
         "device": device,
@@ -68,12 +70,14 @@ def distill(
     request, options, values = parse_request(method, settings, data, ipc, network, recipe, images=images, **run_options)
     if out is not None:
         check_writable(out, force=force)
-    real = api.task(request.data, download=download, **options)
+    is_graphs = METHODS.get(request.method).task == "graphs"
+    real: Any = api.task(request.data, download=download, **options)
     ipc = request.images_per_class(real)
     name = f"{real.name}-{request.method}-ipc{ipc}" + (f"-{tag}" if tag else "")
     out = out or Path(name + (f"-seed{seed}" if seed else "") + ".h5")
-    run_dir = run_dir or Path("runs") / f"{name}-seed{seed}"
-    distilled = api.distill(
+    if run_dir is None and not is_graphs:
+        run_dir = Path("runs") / f"{name}-seed{seed}"
+    distilled: Any = api.distill(
         request.method,
         real,
         ipc,
@@ -88,7 +92,10 @@ def distill(
         **run_options,
         **values,
     )
-    _report(distilled, out, run_dir, request.data)
+    if run_dir is None:
+        _report_graphs(distilled, out, request.data)
+    else:
+        _report(distilled, out, run_dir, request.data)
 
 
 def resume(
@@ -134,6 +141,14 @@ def _report(distilled: DistilledSet, out: Path, run_dir: Path, data: str) -> Non
     print(f"  set:  {out}\n  run:  {run_dir} (config, log, previews)")
     print(f"  next: condense evaluate {file} --data {shlex.quote(data)}")
     print(f"        condense preview {file} --out {shlex.quote(str(out.with_suffix('.png')))}")
+
+
+def _report_graphs(distilled: GraphSet, out: Path, data: str) -> None:
+    """Prints the set, its cost, its file and the command to run next."""
+    manifest, bytes_ = distilled.manifest, distilled.nbytes()
+    cost = f"{duration(manifest['cost']['seconds'])} on {manifest['cost']['device']}"
+    print(f"made {distilled.name}: {len(distilled)} graphs of {size(bytes_['total'])} in {cost}")
+    print(f"  set:  {out}\n  next: condense evaluate {shlex.quote(str(out))} --data {shlex.quote(data)}")
 
 
 def _format_preparation(facts: dict[str, Any]) -> str:

@@ -48,7 +48,7 @@ def number_option(flag: str, kind: Callable[[str], Any], meaning: str, *, maximu
 
 DATA_HELP = (
     "real data: a name of `condense ls datasets`, a folder, .csv, .npz, .h5, or hf:OWNER/NAME of the Hugging Face Hub; "
-    "NAME=PATH names a folder in the records"
+    "for graphs a .csv with a column smiles, or tu:NAME; NAME=PATH names them in the records"
 )
 
 MethodArgument = Annotated[str | None, typer.Argument(metavar="METHOD", help="a name of `condense ls methods`")]
@@ -128,10 +128,18 @@ def sort_settings(settings: dict[str, Any], *groups: type) -> list[dict[str, Any
 
 
 def load_set(name: str, data: str | None = None) -> DistilledSet:
-    """Loads a set from its file, or a ready-made set by name, with the images of ``data`` if it holds indices."""
-    from condense import api
+    """Loads a set of images, a file or a ready-made set by name, with the images of ``data`` if it holds indices.
 
-    return api.load(name, data=data)
+    Raises:
+        CondenseError: it cannot be loaded, or holds graphs.
+    """
+    from condense import api
+    from condense.sets import DistilledSet
+
+    loaded = api.load(name, data=data)
+    if not isinstance(loaded, DistilledSet):
+        raise CondenseError(f"{name}: holds graphs, not images; `show`, `verify` and `evaluate` take it")
+    return loaded
 
 
 def load_set_and_data(
@@ -150,7 +158,7 @@ def load_set_and_data(
     if record is not None:
         check_writable(record, force=force)
     options = evaluation.data_options(distilled) | config.parse_overrides(settings or [])
-    return distilled, api.task(data, download=download, **options)
+    return distilled, api.image_task(data, download=download, **options)
 
 
 IndexedData = Annotated[

@@ -85,7 +85,8 @@ def plan(
     request, options, values = parse_request(
         method, settings, data, ipc, network, recipe, images=images, device=device, precision=precision, minutes=minutes
     )
-    real = api.task(request.data, download=download, **options)
+    jobs.check_request(request.method, values)  # refuses methods that make no steps, before the data are read
+    real = api.image_task(request.data, download=download, **options)
     ipc = request.images_per_class(real)
     estimate = jobs.estimate_cost(
         request.method, real, ipc, network=request.network, device=device, precision=precision, **values

@@ -66,7 +66,7 @@ def parse_request(
     Raises:
         CondenseError: all mistakes, in one line.
     """
-    from condense import config, jobs
+    from condense import config, graphs, jobs
     from condense.data import DataOptions
     from condense.registry import METHODS
 
@@ -86,16 +86,23 @@ def parse_request(
             raise CondenseError(f"--images {images} and --ipc {ipc}: give one of them")
         keys.pop("ipc", None)
     keys |= {key: value for key, value in flags.items() if value is not None} | config.parse_overrides(overrides)
+    entry = METHODS.get(str(keys["method"])) if "method" in keys else None
+    if entry is not None and entry.ipc is not None:
+        keys.setdefault("ipc", entry.ipc)
     missing = [flag for key, flag in (("method", "METHOD"), ("data", "--data"), ("ipc", "--ipc")) if key not in keys]
     if "images" in keys:
         missing = [flag for flag in missing if flag != "--ipc"]
-    if missing:
+    if missing or entry is None:
         raise CondenseError(f"{', '.join(missing)} missing; give METHOD --data DATA --ipc N, or --recipe NAME")
-    entry = METHODS.get(str(keys["method"]))
-    run, options, values = sort_settings(keys, RunRequest, DataOptions, entry.config)
+    of_data = graphs.GraphOptions if entry.task == "graphs" else DataOptions
+    run, options, values = sort_settings(keys, RunRequest, of_data, entry.config)
     names: dict[str, Any] = {"network": run.get("network"), "protocol": run.get("protocol")}
     request, _ = jobs.run_checks(
         lambda: config.build_config(RunRequest, run, "the run"),
-        lambda: jobs.check_request(entry.name, values, options, **names, **run_options),
+        lambda: (
+            graphs.check_graph_request(entry, values, options, **names, **run_options)
+            if entry.task == "graphs"
+            else jobs.check_request(entry.name, values, options, **names, **run_options)
+        ),
     )
     return request, options, values

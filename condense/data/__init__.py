@@ -8,6 +8,7 @@ from condense.data.loaded import (
     Split,
     cache_dir,
     class_numbers,
+    data_root,
     selected_fingerprint,
 )
 from condense.data.registered import DATASETS, datasets
@@ -35,6 +36,7 @@ __all__ = [
     "black_pixel",
     "cache_dir",
     "class_numbers",
+    "data_root",
     "datasets",
     "digests",
     "load_task",

@@ -64,6 +64,10 @@ def check_request(
         CondenseError: all mistakes, in one line.
     """
     entry = METHODS.get(method)
+    if entry.task != "images":
+        raise CondenseError(
+            f"method '{method}' distils {entry.task} and makes no steps; only `condense distill` runs it"
+        )
     run_checks(
         lambda: resolve_settings(entry, settings),
         lambda: build_config(DataOptions, options or {}, "the data"),

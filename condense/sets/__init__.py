@@ -1,7 +1,8 @@
 """The distilled set: its file, its decode stages and initial images, its form while it is being optimised, new labels
 for it, and pictures of it."""
 
-from condense.sets.distilled import DISTILLED_FORMAT, DistilledSet, Resampling, check_set, checksums, packaged_sets
+from condense.sets.array_file import checksums, read_arrays, write_arrays
+from condense.sets.distilled import DISTILLED_FORMAT, DistilledSet, Resampling, check_set, packaged_sets
 from condense.sets.initial import INITS, SyntheticOptions
 from condense.sets.joining import join
 from condense.sets.preview import save_grid
@@ -26,7 +27,9 @@ __all__ = [
     "decode",
     "join",
     "packaged_sets",
+    "read_arrays",
     "relabel",
     "replace_labels",
     "save_grid",
+    "write_arrays",
 ]

@@ -27,10 +27,11 @@ from condense.data import (
     transform_from_arrays,
 )
 from condense.errors import CondenseError
-from condense.files import atomic_write, check_writable
+from condense.files import check_writable
 from condense.formatting import by, shorten
 from condense.hdf5 import RESTORE_HINT
 from condense.labels import LABEL_KINDS, HardLabels, Labels, stated_image_shape
+from condense.sets.array_file import checksums, read_arrays, write_arrays
 from condense.sets.schema import SET_SCHEMA
 from condense.sets.stages import Compensated, Stage, check_stages, decode, stages_from
 
@@ -335,20 +336,10 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor | int]]):
         Raises:
             CondenseError: The file exists and ``force`` is False, or it cannot be written.
         """
-        path = Path(path)
+        path, arrays = Path(path), self.arrays()
         check_writable(path, force=force, size=self.nbytes()["total"])
-        arrays = self.arrays()
         self.manifest |= {"bytes": self.nbytes(), "checksums": checksums(arrays)}
-        with atomic_write(path) as temporary:
-            with hdf5.create_hdf5(temporary, DISTILLED_FORMAT) as file:
-                hdf5.write_manifest(file, DISTILLED_FORMAT, self.manifest)
-                for name, array in arrays.items():
-                    file.create_dataset(name, data=array)
-            try:  # before the file takes its place: what cannot be loaded is not reported as made
-                DistilledSet.load(temporary)
-            except CondenseError as fault:
-                reason = str(fault).removeprefix(f"{temporary}: ")
-                raise CondenseError(f"{path}: not written, because it could not be read back ({reason})") from fault
+        write_arrays(path, DISTILLED_FORMAT, self.manifest, arrays, DistilledSet.load)
         return path
 
     @classmethod
@@ -412,7 +403,9 @@ def check_set(value: Any) -> DistilledSet:
         CondenseError: it is something else.
     """
     if not isinstance(value, DistilledSet):
-        raise CondenseError(f"{shorten(repr(value), 100)} is not a distilled set; condense.load(FILE) reads one")
+        raise CondenseError(
+            f"{shorten(repr(value), 100)} is not a distilled set of images; condense.load(FILE) reads one"
+        )
     return value
 
 
@@ -424,30 +417,9 @@ def packaged_sets() -> dict[str, Path]:
     return {str(path.relative_to(folder).with_suffix("")): path for path in sorted(folder.glob("*/*.h5"))}
 
 
-def checksums(arrays: Mapping[str, np.ndarray]) -> dict[str, str]:
-    """Returns the SHA-256 of each array's dtype, shape and bytes."""
-    return {name: _digest(array) for name, array in arrays.items()}
-
-
-def _digest(array: np.ndarray) -> str:
-    digest = hashlib.sha256(f"{array.dtype.str}{array.shape}".encode())
-    digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)  # without a copy: labels may be large
-    return digest.hexdigest()
-
-
 def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Reads all arrays and the manifest of an untrusted file; types, sizes and links are checked before reading."""
-    with hdf5.open_hdf5(path, DISTILLED_FORMAT) as (file, manifest):
-        names, size = sorted(manifest["checksums"]), path.stat().st_size
-        total = sum(_claimed_nbytes(path, file, name) for name in names)
-        if total > size:  # several names may refer to one array
-            raise CondenseError(f"{path}: its arrays claim {total} bytes, more than the file holds")
-        arrays = {}
-        for name in names:
-            arrays[name] = file[name][()]
-            if _digest(arrays[name]) != manifest["checksums"][name]:
-                raise CondenseError(f"{path}: the array '{name}' is damaged (its checksum differs); {RESTORE_HINT}")
-            arrays[name] = arrays[name].astype(arrays[name].dtype.newbyteorder("="), copy=False)
+    """Reads all arrays and the manifest of an untrusted file, and checks the images."""
+    arrays, manifest = read_arrays(path, DISTILLED_FORMAT, ARRAY_TYPES)
     if "indices" in arrays and "images" not in arrays:
         if arrays["indices"].dtype != np.uint32 or arrays["indices"].ndim != 1 or not arrays["indices"].size:
             raise CondenseError(f"{path}: the array 'indices' is not a list of numbers of images")
@@ -459,20 +431,3 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     if arrays["images"].dtype != np.uint8 and not np.isfinite(arrays["images"]).all():
         raise CondenseError(f"{path}: some pixels are not finite; {RESTORE_HINT}")
     return arrays, manifest
-
-
-def _claimed_nbytes(path: Path, file: Any, name: str) -> int:
-    """Returns the bytes of an array. Raises an error if it is a link, has an unknown type, or claims more bytes than
-    the file holds."""
-    import h5py
-
-    hdf5.check_link(path, file, name)
-    array = file[name]
-    if not isinstance(array, h5py.Dataset) or array.is_virtual or array.external or array.shape is None:
-        raise CondenseError(f"{path}: '{name}' is not an array stored in this file")
-    if array.dtype.type not in ARRAY_TYPES:
-        raise CondenseError(f"{path}: the array '{name}' has the type {array.dtype}, which no distilled set uses")
-    nbytes = math.prod(array.shape) * array.dtype.itemsize
-    if nbytes > path.stat().st_size:
-        raise CondenseError(f"{path}: the array '{name}' claims {nbytes} bytes, more than the file holds")
-    return nbytes
