@@ -59,7 +59,7 @@ DEFAULT_SCORE_NETWORK = "convnet-d3-w128-in"
 """Architecture of the networks that score images, where none is named."""
 
 
-def task(data: Any, *, name: str | None = None, download: bool = False, **options: Any) -> Task | GraphTask:
+def task(data: Any, *, name: str | None = None, download: bool = False, **options: Any) -> Task:
     """Loads real data: a registered name, a folder, a ``.csv``, ``.npz`` or ``.h5`` file, tensors, or a Dataset; or
     graphs: a ``.csv`` of SMILES, ``tu:NAME``, or lists of PyTorch Geometric's ``Data``.
 
@@ -70,11 +70,15 @@ def task(data: Any, *, name: str | None = None, download: bool = False, **option
         options: resize, grey, mirror, zca, split, ... (see :class:`condense.data.DataOptions`); for graphs those of
             :class:`condense.graphs.GraphOptions`.
 
+    Returns:
+        A :class:`Task`; a :class:`condense.graphs.GraphTask` for graphs.
+
     Raises:
         CondenseError: the data do not exist or are invalid.
     """
     if graphs.is_graph_data(data):
-        return graphs.load_graph_task(data, build_config(GraphOptions, options, "graphs"), name=name)
+        of_graphs: Any = graphs.load_graph_task(data, build_config(GraphOptions, options, "graphs"), name=name)
+        return of_graphs
     return image_task(data, name=name, download=download, **options)
 
 
@@ -86,7 +90,7 @@ def image_task(data: Any, *, name: str | None = None, download: bool = False, **
     return data_module.load_task(data, checked, download=download, name=name)
 
 
-def load(source: str | Path, *, data: Task | Any = None) -> DistilledSet | GraphSet:
+def load(source: str | Path, *, data: Task | Any = None) -> DistilledSet:
     """Loads and verifies a distilled set: a file, or the name of a ready-made set (``condense ls sets``).
 
     A set of graphs is a :class:`condense.graphs.GraphSet`, which has ``graphs`` in place of ``images``.
@@ -110,7 +114,8 @@ def load(source: str | Path, *, data: Task | Any = None) -> DistilledSet | Graph
         hint = did_you_mean(source, packaged_sets()) or "; give the .h5 that `condense distill` writes"
         raise CondenseError(f"'{shorten(str(source), 200)}' is no file and no ready-made set{hint}")
     if read_block_format(Path(source)) == graphs.GRAPHS_FORMAT.name:
-        return GraphSet.load(source)
+        of_graphs: Any = GraphSet.load(source)
+        return of_graphs
     loaded = DistilledSet.load(source)
     if data is None or loaded.indices is None:
         return loaded
@@ -148,7 +153,7 @@ def distill(
     track: str = "auto",
     deterministic: bool = False,
     **settings: Any,
-) -> DistilledSet | GraphSet:
+) -> DistilledSet:
     """Distils real data to a small synthetic set.
 
     The same call continues an unfinished run in ``run_dir``, also with a network or data that were given in Python.
@@ -173,7 +178,7 @@ def distill(
         settings: hyper-parameters of the method's config.
 
     Returns:
-        The distilled set.
+        The distilled set; a :class:`condense.graphs.GraphSet` of graphs.
 
     Raises:
         CondenseError: invalid arguments, found before the work; or the run diverged, in which case the last finite set
@@ -193,9 +198,11 @@ def distill(
             **checked,
         )
         real = _of_kind(entry, data if isinstance(data, GraphTask | Task) else task(data))
-        ipc = entry.ipc if ipc is None else ipc
         files: dict[str, Any] = {"out": out, "tag": tag, "protocol": protocol, "force": force}
-        return graphs.distill_graphs(entry, real, ipc, seed=seed, settings=settings, **files)
+        of_graphs: Any = graphs.distill_graphs(
+            entry, real, ipc or entry.ipc or 1, seed=seed, settings=settings, **files
+        )
+        return of_graphs
     ipc, seed = whole_number(ipc, "--ipc"), whole_number(seed, "--seed")
     out = None if out is None else as_path(out, "--out")
     directory = None if run_dir is None else as_path(run_dir, "--run-dir")

@@ -91,7 +91,7 @@ def mirage(task: GraphTask, config: Mirage, run: GraphRun) -> SyntheticGraphs:
 
 
 def tree_counts(graphs: GraphArrays, ids: np.ndarray, label: int) -> csc_matrix:
-    """Number of nodes with each tree (columns) in each graph of a class (rows); nodes without neighbours are left out."""
+    """Number of nodes with each tree (columns) in each graph of a class (rows), nodes without neighbours left out."""
     chosen = graphs.labels == label
     owner = np.repeat(np.cumsum(chosen) - 1, graphs.node_counts)
     used = np.repeat(chosen, graphs.node_counts) & (graphs.degrees > 0)

@@ -94,8 +94,8 @@ def _list(kind: str) -> list[dict[str, Any]]:
         from condense.graphs import GRAPH_PROTOCOLS
         from condense.judge import protocols
 
-        rows = [*protocols().items(), *GRAPH_PROTOCOLS.items()]
-        return [{"name": name, "about": rules.summary, "version": rules.version} for name, rules in rows]
+        known: dict[str, Any] = {**protocols(), **GRAPH_PROTOCOLS}
+        return [{"name": name, "about": rules.summary, "version": rules.version} for name, rules in known.items()]
     if kind == "suites":
         from condense.benchmarks import suite
 
@@ -177,9 +177,10 @@ def _show_other(name: str, as_json: bool) -> None:
     """
     from condense import networks
     from condense.benchmarks import suite
+    from condense.graphs import GRAPH_PROTOCOLS
     from condense.judge import protocols
 
-    found: Any = protocols().get(name) or suite.suites().get(name)
+    found: Any = protocols().get(name) or GRAPH_PROTOCOLS.get(name) or suite.suites().get(name)
     if found is not None:
         content = asdict(found)
         print(json.dumps(content, indent=1, default=str)) if as_json else _print_keys(content)
