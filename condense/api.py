@@ -57,7 +57,7 @@ DEFAULT_SCORE_NETWORK = "convnet-d3-w128-in"
 """Architecture of the networks that score images, where none is named."""
 
 
-def task(data: Any, *, name: str | None = None, download: bool = False, **options: Any) -> Task | GraphTask:
+def task(data: Any, *, name: str | None = None, download: bool = False, **options: Any) -> Any:
     """Loads real data: a registered name, a folder, a ``.csv``, ``.npz`` or ``.h5`` file, tensors, or a Dataset; or
     graphs: a ``.csv`` of SMILES, ``tu:NAME``, or lists of PyTorch Geometric's ``Data``.
 
@@ -67,6 +67,9 @@ def task(data: Any, *, name: str | None = None, download: bool = False, **option
         download: fetch a registered dataset that is not on disk.
         options: resize, grey, mirror, zca, split, ... (see :class:`condense.data.DataOptions`); for graphs those of
             :class:`condense.graphs.GraphOptions`.
+
+    Returns:
+        A :class:`condense.data.Task`, or for graphs a :class:`condense.graphs.GraphTask`.
 
     Raises:
         CondenseError: the data do not exist or are invalid.
@@ -84,15 +87,17 @@ def image_task(data: Any, *, name: str | None = None, download: bool = False, **
     return data_module.load_task(data, checked, download=download, name=name)
 
 
-def load(source: str | Path, *, data: Task | Any = None) -> DistilledSet | GraphSet:
+def load(source: str | Path, *, data: Task | Any = None) -> Any:
     """Loads and verifies a distilled set: a file, or the name of a ready-made set (``condense ls sets``).
-
-    A set of graphs is a :class:`condense.graphs.GraphSet`, which has ``graphs`` in place of ``images``.
 
     Args:
         source: the file or the name.
         data: the real data of a selection whose file holds indices into them (``store=indices``): a :class:`Task`, or
             the ``data`` argument of ``condense.task``. Without them such a set has labels and a manifest only.
+
+    Returns:
+        A :class:`condense.DistilledSet`, or for graphs a :class:`condense.graphs.GraphSet`, which has ``graphs``
+        instead of ``images``.
 
     Raises:
         CondenseError: no such file or name, or the file is damaged or has a different format; or its indices refer to
@@ -146,7 +151,7 @@ def distill(
     track: str = "auto",
     deterministic: bool = False,
     **settings: Any,
-) -> DistilledSet | GraphSet:
+) -> Any:
     """Distils real data to a small synthetic set.
 
     The same call continues an unfinished run in ``run_dir``, also with a network or data that were given in Python.
@@ -171,7 +176,7 @@ def distill(
         settings: hyper-parameters of the method's config.
 
     Returns:
-        The distilled set.
+        The distilled set, a :class:`condense.DistilledSet` or, of graphs, a :class:`condense.graphs.GraphSet`.
 
     Raises:
         CondenseError: invalid arguments, found before the work; or the run diverged, in which case the last finite set
@@ -191,7 +196,7 @@ def distill(
             **checked,
         )
         real = _of_kind(entry, data if isinstance(data, GraphTask | Task) else task(data))
-        ipc = entry.ipc if ipc is None else ipc
+        ipc = whole_number(entry.ipc if ipc is None else ipc, "--ipc")
         files: dict[str, Any] = {"out": out, "tag": tag, "protocol": protocol, "force": force}
         return graphs.distill_graphs(entry, real, ipc, seed=seed, settings=settings, **files)
     ipc, seed = whole_number(ipc, "--ipc"), whole_number(seed, "--seed")

@@ -81,9 +81,13 @@ def evaluate(
 
     loaded = api.load(file)
     if isinstance(loaded, GraphSet):
-        others = {"without_augmentation": without_augmentation, "teachers": teachers, "classes": classes}
+        others: dict[str, Any] = {
+            "without_augmentation": without_augmentation,
+            "teachers": teachers,
+            "classes": classes,
+        }
         others |= {"curve": curve, "precision": precision, "no_cache": no_cache}
-        options = {"networks": networks, "runs": runs, "protocol": protocol, "controls": controls}
+        options: dict[str, Any] = {"networks": networks, "runs": runs, "protocol": protocol, "controls": controls}
         options |= {"seed": seed, "device": device, **others}
         _evaluate_graphs(loaded, data, settings, out, force, options)
         return

@@ -67,7 +67,7 @@ def _list(kind: str) -> list[dict[str, Any]]:
         from condense.graphs import GRAPH_PROTOCOLS
         from condense.judge import protocols
 
-        rows = [*protocols().items(), *GRAPH_PROTOCOLS.items()]
+        rows: list[tuple[str, Any]] = [*protocols().items(), *GRAPH_PROTOCOLS.items()]
         return [{"name": name, "about": rules.summary, "version": rules.version} for name, rules in rows]
     if kind == "suites":
         from condense.benchmarks import suite

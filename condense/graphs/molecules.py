@@ -144,13 +144,12 @@ def _read_table(path: Path, label: str, where: str) -> tuple[list[str], list[int
 
 def _parse(smiles: list[str], labels: list[int]) -> dict[str, np.ndarray]:
     """The arrays of the molecules that RDKit can parse, and their split."""
-    from rdkit import Chem, RDLogger
+    from rdkit import Chem, rdBase
     from rdkit.Chem.Scaffolds import MurckoScaffold
     from torch_geometric.utils.smiles import from_rdmol
 
     graphs, scaffolds = [], []
-    RDLogger.DisableLog("rdApp.*")  # it would print a few lines for every molecule that it rejects
-    try:
+    with rdBase.BlockLogs():  # RDKit would print a few lines for every molecule that it rejects
         for text, label in zip(smiles, labels):
             molecule = Chem.MolFromSmiles(text)
             if molecule is None or not molecule.GetNumAtoms():
@@ -162,8 +161,6 @@ def _parse(smiles: list[str], labels: list[int]) -> dict[str, np.ndarray]:
             graph.y = np.int64(label)
             graphs.append(graph)
             scaffolds.append(MurckoScaffold.MurckoScaffoldSmiles(mol=molecule, includeChirality=False))
-    finally:
-        RDLogger.EnableLog("rdApp.*")
     arrays = {
         "nodes": np.concatenate([np.zeros((0, 9), np.int64), *(graph.x.numpy() for graph in graphs)]),
         "edges": np.concatenate([np.zeros((2, 0), np.int64), *(graph.edge_index.numpy() for graph in graphs)], 1),
