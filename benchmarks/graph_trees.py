@@ -44,7 +44,8 @@ def count_trees_plainly(graphs: GraphArrays, depth: int) -> int:
 def count_trees(graphs: GraphArrays, depth: int) -> int:
     """The same number by colour refinement."""
     labels = row_ids(np.column_stack([graphs.nodes, graphs.degrees]))
-    return 1 + int(refine(labels, *graphs.joint_edges, row_ids(graphs.edge_features), depth)[-1].max())
+    sources, targets = graphs.joint_edges
+    return 1 + int(refine(labels, sources, targets, row_ids(graphs.edge_features), depth)[-1].max())
 
 
 def _timed(function: Callable[..., Any], *arguments: Any) -> tuple[Any, float, float]:

@@ -71,7 +71,7 @@ def task(data: Any, *, name: str | None = None, download: bool = False, **option
             :class:`condense.graphs.GraphOptions`.
 
     Returns:
-        A :class:`Task`; a :class:`condense.graphs.GraphTask` for graphs.
+        A :class:`condense.data.Task`, or for graphs a :class:`condense.graphs.GraphTask`.
 
     Raises:
         CondenseError: the data do not exist or are invalid.
@@ -93,12 +93,14 @@ def image_task(data: Any, *, name: str | None = None, download: bool = False, **
 def load(source: str | Path, *, data: Task | Any = None) -> DistilledSet:
     """Loads and verifies a distilled set: a file, or the name of a ready-made set (``condense ls sets``).
 
-    A set of graphs is a :class:`condense.graphs.GraphSet`, which has ``graphs`` in place of ``images``.
-
     Args:
         source: the file or the name.
         data: the real data of a selection whose file holds indices into them (``store=indices``): a :class:`Task`, or
             the ``data`` argument of ``condense.task``. Without them such a set has labels and a manifest only.
+
+    Returns:
+        A :class:`condense.DistilledSet`, or for graphs a :class:`condense.graphs.GraphSet`, which has ``graphs``
+        instead of ``images``.
 
     Raises:
         CondenseError: no such file or name, or the file is damaged or has a different format; or its indices refer to
@@ -178,7 +180,7 @@ def distill(
         settings: hyper-parameters of the method's config.
 
     Returns:
-        The distilled set; a :class:`condense.graphs.GraphSet` of graphs.
+        The distilled set, a :class:`condense.DistilledSet` or, of graphs, a :class:`condense.graphs.GraphSet`.
 
     Raises:
         CondenseError: invalid arguments, found before the work; or the run diverged, in which case the last finite set
@@ -198,10 +200,9 @@ def distill(
             **checked,
         )
         real = _of_kind(entry, data if isinstance(data, GraphTask | Task) else task(data))
+        ipc = whole_number(entry.ipc if ipc is None else ipc, "--ipc")
         files: dict[str, Any] = {"out": out, "tag": tag, "protocol": protocol, "force": force}
-        of_graphs: Any = graphs.distill_graphs(
-            entry, real, ipc or entry.ipc or 1, seed=seed, settings=settings, **files
-        )
+        of_graphs: Any = graphs.distill_graphs(entry, real, ipc, seed=seed, settings=settings, **files)
         return of_graphs
     ipc, seed = whole_number(ipc, "--ipc"), whole_number(seed, "--seed")
     out = None if out is None else as_path(out, "--out")

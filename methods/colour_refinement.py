@@ -9,14 +9,7 @@ MAX_CODE = 2**62
 
 
 def row_ids(table: np.ndarray) -> np.ndarray:
-    """Numbers the different rows of a table of non-negative integers.
-
-    Args:
-        table: int64 (rows, columns).
-
-    Returns:
-        int64 (rows,) from 0 without gaps; equal exactly for equal rows.
-    """
+    """Numbers the different rows of a table of non-negative integers, int64 (rows, columns): int64 (rows,) from 0."""
     codes, size = np.zeros(len(table), np.int64), 1
     for column in table.T:
         if size * (int(column.max(initial=0)) + 1) > MAX_CODE:
@@ -39,9 +32,7 @@ def refine(
 
     Args:
         labels: number of each node's label, int64 (nodes,).
-        sources: source of each directed edge, int64 (edges,).
-        targets: target of each directed edge, int64 (edges,).
-        edge_labels: number of each edge's label, int64 (edges,).
+        sources, targets, edge_labels: nodes and number of the label of each directed edge, int64 (edges,).
         depth: number of message-passing layers, at least 0.
 
     Returns:

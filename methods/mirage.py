@@ -91,7 +91,7 @@ def mirage(task: GraphTask, config: Mirage, run: GraphRun) -> SyntheticGraphs:
 
 
 def tree_counts(graphs: GraphArrays, ids: np.ndarray, label: int) -> csc_matrix:
-    """Number of nodes with each tree (columns) in each graph of a class (rows), nodes without neighbours left out."""
+    """Number of nodes with each tree (columns) in each graph of a class (rows); nodes need a neighbour to count."""
     chosen = graphs.labels == label
     owner = np.repeat(np.cumsum(chosen) - 1, graphs.node_counts)
     used = np.repeat(chosen, graphs.node_counts) & (graphs.degrees > 0)
@@ -108,12 +108,6 @@ def frequent_itemsets(counts: csc_matrix, count: int, least: int, *, closed: boo
     first ``count`` sets of the queue are the result and no others need to be enumerated. A closed set, to which no tree
     can be added without lowering its support, is reached from only one other (the prefix-preserving extension of LCM,
     Uno et al., 2004).
-
-    Args:
-        counts: number of nodes with each tree (columns) in each graph (rows).
-        count: largest number of sets.
-        least: least support, at least 1.
-        closed: whether to return closed sets only.
     """
     trees = most_frequent_trees(counts, count, least)
     table = counts[:, trees].toarray()
@@ -148,7 +142,7 @@ def most_frequent_trees(counts: csc_matrix, count: int, least: int) -> np.ndarra
     As soon as ``count`` trees are in different graphs, so many sets have at least their support, and no rarer tree.
     """
     supports = counts.getnnz(0)
-    order, different = np.argsort(-supports, kind="stable"), set()
+    order, different = np.argsort(-supports, kind="stable"), set[bytes]()
     for place, tree in enumerate(order):
         is_rarer = place > 0 and supports[tree] < supports[order[place - 1]]
         if supports[tree] < least or (is_rarer and len(different) >= count):

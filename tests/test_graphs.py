@@ -23,7 +23,16 @@ from condense import config, rng
 from condense.benchmarks.graph_trees import count_trees, count_trees_plainly
 from condense.cli.request import parse_request
 from condense.errors import CondenseError
-from condense.graphs import GRAPH_PROTOCOLS, NETWORKS, GraphArrays, GraphNetwork, GraphSet
+from condense.graphs import (
+    GRAPH_PROTOCOLS,
+    NETWORKS,
+    GraphArrays,
+    GraphNetwork,
+    GraphOptions,
+    GraphSet,
+    is_graph_data,
+    load_graph_task,
+)
 from condense.graphs.evaluation import make_batch, real_examples, sample_balanced
 from condense.graphs.molecules import scaffold_split
 from condense.methods.colour_refinement import refine, row_ids
@@ -260,6 +269,10 @@ def test_missing_data(tmp_path, monkeypatch):
     monkeypatch.setenv("CONDENSE_DATA", str(tmp_path))
     with pytest.raises(CondenseError, match="data 'tu:MUTAG' is not in"):
         condense.task("tu:MUTAG")
+    for data in ("nowhere.csv", "~nobody/x.csv", "a\0b.csv", "x" * 5000 + ".csv", "n=\0"):
+        with pytest.raises(CondenseError, match="no such file"):
+            load_graph_task(data, GraphOptions())
+        assert not is_graph_data(data)
     path = molecules(tmp_path)
     with pytest.raises(CondenseError, match="label=activ: no such column; did you mean 'active'"):
         condense.task(str(path), label="activ")

@@ -95,7 +95,7 @@ def evaluate(
             "classes": classes,
         }
         others |= {"curve": curve, "precision": precision, "no_cache": no_cache, "transfer": transfer}
-        options = {"networks": networks, "runs": runs, "protocol": protocol, "controls": controls}
+        options: dict[str, Any] = {"networks": networks, "runs": runs, "protocol": protocol, "controls": controls}
         options |= {"seed": seed, "device": device, **others}
         _evaluate_graphs(loaded, data, settings, out, force, options)
         return

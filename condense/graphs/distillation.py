@@ -101,7 +101,7 @@ def distill_graphs(
     Raises:
         CondenseError: invalid arguments, or the file cannot be written.
     """
-    config = build_config(entry.config, settings, f"the method '{entry.name}'")
+    config: Any = build_config(entry.config, settings, f"the method '{entry.name}'")
     ipc, seed = whole_number(ipc, "--ipc"), whole_number(seed, "--seed")
     if ipc < 1:
         raise CondenseError(f"--ipc {ipc}: must be at least 1")

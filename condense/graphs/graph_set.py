@@ -168,8 +168,11 @@ class GraphSet:
         if mistake:
             raise CondenseError(f"{path}: {mistake}; it was not written by this toolkit")
         graphs = GraphArrays(**{name: arrays[name].astype(np.int64) for name in ARRAYS})
-        extra = (arrays[name] for name in ("multiplicities", "degrees", "weights"))
-        return cls(SyntheticGraphs(graphs, *extra, manifest["pool"], manifest["depth"]), manifest)
+        names = ("multiplicities", "degrees", "weights")
+        synthetic = SyntheticGraphs(
+            graphs, **{name: arrays[name] for name in names}, pool=manifest["pool"], depth=manifest["depth"]
+        )
+        return cls(synthetic, manifest)
 
 
 def _array_mistake(arrays: Mapping[str, np.ndarray], manifest: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 
 from condense.data import cache_dir
 from condense.errors import CondenseError, did_you_mean, missing_package
-from condense.files import atomic_write
+from condense.files import atomic_write, is_existing_file
 from condense.graphs.arrays import ARRAYS, GraphArrays, import_pyg, smallest
 from condense.hdf5 import RESTORE_HINT
 
@@ -32,10 +32,14 @@ _log = logging.getLogger(__name__)
 
 def has_smiles(path: Path) -> bool:
     """Returns whether the first row of a ``.csv`` file names a column ``smiles``."""
-    if path.suffix.lower() != ".csv" or not path.is_file():
+    if path.suffix.lower() != ".csv" or not is_existing_file(str(path)):
         return False
-    with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
-        return SMILES_COLUMN in [field.strip().lower() for field in next(csv.reader([file.readline(2**16)]), [])]
+    try:
+        with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
+            header = next(csv.reader([file.readline(2**16)]), [])
+    except (OSError, csv.Error):  # whoever reads the file as something else reports it
+        return False
+    return SMILES_COLUMN in [field.strip().lower() for field in header]
 
 
 def read_molecules(path: Path, label: str) -> tuple[GraphArrays, np.ndarray]:
@@ -144,13 +148,12 @@ def _read_table(path: Path, label: str, where: str) -> tuple[list[str], list[int
 
 def _parse(smiles: list[str], labels: list[int]) -> dict[str, np.ndarray]:
     """The arrays of the molecules that RDKit can parse, and their split."""
-    from rdkit import Chem, RDLogger
+    from rdkit import Chem, rdBase
     from rdkit.Chem.Scaffolds import MurckoScaffold
     from torch_geometric.utils.smiles import from_rdmol
 
     graphs, scaffolds = [], []
-    RDLogger.DisableLog("rdApp.*")  # it would print a few lines for every molecule that it rejects
-    try:
+    with rdBase.BlockLogs():  # RDKit would print a few lines for every molecule that it rejects
         for text, label in zip(smiles, labels):
             molecule = Chem.MolFromSmiles(text)
             if molecule is None or not molecule.GetNumAtoms():
@@ -162,8 +165,6 @@ def _parse(smiles: list[str], labels: list[int]) -> dict[str, np.ndarray]:
             graph.y = np.int64(label)
             graphs.append(graph)
             scaffolds.append(MurckoScaffold.MurckoScaffoldSmiles(mol=molecule, includeChirality=False))
-    finally:
-        RDLogger.EnableLog("rdApp.*")
     arrays = {
         "nodes": np.concatenate([np.zeros((0, 9), np.int64), *(graph.x.numpy() for graph in graphs)]),
         "edges": np.concatenate([np.zeros((2, 0), np.int64), *(graph.edge_index.numpy() for graph in graphs)], 1),

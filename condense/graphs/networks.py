@@ -91,6 +91,8 @@ class GraphNetwork(nn.Module):
 class _Categories(nn.Module):
     """The sum of an embedding of each column of categories: int64 (rows, columns) to (rows, width)."""
 
+    first: Tensor
+
     def __init__(self, sizes: Sequence[int], width: int) -> None:
         super().__init__()
         self.embedding = nn.EmbeddingBag(max(1, sum(sizes)), width, mode="sum")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 from condense import rng
 from condense.data import data_root
 from condense.errors import CondenseError
-from condense.files import check_name
+from condense.files import check_name, is_existing_file
 from condense.formatting import shorten
 from condense.graphs.arrays import GraphArrays, import_pyg
 from condense.graphs.molecules import SHARES, has_smiles, read_molecules
@@ -94,7 +95,7 @@ def is_graph_data(data: Any) -> bool:
     """Returns whether DATA means graphs: ``tu:NAME``, a table of SMILES, or lists of PyTorch Geometric's ``Data``."""
     if isinstance(data, (str, Path)):
         path = _path_of(str(data))
-        return path.startswith(TU_PREFIX) or has_smiles(Path(path).expanduser())
+        return path.startswith(TU_PREFIX) or has_smiles(Path(os.path.expanduser(path)))
     while isinstance(data, (list, tuple)) and data:
         data = data[0]
     return hasattr(data, "edge_index")
@@ -120,8 +121,8 @@ def load_graph_task(data: Any, options: GraphOptions, *, name: str | None = None
         own_name = check_name(path.removeprefix(TU_PREFIX), "--data tu:")
         graphs = GraphArrays.from_graphs(_read_tu(own_name), f"data '{data}'")
         return GraphTask(name or given or own_name, _divide(graphs), "random", source=str(data), options=options)
-    file = Path(path).expanduser().absolute()
-    if not file.is_file():
+    file = Path(os.path.expanduser(path)).absolute()
+    if not is_existing_file(str(file)):
         raise CondenseError(f"data '{shorten(path, 200)}': no such file; give a .csv with a column smiles, or tu:NAME")
     graphs, split = read_molecules(file, options.label)
     splits = [graphs.select(np.flatnonzero(split == part)) for part in range(3)]
@@ -132,7 +133,7 @@ def load_graph_task(data: Any, options: GraphOptions, *, name: str | None = None
 def _path_of(data: str) -> str:
     """DATA without ``NAME=``."""
     _, equals, rest = data.partition("=")
-    return rest if equals and not Path(data).exists() else data
+    return rest if equals and not is_existing_file(data) else data
 
 
 def _from_lists(data: Any, name: str) -> GraphTask:
