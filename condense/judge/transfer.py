@@ -19,6 +19,7 @@ from condense.commands import data_argument
 from condense.data import Task, cache_dir, digests
 from condense.device import device_name
 from condense.errors import CondenseError, did_you_mean
+from condense.files import tensors_sha256
 from condense.formatting import aligned, by, interval, percent
 from condense.judge.arms import Arm, NetworkFactory, make_arms
 from condense.judge.protocol import Protocol, get_protocol
@@ -129,6 +130,7 @@ def make_pretrained_arms(
         )
         return [PretrainedArm(arm.name, arm.content_key, outputs, arm, own) for arm in arms], missing
 
+    by_reason = f" ({reason})" if reason else ""
     arms, missing = trained(distilled, [name for name in controls if name == "random"])
     for name in controls:
         if name.endswith(".h5"):
@@ -138,15 +140,21 @@ def make_pretrained_arms(
             (arm,), gone = trained(other.with_data(task), [])
             missing += [{**entry, "arm": f"{Path(name).name}: {entry['arm']}"} for entry in gone]
             arms.append(PretrainedArm(Path(name).name, arm.content_key, arm.outputs, arm.training, arm.rules))
-        elif name == "full" and teacher is None:
-            missing.append({"arm": name, "why": f"the target model is not found ({reason or 'the set names none'})"})
         elif name == "full":
-            assert isinstance(teacher, networks.MeanLogits)
-            key = f"target-{networks.state_nbytes(teacher)}-{distilled.manifest['label_source']['teachers']['content']}"
-            network: Any = teacher.members[0]
-            arms.append(PretrainedArm(name, key, task.num_classes, network=network))
+            target = _only_network(teacher)
+            if target is None:
+                missing.append({"arm": name, "why": f"the set has no single target model that is found{by_reason}"})
+            else:
+                key = f"target-{tensors_sha256(target.state_dict())}"
+                arms.append(PretrainedArm(name, key, task.num_classes, network=target))
     arms.append(PretrainedArm(SCRATCH, SCRATCH, task.num_classes))
     return arms, missing
+
+
+def _only_network(teacher: nn.Module | None) -> Network | None:
+    """The network of an ensemble of one; None for others."""
+    members = list(teacher.members) if isinstance(teacher, networks.MeanLogits) else [teacher]
+    return members[0] if len(members) == 1 and isinstance(members[0], Network) else None
 
 
 @dataclass
