@@ -206,8 +206,8 @@ def krrst(task: Task, config: KRRST, run: Run) -> SyntheticSet:
 
     When to use: to pretrain networks for other tasks; classes are not used. Cost: the self-supervised training of the
     target model, one pass over the data, the training of the pool on the initial set, and in each step features of
-    ``batch_real`` real images and of the set. Known failure: a set that is not much better than random images with
-    their features, where the target model is a weak one.
+    ``batch_real`` real images and of the set. Known failure: with a weak target model the set is no better than
+    random images with their features (see docs/transfer.md).
 
     Lee et al., ICLR 2024. The released program never sets the count of a network's steps back, so that after some
     thousand steps all networks of the pool are untrained ones (``pool_reset=false``). It feeds the real images
