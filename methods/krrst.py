@@ -82,10 +82,10 @@ class KRRST(BarlowOptions):
     pool: int = 10
     """Networks that are trained on the set while it changes."""
     pool_steps: int = 1000
-    """Steps after which a network of the pool is drawn anew; the first ones begin with 1 to this many."""
+    """Steps after which a network of the pool is reinitialised; the first ones begin with 1 to this many."""
     pool_reset: bool = True
     """Count the steps of a new network from 0, as in the paper. false: the count goes on, as released, so that a
-    network that once was drawn anew is drawn anew each time it is used, and is never trained again."""
+    network that was reinitialised once is reinitialised whenever it is used, and is never trained again."""
     pool_lr: float = 0.1
     """Learning rate of SGD with momentum 0.9 for the pool, on all images of the set."""
     pool_decay: float = 1e-3
@@ -158,7 +158,7 @@ class Pool:
         return int(step.draws("pool").integers(len(self.nets), 1))
 
     def update(self, number: int, step: Step, synthetic: SyntheticSet) -> None:
-        """Trains a network for one step, or draws it anew if it has had all of its steps."""
+        """Trains a network for one step, or reinitialises it after its last one."""
         if self.ages[number] < self.config.pool_steps:
             self.advance(number, synthetic)
             return

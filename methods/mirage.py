@@ -96,9 +96,7 @@ def tree_counts(graphs: GraphArrays, ids: np.ndarray, label: int) -> csc_matrix:
     owner = np.repeat(np.cumsum(chosen) - 1, graphs.node_counts)
     used = np.repeat(chosen, graphs.node_counts) & (graphs.degrees > 0)
     shape = int(chosen.sum()), int(ids.max(initial=0)) + 1
-    counts = csc_matrix((np.ones(int(used.sum())), (owner[used], ids[used])), shape)
-    counts.sum_duplicates()
-    return counts
+    return csc_matrix((np.ones(int(used.sum())), (owner[used], ids[used])), shape)  # sums duplicates
 
 
 def frequent_itemsets(counts: csc_matrix, count: int, least: int, *, closed: bool) -> list[Itemset]:
@@ -110,6 +108,8 @@ def frequent_itemsets(counts: csc_matrix, count: int, least: int, *, closed: boo
     Uno et al., 2004).
     """
     trees = most_frequent_trees(counts, count, least)
+    if counts.shape[0] * len(trees) > 2**27:  # 1 GiB
+        raise CondenseError(f"--ipc {count}: {len(trees):,} trees in {counts.shape[0]:,} graphs; lower it")
     table = counts[:, trees].toarray()
     rows = (table > 0).T
 
@@ -128,11 +128,10 @@ def frequent_itemsets(counts: csc_matrix, count: int, least: int, *, closed: boo
         for item in range(core + 1, len(rows)):
             extended = rows[item] & shared
             support = int(extended.sum())
-            if item in members or support < limit:
-                continue
-            larger = closure(extended) if closed else (*members, item)
-            if all(other in members for other in larger if other < item):
-                heapq.heappush(queue, (-support, larger, item, extended))
+            if item not in members and support >= limit:
+                larger = closure(extended) if closed else (*members, item)
+                if all(other in members for other in larger if other < item):
+                    heapq.heappush(queue, (-support, larger, item, extended))
     return found
 
 

@@ -15,7 +15,7 @@ from conftest import command_line
 pytest.importorskip("torch_geometric", reason="needs the extra graph")
 pytest.importorskip("rdkit", reason="needs the extra graph")
 
-from scipy.sparse import csc_matrix
+from scipy.sparse import csc_matrix, identity
 from torch_geometric.data import Batch, Data
 
 import condense
@@ -463,3 +463,58 @@ def test_the_command_line(tmp_path, monkeypatch, capsys, few_steps):
         assert re.search(message, result.err), result.err
     assert "mirage" in call("ls methods").out and "graphs-v1" in call("ls protocols").out
     assert "label=" in call("show mirage").out
+
+
+def with_fields(**fields):
+    """Two classes, each with two graphs of three nodes; the fields replace those of the first one."""
+    graphs = [graph([0, 1, 0], [(0, 1), (1, 2)], y) for y in (0, 0, 1, 1)]
+    for name, value in fields.items():
+        setattr(graphs[0], name, value)
+    return graphs
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"edge_attr": torch.zeros(2, 2)}, r"edge_attr: has the shape \(2, 2\), not a row for each of 4"),
+        ({"y": torch.tensor(float("nan"))}, "y must be one class, a whole number from 0 to 9,999"),
+        ({"y": torch.tensor(float("inf"))}, "y must be one class"),
+        ({"y": 10**9}, "y must be one class"),
+        (
+            {"edge_index": torch.zeros(2, 0, dtype=torch.int64), "edge_attr": None, "x": torch.zeros(0, 1)},
+            "has no nodes",
+        ),
+        ({"x": torch.tensor([[0], [2**20 - 1], [0]])}, "more than 1,048,576 values in total"),
+    ],
+)
+def test_graphs_that_cannot_be(fields, message):
+    with pytest.raises(CondenseError, match=message):
+        condense.task([with_fields(**fields)] * 3, name="wrong")
+
+
+def test_other_things_that_are_no_lists_of_graphs():
+    parts = [with_fields(), with_fields(), [graph([0], [], 0), graph([0], [], 1)]]
+    for part in parts[:2]:
+        for one in part:
+            one.x = torch.zeros(3, 2, dtype=torch.int64)
+    with pytest.raises(CondenseError, match="the splits have different numbers of features of nodes"):
+        condense.task(parts, name="wrong")
+    with pytest.raises(CondenseError, match="give a list of graphs, or three lists, not"):
+        load_graph_task(condense.task("digits"), GraphOptions())
+    assert condense.task([with_fields(y=0)] * 3, name="number").counts.tolist() == [2, 2]
+
+
+def test_a_table_of_trees_is_bounded():
+    counts = identity(2**14, format="csc")  # as many trees as graphs, each in one of them
+    with pytest.raises(CondenseError, match="--ipc 16384: 16,384 trees in 16,384 graphs; lower it"):
+        frequent_itemsets(counts, 2**14, 1, closed=True)
+
+
+def test_the_judge_learns_what_can_be_learned(monkeypatch):
+    """Graphs whose class is the label of their nodes; without the best weights, the last ones would be tested."""
+    rules = dataclasses.replace(GRAPH_PROTOCOLS["graphs-v1"], steps=60, checks=6, batch=8, width=8, lr=0.02)
+    monkeypatch.setitem(GRAPH_PROTOCOLS, "graphs-v1", rules)
+    parts = [[graph([y] * count, [(0, 1), (1, 2)], y) for y in (0, 1) for count in (3, 4, 5)] for _ in range(3)]
+    task = condense.task(parts, name="easy")
+    record = condense.evaluate(condense.distill("mirage", task, 1), task, networks=["gin"], runs=2, controls=[])
+    assert record["results"][0]["mean"] > 0.95

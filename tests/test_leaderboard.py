@@ -207,7 +207,7 @@ def test_every_network_is_a_row_with_its_own_numbers(results, built):
     assert found.rows == 2
     (table,) = tables(text)
     table = " ".join(table.split())
-    for expected in ("48.9 ± 2.5", "43.9 ± 2.5", "26.0 ± 2.5", "+22.9", "1.2 MB", "9 min", "own", "unseen", "84.8"):
+    for expected in ("48.9 ± 1.0", "43.9 ± 1.0", "26.0 ± 1.0", "+22.9", "1.2 MB", "9 min", "own", "unseen", "84.8"):
         assert expected in table
     assert f"{content['scores'][OWN]['LRS']['value']:.3f}" in table
     assert "Dataset Condensation with Distribution Matching" in table

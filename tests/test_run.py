@@ -351,7 +351,7 @@ def test_previews_show_the_set(data, call, tmp_path, monkeypatch):
     assert call(TINY).code == 0
     names = sorted(path.name for path in (tmp_path / "run" / "previews").iterdir())
     assert names == [f"step-{step:06d}.png" for step in range(1, 7)]
-    assert Image.open(tmp_path / "run" / "previews" / names[-1]).size == (34 + 2, 3 * 34 + 2)
+    assert Image.open(tmp_path / "run" / "previews" / names[-1]).size == (3 * 66 + 2, 66 + 2)
 
 
 def test_divergence_keeps_the_last_good_set(data, call, tmp_path):

@@ -701,7 +701,8 @@ def test_a_method_of_ones_own_has_experts(tiny, tmp_path, monkeypatch):
         def expert_training(self, task):
             return ExpertTraining(dataclasses.replace(RECIPE, batch=task.num_classes))
 
-    entry = SimpleNamespace(name="mine", config=Config, network=NETWORK, protocol="quick-v1", pretrains="experts")
+    names = {"name": "mine", "network": NETWORK, "protocol": "quick-v1", "pretrains": "experts", "task": "images"}
+    entry = SimpleNamespace(config=Config, **names)
     monkeypatch.setitem(registry.METHODS._entries, "mine", entry)
     found = api.experts(tiny, method="mine", epochs=1, out=tmp_path / "a.h5").file
     assert (found.count, found.epochs, found.manifest["steps_per_epoch"]) == (2, 1, 12)

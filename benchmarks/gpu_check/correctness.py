@@ -109,8 +109,8 @@ def distil_images(
     case = dataclasses.replace(check.case(check.task(), 2, precision), device=device)
     if entry.pretrains == "teachers":  # the same one on every device
         case = dataclasses.replace(case, norm="bn")
-        settings |= {**UNLABELLED, "teachers": str(sre2l.teacher_file(case)), "num_teachers": 1}
-        settings |= {"voters": 1} if hasattr(entry.config, "voters") else {}
+        fixed = {**UNLABELLED, "teachers": str(sre2l.teacher_file(case)), "num_teachers": 1, "voters": 1}
+        settings |= {key: value for key, value in fixed.items() if hasattr(entry.config, key)}
     if entry.pretrains == "experts":  # two images may be equally near to a centroid of logits: rounding would choose
         settings |= {"init": "real"}
     config = entry.config(**settings)

@@ -54,7 +54,10 @@ def preview(
     data: IndexedData = None,
     force: Force = False,
 ) -> None:
-    """Draws the images of a set as a PNG: one row per class, or a grid of single images."""
+    """Draws the images of a set as a PNG.
+
+    One row per class, or a grid if there is one image per class.
+    """
     from condense.files import check_writable
     from condense.sets import save_grid
 

@@ -16,6 +16,8 @@ from condense.errors import CondenseError, missing_package
 MAX_FEATURE = 2**20
 """Limit of the values of features, which are rows of embedding tables."""
 
+MAX_CLASSES = 10_000
+
 ARRAYS = ("nodes", "edges", "edge_features", "node_counts", "edge_counts", "labels")
 
 
@@ -130,13 +132,16 @@ class GraphArrays:
             count, edges = int(graph.num_nodes), graph.edge_index.cpu().numpy()
             if edges.shape[0] != 2 or edges.ndim != 2 or (edges.size and not 0 <= edges.min() <= edges.max() < count):
                 raise CondenseError(f"{place}: edge_index must be (2, E) of nodes below {count}")
-            if graph.y.numel() != 1 or float(graph.y) != int(graph.y) or int(graph.y) < 0:
-                raise CondenseError(f"{place}: y must be one class, a whole number from 0")
+            if count < 1:
+                raise CondenseError(f"{place}: has no nodes")
+            label = torch.as_tensor(graph.y).double()  # a tensor or a number; NaN fails the comparison
+            if label.numel() != 1 or not 0 <= label.item() < MAX_CLASSES or label.item() != int(label.item()):
+                raise CondenseError(f"{place}: y must be one class, a whole number from 0 to {MAX_CLASSES - 1:,}")
             columns["nodes"].append(_categories(getattr(graph, "x", None), count, 1, f"{place}: x"))
             columns["edges"].append(edges.astype(np.int64))
             attributes = getattr(graph, "edge_attr", None)
             columns["edge_features"].append(_categories(attributes, edges.shape[1], 0, f"{place}: edge_attr"))
-            for name, value in (("node_counts", count), ("edge_counts", edges.shape[1]), ("labels", int(graph.y))):
+            for name, value in (("node_counts", count), ("edge_counts", edges.shape[1]), ("labels", int(label.item()))):
                 columns[name].append(np.array([value], np.int64))
         if not columns["nodes"]:
             raise CondenseError(f"{where}: has no graphs")
@@ -168,6 +173,8 @@ def _categories(values: Any, rows: int, default_columns: int, where: str) -> np.
     if values is None:
         return np.zeros((rows, default_columns), np.int64)
     array = values.detach().cpu().numpy()
+    if array.ndim not in (1, 2) or len(array) != rows:
+        raise CondenseError(f"{where}: has the shape {array.shape}, not a row for each of {rows}")
     array = array.reshape(rows, -1 if rows else array.shape[-1])
     whole = array.astype(np.int64)
     if (whole != array).any() or (whole.size and not 0 <= whole.min() <= whole.max() < MAX_FEATURE):

@@ -118,6 +118,8 @@ class GraphJudge:
         from sklearn.metrics import roc_auc_score
 
         scores = _in_eval(network, network, batches).double().softmax(1).numpy()
+        if not np.isfinite(scores).all():
+            raise CondenseError(f"{network.name}: its outputs are not finite; give a lower depth, or pool=mean")
         if scores.shape[1] == 2:
             return float(roc_auc_score(labels, scores[:, 1]))
         return float(roc_auc_score(labels, scores, multi_class="ovr"))
@@ -280,7 +282,7 @@ def _same(examples: SyntheticGraphs, run: int) -> SyntheticGraphs:
 
 
 def _random(task: GraphTask, counts: Sequence[int], seed: int, run: int) -> GraphArrays:
-    """Random train graphs, ``counts`` of each class."""
+    """Random train graphs, ``counts`` of each class, or all if there are fewer."""
     rows = []
     for label, count in enumerate(counts):
         members = np.flatnonzero(task.train.labels == label)
@@ -289,7 +291,7 @@ def _random(task: GraphTask, counts: Sequence[int], seed: int, run: int) -> Grap
 
 
 def _herded(task: GraphTask, embeddings: Tensor, counts: Sequence[int]) -> GraphArrays:
-    """Train graphs selected by herding, ``counts`` of each class."""
+    """Train graphs selected by herding, ``counts`` of each class, or all if there are fewer."""
     rows = []
     for label, count in enumerate(counts):
         members = np.flatnonzero(task.train.labels == label)

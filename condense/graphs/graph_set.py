@@ -184,6 +184,8 @@ def _array_mistake(arrays: Mapping[str, np.ndarray], manifest: Mapping[str, Any]
     if floats != ["multiplicities"]:
         return "only the multiplicities may be fractions"
     sizes, edges = manifest["feature_sizes"], arrays["edges"]
+    if sum(sizes["nodes"]) + sum(sizes["edges"]) > MAX_FEATURE:
+        return "its 'feature_sizes' are too large"
     counts = arrays["node_counts"], arrays["edge_counts"]
     graphs = counts[0].size
     shapes = {

@@ -73,8 +73,11 @@ def read_molecules(path: Path, label: str) -> tuple[GraphArrays, np.ndarray]:
     arrays = _read_cached(cache)
     if arrays is None:
         arrays = _parse(smiles, labels)
-        with atomic_write(cache) as temporary, temporary.open("wb") as file:
-            np.savez(file, **smallest(arrays))  # type: ignore[arg-type]
+        try:
+            with atomic_write(cache) as temporary, temporary.open("wb") as file:
+                np.savez(file, **smallest(arrays))  # type: ignore[arg-type]
+        except (CondenseError, OSError) as fault:
+            _log.warning("%s: parsed again next time, the cache cannot be written (%s)", where, fault)
     graphs, split = GraphArrays(**{name: arrays[name].astype(np.int64) for name in ARRAYS}), arrays["split"]
     if unlabelled or len(graphs) < len(smiles):
         _log.warning(
@@ -181,5 +184,5 @@ def _read_cached(path: Path) -> dict[str, np.ndarray] | None:
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in (*ARRAYS, "split")}
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile):
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile):
         return None

@@ -17,7 +17,7 @@ from condense.data import data_root
 from condense.errors import CondenseError
 from condense.files import check_name, is_existing_file
 from condense.formatting import shorten
-from condense.graphs.arrays import GraphArrays, import_pyg
+from condense.graphs.arrays import MAX_FEATURE, GraphArrays, import_pyg
 from condense.graphs.molecules import SHARES, has_smiles, read_molecules
 
 TU_PREFIX = "tu:"
@@ -55,6 +55,11 @@ class GraphTask:
     ) -> None:
         self.name, self.split, self.source, self.options = check_name(name), split, source, options or GraphOptions()
         self.train, self.valid, self.test = splits
+        for what in ("nodes", "edge_features"):
+            if len({getattr(part, what).shape[1] for part in splits}) > 1:
+                raise CondenseError(f"data '{name}': the splits have different numbers of features of {what}")
+        if sum(map(sum, self.feature_sizes())) > MAX_FEATURE:
+            raise CondenseError(f"data '{name}': its features have more than {MAX_FEATURE:,} values in total")
         count = 1 + max(int(part.labels.max(initial=0)) for part in splits)
         self.classes = tuple(map(str, range(max(count, 2))))
         for what, part in zip(("train", "validation", "test"), splits):
@@ -137,7 +142,10 @@ def _path_of(data: str) -> str:
 
 
 def _from_lists(data: Any, name: str) -> GraphTask:
-    lists = [data] if data and hasattr(data[0], "edge_index") else list(data)
+    try:
+        lists = [data] if len(data) and hasattr(data[0], "edge_index") else list(data)
+    except (TypeError, KeyError, IndexError) as fault:
+        raise CondenseError(f"data: give a list of graphs, or three lists, not {type(data).__name__}") from fault
     if len(lists) not in (1, 3):
         raise CondenseError(f"data: {len(lists)} lists of graphs; give one, or train, validation and test")
     parts = [GraphArrays.from_graphs(part, f"data '{name}'") for part in lists]
@@ -161,7 +169,8 @@ def _read_tu(name: str) -> Any:
     """A TU data set that is on disk; nothing is downloaded."""
     import_pyg(f"data '{TU_PREFIX}{name}'")
     root = data_root() / "tu"
-    if not (root / name / "raw" / f"{name}_A.txt").is_file():
+    # With one of these missing, PyTorch Geometric would download the archive.
+    if not all((root / name / "raw" / f"{name}_{part}.txt").is_file() for part in ("A", "graph_indicator")):
         raise CondenseError(
             f"data '{TU_PREFIX}{name}' is not in {root / name / 'raw'} (CONDENSE_DATA sets the place); put the files "
             f"of https://www.chrsmrrs.com/graphkerneldatasets/{name}.zip there"

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from condense import networks
+from condense.config import build_config
 from condense.networks import CHECKPOINT_SUFFIXES, is_public, read_teacher_file
 from condense.pretraining import read_trajectory_file
 from condense.registry import Method
@@ -53,7 +54,7 @@ def _of_experts(entry: Method, settings: Mapping[str, Any], path: Path) -> dict[
         options = {
             name: settings[name] for name in ("expert_epochs", "min_start_epoch", "max_start_epoch") if name in settings
         }
-        config: Any = entry.config(**options)
+        config: Any = build_config(entry.config, options, f"the method '{entry.name}'")
         if config.min_start_epoch + config.expert_epochs <= file.epochs < config.epochs_needed():
             taken["buffer_epochs"] = file.epochs
     return taken
