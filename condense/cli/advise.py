@@ -81,7 +81,7 @@ def advise(
         raise CondenseError("give --ipc N or --images N, one of them")
     if not minutes > 0:
         raise CondenseError(f"--minutes {minutes:g}: must be more than 0")
-    real = api.task(data, download=download)
+    real = api.image_task(data, download=download)
     per_class = RunRequest("", data, ipc, images=images).images_per_class(real)
     share = per_class * real.num_classes / len(real.train)
     situation = Situation(per_class, min(real.shape[1:]), real.num_classes, share)
