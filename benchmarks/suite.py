@@ -382,7 +382,7 @@ def _task(cell: Cell, data: Mapping[str, str], download: bool) -> Task | str:
     if name not in data and name not in DATASETS:
         return f"no data called {name}; give --data {name}=PATH"
     try:
-        return api.image_task(f"{name}={data[name]}" if name in data else name, download=download, **cell.options)
+        return api.task(f"{name}={data[name]}" if name in data else name, download=download, **cell.options)
     except CondenseError as fault:
         return str(fault)
 

@@ -199,7 +199,7 @@ def export(
     if data is not None and distilled.indices is None and form != "imagefolder":
         raise CondenseError(f"--data {data}: only --to imagefolder rounds pixels; leave it out")
     is_measured = data is not None and distilled.indices is None
-    real = api.image_task(data, **evaluation.data_options(distilled)) if is_measured else None
+    real = api.task(data, **evaluation.data_options(distilled)) if is_measured else None
     constants = {
         "mean": parse_numbers("--mean", mean, "one per channel"),
         "std": parse_numbers("--std", std, "one per channel"),

@@ -64,7 +64,7 @@ def lighten(
     check_writable(out, force=force)
     keys: dict[str, Any] = config.parse_overrides(settings or [])
     distilled = load_set(file)
-    real = api.image_task(data, download=download, **evaluation.data_options(distilled)) if data is not None else None
+    real = api.task(data, download=download, **evaluation.data_options(distilled)) if data is not None else None
     light = lightening.lighten(
         distilled, labels, real, teachers=teachers, device=device, quiet=False, beside=out, **keys
     )
@@ -132,7 +132,7 @@ def labels_(
         comparison.check_plot(plot)
         check_writable(plot, force=force)
     chosen, distilled = comparison.parse_kinds(kinds or ""), load_set(file)
-    real = api.image_task(data, download=download, **evaluation.data_options(distilled)) if data is not None else None
+    real = api.task(data, download=download, **evaluation.data_options(distilled)) if data is not None else None
     points = comparison.compare_label_kinds(
         distilled,
         chosen,

@@ -58,7 +58,7 @@ def experts(
     training: dict[str, Any] = {"network": network, "count": count, "epochs": epochs, "dtype": dtype}
     training |= {"held_out": held_out, "device": device, "precision": precision}
     jobs.check_experts(method, values, options, **training)
-    real = api.image_task(data, download=download, **options)
+    real = api.task(data, download=download, **options)
     result = api.experts(real, method=method, out=out, seed=seed, force=force, quiet=False, **training, **values)
     if not is_main_process():
         return
@@ -117,7 +117,7 @@ def teachers(
     training: dict[str, Any] = {"networks": networks, "count": count, "epochs": epochs}
     training |= {"held_out": held_out, "objective": objective, "device": device, "precision": precision}
     jobs.check_teachers(method, values, options, **training)
-    real = api.image_task(data, download=download, **options)
+    real = api.task(data, download=download, **options)
     result = api.teachers(real, method=method, out=out, seed=seed, force=force, quiet=False, **training, **values)
     if not is_main_process():
         return
@@ -167,7 +167,7 @@ def scores(
     jobs.check_scores(values, options, network=network or "", **where)
     if out is not None:
         check_writable(out, force=force)
-    real = api.image_task(data, download=download, **options)
+    real = api.task(data, download=download, **options)
     out = out or Path(f"{real.name}-scores.h5")
     table = api.scores(real, network=network, out=out, seed=seed, force=force, quiet=False, **where, **values)
     if not is_main_process():
