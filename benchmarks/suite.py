@@ -32,9 +32,10 @@ from condense.errors import CondenseError, did_you_mean
 from condense.files import check_name
 from condense.formatting import aligned, percent, shorten
 from condense.jobs import checks as checks_module
-from condense.jobs import distill_command
+from condense.jobs import expected_manifest
 from condense.judge import MAX_RUNS, OWN, evaluation, get_protocol, main_entries, means_by_arm, records, summary
 from condense.judge import arms as arms_module
+from condense.plugins import plugin_versions
 from condense.ranks import Ranks
 from condense.registry import METHODS
 from condense.sets import DistilledSet, save_grid
@@ -95,11 +96,6 @@ class Cell:
         """Name of its files."""
         return f"{self.suite}-{self.name or f'{self.data}-{self.method}-ipc{self.ipc}'}-seed{self.seed}"
 
-    @property
-    def own_network(self) -> str:
-        """The network that it is made with."""
-        return self.network or METHODS.get(self.method).network
-
 
 @dataclass
 class SuiteResult:
@@ -156,7 +152,7 @@ def _read_suite(path: Path, where: str) -> Suite:
         found = checks_module.run_checks(*checks, *recipes)
         suite.cells.update(zip(suite.cells, found[len(checks) :]))
         return suite
-    checks.append(lambda: get_protocol(suite.protocol))
+    checks.append(functools.partial(_check_protocol, suite.protocol, where))
     cell_networks: dict[str, str] = {}
     for data, content in as_mapping(suite.tasks, f"{where}: tasks").items():
         task = build_config(_Data, as_mapping(content, f"{where}: {data}"), f"{where}: {data}")
@@ -197,8 +193,11 @@ def _recipe_cell(suite: Suite, name: str, where: str) -> Cell:
         entry = METHODS.get(str(keys["method"]))
         settings = {key: value for key, value in keys.items() if key not in RUN_KEYS}
         options = {key: settings.pop(key) for key in list(settings) if key in DataOptions.__dataclass_fields__}
+        if "ipc" not in keys:
+            raise CondenseError("lacks ipc")
         network, protocol = keys.get("network"), str(keys.get("protocol", entry.protocol))
         checks_module.check_request(entry.name, settings, options, network=network, protocol=protocol)
+        _check_protocol(protocol, entry.name)
     except CondenseError as fault:
         raise CondenseError(f"{where}: {name}: {fault}") from fault
     return Cell(
@@ -214,6 +213,13 @@ def _recipe_cell(suite: Suite, name: str, where: str) -> Cell:
         options,
         name,
     )
+
+
+def _check_protocol(name: str, where: str) -> None:
+    if get_protocol(name).is_transfer:
+        raise CondenseError(
+            f"{where}: protocol={name}: a suite compares accuracies on the data of the sets; use `evaluate`"
+        )
 
 
 def _check_numbers(where: str, values: Sequence[int], maximum: int, *, minimum: int = 1) -> None:
@@ -382,7 +388,7 @@ def _task(cell: Cell, data: Mapping[str, str], download: bool) -> Task | str:
     if name not in data and name not in DATASETS:
         return f"no data called {name}; give --data {name}=PATH"
     try:
-        return api.task(f"{name}={data[name]}" if name in data else name, download=download, **cell.options)
+        return api.image_task(f"{name}={data[name]}" if name in data else name, download=download, **cell.options)
     except CondenseError as fault:
         return str(fault)
 
@@ -395,16 +401,17 @@ def _is_current(path: Path, suite: Suite, cell: Cell, real: Task, device: str, p
         return False
     protocol = get_protocol(cell.protocol)
     judged = {entry["network"] for entry in record["results"]}
-    expected = {cell.own_network if name == OWN else name for name in suite.networks}
+    expected = expected_manifest(**_cell_arguments(cell, real), device=device, precision=precision)
+    networks_wanted = {expected["network"] if name == OWN else name for name in suite.networks}
     arms = {entry["arm"] for entry in [*record["results"], *record["missing"]]}
-    command = distill_command(**_cell_arguments(cell, real), device=device, precision=precision)
     return (
         # The order of key=value settings in a command follows the fields of the config, which may be reordered.
-        sorted(shlex.split(str(record["set"]["command"]))) == sorted(shlex.split(command))
+        sorted(shlex.split(str(record["set"]["command"]))) == sorted(shlex.split(expected["command"]))
         and record["data"]["fingerprint"] == real.fingerprint
         and (record["protocol"]["name"], record["protocol"]["version"]) == (protocol.name, protocol.version)
         and record["runs"] == suite.runs
-        and expected <= judged
+        and record.get("plugins", {}) == expected["plugins"] | plugin_versions(networks_wanted)
+        and networks_wanted <= judged
         and set(cell.controls) <= arms
     )
 

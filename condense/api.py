@@ -273,7 +273,9 @@ def distill_or_resume(
     checked: dict[str, Any] = {"device": device, "precision": precision, "track": "none"}
     jobs.check_request(method, settings, network=network, protocol=protocol, **checked)
     entry = METHODS.get(method)
-    settings, network, _ = jobs.fill_from_files(entry, settings, network)
+    settings, network, taken = jobs.fill_from_files(entry, settings, network)
+    if taken and not quiet and is_main_process():
+        print(f"condense: {taken}", file=sys.stderr)
     fields: dict[str, Any] = {"minutes": None, "tag": None, "track": "none", "protocol": protocol or entry.protocol}
     config = jobs.resolve_settings(entry, settings, ipc)
     job = jobs.resolve_job(entry, config, real, ipc, network, seed, device, precision, out=str(out.resolve()), **fields)

@@ -219,7 +219,7 @@ def describe(config: type) -> list[tuple[str, str, str, str]]:
 
 # -- recipes ----------------------------------------------------------------------------------------------------------
 
-RUN_KEYS = ("method", "data", "ipc", "network", "protocol")
+RUN_KEYS = ("method", "data", "ipc", "images", "network", "protocol")
 """Keys of a recipe that are not hyper-parameters of its method."""
 
 TINY = "tiny"
@@ -379,7 +379,8 @@ def recipe_names() -> list[str]:
 
 
 def load_recipe(name: str) -> dict[str, Any]:
-    """A recipe's keys: ``method``, ``data``, ``ipc``, perhaps ``network`` and ``protocol``, and hyper-parameters.
+    """A recipe's keys: ``method``, ``data``, ``ipc`` or ``images``, perhaps ``network`` and ``protocol``, and
+    hyper-parameters.
 
     Args:
         name: ``dm/cifar10-ipc10``, or the path of a flat YAML file with the same keys.
@@ -395,7 +396,7 @@ def load_recipe(name: str) -> dict[str, Any]:
         keys = {"method": method, **file.defaults, **file.cells[cell]}
     else:
         raise CondenseError(f"unknown recipe '{name}'{did_you_mean(name, recipe_names(), 'condense ls recipes')}")
-    missing = [key for key in ("method", "data", "ipc") if key not in keys]
+    missing = [key for key in ("method", "data", "ipc") if key not in keys and not (key == "ipc" and "images" in keys)]
     if missing:
         raise CondenseError(f"--recipe {name}: lacks {', '.join(missing)}")
     return keys

@@ -50,9 +50,13 @@ class Registry(Generic[T]):
             try:
                 importlib.import_module(module)
             except ModuleNotFoundError as fault:
-                if fault.name != module:
-                    raise
-                raise CondenseError(f"{self.kind} '{name}': there is no module {module}") from fault
+                what = f"there is no module {module}" if fault.name == module else f"{module} needs {fault.name}"
+                raise CondenseError(f"{self.kind} '{name}': {what}") from fault
+            except CondenseError:
+                raise
+            except Exception as fault:
+                reason = f"{type(fault).__name__}: {fault}"
+                raise CondenseError(f"{self.kind} '{name}': {module} cannot be imported: {reason}") from fault
             if name not in self._entries:
                 raise CondenseError(f"{self.kind} '{name}': the module {module} does not register it")
         if name not in self._entries:
@@ -100,11 +104,18 @@ class Method:
 
 METHODS_GROUP = "condense.methods"
 """Entry points of installed packages: the name of a method, and the module that registers it."""
+PLUGINS_GROUP = "condense.plugins"
+"""Entry points of installed packages: modules that every command imports, because they register networks or data."""
 
 
 @functools.cache
+def package_modules(group: str) -> tuple[importlib.metadata.EntryPoint, ...]:
+    """What installed packages offer in a group of entry points. Nothing is imported."""
+    return tuple(importlib.metadata.entry_points(group=group))
+
+
 def _entry_points() -> dict[str, str]:
-    return {point.name: point.module for point in importlib.metadata.entry_points(group=METHODS_GROUP)}
+    return {point.name: point.module for point in package_modules(METHODS_GROUP)}
 
 
 class _MethodModules(Mapping[str, str]):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import change_protocols, tiny_arrays
+from PIL import Image
 
 import condense
 from condense.data import DataOptions, load_task
@@ -56,7 +57,17 @@ def test_sets_of_other_channels_are_distilled_drawn_and_evaluated(tmp_path, chan
     task = load_task(dict(zip(KEYS, tiny_arrays(channels=channels))))
     made = condense.distill("dsa", task, 1, network="convnet-d2-w8-in", steps=1, quiet=True, out=tmp_path / "s.h5")
     assert tuple(made.images.shape) == (3, channels, 8, 8)
-    assert save_grid(made.pictures()[0], tmp_path / "x.png", columns=1).is_file()
+    assert Image.open(save_grid(made.pictures()[0], tmp_path / "x.png", columns=1)).size == (3 * 66 + 2, 68)
+
+
+def test_a_grid_of_many_classes_is_not_cut(tmp_path):
+    """One image for each of 1,300 classes; the last one is the brightest and must be drawn."""
+    images = torch.zeros(1300, 1, 64, 64)
+    images[-1] = 1
+    drawn = Image.open(save_grid(images, tmp_path / "x.png", columns=1, limit=50))
+    assert drawn.size == (50 * 66 + 2, 26 * 66 + 2)
+    assert drawn.getpixel((drawn.width - 34, drawn.height - 34)) == (255, 255, 255)
+    assert drawn.getpixel((34, 34)) == (0, 0, 0)
 
 
 # Classes -------------------------------------------------------------------------------------------------------------

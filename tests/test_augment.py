@@ -19,6 +19,7 @@ from condense.augment import (
     Augmentation,
     AugmentationParameters,
     CropViews,
+    ImagePolicy,
     ViewRule,
     make_augmentation,
     siamese,
@@ -750,3 +751,42 @@ def test_a_scale_of_one_is_the_whole_image_whatever_its_ratio():
 
     views = CropViews(1.0, 1.0, flip=False).draw(Draws(0, "whole"), 4, (9, 20))
     assert views.box.tolist() == [[0, 0, 9, 20]] * 4
+
+
+# -- policies of torchvision ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["autoaugment", "randaugment"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_policies_are_those_of_torchvision_on_8_bit_images(name, channels):
+    from torchvision import transforms
+
+    transform = Standardise(torch.full((channels,), 0.4), torch.full((channels,), 0.2))
+    pixels = torch.randint(256, (12, channels, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    policy = ImagePolicy(name, transform)
+    seeds = policy.draw(Draws(5, "augment", 0), 12)
+    before = torch.get_rng_state()
+    made = policy.apply(transform(pixels.float() / 255), seeds)
+    assert torch.equal(torch.get_rng_state(), before)
+    published = (
+        transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10)
+        if name == "autoaugment"
+        else transforms.RandAugment(num_ops=1, magnitude=9)
+    )
+    with torch.random.fork_rng(devices=[]):
+        for image, seed, expected in zip(made, seeds.tolist(), pixels):
+            torch.manual_seed(seed)
+            assert torch.equal((transform.inverse(image) * 255).round().byte(), published(expected))
+    assert not torch.equal(made, transform(pixels.float() / 255))
+    # An image does not depend on the others of its batch.
+    assert torch.equal(policy.apply(transform(pixels[3:4].float() / 255), seeds[3:4]), made[3:4])
+
+
+def test_policies_clamp_and_round_what_lies_outside():
+    transform = Standardise(torch.zeros(3), torch.ones(3))
+    images = torch.tensor([-0.5, 0.5011, 1.5]).repeat_interleave(64).view(1, 3, 8, 8)
+    made = ImagePolicy("randaugment", transform).apply(images, torch.tensor([1]))
+    assert made.min() >= 0 and made.max() <= 1
+    assert torch.allclose(made * 255, (made * 255).round(), atol=1e-4)
+    with pytest.raises(CondenseError, match="needs images of 1 or 3 channels, not 4"):
+        ImagePolicy("randaugment", transform).apply(torch.zeros(1, 4, 8, 8), torch.tensor([1]))

@@ -417,6 +417,9 @@ def test_show_of_every_kind(done, call):
     assert "320,010 parameters" in done("show convnet-d3-w128-in")
     wrong = call("show convnet-d3-w128-xx").err
     assert "the nearest are" in wrong and wrong.count("(network)") >= 1 and wrong.count(",") == 3
+    os.mkdir("dc-v1")
+    assert "summary: " in done("show dc-v1")
+    assert "too deep for 32x32 images" in call("show convnet-d6-w8-in").err
 
 
 def test_advise_plans_candidates_and_names_a_command(done, call, monkeypatch):
@@ -429,6 +432,13 @@ def test_advise_plans_candidates_and_names_a_command(done, call, monkeypatch):
     short = json.loads(done(f"{words} --minutes 0.0001 --json"))
     assert short["command"] is None and not any(plan["fits"] for plan in short["candidates"])
     assert "--labels soft: must be any or hard" in call("advise --data digits --ipc 1 --labels soft").err
+    wrong = call("advise --data digits --ipc 1 --network convnet-d9 --precision fp23")
+    assert wrong.code == 2 and "convnet-d9" in wrong.err and "fp23" in wrong.err
+    assert "--ipc 9999: class" in call("advise --data digits --ipc 9999").err
+    assert (
+        "--images -5: must be a multiple of the 10 classes of digits: 10"
+        in call("advise --data digits --images -5").err
+    )
 
 
 def test_images_in_total_instead_of_images_per_class(done, call):
@@ -527,6 +537,17 @@ def test_a_run_that_its_limit_stopped_goes_on_to_its_end(done):
     ended = condense.load("a.h5").manifest
     assert ended["steps_done"] == 30 and not ended["stopped_early"] and "--minutes" not in ended["command"]
     assert "run has ended" in done("resume run")
+
+
+def test_training_that_a_limit_shortened_stays_short(done):
+    """A run without a limit would train longer, so the command of the set keeps the limit."""
+    words = "distill mtt --data digits --ipc 1 --network convnet-d2-w8-in steps=2 syn_steps=1 num_experts=2"
+    text = done(f"{words} buffer_epochs=6 max_start_epoch=2 expert_epochs=1 --minutes 0.0005 --out a.h5 --run-dir run")
+    assert "because of the time limit" in text
+    text = done("resume run")
+    ended = condense.load("a.h5").manifest
+    assert ended["steps_done"] == 2 and not ended["stopped_early"]
+    assert "--minutes 0.0005" in ended["command"] and "because of the time limit" in text
 
 
 def test_evaluate_writes_a_record(done, material):

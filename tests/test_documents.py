@@ -16,7 +16,9 @@ import typer
 import condense
 from condense import cli
 from condense.benchmarks.method_cards import family_table, with_methods_table
+from condense.cli.request import parse_request
 from condense.data import ZCA
+from condense.registry import METHODS
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -107,17 +109,22 @@ def test_notebooks_run(path, tmp_path):
 
 
 def commands():
-    """Those of the pages without measurements: lines of code blocks, and code within the text."""
-    pages = [DOCS / f"{name}.md" for name in ("index", "concepts", "faq", "file-format")]
-    text = "\n".join(page.read_text(encoding="utf-8") for page in [*pages, *DOCS.glob("families/*.md")])
+    """Those of all pages but that of results: lines of code blocks, and code within the text."""
+    pages = [page for page in DOCS.rglob("*.md") if page.name != "results.md"]
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages).replace("\\\n", " ")
     lines = re.findall(r"^(condense [a-z]+ .*?)(?:  +#.*)?$", text, re.M)
     return sorted({*lines, *re.findall(r"`(condense [a-z]+ [^`]+)`", text)})
 
 
 @pytest.mark.parametrize("command", commands())
 def test_commands_of_the_pages_parse(command):
-    verb, *words = shlex.split(command)[1:]
-    typer.main.get_command(cli.app).commands[verb].make_context(verb, words)
+    """Options by the command line, settings and names of `distill` and `plan` by the checks before any work."""
+    verb, *words = shlex.split(re.sub(r"--plugin \S+", "", command))[1:]
+    given = typer.main.get_command(cli.app).commands[verb].make_context(verb, words).params
+    if verb in ("distill", "plan") and given.get("classes") is None and not re.search("METHOD|pixel-means", command):
+        names = ("method", "settings", "data", "ipc", "network", "recipe", "images")
+        request = parse_request(**{name: given[name] for name in names})
+        assert request[0].method in METHODS
 
 
 # -- the file format --------------------------------------------------------------------------------------------------

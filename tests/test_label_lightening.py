@@ -443,7 +443,7 @@ def test_the_verbs(per_view, call, tmp_path, three_steps):
 
 def test_the_verb_labels_trains_and_draws(per_view, call, real, tmp_path, monkeypatch, three_steps):
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(condense.api, "task", lambda *words, **options: real)
+    monkeypatch.setattr(condense.api, "image_task", lambda *words, **options: real)
     per_view.save("set.h5")
     result = call(f"labels set.h5 --data tiny --kinds own,topk:k=1 --network {NETWORK} --runs 2 --plot a.png")
     assert result.code == 0, result.err

@@ -2,7 +2,7 @@
 
 import pytest
 
-from condense.augment import CropViews
+from condense.augment import Augmentation, CropViews
 from condense.config import packaged_yaml
 from condense.errors import CondenseError
 from condense.judge import Protocol, get_protocol, protocols
@@ -44,7 +44,11 @@ def test_every_packaged_protocol_is_whole():
         assert found.name == name and name.endswith(f"-v{found.version}")
         assert found.labels in ("hard", "soft") and found.networks and found.lr and found.summary
         augment = found.recipe(10, mirror=False).augment
-        flips = augment.flip if isinstance(augment, CropViews) else augment is not None and "flip" in augment.ops
+        flips = (
+            augment.flip
+            if isinstance(augment, CropViews)
+            else isinstance(augment, Augmentation) and "flip" in augment.ops
+        )
         assert not flips
 
 
@@ -96,6 +100,8 @@ def test_a_protocol_that_changes_gets_a_new_version():
         ("datadam-v1", 100, 3600, 64, {"augment": "color_crop_cutout_flip_scale_rotate", "drops": [0.5]}),
         ("dance-v1", 40, 1500, 64, {"cutmix": 0.5, "augment_variant": "idc", "drop_factor": 0.2}),
         ("dc-mnist-v1", 10, 1000, 256, {"augment": "crop_scale_rotate", "augment_variant": "dc"}),
+        ("dc-bench-randaugment-v1", 10, 1000, 256, {"augment": "randaugment"}),
+        ("dc-bench-autoaugment-v1", 10, 1000, 256, {"augment": "autoaugment"}),
         ("idc-mnist-v1", 10, 1000, 64, {"cutmix": 0.0, "augment": "color_crop_scale_rotate"}),
         ("rded-b10-v1", 10, 300, 10, {"stretch": 2.0, "optimizer": "adamw"}),
         ("rded-b20-v1", 100, 1500, 20, {"stretch": 2.0, "lr": [0.001]}),

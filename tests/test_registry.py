@@ -1,6 +1,10 @@
 """A method is one module and one YAML file: everything else finds it from those."""
 
+import importlib.util
 import json
+import os
+import py_compile
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -206,8 +210,77 @@ def test_a_plugin_is_named_once_and_found_again(plugin, tmp_path, monkeypatch):
     monkeypatch.setenv("CONDENSE_CACHE", str(tmp_path / "of-someone-else"))
     refused = condense_command("resume", "run", "--steps", "50", cwd=tmp_path)
     assert refused.returncode == 2 and f"if you trust it: --plugin {plugin}" in refused.stderr
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    plugin.rename(elsewhere / "toy.py")
+    assert "is not there; restore it, or give --plugin" in condense_command("resume", "run", cwd=tmp_path).stderr
+    same = condense_command("resume", "run", "--steps", "50", "--plugin", "elsewhere/toy.py", cwd=tmp_path)
+    assert same.returncode == 0 and "50 of 50 steps" in same.stdout, same.stderr
     plugin.write_text(PLUGIN + "# another version\n")
-    assert "has changed since the run began" in condense_command("resume", "run", "--steps", "50", cwd=tmp_path).stderr
+    assert "has changed since the run began" in condense_command("resume", "run", "--steps", "60", cwd=tmp_path).stderr
+
+
+def test_the_printed_command_names_the_plugin_of_the_network(plugin, tmp_path):
+    words = "distill random --plugin toy.py --data digits --ipc 1 --network small-mlp --out a.h5 --run-dir run"
+    made = condense_command(*words.split(), cwd=tmp_path)
+    printed = re.search(r"next: condense (evaluate a.h5 .*)", made.stdout)[1]
+    assert printed == "evaluate a.h5 --data digits --plugin toy.py"
+    assert printed in condense_command("show", "a.h5", cwd=tmp_path).stdout
+    short = "--runs 1 --controls none --protocol quick-v1 --json a.json"
+    judged = condense_command(*printed.split(), *short.split(), cwd=tmp_path)
+    assert judged.returncode == 0, judged.stderr
+    assert list(json.loads((tmp_path / "a.json").read_text())["plugins"]) == ["toy.py"]
+    unknown = condense_command("evaluate", "a.h5", "--data", "digits", cwd=tmp_path).stderr
+    assert "unknown network 'small-mlp'" in unknown and "made with toy.py: name it by --plugin" in unknown
+
+
+SUITE = """
+name: toy
+summary: one cell of a plug-in, one without
+protocol: quick-v1
+runs: 1
+seeds: [0]
+networks: [own]
+tasks:
+  digits: {network: convnet-d2-w8-in, ipc: [1], controls: []}
+methods:
+  pixel-means: {digits-ipc1: {steps: 2}}
+  random: {}
+"""
+
+
+def test_a_suite_repeats_the_cells_of_an_edited_plugin(plugin, tmp_path):
+    (tmp_path / "toy.yaml").write_text(SUITE)
+    words = ["suite", "toy.yaml", "--plugin", "toy.py", "--out", "suite"]
+    assert "2 records made, 0 were there" in condense_command(*words, cwd=tmp_path).stdout
+    assert "0 records made, 2 were there" in condense_command(*words, cwd=tmp_path).stdout
+    plugin.write_text(PLUGIN + "# another version\n")
+    again = condense_command(*words, cwd=tmp_path)
+    assert "1 records made, 1 were there" in again.stdout, again.stderr
+    assert "toy-digits-random-ipc1-seed0: is there" in again.stderr
+
+
+def test_a_run_without_the_plugin_does_not_depend_on_it(plugin, tmp_path, monkeypatch):
+    monkeypatch.setenv("CONDENSE_PLUGINS", str(plugin))
+    words = "distill dm --data digits --ipc 1 --network convnet-d2-w8-in steps=2 --out a.h5 --run-dir run"
+    assert condense_command(*words.split(), cwd=tmp_path).returncode == 0
+    assert json.loads((tmp_path / "run/config.json").read_text())["plugins"] == {}
+    plugin.write_text(PLUGIN + "# another version\n")
+    resumed = condense_command("resume", "run", "--steps", "3", cwd=tmp_path)
+    assert resumed.returncode == 0 and "3 of 3 steps" in resumed.stdout, resumed.stderr
+
+
+def test_only_the_file_that_was_checked_is_executed(plugin, tmp_path):
+    """Not a compiled file beside it, which Python's import would take."""
+    cache = Path(importlib.util.cache_from_source(str(plugin)))
+    cache.parent.mkdir()
+    other = tmp_path / "other.py"
+    other.write_text("raise SystemExit('another code')")
+    stamp = plugin.stat()
+    other.write_text(other.read_text().ljust(stamp.st_size))
+    os.utime(other, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    py_compile.compile(str(other), cfile=str(cache), dfile=str(plugin))
+    assert condense_command("--plugin", "toy.py", "show", "pixel-means", cwd=tmp_path).returncode == 0
 
 
 def test_plugins_that_cannot_be(plugin, tmp_path):
@@ -227,3 +300,26 @@ def test_an_installed_package_offers_a_method(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{tmp_path}")
     shown = condense_command("show", "pixel-means", cwd=tmp_path)
     assert shown.returncode == 0 and "Matches the mean pixels of each class." in shown.stdout, shown.stderr
+    monkeypatch.setenv("CONDENSE_CACHE", str(tmp_path / "cache"))
+    words = "distill pixel-means --data digits --ipc 1 --network convnet-d2-w8-in steps=2 --out a.h5 --run-dir run"
+    assert condense_command(*words.split(), cwd=tmp_path).returncode == 0
+    assert json.loads(condense_command("show", "a.h5", "--json", cwd=tmp_path).stdout)["plugins"] == {"toy": "1.0"}
+    (tmp_path / "toy_package.py").write_text("1 / 0")
+    listed = condense_command("ls", "methods", cwd=tmp_path)
+    assert listed.returncode == 0 and "toy_package cannot be imported: ZeroDivisionError" in listed.stdout
+    refused = condense_command("show", "pixel-means", cwd=tmp_path)
+    assert refused.returncode == 2 and "method 'pixel-means': toy_package cannot be imported" in refused.stderr
+
+
+def test_an_installed_package_offers_a_network(tmp_path, monkeypatch):
+    """Its module is imported by every command; a broken one is reported and the command goes on."""
+    info = tmp_path / "toy-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: toy\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[condense.plugins]\ntoy = toy_package\n")
+    (tmp_path / "toy_package.py").write_text(PLUGIN)
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{tmp_path}")
+    assert "small-mlp" in condense_command("ls", "networks", cwd=tmp_path).stdout
+    (tmp_path / "toy_package.py").write_text("1 / 0")
+    shown = condense_command("ls", "networks", cwd=tmp_path)
+    assert shown.returncode == 0 and "the package toy cannot be imported: ZeroDivisionError" in shown.stderr

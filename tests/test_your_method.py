@@ -33,8 +33,10 @@ def test_the_page_runs(tmp_path, monkeypatch):
     done = subprocess.run([sys.executable, "-c", RUN, *commands], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line.split() for line in done.stdout.splitlines() if line.startswith("comparison-digits-")]
-    assert {row[0].split("-")[2] for row in rows} == {"pixel", "random", "dm", "idm"}
+    assert {row[0].split("-")[2] for row in rows} == {
+        *("pixel", "random", "herding", "kmeans", "kcenter", "dm", "dc", "dsa", "dcc", "datadam", "idm")
+    }
     assert all(row[3:5] == ["2", "4"] for row in rows)  # sets and students
     records = sorted((tmp_path / "comparison/records").glob("*.json"))
-    assert len(records) == 8 and json.loads(records[0].read_text())["runs"] == 2
+    assert len(records) == 22 and json.loads(records[0].read_text())["runs"] == 2
     assert (tmp_path / "comparison/page/index.html").is_file()

@@ -1,5 +1,6 @@
 """Augmentation: differentiable augmentation of a batch, CutMix, and the reproducible views that labels belong to."""
 
+from condense.augment.policies import POLICIES, ImagePolicy
 from condense.augment.siamese import (
     OPERATIONS,
     VARIANTS,
@@ -25,11 +26,13 @@ __all__ = [
     "MIXES",
     "OPERATIONS",
     "PAD_VALUES",
+    "POLICIES",
     "SHARE_STEPS",
     "VARIANTS",
     "Augmentation",
     "AugmentationParameters",
     "CropViews",
+    "ImagePolicy",
     "MixedViews",
     "ViewBoxes",
     "ViewRule",

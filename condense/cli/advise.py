@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from condense.cli.parameters import AsJson, Data, Device, Download, Images, Ipc, NetworkOption, Precision, number_option
+from condense.cli.parameters import (
+    AsJson,
+    Data,
+    Device,
+    Download,
+    Images,
+    Ipc,
+    NetworkOption,
+    Precision,
+    number_option,
+    plugin_options,
+)
 from condense.cli.request import RunRequest
 from condense.errors import CondenseError
 from condense.formatting import aligned, duration, shorten
@@ -20,6 +31,8 @@ if TYPE_CHECKING:
     from condense.data import Task
 
 LABELS = ("any", "hard")
+DEFAULT_NETWORK = "convnet-d3-w128-in"
+"""That of most candidates; it must fit the images."""
 MIN_SHARE = 0.1
 """Share of a method's default steps below which it is not recommended."""
 
@@ -73,7 +86,8 @@ def advise(
 
     Prints the estimates of the candidates and the command to run.
     """
-    from condense import api
+    from condense import api, jobs, networks
+    from condense.device import pick_device, pick_precision
 
     if labels not in LABELS:
         raise CondenseError(f"--labels {labels}: must be any or hard")
@@ -81,8 +95,13 @@ def advise(
         raise CondenseError("give --ipc N or --images N, one of them")
     if not minutes > 0:
         raise CondenseError(f"--minutes {minutes:g}: must be more than 0")
+    jobs.run_checks(
+        lambda: networks.check_network(network) if network else None,
+        lambda: pick_precision(precision, pick_device(device)),
+    )
     real = api.image_task(data, download=download)
     per_class = RunRequest("", data, ipc, images=images).images_per_class(real)
+    jobs.check_fit(real, per_class, network or DEFAULT_NETWORK)
     share = per_class * real.num_classes / len(real.train)
     situation = Situation(per_class, min(real.shape[1:]), real.num_classes, share)
     chosen = [
@@ -91,12 +110,17 @@ def advise(
         if candidate.suits(situation) and (labels == "any" or METHODS.get(candidate.method).labels == "hard")
     ]
     plans = [_plan(candidate, real, per_class, minutes, network, device, precision) for candidate in chosen]
+    if all(plan["fault"] for plan in plans):
+        raise CondenseError("; ".join(dict.fromkeys(plan["fault"] for plan in plans)))
     best = next((plan for plan in plans if plan["fits"]), None)
     count = ["--ipc", str(per_class)] if images is None else ["--images", str(images)]
+    choices = {"--device": device, "--precision": precision}
     command = None
     if best is not None:
         words = ["condense", "distill", best["method"], "--data", data, *count]
         words += ["--network", network] if network else []
+        words += [word for flag, value in choices.items() if value != "auto" for word in (flag, value)]
+        words += plugin_options(real.source, network)
         words += ["--minutes", f"{minutes:g}"] if best["seconds"] > 60 * minutes else []
         command = shlex.join(words)
     if as_json:
@@ -104,7 +128,7 @@ def advise(
         return
     rows = [["method", "labels", "whole run", f"in {minutes:g} min", "why"]]
     for plan in plans:
-        fitting = plan["fault"] or _format_share(plan)
+        fitting = shorten(plan["fault"], 60) or _format_share(plan)
         rows.append([plan["method"], plan["labels"], duration(plan["seconds"]), fitting, plan["why"]])
     size = f"{per_class:,} of each of {real.num_classes:,} classes, {100 * share:.2g} % of the data"
     print(f"{real.name}: {size}; best first where time does not matter\n")
@@ -122,7 +146,7 @@ def _plan(
     try:
         estimate = jobs.estimate_cost(candidate.method, real, ipc, network=network, device=device, precision=precision)
     except CondenseError as fault:
-        return {**plan, "seconds": 0.0, "share": 0.0, "fits": False, "fault": shorten(str(fault), 60)}
+        return {**plan, "seconds": 0.0, "share": 0.0, "fits": False, "fault": str(fault)}
     seconds, steps = estimate["seconds"], estimate["steps"]
     share = min(1.0, 60 * minutes / max(seconds, 1e-9))
     if steps and share < 1:  # what comes before the steps is needed in any case

@@ -21,6 +21,7 @@ from condense.config import PLUGINS
 from condense.environment import foreign_distribution, keep_freed_memory
 from condense.errors import CondenseError, is_out_of_memory
 from condense.formatting import shorten, size
+from condense.registry import PLUGINS_GROUP, package_modules
 from condense.version import __version__
 
 COMMANDS: dict[str, Callable[..., Any]] = {
@@ -69,6 +70,11 @@ def options(
     ] = None,
 ) -> None:
     """Options before the verb."""
+    if package_modules(PLUGINS_GROUP):
+        from condense.plugins import load_packages
+
+        for fault in load_packages():
+            print(f"condense: {fault}", file=sys.stderr)
     if plugin or os.environ.get(PLUGINS):
         from condense.plugins import load_plugins
 

@@ -8,7 +8,17 @@ from typing import Annotated, Any
 
 import typer
 
-from condense.cli.parameters import Data, Download, Force, IndexedData, SetFile, load_set, number_option, parse_numbers
+from condense.cli.parameters import (
+    Data,
+    Download,
+    Force,
+    IndexedData,
+    SetFile,
+    evaluate_command,
+    load_set,
+    number_option,
+    parse_numbers,
+)
 from condense.errors import CondenseError
 from condense.formatting import by
 
@@ -86,7 +96,7 @@ def join(
     joint = join_sets(load_set(first), load_set(second))
     joint.save(out, force=force)
     print(f"joined {len(joint)} images of {len(joint.classes)} classes\n  set:  {out}")
-    print(f"  next: condense evaluate {shlex.quote(str(out))} --data DATA")
+    print(f"  next: {evaluate_command(out, None, joint.manifest['network'])}")
 
 
 CIFAR = "the scripts of DC and MTT use, for CIFAR-10 and CIFAR-100,"
@@ -168,7 +178,7 @@ def import_(
     print(f"  normalised by: {origin['transform']}")
     if "learned_lr" in distilled.manifest:
         print(f"  learned lr: {distilled.manifest['learned_lr']:g}")
-    print(f"  set:  {out}\n  next: condense evaluate {shlex.quote(str(out))} --data {shlex.quote(data)}")
+    print(f"  set:  {out}\n  next: {evaluate_command(out, data, distilled.manifest['network'], data)}")
 
 
 def export(
@@ -199,7 +209,7 @@ def export(
     if data is not None and distilled.indices is None and form != "imagefolder":
         raise CondenseError(f"--data {data}: only --to imagefolder rounds pixels; leave it out")
     is_measured = data is not None and distilled.indices is None
-    real = api.task(data, **evaluation.data_options(distilled)) if is_measured else None
+    real = api.image_task(data, **evaluation.data_options(distilled)) if is_measured else None
     constants = {
         "mean": parse_numbers("--mean", mean, "one per channel"),
         "std": parse_numbers("--std", std, "one per channel"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +15,7 @@ from condense.cli.parameters import (
     Precision,
     Seed,
     SetFile,
+    evaluate_command,
     load_set,
     number_option,
 )
@@ -64,7 +64,7 @@ def lighten(
     check_writable(out, force=force)
     keys: dict[str, Any] = config.parse_overrides(settings or [])
     distilled = load_set(file)
-    real = api.task(data, download=download, **evaluation.data_options(distilled)) if data is not None else None
+    real = api.image_task(data, download=download, **evaluation.data_options(distilled)) if data is not None else None
     light = lightening.lighten(
         distilled, labels, real, teachers=teachers, device=device, quiet=False, beside=out, **keys
     )
@@ -72,8 +72,7 @@ def lighten(
     for path in kinds.partial_files(out):
         path.unlink(missing_ok=True)
     _report(distilled.name, light)
-    shown_data = shlex.quote(data) if data is not None else "DATA"
-    print(f"  set:  {out}\n  next: condense evaluate {shlex.quote(str(out))} --data {shown_data}")
+    print(f"  set:  {out}\n  next: {evaluate_command(out, data, light.manifest['network'], data)}")
 
 
 def _report(name: str, light: DistilledSet) -> None:
@@ -132,7 +131,7 @@ def labels_(
         comparison.check_plot(plot)
         check_writable(plot, force=force)
     chosen, distilled = comparison.parse_kinds(kinds or ""), load_set(file)
-    real = api.task(data, download=download, **evaluation.data_options(distilled)) if data is not None else None
+    real = api.image_task(data, download=download, **evaluation.data_options(distilled)) if data is not None else None
     points = comparison.compare_label_kinds(
         distilled,
         chosen,

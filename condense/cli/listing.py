@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from condense.cli.parameters import AsJson
+from condense.cli.parameters import AsJson, evaluate_command
 from condense.cli.request import parse_request
 from condense.errors import CondenseError, did_you_mean
 from condense.formatting import aligned, by, duration, machine, percent, shorten, size
@@ -72,16 +72,7 @@ def _list(kind: str) -> list[dict[str, Any]]:
     if kind == "methods":
         from condense.registry import METHODS
 
-        return [
-            {
-                "name": entry.name,
-                "about": f"{entry.summary} ({entry.year})",
-                "paper": entry.paper,
-                "labels": entry.labels,
-                "order": entry.order,
-            }
-            for entry in map(METHODS.get, METHODS.names())
-        ]
+        return [_list_method(name) for name in METHODS.names()]
     if kind == "datasets":
         from condense.data import datasets
 
@@ -111,6 +102,18 @@ def _list(kind: str) -> list[dict[str, Any]]:
     from condense import config
 
     return [{"name": name, "about": _describe_recipe(config.load_recipe(name))} for name in config.recipe_names()]
+
+
+def _list_method(name: str) -> dict[str, Any]:
+    """The row of a method; a package whose module cannot be imported does not hide the others."""
+    from condense.registry import METHODS
+
+    try:
+        entry = METHODS.get(name)
+    except CondenseError as fault:
+        return {"name": name, "about": str(fault), "paper": "", "labels": "", "order": 0}
+    about = {"name": name, "about": f"{entry.summary} ({entry.year})", "paper": entry.paper}
+    return {**about, "labels": entry.labels, "order": entry.order}
 
 
 def _describe_recipe(recipe: dict[str, Any]) -> str:
@@ -152,25 +155,29 @@ def show(
         _show_method(name, as_json)
     elif name in config.recipe_names() or name.endswith((".yaml", ".yml")):
         _show_recipe(name, as_json)
-    elif name in packaged_sets() or name.endswith(".h5") or Path(name).exists():
-        from condense import api
-        from condense.sets import DistilledSet
-
-        distilled: Any = api.load(name)
-        if as_json:
-            print(json.dumps(distilled.manifest, indent=1))
-        elif isinstance(distilled, DistilledSet):
-            _print_set(distilled, name)
-        else:
-            _print_keys({key: value for key, value in distilled.manifest.items() if key != "checksums"})
+    elif name in packaged_sets() or name.endswith(".h5"):
+        _show_set(name, as_json)
     elif name in datasets():
         _show_dataset(name, as_json)
     else:
         _show_other(name, as_json)
 
 
+def _show_set(name: str, as_json: bool) -> None:
+    from condense import api
+    from condense.sets import DistilledSet
+
+    distilled: Any = api.load(name)
+    if as_json:
+        print(json.dumps(distilled.manifest, indent=1))
+    elif isinstance(distilled, DistilledSet):
+        _print_set(distilled, name)
+    else:
+        _print_keys({key: value for key, value in distilled.manifest.items() if key != "checksums"})
+
+
 def _show_other(name: str, as_json: bool) -> None:
-    """Shows a protocol, a suite or a network.
+    """Shows a protocol, a suite, a network, or a file without the suffix .h5.
 
     Raises:
         CondenseError: nothing has this name.
@@ -187,12 +194,15 @@ def _show_other(name: str, as_json: bool) -> None:
         return
     try:
         networks.check_network(name)
-        net = networks.build_network(name, NETWORK_SHAPE, NETWORK_CLASSES)
     except CondenseError as fault:
+        if Path(name).is_file():
+            _show_set(name, as_json)
+            return
         names = {row["name"]: kind for kind in LISTINGS for row in _list(kind)}
         nearest = difflib.get_close_matches(name[:100], names, n=3, cutoff=0.0)
         hint = ", ".join(f"{near} ({names[near].removesuffix('s')})" for near in nearest)
         raise CondenseError(f"'{shorten(name, 100)}' is no file, and no name; the nearest are {hint}") from fault
+    net = networks.build_network(name, NETWORK_SHAPE, NETWORK_CLASSES)
     parameters = sum(p.numel() for p in net.parameters())
     flops = networks.count_flops(net, NETWORK_SHAPE)
     facts = {"network": name, "parameters": parameters, "operations": flops}
@@ -253,7 +263,22 @@ def _print_set(distilled: DistilledSet, name: str) -> None:
     for key, value in rest.items():
         if value not in (None, "", [], {}):
             print(f"  {key}: {HASH.sub(lambda found: found[0][:12], _plain(value))}")
-    print(f"next: condense evaluate {shlex.quote(name)} --data {distilled.manifest['dataset']}")
+    print(f"next: {_evaluate_command(distilled, name)}")
+
+
+def _evaluate_command(distilled: DistilledSet, name: str) -> str:
+    """The command that evaluates a set that may come from elsewhere."""
+    from condense import networks
+    from condense.data import DATASETS
+
+    data, network = distilled.manifest["dataset"], distilled.manifest["network"]
+    words = shlex.split(evaluate_command(name, data if data in DATASETS else f"{data}=PATH", network, data))
+    try:
+        networks.check_network(network)
+    except CondenseError:  # that of a plug-in, which the manifest names
+        made_with = map(str, distilled.manifest.get("plugins") or ())
+        words += [word for file in made_with if file.endswith(".py") for word in ("--plugin", file)]
+    return shlex.join(words)
 
 
 def _show_recipe(name: str, as_json: bool) -> None:
@@ -262,8 +287,10 @@ def _show_recipe(name: str, as_json: bool) -> None:
 
     recipe = config.load_recipe(name)
     parse_request(None, None, None, None, None, name)  # reports the same mistakes as `distill`
-    cell = recipe["method"], recipe["data"], int(recipe["ipc"])
-    published, measured = facts.published(*cell), facts.measured(*cell)
+    published, measured = [], []
+    if "ipc" in recipe:  # images in total instead are no published cell
+        cell = recipe["method"], recipe["data"], int(recipe["ipc"])
+        published, measured = facts.published(*cell), facts.measured(*cell)
     if as_json:
         print(json.dumps({"recipe": recipe, "published": published, "measured": measured}, indent=1))
         return

@@ -21,6 +21,7 @@ from condense.cli.parameters import (
     RecipeOption,
     Seed,
     SettingsArgument,
+    evaluate_command,
     number_option,
 )
 from condense.cli.request import parse_request
@@ -102,7 +103,12 @@ def resume(
     run_dir: Annotated[Path, typer.Argument(help="the run's directory")],
     minutes: Annotated[
         float | None,
-        number_option("--minutes", float, "time limit from now on; by default a run that --minutes stopped has none"),
+        number_option(
+            "--minutes",
+            float,
+            "time limit from now on; a run that --minutes stopped has none by default, but keeps its shortened "
+            "training on real data",
+        ),
     ] = None,
     steps: Annotated[int | None, number_option("--steps", int, "new number of steps, more than before")] = None,
     device: Annotated[
@@ -113,9 +119,10 @@ def resume(
     from condense import jobs
 
     goes_on = minutes is not None or steps is not None or jobs.was_stopped(run_dir)
-    if not goes_on and jobs.is_finished(run_dir) and is_main_process():
-        print(f"{run_dir} has ended; its set is:")
+    has_ended = not goes_on and jobs.is_finished(run_dir)
     distilled = jobs.resume(run_dir, minutes=minutes, steps=steps, device=device, quiet=False)
+    if has_ended and is_main_process():
+        print(f"{run_dir} has ended; its set is:")
     job = jobs.read_job(run_dir)
     _report(distilled, Path(job.out or "-"), run_dir, job.data["source"])
 
@@ -137,10 +144,9 @@ def _report(distilled: DistilledSet, out: Path, run_dir: Path, data: str) -> Non
     if manifest["stopped_early"]:
         command = f"condense resume {shlex.quote(str(run_dir))}"
         print(f"  stopped by --minutes; go on to the end: {command}, for M minutes: {command} --minutes M")
-    file = shlex.quote(str(out))
     print(f"  set:  {out}\n  run:  {run_dir} (config, log, previews)")
-    print(f"  next: condense evaluate {file} --data {shlex.quote(data)}")
-    print(f"        condense preview {file} --out {shlex.quote(str(out.with_suffix('.png')))}")
+    print(f"  next: {evaluate_command(out, data, manifest['network'], data)}")
+    print(f"        {shlex.join(['condense', 'preview', str(out), '--out', str(out.with_suffix('.png'))])}")
 
 
 def _report_graphs(distilled: GraphSet, out: Path, data: str) -> None:
@@ -148,7 +154,7 @@ def _report_graphs(distilled: GraphSet, out: Path, data: str) -> None:
     manifest, bytes_ = distilled.manifest, distilled.nbytes()
     cost = f"{duration(manifest['cost']['seconds'])} on {manifest['cost']['device']}"
     print(f"made {distilled.name}: {len(distilled)} graphs of {size(bytes_['total'])} in {cost}")
-    print(f"  set:  {out}\n  next: condense evaluate {shlex.quote(str(out))} --data {shlex.quote(data)}")
+    print(f"  set:  {out}\n  next: {evaluate_command(out, data)}")
 
 
 def _format_preparation(facts: dict[str, Any]) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
+import shlex
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -159,6 +161,20 @@ def load_set_and_data(
         check_writable(record, force=force)
     options = evaluation.data_options(distilled) | config.parse_overrides(settings or [])
     return distilled, api.image_task(data, download=download, **options)
+
+
+def plugin_options(*names: Any) -> list[str]:
+    """``--plugin FILE.py`` for each plug-in that registered any of these methods, data sets or networks."""
+    from condense.plugins import plugin_files
+
+    files = (os.path.relpath(path) if Path(path).is_relative_to(Path.cwd()) else path for path in plugin_files(names))
+    return [word for file in files for word in ("--plugin", file)]
+
+
+def evaluate_command(file: str | Path, data: str | None, *names: Any) -> str:
+    """The command that evaluates a set, with the plug-ins that registered any of these names; DATA without ``data``."""
+    words = ["condense", "evaluate", str(file), "--data", data or "DATA", *plugin_options(*names)]
+    return shlex.join(words)
 
 
 IndexedData = Annotated[

@@ -101,6 +101,8 @@ def plan(
         print(json.dumps({**estimate, "labels": _rows(kinds)}, indent=1))
         return
     print(f"{request.method} on {real.name}, ipc {ipc}, {machine(estimate['device'], estimate['precision'])}")
+    if estimate["taken_from_files"]:
+        print(f"  {estimate['taken_from_files']}")
     _print_estimate(estimate)
     if minutes is not None and estimate["steps"]:
         steps = estimate["steps_in_minutes"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,6 +19,7 @@ from condense.cli.parameters import (
     Precision,
     Seed,
     number_option,
+    plugin_options,
     sort_settings,
 )
 from condense.formatting import duration, size
@@ -58,7 +60,7 @@ def experts(
     training: dict[str, Any] = {"network": network, "count": count, "epochs": epochs, "dtype": dtype}
     training |= {"held_out": held_out, "device": device, "precision": precision}
     jobs.check_experts(method, values, options, **training)
-    real = api.task(data, download=download, **options)
+    real = api.image_task(data, download=download, **options)
     result = api.experts(real, method=method, out=out, seed=seed, force=force, quiet=False, **training, **values)
     if not is_main_process():
         return
@@ -75,7 +77,8 @@ def experts(
         accuracies = [100 * entry["accuracy"] for entry in entries]
         mean, spread = sum(accuracies) / len(accuracies), f"{min(accuracies):.1f} to {max(accuracies):.1f}"
         print(f"  right on held-out images: {mean:.1f} % ({spread})")
-    words = ["condense", "distill", method, "--data", data, "--ipc", "10"]
+    words = ["condense", "distill", method, *plugin_options(method, real.source, file.manifest["network"])]
+    words += ["--data", data, "--ipc", "10"]
     words += [*(settings or []), f"experts={file.path}"]
     print(f"  next: {shlex.join(words)}")
 
@@ -111,13 +114,14 @@ def teachers(
     """Trains teachers on real data and stores them. Run it again to resume, or to add teachers."""
     from condense import api, config, jobs
     from condense.data import DataOptions
+    from condense.registry import METHODS
 
     keys: dict[str, Any] = config.parse_overrides(settings or [])
     options, values = sort_settings(keys, DataOptions, jobs.teacher_options(objective, method))
     training: dict[str, Any] = {"networks": networks, "count": count, "epochs": epochs}
     training |= {"held_out": held_out, "objective": objective, "device": device, "precision": precision}
     jobs.check_teachers(method, values, options, **training)
-    real = api.task(data, download=download, **options)
+    real = api.image_task(data, download=download, **options)
     result = api.teachers(real, method=method, out=out, seed=seed, force=force, quiet=False, **training, **values)
     if not is_main_process():
         return
@@ -132,12 +136,16 @@ def teachers(
         mean, judged_on = sum(accuracies) / len(accuracies), file.manifest["judged_on"]
         seconds = sum(entry["seconds"] for entry in entries) / len(entries)
         print(f"  {len(entries)} {name}: {mean:.1f} %{spread} of the {judged_on} right, {duration(seconds)} each")
-    # The file determines the networks, so the settings that choose them are left out.
-    words = ["condense", "distill", method or "rded", "--data", data, "--ipc", "10"]
-    words += [word for word in settings or [] if word.partition("=")[0] not in ("committee", "num_teachers")]
+    used_by = method or ("krrst" if objective == "barlow" else "rded")
+    # The file decides the networks, so the settings that choose them are left out.
+    known = {field.name for kind in (METHODS.get(used_by).config, DataOptions) for field in dataclasses.fields(kind)}
+    known -= {"committee", "num_teachers"}
+    words = ["condense", "distill", used_by, *plugin_options(used_by, real.source, *members)]
+    words += ["--data", data, "--ipc", "10"]
+    words += [word for word in settings or [] if word.partition("=")[0] in known]
     words += [f"teachers={file.path}"]
     smallest = min(map(len, members.values()))
-    words += [f"num_teachers={smallest}"] if smallest > 1 else []
+    words += [f"num_teachers={smallest}"] if smallest > 1 and used_by != "krrst" else []
     print(f"  next: {shlex.join(words)}")
 
 
@@ -167,7 +175,7 @@ def scores(
     jobs.check_scores(values, options, network=network or "", **where)
     if out is not None:
         check_writable(out, force=force)
-    real = api.task(data, download=download, **options)
+    real = api.image_task(data, download=download, **options)
     out = out or Path(f"{real.name}-scores.h5")
     table = api.scores(real, network=network, out=out, seed=seed, force=force, quiet=False, **where, **values)
     if not is_main_process():
@@ -180,5 +188,6 @@ def scores(
         low, middle, high = (float(values_of.quantile(share)) for share in (0.0, 0.5, 1.0))
         print(f"  {name:<10} {low:9.4g} {middle:9.4g} {high:9.4g}  {COLUMNS[name].meaning}")
     print("  (least, median and largest value)")
-    words = ["condense", "distill", "forgetting", "--data", data, "--ipc", "10", f"scores={out}"]
+    words = ["condense", "distill", "forgetting", *plugin_options(real.source), "--data", data, "--ipc", "10"]
+    words += [f"scores={out}"]
     print(f"  next: {shlex.join(words)}")

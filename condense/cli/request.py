@@ -36,7 +36,7 @@ class RunRequest:
             return self.ipc
         count, rest = divmod(self.images, real.num_classes)
         if count < 1 or rest:
-            lower, upper = (k * real.num_classes for k in (max(count, 1), count + 1))
+            lower, upper = (k * real.num_classes for k in (max(count, 1), max(count, 0) + 1))
             fix = f"{lower:,}" if lower == upper else f"{lower:,} or {upper:,}"
             raise CondenseError(
                 f"--images {self.images}: must be a multiple of the {real.num_classes:,} classes of {real.name}: {fix}"
@@ -85,6 +85,8 @@ def parse_request(
         if ipc is not None:
             raise CondenseError(f"--images {images} and --ipc {ipc}: give one of them")
         keys.pop("ipc", None)
+    if ipc is not None:
+        keys.pop("images", None)
     keys |= {key: value for key, value in flags.items() if value is not None} | config.parse_overrides(overrides)
     entry = METHODS.get(str(keys["method"])) if "method" in keys else None
     if entry is not None and entry.ipc is not None:

@@ -384,7 +384,7 @@ def _differences(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]
 
 def format_graph_record(record: dict[str, Any]) -> str:
     """Formats the results of a record as lines for a terminal."""
-    head = ("network", "arm", "ROC-AUC", "95 % interval", "graphs", "bytes", "steps", "seconds")
+    head = ("network", "arm", "ROC-AUC (± std)", "95 % interval", "graphs", "bytes", "steps", "seconds")
     rows = [head, *map(_format_entry, record["results"])]
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
@@ -398,7 +398,8 @@ def format_graph_record(record: dict[str, Any]) -> str:
 
 def _format_entry(entry: dict[str, Any]) -> tuple[str, ...]:
     std = "" if entry["std"] is None else f" ± {entry['std']:.3f}"
-    interval = "" if entry["ci95"] is None else "{:.3f} to {:.3f}".format(*entry["ci95"])
+    bounds = entry["ci95"] and [min(max(bound, 0), 1) for bound in entry["ci95"]]
+    interval = "" if bounds is None else "{:.3f} to {:.3f}".format(*bounds)
     return (
         entry["network"],
         entry["arm"],

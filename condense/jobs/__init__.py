@@ -21,7 +21,7 @@ from condense.jobs.job import (
     resolve_settings,
     was_stopped,
 )
-from condense.jobs.manifest import distill_command
+from condense.jobs.manifest import expected_manifest
 from condense.jobs.plan import estimate_cost
 from condense.jobs.pruning import prune_task
 
@@ -32,8 +32,8 @@ __all__ = [
     "check_request",
     "check_scores",
     "check_teachers",
-    "distill_command",
     "estimate_cost",
+    "expected_manifest",
     "fill_from_files",
     "is_finished",
     "is_resumable",

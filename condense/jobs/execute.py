@@ -64,7 +64,7 @@ def resume(
         network: the function that makes the network, if the run began with one.
         task: the real data, if the run began with data that were given in Python.
         minutes: time limit from now on. Without it, a run that its limit stopped goes on to its end, and one that was
-            killed keeps its limit.
+            killed keeps its limit. Training on real data that the first limit shortened stays as it is.
         steps: new number of steps, more than before; the set is that of one run with so many steps.
         device: auto, cpu, cuda, ..., if not the one that the run began with. The steps before and after the change
             round differently, so the set is no longer that of one device bit for bit.
@@ -113,7 +113,8 @@ def resume(
         raise CondenseError(f"{directory}: network={job.network}: has other layers than when the run began")
     check_fit(prune_task(real), job.ipc, network or job.network)
     if minutes is not None or stopped or steps is not None:
-        job = dataclasses.replace(job, minutes=limit, force=job.force or is_finished(directory))
+        began_with = job.prepared_in if job.prepared_in is not None else job.minutes
+        job = dataclasses.replace(job, minutes=limit, prepared_in=began_with, force=job.force or is_finished(directory))
     return run_job(
         job,
         entry,

@@ -11,6 +11,7 @@ from torch import nn
 
 from condense import networks
 from condense.config import build_config
+from condense.errors import CondenseError
 from condense.networks import CHECKPOINT_SUFFIXES, is_public, read_teacher_file
 from condense.pretraining import read_trajectory_file
 from condense.registry import Method
@@ -24,13 +25,14 @@ def fill_from_files(
     """Completes the settings and the network of a run from the files ``experts`` and ``teachers`` among the settings.
 
     Experts decide the network and, where they have fewer epochs than the method reads, ``buffer_epochs``. Teachers
-    decide ``committee``, the network, and, where they are fewer, ``num_teachers``. What is given is never replaced.
+    decide ``committee``, the network, and, where they are fewer, ``num_teachers``; a target model only ``committee``.
+    What is given is never replaced.
 
     Returns:
         The settings, the network, and a line that says what was taken from which file; empty if nothing was.
 
     Raises:
-        CondenseError: a file cannot be read.
+        CondenseError: a file cannot be read, or holds several architectures of which one must be named.
     """
     taken: dict[str, Any] = {}
     file = ""
@@ -67,6 +69,13 @@ def _of_teachers(entry: Method, settings: Mapping[str, Any], network: Network | 
     default: Any = entry.config()
     taken: dict[str, Any] = {}
     committee = settings.get("committee") or default.committee
+    if entry.labels == "features":  # one target model, beside networks of another architecture
+        if committee or list(counts) == [networks.network_name(network or entry.network)]:
+            return {}
+        if len(counts) > 1:
+            names = " or ".join(f"committee={architecture}" for architecture in counts)
+            raise CondenseError(f"teachers={name}: holds {len(counts)} architectures; name one: {names}")
+        return {"committee": next(iter(counts))}
     if not committee:
         own = networks.network_name(network or entry.network)
         if network is None and own not in counts:

@@ -27,7 +27,7 @@ from condense.errors import CondenseError
 from condense.files import write_json
 from condense.hdf5 import schema_mistake
 from condense.networks import pretrained
-from condense.plugins import loaded_plugins
+from condense.plugins import plugin_files
 from condense.pretraining import PLAN_FILE
 from condense.registry import Method
 from condense.sets import DistilledSet
@@ -56,7 +56,7 @@ JOB_SCHEMA: dict[str, Any] = {
         },
         "ipc": {"type": "integer", "minimum": 1},
         "seed": {"type": "integer"},
-        "minutes": {"type": ["number", "null"], "exclusiveMinimum": 0},
+        **{key: {"type": ["number", "null"], "exclusiveMinimum": 0} for key in ("minutes", "prepared_in")},
         "out": _TEXT_OR_NULL,
         "tag": {"type": ["string", "null"], "pattern": r"^[^/\\\x00-\x1f]+$"},
         "settings": {"type": "object"},
@@ -102,7 +102,9 @@ class Job:
     compute: dict[str, Any] = dataclasses.field(default_factory=dict)
     """How networks are computed, besides the precision: :meth:`condense.networks.ComputeConfig.to_dict`."""
     plugins: dict[str, str] = dataclasses.field(default_factory=dict)
-    """SHA-256 by path of the plug-ins that were imported."""
+    """SHA-256 by path of the plug-ins that define the method, the data or a network."""
+    prepared_in: float | None = None
+    """Time limit in minutes with which a run began that has another one, or none, since it was resumed."""
     version: str = __version__
 
     @property
@@ -122,8 +124,11 @@ class Job:
         parts = dataclasses.asdict(self)
         del parts["device"]
         parts["data"] = self.data["options"]  # the fingerprint identifies the pixels
-        for name in ("out", "tag", "protocol", "track", "minutes", "force", "version", "shorter", "compute", "plugins"):
+        for name in ("out", "tag", "protocol", "track", "minutes", "prepared_in", "force", "version", "shorter"):
             del parts[name]
+        del parts["compute"], parts["plugins"]
+        if self.plugins:
+            parts["plugins"] = sorted(self.plugins.values())
         if not parts["architecture"]:
             del parts["architecture"]  # keys of earlier versions do not have it
         settings = parts["settings"]  # keys of earlier versions do not have those of real batches
@@ -189,9 +194,15 @@ def resolve_job(
         compute=compute.to_dict(),
         settings=dataclasses.asdict(config),
         architecture=architecture_digest(network, real),
-        plugins=loaded_plugins(),
+        plugins=plugin_files(names_used(entry, config, used, real)),
         **fields,
     )
+
+
+def names_used(entry: Method, config: Any, network: str | Callable[..., nn.Module], real: Task) -> list[str]:
+    """Names of the method, the data and the networks of a run, any of which a plug-in may define."""
+    committee = [name for name in getattr(config, "committee", "").split(",") if name]
+    return [entry.name, networks.network_name(network), real.source or real.name, *committee]
 
 
 def architecture_digest(network: str | Callable[..., nn.Module] | None, real: Task) -> str:

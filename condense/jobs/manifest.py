@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import shlex
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,14 +13,16 @@ from condense import commands, rng
 from condense.data import DataOptions, Task
 from condense.device import peak_memory
 from condense.engine import Run
-from condense.jobs.job import Job, resolve_job, resolve_settings
+from condense.jobs.given_files import fill_from_files
+from condense.jobs.job import Job, names_used, resolve_job, resolve_settings
 from condense.networks import pretrained
+from condense.plugins import plugin_versions
 from condense.registry import METHODS, Method
 from condense.sets import DistilledSet, SyntheticSet
 from condense.version import __version__
 
 
-def distill_command(
+def expected_manifest(
     method: str,
     real: Task,
     ipc: int,
@@ -32,21 +33,24 @@ def distill_command(
     device: str = "auto",
     precision: str = "auto",
     **settings: Any,
-) -> str:
-    """The ``condense distill`` command line of these arguments of :func:`condense.distill`, as in the manifest."""
+) -> dict[str, Any]:
+    """What the manifest of these arguments of :func:`condense.distill` says: ``command``, ``network``, ``plugins``."""
     entry = METHODS.get(method)
+    settings, own_network, _ = fill_from_files(entry, settings, network)
     fields = {"minutes": None, "out": None, "tag": None, "protocol": protocol or entry.protocol, "track": "none"}
     config = resolve_settings(entry, settings, ipc)
-    return _command(resolve_job(entry, config, real, ipc, network, seed, device, precision, **fields), entry, real)
+    job = resolve_job(entry, config, real, ipc, own_network, seed, device, precision, **fields)
+    plugins = plugin_versions(names_used(entry, config, job.network, real))
+    return {"command": _command(job, entry, real, None), "network": job.network, "plugins": plugins}
 
 
-def _command(job: Job, entry: Method, real: Task) -> str:
+def _command(job: Job, entry: Method, real: Task, minutes: float | None) -> str:
     """The command line that makes this set. Defaults are omitted; paths of the user's files become PATH."""
     words = ["condense", "distill", job.method, *["--plugin", "PATH"] * len(job.plugins)]
     words += ["--data", commands.data_argument(real), "--ipc", str(job.ipc)]
     words += ["--network", job.network] * (job.network != entry.network)
     words += ["--seed", str(job.seed)] * (job.seed != 0) + ["--precision", job.precision]
-    words += ["--minutes", f"{job.minutes:g}"] if job.minutes is not None else []
+    words += ["--minutes", f"{minutes:g}"] if minutes is not None else []
     words += ["--tag", job.tag, "--out", f"{_set_name(job, real).replace('/', '-')}.h5"] if job.tag else []
     for values, config in ((job.settings, entry.config), (job.data["options"], DataOptions)):
         defaults = {field.name: field.default for field in dataclasses.fields(config)}
@@ -72,9 +76,13 @@ def to_distilled(job: Job, entry: Method, real: Task, run: Run, synthetic: Synth
     """Converts the synthetic set of a run to a :class:`DistilledSet` with its manifest, on the CPU."""
     stored = synthetic.images.detach().cpu()
     preparation = run.notes.get("preparation", {})
+    # After a time limit that shortened the training on real data, only a run with a limit makes such a set.
+    is_shortened = any(preparation.get(f"{key}_wanted") != preparation.get(key) for key in ("networks", "steps_each"))
+    minutes = job.prepared_in if job.minutes is None and is_shortened else job.minutes
     # Experts and teachers in a file of the user do not count towards the time limit, but they are part of the cost.
     kinds = ("trajectories", "teachers", "scores", "patches")
     pretraining = {name: facts for name, facts in run.notes.items() if name in kinds and facts}
+    plugins = plugin_versions(names_used(entry, resolve_settings(entry, job.settings), job.network, real))
     seconds = preparation.get("seconds", sum(facts.get("seconds", 0.0) for facts in pretraining.values()))
     manifest = {
         "name": _set_name(job, real),
@@ -87,7 +95,7 @@ def to_distilled(job: Job, entry: Method, real: Task, run: Run, synthetic: Synth
         "mirror": real.mirror,
         "method": job.method,
         "paper": entry.paper,
-        "command": _command(job, entry, real),
+        "command": _command(job, entry, real, minutes),
         "settings": job.settings,
         "network": job.network,
         "seed": job.seed,
@@ -103,7 +111,7 @@ def to_distilled(job: Job, entry: Method, real: Task, run: Run, synthetic: Synth
         "data": {"fingerprint": real.fingerprint, "options": job.data["options"]},
         "precision": job.precision,
         "compute": job.compute,
-        **({"plugins": {Path(path).name: digest for path, digest in job.plugins.items()}} if job.plugins else {}),
+        **({"plugins": plugins} if plugins else {}),
         "repeatable": _repeatable(job, run),
         "random_hash_version": rng.HASH_VERSION,
         "code_version": __version__,

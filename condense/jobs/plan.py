@@ -96,7 +96,7 @@ def estimate_cost(
     """
     check_request(method, settings, network=network, device=device, precision=precision)
     entry = METHODS.get(method)
-    settings, network, _ = fill_from_files(entry, settings, network)
+    settings, network, taken = fill_from_files(entry, settings, network)
     config = resolve_settings(entry, settings, ipc)
     config = dataclasses.replace(config, **getattr(config, "dry_run_settings", {}))
     pruned = prune_task(real)
@@ -141,6 +141,7 @@ def estimate_cost(
         "real_bytes": int(real.train.images.nbytes + real.test.images.nbytes),
         "device": device_name(where),
         "precision": compute.precision,
+        "taken_from_files": taken,
     }
 
 

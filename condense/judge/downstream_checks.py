@@ -195,7 +195,7 @@ class _Bench:
             members = source.images, source.labels.targets(source.ids)
         rate = learned_lr(self.distilled) if arm == DISTILLED else None
         budget = self.rules.budget(len(self.distilled))
-        recipe = self.rules.recipe(source.size, mirror=task.mirror, steps=budget, lr=rate)
+        recipe = self.rules.recipe(source.size, mirror=task.mirror, transform=task.transform, steps=budget, lr=rate)
         student = make_student(self.network, task, source, self.seed, run)
         progress = Progress(f"{arm}, run {run + 1} of {self.runs}", recipe.steps, quiet=self.quiet)
         with networks.memory_format(self.compute.format):

@@ -21,7 +21,7 @@ from condense.formatting import by
 from condense.judge.arms import NetworkFactory, check_control, learned_lr, make_arms, own_source
 from condense.judge.label_source import find_label_teacher
 from condense.judge.protocol import OWN, Protocol, get_protocol
-from condense.judge.records import RECORD_SCHEMA, describe_set, environment, valid_cost
+from condense.judge.records import RECORD_SCHEMA, describe_set, environment, used_plugins, valid_cost
 from condense.judge.scoring import compute_scores, cross_architecture, summary, time_to_accuracy
 from condense.judge.students import Evaluator
 from condense.judge.transfer import (
@@ -220,6 +220,7 @@ def _record(
         "cost": cost,
         "environment": environment(evaluator.device, evaluator.precision),
         "command": line,
+        **used_plugins(distilled, [entry["network"] for entry in results]),
     }
 
 
@@ -290,7 +291,8 @@ def fit(
         with rng.seeded(seed, "student", 0):
             net = networks.build_network(network, distilled.shape, outputs)
     source = own_source(distilled, torch_device)
-    recipe = rules.recipe(source.size, mirror=distilled.manifest.get("mirror", True), lr=learned_lr(distilled))
+    mirror = distilled.manifest.get("mirror", True)
+    recipe = rules.recipe(source.size, mirror=mirror, transform=distilled.transform, lr=learned_lr(distilled))
     student = Student(net, source, rng.key(seed, "run", 0))
     with networks.memory_format(compute.format):
         train([student], recipe, device=torch_device, precision=compute.precision)
@@ -337,7 +339,13 @@ def check_data(
             raise CondenseError(
                 f"{distilled.name} was made with a network given in Python; name others with --networks"
             )
-        networks.check_network(network)
+        try:
+            networks.check_network(network)
+        except CondenseError as fault:
+            made_with = ", ".join(map(str, distilled.manifest.get("plugins") or ()))
+            if network != distilled.manifest["network"] or not made_with:
+                raise
+            raise CondenseError(f"{fault}; the set was made with {made_with}: name it by --plugin") from fault
         if isinstance(network, str):
             networks.check_network_memory(network, task.shape, task.num_classes)
         with rng.seeded("check"):

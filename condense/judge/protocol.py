@@ -11,7 +11,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from condense.augment import Augmentation, CropViews, make_augmentation
+from condense.augment import POLICIES, Augmentation, CropViews, ImagePolicy, make_augmentation
 from condense.config import (
     MAX_FLOAT,
     MAX_INTEGER,
@@ -21,6 +21,7 @@ from condense.config import (
     require_one_of,
     require_range,
 )
+from condense.data import Transform
 from condense.errors import CondenseError, did_you_mean
 from condense.files import check_name
 from condense.formatting import shorten
@@ -67,7 +68,7 @@ class Protocol:
     """Factor of the learning rate at each milestone."""
     augment: str
     """DSA operations joined by _, or none; or rrc or rrc_flip: a crop of 8 to 100 % of the area of each image, resized,
-    as torchvision's RandomResizedCrop, and a flip."""
+    as torchvision's RandomResizedCrop, and a flip; or autoaugment or randaugment, a policy for each 8-bit image."""
     full_epochs: int
     """Epochs of the `full` arm, which makes at least the steps of the distilled arm."""
     runs: int
@@ -132,13 +133,23 @@ class Protocol:
         """Number of optimizer steps for a set of ``size`` images."""
         return self.steps * math.ceil(size / self.per_images)
 
-    def augmentation(self, mirror: bool) -> Augmentation | CropViews:
-        """The augmentation of students; without flips unless ``mirror``."""
+    def augmentation(self, mirror: bool, transform: Transform | None = None) -> Augmentation | CropViews | ImagePolicy:
+        """The augmentation of students; without flips unless ``mirror``. Policies need the map to training space."""
+        if self.augment in POLICIES:
+            return ImagePolicy(self.augment, transform)
         if self.augment in ("rrc", "rrc_flip"):
             return CropViews(flip=mirror and self.augment == "rrc_flip")
         return make_augmentation(self.augment, variant=self.augment_variant, mirror=mirror)
 
-    def recipe(self, size: int, *, mirror: bool, steps: int | None = None, lr: float | None = None) -> TrainConfig:
+    def recipe(
+        self,
+        size: int,
+        *,
+        mirror: bool,
+        transform: Transform | None = None,
+        steps: int | None = None,
+        lr: float | None = None,
+    ) -> TrainConfig:
         """Training of students on a set of ``size`` images; ``steps`` and ``lr`` replace those of the protocol."""
         return TrainConfig(
             steps=steps or self.budget(size),
@@ -148,7 +159,7 @@ class Protocol:
             weight_decay=self.weight_decay,
             lr_milestones=tuple(self.drops),
             lr_gamma=self.drop_factor,
-            augment=self.augmentation(mirror),
+            augment=self.augmentation(mirror, transform),
             cutmix=self.cutmix,
             optimizer=self.optimizer,
             schedule=self.schedule,

@@ -9,7 +9,7 @@ import json
 import math
 import platform
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from condense.judge.scoring import (
     summary,
     time_to_accuracy,
 )
+from condense.plugins import plugin_versions
 from condense.sets import DistilledSet
 from condense.version import __version__
 
@@ -73,6 +74,14 @@ def describe_set(distilled: DistilledSet) -> dict[str, Any]:
         "labelling": {"exactness": distilled.labels.exactness, "step_cost": distilled.labels.step_cost},
         "command": command if isinstance(command, str) and len(command) <= MAX_TEXT_LENGTH else None,
     }
+
+
+def used_plugins(distilled: DistilledSet, architectures: Iterable[str]) -> dict[str, Any]:
+    """The plug-ins that made the set and define the networks, for the record: SHA-256 or version by name."""
+    made = distilled.manifest.get("plugins")
+    of_set = {str(key): str(value) for key, value in made.items()} if isinstance(made, dict) else {}
+    plugins = of_set | plugin_versions(architectures)
+    return {"plugins": plugins} if plugins else {}
 
 
 def environment(device: torch.device, precision: str) -> dict[str, Any]:

@@ -173,7 +173,8 @@ class Evaluator:
 
     def recipe(self, arm: Arm, rate: float) -> TrainConfig:
         """Training of the students of an arm."""
-        recipe = self.protocol.recipe(0, mirror=self.task.mirror, steps=arm.steps, lr=rate)
+        task = self.task
+        recipe = self.protocol.recipe(0, mirror=task.mirror, transform=task.transform, steps=arm.steps, lr=rate)
         return recipe if arm.augment else dataclasses.replace(recipe, augment=None)
 
     def curve_steps(self, job: StudentJob) -> list[int]:

@@ -232,7 +232,9 @@ class TransferJudge:
         with rng.seeded(self.seed, "student", run):
             net = networks.build_network(architecture, task.shape, arm.outputs)
         if arm.training is not None and arm.rules is not None:
-            recipe = arm.rules.recipe(0, mirror=task.mirror, steps=arm.training.steps, lr=arm.training.rates[0])
+            recipe = arm.rules.recipe(
+                0, mirror=task.mirror, transform=task.transform, steps=arm.training.steps, lr=arm.training.rates[0]
+            )
             student = Student(net, arm.training.source(task, run), rng.key(self.seed, "run", run))
             self._train(student, recipe, f"{arm.name}, pretraining", architecture, run)
         return net.cpu()
@@ -256,7 +258,7 @@ class TransferJudge:
         return Score(right, right, round(seconds, 3))
 
     def _finetuning(self, task: Task) -> TrainConfig:
-        return get_protocol(self.rules.finetuning).recipe(len(task.train), mirror=task.mirror)
+        return get_protocol(self.rules.finetuning).recipe(len(task.train), mirror=task.mirror, transform=task.transform)
 
     def _train(
         self, student: Student, recipe: TrainConfig, title: str, architecture: str | NetworkFactory, run: int
@@ -276,7 +278,10 @@ class TransferJudge:
         """File of a score; its name is a digest of everything that affects it. None: not to be cached."""
         if not self.cache or not isinstance(architecture, str):
             return None
-        rules = arm.rules and arm.rules.recipe(0, mirror=self.tasks[0].mirror).cache_key()
+        rules = (
+            arm.rules
+            and arm.rules.recipe(0, mirror=self.tasks[0].mirror, transform=self.tasks[0].transform).cache_key()
+        )
         training = arm.training and (arm.training.steps, arm.training.rates[0])
         parts = [
             TRANSFER_SCHEMA,

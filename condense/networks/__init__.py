@@ -15,8 +15,10 @@ from condense.networks.architectures import (
     network_name,
     network_names,
     register_network,
+    registered_networks,
     require_embedding,
     reset_parameters,
+    set_code_version,
     uses_batch_statistics,
 )
 from condense.networks.calibration import (
@@ -118,8 +120,10 @@ __all__ = [
     "processor_name",
     "read_teacher_file",
     "register_network",
+    "registered_networks",
     "require_embedding",
     "reset_parameters",
+    "set_code_version",
     "state_nbytes",
     "uses_batch_statistics",
     "write_teacher_file",

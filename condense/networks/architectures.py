@@ -102,7 +102,12 @@ def network_name(network: str | Callable[..., nn.Module]) -> str:
 
 
 def library_version(network: str | Callable[..., nn.Module]) -> str | None:
-    """Returns the version of the library of ``timm:NAME`` or ``torchvision:NAME``; None for other networks."""
+    """Returns the version of the library of ``timm:NAME`` or ``torchvision:NAME``, or that of the plug-in of a network.
+
+    None for other networks.
+    """
+    if network in _CODE_VERSIONS:
+        return _CODE_VERSIONS[str(network)]
     library = network.partition(":")[0] if isinstance(network, str) else ""
     return importlib.metadata.version(library) if library in ("timm", "torchvision") else None
 
@@ -637,6 +642,21 @@ def register_network(name: str, factory: Callable[..., nn.Module]) -> None:
     if name.startswith("conv") or (known is not None and getattr(known, "args", None) != (factory,)):
         raise CondenseError(f"network '{name}': this name means another network; choose another one")
     NAMED[name] = functools.partial(_from_factory, factory)
+    _REGISTERED.add(name)
+
+
+_REGISTERED: set[str] = set()
+_CODE_VERSIONS: dict[Any, str] = {}
+
+
+def registered_networks() -> set[str]:
+    """Returns the names that :func:`register_network` has given."""
+    return set(_REGISTERED)
+
+
+def set_code_version(name: str, version: str) -> None:
+    """Says which version of a plug-in's code a registered network has: part of the keys of caches."""
+    _CODE_VERSIONS[name] = version
 
 
 def network_names() -> list[str]:

@@ -28,7 +28,7 @@ def save_grid(images: Tensor, path: Path, columns: int, limit: int = 50) -> Path
 
     count, channels, height, width = images.shape
     if columns == 1 and count > 1:
-        columns = math.ceil(math.sqrt(2 * count))  # twice as wide as high
+        columns = min(limit, math.ceil(math.sqrt(2 * count)))  # twice as wide as high
     rows = math.ceil(count / columns)
     width_in_images = min(columns, limit)
     scale = max(1, MIN_TILE // width)

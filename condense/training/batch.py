@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from condense import rng
-from condense.augment import AugmentationParameters, CropViews, ViewBoxes, cutmix
+from condense.augment import AugmentationParameters, CropViews, ImagePolicy, ViewBoxes, cutmix
 from condense.device import autocast, upload
 from condense.labels import HardLabels
 from condense.training.config import TrainConfig, batch_groups, batch_ids, epoch_steps
@@ -121,5 +121,7 @@ def _augment(images: Tensor, recipe: TrainConfig, seeds: Sequence[int], step: in
     if isinstance(recipe.augment, CropViews):
         views = [recipe.augment.draw(draws, rows, size) for draws in streams]
         return recipe.augment.apply(images, ViewBoxes.concatenate(views).to(images.device))
+    if isinstance(recipe.augment, ImagePolicy):
+        return recipe.augment.apply(images, torch.cat([recipe.augment.draw(draws, rows) for draws in streams]))
     parameters = [recipe.augment.draw(draws, rows, size, groups=1) for draws in streams]
     return recipe.augment.apply(images, AugmentationParameters.concatenate(parameters))

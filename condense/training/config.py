@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from condense import rng
-from condense.augment import Augmentation, CropViews
+from condense.augment import Augmentation, CropViews, ImagePolicy
 from condense.errors import CondenseError, did_you_mean
 from condense.labels import split_evenly
 
@@ -40,7 +40,7 @@ class TrainConfig:
     stays."""
     lr_gamma: float = 0.1
     """Factor on the learning rate at each of ``lr_milestones``."""
-    augment: Augmentation | CropViews | None = None
+    augment: Augmentation | CropViews | ImagePolicy | None = None
     """Drawn in each step: one operation for the batch, parameters for each image; or a crop and a flip for each image.
     Not applied to per-view labels."""
     cutmix: float = 0.0
