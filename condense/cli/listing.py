@@ -55,6 +55,8 @@ def ls(
             print()
             for name, _ in rows:
                 print(f"{name}: {_format_recipe(name)}")
+        if kind == "recipes":
+            print("\ntime and memory on this machine: condense plan --recipe NAME")
 
 
 def _matching(rows: list[dict[str, Any]], words: Sequence[str]) -> list[dict[str, Any]]:

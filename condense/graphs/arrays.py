@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +32,9 @@ def import_pyg(purpose: str) -> Any:
         CondenseError: it is not installed, with the command that installs it.
     """
     try:
-        import torch_geometric
+        with warnings.catch_warnings():  # it compiles functions by torch.jit, which newer versions of PyTorch deprecate
+            warnings.simplefilter("ignore", FutureWarning)
+            import torch_geometric
     except ImportError as error:
         raise missing_package("torch_geometric", "graph", purpose) from error
     return torch_geometric
