@@ -213,6 +213,8 @@ def distill(
         print(f"condense: {taken}", file=sys.stderr)
     config = jobs.resolve_settings(entry, settings, ipc)
     real = _of_kind(entry, data if isinstance(data, GraphTask | Task) else task(data))
+    if entry.labels != "features":
+        jobs.check_classes(real, f"method '{entry.name}'")
     job = jobs.resolve_job(
         entry,
         config,
@@ -333,6 +335,7 @@ def experts(
     config = jobs.check_experts(method, settings, count=count, epochs=epochs, dtype=dtype, **checked)
     real = data if isinstance(data, Task) else image_task(data)
     network = network or METHODS.get(method).network
+    jobs.check_classes(real, "training experts")
     jobs.check_fit(real, 1, network)
     training, epochs = config.expert_training(real), config.epochs_needed()
     if held_out is not None:
@@ -399,6 +402,8 @@ def teachers(
     for architecture in architectures:
         jobs.check_fit(real, 1, architecture)
     training = config.teacher_training(real)
+    if training.objective is None:
+        jobs.check_classes(real, "training teachers on classes")
     if held_out is not None:
         training = dataclasses.replace(training, held_out=held_out)
     run = _pretraining_run("teachers", real, architectures[0], seed, device, precision, quiet)
@@ -448,6 +453,7 @@ def scores(
     if path is not None:
         check_writable(path, force=force)
     real = data if isinstance(data, Task) else image_task(data)
+    jobs.check_classes(real, "scoring")
     jobs.check_fit(real, 1, network)
     run = _pretraining_run("scores", real, network, seed, device, precision, quiet)
     with _interruptible(run, "a smaller --network or score_batch"):

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from conftest import tiny_arrays
+from PIL import Image
 
 import condense
 from condense import networks, rng
@@ -311,6 +312,32 @@ def few_steps(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CONDENSE_PROTOCOLS", str(folder))
         yield
+
+
+def test_images_without_classes_are_distilled_and_judged_on_data_that_have_them(few_steps, tmp_path):
+    random = np.random.default_rng(0)
+    (tmp_path / "photos" / "deep").mkdir(parents=True)
+    for number in range(40):
+        place = tmp_path / "photos" / ("deep" if number % 2 else "") / f"{number}.png"
+        Image.fromarray(random.integers(0, 255, (8, 8), dtype=np.uint8)).save(place)
+    photos = condense.task(tmp_path / "photos", unlabelled=True)
+    assert photos.classes == ("image",) and (len(photos.train), len(photos.test)) == (32, 8)
+    made = condense.distill("krrst", photos, 4, network=NETWORK, out=tmp_path / "set.h5", **QUICK)
+    assert condense.load(tmp_path / "set.h5").sha256() == made.sha256() and len(made) == 4
+    other = condense.task(tiny_arrays(classes=2, train=9, seed=5), name="other")
+    record = condense.evaluate(made, photos, networks=[NETWORK], transfer=[other], runs=1)
+    assert {entry["data"] for entry in record["results"]} == {"other"}
+    assert {entry["arm"] for entry in record["results"]} == {"distilled", "random", "scratch"}
+    with pytest.raises(CondenseError, match="was read without classes; give data with classes by --transfer"):
+        condense.evaluate(made, photos, networks=[NETWORK], runs=1)
+    for call in (
+        lambda: condense.distill("dm", photos, 1, network=NETWORK, steps=1),
+        lambda: condense.api.teachers(photos, networks=NETWORK, epochs=1),
+        lambda: condense.api.experts(photos, network=NETWORK, count=1),
+        lambda: condense.api.scores(photos, network=NETWORK),
+    ):
+        with pytest.raises(CondenseError, match="needs classes, but photos was read with unlabelled=true"):
+            call()
 
 
 def test_a_set_counts_its_targets_and_loads_without_its_method(small_set, monkeypatch):

@@ -145,7 +145,8 @@ def _report(distilled: DistilledSet, out: Path, run_dir: Path, data: str) -> Non
         command = f"condense resume {shlex.quote(str(run_dir))}"
         print(f"  stopped by --minutes; go on to the end: {command}, for M minutes: {command} --minutes M")
     print(f"  set:  {out}\n  run:  {run_dir} (config, log, previews)")
-    print(f"  next: {evaluate_command(out, data, manifest['network'], data)}")
+    evaluation = evaluate_command(out, data, manifest["network"], data)
+    print(f"  next: {evaluation}" + " --transfer DATA" * (len(distilled.classes) < 2))
     print(f"        {shlex.join(['condense', 'preview', str(out), '--out', str(out.with_suffix('.png'))])}")
 
 

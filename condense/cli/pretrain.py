@@ -135,7 +135,8 @@ def teachers(
         spread = f" ({min(accuracies):.1f} to {max(accuracies):.1f})" if len(accuracies) > 1 else ""
         mean, judged_on = sum(accuracies) / len(accuracies), file.manifest["judged_on"]
         seconds = sum(entry["seconds"] for entry in entries) / len(entries)
-        print(f"  {len(entries)} {name}: {mean:.1f} %{spread} of the {judged_on} right, {duration(seconds)} each")
+        right = f"{mean:.1f} %{spread} of the {judged_on} right, " if real.num_classes > 1 else ""
+        print(f"  {len(entries)} {name}: {right}{duration(seconds)} each")
     used_by = method or ("krrst" if objective == "barlow" else "rded")
     # The file decides the networks, so the settings that choose them are left out.
     known = {field.name for kind in (METHODS.get(used_by).config, DataOptions) for field in dataclasses.fields(kind)}

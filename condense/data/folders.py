@@ -53,6 +53,9 @@ ROLES: dict[str, Sequence[str]] = {
 ANNOTATIONS_LIMIT = 64 * 2**20
 """Maximum size of Tiny ImageNet's file of validation labels in bytes."""
 
+UNLABELLED = "image"
+"""The class of all images of a folder that is read without classes."""
+
 MAX_PIXELS = 2**24
 """Maximum number of pixels of an image that is used in its own size."""
 
@@ -335,6 +338,8 @@ def list_folder(root: Path, options: DataOptions | None = None) -> FolderListing
     """
     options = options or DataOptions()
     what, unused = f"data folder '{root}'", Unused()
+    if options.unlabelled:
+        return _list_unlabelled(root, unused)
     parts = parse_split(options.split) if options.split else _find_parts(root, unused)
     train_part, train_name = parts[0], "/".join(parts[0].head)
     classes = _class_names(root, train_part)
@@ -375,6 +380,18 @@ def list_folder(root: Path, options: DataOptions | None = None) -> FolderListing
         return FolderListing(root, classes, train, test, str(unused))
     if not test:
         raise CondenseError(f"{what}: no test images of the classes of {train_name}/; split={train_name} splits these")
+    return FolderListing(root, classes, train, test, str(unused))
+
+
+def _list_unlabelled(root: Path, unused: Unused) -> FolderListing:
+    """All images below a folder as one class."""
+    if not root.is_dir():
+        raise CondenseError(f"data folder '{root}': no such folder")
+    files, classes = _files(str(root), 0, unused), (UNLABELLED,)
+    if len(files) < 2:
+        raise CondenseError(f"data folder '{root}': {len(files)} images below it; give at least two")
+    rows = stratified_rows(np.zeros(len(files), dtype=np.int64), classes, f"data folder '{root}'", "data")
+    train, test = ([files[row] for row in part] for part in rows)
     return FolderListing(root, classes, train, test, str(unused))
 
 

@@ -94,6 +94,9 @@ class DataOptions:
     drop_empty: bool = False
     """Leave out classes without train images instead of refusing the data, and accept classes without test images."""
 
+    unlabelled: bool = False
+    """Read all images below a folder as one class, for methods that need no classes (krrst). A fifth are the test
+    split."""
     repeat_small: bool = False
     """Repeat the train images of classes with fewer than ipc images while a set is distilled, instead of refusing."""
     normalise: str | None = None

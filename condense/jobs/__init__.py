@@ -1,6 +1,7 @@
 """Jobs: one run of a method, from its checked arguments to the distilled set in a file."""
 
 from condense.jobs.checks import (
+    check_classes,
     check_experts,
     check_fit,
     check_outputs,
@@ -26,6 +27,7 @@ from condense.jobs.plan import estimate_cost
 from condense.jobs.pruning import prune_task
 
 __all__ = [
+    "check_classes",
     "check_experts",
     "check_fit",
     "check_outputs",

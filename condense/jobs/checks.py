@@ -242,6 +242,19 @@ def _check_minutes(minutes: float | None) -> None:
         raise CondenseError(f"--minutes {shown}: must be more than 0 and at most {MAX_MINUTES:,}, ten years")
 
 
+def check_classes(real: Task, what: str) -> None:
+    """Checks that images have classes.
+
+    Raises:
+        CondenseError: they were read with ``unlabelled=true``.
+    """
+    if real.num_classes < 2:
+        raise CondenseError(
+            f"{what} needs classes, but {real.name} was read with unlabelled=true; krrst, and teachers with "
+            "--objective barlow, need none"
+        )
+
+
 def check_fit(real: Task, ipc: int, network: str | Callable[..., nn.Module]) -> None:
     """Checks that every class has ``ipc`` images and that the network fits the images.
 

@@ -17,7 +17,7 @@ from condense.data import Task
 from condense.device import device_name, peak_memory, pick_device, second_derivatives
 from condense.engine import Run, Step
 from condense.environment import read_seconds
-from condense.jobs.checks import check_fit, check_request
+from condense.jobs.checks import check_classes, check_fit, check_request
 from condense.jobs.given_files import fill_from_files
 from condense.jobs.job import resolve_settings
 from condense.jobs.pruning import prune_task
@@ -99,6 +99,8 @@ def estimate_cost(
     settings, network, taken = fill_from_files(entry, settings, network)
     config = resolve_settings(entry, settings, ipc)
     config = dataclasses.replace(config, **getattr(config, "dry_run_settings", {}))
+    if entry.labels != "features":
+        check_classes(real, f"method '{entry.name}'")
     pruned = prune_task(real)
     check_fit(pruned, ipc, network or entry.network)
     where = pick_device(device)

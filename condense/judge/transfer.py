@@ -108,6 +108,8 @@ def transfer_tasks(task: Task, others: Sequence[Task], distilled: DistilledSet, 
             )
         if other.name in [task.name, *(earlier.name for earlier in others[:number])]:
             raise CondenseError(f"--transfer {other.name}: is given twice; NAME=DATA names other data")
+    if all(each.num_classes < 2 for each in (task, *others)):
+        raise CondenseError(f"{task.name} was read without classes; give data with classes by --transfer")
     return [each.to(device, transform=distilled.transform) for each in (task, *others)]
 
 
@@ -174,6 +176,11 @@ class TransferJudge:
     """Architecture of the target model; only networks of it have the arm ``full``."""
     missing: list[dict[str, str]] = field(default_factory=list)
 
+    @property
+    def tested(self) -> list[Task]:
+        """The data with classes."""
+        return [task for task in self.tasks if task.num_classes > 1]
+
     def results(
         self, arms: Sequence[PretrainedArm], architectures: Sequence[str | NetworkFactory]
     ) -> list[dict[str, Any]]:
@@ -186,7 +193,7 @@ class TransferJudge:
                     self.missing.append({"arm": arm.name, "why": why})
                 else:
                     cells.append((arm, architecture))
-        table = torch.zeros(len(cells), self.runs, len(self.tasks), len(TESTS), 2, dtype=torch.float64)
+        table = torch.zeros(len(cells), self.runs, len(self.tested), len(TESTS), 2, dtype=torch.float64)
         jobs = [(cell, run) for cell in range(len(cells)) for run in range(self.runs)]
         for cell, run in jobs[self.ranks.rank :: self.ranks.world_size]:
             table[cell, run] = self._measure(*cells[cell], run)
@@ -204,15 +211,15 @@ class TransferJudge:
                 **summary(table[cell, :, i, j, 0].tolist()),
                 "seconds": round(float(table[cell, :, i, j, 1].sum()), 2),
             }
-            for i, task in enumerate(self.tasks)
+            for i, task in enumerate(self.tested)
             for j, test in enumerate(TESTS)
             for cell, (arm, architecture) in enumerate(cells)
         ]
 
     def _measure(self, arm: PretrainedArm, architecture: str | NetworkFactory, run: int) -> torch.Tensor:
         """Accuracy and seconds of each test on each data of one network, float64 (data, tests, 2)."""
-        table, net = torch.zeros(len(self.tasks), len(TESTS), 2, dtype=torch.float64), None
-        for i, task in enumerate(self.tasks):
+        table, net = torch.zeros(len(self.tested), len(TESTS), 2, dtype=torch.float64), None
+        for i, task in enumerate(self.tested):
             for j, test in enumerate(TESTS):
                 path = self._path(arm, architecture, run, task, test)
                 found = read_score(path, False) if path is not None else None
