@@ -113,3 +113,18 @@ def test_a_finished_run_of_indices_is_only_loaded(both, call):
     assert resumed.code == 0 and "has ended" in resumed.out
     manifest = json.loads(call("show indices.h5 --json").out)
     assert manifest["settings"]["store"] == "indices"
+
+
+def test_with_its_data_it_is_joined_lightened_and_refined_as_the_images(both, call):
+    for name in ("images", "indices"):
+        for line in (
+            f"join {name}.h5 {name}.h5 --data tiny=tiny.npz --out joint-{name}.h5",
+            f"lighten {name}.h5 --labels hard --data tiny=tiny.npz --out light-{name}.h5",
+            f"distill dm --data tiny=tiny.npz --ipc 2 --network {NETWORK} init={name}.h5 steps=1 batch_real=4 "
+            f"--out dm-{name}.h5 --run-dir runs/dm-{name}",
+        ):
+            done = call(line)
+            assert done.code == 0, done.err
+    for stem in ("joint", "light", "dm"):
+        made = [condense.load(f"{stem}-{name}.h5") for name in ("images", "indices")]
+        assert torch.equal(made[0].images, made[1].images), stem

@@ -86,6 +86,7 @@ def join(
     first: Annotated[str, typer.Argument(metavar="FIRST.h5", help="file of a set with hard labels")],
     second: Annotated[str, typer.Argument(metavar="SECOND.h5", help="another, with images of the same shape")],
     out: Annotated[Path, typer.Option(help="file to write")],
+    data: IndexedData = None,
     force: Force = False,
 ) -> None:
     """Joins two sets, e.g. of the tasks of class-incremental learning. Classes with equal names become one."""
@@ -93,7 +94,7 @@ def join(
     from condense.sets import join as join_sets
 
     check_writable(out, force=force)
-    joint = join_sets(load_set(first), load_set(second))
+    joint = join_sets(load_set(first, data), load_set(second, data))
     joint.save(out, force=force)
     print(f"joined {len(joint)} images of {len(joint.classes)} classes\n  set:  {out}")
     print(f"  next: {evaluate_command(out, None, joint.manifest['network'])}")

@@ -65,6 +65,7 @@ def lighten(
     keys: dict[str, Any] = config.parse_overrides(settings or [])
     distilled = load_set(file)
     real = api.image_task(data, download=download, **evaluation.data_options(distilled)) if data is not None else None
+    distilled = distilled if real is None else distilled.with_data(real)
     light = lightening.lighten(
         distilled, labels, real, teachers=teachers, device=device, quiet=False, beside=out, **keys
     )
@@ -132,6 +133,7 @@ def labels_(
         check_writable(plot, force=force)
     chosen, distilled = comparison.parse_kinds(kinds or ""), load_set(file)
     real = api.image_task(data, download=download, **evaluation.data_options(distilled)) if data is not None else None
+    distilled = distilled if real is None else distilled.with_data(real)
     points = comparison.compare_label_kinds(
         distilled,
         chosen,

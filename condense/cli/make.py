@@ -147,7 +147,9 @@ def _report(distilled: DistilledSet, out: Path, run_dir: Path, data: str) -> Non
     print(f"  set:  {out}\n  run:  {run_dir} (config, log, previews)")
     evaluation = evaluate_command(out, data, manifest["network"], data)
     print(f"  next: {evaluation}" + " --transfer DATA" * (len(distilled.classes) < 2))
-    print(f"        {shlex.join(['condense', 'preview', str(out), '--out', str(out.with_suffix('.png'))])}")
+    words = ["condense", "preview", str(out), "--out", str(out.with_suffix(".png"))]
+    words += ["--data", data] if distilled.indices is not None else []
+    print(f"        {shlex.join(words)}")
 
 
 def _report_graphs(distilled: GraphSet, out: Path, data: str) -> None:

@@ -96,7 +96,7 @@ def _images_of_file(task: Task, ipc: int, options: SyntheticOptions) -> Tensor:
     Raises:
         CondenseError: no such file, or a set of other classes, image shape, number of images or ``factor``.
     """
-    distilled = DistilledSet.load(options.init)
+    distilled = DistilledSet.load(options.init).with_data(task)
     factor = next((stage.factor for stage in distilled.stages if isinstance(stage, Formation)), 1)
     for what, stored, expected in (
         ("classes", len(distilled.classes), task.num_classes),
