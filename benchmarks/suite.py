@@ -410,7 +410,8 @@ def _is_current(path: Path, suite: Suite, cell: Cell, real: Task, device: str, p
         and record["data"]["fingerprint"] == real.fingerprint
         and (record["protocol"]["name"], record["protocol"]["version"]) == (protocol.name, protocol.version)
         and record["runs"] == suite.runs
-        and record.get("plugins", {}) == expected["plugins"] | plugin_versions(networks_wanted)
+        and record["set"].get("plugins", {}) == expected["plugins"]
+        and record.get("plugins", {}) == plugin_versions(judged)
         and networks_wanted <= judged
         and set(cell.controls) <= arms
     )

@@ -13,9 +13,11 @@ import sys
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import EntryPoint
 from pathlib import Path
+from typing import Any
 
-from condense.config import PLUGINS
+from condense.config import PLUGINS, method_folders, method_paths
 from condense.data import DATASETS, cache_dir
 from condense.errors import CondenseError
 from condense.networks import registered_networks, set_code_version
@@ -36,6 +38,8 @@ _files: dict[str, _Plugin] = {}
 """By absolute path."""
 _packages: dict[str, _Plugin] = {}
 """By name of the distribution."""
+_entry_points: set[EntryPoint] = set()
+"""Those of ``condense.plugins`` that were imported."""
 
 
 def load_plugins(paths: Sequence[str | Path]) -> None:
@@ -46,7 +50,7 @@ def load_plugins(paths: Sequence[str | Path]) -> None:
     """
     named = [path for path in os.environ.get(PLUGINS, "").split(os.pathsep) if path]
     for path in [*named, *paths]:
-        file = Path(path).absolute()
+        file = Path(path).resolve()
         if file.suffix != ".py" or not file.is_file():
             raise CondenseError(f"--plugin {path}: must be an existing .py file")
         digest = _import(file, file.read_bytes())
@@ -63,9 +67,9 @@ def load_packages() -> list[str]:
     """
     faults = []
     for point in package_modules(PLUGINS_GROUP):
-        name, version = (point.dist.name, point.dist.version) if point.dist else (point.module, "unknown")
-        if name in _packages:
+        if point in _entry_points:
             continue
+        name, version = (point.dist.name, point.dist.version) if point.dist else (point.module, "unknown")
         before = _registered()
         try:
             point.load()
@@ -73,8 +77,8 @@ def load_packages() -> list[str]:
             reason = f"{type(fault).__name__}: {fault}"
             faults.append(f"the package {name} cannot be imported: {reason}; correct or uninstall it")
             continue
-        _packages[name] = _Plugin(version)
-        _note(_packages[name], before)
+        _entry_points.add(point)
+        _note(_packages.setdefault(name, _Plugin(version)), before)
     return faults
 
 
@@ -90,11 +94,13 @@ def load_recorded_plugins(recorded: Mapping[str, str], where: str) -> None:
         file = Path(path)
         content = file.read_bytes() if file.suffix == ".py" and file.is_file() else None
         if content is None:
-            raise CondenseError(f"{where}: its plug-in {path} is not there; restore it, or give --plugin FILE.py")
+            raise CondenseError(f"{where}: its plug-in {path} is not there; restore it, or give its copy by --plugin")
         if hashlib.sha256(content).hexdigest() != digest:
             raise CondenseError(
-                f"{where}: its plug-in {path} has changed since the run began; restore it, or give --plugin FILE.py"
+                f"{where}: its plug-in {path} has changed since the run began; give the earlier version by --plugin"
             )
+        if is_in_method_folder(path):
+            continue
         if not _marker(digest).exists():
             raise CondenseError(f"{where}: uses a plug-in that was never given here; if you trust it: --plugin {path}")
         _import(file, content)
@@ -105,10 +111,24 @@ def plugin_files(names: Iterable[str]) -> dict[str, str]:
     return _registering(_files, names)
 
 
+def method_modules(names: Iterable[str]) -> dict[str, str]:
+    """SHA-256 by path of the modules of those methods among the names that lie in folders of ``CONDENSE_METHODS``."""
+    own = [METHODS.get(name).function.__module__ for name in names if name in METHODS]
+    files = [str(getattr(sys.modules.get(module), "__file__", None) or "") for module in own]
+    inside = [file for file in files if file and is_in_method_folder(file)]
+    return {file: hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in inside}
+
+
+def is_in_method_folder(path: str) -> bool:
+    """Whether a file lies in a folder of ``CONDENSE_METHODS``, so that no ``--plugin`` names it."""
+    return any(Path(path).is_relative_to(folder) for folder in method_folders())
+
+
 def plugin_packages(names: Iterable[str]) -> dict[str, str]:
     """Version by name of the installed packages that registered any of these methods, data sets or networks."""
     used = set(names)
-    methods = [point for point in package_modules(METHODS_GROUP) if point.name in used]
+    others = used - set(method_paths())
+    methods = [point for point in package_modules(METHODS_GROUP) if point.name in others]
     of_methods = {point.dist.name: point.dist.version for point in methods if point.dist}
     return of_methods | _registering(_packages, used)
 
@@ -116,12 +136,26 @@ def plugin_packages(names: Iterable[str]) -> dict[str, str]:
 def plugin_versions(names: Iterable[str]) -> dict[str, str]:
     """For manifests and records: SHA-256 by file name, and version by package, of the plug-ins of these names."""
     used = set(names)
-    files = {Path(path).name: digest for path, digest in plugin_files(used).items()}
-    return files | plugin_packages(used)
+    versions = plugin_packages(used)
+    for path, digest in (plugin_files(used) | method_modules(used)).items():
+        file = Path(path)
+        versions[f"{file.parent.name}/{file.name}" if file.name in versions else file.name] = digest
+    return versions
+
+
+def missing_plugins(manifest: Mapping[str, Any]) -> str:
+    """The end of a message about a name that may be one of the plug-ins of a set; empty if it has none."""
+    made = manifest.get("plugins")
+    names = sorted(map(str, made)) if isinstance(made, dict) else []
+    files = [name for name in names if name.endswith(".py")]
+    packages = [name for name in names if not name.endswith(".py")]
+    words = [f"name it by --plugin: {', '.join(files)}"] * bool(files)
+    words += [f"install {', '.join(packages)}"] * bool(packages)
+    return f"; the set was made with a plug-in: {' and '.join(words)}" if words else ""
 
 
 def _registering(plugins: Mapping[str, _Plugin], names: Iterable[str]) -> dict[str, str]:
-    used = set(names)
+    used = {name.rpartition("=")[2] for name in names if name}  # data may be NAME=REGISTERED
     return {name: plugin.version for name, plugin in plugins.items() if plugin.names & used}
 
 
@@ -135,8 +169,9 @@ def _registered() -> set[str]:
 
 def _note(plugin: _Plugin, before: set[str]) -> None:
     """Records what a plug-in has registered. Networks get its version, which is part of the keys of caches."""
-    plugin.names = _registered() - before
-    for name in plugin.names.intersection(registered_networks()):
+    new = _registered() - before
+    plugin.names |= new
+    for name in new.intersection(registered_networks()):
         set_code_version(name, plugin.version)
 
 
@@ -146,9 +181,7 @@ def _import(file: Path, content: bytes) -> str:
     The content is compiled here: Python's import could execute a cached ``__pycache__`` file instead.
     """
     digest = hashlib.sha256(content).hexdigest()
-    known = next((plugin for plugin in _files.values() if plugin.version == digest), None)
-    if known is not None:
-        _files[str(file)] = known
+    if any(plugin.version == digest for plugin in _files.values()):
         return digest
     module = types.ModuleType(f"condense_plugin_{file.stem}_{digest[:12]}")
     module.__file__ = str(file)
@@ -158,9 +191,10 @@ def _import(file: Path, content: bytes) -> str:
         exec(compile(content, str(file), "exec"), module.__dict__)
     except BaseException as fault:
         del sys.modules[module.__name__]
-        if isinstance(fault, CondenseError) or not isinstance(fault, Exception):
+        if not isinstance(fault, Exception):
             raise
-        raise CondenseError(f"--plugin {file}: {type(fault).__name__}: {fault}") from fault
+        kind = "" if isinstance(fault, CondenseError) else f"{type(fault).__name__}: "
+        raise CondenseError(f"--plugin {file}: {kind}{fault}") from fault
     _files[str(file)] = _Plugin(digest)
     _note(_files[str(file)], before)
     return digest

@@ -25,10 +25,16 @@ class Registry(Generic[T]):
         self._entries: dict[str, T] = {}
 
     def add(self, name: str, entry: T) -> T:
-        """Registers ``entry``. A second one under its name is an error, unless it is the same code run again."""
+        """Registers ``entry``.
+
+        Raises:
+            CondenseError: another one has its name, unless it is the same code run again.
+        """
         known = self._entries.get(name)
-        if known is not None and _origin(known) != _origin(entry):
-            raise ValueError(f"{self.kind} '{name}' is registered twice")
+        is_other = known is not None and _origin(known) != _origin(entry)
+        # A lazy name belongs to its module, which is being imported when it registers the name.
+        if is_other or (known is None and name in self._lazy and self._lazy[name] not in sys.modules):
+            raise CondenseError(f"{self.kind} '{name}': there is one with this name already; choose another name")
         self._entries[name] = entry
         return entry
 

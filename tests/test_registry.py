@@ -213,7 +213,10 @@ def test_a_plugin_is_named_once_and_found_again(plugin, tmp_path, monkeypatch):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     plugin.rename(elsewhere / "toy.py")
-    assert "is not there; restore it, or give --plugin" in condense_command("resume", "run", cwd=tmp_path).stderr
+    assert (
+        "is not there; restore it, or give its copy by --plugin"
+        in condense_command("resume", "run", cwd=tmp_path).stderr
+    )
     same = condense_command("resume", "run", "--steps", "50", "--plugin", "elsewhere/toy.py", cwd=tmp_path)
     assert same.returncode == 0 and "50 of 50 steps" in same.stdout, same.stderr
     plugin.write_text(PLUGIN + "# another version\n")
@@ -229,9 +232,10 @@ def test_the_printed_command_names_the_plugin_of_the_network(plugin, tmp_path):
     short = "--runs 1 --controls none --protocol quick-v1 --json a.json"
     judged = condense_command(*printed.split(), *short.split(), cwd=tmp_path)
     assert judged.returncode == 0, judged.stderr
-    assert list(json.loads((tmp_path / "a.json").read_text())["plugins"]) == ["toy.py"]
+    record = json.loads((tmp_path / "a.json").read_text())
+    assert list(record["plugins"]) == list(record["set"]["plugins"]) == ["toy.py"]
     unknown = condense_command("evaluate", "a.h5", "--data", "digits", cwd=tmp_path).stderr
-    assert "unknown network 'small-mlp'" in unknown and "made with toy.py: name it by --plugin" in unknown
+    assert "unknown network 'small-mlp'" in unknown and "made with a plug-in: name it by --plugin: toy.py" in unknown
 
 
 SUITE = """
@@ -290,6 +294,69 @@ def test_plugins_that_cannot_be(plugin, tmp_path):
     assert "toy.py: ModuleNotFoundError" in condense_command("ls", "--plugin", "toy.py", cwd=tmp_path).stderr
 
 
+DATA = """
+import numpy as np
+
+from condense.data import DATASETS
+from condense.data.loaded import LoadedData, Split
+from condense.data.registered import RegisteredDataset, _read_digits
+
+DATASETS.add("toydata", RegisteredDataset("toydata", "Digits by another name.", _read_digits, (1, 8, 8), 10))
+"""
+
+
+def test_printed_commands_name_the_plugin_of_the_data(tmp_path, plugin):
+    (tmp_path / "data.py").write_text(DATA)
+    words = "distill random --plugin data.py --data mine=toydata --ipc 1 --network convnet-d2-w8-in --out a.h5"
+    made = condense_command(*words.split(), cwd=tmp_path)
+    assert "next: condense evaluate a.h5 --data mine=toydata --plugin data.py" in made.stdout, made.stderr
+    words = "distill random --plugin data.py --data toydata --ipc 1 --network convnet-d2-w8-in --out b.h5"
+    assert condense_command(*words.split(), cwd=tmp_path).returncode == 0
+    shown = condense_command("show", "b.h5", cwd=tmp_path).stdout
+    assert "next: condense evaluate b.h5 --data toydata --plugin data.py" in shown
+    unknown = condense_command("evaluate", "b.h5", "--data", "toydata", cwd=tmp_path).stderr
+    assert "name it by --plugin: data.py" in unknown
+
+
+def test_a_plugin_cannot_take_the_name_of_a_method(plugin, tmp_path):
+    plugin.write_text(PLUGIN.replace('@method("pixel-means"', '@method("dm"'))
+    refused = condense_command("--plugin", "toy.py", "show", "dm", cwd=tmp_path)
+    assert refused.returncode == 2 and "method 'dm': there is one with this name already" in refused.stderr
+
+
+def test_one_file_under_two_paths_counts_once(plugin, tmp_path, monkeypatch):
+    words = "distill pixel-means --data digits --ipc 1 --network convnet-d2-w8-in steps=2 --out a.h5 --run-dir run"
+    (tmp_path / "sub").mkdir()
+    monkeypatch.setenv("CONDENSE_PLUGINS", str(plugin))
+    done = condense_command(*words.split(), "--plugin", "sub/../toy.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert list(json.loads((tmp_path / "run/config.json").read_text())["plugins"]) == [str(plugin)]
+
+
+def test_an_edited_method_of_a_folder_is_another_method(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("CONDENSE_CACHE", str(tmp_path / "cache"))
+    words = "distill pixel-means --data digits --ipc 1 --network convnet-d2-w8-in steps=2 --out a.h5 --run-dir run"
+    made = condense_command(*words.split(), cwd=tmp_path)
+    assert made.returncode == 0 and "--plugin" not in made.stdout, made.stderr
+    shown = json.loads(condense_command("show", "a.h5", "--json", cwd=tmp_path).stdout)
+    assert list(shown["plugins"]) == ["toy_pixel_means.py"] and "--plugin" not in shown["command"]
+    resumed = condense_command("resume", "run", "--steps", "3", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    module = folder / "toy_pixel_means.py"
+    module.write_text(module.read_text() + "# another version\n")
+    refused = condense_command("resume", "run", "--steps", "4", cwd=tmp_path)
+    assert refused.returncode == 2 and "has changed since the run began" in refused.stderr
+
+
+def test_recipes_may_say_how_many_images(folder):
+    text = RECIPE.replace("tiny: {data: digits, ipc: 2", "tiny: {data: digits, images: 10")
+    assert text != RECIPE
+    (folder / "pixel-means.yaml").write_text(text)
+    listed = condense_command("ls", "recipes", "pixel-means", cwd=folder)
+    assert listed.returncode == 0 and "digits, 10 images" in listed.stdout, listed.stderr
+
+
 def test_an_installed_package_offers_a_method(tmp_path, monkeypatch):
     """By an entry point, which is read from the package's metadata without an import."""
     info = tmp_path / "toy-1.0.dist-info"
@@ -316,10 +383,12 @@ def test_an_installed_package_offers_a_network(tmp_path, monkeypatch):
     info = tmp_path / "toy-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: toy\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[condense.plugins]\ntoy = toy_package\n")
+    (info / "entry_points.txt").write_text("[condense.plugins]\ntoy = toy_package\nsecond = toy_second\n")
     (tmp_path / "toy_package.py").write_text(PLUGIN)
+    (tmp_path / "toy_second.py").write_text(PLUGIN.replace("small-mlp", "second-mlp").replace("pixel-means", "second"))
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{tmp_path}")
-    assert "small-mlp" in condense_command("ls", "networks", cwd=tmp_path).stdout
+    names = condense_command("ls", "networks", cwd=tmp_path).stdout.split()
+    assert {"small-mlp", "second-mlp"} <= set(names)
     (tmp_path / "toy_package.py").write_text("1 / 0")
     shown = condense_command("ls", "networks", cwd=tmp_path)
     assert shown.returncode == 0 and "the package toy cannot be imported: ZeroDivisionError" in shown.stderr

@@ -49,10 +49,12 @@ class ImagePolicy:
             raise CondenseError(f"augment={self.name}: needs images of 1 or 3 channels, not {images.shape[1]}")
         transform, policy = self.transform.to(torch.device("cpu")), self._policy()
         pixels = (transform.inverse(images.detach().cpu().float()).clamp(0, 1) * 255).round().byte()
-        with torch.random.fork_rng(devices=[]):
-            for image, seed in zip(pixels, seeds.tolist()):
-                torch.manual_seed(seed)
-                image.copy_(policy(image))
+        generator = torch.random.default_generator  # the one of torchvision; torch.manual_seed would also seed CUDA's
+        state = generator.get_state()
+        for image, seed in zip(pixels, seeds.tolist()):
+            generator.manual_seed(seed)
+            image.copy_(policy(image))
+        generator.set_state(state)
         return transform(pixels.float() / 255).to(images)
 
     def _policy(self) -> Callable[[Tensor], Tensor]:

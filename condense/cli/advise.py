@@ -101,7 +101,11 @@ def advise(
     )
     real = api.image_task(data, download=download)
     per_class = RunRequest("", data, ipc, images=images).images_per_class(real)
-    jobs.check_fit(real, per_class, network or DEFAULT_NETWORK)
+    try:
+        jobs.check_fit(real, per_class, network or DEFAULT_NETWORK)
+    except CondenseError as fault:
+        hint = "; --network names another" if network is None and "convnet-d3" in str(fault) else ""
+        raise CondenseError(f"{fault}{hint}") from fault
     share = per_class * real.num_classes / len(real.train)
     situation = Situation(per_class, min(real.shape[1:]), real.num_classes, share)
     chosen = [

@@ -66,7 +66,7 @@ def options(
     ] = False,
     plugin: Annotated[
         list[str] | None,
-        typer.Option("--plugin", metavar="FILE.py", help="import a file with your own methods"),
+        typer.Option("--plugin", metavar="FILE.py", help="import a file with your own methods, data or networks"),
     ] = None,
 ) -> None:
     """Options before the verb."""

@@ -73,7 +73,7 @@ def lighten(
     for path in kinds.partial_files(out):
         path.unlink(missing_ok=True)
     _report(distilled.name, light)
-    print(f"  set:  {out}\n  next: {evaluate_command(out, data, light.manifest['network'], data)}")
+    print(f"  set:  {out}\n  next: {evaluate_command(out, data, light.manifest['network'], real and real.source)}")
 
 
 def _report(name: str, light: DistilledSet) -> None:

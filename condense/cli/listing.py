@@ -122,10 +122,15 @@ def _describe_recipe(recipe: dict[str, Any]) -> str:
     """The cell of a recipe, its steps, and the published accuracy of the cell."""
     from condense.benchmarks import facts
 
-    published = facts.published(recipe["method"], recipe["data"], int(recipe["ipc"]))
+    published, count = [], f"{recipe.get('images')} images"
+    if "ipc" in recipe:
+        published, count = (
+            facts.published(recipe["method"], recipe["data"], int(recipe["ipc"])),
+            f"{recipe['ipc']} per class",
+        )
     steps = f", {recipe['steps']:,} steps" if isinstance(recipe.get("steps"), int) else ""
     accuracy = f", published {facts.accuracy(published[0]['mean'], published[0]['std'])} %" if published else ""
-    return f"{recipe['data']}, {recipe['ipc']} per class{steps}{accuracy}"
+    return f"{recipe['data']}, {count}{steps}{accuracy}"
 
 
 def _format_claim(distilled: DistilledSet | GraphSet) -> str:
@@ -155,6 +160,8 @@ def show(
 
     if name in METHODS:
         _show_method(name, as_json)
+    elif name.endswith((".yaml", ".yml")) and not {"method", "recipe"} & set(config.read_yaml_file(Path(name), name)):
+        _show_other(name, as_json)
     elif name in config.recipe_names() or name.endswith((".yaml", ".yml")):
         _show_recipe(name, as_json)
     elif name in packaged_sets() or name.endswith(".h5"):
@@ -190,6 +197,8 @@ def _show_other(name: str, as_json: bool) -> None:
     from condense.judge import protocols
 
     found: Any = protocols().get(name) or GRAPH_PROTOCOLS.get(name) or suite.suites().get(name)
+    if name.endswith((".yaml", ".yml")):
+        found = suite.get_suite(name)
     if found is not None:
         content = asdict(found)
         print(json.dumps(content, indent=1, default=str)) if as_json else _print_keys(content)
@@ -274,10 +283,14 @@ def _evaluate_command(distilled: DistilledSet, name: str) -> str:
     from condense.data import DATASETS
 
     data, network = distilled.manifest["dataset"], distilled.manifest["network"]
-    words = shlex.split(evaluate_command(name, data if data in DATASETS else f"{data}=PATH", network, data))
+    is_registered = f" --data {data} " in str(distilled.manifest.get("command"))
+    words = shlex.split(evaluate_command(name, data if is_registered else f"{data}=PATH", network, data))
     try:
         networks.check_network(network)
-    except CondenseError:  # that of a plug-in, which the manifest names
+        is_known = data in DATASETS or not is_registered
+    except CondenseError:
+        is_known = False
+    if not is_known:  # the data or the network are those of a plug-in, which the manifest names
         made_with = map(str, distilled.manifest.get("plugins") or ())
         words += [word for file in made_with if file.endswith(".py") for word in ("--plugin", file)]
     return shlex.join(words)

@@ -96,7 +96,7 @@ def distill(
     if run_dir is None:
         _report_graphs(distilled, out, request.data)
     else:
-        _report(distilled, out, run_dir, request.data)
+        _report(distilled, out, run_dir, request.data, real.source)
 
 
 def resume(
@@ -124,11 +124,12 @@ def resume(
     if has_ended and is_main_process():
         print(f"{run_dir} has ended; its set is:")
     job = jobs.read_job(run_dir)
-    _report(distilled, Path(job.out or "-"), run_dir, job.data["source"])
+    source = job.data["source"]
+    _report(distilled, Path(job.out or "-"), run_dir, source or job.data["name"], source)
 
 
-def _report(distilled: DistilledSet, out: Path, run_dir: Path, data: str) -> None:
-    """Prints the set, its cost, its files and the commands to run next."""
+def _report(distilled: DistilledSet, out: Path, run_dir: Path, data: str, source: str | None) -> None:
+    """Prints the set, its cost, its files and the commands to run next. ``source`` may be a registered name."""
     if not is_main_process():
         return
     manifest, bytes_, kind = distilled.manifest, distilled.nbytes(), distilled.labels.kind
@@ -145,7 +146,7 @@ def _report(distilled: DistilledSet, out: Path, run_dir: Path, data: str) -> Non
         command = f"condense resume {shlex.quote(str(run_dir))}"
         print(f"  stopped by --minutes; go on to the end: {command}, for M minutes: {command} --minutes M")
     print(f"  set:  {out}\n  run:  {run_dir} (config, log, previews)")
-    evaluation = evaluate_command(out, data, manifest["network"], data)
+    evaluation = evaluate_command(out, data, manifest["network"], source)
     print(f"  next: {evaluation}" + " --transfer DATA" * (len(distilled.classes) < 2))
     words = ["condense", "preview", str(out), "--out", str(out.with_suffix(".png"))]
     words += ["--data", data] if distilled.indices is not None else []

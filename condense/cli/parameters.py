@@ -53,7 +53,9 @@ DATA_HELP = (
     "for graphs a .csv with a column smiles, or tu:NAME; NAME=PATH names them in the records"
 )
 
-MethodArgument = Annotated[str | None, typer.Argument(metavar="METHOD", help="a name of `condense ls methods`")]
+MethodArgument = Annotated[
+    str | None, typer.Argument(metavar="METHOD", help="a name of `condense ls methods`, or of a --plugin FILE.py")
+]
 
 SettingsArgument = Annotated[
     list[str] | None,
@@ -155,12 +157,18 @@ def load_set_and_data(
     from condense import api, config
     from condense.files import check_writable
     from condense.judge import evaluation
+    from condense.plugins import missing_plugins
 
     distilled = load_set(name)
     if record is not None:
         check_writable(record, force=force)
     options = evaluation.data_options(distilled) | config.parse_overrides(settings or [])
-    return distilled, api.image_task(data, download=download, **options)
+    try:
+        return distilled, api.image_task(data, download=download, **options)
+    except CondenseError as fault:
+        if data.rpartition("=")[2] != distilled.manifest["dataset"]:
+            raise
+        raise CondenseError(f"{fault}{missing_plugins(distilled.manifest)}") from fault
 
 
 def plugin_options(*names: Any) -> list[str]:

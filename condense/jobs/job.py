@@ -27,7 +27,7 @@ from condense.errors import CondenseError
 from condense.files import write_json
 from condense.hdf5 import schema_mistake
 from condense.networks import pretrained
-from condense.plugins import plugin_files
+from condense.plugins import method_modules, plugin_files
 from condense.pretraining import PLAN_FILE
 from condense.registry import Method
 from condense.sets import DistilledSet
@@ -128,7 +128,7 @@ class Job:
             del parts[name]
         del parts["compute"], parts["plugins"]
         if self.plugins:
-            parts["plugins"] = sorted(self.plugins.values())
+            parts["plugins"] = sorted(set(self.plugins.values()))
         if not parts["architecture"]:
             del parts["architecture"]  # keys of earlier versions do not have it
         settings = parts["settings"]  # keys of earlier versions do not have those of real batches
@@ -182,6 +182,7 @@ def resolve_job(
     """Resolves the arguments of ``condense.distill`` to a :class:`Job`; ``fields`` are copied to it."""
     used = network or entry.network
     compute = networks.calibrate(precision, pick_device(device), used, real.shape, real.num_classes)
+    names = names_used(entry, config, used, real)
     return Job(
         method=entry.name,
         data={"source": real.source, "name": real.name, "options": real.options.to_dict()},
@@ -194,7 +195,7 @@ def resolve_job(
         compute=compute.to_dict(),
         settings=dataclasses.asdict(config),
         architecture=architecture_digest(network, real),
-        plugins=plugin_files(names_used(entry, config, used, real)),
+        plugins=plugin_files(names) | method_modules(names),
         **fields,
     )
 

@@ -16,7 +16,7 @@ from condense.engine import Run
 from condense.jobs.given_files import fill_from_files
 from condense.jobs.job import Job, names_used, resolve_job, resolve_settings
 from condense.networks import pretrained
-from condense.plugins import plugin_versions
+from condense.plugins import is_in_method_folder, plugin_versions
 from condense.registry import METHODS, Method
 from condense.sets import DistilledSet, SyntheticSet
 from condense.version import __version__
@@ -46,7 +46,8 @@ def expected_manifest(
 
 def _command(job: Job, entry: Method, real: Task, minutes: float | None) -> str:
     """The command line that makes this set. Defaults are omitted; paths of the user's files become PATH."""
-    words = ["condense", "distill", job.method, *["--plugin", "PATH"] * len(job.plugins)]
+    given = [path for path in job.plugins if not is_in_method_folder(path)]
+    words = ["condense", "distill", job.method, *["--plugin", "PATH"] * len(given)]
     words += ["--data", commands.data_argument(real), "--ipc", str(job.ipc)]
     words += ["--network", job.network] * (job.network != entry.network)
     words += ["--seed", str(job.seed)] * (job.seed != 0) + ["--precision", job.precision]
@@ -76,9 +77,10 @@ def to_distilled(job: Job, entry: Method, real: Task, run: Run, synthetic: Synth
     """Converts the synthetic set of a run to a :class:`DistilledSet` with its manifest, on the CPU."""
     stored = synthetic.images.detach().cpu()
     preparation = run.notes.get("preparation", {})
-    # After a time limit that shortened the training on real data, only a run with a limit makes such a set.
+    # After two time limits, the first of which shortened the training on real data, no command makes such a set again.
     is_shortened = any(preparation.get(f"{key}_wanted") != preparation.get(key) for key in ("networks", "steps_each"))
-    minutes = job.prepared_in if job.minutes is None and is_shortened else job.minutes
+    prepared_in = job.prepared_in if is_shortened else None
+    minutes = job.minutes if prepared_in is None else None
     # Experts and teachers in a file of the user do not count towards the time limit, but they are part of the cost.
     kinds = ("trajectories", "teachers", "scores", "patches")
     pretraining = {name: facts for name, facts in run.notes.items() if name in kinds and facts}
@@ -103,6 +105,7 @@ def to_distilled(job: Job, entry: Method, real: Task, run: Run, synthetic: Synth
         **({"steps_before": job.shorter} if job.shorter else {}),
         "stopped_early": run.stopped_early,
         "preparation": preparation,
+        **({"prepared_in_minutes": prepared_in} if prepared_in is not None else {}),
         **_learned_lr(synthetic),
         **pretraining,
         **({"resampling": dataclasses.asdict(synthetic.resampling)} if synthetic.resampling else {}),

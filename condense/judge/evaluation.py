@@ -21,7 +21,7 @@ from condense.formatting import by
 from condense.judge.arms import NetworkFactory, check_control, learned_lr, make_arms, own_source
 from condense.judge.label_source import find_label_teacher
 from condense.judge.protocol import OWN, Protocol, get_protocol
-from condense.judge.records import RECORD_SCHEMA, describe_set, environment, used_plugins, valid_cost
+from condense.judge.records import RECORD_SCHEMA, describe_set, environment, valid_cost
 from condense.judge.scoring import compute_scores, cross_architecture, summary, time_to_accuracy
 from condense.judge.students import Evaluator
 from condense.judge.transfer import (
@@ -32,6 +32,7 @@ from condense.judge.transfer import (
     transfer_tasks,
 )
 from condense.networks import calibrate
+from condense.plugins import missing_plugins, plugin_versions
 from condense.ranks import Ranks
 from condense.sets import DistilledSet, check_set
 from condense.training import Student, train
@@ -201,6 +202,7 @@ def _record(
     """Creates the record."""
     manifest, kind, data, rules = distilled.manifest, distilled.labels.kind, evaluator.task, evaluator.protocol
     cost, own = valid_cost(manifest.get("cost")), manifest["network"]
+    plugins = plugin_versions(entry["network"] for entry in results)
     return {
         "schema": RECORD_SCHEMA,
         "set": describe_set(distilled),
@@ -220,7 +222,7 @@ def _record(
         "cost": cost,
         "environment": environment(evaluator.device, evaluator.precision),
         "command": line,
-        **used_plugins(distilled, [entry["network"] for entry in results]),
+        **({"plugins": plugins} if plugins else {}),
     }
 
 
@@ -342,10 +344,9 @@ def check_data(
         try:
             networks.check_network(network)
         except CondenseError as fault:
-            made_with = ", ".join(map(str, distilled.manifest.get("plugins") or ()))
-            if network != distilled.manifest["network"] or not made_with:
+            if network != distilled.manifest["network"]:
                 raise
-            raise CondenseError(f"{fault}; the set was made with {made_with}: name it by --plugin") from fault
+            raise CondenseError(f"{fault}{missing_plugins(distilled.manifest)}") from fault
         if isinstance(network, str):
             networks.check_network_memory(network, task.shape, task.num_classes)
         with rng.seeded("check"):

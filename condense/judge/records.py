@@ -9,7 +9,7 @@ import json
 import math
 import platform
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,6 @@ from condense.judge.scoring import (
     summary,
     time_to_accuracy,
 )
-from condense.plugins import plugin_versions
 from condense.sets import DistilledSet
 from condense.version import __version__
 
@@ -59,6 +58,8 @@ def valid_cost(cost: Any) -> dict[str, Any]:
 def describe_set(distilled: DistilledSet) -> dict[str, Any]:
     """The set, for the record. Unknown parts of its manifest, which is untrusted, are omitted."""
     manifest, nbytes = distilled.manifest, distilled.nbytes()
+    made = manifest.get("plugins")
+    plugins = {str(key): str(value)[:100] for key, value in made.items()} if isinstance(made, dict) else {}
     command, seed = manifest.get("command"), manifest.get("seed")
     return {
         "name": distilled.name,
@@ -73,15 +74,8 @@ def describe_set(distilled: DistilledSet) -> dict[str, Any]:
         "bytes": {**nbytes, "stored": nbytes["total"] - nbytes["external"]},
         "labelling": {"exactness": distilled.labels.exactness, "step_cost": distilled.labels.step_cost},
         "command": command if isinstance(command, str) and len(command) <= MAX_TEXT_LENGTH else None,
+        **({"plugins": plugins} if plugins else {}),
     }
-
-
-def used_plugins(distilled: DistilledSet, architectures: Iterable[str]) -> dict[str, Any]:
-    """The plug-ins that made the set and define the networks, for the record: SHA-256 or version by name."""
-    made = distilled.manifest.get("plugins")
-    of_set = {str(key): str(value) for key, value in made.items()} if isinstance(made, dict) else {}
-    plugins = of_set | plugin_versions(architectures)
-    return {"plugins": plugins} if plugins else {}
 
 
 def environment(device: torch.device, precision: str) -> dict[str, Any]:
