@@ -208,9 +208,7 @@ def distill(
     out = None if out is None else as_path(out, "--out")
     directory = None if run_dir is None else as_path(run_dir, "--run-dir")
     jobs.check_request(method, settings, minutes=minutes, track=track, tag=tag, **checked)
-    settings, network, taken = jobs.fill_from_files(entry, settings, network)
-    if taken and not quiet and is_main_process():
-        print(f"condense: {taken}", file=sys.stderr)
+    settings, network = _fill_from_files(entry, settings, network, quiet)
     config = jobs.resolve_settings(entry, settings, ipc)
     real = _of_kind(entry, data if isinstance(data, GraphTask | Task) else task(data))
     if entry.labels != "features":
@@ -237,6 +235,14 @@ def distill(
     if not continues:
         jobs.check_outputs(real, ipc, out, directory, force=force)
     return jobs.run_job(job, entry, config, real, network or entry.network, directory, quiet=quiet, resume=continues)
+
+
+def _fill_from_files(entry: Method, settings: dict[str, Any], network: Any, quiet: bool) -> tuple[dict[str, Any], Any]:
+    """The settings and the network, completed from the files among the settings, with a line on what was taken."""
+    settings, network, taken = jobs.fill_from_files(entry, settings, network)
+    if taken and not quiet and is_main_process():
+        print(f"condense: {taken}", file=sys.stderr)
+    return settings, network
 
 
 def _of_kind(entry: Method, real: Task | GraphTask) -> Any:
@@ -275,9 +281,7 @@ def distill_or_resume(
     checked: dict[str, Any] = {"device": device, "precision": precision, "track": "none"}
     jobs.check_request(method, settings, network=network, protocol=protocol, **checked)
     entry = METHODS.get(method)
-    settings, network, taken = jobs.fill_from_files(entry, settings, network)
-    if taken and not quiet and is_main_process():
-        print(f"condense: {taken}", file=sys.stderr)
+    settings, network = _fill_from_files(entry, settings, network, quiet)
     fields: dict[str, Any] = {"minutes": None, "tag": None, "track": "none", "protocol": protocol or entry.protocol}
     config = jobs.resolve_settings(entry, settings, ipc)
     job = jobs.resolve_job(entry, config, real, ipc, network, seed, device, precision, out=str(out.resolve()), **fields)

@@ -89,7 +89,7 @@ def load_recorded_plugins(recorded: Mapping[str, str], where: str) -> None:
         CondenseError: a file is missing or has changed, or its user never named it.
     """
     for path, digest in recorded.items():
-        if any(plugin.version == digest for plugin in _files.values()):
+        if _is_imported(digest):
             continue
         file = Path(path)
         content = file.read_bytes() if file.suffix == ".py" and file.is_file() else None
@@ -99,7 +99,7 @@ def load_recorded_plugins(recorded: Mapping[str, str], where: str) -> None:
             raise CondenseError(
                 f"{where}: its plug-in {path} has changed since the run began; give the earlier version by --plugin"
             )
-        if is_in_method_folder(path):
+        if _is_in_method_folder(path):
             continue
         if not _marker(digest).exists():
             raise CondenseError(f"{where}: uses a plug-in that was never given here; if you trust it: --plugin {path}")
@@ -107,26 +107,32 @@ def load_recorded_plugins(recorded: Mapping[str, str], where: str) -> None:
 
 
 def plugin_files(names: Iterable[str]) -> dict[str, str]:
-    """SHA-256 by path of the imported files that registered any of these methods, data sets or networks."""
-    return _registering(_files, names)
+    """SHA-256 by path of the files that registered any of these methods, data sets or networks.
+
+    They were named by the user, or lie in a folder of ``CONDENSE_METHODS``.
+    """
+    used = set(names)
+    return _registering(_files, used) | _method_modules(used)
 
 
-def method_modules(names: Iterable[str]) -> dict[str, str]:
-    """SHA-256 by path of the modules of those methods among the names that lie in folders of ``CONDENSE_METHODS``."""
+def named_files(paths: Iterable[str]) -> list[str]:
+    """Those files that ``--plugin`` names: not those in folders of ``CONDENSE_METHODS``."""
+    return [path for path in paths if not _is_in_method_folder(path)]
+
+
+def _method_modules(names: Iterable[str]) -> dict[str, str]:
     own = [METHODS.get(name).function.__module__ for name in names if name in METHODS]
     files = [str(getattr(sys.modules.get(module), "__file__", None) or "") for module in own]
-    inside = [file for file in files if file and is_in_method_folder(file)]
+    inside = [file for file in files if file and _is_in_method_folder(file)]
     return {file: hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in inside}
 
 
-def is_in_method_folder(path: str) -> bool:
-    """Whether a file lies in a folder of ``CONDENSE_METHODS``, so that no ``--plugin`` names it."""
+def _is_in_method_folder(path: str) -> bool:
     return any(Path(path).is_relative_to(folder) for folder in method_folders())
 
 
-def plugin_packages(names: Iterable[str]) -> dict[str, str]:
+def _plugin_packages(used: set[str]) -> dict[str, str]:
     """Version by name of the installed packages that registered any of these methods, data sets or networks."""
-    used = set(names)
     others = used - set(method_paths())
     methods = [point for point in package_modules(METHODS_GROUP) if point.name in others]
     of_methods = {point.dist.name: point.dist.version for point in methods if point.dist}
@@ -136,8 +142,8 @@ def plugin_packages(names: Iterable[str]) -> dict[str, str]:
 def plugin_versions(names: Iterable[str]) -> dict[str, str]:
     """For manifests and records: SHA-256 by file name, and version by package, of the plug-ins of these names."""
     used = set(names)
-    versions = plugin_packages(used)
-    for path, digest in (plugin_files(used) | method_modules(used)).items():
+    versions = _plugin_packages(used)
+    for path, digest in plugin_files(used).items():
         file = Path(path)
         versions[f"{file.parent.name}/{file.name}" if file.name in versions else file.name] = digest
     return versions
@@ -175,13 +181,17 @@ def _note(plugin: _Plugin, before: set[str]) -> None:
         set_code_version(name, plugin.version)
 
 
+def _is_imported(digest: str) -> bool:
+    return any(plugin.version == digest for plugin in _files.values())
+
+
 def _import(file: Path, content: bytes) -> str:
     """Executes the content of a file as a module, unless this process has done so; returns its SHA-256.
 
     The content is compiled here: Python's import could execute a cached ``__pycache__`` file instead.
     """
     digest = hashlib.sha256(content).hexdigest()
-    if any(plugin.version == digest for plugin in _files.values()):
+    if _is_imported(digest):
         return digest
     module = types.ModuleType(f"condense_plugin_{file.stem}_{digest[:12]}")
     module.__file__ = str(file)

@@ -295,10 +295,7 @@ def test_plugins_that_cannot_be(plugin, tmp_path):
 
 
 DATA = """
-import numpy as np
-
 from condense.data import DATASETS
-from condense.data.loaded import LoadedData, Split
 from condense.data.registered import RegisteredDataset, _read_digits
 
 DATASETS.add("toydata", RegisteredDataset("toydata", "Digits by another name.", _read_digits, (1, 8, 8), 10))
@@ -357,14 +354,19 @@ def test_recipes_may_say_how_many_images(folder):
     assert listed.returncode == 0 and "digits, 10 images" in listed.stdout, listed.stderr
 
 
-def test_an_installed_package_offers_a_method(tmp_path, monkeypatch):
-    """By an entry point, which is read from the package's metadata without an import."""
-    info = tmp_path / "toy-1.0.dist-info"
+def install_package(folder, monkeypatch, entry_points, code):
+    """Makes a package ``toy`` of version 1.0, with a module ``toy_package``, that Python finds."""
+    info = folder / "toy-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: toy\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[condense.methods]\npixel-means = toy_package\n")
-    (tmp_path / "toy_package.py").write_text(MODULE)
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{tmp_path}")
+    (info / "entry_points.txt").write_text(entry_points)
+    (folder / "toy_package.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{folder}")
+
+
+def test_an_installed_package_offers_a_method(tmp_path, monkeypatch):
+    """By an entry point, which is read from the package's metadata without an import."""
+    install_package(tmp_path, monkeypatch, "[condense.methods]\npixel-means = toy_package\n", MODULE)
     shown = condense_command("show", "pixel-means", cwd=tmp_path)
     assert shown.returncode == 0 and "Matches the mean pixels of each class." in shown.stdout, shown.stderr
     monkeypatch.setenv("CONDENSE_CACHE", str(tmp_path / "cache"))
@@ -380,13 +382,8 @@ def test_an_installed_package_offers_a_method(tmp_path, monkeypatch):
 
 def test_an_installed_package_offers_a_network(tmp_path, monkeypatch):
     """Its module is imported by every command; a broken one is reported and the command goes on."""
-    info = tmp_path / "toy-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: toy\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[condense.plugins]\ntoy = toy_package\nsecond = toy_second\n")
-    (tmp_path / "toy_package.py").write_text(PLUGIN)
+    install_package(tmp_path, monkeypatch, "[condense.plugins]\ntoy = toy_package\nsecond = toy_second\n", PLUGIN)
     (tmp_path / "toy_second.py").write_text(PLUGIN.replace("small-mlp", "second-mlp").replace("pixel-means", "second"))
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{tmp_path}")
     names = condense_command("ls", "networks", cwd=tmp_path).stdout.split()
     assert {"small-mlp", "second-mlp"} <= set(names)
     (tmp_path / "toy_package.py").write_text("1 / 0")

@@ -280,9 +280,8 @@ document.addEventListener("DOMContentLoaded", () => {
 
   function methods(a, b, names) {
     // Never chosen by accuracy, which would favour the method with more sets.
-    const order = (row) => [facts.get(row).name.length, facts.get(row).csv.seed ?? 0, facts.get(row).csv.set];
-    const before = (x, y) => order(x).map((value, i) => (value < order(y)[i] ? -1 : value > order(y)[i] ? 1 : 0)).find(Boolean) < 0;
-    const first = (rows) => rows.reduce((x, y) => (before(y, x) ? y : x));
+    const apartBy = (x, y) => x.name.length - y.name.length || (x.csv.seed ?? 0) - (y.csv.seed ?? 0) || (x.csv.set > y.csv.set) - (x.csv.set < y.csv.set);
+    const first = (rows) => [...rows].sort((x, y) => apartBy(facts.get(x), facts.get(y)))[0];
     const cells = [...new Set(a.map((row) => row.dataset.cell))].filter((cell) => b.some((row) => row.dataset.cell === cell));
     if (cells.length === 0)
       return [element("p", "No cell has both: same data, protocol, images per class and network.", { class: "none" })];

@@ -24,6 +24,7 @@ from condense.formatting import size
 from condense.tracking import is_main_process
 
 if TYPE_CHECKING:
+    from condense.data import Task
     from condense.sets import DistilledSet
 
 
@@ -56,16 +57,13 @@ def lighten(
     force: Force = False,
 ) -> None:
     """Gives a set labels of another, mostly lighter kind. Run it again to resume after a stop."""
-    from condense import api, config
+    from condense import config
     from condense.files import check_writable
-    from condense.judge import evaluation
     from condense.lighten import kinds, lightening
 
     check_writable(out, force=force)
     keys: dict[str, Any] = config.parse_overrides(settings or [])
-    distilled = load_set(file)
-    real = api.image_task(data, download=download, **evaluation.data_options(distilled)) if data is not None else None
-    distilled = distilled if real is None else distilled.with_data(real)
+    distilled, real = _load(file, data, download)
     light = lightening.lighten(
         distilled, labels, real, teachers=teachers, device=device, quiet=False, beside=out, **keys
     )
@@ -74,6 +72,18 @@ def lighten(
         path.unlink(missing_ok=True)
     _report(distilled.name, light)
     print(f"  set:  {out}\n  next: {evaluate_command(out, data, light.manifest['network'], real and real.source)}")
+
+
+def _load(file: str, data: str | None, download: bool) -> tuple[DistilledSet, Task | None]:
+    """A set and, where ``data`` are given, its real data, which bring the images of a set of indices."""
+    from condense import api
+    from condense.judge import evaluation
+
+    distilled = load_set(file)
+    if data is None:
+        return distilled, None
+    real = api.image_task(data, download=download, **evaluation.data_options(distilled))
+    return distilled.with_data(real), real
 
 
 def _report(name: str, light: DistilledSet) -> None:
@@ -121,9 +131,7 @@ def labels_(
     force: Force = False,
 ) -> None:
     """Compares kinds of labels of a set by bytes and accuracy."""
-    from condense import api
     from condense.files import check_writable
-    from condense.judge import evaluation
     from condense.lighten import comparison
 
     if plot is not None:
@@ -131,9 +139,8 @@ def labels_(
             raise CondenseError(f"--plot {plot}: draws accuracies; give --data")
         comparison.check_plot(plot)
         check_writable(plot, force=force)
-    chosen, distilled = comparison.parse_kinds(kinds or ""), load_set(file)
-    real = api.image_task(data, download=download, **evaluation.data_options(distilled)) if data is not None else None
-    distilled = distilled if real is None else distilled.with_data(real)
+    chosen = comparison.parse_kinds(kinds or "")
+    distilled, real = _load(file, data, download)
     points = comparison.compare_label_kinds(
         distilled,
         chosen,

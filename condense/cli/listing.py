@@ -122,12 +122,9 @@ def _describe_recipe(recipe: dict[str, Any]) -> str:
     """The cell of a recipe, its steps, and the published accuracy of the cell."""
     from condense.benchmarks import facts
 
-    published, count = [], f"{recipe.get('images')} images"
-    if "ipc" in recipe:
-        published, count = (
-            facts.published(recipe["method"], recipe["data"], int(recipe["ipc"])),
-            f"{recipe['ipc']} per class",
-        )
+    has_ipc = "ipc" in recipe
+    count = f"{recipe['ipc']} per class" if has_ipc else f"{recipe['images']} images"
+    published = facts.published(recipe["method"], recipe["data"], int(recipe["ipc"])) if has_ipc else []
     steps = f", {recipe['steps']:,} steps" if isinstance(recipe.get("steps"), int) else ""
     accuracy = f", published {facts.accuracy(published[0]['mean'], published[0]['std'])} %" if published else ""
     return f"{recipe['data']}, {count}{steps}{accuracy}"
@@ -284,16 +281,16 @@ def _evaluate_command(distilled: DistilledSet, name: str) -> str:
 
     data, network = distilled.manifest["dataset"], distilled.manifest["network"]
     is_registered = f" --data {data} " in str(distilled.manifest.get("command"))
-    words = shlex.split(evaluate_command(name, data if is_registered else f"{data}=PATH", network, data))
+    made_with: list[str] = []
     try:
         networks.check_network(network)
         is_known = data in DATASETS or not is_registered
     except CondenseError:
         is_known = False
     if not is_known:  # the data or the network are those of a plug-in, which the manifest names
-        made_with = map(str, distilled.manifest.get("plugins") or ())
-        words += [word for file in made_with if file.endswith(".py") for word in ("--plugin", file)]
-    return shlex.join(words)
+        made_with = [file for file in map(str, distilled.manifest.get("plugins") or ()) if file.endswith(".py")]
+    more = [word for file in made_with for word in ("--plugin", file)]
+    return evaluate_command(name, data if is_registered else f"{data}=PATH", network, data, more=more)
 
 
 def _show_recipe(name: str, as_json: bool) -> None:

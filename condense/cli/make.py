@@ -146,8 +146,8 @@ def _report(distilled: DistilledSet, out: Path, run_dir: Path, data: str, source
         command = f"condense resume {shlex.quote(str(run_dir))}"
         print(f"  stopped by --minutes; go on to the end: {command}, for M minutes: {command} --minutes M")
     print(f"  set:  {out}\n  run:  {run_dir} (config, log, previews)")
-    evaluation = evaluate_command(out, data, manifest["network"], source)
-    print(f"  next: {evaluation}" + " --transfer DATA" * (len(distilled.classes) < 2))
+    transfer = ["--transfer", "DATA"] * (len(distilled.classes) < 2)
+    print(f"  next: {evaluate_command(out, data, manifest['network'], source, more=transfer)}")
     words = ["condense", "preview", str(out), "--out", str(out.with_suffix(".png"))]
     words += ["--data", data] if distilled.indices is not None else []
     print(f"        {shlex.join(words)}")

@@ -6,7 +6,7 @@ import difflib
 import math
 import os
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -173,16 +173,19 @@ def load_set_and_data(
 
 def plugin_options(*names: Any) -> list[str]:
     """``--plugin FILE.py`` for each plug-in that registered any of these methods, data sets or networks."""
-    from condense.plugins import plugin_files
+    from condense.plugins import named_files, plugin_files
 
-    files = (os.path.relpath(path) if Path(path).is_relative_to(Path.cwd()) else path for path in plugin_files(names))
+    paths = named_files(plugin_files(names))
+    files = (os.path.relpath(path) if Path(path).is_relative_to(Path.cwd()) else path for path in paths)
     return [word for file in files for word in ("--plugin", file)]
 
 
-def evaluate_command(file: str | Path, data: str | None, *names: Any) -> str:
-    """The command that evaluates a set, with the plug-ins that registered any of these names; DATA without ``data``."""
-    words = ["condense", "evaluate", str(file), "--data", data or "DATA", *plugin_options(*names)]
-    return shlex.join(words)
+def evaluate_command(file: str | Path, data: str | None, *names: Any, more: Sequence[str] = ()) -> str:
+    """The command that evaluates a set, with the plug-ins that registered any of these names, and ``more`` words.
+
+    Without ``data``, DATA stands for it.
+    """
+    return shlex.join(["condense", "evaluate", str(file), "--data", data or "DATA", *plugin_options(*names), *more])
 
 
 IndexedData = Annotated[

@@ -27,7 +27,7 @@ from condense.errors import CondenseError
 from condense.files import write_json
 from condense.hdf5 import schema_mistake
 from condense.networks import pretrained
-from condense.plugins import method_modules, plugin_files
+from condense.plugins import plugin_files
 from condense.pretraining import PLAN_FILE
 from condense.registry import Method
 from condense.sets import DistilledSet
@@ -182,7 +182,7 @@ def resolve_job(
     """Resolves the arguments of ``condense.distill`` to a :class:`Job`; ``fields`` are copied to it."""
     used = network or entry.network
     compute = networks.calibrate(precision, pick_device(device), used, real.shape, real.num_classes)
-    names = names_used(entry, config, used, real)
+    settings = dataclasses.asdict(config)
     return Job(
         method=entry.name,
         data={"source": real.source, "name": real.name, "options": real.options.to_dict()},
@@ -193,17 +193,19 @@ def resolve_job(
         device=device,
         precision=compute.precision,
         compute=compute.to_dict(),
-        settings=dataclasses.asdict(config),
+        settings=settings,
         architecture=architecture_digest(network, real),
-        plugins=plugin_files(names) | method_modules(names),
+        plugins=plugin_files(names_used(entry.name, settings, used, real)),
         **fields,
     )
 
 
-def names_used(entry: Method, config: Any, network: str | Callable[..., nn.Module], real: Task) -> list[str]:
+def names_used(
+    method: str, settings: Mapping[str, Any], network: str | Callable[..., nn.Module], real: Task
+) -> list[str]:
     """Names of the method, the data and the networks of a run, any of which a plug-in may define."""
-    committee = [name for name in getattr(config, "committee", "").split(",") if name]
-    return [entry.name, networks.network_name(network), real.source or real.name, *committee]
+    committee = [name for name in settings.get("committee", "").split(",") if name]
+    return [method, networks.network_name(network), real.source or real.name, *committee]
 
 
 def architecture_digest(network: str | Callable[..., nn.Module] | None, real: Task) -> str:

@@ -16,7 +16,7 @@ from condense.engine import Run
 from condense.jobs.given_files import fill_from_files
 from condense.jobs.job import Job, names_used, resolve_job, resolve_settings
 from condense.networks import pretrained
-from condense.plugins import is_in_method_folder, plugin_versions
+from condense.plugins import named_files, plugin_versions
 from condense.registry import METHODS, Method
 from condense.sets import DistilledSet, SyntheticSet
 from condense.version import __version__
@@ -40,14 +40,16 @@ def expected_manifest(
     fields = {"minutes": None, "out": None, "tag": None, "protocol": protocol or entry.protocol, "track": "none"}
     config = resolve_settings(entry, settings, ipc)
     job = resolve_job(entry, config, real, ipc, own_network, seed, device, precision, **fields)
-    plugins = plugin_versions(names_used(entry, config, job.network, real))
-    return {"command": _command(job, entry, real, None), "network": job.network, "plugins": plugins}
+    return {"command": _command(job, entry, real, None), "network": job.network, "plugins": _plugins(job, real)}
+
+
+def _plugins(job: Job, real: Task) -> dict[str, str]:
+    return plugin_versions(names_used(job.method, job.settings, job.network, real))
 
 
 def _command(job: Job, entry: Method, real: Task, minutes: float | None) -> str:
     """The command line that makes this set. Defaults are omitted; paths of the user's files become PATH."""
-    given = [path for path in job.plugins if not is_in_method_folder(path)]
-    words = ["condense", "distill", job.method, *["--plugin", "PATH"] * len(given)]
+    words = ["condense", "distill", job.method, *["--plugin", "PATH"] * len(named_files(job.plugins))]
     words += ["--data", commands.data_argument(real), "--ipc", str(job.ipc)]
     words += ["--network", job.network] * (job.network != entry.network)
     words += ["--seed", str(job.seed)] * (job.seed != 0) + ["--precision", job.precision]
@@ -84,7 +86,7 @@ def to_distilled(job: Job, entry: Method, real: Task, run: Run, synthetic: Synth
     # Experts and teachers in a file of the user do not count towards the time limit, but they are part of the cost.
     kinds = ("trajectories", "teachers", "scores", "patches")
     pretraining = {name: facts for name, facts in run.notes.items() if name in kinds and facts}
-    plugins = plugin_versions(names_used(entry, resolve_settings(entry, job.settings), job.network, real))
+    plugins = _plugins(job, real)
     seconds = preparation.get("seconds", sum(facts.get("seconds", 0.0) for facts in pretraining.values()))
     manifest = {
         "name": _set_name(job, real),

@@ -285,10 +285,7 @@ class TransferJudge:
         """File of a score; its name is a digest of everything that affects it. None: not to be cached."""
         if not self.cache or not isinstance(architecture, str):
             return None
-        rules = (
-            arm.rules
-            and arm.rules.recipe(0, mirror=self.tasks[0].mirror, transform=self.tasks[0].transform).cache_key()
-        )
+        rules = arm.rules and arm.rules.recipe(0, mirror=self.tasks[0].mirror).cache_key()
         training = arm.training and (arm.training.steps, arm.training.rates[0])
         parts = [
             TRANSFER_SCHEMA,
