@@ -33,7 +33,7 @@ from condense.files import check_name
 from condense.formatting import aligned, percent, shorten
 from condense.jobs import checks as checks_module
 from condense.jobs import expected_manifest
-from condense.judge import MAX_RUNS, OWN, evaluation, get_protocol, main_entries, means_by_arm, records, summary
+from condense.judge import MAX_RUNS, OWN, evaluation, get_protocol, is_augmented, means_by_arm, records, summary
 from condense.judge import arms as arms_module
 from condense.plugins import plugin_versions
 from condense.ranks import Ranks
@@ -42,6 +42,9 @@ from condense.sets import DistilledSet, save_grid
 from condense.tracking import is_main_process
 
 RECORDS, SETS, RUNS, PAGE = "records", "sets", "runs", "page"
+
+ALL = "all"
+"""Among the cells of a method: settings of every cell."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +64,13 @@ class Suite:
     protocol: str = ""
     """What every set is judged under; sets of ``cells`` under the protocol of their recipe."""
     tasks: dict[str, Any] = field(default_factory=dict)
-    """Data by name: ``ipc``, a list of images per class, ``network`` that methods match with, ``controls`` (arms)."""
+    """Data by name: ``ipc``, a list of images per class, ``network`` that methods match with, ``controls`` (arms), and
+    ``options`` of the data, e.g. resize."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Settings of each method of ``methods`` that has them."""
     methods: dict[str, Any] = field(default_factory=dict)
-    """Method, with settings by ``DATA-ipcN``, null where a cell is left out; by default those in the methods' own YAML
-    files."""
+    """Method, with settings by ``DATA-ipcN``, null where a cell is left out, and ``all`` for those of every cell; by
+    default those in the methods' own YAML files."""
     cells: dict[str, Any] = field(default_factory=dict)
     """Instead of tasks and methods: cells by name, each a ``recipe`` with settings that differ from it, and with
     ``controls`` where they differ from the suite's. Once read, each is a :class:`Cell` with seed 0."""
@@ -134,6 +140,7 @@ class _Data:
     network: str
     ipc: list[int]
     controls: list[str]
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 def _read_suite(path: Path, where: str) -> Suite:
@@ -161,20 +168,31 @@ def _read_suite(path: Path, where: str) -> Suite:
         checks.append(functools.partial(_check_numbers, f"{where}: {data}: ipc", task.ipc, MAX_INTEGER))
         checks += [functools.partial(arms_module.check_control, name) for name in task.controls]
         suite.tasks[data] = task
-        cell_networks |= {f"{data}-ipc{ipc}": task.network for ipc in task.ipc}
+        checks.append(functools.partial(_check_options, task.options, f"{where}: {data}: options"))
+        cell_networks |= {f"{data}-ipc{ipc}": task.network for ipc in task.ipc} | {ALL: task.network}
     if not as_mapping(suite.methods, f"{where}: methods"):
         suite.methods.update(suite_cells(suite.name))
     if not suite.methods:
         raise CondenseError(f"{where}: lacks methods, and no method's own file has cells for a suite '{suite.name}'")
     for method, cells in suite.methods.items():
         checks.append(functools.partial(checks_module.check_request, method, {}))
-        suite.methods[method] = as_mapping(cells, f"{where}: {method}")
+        suite.methods[method] = _with_settings(suite, method, as_mapping(cells, f"{where}: {method}"), where)
         for name, values in suite.methods[method].items():
             checks.append(
                 functools.partial(_check_cell, method, name, values, cell_networks, f"{where}: {method}, {name}")
             )
     checks_module.run_checks(*checks)
+    unused = set(suite.settings) - {name for cells in suite.methods.values() for name in cells[ALL]}
+    if unused:
+        raise CondenseError(f"{where}: settings: {min(unused)}: no method of the suite has it")
     return suite
+
+
+def _with_settings(suite: Suite, method: str, method_cells: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The cells of a method, of which ``all`` has the suite's settings that the method has, and its own."""
+    own = as_mapping(method_cells.get(ALL, {}), f"{where}: {method}, {ALL}")
+    known = METHODS.get(method).config.__dataclass_fields__ if method in METHODS.names() else ()
+    return {**method_cells, ALL: {name: value for name, value in suite.settings.items() if name in known} | own}
 
 
 def _recipe_cell(suite: Suite, name: str, where: str) -> Cell:
@@ -220,6 +238,11 @@ def _check_protocol(name: str, where: str) -> None:
         raise CondenseError(
             f"{where}: protocol={name}: a suite compares accuracies on the data of the sets; use `evaluate`"
         )
+
+
+def _check_options(options: Mapping[str, Any], where: str) -> None:
+    """Options of data, checked as those of a command."""
+    build_config(DataOptions, dict(options), where)
 
 
 def _check_numbers(where: str, values: Sequence[int], maximum: int, *, minimum: int = 1) -> None:
@@ -272,7 +295,8 @@ def cells(suite: Suite, methods: Sequence[str] = (), datasets: Sequence[str] = (
             seed,
             suite.protocol,
             tuple(task.controls),
-            suite.methods[method].get(f"{data}-ipc{ipc}") or {},
+            suite.methods[method][ALL] | (suite.methods[method].get(f"{data}-ipc{ipc}") or {}),
+            task.options,
         )
         for data, task in suite.tasks.items()
         if not datasets or data in datasets
@@ -303,18 +327,26 @@ def table(paths: Sequence[Path]) -> str:
     for path in paths:
         record = records.read_record(path)
         described, cell = record["set"], re.sub(r"-seed\d+$", "", path.stem)
-        for entry in main_entries(record):
-            key = described["dataset"], described["ipc"], cell, entry["network"], record["protocol"]["name"]
-            groups.setdefault(key, []).append(entry["accuracies"])
+        augments = is_augmented(record["results"])
+        for entry in record["results"]:
+            if entry["arm"] == "distilled" and entry["augment"] == augments:
+                labels = "hard" if is_hard(record, entry) else described["label_kind"]
+                key = described["dataset"], described["ipc"], cell, labels, entry["network"], record["protocol"]["name"]
+                groups.setdefault(key, []).append(entry["accuracies"])
     rows = []
-    for (data, ipc, cell, network, protocol), sets in groups.items():
+    for (data, ipc, cell, labels, network, protocol), sets in groups.items():
         students, of_sets = summary(list(itertools.chain(*sets))), summary([statistics.fmean(one) for one in sets])
         std = "" if of_sets["std"] is None else f"{100 * of_sets['std']:.1f}"
         counts = str(len(sets)), str(sum(map(len, sets)))
         accuracy = percent(students["mean"], students["std"])
-        rows.append((data, ipc, -students["mean"], [cell, network, protocol, *counts, accuracy, std]))
-    head = ["cell", "network", "protocol", "sets", "students", "accuracy, % (± std)", "std of sets"]
+        rows.append((data, ipc, -students["mean"], [cell, labels, network, protocol, *counts, accuracy, std]))
+    head = ["cell", "labels", "network", "protocol", "sets", "students", "accuracy, % (± std)", "std of sets"]
     return aligned([head, *(cells for *_, cells in sorted(rows))], ruled=True)
+
+
+def is_hard(record: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
+    """Whether students of an entry of a record's ``results`` were trained on classes only."""
+    return entry["labels"] == "hard" or bool(record["set"]["label_kind"] == "hard")
 
 
 def datasets_of(suite: Suite) -> list[str]:
@@ -404,6 +436,8 @@ def _is_current(path: Path, suite: Suite, cell: Cell, real: Task, device: str, p
     expected = expected_manifest(**_cell_arguments(cell, real), device=device, precision=precision)
     networks_wanted = {expected["network"] if name == OWN else name for name in suite.networks}
     arms = {entry["arm"] for entry in [*record["results"], *record["missing"]]}
+    if any(entry["arm"] == "distilled" and is_hard(record, entry) for entry in record["results"]):
+        arms.add("distilled-hard")
     return (
         # The order of key=value settings in a command follows the fields of the config, which may be reordered.
         sorted(shlex.split(str(record["set"]["command"]))) == sorted(shlex.split(expected["command"]))

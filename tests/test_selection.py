@@ -381,7 +381,7 @@ def test_a_selection_stores_different_real_images(name, tiny):
 
 def short(name):
     config = METHODS.get(name).config
-    if issubclass(config, settings.ScoredBudget):
+    if issubclass(config, settings.ScoredOptions):
         return {"score_epochs": 3, "score_batch": 8}
     return {"teacher_epochs": 1, "teacher_batch": 8} if name not in ("random", "rs2") else {}
 
@@ -401,7 +401,7 @@ def test_selections_by_pixels_are_those_of_the_functions(tiny):
 
 
 def test_features_are_those_of_the_teacher(tiny):
-    config, run = settings.MatchingOptions(teacher_epochs=1, teacher_batch=8), run_of(tiny)
+    config, run = settings.SelectionOptions(teacher_epochs=1, teacher_batch=8), run_of(tiny)
     found = settings.last_layer_gradients(config, run)
     assert run.notes["teachers"]["networks"] == [NETWORK]
     embedding = settings.EmbeddingOptions(teacher_epochs=1, teacher_batch=8)
@@ -614,7 +614,7 @@ def test_kdprune_labels_what_it_selects(tiny, tmp_path, three_steps):
     options = {"teacher_epochs": 2, "teacher_batch": 8, "alpha": 0.5, "protocol": "quick-soft-v1"}
     made = condense.distill("kdprune", tiny, 2, network=NETWORK, precision="fp32", **options)
     run = run_of(tiny)
-    config = settings.MatchingOptions(teacher_epochs=2, teacher_batch=8, teacher_lr=0.1)
+    config = settings.SelectionOptions(teacher_epochs=2, teacher_batch=8, teacher_lr=0.1)
     found = settings.last_layer_gradients(config, run)
     ids = torch.tensor(ids_of(made, tiny))
     onehot = torch.nn.functional.one_hot(torch.as_tensor(tiny.train.labels), 3)

@@ -25,7 +25,7 @@ from condense.training import FixedSource, ResampledSource, Source, TaskSource
 
 NetworkFactory = Callable[..., nn.Module]
 
-CONTROLS = ("random", "random-hard", "random-bytes", "noise", "full", "full-equal", "rs2")
+CONTROLS = ("random", "random-hard", "random-bytes", "distilled-hard", "noise", "full", "full-equal", "rs2")
 
 
 @dataclass(frozen=True)
@@ -87,11 +87,15 @@ def make_arms(
         The arms, those of the set first, and the unavailable arms with the reason.
     """
     controls, kind = list(controls), distilled.labels.kind
-    arms, missing = _distilled_arms(distilled, task, protocol, seed, device, with_hard="full" in controls)
+    arms, missing = _distilled_arms(
+        distilled, task, protocol, seed, device, with_hard=bool({"full", "distilled-hard"} & set(controls))
+    )
     track = arms[0].labels
     is_soft = track == "own" and not distilled.labels.is_hard
     teacher = distilled.labels.relabelling_teacher(teacher)
     for control in controls:
+        if control == "distilled-hard":
+            continue  # among the arms of the set
         if control == "random" and is_soft and teacher is None:
             why = f"no teacher that gives random images {kind} labels" + (f" ({reason})" if reason else "")
             missing.append({"arm": control, "why": why})
@@ -121,7 +125,7 @@ def _distilled_arms(
 ) -> tuple[list[Arm], list[dict[str, str]]]:
     """The set with its own labels on the soft track, with the classes of its images on the hard track.
 
-    HLR compares hard labels with hard labels, so ``with_hard`` adds the latter on the soft track.
+    ``with_hard`` adds the latter on the soft track; HLR compares hard labels with hard labels.
     """
     if distilled.resampling:
         size = distilled.resampling.size(len(task.train))

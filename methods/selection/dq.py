@@ -15,7 +15,13 @@ from condense.data import Task, to_unit_range
 from condense.engine import Run
 from condense.errors import CondenseError
 from condense.methods.selection.patches import fill_with_mean, grad_cam, least_important, train_decoder
-from condense.methods.selection.settings import GradientOptions, select_images, similarities, teacher_network
+from condense.methods.selection.settings import (
+    GradientOptions,
+    add_labels,
+    choose_images,
+    similarities,
+    teacher_network,
+)
 from condense.registry import method
 from condense.selection import Kernel
 from condense.sets import SyntheticSet
@@ -45,6 +51,10 @@ class DQ(GradientOptions):
         require_one_of(self, rebuild=("decoder", "mean"))
         counts = dict.fromkeys(("bins", "patch", "decoder_steps"), (1, math.inf))
         require_range(self, **counts, drop=(0, 0.95))
+        if self.drop and self.store == "indices":
+            raise CondenseError(
+                "store=indices: the real data lack the patches that drop rebuilds; leave out one of them"
+            )
 
 
 def split_into_bins(kernel: Callable[[Tensor], Kernel], ids: Tensor, bins: int) -> list[Tensor]:
@@ -117,7 +127,7 @@ def dq(task: Task, config: DQ, run: Run) -> SyntheticSet:
         shares = selection.even_shares(count, [len(rows) for rows in bins])
         return torch.cat([rows[draws.sample(len(rows), share)] for rows, share in zip(bins, shares)])
 
-    synthetic = select_images(config, run, choose)
+    synthetic = choose_images(config, run, choose)
     if config.drop:
         rebuild_patches(synthetic, config, run)
-    return synthetic
+    return add_labels(synthetic, config, run)

@@ -9,7 +9,7 @@ from condense import selection
 from condense.config import require_range
 from condense.data import Task
 from condense.engine import Run
-from condense.methods.selection.settings import MatchingOptions, last_layer_gradients, select_images
+from condense.methods.selection.settings import SelectionOptions, last_layer_gradients, select_images
 from condense.registry import method
 from condense.selection import GradientDistanceKernel
 from condense.sets import SyntheticSet
@@ -17,13 +17,13 @@ from condense.sets import SyntheticSet
 
 @method(
     "craig",
-    config=MatchingOptions,
+    config=SelectionOptions,
     paper="Coresets for Data-efficient Training of Machine Learning Models",
     year=2020,
     order=0,
     pretrains="teachers",
 )
-def craig(task: Task, config: MatchingOptions, run: Run) -> SyntheticSet:
+def craig(task: Task, config: SelectionOptions, run: Run) -> SyntheticSet:
     """Selects real images one by one so that each image of a class has one with a near gradient among those selected.
 
     When to use: as a coreset with a bound on the error of the gradient. Cost: a short training of one network, one
@@ -43,7 +43,7 @@ def craig(task: Task, config: MatchingOptions, run: Run) -> SyntheticSet:
 
 
 @dataclass(frozen=True)
-class GradMatch(MatchingOptions):
+class GradMatch(SelectionOptions):
     """Hyper-parameters of GRAD-MATCH."""
 
     ridge: float = 1.0

@@ -13,7 +13,8 @@ from condense import rng, selection
 from condense.config import require_one_of, require_range
 from condense.data import ORDERS, Task
 from condense.engine import Run
-from condense.labels import SoftLabels, compute_logits
+from condense.labels import SoftLabels
+from condense.methods.selection.settings import Storage, teacher_logits
 from condense.pretraining import ScoreOptions, TeacherOptions, get_committee, load_or_train_scores
 from condense.registry import method
 from condense.sets import SyntheticSet
@@ -23,7 +24,7 @@ LEAST_SHARE = 0.05
 
 
 @dataclass(frozen=True)
-class KDPrune(ScoreOptions, TeacherOptions):
+class KDPrune(ScoreOptions, TeacherOptions, Storage):
     """Hyper-parameters of knowledge distillation in data pruning."""
 
     choose: str = "random"
@@ -34,6 +35,7 @@ class KDPrune(ScoreOptions, TeacherOptions):
     """Weight of the teacher in the loss, 0 to 1; by default 1 up to 5 % of the data, falling to 1/2 for all of it."""
 
     def __post_init__(self) -> None:
+        self.check_storage()
         self.check_scores()
         self.check_teachers()
         require_one_of(self, choose=("random", *selection.COLUMNS), take=ORDERS)
@@ -84,10 +86,7 @@ def kdprune(task: Task, config: KDPrune, run: Run) -> SyntheticSet:
 
         ids = selection.select_by_class(task.train.labels, task.num_classes, run.ipc, "class", choose)
     synthetic = SyntheticSet.select(task, ids)
-    with run.autocast():
-        logits = compute_logits(committee.ensemble(), run.task.batch(ids)).cpu()
     share = len(ids) / len(task.train)
     alpha = weight_of_teacher(share) if config.alpha is None else config.alpha
-    synthetic.labels = SoftLabels(mixed_logits(logits, synthetic.classes, alpha))
-    synthetic.label_source = {"teachers": committee.describe(), "weights": None}
+    synthetic.labels = SoftLabels(mixed_logits(teacher_logits(synthetic, committee, run), synthetic.classes, alpha))
     return synthetic

@@ -16,6 +16,7 @@ from condense.config import require_one_of, require_range
 from condense.data import Task
 from condense.engine import Run
 from condense.labels import SoftLabels, compute_logits
+from condense.methods.selection.settings import Storage, teacher_logits
 from condense.pretraining import TeacherOptions, get_committee, make_student
 from condense.registry import method
 from condense.sets import SyntheticSet
@@ -28,7 +29,7 @@ QUERIES = ("rad", "margin", "entropy", "random")
 
 
 @dataclass(frozen=True)
-class RAD(TeacherOptions):
+class RAD(TeacherOptions, Storage):
     """Hyper-parameters of robust active distillation."""
 
     query: str = "rad"
@@ -44,6 +45,7 @@ class RAD(TeacherOptions):
     """Images per step of the student."""
 
     def __post_init__(self) -> None:
+        self.check_storage()
         self.check_teachers()
         require_one_of(self, query=QUERIES)
         counts = dict.fromkeys(("rounds", "student_steps", "student_batch"), (1, math.inf))
@@ -134,7 +136,5 @@ def rad(task: Task, config: RAD, run: Run) -> SyntheticSet:
         chosen = torch.cat([chosen, new])
     chosen = chosen[torch.from_numpy(task.train.labels)[chosen].argsort(stable=True)]
     synthetic = SyntheticSet.select(task, chosen)
-    with run.autocast():
-        synthetic.labels = SoftLabels(compute_logits(teacher, run.task.batch(chosen)).cpu())
-    synthetic.label_source = {"teachers": committee.describe(), "weights": None}
+    synthetic.labels = SoftLabels(teacher_logits(synthetic, committee, run))
     return synthetic

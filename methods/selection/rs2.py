@@ -11,12 +11,13 @@ from condense.config import require_range
 from condense.data import Task
 from condense.engine import Run
 from condense.errors import CondenseError
+from condense.methods.selection.settings import Storage
 from condense.registry import method
 from condense.sets import Resampling, SyntheticSet
 
 
 @dataclass(frozen=True)
-class RS2:
+class RS2(Storage):
     """Hyper-parameters of repeated sampling."""
 
     fraction: float | None = None
@@ -24,6 +25,7 @@ class RS2:
     the file holds."""
 
     def __post_init__(self) -> None:
+        self.check_storage()
         require_range(self, fraction=(1e-9, 1))
 
 

@@ -11,13 +11,13 @@ from condense import rng, selection
 from condense.config import require_one_of, require_range
 from condense.data import Task
 from condense.engine import Run
-from condense.methods.selection.settings import ScoredBudget, select_images
+from condense.methods.selection.settings import ScoredOptions, select_images
 from condense.pretraining import load_or_train_scores
 from condense.registry import method
 from condense.sets import SyntheticSet
 
 
-def take_by_score(name: str, config: ScoredBudget, run: Run) -> SyntheticSet:
+def take_by_score(name: str, config: ScoredOptions, run: Run) -> SyntheticSet:
     """The set of the hardest, easiest or middle images by a column of the table of scores."""
     difficulty = load_or_train_scores(run, config).difficulty(name)
     return select_images(
@@ -30,7 +30,7 @@ def take_by_score(name: str, config: ScoredBudget, run: Run) -> SyntheticSet:
 
 
 @dataclass(frozen=True)
-class Uncertainty(ScoredBudget):
+class Uncertainty(ScoredOptions):
     """Hyper-parameters of selection by uncertainty."""
 
     score: str = "margin"
@@ -65,13 +65,13 @@ def uncertainty(task: Task, config: Uncertainty, run: Run) -> SyntheticSet:
 
 @method(
     "forgetting",
-    config=ScoredBudget,
+    config=ScoredOptions,
     paper="An Empirical Study of Example Forgetting during Deep Neural Network Learning",
     year=2019,
     order=0,
     pretrains="scores",
 )
-def forgetting(task: Task, config: ScoredBudget, run: Run) -> SyntheticSet:
+def forgetting(task: Task, config: ScoredOptions, run: Run) -> SyntheticSet:
     """Selects the real images that a network in training forgets most often.
 
     When to use: for more than a third of the data. Cost: the training of one network with a pass over the data in each
@@ -87,13 +87,13 @@ def forgetting(task: Task, config: ScoredBudget, run: Run) -> SyntheticSet:
 
 @method(
     "el2n",
-    config=ScoredBudget,
+    config=ScoredOptions,
     paper="Deep Learning on a Data Diet: Finding Important Examples Early in Training",
     year=2021,
     order=0,
     pretrains="scores",
 )
-def el2n(task: Task, config: ScoredBudget, run: Run) -> SyntheticSet:
+def el2n(task: Task, config: ScoredOptions, run: Run) -> SyntheticSet:
     """Selects the real images with the largest error of the predicted probabilities early in training.
 
     When to use: for more than a third of the data, with a short training; score_epochs need not exceed score_early.
@@ -107,13 +107,13 @@ def el2n(task: Task, config: ScoredBudget, run: Run) -> SyntheticSet:
 
 @method(
     "grand",
-    config=ScoredBudget,
+    config=ScoredOptions,
     paper="Deep Learning on a Data Diet: Finding Important Examples Early in Training",
     year=2021,
     order=0,
     pretrains="scores",
 )
-def grand(task: Task, config: ScoredBudget, run: Run) -> SyntheticSet:
+def grand(task: Task, config: ScoredOptions, run: Run) -> SyntheticSet:
     """Selects the real images with the largest gradients of the last layer early in training.
 
     When to use: as el2n, to compare. Cost: the training of one or more networks with a pass over the data in each
@@ -127,13 +127,13 @@ def grand(task: Task, config: ScoredBudget, run: Run) -> SyntheticSet:
 
 @method(
     "aum",
-    config=ScoredBudget,
+    config=ScoredOptions,
     paper="Identifying Mislabeled Data using the Area Under the Margin Ranking",
     year=2020,
     order=0,
     pretrains="scores",
 )
-def aum(task: Task, config: ScoredBudget, run: Run) -> SyntheticSet:
+def aum(task: Task, config: ScoredOptions, run: Run) -> SyntheticSet:
     """Selects the real images with the smallest margin of their class, averaged over the training.
 
     When to use: with take=easiest at few images per class, and to find wrong labels. Cost: the training of one network
@@ -145,7 +145,7 @@ def aum(task: Task, config: ScoredBudget, run: Run) -> SyntheticSet:
 
 
 @dataclass(frozen=True)
-class CCS(ScoredBudget):
+class CCS(ScoredOptions):
     """Hyper-parameters of CCS."""
 
     score: str = "aum"
@@ -188,7 +188,7 @@ def ccs(task: Task, config: CCS, run: Run) -> SyntheticSet:
 
 
 @dataclass(frozen=True)
-class D2(ScoredBudget):
+class D2(ScoredOptions):
     """Hyper-parameters of D2 pruning."""
 
     score: str = "forgetting"
@@ -236,7 +236,7 @@ def d2(task: Task, config: D2, run: Run) -> SyntheticSet:
 
 
 @dataclass(frozen=True)
-class Dual(ScoredBudget):
+class Dual(ScoredOptions):
     """Hyper-parameters of DUAL."""
 
     sampling: str = "beta"

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from condense import networks, selection
 from condense.config import require_one_of
-from condense.data import ORDERS
+from condense.data import ORDERS, to_unit_range
 from condense.engine import Run
 from condense.errors import CondenseError
-from condense.pretraining import ScoreOptions, TeacherOptions, get_committee
+from condense.labels import SoftLabels, compute_logits
+from condense.pretraining import Committee, ScoreOptions, TeacherOptions, get_committee
 from condense.selection import (
     BALANCES,
     CosineKernel,
@@ -30,35 +31,50 @@ EMBEDDINGS = ("trained", "random", "pixels")
 
 
 @dataclass(frozen=True)
-class Budget:
-    """How many images of which classes."""
+class Storage:
+    """What the file of a selection holds."""
 
-    balance: str = "class"
-    """class: ipc images of every class. free: as many in total, whatever their classes."""
     store: str = "images"
     """images, or indices into the real data, which whoever uses the file then needs."""
 
-    def check_budget(self) -> None:
+    def check_storage(self) -> None:
         """For ``__post_init__``."""
-        require_one_of(self, balance=BALANCES, store=STORES)
+        require_one_of(self, store=STORES)
 
 
 @dataclass(frozen=True)
-class MatchingOptions(TeacherOptions, Budget):
-    """Settings of selections by gradients of the last layer."""
+class Labelling(TeacherOptions, Storage):
+    """Labels of a selection, and the teacher that gives them."""
 
+    labels: str = "class"
+    """class, or teacher: the teacher's logits for each image, for protocols of the soft track (dc-soft-v1)."""
     teacher_epochs: int = 10
     """{inherited}"""
     teacher_lr: float = 0.02
     """{inherited}"""
 
     def __post_init__(self) -> None:
-        self.check_budget()
+        self.check_storage()
         self.check_teachers()
+        require_one_of(self, labels=("class", "teacher"))
 
 
 @dataclass(frozen=True)
-class EmbeddingOptions(MatchingOptions):
+class SelectionOptions(Labelling):
+    """Settings that selections share: how many images of which classes, and their labels."""
+
+    balance: str = "class"
+    """class: ipc images of every class. free: as many in total, whatever their classes."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_one_of(self, balance=BALANCES)
+        if self.balance == "free" and self.labels == "teacher":
+            raise CondenseError("labels=teacher: needs equally many images of every class; leave out balance=free")
+
+
+@dataclass(frozen=True)
+class EmbeddingOptions(SelectionOptions):
     """Settings of selections by features."""
 
     embedding: str = "trained"
@@ -88,14 +104,14 @@ class GradientOptions(EmbeddingOptions):
 
 
 @dataclass(frozen=True)
-class ScoredBudget(ScoreOptions, Budget):
+class ScoredOptions(ScoreOptions, SelectionOptions):
     """Settings of selections by scores."""
 
     take: str = "hardest"
     """Images to take by their score: hardest, easiest or middle (around the median)."""
 
     def __post_init__(self) -> None:
-        self.check_budget()
+        super().__post_init__()
         self.check_scores()
         require_one_of(self, take=ORDERS)
 
@@ -129,12 +145,38 @@ def similarities(config: GradientOptions, run: Run) -> Callable[[Tensor], Kernel
     return lambda ids: CosineKernel(features[ids])
 
 
-def select_images(config: Budget, run: Run, choose: Callable[[Tensor, int, int], Tensor]) -> SyntheticSet:
-    """The set of the images that ``choose`` selects of each class, or of all images; see
+def choose_images(config: SelectionOptions, run: Run, choose: Callable[[Tensor, int, int], Tensor]) -> SyntheticSet:
+    """The set of the images that ``choose`` selects of each class, or of all images, with their classes as labels; see
     :func:`condense.selection.select_by_class`."""
     task = run.task
     ids = selection.select_by_class(task.train.labels, task.num_classes, run.ipc, config.balance, choose)
     return SyntheticSet.select(task, ids)
+
+
+def select_images(config: SelectionOptions, run: Run, choose: Callable[[Tensor, int, int], Tensor]) -> SyntheticSet:
+    """As :func:`choose_images`, with the labels that ``config`` asks for."""
+    return add_labels(choose_images(config, run, choose), config, run)
+
+
+def add_labels(synthetic: SyntheticSet, config: Labelling, run: Run) -> SyntheticSet:
+    """Labels a selection by its teacher if ``config`` says so; returns it."""
+    if config.labels == "teacher":
+        committee = get_committee(config, run)
+        synthetic.labels = SoftLabels(teacher_logits(synthetic, committee, run))
+    return synthetic
+
+
+def teacher_logits(synthetic: SyntheticSet, committee: Committee, run: Run) -> Tensor:
+    """Mean logits, float32 (N, C) on the CPU, of a committee for the images of a selection, which records the teachers
+    as the source of its labels."""
+    synthetic.label_source = {"teachers": committee.describe(), "weights": None}
+    teacher = committee.ensemble()
+    with run.autocast():
+        parts = [
+            compute_logits(teacher, run.task.transform(to_unit_range(images.to(run.device)))).cpu()
+            for images in synthetic.images.split(1024)
+        ]
+    return torch.cat(parts)
 
 
 def teacher_network(config: TeacherOptions, run: Run) -> networks.Network:
