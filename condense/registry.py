@@ -17,10 +17,14 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """Names to entries of one kind. ``lazy`` maps a name to the module that registers it when imported."""
+    """Names to entries of one kind.
 
-    def __init__(self, kind: str, lazy: Mapping[str, str] | None = None) -> None:
-        self.kind = kind
+    ``lazy`` maps a name to the module that registers it when imported; ``listing`` is the command that lists the names,
+    of a kind that plug-ins can add to.
+    """
+
+    def __init__(self, kind: str, lazy: Mapping[str, str] | None = None, listing: str = "") -> None:
+        self.kind, self.listing = kind, listing
         self._lazy: Mapping[str, str] = lazy or {}
         self._entries: dict[str, T] = {}
 
@@ -66,7 +70,9 @@ class Registry(Generic[T]):
             if name not in self._entries:
                 raise CondenseError(f"{self.kind} '{name}': the module {module} does not register it")
         if name not in self._entries:
-            raise CondenseError(f"unknown {self.kind} '{name}'{did_you_mean(name, self.names())}")
+            meant = did_you_mean(name, self.names(), self.listing)
+            own = "; --plugin FILE.py adds your own" if self.listing and not meant.endswith("?") else ""
+            raise CondenseError(f"unknown {self.kind} '{name}'{meant}{own}")
         return self._entries[name]
 
 
@@ -145,7 +151,7 @@ class _MethodModules(Mapping[str, str]):
         return config.method_file(name).module
 
 
-METHODS: Registry[Method] = Registry("method", _MethodModules())
+METHODS: Registry[Method] = Registry("method", _MethodModules(), listing="condense ls methods")
 
 
 def method(

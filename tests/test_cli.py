@@ -179,6 +179,7 @@ EVALUATE = "evaluate {m}/set.h5 --data digits --runs 1"
 
 MISTAKES = {
     "unknown method": ("distill dmm --data digits --ipc 1", "'dmm'", "did you mean 'dm'?"),
+    "unlike any method": ("distill qqqqq --data digits --ipc 1", "'qqqqq'", "--plugin FILE.py adds your own"),
     "unknown method to plan": ("plan dmm --data digits --ipc 1", "'dmm'", "did you mean 'dm'?"),
     "unknown dataset": ("distill dm --data digit --ipc 1", "'digit'", "did you mean 'digits'?"),
     "unknown dataset to evaluate": ("evaluate {m}/set.h5 --data digit", "'digit'", "did you mean 'digits'?"),

@@ -575,6 +575,23 @@ def test_a_failed_export_leaves_the_old_one(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
+@pytest.mark.parametrize("form", ["pt", "imagefolder"])
+def test_an_export_that_reads_back_differently_is_not_kept(form, tmp_path, monkeypatch):
+    save_tensors, save_picture = torch.save, Image.Image.save
+
+    def other_tensors(content, path):
+        save_tensors({**content, "images": content["images"] + 1}, path)
+
+    def other_picture(self, *arguments):
+        save_picture(self.point(lambda value: 255 - value), *arguments)
+
+    monkeypatch.setattr(torch, "save", other_tensors)
+    monkeypatch.setattr(Image.Image, "save", other_picture)
+    with pytest.raises(CondenseError, match=r"out: not written, because its (images|a/000\.png) could not be read back"):
+        export_set(make(), tmp_path / "out", form)
+    assert not (tmp_path / "out").exists()
+
+
 def test_force_replaces_an_export(tmp_path):
     export_set(make(), tmp_path / "a", "imagefolder")
     first = (tmp_path / "a" / "a" / "000.png").read_bytes()

@@ -128,3 +128,31 @@ def test_with_its_data_it_is_joined_lightened_and_refined_as_the_images(both, ca
     for stem in ("joint", "light", "dm"):
         made = [condense.load(f"{stem}-{name}.h5") for name in ("images", "indices")]
         assert torch.equal(made[0].images, made[1].images), stem
+
+
+SHORT = {"teacher_epochs": 1, "teacher_batch": 8, "precision": "fp32"}
+
+
+@pytest.mark.parametrize(
+    "name, settings",
+    [
+        ("random", {"labels": "teacher", **SHORT}),
+        ("herding", {"labels": "teacher", **SHORT}),
+        ("kdprune", SHORT),
+        ("rad", {"student_steps": 2, "rounds": 2, **SHORT}),
+        ("rs2", {}),
+    ],
+)
+def test_indices_with_labels_of_a_teacher_and_of_repeated_samples(name, settings, tiny, tmp_path, monkeypatch):
+    change_protocols(monkeypatch, tmp_path / "protocols", {"quick-v1", "quick-soft-v1"}, steps=4, runs=1)
+    protocol = "quick-v1" if name == "rs2" else "quick-soft-v1"
+    options = {"network": NETWORK, "protocol": protocol, **settings}
+    images, indices = (
+        condense.distill(name, tiny, 2, store=store, out=tmp_path / f"{store}.h5", **options)
+        for store in ("images", "indices")
+    )
+    loaded = condense.load(tmp_path / "indices.h5", data=tiny)
+    assert torch.equal(loaded.images, images.images) and loaded.indices.tolist() == indices.indices.tolist()
+    assert torch.equal(loaded.labels.targets(torch.arange(6)), images.labels.targets(torch.arange(6)))
+    results = [condense.evaluate(made, tiny, controls=["random"])["results"] for made in (images, loaded)]
+    assert [entry["accuracies"] for entry in results[0]] == [entry["accuracies"] for entry in results[1]]

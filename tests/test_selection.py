@@ -23,6 +23,7 @@ from condense.methods.selection import kdprune as kdprune_module
 from condense.methods.selection import patches, settings
 from condense.methods.selection import pca as pca_module
 from condense.methods.selection import rad as rad_module
+from condense.pretraining import load_teacher_ensemble
 from condense.registry import METHODS
 from condense.selection import (
     CosineKernel,
@@ -386,6 +387,30 @@ def short(name):
     return {"teacher_epochs": 1, "teacher_batch": 8} if name not in ("random", "rs2") else {}
 
 
+@pytest.mark.parametrize("name", ["random", "kmeans", "craig", "dq", "el2n"])
+def test_labels_of_a_teacher(name, tiny, tmp_path):
+    """The same images as with class labels, and the logits of the named teacher for what is stored."""
+    teachers = tmp_path / "teachers.h5"
+    api.teachers(tiny, networks=[NETWORK], epochs=2, out=teachers, teacher_batch=8)
+    settings = {"network": NETWORK, "precision": "fp32", "teachers": str(teachers)}
+    settings |= {"score_epochs": 3, "score_batch": 8} if name == "el2n" else {}
+    settings |= {"drop": 0.5, "rebuild": "mean"} if name == "dq" else {}
+    made = condense.distill(name, tiny, 3, labels="teacher", protocol="quick-soft-v1", **settings)
+    plain = condense.distill(name, tiny, 3, **settings)
+    assert torch.equal(made.stored, plain.stored) and plain.labels.is_hard
+    network = load_teacher_ensemble(teachers, torch.device("cpu"))
+    with torch.no_grad():
+        expected = network(made.training_images()[0]).softmax(1)
+    torch.testing.assert_close(made.labels.targets(torch.arange(9)), expected)
+    assert made.manifest["label_source"]["teachers"]["networks"] == [NETWORK]
+    arms = condense.evaluate(made, tiny, runs=1, controls=["random", "distilled-hard"])["results"]
+    assert [(entry["arm"], entry["labels"]) for entry in arms] == [
+        ("distilled", "own"),
+        ("distilled", "hard"),
+        ("random", "own"),
+    ]
+
+
 def test_selections_by_pixels_are_those_of_the_functions(tiny):
     pixels = tiny.pixels(torch.arange(36)).flatten(1)
     for name, choose in (("herding", herding), ("moderate", moderate)):
@@ -455,6 +480,11 @@ def test_d2_with_a_small_budget_takes_its_own_class(tiny):
         ("dual", {"sampling": "best"}, "sampling=best: unknown"),
         ("uncertainty", {"score": "el2n"}, "score=el2n: unknown"),
         ("el2n", {"scores": "missing.h5"}, "missing.h5: no such file"),
+        ("random", {"labels": "techer"}, "labels=techer: unknown; did you mean 'teacher'"),
+        ("kmeans", {"labels": "teacher", "balance": "free"}, "labels=teacher: needs equally many images"),
+        ("dq", {"store": "indices", "drop": 0.2}, "store=indices: the real data lack the patches that drop rebuilds"),
+        ("rad", {"store": "index"}, "store=index: unknown; did you mean 'indices'"),
+        ("aum", {"labels": "teacher", "teachers": "missing.h5"}, "missing.h5: no such file"),
     ],
 )
 def test_wrong_settings(name, wrong, message, tiny, tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ import pytest
 from conftest import change_protocols, command_line, tiny_archive
 
 import condense
-from condense.benchmarks import ready_made
+from condense.benchmarks import ready_made, selections
 from condense.benchmarks import suite as suites
 from condense.errors import CondenseError
 from condense.judge import records, scoring
@@ -149,6 +149,50 @@ def test_a_stopped_table_goes_on_with_the_same_sets(place, monkeypatch):
     assert found == reference
 
 
+SOFT = """
+name: selection
+summary: labels of a teacher
+protocol: quick-soft-v1
+runs: 1
+seeds: [0, 1]
+networks: [own]
+tasks: {tiny: {network: convnet-d2-w8-in, ipc: [1, 2], controls: [distilled-hard, rs2], options: {resize: 16}}}
+settings: {labels: teacher, teacher_epochs: 1, teacher_batch: 8, score_epochs: 2}
+methods:
+  random: {}
+  el2n: {all: {take: easiest}, tiny-ipc2: {take: middle}}
+"""
+
+
+def test_settings_of_all_methods_and_cells_and_options_of_the_data(place, monkeypatch):
+    change_protocols(monkeypatch, place / "protocols", names=["quick-soft-v1"], steps=3)
+    (place / "mini.yaml").write_text(SOFT)
+    outcome = run(place)
+    found = {path.stem: records.read_record(path) for path in outcome.made}
+    assert len(found) == 8
+    for record in found.values():
+        arms = [(entry["arm"], entry["labels"]) for entry in record["results"]]
+        assert arms == [("distilled", "own"), ("distilled", "hard"), ("rs2", "hard")]
+    easiest, middle = (condense.load(place / f"out/sets/selection-tiny-el2n-ipc{ipc}-seed0.h5") for ipc in (1, 2))
+    assert [made.manifest["settings"]["take"] for made in (easiest, middle)] == ["easiest", "middle"]
+    assert middle.manifest["settings"]["score_epochs"] == 2 and middle.shape[1:] == (16, 16)
+    assert len(run(place).kept) == 8
+    rows = [row.split()[:2] for row in suites.table(outcome.made).splitlines()[2:]]
+    assert sorted(rows) == [
+        [f"selection-tiny-{name}-ipc{ipc}", labels]
+        for name in ("el2n", "random")
+        for ipc in (1, 2)
+        for labels in ("hard", "soft")
+    ]
+    cells = selections.read_cells(place / "out/records")
+    accuracies = [found[f"selection-tiny-el2n-ipc2-seed{seed}"]["results"][0]["accuracies"][0] for seed in (0, 1)]
+    assert cells["el2n", ("tiny", 2), "soft"] == pytest.approx([100 * accuracy for accuracy in accuracies])
+    assert len(cells) == 2 * 2 * 2 + 2
+    lines = selections.table(cells).splitlines()
+    assert lines[0] == "| selection | tiny 1, hard | tiny 1, soft | tiny 2, hard | tiny 2, soft |" and len(lines) == 6
+    assert lines[4].startswith("| `rs2` |") and lines[5] == "| `full-equal` | - | - | - | - |"
+
+
 def test_a_cell_that_fails_does_not_take_the_others_with_it(place):
     (place / "mini.yaml").write_text(TEXT.replace("[1, 2]", "[1, 2, 13]"))
     outcome = run(place)
@@ -180,6 +224,9 @@ def test_only_some_cells(place):
         (("quick-v1", "quick-v9"), "unknown protocol 'quick-v9'"),
         (("  dm:", "  dmm:"), "unknown method 'dmm'"),
         (("runs: 2", "run: 2"), "run=2: no such setting"),
+        (("runs: 2", "runs: 2\nsettings: {stepz: 2}"), "settings: stepz: no method of the suite has it"),
+        (("random: {}", "random: {all: {stor: images}}"), "random, all: stor=images: no such setting"),
+        (("ipc: [1, 2],", "ipc: [1, 2], options: {resiez: 4},"), "resiez=4: no such setting of .*: tiny: options"),
     ],
 )
 def test_faults_of_a_suite_are_found_before_any_work(place, change, message):

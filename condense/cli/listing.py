@@ -296,6 +296,7 @@ def _evaluate_command(distilled: DistilledSet, name: str) -> str:
 def _show_recipe(name: str, as_json: bool) -> None:
     from condense import config
     from condense.benchmarks import facts
+    from condense.data import DATASETS
 
     recipe = config.load_recipe(name)
     parse_request(None, None, None, None, None, name)  # reports the same mistakes as `distill`
@@ -314,7 +315,8 @@ def _show_recipe(name: str, as_json: bool) -> None:
         print(f"{title}:" + ("" if lines else " none"))
         for line in lines:
             print(f"  {line}")
-    print(f"run it: condense distill --recipe {shlex.quote(name)}")
+    where = "" if recipe["data"] in DATASETS else f" --data {recipe['data']}=PATH"
+    print(f"run it: condense distill --recipe {shlex.quote(name)}{where}")
 
 
 def _print_keys(content: dict[str, Any]) -> None:

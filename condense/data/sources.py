@@ -66,7 +66,8 @@ def read_data(data: str, options: DataOptions, *, download: bool = False) -> Loa
             raise CondenseError(f"data '{data}': give a folder of images, an .npz or .h5 file, or a .csv of file,label")
         else:
             looks_like_a_path = os.sep in data or "." in data
-            hint = "" if looks_like_a_path else f", and no registered name{did_you_mean(data, datasets())}"
+            meant = did_you_mean(data, datasets())
+            hint = "" if looks_like_a_path else f", and no registered name{meant}; --data {data}=PATH says where it is"
             raise CondenseError(f"data '{data}': no such file or folder{hint}")
     except OSError as error:
         raise CondenseError(f"data '{data}': {error.strerror or error}: {error.filename or path}") from error

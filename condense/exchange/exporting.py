@@ -7,7 +7,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,9 +103,12 @@ def export_set(
             if safetensors is not None:
                 metadata = {"format": "pt", "classes": json.dumps(classes), "manifest": manifest}
                 temporary.write_bytes(safetensors.save(tensors, metadata))
+                written = safetensors.load_file(temporary)
             else:
                 data = [[tensors["images"], tensors["labels"]]]
                 torch.save({"data": data, **tensors, "classes": classes, "manifest": manifest}, temporary)
+                written = torch.load(temporary, weights_only=True)
+            _check_written(path, {name: torch.equal(written[name], tensor) for name, tensor in tensors.items()})
         return None
     if distilled.shape[0] not in (1, 3):
         raise CondenseError(f"--to {form}: a PNG has 1 or 3 channels, not {distilled.shape[0]}; take --to pt")
@@ -115,12 +118,23 @@ def export_set(
     if form == "hf":
         datasets = library("datasets", "--to hf")
         with _exporting(path) as temporary:
-            _write_hf(distilled, temporary, datasets)
+            _check_written(path, _write_hf(distilled, temporary, datasets))
         return None
     rounding = eight_bits(distilled)
     with _exporting(path) as temporary:
-        _write_folder(rounding.rounded, temporary)
+        _check_written(path, _write_folder(rounding.rounded, temporary))
     return rounding
+
+
+def _check_written(destination: Path, same: Mapping[str, bool]) -> None:
+    """Checks what was read back from an export: for each part, whether it is what was to be written.
+
+    Raises:
+        CondenseError: a part differs.
+    """
+    for part, is_same in same.items():
+        if not is_same:
+            raise CondenseError(f"{destination}: not written, because its {part} could not be read back")
 
 
 def eight_bits(distilled: DistilledSet) -> Rounding:
@@ -168,8 +182,9 @@ def _pixels(distilled: DistilledSet) -> Tensor:
     return decode(to_unit_range(distilled.stored), distilled.stages)[0]
 
 
-def _write_folder(rounded: DistilledSet, folder: Path) -> None:
-    """Writes ``<class>/NNN.png``."""
+def _write_folder(rounded: DistilledSet, folder: Path) -> dict[str, bool]:
+    """Writes ``<class>/NNN.png``; for each file, whether its pixels were read back."""
+    same: dict[str, bool] = {}
     _, ids, order = _sort_by_class(rounded)
     classes = rounded.labels.targets(ids[order])
     width = max(3, len(str(len(order))))
@@ -177,7 +192,10 @@ def _write_folder(rounded: DistilledSet, folder: Path) -> None:
         class_folder = folder / folder_name(name)
         class_folder.mkdir()
         for position, row in enumerate(order[classes == number].tolist()):
-            (class_folder / f"{position:0{width}}.png").write_bytes(_png(rounded.stored[row]))
+            file = class_folder / f"{position:0{width}}.png"
+            file.write_bytes(_png(rounded.stored[row]))
+            same[f"{class_folder.name}/{file.name}"] = _is_png_of(file.read_bytes(), rounded.stored[row])
+    return same
 
 
 def _png(image: Tensor) -> bytes:
@@ -191,8 +209,19 @@ def _png(image: Tensor) -> bytes:
     return file.getvalue()
 
 
-def _write_hf(distilled: DistilledSet, folder: Path, datasets: Any) -> None:
-    """Writes parquet, dataset card and set."""
+def _is_png_of(content: bytes, image: Tensor) -> bool:
+    """Whether a PNG decodes to uint8 (1,H,W) or (3,H,W)."""
+    from PIL import Image
+
+    pixels = np.asarray(Image.open(io.BytesIO(content)))
+    pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+    return np.array_equal(pixels, image.cpu().numpy())
+
+
+def _write_hf(distilled: DistilledSet, folder: Path, datasets: Any) -> dict[str, bool]:
+    """Writes parquet, dataset card and set; for the images and labels of the table, whether they were read back."""
+    from pyarrow import parquet  # a dependency of datasets
+
     images, ids, order = _sort_by_class(distilled)
     stored = (_pixels(distilled)[order].clamp(0, 1) * 255).round().byte()
     targets = distilled.labels.targets(ids[order]).cpu()
@@ -217,6 +246,13 @@ def _write_hf(distilled: DistilledSet, folder: Path, datasets: Any) -> None:
         table.to_parquet(str(folder / "data" / "train-00000-of-00001.parquet"))
     distilled.save(folder / SET_FILE)
     (folder / "README.md").write_text(_card(distilled, exact, hard), encoding="utf-8")
+    written = parquet.read_table(folder / "data" / "train-00000-of-00001.parquet", columns=["image", "label"])
+    pictures = written["image"].to_pylist()
+    return {
+        "images": len(pictures) == len(stored)
+        and all(_is_png_of(picture["bytes"], image) for picture, image in zip(pictures, stored)),
+        "labels": torch.equal(torch.tensor(written["label"].to_pylist(), dtype=targets.dtype), targets),
+    }
 
 
 def _card(distilled: DistilledSet, exact: bool, hard: bool) -> str:

@@ -1,0 +1,75 @@
+"""Table of the suite ``selection``: ``python -m condense.benchmarks.selections --results DIR``.
+
+One row for each selection, with the mean accuracy under class labels and under a teacher's labels at each size, over
+the seeds of the selection. Sizes are those of the records; control arms that need no set stand below.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from condense.benchmarks.leaderboard import RESULTS
+from condense.benchmarks.speed.measure import Parser, guarded
+from condense.benchmarks.suite import is_hard
+from condense.errors import CondenseError
+from condense.judge import read_record
+
+CONTROLS = ("rs2", "full-equal")
+
+Cells = dict[tuple[str, tuple[str, int], str], list[float]]
+"""Accuracies in % by selection or control arm, size (data and images per class), and labels (hard or soft)."""
+
+
+def read_cells(folder: Path) -> Cells:
+    """The accuracies of all students of the records of a folder; a control arm's once for each size.
+
+    Raises:
+        CondenseError: no records, or they are of several protocols.
+    """
+    records = [read_record(path) for path in sorted(folder.glob("selection-*.json"))]
+    if len({record["protocol"]["name"] for record in records}) != 1:
+        raise CondenseError(f"--results {folder}: no records selection-*.json of one protocol")
+    cells: Cells = {}
+    for record in records:
+        size = record["set"]["dataset"], int(record["set"]["ipc"])
+        for entry in record["results"]:
+            accuracies = [100 * accuracy for accuracy in entry["accuracies"]]
+            if entry["arm"] == "distilled":
+                labels = "hard" if is_hard(record, entry) else "soft"
+                cells.setdefault((record["set"]["method"], size, labels), []).extend(accuracies)
+            elif entry["arm"] in CONTROLS:
+                cells[entry["arm"], size, "hard"] = accuracies
+    return cells
+
+
+def table(cells: Cells) -> str:
+    """A Markdown table, the best selections at the smallest size first; ± is the std over seeds."""
+    sizes = sorted({size for _, size, _ in cells})
+    columns = [(size, labels) for size in sizes for labels in ("hard", "soft")]
+
+    def text(name: str, size: tuple[str, int], labels: str) -> str:
+        values = cells.get((name, size, labels))
+        if not values:
+            return "-"
+        mean = f"{statistics.fmean(values):.1f}"
+        return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
+
+    names = {name for name, _, _ in cells} - set(CONTROLS)
+    order = sorted(names, key=lambda name: -statistics.fmean(cells.get((name, *columns[0]), [0.0])))
+    head = ["selection", *(f"{data} {ipc}, {labels}" for (data, ipc), labels in columns)]
+    rows = [head, ["---"] * len(head)]
+    rows += [[f"`{name}`", *(text(name, *column) for column in columns)] for name in [*order, *CONTROLS]]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _main(arguments: Sequence[str]) -> int:
+    parser = Parser(prog="python -m condense.benchmarks.selections", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--results", type=Path, default=RESULTS / "selection", help="folder of records")
+    print(table(read_cells(parser.parse_args(arguments).results)))
+    return 0
+
+
+if __name__ == "__main__":
+    guarded(_main, None)
