@@ -1,7 +1,7 @@
-"""Table of the suite ``selection``: ``python -m condense.benchmarks.selections --results DIR``.
+"""Tables of the suite ``selection``: ``python -m condense.benchmarks.selections --results DIR``.
 
-One row for each selection, with the mean accuracy under class labels and under a teacher's labels at each size, over
-the seeds of the selection. Sizes are those of the records; control arms that need no set stand below.
+One table for class labels and one for a teacher's: a row for each selection, with the mean accuracy at each number of
+images per class over the seeds of the selection. Control arms that need no set stand below.
 """
 
 from __future__ import annotations
@@ -44,30 +44,35 @@ def read_cells(folder: Path) -> Cells:
     return cells
 
 
-def table(cells: Cells) -> str:
-    """A Markdown table, the best selections at the smallest size first; ± is the std over seeds."""
+def table(cells: Cells, labels: str) -> str:
+    """A Markdown table of one kind of labels, best selections at the smallest size first; ± is the std over seeds."""
+    found = {(name, size): values for (name, size, kind), values in cells.items() if kind == labels}
     sizes = sorted({size for _, size, _ in cells})
-    columns = [(size, labels) for size in sizes for labels in ("hard", "soft")]
 
-    def text(name: str, size: tuple[str, int], labels: str) -> str:
-        values = cells.get((name, size, labels))
+    def text(name: str, size: tuple[str, int]) -> str:
+        values = found.get((name, size))
         if not values:
             return "-"
-        mean = f"{statistics.fmean(values):.1f}"
-        return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
+        std = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+        return f"{statistics.fmean(values):.1f}{std}"
 
-    names = {name for name, _, _ in cells} - set(CONTROLS)
-    order = sorted(names, key=lambda name: -statistics.fmean(cells.get((name, *columns[0]), [0.0])))
-    head = ["selection", *(f"{data} {ipc}, {labels}" for (data, ipc), labels in columns)]
+    selections = {name for name, _ in found} - set(CONTROLS)
+    order = sorted(selections, key=lambda name: (-statistics.fmean(found.get((name, sizes[0]), [0.0])), name))
+    head = [f"{labels} labels", *(f"{data}, {ipc}" for data, ipc in sizes)]
     rows = [head, ["---"] * len(head)]
-    rows += [[f"`{name}`", *(text(name, *column) for column in columns)] for name in [*order, *CONTROLS]]
+    rows += [
+        [f"`{name}`", *(text(name, size) for size in sizes)]
+        for name in [*order, *CONTROLS]
+        if any((name, size) in found for size in sizes)
+    ]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def _main(arguments: Sequence[str]) -> int:
     parser = Parser(prog="python -m condense.benchmarks.selections", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--results", type=Path, default=RESULTS / "selection", help="folder of records")
-    print(table(read_cells(parser.parse_args(arguments).results)))
+    cells = read_cells(parser.parse_args(arguments).results)
+    print(table(cells, "hard"), table(cells, "soft"), sep="\n\n")
     return 0
 
 
