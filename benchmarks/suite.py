@@ -10,7 +10,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +191,7 @@ def _read_suite(path: Path, where: str) -> Suite:
 def _with_settings(suite: Suite, method: str, method_cells: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The cells of a method, of which ``all`` has the suite's settings that the method has, and its own."""
     own = as_mapping(method_cells.get(ALL, {}), f"{where}: {method}, {ALL}")
-    known = METHODS.get(method).config.__dataclass_fields__ if method in METHODS.names() else ()
+    known = [each.name for each in fields(METHODS.get(method).config)] if method in METHODS.names() else []
     return {**method_cells, ALL: {name: value for name, value in suite.settings.items() if name in known} | own}
 
 
