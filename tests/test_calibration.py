@@ -59,6 +59,12 @@ def test_bf16_must_be_clearly_faster():
     assert choose(twice_as_fast(0.72)).precision == "fp32"  # (0.82 + 2.43) * 0.72 = 2.34 of 2.43 ms
 
 
+def test_a_format_that_a_busy_machine_timed_at_fewer_sizes():
+    slow = {("contiguous", 8): 1.0, ("contiguous", 32): 0.99, ("channels_last", 8): 1.0}
+    busy = list(timings("fp32", slow, {"contiguous": 2.0, "channels_last": 2.0}))
+    assert choose(busy) == ComputeConfig("fp32", MemoryFormat("channels_last", "contiguous"), 8)
+
+
 def test_a_small_gain_does_not_replace_the_default():
     near = list(
         timings(

@@ -133,7 +133,7 @@ def test_every_recipe_parses(name):
     of_data = {field.name for field in dataclasses.fields(DataOptions)} & set(settings)
     config.build_config(DataOptions, {key: settings.pop(key) for key in of_data}, name)
     config.build_config(entry.config, settings, name)
-    assert recipe["data"] in datasets()
+    assert recipe["data"] in {*datasets(), "imagenet-1k", "imagenet-21k"}  # the latter two with --data NAME=PATH
     assert recipe["ipc"] >= 1
     networks.check_network(recipe.get("network", entry.network))
     get_protocol(recipe.get("protocol", entry.protocol))

@@ -190,6 +190,6 @@ def test_settings_that_cannot_be(tiny):
 
 def test_recipes_of_small_images_have_no_collages():
     for name in recipe_names():
-        if name.startswith("rded/"):
+        if name.startswith("rded/") and "imagenet-1k" not in name:
             recipe = load_recipe(name)
             assert recipe.get("factor", 1) == 1 and not recipe.get("shuffle_tiles", False)

@@ -30,7 +30,7 @@ def test_the_page_runs(tmp_path, monkeypatch):
     assert {row[0].split("-")[2] for row in rows} == {
         *("pixel", "random", "herding", "kmeans", "kcenter", "dm", "dc", "dsa", "dcc", "datadam", "idm")
     }
-    assert all(row[3:5] == ["2", "4"] for row in rows)  # sets and students
+    assert all(row[4:6] == ["2", "4"] for row in rows)  # sets and students
     records = sorted((tmp_path / "comparison/records").glob("*.json"))
     assert len(records) == 22 and json.loads(records[0].read_text())["runs"] == 2
     assert (tmp_path / "comparison/page/index.html").is_file()

@@ -148,10 +148,10 @@ def choose(timings: Sequence[Timing], precision: str = "auto") -> ComputeConfig:
 
 
 def _fastest(timings: Sequence[Timing], default_format: str) -> Timing:
-    """The fastest, or the default: the default format and the second of the sizes that were tried."""
-    sizes = sorted({timing.images for timing in timings})
-    default_size = sizes[min(1, len(sizes) - 1)]
-    default = next(t for t in timings if t.format == default_format and t.images == default_size)
+    """The fastest, or the default: the default format and the second of the sizes that were tried with it."""
+    of_default = [timing for timing in timings if timing.format == default_format] or list(timings)
+    sizes = sorted({timing.images for timing in of_default})
+    default = next(timing for timing in of_default if timing.images == sizes[min(1, len(sizes) - 1)])
     fastest = min(timings, key=lambda timing: timing.seconds)
     return fastest if fastest.seconds <= GAIN * default.seconds else default
 

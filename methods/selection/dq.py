@@ -58,15 +58,10 @@ class DQ(GradientOptions):
 
 
 def split_into_bins(kernel: Callable[[Tensor], Kernel], ids: Tensor, bins: int) -> list[Tensor]:
-    """Splits images into bins of equal size, each the graph cut of those that are left; the last one takes the rest.
+    """Splits images into at most ``bins`` bins of equal size, each the graph cut of those that are left.
 
-    Args:
-        kernel: returns the similarities among images.
-        ids: of the images.
-        bins: number of bins; at most one for each image is made.
-
-    Returns:
-        Rows of ``ids`` of each bin.
+    ``kernel`` returns the similarities among images of the given ids. The last bin takes the rest. Returns rows of
+    ``ids`` of each bin.
     """
     bins = min(bins, len(ids))
     rows, found = torch.arange(len(ids)), []
@@ -80,10 +75,7 @@ def split_into_bins(kernel: Callable[[Tensor], Kernel], ids: Tensor, bins: int) 
 
 
 def rebuild_patches(synthetic: SyntheticSet, config: DQ, run: Run) -> None:
-    """Drops the least important patches of a set's images and puts rebuilt ones in their place.
-
-    The set stores whole images; ``patches`` of the manifest has the bytes of visible patches, marks and decoder.
-    """
+    """Replaces the least important patches by rebuilt ones; ``patches`` of the manifest has the bytes of the parts."""
     height, width = run.task.shape[1:]
     if height % config.patch or width % config.patch:
         raise CondenseError(f"patch={config.patch}: does not divide the {height}x{width} pixels of {run.task.name}")

@@ -14,7 +14,7 @@ from condense.config import require_one_of, require_range
 from condense.data import ORDERS, Task
 from condense.engine import Run
 from condense.labels import SoftLabels
-from condense.methods.selection.settings import Storage, teacher_logits
+from condense.methods.selection.settings import STORES, Storage, teacher_logits
 from condense.pretraining import ScoreOptions, TeacherOptions, get_committee, load_or_train_scores
 from condense.registry import method
 from condense.sets import SyntheticSet
@@ -35,10 +35,9 @@ class KDPrune(ScoreOptions, TeacherOptions, Storage):
     """Weight of the teacher in the loss, 0 to 1; by default 1 up to 5 % of the data, falling to 1/2 for all of it."""
 
     def __post_init__(self) -> None:
-        self.check_storage()
         self.check_scores()
         self.check_teachers()
-        require_one_of(self, choose=("random", *selection.COLUMNS), take=ORDERS)
+        require_one_of(self, store=STORES, choose=("random", *selection.COLUMNS), take=ORDERS)
         require_range(self, alpha=(0, 1))
 
 

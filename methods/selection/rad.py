@@ -16,7 +16,7 @@ from condense.config import require_one_of, require_range
 from condense.data import Task
 from condense.engine import Run
 from condense.labels import SoftLabels, compute_logits
-from condense.methods.selection.settings import Storage, teacher_logits
+from condense.methods.selection.settings import STORES, Storage, teacher_logits
 from condense.pretraining import TeacherOptions, get_committee, make_student
 from condense.registry import method
 from condense.sets import SyntheticSet
@@ -45,9 +45,8 @@ class RAD(TeacherOptions, Storage):
     """Images per step of the student."""
 
     def __post_init__(self) -> None:
-        self.check_storage()
         self.check_teachers()
-        require_one_of(self, query=QUERIES)
+        require_one_of(self, store=STORES, query=QUERIES)
         counts = dict.fromkeys(("rounds", "student_steps", "student_batch"), (1, math.inf))
         require_range(self, **counts, student_lr=(0, sys.float_info.max))
 

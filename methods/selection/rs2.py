@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 
 from condense import rng, selection
-from condense.config import require_range
+from condense.config import require_one_of, require_range
 from condense.data import Task
 from condense.engine import Run
 from condense.errors import CondenseError
-from condense.methods.selection.settings import Storage
+from condense.methods.selection.settings import STORES, Storage
 from condense.registry import method
 from condense.sets import Resampling, SyntheticSet
 
@@ -25,7 +25,7 @@ class RS2(Storage):
     the file holds."""
 
     def __post_init__(self) -> None:
-        self.check_storage()
+        require_one_of(self, store=STORES)
         require_range(self, fraction=(1e-9, 1))
 
 

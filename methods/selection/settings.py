@@ -37,10 +37,6 @@ class Storage:
     store: str = "images"
     """images, or indices into the real data, which whoever uses the file then needs."""
 
-    def check_storage(self) -> None:
-        """For ``__post_init__``."""
-        require_one_of(self, store=STORES)
-
 
 @dataclass(frozen=True)
 class Labelling(TeacherOptions, Storage):
@@ -54,9 +50,8 @@ class Labelling(TeacherOptions, Storage):
     """{inherited}"""
 
     def __post_init__(self) -> None:
-        self.check_storage()
         self.check_teachers()
-        require_one_of(self, labels=("class", "teacher"))
+        require_one_of(self, store=STORES, labels=("class", "teacher"))
 
 
 @dataclass(frozen=True)
