@@ -153,8 +153,8 @@ def _read_suite(path: Path, where: str) -> Suite:
     checks += [functools.partial(networks.check_network, name) for name in suite.networks if name != OWN]
     checks += [functools.partial(arms_module.check_control, name) for name in suite.controls]
     if suite.cells:
-        if suite.tasks or suite.methods or suite.protocol:
-            raise CondenseError(f"{where}: cells go without tasks, methods and protocol")
+        if suite.tasks or suite.methods or suite.protocol or suite.settings:
+            raise CondenseError(f"{where}: cells go without tasks, methods, settings and protocol")
         recipes = [functools.partial(_recipe_cell, suite, name, where) for name in suite.cells]
         found = checks_module.run_checks(*checks, *recipes)
         suite.cells.update(zip(suite.cells, found[len(checks) :]))
@@ -178,8 +178,9 @@ def _read_suite(path: Path, where: str) -> Suite:
         checks.append(functools.partial(checks_module.check_request, method, {}))
         suite.methods[method] = _with_settings(suite, method, as_mapping(cells, f"{where}: {method}"), where)
         for name, values in suite.methods[method].items():
+            merged = suite.methods[method][ALL] | as_mapping(values or {}, f"{where}: {method}, {name}")
             checks.append(
-                functools.partial(_check_cell, method, name, values, cell_networks, f"{where}: {method}, {name}")
+                functools.partial(_check_cell, method, name, merged, cell_networks, f"{where}: {method}, {name}")
             )
     checks_module.run_checks(*checks)
     unused = set(suite.settings) - {name for cells in suite.methods.values() for name in cells[ALL]}
@@ -253,11 +254,13 @@ def _check_numbers(where: str, values: Sequence[int], maximum: int, *, minimum: 
         )
 
 
-def _check_cell(method: str, name: str, values: Any, cell_networks: Mapping[str, str], where: str) -> None:
+def _check_cell(
+    method: str, name: str, values: Mapping[str, Any], cell_networks: Mapping[str, str], where: str
+) -> None:
     if name not in cell_networks:
         raise CondenseError(f"{where}: none of the suite's cells{did_you_mean(name, cell_networks)}")
     try:
-        checks_module.check_request(method, as_mapping(values, where), network=cell_networks[name])
+        checks_module.check_request(method, values, network=cell_networks[name])
     except CondenseError as fault:
         raise CondenseError(f"{where}: {fault}") from fault
 
@@ -436,7 +439,7 @@ def _is_current(path: Path, suite: Suite, cell: Cell, real: Task, device: str, p
     expected = expected_manifest(**_cell_arguments(cell, real), device=device, precision=precision)
     networks_wanted = {expected["network"] if name == OWN else name for name in suite.networks}
     arms = {entry["arm"] for entry in [*record["results"], *record["missing"]]}
-    if any(entry["arm"] == "distilled" and is_hard(record, entry) for entry in record["results"]):
+    if any(entry["arm"] == "distilled" and entry["labels"] == "hard" for entry in record["results"]):
         arms.add("distilled-hard")
     return (
         # The order of key=value settings in a command follows the fields of the config, which may be reordered.
@@ -474,7 +477,7 @@ def _fill(suite: Suite, cell: Cell, real: Task, out: Path, device: str, precisio
         device=device,
         precision=precision,
         quiet=quiet,
-    )
+    ).with_data(real)
     record = judge(suite, cell, distilled, real, device=device, precision=precision, quiet=quiet)
     path = out / RECORDS / f"{cell.stem}.json"
     if is_main_process():

@@ -227,7 +227,7 @@ def distill(
         track=track,
         force=force,
         out=str(out.resolve()) if out else None,
-        protocol=protocol or entry.protocol,
+        protocol=protocol or jobs.default_protocol(entry, config),
         deterministic=deterministic,
     )
     jobs.check_fit(jobs.prune_task(real), ipc, network or entry.network)

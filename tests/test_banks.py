@@ -99,8 +99,19 @@ def test_a_damaged_file_is_trained_again(tiny):
 @pytest.mark.parametrize(("minutes", "networks", "units"), [(1.0, 2, 2), (0.35, 1, 1), (0.01, 1, 1), (60.0, 2, 3)])
 def test_a_time_limit_takes_whole_units_or_fewer_networks(minutes, networks, units, tiny):
     """A third of a minute at a second a step: 20 steps, 5 units of 4 for 2 networks."""
-    plan = plan_training(a_run(tiny, minutes=minutes), lambda: 1.0, networks=2, units=3, unit_steps=4)
+    plan = plan_training(a_run(tiny, minutes=minutes), lambda: 1.0, kind="expert", networks=2, units=3, unit_steps=4)
     assert (plan.networks, plan.units) == (networks, units)
+
+
+def test_a_resumed_run_has_a_plan_for_each_kind_of_network(tiny, tmp_path):
+    """Scores and teachers of one run: a stop between them must not give one the epochs of the other."""
+    lengths = {"unit_steps": 4, "networks": 1}
+    plan_training(a_run(tiny, directory=tmp_path), lambda: 1.0, kind="score network", units=12, **lengths)
+    resumed = a_run(tiny, directory=tmp_path, resume=True)
+    assert plan_training(resumed, lambda: 1.0, kind="teacher", units=6, **lengths).units == 6
+    for kind, units in (("teacher", 6), ("score network", 12)):
+        resumed = a_run(tiny, directory=tmp_path, resume=True)
+        assert plan_training(resumed, lambda: 1.0, kind=kind, units=1, **lengths).units == units
 
 
 def test_a_short_time_limit_trains_one_network(tiny):
@@ -118,7 +129,7 @@ def test_a_resumed_run_keeps_its_plan(tiny, tmp_path, monkeypatch):
     task = condense.task(str(data))
     options = {"network": NETWORK, "steps": 3, "batch_real": 6, "networks": 2, "expert_epochs": 3}
     made = condense.distill("dance", task, 1, minutes=5, run_dir=tmp_path / "run", out=tmp_path / "a.h5", **options)
-    plan = json.loads((tmp_path / "run" / PLAN_FILE).read_text())
+    (plan,) = json.loads((tmp_path / "run" / PLAN_FILE).read_text()).values()
     (tmp_path / "a.h5").unlink()
     (tmp_path / "run" / "result.json").unlink()
     (tmp_path / "run" / "checkpoint.pt").unlink()

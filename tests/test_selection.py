@@ -6,13 +6,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import command_line, tiny_archive, tiny_arrays
+from conftest import change_protocols, command_line, tiny_archive, tiny_arrays
 from scipy.optimize import linprog
 from scipy.stats import beta as beta_distribution
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import condense
-from condense import api, rng, selection
+from condense import api, networks, rng, selection
 from condense.augment import CropViews
 from condense.engine import Run
 from condense.errors import CondenseError
@@ -403,12 +403,44 @@ def test_labels_of_a_teacher(name, tiny, tmp_path):
         expected = network(made.training_images()[0]).softmax(1)
     torch.testing.assert_close(made.labels.targets(torch.arange(9)), expected)
     assert made.manifest["label_source"]["teachers"]["networks"] == [NETWORK]
+    assert made.manifest["protocol"] == "quick-soft-v1" and plain.manifest["protocol"] == METHODS.get(name).protocol
     arms = condense.evaluate(made, tiny, runs=1, controls=["random", "distilled-hard"])["results"]
     assert [(entry["arm"], entry["labels"]) for entry in arms] == [
         ("distilled", "own"),
         ("distilled", "hard"),
         ("random", "own"),
     ]
+
+
+def test_a_set_with_labels_of_a_teacher_is_judged_by_them(tiny, monkeypatch, tmp_path):
+    change_protocols(monkeypatch, tmp_path / "protocols", {"dc-soft-v1", "dc-v1"}, steps=3, runs=1)
+    soft, hard = (
+        condense.distill("random", tiny, 1, network=NETWORK, labels=labels, teacher_epochs=1, teacher_batch=8)
+        for labels in ("teacher", "class")
+    )
+    assert soft.manifest["protocol"] == "dc-soft-v1" and hard.manifest["protocol"] == "dc-v1"
+    record = condense.evaluate(hard, tiny, controls=["distilled-hard"])
+    assert [entry["arm"] for entry in record["results"]] == ["distilled"]
+    assert record["missing"] == [{"arm": "distilled-hard", "why": "the labels of the set are its classes"}]
+
+
+def test_a_teacher_gives_features_and_labels_but_is_trained_once(tiny):
+    made = condense.distill("herding", tiny, 1, network=NETWORK, labels="teacher", teacher_epochs=1, teacher_batch=8)
+    again = condense.distill("herding", tiny, 1, network=NETWORK, teacher_epochs=1, teacher_batch=8)
+    taught, cached = made.manifest["preparation"], again.manifest["preparation"]
+    assert taught["from_cache"] == 0 and cached["from_cache"] == 1
+
+    def networks_built(**settings):
+        built = []
+
+        def counted(shape, classes):
+            built.append(1)
+            return networks.build_network(NETWORK, shape, classes)
+
+        condense.distill("herding", tiny, 1, network=counted, teacher_epochs=1, teacher_batch=8, **settings)
+        return len(built)
+
+    assert networks_built(labels="teacher") == networks_built()
 
 
 def test_selections_by_pixels_are_those_of_the_functions(tiny):

@@ -193,6 +193,21 @@ def test_settings_of_all_methods_and_cells_and_options_of_the_data(place, monkey
     assert soft[0] == "| soft labels | tiny, 1 | tiny, 2 |" and len(soft) == 4
 
 
+def test_settings_of_a_cell_are_checked_with_those_of_all_cells(place):
+    text = TEXT.replace("random: {}", "graphcut: {all: {kernel: features}, tiny-ipc1: {embedding: random}}")
+    (place / "mini.yaml").write_text(text)
+    assert any(cell.method == "graphcut" for cell in suites.cells(suites.get_suite(str(place / "mini.yaml"))))
+
+
+def test_a_cell_of_indices_stopped_before_its_record_is_finished(place):
+    (place / "mini.yaml").write_text(TEXT.replace("random: {}", "random: {all: {store: indices}}"))
+    for _ in range(2):
+        outcome = run(place, methods=["random"])
+        assert len(outcome.made) == 2 and not outcome.failed
+        for path in outcome.made:
+            path.unlink()
+
+
 def test_a_cell_that_fails_does_not_take_the_others_with_it(place):
     (place / "mini.yaml").write_text(TEXT.replace("[1, 2]", "[1, 2, 13]"))
     outcome = run(place)
@@ -225,6 +240,7 @@ def test_only_some_cells(place):
         (("  dm:", "  dmm:"), "unknown method 'dmm'"),
         (("runs: 2", "run: 2"), "run=2: no such setting"),
         (("runs: 2", "runs: 2\nsettings: {stepz: 2}"), "settings: stepz: no method of the suite has it"),
+        (("random: {}", "graphcut: {tiny-ipc1: {embedding: random}}"), "graphcut, tiny-ipc1: .*give kernel=features"),
         (("random: {}", "random: {all: {stor: images}}"), "random, all: stor=images: no such setting"),
         (("ipc: [1, 2],", "ipc: [1, 2], options: {resiez: 4},"), "resiez=4: no such setting of .*: tiny: options"),
     ],

@@ -654,7 +654,9 @@ def test_a_network_from_python_is_not_kept(tiny):
 @pytest.mark.parametrize(("minutes", "count", "epochs"), [(0.3, 4, 3), (0.2, 4, 2), (0.08, 3, 1), (0.001, 1, 1)])
 def test_a_time_limit_takes_whole_epochs_or_fewer_teachers(minutes, count, epochs, tiny, tmp_path):
     """Of 60 s a third is 20: 200 steps, 40 epochs of 5 steps."""
-    plan_training(a_run(tiny, directory=tmp_path, minutes=minutes), lambda: 0.1, networks=4, units=3, unit_steps=5)
+    plan_training(
+        a_run(tiny, directory=tmp_path, minutes=minutes), lambda: 0.1, kind="teacher", networks=4, units=3, unit_steps=5
+    )
     options = dataclasses.replace(OPTIONS, teacher_epochs=3)
     run = a_run(tiny, directory=tmp_path, minutes=1e-9, resume=True)  # keeps the plan that it began with
     committee = provided(tiny, run, options=options, architectures=[NETWORK, PLAIN], count=2)

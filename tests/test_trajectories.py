@@ -607,7 +607,9 @@ def test_a_network_from_python_is_not_kept(tiny):
 def test_a_time_limit_takes_whole_epochs_or_fewer_experts(minutes, min_epochs, count, epochs, tiny, tmp_path):
     """Of 60 s a third is 20: 200 steps, 40 epochs of 5 steps."""
     options = {"directory": tmp_path, "minutes": minutes}
-    plan = plan_training(a_run(tiny, **options), lambda: 0.1, networks=4, units=6, unit_steps=5, min_units=min_epochs)
+    plan = plan_training(
+        a_run(tiny, **options), lambda: 0.1, kind="expert", networks=4, units=6, unit_steps=5, min_units=min_epochs
+    )
     assert (plan.networks, plan.units) == (count, epochs)
     # A resumed run keeps the plan that it began with, also where the machine became slow.
     run = a_run(tiny, directory=tmp_path, minutes=1e-9, resume=True)

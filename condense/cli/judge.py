@@ -44,8 +44,8 @@ def evaluate(
     controls: Annotated[
         str,
         typer.Option(
-            help="control arms: random,random-hard,random-bytes,noise,full,full-equal,rs2, or none; under transfer-v1 "
-            "random,full and files of other sets; for graphs random,herding,full"
+            help="control arms: random,random-hard,random-bytes,distilled-hard,noise,full,full-equal,"
+            "rs2, or none; under transfer-v1 random,full and files of other sets; for graphs random,herding,full"
         ),
     ] = "random",
     transfer: Annotated[

@@ -14,6 +14,7 @@ from condense.jobs.checks import (
 from condense.jobs.execute import resume, run_job
 from condense.jobs.given_files import fill_from_files
 from condense.jobs.job import (
+    default_protocol,
     is_finished,
     is_resumable,
     is_unfinished,
@@ -34,6 +35,7 @@ __all__ = [
     "check_request",
     "check_scores",
     "check_teachers",
+    "default_protocol",
     "estimate_cost",
     "expected_manifest",
     "fill_from_files",

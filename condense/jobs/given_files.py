@@ -39,7 +39,7 @@ def fill_from_files(
     if entry.pretrains == "experts" and settings.get("experts"):
         file = f"experts={settings['experts']}"
         taken = _of_experts(entry, settings, Path(str(settings["experts"])))
-    elif entry.pretrains != "experts" and settings.get("teachers"):
+    elif settings.get("teachers") and (entry.pretrains == "teachers" or settings.get("labels") == "teacher"):
         file = f"teachers={settings['teachers']}"
         taken = _of_teachers(entry, settings, network, str(settings["teachers"]))
     own = taken.pop("network") if "network" in taken else None

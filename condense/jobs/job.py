@@ -143,6 +143,12 @@ def shorter_keys(job: Job) -> list[str]:
     return [key for shorter in jobs for key in (shorter.key(), shorter.earlier_key())]
 
 
+def default_protocol(entry: Method, config: Any) -> str:
+    """Protocol of a set's evaluations unless one is given: that of the settings, which may decide the kind of labels,
+    or that of the method."""
+    return str(getattr(config, "default_protocol", None) or entry.protocol)
+
+
 def resolve_settings(entry: Method, settings: Mapping[str, Any], ipc: int | None = None) -> Any:
     """Builds the config of a method from ``settings``, with absolute paths of its files.
 

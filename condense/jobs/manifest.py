@@ -14,7 +14,7 @@ from condense.data import DataOptions, Task
 from condense.device import peak_memory
 from condense.engine import Run
 from condense.jobs.given_files import fill_from_files
-from condense.jobs.job import Job, names_used, resolve_job, resolve_settings
+from condense.jobs.job import Job, default_protocol, names_used, resolve_job, resolve_settings
 from condense.networks import pretrained
 from condense.plugins import named_files, plugin_versions
 from condense.registry import METHODS, Method
@@ -37,8 +37,9 @@ def expected_manifest(
     """What the manifest of these arguments of :func:`condense.distill` says: ``command``, ``network``, ``plugins``."""
     entry = METHODS.get(method)
     settings, own_network, _ = fill_from_files(entry, settings, network)
-    fields = {"minutes": None, "out": None, "tag": None, "protocol": protocol or entry.protocol, "track": "none"}
     config = resolve_settings(entry, settings, ipc)
+    chosen = protocol or default_protocol(entry, config)
+    fields = {"minutes": None, "out": None, "tag": None, "protocol": chosen, "track": "none"}
     job = resolve_job(entry, config, real, ipc, own_network, seed, device, precision, **fields)
     return {"command": _command(job, entry, real, None), "network": job.network, "plugins": _plugins(job, real)}
 

@@ -95,7 +95,9 @@ def make_arms(
     teacher = distilled.labels.relabelling_teacher(teacher)
     for control in controls:
         if control == "distilled-hard":
-            continue  # among the arms of the set
+            if distilled.labels.is_hard:
+                missing.append({"arm": control, "why": "the labels of the set are its classes"})
+            continue  # else it is among the arms of the set
         if control == "random" and is_soft and teacher is None:
             why = f"no teacher that gives random images {kind} labels" + (f" ({reason})" if reason else "")
             missing.append({"arm": control, "why": why})

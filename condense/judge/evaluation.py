@@ -78,10 +78,11 @@ def evaluate(
         runs: students per arm; by default the number of the protocol.
         protocol: name; by default that of the manifest, or dc-v1 (dc-soft-v1 for labels that are not hard).
         controls: any of random (the same number of real images per class), random-hard (these with their classes, on
-            the soft track), random-bytes (hard-labelled 8-bit real images with the bytes of the set), noise, full,
-            full-equal (all real images for the steps of the distilled arm), and rs2 (as many real images as the set
-            has, other ones in each epoch, for these steps: equal compute). On the soft track noise has the labels of
-            the set, and random needs the ``teacher`` of the labels.
+            the soft track), random-bytes (hard-labelled 8-bit real images with the bytes of the set), distilled-hard
+            (the images of a set with soft labels, with their classes), noise, full, full-equal (all real images for the
+            steps of the distilled arm), and rs2 (as many real images as the set has, other ones in each epoch, for
+            these steps: equal compute). On the soft track noise has the labels of the set, and random needs the
+            ``teacher`` of the labels.
         without_augmentation: also train the distilled and random arms without augmentation, for ARS.
         teacher: network in the training space of the set that gave its soft or per-view labels; it labels the random
             images in the same way.

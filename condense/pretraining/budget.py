@@ -26,7 +26,7 @@ PROBE_STEPS = 6
 
 @dataclasses.dataclass(frozen=True)
 class TrainingPlan:
-    """Number of networks and length of their training. The field names are keys of ``bank.json``."""
+    """Number of networks and length of their training. The field names are keys in ``bank.json``."""
 
     networks: int
     units: int
@@ -41,13 +41,21 @@ class TrainingPlan:
 
 
 def plan_training(
-    run: Run, step_seconds: Callable[[], float], *, networks: int, units: int, unit_steps: int, min_units: int = 1
+    run: Run,
+    step_seconds: Callable[[], float],
+    *,
+    kind: str,
+    networks: int,
+    units: int,
+    unit_steps: int,
+    min_units: int = 1,
 ) -> TrainingPlan:
-    """Cuts the requested training to the run's time limit. A resumed run keeps the plan that it began with.
+    """Cuts the requested training to the run's time limit. A resumed run keeps the plans that it began with.
 
     Args:
         run: its limit counts. A dry run trains one short network and estimates the time of all.
         step_seconds: measures the seconds of one training step of one network.
+        kind: what is trained; a run may train networks of several kinds, each with a plan of its own.
         networks: requested number of networks.
         units: parts of each network's training.
         unit_steps: training steps of one part.
@@ -59,8 +67,11 @@ def plan_training(
         run.estimate("preparation", step_seconds() * requested.networks * requested.steps)
         return TrainingPlan(1, min(requested.units, max(2, min_units)), 1)
     path = run.directory / PLAN_FILE if run.directory else None
+    plans: dict[str, dict[str, int]] = {}
     if path is not None and run.resumes and path.exists():
-        return TrainingPlan(**json.loads(path.read_text()))
+        plans = json.loads(path.read_text())
+        if kind in plans:
+            return TrainingPlan(**plans[kind])
     plan = requested
     if run.minutes is not None:
         seconds = MAX_TIME_SHARE * 60 * run.minutes
@@ -74,7 +85,7 @@ def plan_training(
         plan = TrainingPlan(run.ranks.broadcast(plan.networks), run.ranks.broadcast(plan.units), plan.unit_steps)
     if path is not None and run.ranks.is_main_process:
         with atomic_write(path) as temporary:
-            temporary.write_text(json.dumps(dataclasses.asdict(plan)))
+            temporary.write_text(json.dumps({**plans, kind: dataclasses.asdict(plan)}))
     return plan
 
 

@@ -162,6 +162,7 @@ def load_or_train(
     plan = plan_training(
         run,
         lambda: _mean_step_seconds(run, training, keys),
+        kind=training.name,
         networks=len(keys),
         units=units,
         unit_steps=unit_steps,

@@ -132,11 +132,11 @@ def nearest_to_centroids(points: Tensor, count: int, key: int) -> Tensor:
         few = len(points) <= LLOYD_POINTS
         kmeans = KMeans(**options) if few else MiniBatchKMeans(**options, batch_size=max(MINI_BATCH, 4 * count))
         kmeans.fit(points.numpy())
-    distances = torch.cdist(torch.from_numpy(kmeans.cluster_centers_).float(), points)
     chosen: list[int] = []
-    for row in distances:
-        row[chosen] = torch.inf
-        chosen.append(int(row.argmin()))
+    for centroids in torch.from_numpy(kmeans.cluster_centers_).float().split(256):  # bounds the memory of distances
+        for row in torch.cdist(centroids, points):
+            row[chosen] = torch.inf
+            chosen.append(int(row.argmin()))
     return torch.tensor(chosen)
 
 

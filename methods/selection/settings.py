@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +53,11 @@ class Labelling(TeacherOptions, Storage):
     def __post_init__(self) -> None:
         self.check_teachers()
         require_one_of(self, store=STORES, labels=("class", "teacher"))
+
+    @property
+    def default_protocol(self) -> str | None:
+        """Protocol of evaluations unless one is given; None for that of the method."""
+        return "dc-soft-v1" if self.labels == "teacher" else None
 
 
 @dataclass(frozen=True)
@@ -140,6 +146,16 @@ def similarities(config: GradientOptions, run: Run) -> Callable[[Tensor], Kernel
     return lambda ids: CosineKernel(features[ids])
 
 
+_COMMITTEES: WeakKeyDictionary[Run, Committee] = WeakKeyDictionary()
+
+
+def committee_of(config: TeacherOptions, run: Run) -> Committee:
+    """The teachers of a run, for features, gradients and labels alike; loaded or trained at the first call."""
+    if run not in _COMMITTEES:
+        _COMMITTEES[run] = get_committee(config, run)
+    return _COMMITTEES[run]
+
+
 def choose_images(config: SelectionOptions, run: Run, choose: Callable[[Tensor, int, int], Tensor]) -> SyntheticSet:
     """The set of the images that ``choose`` selects of each class, or of all images, with their classes as labels; see
     :func:`condense.selection.select_by_class`."""
@@ -156,7 +172,7 @@ def select_images(config: SelectionOptions, run: Run, choose: Callable[[Tensor, 
 def add_labels(synthetic: SyntheticSet, config: Labelling, run: Run) -> SyntheticSet:
     """Labels a selection by its teacher if ``config`` says so; returns it."""
     if config.labels == "teacher":
-        committee = get_committee(config, run)
+        committee = committee_of(config, run)
         synthetic.labels = SoftLabels(teacher_logits(synthetic, committee, run))
     return synthetic
 
@@ -176,7 +192,7 @@ def teacher_logits(synthetic: SyntheticSet, committee: Committee, run: Run) -> T
 
 def teacher_network(config: TeacherOptions, run: Run) -> networks.Network:
     """The network that features and gradients are taken from: the first of the run's teachers, in eval mode."""
-    member = get_committee(config, run).members[0]
+    member = committee_of(config, run).members[0]
     networks.require_embedding(member.network, member.name, run.name)
     return member.network
 
