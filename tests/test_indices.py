@@ -103,6 +103,10 @@ def test_indices_are_those_of_the_whole_data_where_the_method_saw_a_part(tmp_pat
     pruned = condense.task((images, labels, *rest), name="tiny", prune=str(tmp_path / "scores.h5"), prune_keep=0.5)
     made = condense.distill("random", pruned, 2, network=NETWORK, store="indices", protocol="quick-v1")
     assert np.array_equal(images[made.indices], made.stored.numpy())
+    with pytest.raises(CondenseError, match=r"scores\.h5: is of all train images, but prune= or repeat_small="):
+        condense.distill("el2n", pruned, 2, network=NETWORK, scores=str(tmp_path / "scores.h5"))
+    with pytest.raises(CondenseError, match=r"prune=.*scores\.h5: students of rs2 draw from all train images"):
+        condense.distill("rs2", pruned, 2, network=NETWORK)
     repeated = condense.task((images, labels, *rest), name="tiny", repeat_small=True)
     made = condense.distill("random", repeated, 20, network=NETWORK, store="indices", protocol="quick-v1")
     assert np.array_equal(images[made.indices], made.stored.numpy()) and made.indices.max() < 36

@@ -515,6 +515,7 @@ def test_d2_with_a_small_budget_takes_its_own_class(tiny):
         ("random", {"labels": "techer"}, "labels=techer: unknown; did you mean 'teacher'"),
         ("kmeans", {"labels": "teacher", "balance": "free"}, "labels=teacher: needs equally many images"),
         ("dq", {"store": "indices", "drop": 0.2}, "store=indices: the real data lack the patches that drop rebuilds"),
+        ("moderate", {"balance": "free"}, "balance=free: moderate ranks images within their class"),
         ("rad", {"store": "index"}, "store=index: unknown; did you mean 'indices'"),
         ("aum", {"labels": "teacher", "teachers": "missing.h5"}, "missing.h5: no such file"),
     ],

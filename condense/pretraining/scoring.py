@@ -117,6 +117,11 @@ def load_or_train_scores(run: Run, options: ScoreOptions) -> ScoreTable:
     """
     if options.scores:
         table = read_score_table(Path(options.scores))
+        if run.task.train.rows is not None:
+            raise CondenseError(
+                f"scores={options.scores}: is of all train images, but prune= or repeat_small= gives this run others; "
+                "leave out scores=, and they are computed for those"
+            )
         table.check_fits(run.task, options.scores)
         run.register_state("scores", ContentGuard(table.manifest["content"], options.scores, "scores"))
     else:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from condense import rng, selection
 from condense.data import Task
 from condense.engine import Run
+from condense.errors import CondenseError
 from condense.methods.selection.settings import (
     EmbeddingOptions,
     GradientOptions,
@@ -132,15 +135,25 @@ def facility(task: Task, config: GradientOptions, run: Run) -> SyntheticSet:
     return select_images(config, run, lambda ids, count, c: selection.facility_location(kernel(ids), count))
 
 
+@dataclass(frozen=True)
+class Moderate(EmbeddingOptions):
+    """Hyper-parameters of the moderate coreset."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.balance == "free":
+            raise CondenseError("balance=free: moderate ranks images within their class; leave it out")
+
+
 @method(
     "moderate",
-    config=EmbeddingOptions,
+    config=Moderate,
     paper="Moderate Coreset: A Universal Method of Data Selection for Real-world Data-efficient Deep Learning",
     year=2023,
     order=0,
     pretrains="teachers",
 )
-def moderate(task: Task, config: EmbeddingOptions, run: Run) -> SyntheticSet:
+def moderate(task: Task, config: Moderate, run: Run) -> SyntheticSet:
     """Selects the real images whose distance to the mean of their class is nearest to the median distance.
 
     When to use: for large selections of noisy data; it avoids easy images and outliers alike. Cost: a short training

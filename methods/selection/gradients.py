@@ -66,8 +66,9 @@ def gradmatch(task: Task, config: GradMatch, run: Run) -> SyntheticSet:
     """Selects real images one by one whose weighted gradients sum to the mean gradient of their class.
 
     When to use: as the coreset closest in aim to gradient matching. Cost: a short training of one network, one pass
-    over the data, and a small least-squares problem for each image. Known failure: without the weights, which a set
-    does not store, the selected images are as hard as their gradients are large.
+    over the data, and for each image a least-squares problem of all selected ones, so that time grows with at least
+    the third power of the selection: for hundreds of images per class take craig. Known failure: without the weights,
+    which a set does not store, the selected images are as hard as their gradients are large.
 
     Killamsetty et al., ICML 2021: orthogonal matching pursuit on gradients of the last layer, with weights of at least
     0 (scipy's nnls) and ridge regression. The paper trains with these weights and selects again every few epochs; a set

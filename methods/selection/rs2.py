@@ -49,6 +49,8 @@ def rs2(task: Task, config: RS2, run: Run) -> SyntheticSet:
     count as external. Subsets are consecutive parts of a permutation in which classes alternate; the published program
     repeats images of the same permutation in its last part, which is left out here.
     """
+    if task.options.prune is not None:
+        raise CondenseError(f"prune={task.options.prune}: students of rs2 draw from all train images; leave it out")
     count = task.num_classes * run.ipc
     share = min(1.0, count / len(task.train)) if config.fraction is None else config.fraction
     resampling = Resampling(share, task.counts.tolist())
