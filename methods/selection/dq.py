@@ -36,13 +36,11 @@ class DQ(GradientOptions):
     bins: int = 10
     """Bins of each class; 1 selects at random."""
     drop: float = 0.0
-    """Share of each image's patches that are dropped, those of least importance (Grad-CAM of the class), and rebuilt;
-    0.2 is published."""
+    """Share of each image's patches to drop and rebuild, the least important ones by Grad-CAM; 0.2 is published."""
     patch: int = 4
     """Height and width of a patch in pixels, a divisor of the image's."""
     rebuild: str = "decoder"
-    """Dropped patches: decoder (rebuilt by a small network that is trained on the data) or mean (the mean colour of the
-    image's other patches)."""
+    """Dropped patches: decoder (rebuilt by a small network, trained on the data) or mean (colour of the other ones)."""
     decoder_steps: int = 500
     """Steps of the decoder's training."""
 
@@ -52,9 +50,7 @@ class DQ(GradientOptions):
         counts = dict.fromkeys(("bins", "patch", "decoder_steps"), (1, math.inf))
         require_range(self, **counts, drop=(0, 0.95))
         if self.drop and self.store == "indices":
-            raise CondenseError(
-                "store=indices: the real data lack the patches that drop rebuilds; leave out one of them"
-            )
+            raise CondenseError("store=indices: the real data lack the patches that drop rebuilds; leave one out")
 
 
 def split_into_bins(kernel: Callable[[Tensor], Kernel], ids: Tensor, bins: int) -> list[Tensor]:
