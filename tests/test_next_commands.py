@@ -79,7 +79,7 @@ def test_next_of_files_and_plans(place, capsys, monkeypatch):
     shown = command_line("show set.h5", capsys)
     assert "next: condense evaluate set.h5 --data tiny=PATH" in shown.out
     advised = (
-        "advise --data tiny=tiny.npz --ipc 1 --network convnet-d2-w8-in --labels hard --precision fp32 --minutes 9"
+        "advise --data tiny=tiny.npz --ipc 1 --network convnet-d2-w8-in --labels hard --precision fp32 --minutes 900"
     )
     command = command_line(advised, capsys).out.splitlines()[-1]
     assert command.endswith("--network convnet-d2-w8-in --precision fp32")
