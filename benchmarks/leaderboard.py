@@ -34,7 +34,7 @@ from condense.benchmarks.families import Facts, method_facts
 from condense.errors import CondenseError
 from condense.files import atomic_folder
 from condense.formatting import duration, percent, size
-from condense.judge import REUSE_COUNTS, arm_name, main_entries, protocols, read_record
+from condense.judge import REUSE_COUNTS, arm_name, labels_of, main_entries, protocols, read_record
 from condense.registry import METHODS
 from condense.sets import DistilledSet, packaged_sets
 from condense.version import __version__
@@ -163,7 +163,7 @@ class Row:
     @property
     def track(self) -> str:
         """Which labels students learn from: the kind that the set brings, or classes alone."""
-        return self.set["label_kind"] if self.main["labels"] == "own" else "hard"
+        return labels_of(self.main, self.record)
 
     @property
     def scores(self) -> dict[str, Any]:

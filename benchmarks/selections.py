@@ -12,9 +12,8 @@ from pathlib import Path
 
 from condense.benchmarks.leaderboard import RESULTS
 from condense.benchmarks.speed.measure import Parser, guarded
-from condense.benchmarks.suite import is_hard
 from condense.errors import CondenseError
-from condense.judge import read_record
+from condense.judge import labels_of, read_record
 
 CONTROLS = ("rs2", "full-equal")
 
@@ -37,7 +36,7 @@ def read_cells(folder: Path) -> Cells:
         for entry in record["results"]:
             accuracies = [100 * accuracy for accuracy in entry["accuracies"]]
             if entry["arm"] == "distilled":
-                labels = "hard" if is_hard(record, entry) else "soft"
+                labels = "hard" if labels_of(entry, record) == "hard" else "soft"
                 cells.setdefault((record["set"]["method"], size, labels), []).extend(accuracies)
             elif entry["arm"] in CONTROLS:
                 cells[entry["arm"], size, "hard"] = accuracies

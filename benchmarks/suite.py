@@ -33,7 +33,17 @@ from condense.files import check_name
 from condense.formatting import aligned, percent, shorten
 from condense.jobs import checks as checks_module
 from condense.jobs import expected_manifest
-from condense.judge import MAX_RUNS, OWN, evaluation, get_protocol, is_augmented, means_by_arm, records, summary
+from condense.judge import (
+    MAX_RUNS,
+    OWN,
+    evaluation,
+    get_protocol,
+    is_augmented,
+    labels_of,
+    means_by_arm,
+    records,
+    summary,
+)
 from condense.judge import arms as arms_module
 from condense.plugins import plugin_versions
 from condense.ranks import Ranks
@@ -168,7 +178,7 @@ def _read_suite(path: Path, where: str) -> Suite:
         checks.append(functools.partial(_check_numbers, f"{where}: {data}: ipc", task.ipc, MAX_INTEGER))
         checks += [functools.partial(arms_module.check_control, name) for name in task.controls]
         suite.tasks[data] = task
-        checks.append(functools.partial(_check_options, task.options, f"{where}: {data}: options"))
+        checks.append(functools.partial(build_config, DataOptions, task.options, f"{where}: {data}: options"))
         cell_networks |= {f"{data}-ipc{ipc}": task.network for ipc in task.ipc} | {ALL: task.network}
     if not as_mapping(suite.methods, f"{where}: methods"):
         suite.methods.update(suite_cells(suite.name))
@@ -178,9 +188,8 @@ def _read_suite(path: Path, where: str) -> Suite:
         checks.append(functools.partial(checks_module.check_request, method, {}))
         suite.methods[method] = _with_settings(suite, method, as_mapping(cells, f"{where}: {method}"), where)
         for name, values in suite.methods[method].items():
-            merged = suite.methods[method][ALL] | as_mapping(values or {}, f"{where}: {method}, {name}")
             checks.append(
-                functools.partial(_check_cell, method, name, merged, cell_networks, f"{where}: {method}, {name}")
+                functools.partial(_check_cell, method, name, values or {}, cell_networks, f"{where}: {method}, {name}")
             )
     checks_module.run_checks(*checks)
     unused = set(suite.settings) - {name for cells in suite.methods.values() for name in cells[ALL]}
@@ -190,10 +199,15 @@ def _read_suite(path: Path, where: str) -> Suite:
 
 
 def _with_settings(suite: Suite, method: str, method_cells: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The cells of a method, of which ``all`` has the suite's settings that the method has, and its own."""
-    own = as_mapping(method_cells.get(ALL, {}), f"{where}: {method}, {ALL}")
+    """The cells of a method with the suite's settings that the method has and those of ``all``; null stays null."""
     known = [each.name for each in fields(METHODS.get(method).config)] if method in METHODS.names() else []
-    return {**method_cells, ALL: {name: value for name, value in suite.settings.items() if name in known} | own}
+    shared = {name: value for name, value in suite.settings.items() if name in known}
+    shared |= as_mapping(method_cells.get(ALL, {}), f"{where}: {method}, {ALL}")
+    own = {
+        name: None if values is None else shared | as_mapping(values, f"{where}: {method}, {name}")
+        for name, values in method_cells.items()
+    }
+    return own | {ALL: shared}
 
 
 def _recipe_cell(suite: Suite, name: str, where: str) -> Cell:
@@ -239,11 +253,6 @@ def _check_protocol(name: str, where: str) -> None:
         raise CondenseError(
             f"{where}: protocol={name}: a suite compares accuracies on the data of the sets; use `evaluate`"
         )
-
-
-def _check_options(options: Mapping[str, Any], where: str) -> None:
-    """Options of data, checked as those of a command."""
-    build_config(DataOptions, dict(options), where)
 
 
 def _check_numbers(where: str, values: Sequence[int], maximum: int, *, minimum: int = 1) -> None:
@@ -298,7 +307,7 @@ def cells(suite: Suite, methods: Sequence[str] = (), datasets: Sequence[str] = (
             seed,
             suite.protocol,
             tuple(task.controls),
-            suite.methods[method][ALL] | (suite.methods[method].get(f"{data}-ipc{ipc}") or {}),
+            suite.methods[method].get(f"{data}-ipc{ipc}", suite.methods[method][ALL]),
             task.options,
         )
         for data, task in suite.tasks.items()
@@ -333,8 +342,8 @@ def table(paths: Sequence[Path]) -> str:
         augments = is_augmented(record["results"])
         for entry in record["results"]:
             if entry["arm"] == "distilled" and entry["augment"] == augments:
-                labels = "hard" if is_hard(record, entry) else described["label_kind"]
-                key = described["dataset"], described["ipc"], cell, labels, entry["network"], record["protocol"]["name"]
+                of_set = described["dataset"], described["ipc"], cell, labels_of(entry, record)
+                key = *of_set, entry["network"], record["protocol"]["name"]
                 groups.setdefault(key, []).append(entry["accuracies"])
     rows = []
     for (data, ipc, cell, labels, network, protocol), sets in groups.items():
@@ -345,11 +354,6 @@ def table(paths: Sequence[Path]) -> str:
         rows.append((data, ipc, -students["mean"], [cell, labels, network, protocol, *counts, accuracy, std]))
     head = ["cell", "labels", "network", "protocol", "sets", "students", "accuracy, % (± std)", "std of sets"]
     return aligned([head, *(cells for *_, cells in sorted(rows))], ruled=True)
-
-
-def is_hard(record: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
-    """Whether students of an entry of a record's ``results`` were trained on classes only."""
-    return entry["labels"] == "hard" or bool(record["set"]["label_kind"] == "hard")
 
 
 def datasets_of(suite: Suite) -> list[str]:

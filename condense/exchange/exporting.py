@@ -241,12 +241,13 @@ def _write_hf(distilled: DistilledSet, folder: Path, datasets: Any) -> dict[str,
         columns["array"] = list(images[order].float().cpu().numpy())
         features["array"] = datasets.Array3D(distilled.shape, "float32")
     table = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
-    (folder / "data").mkdir()
+    file = folder / "data" / "train-00000-of-00001.parquet"
+    file.parent.mkdir()
     with open(os.devnull, "w") as devnull, contextlib.redirect_stderr(devnull):  # hides a progress bar
-        table.to_parquet(str(folder / "data" / "train-00000-of-00001.parquet"))
+        table.to_parquet(str(file))
     distilled.save(folder / SET_FILE)
     (folder / "README.md").write_text(_card(distilled, exact, hard), encoding="utf-8")
-    written = parquet.read_table(folder / "data" / "train-00000-of-00001.parquet", columns=["image", "label"])
+    written = parquet.read_table(file, columns=["image", "label"])
     pictures = written["image"].to_pylist()
     return {
         "images": len(pictures) == len(stored)

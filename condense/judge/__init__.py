@@ -3,7 +3,7 @@
 from condense.judge.downstream_checks import downstream, format_downstream
 from condense.judge.evaluation import evaluate, fit
 from condense.judge.protocol import MAX_RUNS, OWN, Protocol, get_protocol, protocols
-from condense.judge.records import arm_name, environment, read_record
+from condense.judge.records import arm_name, environment, labels_of, read_record
 from condense.judge.scoring import (
     REUSE_COUNTS,
     compute_scores,
@@ -30,6 +30,7 @@ __all__ = [
     "format_downstream",
     "get_protocol",
     "is_augmented",
+    "labels_of",
     "main_entries",
     "means_by_arm",
     "protocols",

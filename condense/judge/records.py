@@ -9,7 +9,7 @@ import json
 import math
 import platform
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +129,11 @@ def format_record(record: dict[str, Any]) -> str:
     for entry in record["missing"]:
         lines.append(f"arm {entry['arm']} is missing: {entry['why']}")
     return "\n".join(lines)
+
+
+def labels_of(entry: Mapping[str, Any], record: Mapping[str, Any]) -> str:
+    """Which labels students of an entry learned from: the kind that the set brings, or hard."""
+    return str(record["set"]["label_kind"]) if entry["labels"] == "own" else "hard"
 
 
 def arm_name(entry: dict[str, Any], record: dict[str, Any]) -> str:
