@@ -6,6 +6,7 @@ students learn from classes only. Sets stand beside the control arms that any of
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ class Bar:
     """A set or a control arm."""
 
     name: str
+    label: str
+    """The method, or the arm."""
     entry: dict[str, Any]
     """Of ``results`` of its record."""
     is_control: bool
@@ -64,11 +67,11 @@ def read_bars(folder: Path) -> tuple[list[Bar], dict[str, Any]]:
     for record in records:
         method, cost = record["set"]["method"], record["cost"]
         seconds = cost.get("seconds", 0.0) + cost.get("preparation_seconds", 0.0)
-        bars[method] = Bar(method, main_entries(record)[0], False, record["set"]["bytes"]["total"], seconds)
+        bars[method] = Bar(method, method, main_entries(record)[0], False, record["set"]["bytes"]["total"], seconds)
         for entry in record["results"]:
             if entry["arm"] in CONTROLS:
                 name = CONTROLS[entry["arm"]].format(set=method)
-                bars[name] = Bar(name, entry, True, None, None)
+                bars[name] = Bar(name, entry["arm"], entry, True, None, None)
     return sorted(bars.values(), key=lambda bar: -bar.entry["mean"]), records[0]
 
 
@@ -115,14 +118,20 @@ def draw(bars: Sequence[Bar], record: dict[str, Any], path: Path) -> None:
     left.set_yticks(range(len(bars)), [bar.name for bar in reversed(bars)])
     left.set(xlabel="test accuracy, % (dots: single students)", title="After training")
     left.set_xlim(0, 1.12 * max(100 * max(bar.entry["accuracies"]) for bar in bars))
+    ends = []
     for bar in bars:
         if "curve" in bar.entry:
             curve = bar.entry["curve"]
             means = [100 * statistics.fmean(column) for column in zip(*curve["accuracies"])]
             line = "--" if bar.is_control else "-"
-            right.plot(curve["images"], means, line, marker=".", color=colours[bar.name], label=bar.name)
-            right.annotate(bar.name[:14], (curve["images"][-1], means[-1]), xytext=(4, -3), fontsize=7,
-                           textcoords="offset points")  # fmt: skip
+            right.plot(curve["images"], means, line, marker=".", color=colours[bar.name])
+            ends.append((means[-1], curve["images"][-1], bar))
+    lowest, highest = right.get_ylim()
+    place = math.inf
+    for accuracy, images, bar in sorted(ends, key=lambda end: -end[0]):
+        place = min(accuracy, place - 0.03 * (highest - lowest))  # below the label before, so that none overlap
+        right.annotate(bar.label, (images, accuracy), xytext=(1.12 * images, place), fontsize=7, va="center",
+                       color=colours[bar.name] if not bar.is_control else "0.35")  # fmt: skip
     right.set(xscale="log", xlabel="images seen in training, with repetitions", title="During training")
     right.margins(x=0.3)
     right.grid(alpha=0.3)

@@ -230,7 +230,7 @@ def distill(
         protocol=protocol or jobs.default_protocol(entry, config),
         deterministic=deterministic,
     )
-    jobs.check_fit(jobs.prune_task(real), ipc, network or entry.network)
+    jobs.check_fit(jobs.prune_task(real), ipc, network or entry.network, config)
     continues = directory is not None and not force and jobs.is_unfinished(directory, job)
     if not continues:
         jobs.check_outputs(real, ipc, out, directory, force=force)

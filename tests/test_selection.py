@@ -457,6 +457,19 @@ def test_selections_by_pixels_are_those_of_the_functions(tiny):
     assert ids_of(free, tiny) == sorted(herding(pixels, 9).tolist(), key=lambda i: tiny.train.labels[i])
 
 
+def test_a_free_budget_may_exceed_the_smallest_class(tmp_path):
+    x, y, x_test, y_test = tiny_arrays()
+    keep = np.concatenate([np.flatnonzero(y == 0)[:2], np.flatnonzero(y > 0)])
+    unequal = condense.task((x[keep], y[keep], x_test, y_test), name="unequal")
+    options = {"network": NETWORK, "embedding": "pixels", "balance": "free"}
+    made = condense.distill("kmeans", unequal, 8, **options)
+    assert len(made) == 24 and int((made.hard_labels() == 0).sum()) <= 2
+    with pytest.raises(CondenseError, match=r"--ipc 9: with 3 classes more than the 26 images .*; give at most 8"):
+        condense.distill("kmeans", unequal, 9, **options)
+    with pytest.raises(CondenseError, match="has only 2 images; give at most 2"):
+        condense.distill("kmeans", unequal, 3, network=NETWORK, embedding="pixels")
+
+
 def test_features_are_those_of_the_teacher(tiny):
     config, run = settings.SelectionOptions(teacher_epochs=1, teacher_batch=8), run_of(tiny)
     found = settings.last_layer_gradients(config, run)

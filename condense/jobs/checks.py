@@ -255,16 +255,26 @@ def check_classes(real: Task, what: str) -> None:
         )
 
 
-def check_fit(real: Task, ipc: int, network: str | Callable[..., nn.Module]) -> None:
-    """Checks that every class has ``ipc`` images and that the network fits the images.
+def check_fit(real: Task, ipc: int, network: str | Callable[..., nn.Module], config: Any = None) -> None:
+    """Checks that the data have ``ipc`` images of every class and that the network fits the images.
+
+    Args:
+        config: of the method, if there is one. With ``balance="free"`` it is the total of ``ipc`` images for each class
+            that the data must have.
 
     Raises:
-        CondenseError: it does not.
+        CondenseError: they do not have them, or it does not fit.
     """
     smallest = int(real.counts.argmin())
     if ipc < 1:
         raise CondenseError(f"--ipc {ipc}: must be at least 1")
-    if ipc > real.counts[smallest] and not real.options.repeat_small:
+    if getattr(config, "balance", None) == "free":
+        if ipc * real.num_classes > len(real.train):
+            raise CondenseError(
+                f"--ipc {ipc}: with {real.num_classes} classes more than the {len(real.train)} images of {real.name}; "
+                f"give at most {len(real.train) // real.num_classes}"
+            )
+    elif ipc > real.counts[smallest] and not real.options.repeat_small:
         raise CondenseError(
             f"--ipc {ipc}: class '{real.classes[smallest]}' of {real.name} has only {real.counts[smallest]} images; "
             f"give at most {real.counts[smallest]}, or repeat_small=true"

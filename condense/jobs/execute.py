@@ -111,7 +111,7 @@ def resume(
         raise CondenseError(f"{directory}: {where} changed since the run began; restore them or start over")
     if job.architecture and architecture_digest(network, real) != job.architecture:
         raise CondenseError(f"{directory}: network={job.network}: has other layers than when the run began")
-    check_fit(prune_task(real), job.ipc, network or job.network)
+    check_fit(prune_task(real), job.ipc, network or job.network, config)
     if minutes is not None or stopped or steps is not None:
         began_with = job.prepared_in if job.prepared_in is not None else job.minutes
         job = dataclasses.replace(job, minutes=limit, prepared_in=began_with, force=job.force or is_finished(directory))

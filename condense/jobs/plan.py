@@ -102,7 +102,7 @@ def estimate_cost(
     if entry.labels != "features":
         check_classes(real, f"method '{entry.name}'")
     pruned = prune_task(real)
-    check_fit(pruned, ipc, network or entry.network)
+    check_fit(pruned, ipc, network or entry.network, config)
     where = pick_device(device)
     began = time.monotonic()
     compute = calibrate(precision, where, network or entry.network, real.shape, real.num_classes)
