@@ -59,6 +59,7 @@ def build_config(config: type[C], settings: Mapping[str, Any], where: str) -> C:
 
     names = [field.name for field in dataclasses.fields(config)]  # type: ignore[arg-type]
     merged = OmegaConf.structured(config)
+    OmegaConf.set_readonly(merged, False)  # as it is for a frozen dataclass
     faults, texts = [], {}
     for key, value in settings.items():
         if key not in names:
@@ -72,7 +73,7 @@ def build_config(config: type[C], settings: Mapping[str, Any], where: str) -> C:
                 raise ValueError("interpolations are not evaluated")
             # Numbers and switches are read as YAML.
             entry = OmegaConf.from_dotlist([f"{key}={value}"]) if isinstance(value, str) else {key: value}
-            merged = OmegaConf.merge(merged, entry)
+            merged.merge_with(entry)  # in place; OmegaConf.merge copies all settings for each key
             _check_size(OmegaConf.select(merged, key))
         except (OmegaConfBaseException, TypeError, ValueError, OverflowError, RecursionError, yaml.YAMLError):
             plain_type = _plain_type(config, key)

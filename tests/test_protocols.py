@@ -137,3 +137,18 @@ def test_a_protocol_of_ones_own(tmp_path):
         get_protocol(str(own))
     with pytest.raises(CondenseError, match="no such file; `condense ls protocols`"):
         get_protocol(str(tmp_path / "other.yaml"))
+
+
+def test_a_folder_of_protocols(tmp_path, monkeypatch):
+    """The file of a protocol has its name, and finding one reads no other."""
+    text = next(f for f in packaged_yaml("benchmarks/protocols") if f.name == "quick-v1.yaml").read_text()
+    (tmp_path / "mine-v1.yaml").write_text(text.replace("name: quick-v1", "name: mine-v1").replace("300", "7"))
+    (tmp_path / "theirs.yaml").write_text(text.replace("name: quick-v1", "name: theirs-v1"))
+    monkeypatch.setenv("CONDENSE_PROTOCOLS", str(tmp_path))
+    assert get_protocol("mine-v1").steps == 7 and get_protocol("quick-v1").steps == 300
+    with pytest.raises(CondenseError, match=r"theirs\.yaml: name=theirs-v1: must be that of the file"):
+        get_protocol("theirs")
+    with pytest.raises(CondenseError, match="unknown protocol 'mine-v2'; did you mean 'mine-v1'"):
+        get_protocol("mine-v2")
+    (tmp_path / "theirs.yaml").rename(tmp_path / "theirs-v1.yaml")
+    assert {"mine-v1", "theirs-v1", "quick-v1"} <= set(protocols())

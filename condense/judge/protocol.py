@@ -10,6 +10,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from condense.augment import POLICIES, Augmentation, CropViews, ImagePolicy, make_augmentation
 from condense.config import (
@@ -176,14 +177,23 @@ def protocols() -> dict[str, Protocol]:
     Raises:
         CondenseError: a file is invalid.
     """
-    return _read_protocols(os.environ.get("CONDENSE_PROTOCOLS", ""))
+    return {name: _read_protocol(file) for name, file in _protocol_files().items()}
+
+
+def _protocol_files() -> dict[str, Any]:
+    """The file of each protocol by the protocol's name, which is that of the file, so that nobody reads all of them to
+    find one."""
+    folder = os.environ.get("CONDENSE_PROTOCOLS")
+    files = [*packaged_yaml("benchmarks/protocols"), *(sorted(Path(folder).glob("*.yaml")) if folder else [])]
+    return {file.name.removesuffix(".yaml"): file for file in files}
 
 
 @functools.cache
-def _read_protocols(folder: str) -> dict[str, Protocol]:
-    files = [*packaged_yaml("benchmarks/protocols"), *(sorted(Path(folder).glob("*.yaml")) if folder else [])]
-    read = [build_config(Protocol, read_yaml_file(file, file.name), file.name) for file in files]
-    return {protocol.name: protocol for protocol in read}
+def _read_protocol(file: Any) -> Protocol:
+    protocol = build_config(Protocol, read_yaml_file(file, file.name), file.name)
+    if file.name != f"{protocol.name}.yaml":
+        raise CondenseError(f"{file}: name={protocol.name}: must be that of the file")
+    return protocol
 
 
 def get_protocol(name: str) -> Protocol:
@@ -193,16 +203,17 @@ def get_protocol(name: str) -> Protocol:
         CondenseError: unknown; the message suggests the nearest name. Or the file is invalid, or has the name of a
             packaged protocol with other settings, so that tables would mix both.
     """
+    files = _protocol_files()
     if str(name).endswith((".yaml", ".yml")):
         path = Path(name)
         if not path.is_file():
             raise CondenseError(f"--protocol {name}: no such file; `condense ls protocols` lists the packaged ones")
         own = build_config(Protocol, read_yaml_file(path, name), name)
-        if own.name in protocols() and own != protocols()[own.name]:
+        if own.name in files and own != _read_protocol(files[own.name]):
             raise CondenseError(
                 f"--protocol {name}: '{own.name}' is another protocol's name; give it a name of its own"
             )
         return own
-    if name not in protocols():
-        raise CondenseError(f"unknown protocol '{name}'{did_you_mean(name, protocols())}")
-    return protocols()[name]
+    if name not in files:
+        raise CondenseError(f"unknown protocol '{name}'{did_you_mean(name, files)}")
+    return _read_protocol(files[name])
