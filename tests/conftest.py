@@ -1,8 +1,12 @@
 """A tiny task and an isolated cache, so that default tests are offline, small and leave nothing behind."""
 
 import contextlib
+import multiprocessing
 import os
 import shlex
+import sys
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -47,6 +51,40 @@ def command_line(words, capsys):
         main(shlex.split(words))
     out, err = capsys.readouterr()
     return SimpleNamespace(code=end.value.code, out=out, err=err)
+
+
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["torch._dynamo", "sklearn.datasets", "h5py", "omegaconf", "pytest", "typer"])
+
+
+def condense_command(*words, cwd):
+    """Runs the command line in a process of its own: its exit code and what it printed.
+
+    The process is forked from one that has imported libraries and nothing of condense, because these imports take most
+    of the time of a short command.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        texts = [Path(folder) / name for name in ("stdout", "stderr")]
+        process = PROCESSES.Process(target=_run_command, args=(words, cwd, dict(os.environ), texts))
+        process.start()
+        process.join()
+        out, err = (text.read_text() for text in texts)
+    return SimpleNamespace(returncode=process.exitcode, stdout=out, stderr=err)
+
+
+def _run_command(words, cwd, environment, texts):
+    for number, text in enumerate(texts, 1):
+        os.dup2(os.open(text, os.O_WRONLY | os.O_CREAT), number)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.path[:0] = environment.get("PYTHONPATH", "").split(os.pathsep)
+    os.chdir(cwd)
+    import torch
+
+    from condense.cli import main
+
+    torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", torch.get_num_threads())))
+    main(list(words))
 
 
 def tiny_arrays(classes=3, train=12, test=6, channels=1, size=8, seed=0):

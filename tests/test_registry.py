@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import condense_command
 
 from condense import config
 from condense.errors import CondenseError
@@ -191,10 +192,6 @@ def plugin(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("CONDENSE_CACHE", str(tmp_path / "cache"))
     return path
-
-
-def condense_command(*words, cwd):
-    return subprocess.run([sys.executable, "-m", "condense", *words], cwd=cwd, capture_output=True, text=True)
 
 
 def test_a_plugin_is_named_once_and_found_again(plugin, tmp_path, monkeypatch):

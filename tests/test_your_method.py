@@ -3,11 +3,9 @@
 import json
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
-from conftest import change_protocols
+from conftest import change_protocols, condense_command
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs/your-method.md").read_text()
@@ -23,8 +21,7 @@ def test_the_page_runs(tmp_path, monkeypatch):
     commands = [line.removeprefix("condense ") for line in TEXT.splitlines() if line.startswith("condense ")]
     assert [command.split()[0] for command in commands] == ["distill", "evaluate", "resume", "suite"]
     for command in commands:  # each in a process of its own, which finds the plug-in again
-        words = [sys.executable, "-m", "condense", *shlex.split(command)]
-        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+        done = condense_command(*shlex.split(command), cwd=tmp_path)
         assert done.returncode == 0, command + done.stdout + done.stderr
     rows = [line.split() for line in done.stdout.splitlines() if line.startswith("comparison-digits-")]
     assert {row[0].split("-")[2] for row in rows} == {
