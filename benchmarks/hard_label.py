@@ -6,6 +6,7 @@ students learn from classes only. Sets stand beside the control arms that any of
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Sequence
@@ -108,7 +109,8 @@ def draw(bars: Sequence[Bar], record: dict[str, Any], path: Path) -> None:
 
     figure = Figure(figsize=(10.5, 0.36 * len(bars) + 2.2), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[1.25, 1])
-    colours = {bar.name: "0.65" if bar.is_control else f"C{number}" for number, bar in enumerate(bars)}
+    palette = itertools.cycle(f"C{number}" for number in range(10) if number != 7)  # C7 is grey
+    colours = {bar.name: "0.65" if bar.is_control else next(palette) for bar in bars}
     for place, bar in enumerate(reversed(bars)):
         accuracies = [100 * accuracy for accuracy in bar.entry["accuracies"]]
         mean = statistics.fmean(accuracies)
