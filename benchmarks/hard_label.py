@@ -129,10 +129,10 @@ def draw(bars: Sequence[Bar], record: dict[str, Any], path: Path) -> None:
             right.plot(curve["images"], means, line, marker=".", color=colours[bar.name])
             ends.append((means[-1], curve["images"][-1], bar))
     lowest, highest = right.get_ylim()
-    place = math.inf
+    height = math.inf
     for accuracy, images, bar in sorted(ends, key=lambda end: -end[0]):
-        place = min(accuracy, place - 0.03 * (highest - lowest))  # below the label before, so that none overlap
-        right.annotate(bar.label, (images, accuracy), xytext=(1.12 * images, place), fontsize=7, va="center",
+        height = min(accuracy, height - 0.03 * (highest - lowest))  # below the label before, so that none overlap
+        right.annotate(bar.label, (images, accuracy), xytext=(1.12 * images, height), fontsize=7, va="center",
                        color=colours[bar.name] if not bar.is_control else "0.35")  # fmt: skip
     right.set(xscale="log", xlabel="images seen in training, with repetitions", title="During training")
     right.margins(x=0.3)
