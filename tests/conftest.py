@@ -53,6 +53,7 @@ def command_line(words, capsys):
     return SimpleNamespace(code=end.value.code, out=out, err=err)
 
 
+SEARCH_PATH = tuple(sys.path)  # before a test makes methods of a folder importable
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["torch._dynamo", "sklearn.datasets", "h5py", "omegaconf", "pytest", "typer"])
 
@@ -65,19 +66,19 @@ def condense_command(*words, cwd):
     """
     with tempfile.TemporaryDirectory() as folder:
         texts = [Path(folder) / name for name in ("stdout", "stderr")]
-        process = PROCESSES.Process(target=_run_command, args=(words, cwd, dict(os.environ), texts))
+        process = PROCESSES.Process(target=_run_command, args=(words, cwd, dict(os.environ), SEARCH_PATH, texts))
         process.start()
         process.join()
         out, err = (text.read_text() for text in texts)
     return SimpleNamespace(returncode=process.exitcode, stdout=out, stderr=err)
 
 
-def _run_command(words, cwd, environment, texts):
+def _run_command(words, cwd, environment, search_path, texts):
     for number, text in enumerate(texts, 1):
         os.dup2(os.open(text, os.O_WRONLY | os.O_CREAT), number)
     os.environ.clear()
     os.environ.update(environment)
-    sys.path[:0] = environment.get("PYTHONPATH", "").split(os.pathsep)
+    sys.path[:] = [*environment.get("PYTHONPATH", "").split(os.pathsep), *search_path]
     os.chdir(cwd)
     import torch
 
