@@ -37,8 +37,6 @@ class Bar:
     """A set or a control arm."""
 
     name: str
-    label: str
-    """The method, or the arm."""
     entry: dict[str, Any]
     """Of ``results`` of its record."""
     is_control: bool
@@ -68,11 +66,11 @@ def read_bars(folder: Path) -> tuple[list[Bar], dict[str, Any]]:
     for record in records:
         method, cost = record["set"]["method"], record["cost"]
         seconds = cost.get("seconds", 0.0) + cost.get("preparation_seconds", 0.0)
-        bars[method] = Bar(method, method, main_entries(record)[0], False, record["set"]["bytes"]["total"], seconds)
+        bars[method] = Bar(method, main_entries(record)[0], False, record["set"]["bytes"]["total"], seconds)
         for entry in record["results"]:
             if entry["arm"] in CONTROLS:
                 name = CONTROLS[entry["arm"]].format(set=method)
-                bars[name] = Bar(name, entry["arm"], entry, True, None, None)
+                bars[name] = Bar(name, entry, True, None, None)
     return sorted(bars.values(), key=lambda bar: -bar.entry["mean"]), records[0]
 
 
@@ -132,8 +130,8 @@ def draw(bars: Sequence[Bar], record: dict[str, Any], path: Path) -> None:
     height = math.inf
     for accuracy, images, bar in sorted(ends, key=lambda end: -end[0]):
         height = min(accuracy, height - 0.03 * (highest - lowest))  # below the label before, so that none overlap
-        right.annotate(bar.label, (images, accuracy), xytext=(1.12 * images, height), fontsize=7, va="center",
-                       color=colours[bar.name] if not bar.is_control else "0.35")  # fmt: skip
+        text, colour = (bar.entry["arm"], "0.35") if bar.is_control else (bar.name, colours[bar.name])
+        right.annotate(text, (images, accuracy), xytext=(1.12 * images, height), color=colour, fontsize=7, va="center")
     right.set(xscale="log", xlabel="images seen in training, with repetitions", title="During training")
     right.margins(x=0.3)
     right.grid(alpha=0.3)
